@@ -1,0 +1,210 @@
+"""What the live workers say they can do.
+
+Each worker publishes one `WorkerOffer` with a short time to live and repeats it; the service reads
+them all and checks requests against them. Redis also remembers for 30 days which modes have ever
+been offered, so that the service can tell a mode that is down from one that never was.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from redis import Redis
+from rq import Queue
+
+from jobs import keys
+
+logger = logging.getLogger(__name__)
+
+MODE_PATTERN = r"^[a-z0-9-]{1,32}$"
+MODEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+SIZE_PATTERN = r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
+
+ModeName = Annotated[str, StringConstraints(pattern=MODE_PATTERN)]
+ModelName = Annotated[str, StringConstraints(pattern=MODEL_PATTERN)]
+Size = Annotated[str, StringConstraints(pattern=SIZE_PATTERN)]
+
+
+class _Offer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModeOffer(_Offer):
+    """One way of running a model. Without a recipe fingerprint it is the unquantized one."""
+
+    name: ModeName
+    description: str
+    recipe_fingerprint: str | None = None
+
+
+class ModelOffer(_Offer):
+    """One model, its bounds and its defaults.
+
+    Frames are counts of the form 4k+1; sizes are "WxH" in pixels.
+    """
+
+    name: ModelName
+    fingerprint: str
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    default_size: Size
+    min_frames: int = Field(ge=1)
+    max_frames: int
+    default_frames: int
+    fps: int = Field(ge=1)
+    max_steps: int = Field(ge=1)
+    default_steps: int
+    default_guidance_scale: float
+    default_mode: ModeName
+    max_prompt_chars: int = Field(ge=1)
+    default_negative_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _defaults_lie_within_bounds(self) -> "ModelOffer":
+        if self.default_size not in self.sizes:
+            raise ValueError(f"default_size {self.default_size} is not among sizes {self.sizes}")
+        if not self.min_frames <= self.default_frames <= self.max_frames:
+            raise ValueError(
+                f"default_frames {self.default_frames} is not in "
+                f"{self.min_frames}..{self.max_frames}"
+            )
+        if self.default_frames % 4 != 1:
+            raise ValueError(f"default_frames {self.default_frames} is not of the form 4k+1")
+        if not 1 <= self.default_steps <= self.max_steps:
+            raise ValueError(f"default_steps {self.default_steps} is not in 1..{self.max_steps}")
+        return self
+
+
+class WorkerOffer(_Offer):
+    """What one worker process serves, and from which queue."""
+
+    worker_id: str = Field(min_length=1)
+    queue: str = Field(min_length=1)
+    device: str
+    model: ModelOffer
+    modes: tuple[ModeOffer, ...] = Field(min_length=1)
+    started_at: AwareDatetime
+
+    @model_validator(mode="after")
+    def _serves_its_default(self) -> "WorkerOffer":
+        if not self.serves(self.model.default_mode):
+            names = ", ".join(mode.name for mode in self.modes)
+            raise ValueError(
+                f"default_mode {self.model.default_mode} is not among this worker's modes: {names}"
+            )
+        return self
+
+    def serves(self, mode: str) -> bool:
+        return any(offered.name == mode for offered in self.modes)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The live offers, the lengths of their queues, and the (model, mode) pairs of 30 days."""
+
+    offers: tuple[WorkerOffer, ...]
+    waiting: Mapping[str, int]
+    known: frozenset[tuple[str, str]]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(sorted({offer.model.name for offer in self.offers}))
+
+    def modes(self, model: str) -> tuple[str, ...]:
+        """The modes some live worker serves for `model`."""
+        return tuple(
+            sorted({m.name for o in self.offers if o.model.name == model for m in o.modes})
+        )
+
+    def served(self) -> list[dict[str, object]]:
+        """What is served, as JSON values for an error's reader."""
+        return [{"model": model, "modes": list(self.modes(model))} for model in self.models]
+
+
+def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
+    """Name the queue of all workers which make exactly this offer.
+
+    The digest covers every bound and fingerprint, so a job checked against one worker's offer can
+    never reach a worker with another configuration. Example: `wan-mini.1f0c9a2b7d3e`.
+    """
+    offer = [model.model_dump(), sorted((mode.model_dump() for mode in modes), key=_by_name)]
+    digest = hashlib.sha256(json.dumps(offer, sort_keys=True).encode()).hexdigest()
+    return f"{model.name}.{digest[:12]}"
+
+
+def publish(redis: Redis, offer: WorkerOffer) -> None:
+    """Make `offer` live for the next 15 seconds."""
+    second = time.time()
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.set(keys.worker_offer(offer.worker_id), offer.model_dump_json(), ex=keys.OFFER_TTL_S)
+        pipe.zadd(keys.WORKERS, {offer.worker_id: second})
+        # Names of workers long gone. An hour, because hosts' clocks differ.
+        pipe.zremrangebyscore(keys.WORKERS, "-inf", second - 3600)
+        pipe.zadd(
+            keys.KNOWN_MODES,
+            {json.dumps([offer.model.name, mode.name]): second for mode in offer.modes},
+        )
+        pipe.zremrangebyscore(keys.KNOWN_MODES, "-inf", second - keys.KNOWN_MODE_TTL_S)
+        pipe.execute()
+
+
+def withdraw(redis: Redis, worker_id: str) -> None:
+    """End a worker's offer now; its modes stay known."""
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.delete(keys.worker_offer(worker_id))
+        pipe.zrem(keys.WORKERS, worker_id)
+        pipe.execute()
+
+
+def read(redis: Redis) -> Catalog:
+    """Read the live offers, in the order of their worker ids."""
+    with redis.pipeline(transaction=False) as pipe:
+        pipe.zrange(keys.WORKERS, 0, -1)
+        pipe.zrange(keys.KNOWN_MODES, 0, -1)
+        worker_ids, known = pipe.execute()
+    offers = _live_offers(redis, sorted(name.decode() for name in worker_ids))
+    return Catalog(
+        offers=offers,
+        waiting=_queue_lengths(redis, {offer.queue for offer in offers}),
+        known=frozenset((model, mode) for model, mode in map(json.loads, known)),
+    )
+
+
+def _live_offers(redis: Redis, worker_ids: list[str]) -> tuple[WorkerOffer, ...]:
+    if not worker_ids:
+        return ()
+    offers = []
+    texts = redis.mget([keys.worker_offer(name) for name in worker_ids])
+    for worker_id, text in zip(worker_ids, texts, strict=True):
+        if text is None:
+            continue
+        try:
+            offers.append(WorkerOffer.model_validate_json(text))
+        except ValidationError as error:
+            # A worker of another version, for instance during an upgrade: the others still count.
+            logger.warning("The offer of worker %s is left out: %s", worker_id, error)
+    return tuple(offers)
+
+
+def _queue_lengths(redis: Redis, queues: set[str]) -> dict[str, int]:
+    names = sorted(queues)
+    with redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.llen(Queue(name, connection=redis).key)
+        return dict(zip(names, pipe.execute(), strict=True))
+
+
+def _by_name(mode: dict[str, object]) -> str:
+    return str(mode["name"])

@@ -1,0 +1,148 @@
+"""Every error a caller or an operator may meet, as one tree.
+
+    AppError
+    ├── InvalidSpec            the request asks for something that is not offered
+    ├── JobNotFound            no record under this id
+    ├── JobNotCancellable      the job has already succeeded or failed
+    ├── JobAlreadyFinished     a worker claims a job which has nothing left to do
+    ├── VideoNotReady          the video is asked for before the job succeeded
+    ├── VideoGone              the job succeeded, its file is no longer there
+    ├── ModeNotServed          known, but no live worker serves it
+    ├── StoreUnavailable       Redis cannot be reached or refuses to write
+    ├── RecordUnreadable       a record in Redis is not one of ours
+    ├── ArtifactRefused        an artifact address or key this program does not serve
+    ├── StaleAttempt           a newer attempt, or an end, has overtaken this one
+    ├── GenerationCancelled    the caller asked for it
+    └── GenerationFailed       the pipeline did not produce a video
+        ├── OutOfDeviceMemory
+        ├── GenerationTimedOut
+        └── PromptTooLong      more tokens than the text encoder takes
+
+The classes know nothing of HTTP (`service/problems.py` maps them) and nothing of torch. A failure
+crosses Redis as `code` and `detail`, never as a traceback.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class AppError(Exception):
+    """An error with a stable `code`, a short `title` and a `detail` sentence for the reader.
+
+    `context` holds what else the reader may need, as JSON values by name.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Something went wrong inside the service"
+
+    def __init__(self, detail: str, **context: object) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.context = context
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field that is out of bounds, with the `value` and `bound` the caller is shown."""
+
+    field: str
+    value: object
+    bound: str
+    detail: str
+
+
+class InvalidSpec(AppError):
+    """One or more fields are out of bounds; all of them are in `violations`."""
+
+    code = "invalid_spec"
+    title = "The request asks for something that is not offered"
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        assert violations, "an InvalidSpec needs at least one violation"
+        super().__init__(" ".join(v.detail for v in violations))
+        self.violations = tuple(violations)
+
+    @classmethod
+    def of(cls, field: str, value: object, bound: str, detail: str) -> "InvalidSpec":
+        """Build the error for a single field."""
+        return cls([Violation(field, value, bound, detail)])
+
+
+class JobNotFound(AppError):
+    code = "job_not_found"
+    title = "No such job"
+
+
+class JobNotCancellable(AppError):
+    code = "job_not_cancellable"
+    title = "The job has already ended"
+
+
+class JobAlreadyFinished(AppError):
+    """Raised by a claim: the task has nothing to do and should end quietly."""
+
+    code = "job_already_finished"
+    title = "The job has already ended"
+
+
+class VideoNotReady(AppError):
+    code = "video_not_ready"
+    title = "The job has no video"
+
+
+class VideoGone(AppError):
+    code = "video_gone"
+    title = "The video is no longer stored"
+
+
+class ModeNotServed(AppError):
+    code = "mode_not_served"
+    title = "No live worker serves this mode"
+
+
+class StoreUnavailable(AppError):
+    code = "store_unavailable"
+    title = "The job store cannot be reached"
+
+
+class RecordUnreadable(AppError):
+    code = "record_unreadable"
+    title = "The job's record cannot be read"
+
+
+class ArtifactRefused(AppError):
+    code = "artifact_refused"
+    title = "The artifact store does not serve this address"
+
+
+class StaleAttempt(AppError):
+    """Raised by every write of an attempt which no longer owns the job: stop and write nothing."""
+
+    code = "stale_attempt"
+    title = "This attempt no longer owns the job"
+
+
+class GenerationCancelled(AppError):
+    code = "generation_cancelled"
+    title = "The generation was cancelled"
+
+
+class GenerationFailed(AppError):
+    code = "generation_failed"
+    title = "The generation failed"
+
+
+class OutOfDeviceMemory(GenerationFailed):
+    code = "out_of_device_memory"
+    title = "The device ran out of memory"
+
+
+class GenerationTimedOut(GenerationFailed):
+    code = "generation_timed_out"
+    title = "The generation took too long"
+
+
+class PromptTooLong(GenerationFailed):
+    code = "prompt_too_long"
+    title = "The prompt has more tokens than the text encoder takes"

@@ -1,0 +1,143 @@
+"""What is known about one job, and how it is laid out in its Redis hash.
+
+Scalars are stored as plain text so that the scripts can compare them; nested values as JSON. The
+hash also holds the token of the current attempt, which never leaves `jobs/store.py`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from jobs.errors import RecordUnreadable
+from jobs.spec import GenerationRequest
+from jobs.state import JobState
+
+
+class Stage(StrEnum):
+    TEXT_ENCODER = "text_encoder"
+    DENOISE = "denoise"
+    VAE = "vae"
+    MP4 = "mp4"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Progress(_Part):
+    """Where a running job is: `step` of `steps` done within `stage`."""
+
+    stage: Stage
+    step: int = Field(ge=0)
+    steps: int = Field(ge=1)
+
+
+class Failure(_Part):
+    """Why a job failed: an error's code and its sentence, never a traceback."""
+
+    code: str
+    detail: str
+
+
+class Video(_Part):
+    """The result: the artifact's key and what the file is."""
+
+    key: str
+    bytes: int = Field(ge=1)
+    sha256: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+
+
+class StageTimings(_Part):
+    """Seconds per stage; `queue_s` is creation to claim, `total_s` claim to end."""
+
+    queue_s: float
+    text_encoder_s: float
+    denoise_s: float
+    vae_s: float
+    mp4_s: float
+    total_s: float
+
+
+class JobRecord(_Part):
+    """One job as it stands. `started_at` is the start of the latest attempt."""
+
+    id: str
+    state: JobState
+    request: GenerationRequest
+    queue: str
+    created_at: AwareDatetime
+    started_at: AwareDatetime | None = None
+    finished_at: AwareDatetime | None = None
+    attempts: int = 0
+    cancel_requested: bool = False
+    progress: Progress | None = None
+    failure: Failure | None = None
+    video: Video | None = None
+    timings: StageTimings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The right to write to a job: the `number`-th claim of it, proven by `token`."""
+
+    job_id: str
+    number: int
+    token: str
+
+
+_NESTED = frozenset({"request", "progress", "failure", "video", "timings"})
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def encode_new(record: JobRecord) -> dict[str, str]:
+    """Lay out a freshly created, queued record as hash fields."""
+    return {
+        "id": record.id,
+        "state": record.state.value,
+        "request": record.request.model_dump_json(),
+        "queue": record.queue,
+        "created_at": record.created_at.isoformat(),
+        "attempts": "0",
+        "cancel_requested": "0",
+    }
+
+
+def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
+    """Read a record from its hash fields.
+
+    Raises:
+        RecordUnreadable: a field is missing or not what this version writes; the sentence names it.
+    """
+    try:
+        texts = {name.decode(): value.decode() for name, value in fields.items()}
+        texts.pop("token", None)
+        return JobRecord.model_validate(
+            {name: json.loads(text) if name in _NESTED else text for name, text in texts.items()}
+        )
+    except ValueError as error:  # undecodable bytes, no JSON, or not a record
+        raise RecordUnreadable(
+            f"The record of job {job_id} cannot be read: {_reason(error)}. It was written by "
+            f"another version or by hand; delete it, or run the version that wrote it.",
+            job_id=job_id,
+        ) from error
+
+
+def _reason(error: ValueError) -> str:
+    """Say what is wrong without showing values: they may hold a prompt."""
+    if not isinstance(error, ValidationError):
+        return type(error).__name__
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc'])) or 'the whole'}: {each['msg']}"
+        for each in error.errors(include_input=False, include_url=False)
+    )

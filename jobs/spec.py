@@ -1,0 +1,302 @@
+"""What a caller may ask for, checked against what the live workers offer.
+
+`GenerationBody` is the caller's JSON, `GenerationRequest` the complete order a worker runs.
+Between them stands `resolve`: it fills in defaults, refuses what is out of bounds (all violations
+at once), and never rounds.
+"""
+
+import secrets
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
+
+from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
+from jobs.errors import InvalidSpec, ModeNotServed, Violation
+
+MAX_SEED = 2**32 - 1
+MIN_GUIDANCE_SCALE = 1.0
+"""1 switches guidance off; the pipeline treats anything below as 1, so it is refused instead."""
+MAX_GUIDANCE_SCALE = 20.0
+FRAME_STRIDE = 4
+"""Wan's VAE packs four frames into one latent frame after the first: counts are 4k+1."""
+SHOWN_CHARS = 80
+"""How much of an offending string is shown in an error."""
+
+_ALLOWED_CONTROLS = frozenset("\t\n\r")
+_BOUNDS = {
+    "prompt": "text with at least one visible character",
+    "negative_prompt": "text",
+    "mode": "a name of 1 to 32 lower-case letters, digits and hyphens",
+    "size": "WIDTHxHEIGHT in pixels, for instance 832x480",
+    "num_frames": "a whole number of the form 4k+1",
+    "num_inference_steps": "a whole number of at least 1",
+    "guidance_scale": f"a number from {MIN_GUIDANCE_SCALE:g} to {MAX_GUIDANCE_SCALE:g}",
+    "seed": f"a whole number from 0 to {MAX_SEED}",
+    "model": "the name of a served model",
+}
+
+
+class GenerationBody(BaseModel):
+    """A request for one video. Everything but the prompt has a default from the model's offer."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "a small red circle moving right on a black background",
+                    "mode": "w8a8",
+                    "seed": 7,
+                }
+            ]
+        },
+    )
+
+    prompt: str = Field(
+        description="What the video shows. Its longest length is the model's.",
+        json_schema_extra={"minLength": 1},
+    )
+    negative_prompt: str | None = Field(
+        default=None, description="What it should not show; by default the model's own."
+    )
+    mode: Annotated[str, StringConstraints(pattern=MODE_PATTERN)] | None = Field(
+        default=None, description="How the model runs, for instance bf16 or w8a8."
+    )
+    size: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] | None = Field(
+        default=None, description="WIDTHxHEIGHT in pixels, one of the model's sizes."
+    )
+    # The model's bounds, which are narrower, are the ones to name when these two are refused.
+    num_frames: int | None = Field(
+        default=None, description="A count of the form 4k+1.", json_schema_extra={"minimum": 1}
+    )
+    num_inference_steps: int | None = Field(default=None, json_schema_extra={"minimum": 1})
+    guidance_scale: float | None = Field(
+        default=None,
+        ge=MIN_GUIDANCE_SCALE,
+        le=MAX_GUIDANCE_SCALE,
+        allow_inf_nan=False,
+        description="1 is no guidance, and twice as fast.",
+    )
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Drawn at random and recorded if missing."
+    )
+    model: Annotated[str, StringConstraints(pattern=MODEL_PATTERN)] | None = Field(
+        default=None, description="May be left out while one model is served."
+    )
+
+
+class GenerationRequest(BaseModel):
+    """A complete order: every choice is made, so running it twice gives the same video."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt: str
+    negative_prompt: str
+    mode: str
+    size: str = Field(pattern=SIZE_PATTERN)
+    num_frames: int = Field(ge=1)
+    num_inference_steps: int = Field(ge=1)
+    guidance_scale: float
+    seed: int = Field(ge=0, le=MAX_SEED)
+    model: str
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return int(self.size.split("x")[0])
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return int(self.size.split("x")[1])
+
+
+def resolve(body: GenerationBody, catalog: Catalog) -> tuple[GenerationRequest, str]:
+    """Complete `body` and choose its queue: the shortest among the live ones that accept it.
+
+    Raises:
+        InvalidSpec: with every violation.
+        ModeNotServed: the model and mode are known, but no live worker serves them; or no worker
+            is live at all.
+    """
+    return _resolve(body, catalog, [])
+
+
+def resolve_json(raw: object, catalog: Catalog) -> tuple[GenerationRequest, str]:
+    """Do the same for a parsed JSON document, reporting every kind of violation together."""
+    try:
+        return resolve(GenerationBody.model_validate(raw), catalog)
+    except ValidationError as error:
+        violations = [_violation(each) for each in error.errors()]
+    if not isinstance(raw, Mapping):
+        raise InvalidSpec(violations)
+    bad = {violation.field for violation in violations}
+    sound = {k: v for k, v in raw.items() if k in GenerationBody.model_fields and k not in bad}
+    # Only to look for further violations: this body is never run.
+    rest = GenerationBody.model_construct(**{"prompt": "-", **sound})
+    return _resolve(rest, catalog, violations)
+
+
+def _resolve(
+    body: GenerationBody, catalog: Catalog, violations: list[Violation]
+) -> tuple[GenerationRequest, str]:
+    """Check `body` on top of the `violations` found so far."""
+    violations = violations + list(_text_violations(body))
+    offers, unserved = _offers_for(body, catalog, violations)
+    refusals = {offer.queue: list(_bound_violations(body, offer.model)) for offer in offers}
+    accepting = [offer for offer in offers if not refusals[offer.queue]]
+    if offers and not accepting:
+        # Workers may differ in their bounds; the first one's are as good an answer as any.
+        violations += refusals[offers[0].queue]
+    if violations:
+        raise InvalidSpec(violations)
+    if unserved is not None:
+        raise unserved
+    chosen = min(accepting, key=lambda offer: (catalog.waiting[offer.queue], offer.queue))
+    return _complete(body, chosen.model), chosen.queue
+
+
+def _offers_for(
+    body: GenerationBody, catalog: Catalog, violations: list[Violation]
+) -> tuple[list[WorkerOffer], ModeNotServed | None]:
+    """Find the live offers of the body's model and mode, or say why there are none.
+
+    An unknown model or mode is appended to `violations`.
+    """
+    model = body.model
+    if model is None and len(catalog.models) > 1:
+        violations.append(_not_one_of("model", model, catalog.models, "has to be named"))
+        return [], None
+    if model is None:
+        model = catalog.models[0] if catalog.models else None
+    known_models = {name for name, _ in catalog.known}
+    if model is not None and model not in known_models | set(catalog.models):
+        if catalog.models:
+            violations.append(_not_one_of("model", model, catalog.models, "is not known"))
+        return [], _nothing_live(catalog)
+    of_model = [offer for offer in catalog.offers if offer.model.name == model]
+    serving = [offer for offer in of_model if offer.serves(body.mode or offer.model.default_mode)]
+    if serving:
+        return serving, None
+    known = {mode for name, mode in catalog.known if model in (None, name)}
+    if body.mode is not None and known and body.mode not in known:
+        violations.append(_not_one_of("mode", body.mode, sorted(known), "is not known"))
+    return of_model, _not_served(model, body.mode, catalog)
+
+
+def _text_violations(body: GenerationBody) -> Iterator[Violation]:
+    """What is wrong with the texts, whatever the model."""
+    if not any(unicodedata.category(c)[0] not in "ZC" for c in body.prompt):
+        yield Violation(
+            "prompt",
+            shown(body.prompt),
+            "at least one visible character",
+            "prompt is empty; say what the video shows.",
+        )
+    for field in ("prompt", "negative_prompt"):
+        text: str | None = getattr(body, field)
+        strange = next((c for c in text or "" if _is_strange(c)), None)
+        if strange is not None:
+            yield Violation(
+                field,
+                shown(text),
+                "text without control characters",
+                f"{field} holds the character U+{ord(strange):04X}, which is not text; remove it.",
+            )
+
+
+def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Violation]:
+    """What is wrong with the body for this model; an absent field is never wrong."""
+    if body.size is not None and body.size not in model.sizes:
+        yield _not_one_of("size", body.size, model.sizes, "is not offered")
+    frames = body.num_frames
+    if frames is not None and (
+        frames % FRAME_STRIDE != 1 or not model.min_frames <= frames <= model.max_frames
+    ):
+        yield _outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
+    steps = body.num_inference_steps
+    if steps is not None and not 1 <= steps <= model.max_steps:
+        yield _outside("num_inference_steps", steps, f"1 to {model.max_steps}")
+    for field in ("prompt", "negative_prompt"):
+        text: str | None = getattr(body, field)
+        if text is not None and len(text) > model.max_prompt_chars:
+            yield Violation(
+                field,
+                shown(text),
+                f"at most {model.max_prompt_chars} characters",
+                f"{field} has {len(text)} characters, which is more than {model.max_prompt_chars}.",
+            )
+
+
+def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
+    choices = {
+        "negative_prompt": model.default_negative_prompt,
+        "mode": model.default_mode,
+        "size": model.default_size,
+        "num_frames": model.default_frames,
+        "num_inference_steps": model.default_steps,
+        "guidance_scale": model.default_guidance_scale,
+        "seed": secrets.randbelow(MAX_SEED + 1),
+    }
+    choices |= body.model_dump(exclude_none=True)
+    return GenerationRequest.model_validate(choices | {"model": model.name})
+
+
+def shown(value: object) -> object:
+    """Make an offending value fit to be shown: valid Unicode, short, and JSON."""
+    if value is None or (isinstance(value, int | float) and abs(value) < 10**18):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    cut = text[:SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
+    return cut if len(text) <= SHOWN_CHARS else f"{cut}… ({len(text)} characters)"
+
+
+def _violation(error: ErrorDetails) -> Violation:
+    """Turn one of pydantic's errors into ours."""
+    field = str(shown(".".join(map(str, error["loc"])) or "body"))
+    bound = _BOUNDS.get(field, f"an object with the fields {', '.join(_BOUNDS)}")
+    if error["type"] == "missing":
+        return Violation(field, None, bound, f"{field} is missing; it takes {bound}.")
+    if error["type"] == "extra_forbidden":
+        return Violation(
+            field, shown(error["input"]), bound, f"{field} is not a field; use {bound}."
+        )
+    value = None if field == "body" else shown(error["input"])
+    return Violation(field, value, bound, f"{field} takes {bound}: {error['msg']}.")
+
+
+def _outside(field: str, value: object, bound: str) -> Violation:
+    return Violation(field, value, bound, f"{field} is {value}, which is not {bound}.")
+
+
+def _not_one_of(field: str, value: object, allowed: object, why: str) -> Violation:
+    names = ", ".join(map(str, allowed)) if isinstance(allowed, list | tuple) else str(allowed)
+    bound = f"one of {names}"
+    subject = field if value is None else f"{field} {value}"
+    return Violation(field, value, bound, f"{subject} {why}; use {bound}.")
+
+
+def _nothing_live(catalog: Catalog) -> ModeNotServed:
+    return ModeNotServed(
+        "No worker is live, so nothing can be generated; start one with `python -m worker`.",
+        served=catalog.served(),
+    )
+
+
+def _not_served(model: str | None, mode: str | None, catalog: Catalog) -> ModeNotServed:
+    if not catalog.offers:
+        return _nothing_live(catalog)
+    served = "; ".join(f"{name}: {', '.join(catalog.modes(name))}" for name in catalog.models)
+    return ModeNotServed(
+        f"No live worker serves mode {mode or 'default'} of model {model}. Served now: {served}.",
+        served=catalog.served(),
+    )
+
+
+def _is_strange(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category == "Cs" or (category == "Cc" and character not in _ALLOWED_CONTROLS)
