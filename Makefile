@@ -1,0 +1,67 @@
+# Every target sets up what it needs: a machine with Python 3.11 or newer and make is enough.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
+
+# What `make generate` takes; the service chooses what is left empty.
+PROMPT ?= a small red circle moving right on a black background
+MODE   ?=
+SEED   ?=
+STEPS  ?=
+OUT    ?= out.mp4
+# What `make demo` takes.
+PORT   ?= 8000
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo generate test lint fix bench
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+install: $(VENV)/.dev ## install everything, development tools included
+
+demo: $(VENV)/.demo ## run the whole system here until Ctrl-C  [PORT=8000]
+	@$(BIN)/python -m deploy.local demo --port $(PORT)
+
+# A prompt may hold quotes, dollar signs and anything else: it travels unexpanded, through the
+# environment, and no shell and no make ever reads it as code.
+generate: export GENERATE_PROMPT := $(value PROMPT)
+generate: export GENERATE_MODE := $(value MODE)
+generate: export GENERATE_SEED := $(value SEED)
+generate: export GENERATE_STEPS := $(value STEPS)
+generate: export GENERATE_OUT := $(value OUT)
+unexport PROMPT MODE SEED STEPS OUT
+generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= STEPS= OUT=]
+	@$(BIN)/python -m deploy.local generate
+
+test: $(VENV)/.dev ## all tests that need no accelerator  [ARGS=]
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(VENV)/.dev ## let ruff repair and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo ## seconds per stage of a job, bf16 beside w8a8
+	@$(BIN)/python -m benchmarks.job
+
+$(VENV)/.venv:
+	@sh deploy/venv.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "installing what the service and the worker need (some minutes, once)"
+	@$(PIP) -e '.[worker,demo]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "installing everything, development tools included (some minutes, once)"
+	@$(PIP) -e '.[dev]' -c constraints.txt
+	@touch $(VENV)/.demo $@

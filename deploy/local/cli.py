@@ -1,0 +1,140 @@
+"""The two commands: parse, start the stack, do the one thing, stop it.
+
+The GENERATE_… variables are how `make generate` hands over a prompt without quoting it.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from rich.console import Console
+
+from deploy.local import client, screen
+from deploy.local.errors import Interrupted, LocalError
+from deploy.local.ports import find_free_port, require_free
+from deploy.local.signals import Signals, listen_for_signals
+from deploy.local.stack import ROOT, WORKER_CONFIG, Stack, StackConfig
+
+app = typer.Typer(
+    help="The whole system on this machine.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+_VAR = ROOT / "var"
+_SIGNAL_EXIT = 128
+
+Config = Annotated[Path, typer.Option("--config", help="The worker's configuration.")]
+
+
+@app.command()
+def demo(
+    port: Annotated[int, typer.Option(help="Where the service listens.")] = 8000,
+    config: Config = WORKER_CONFIG,
+) -> None:
+    """Start Valkey, a worker and the service; stay until Ctrl-C; keep the data in var/demo."""
+    console = Console()
+    with _clear_errors(), listen_for_signals() as signals:
+        require_free(port, "service", "`make demo PORT=…`")
+        setup = StackConfig(_VAR / "demo", port, find_free_port(), config)
+        try:
+            with _running(console, setup, signals) as stack:
+                _tell(screen.demo_text(setup))
+                stack.keep_running(_tell)
+        except Interrupted:
+            _tell("Stopped: nothing is left running.")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(envvar="GENERATE_PROMPT")],
+    mode: Annotated[str | None, typer.Option(envvar="GENERATE_MODE")] = None,
+    seed: Annotated[int | None, typer.Option(envvar="GENERATE_SEED")] = None,
+    steps: Annotated[int | None, typer.Option(envvar="GENERATE_STEPS")] = None,
+    out: Annotated[Path, typer.Option(envvar="GENERATE_OUT")] = Path("out.mp4"),
+    config: Config = WORKER_CONFIG,
+) -> None:
+    """Start everything, turn one prompt into an MP4 over HTTP, stop everything."""
+    console = Console(stderr=True)
+    order = client.Order(prompt, mode, seed, steps)
+    with _clear_errors(), listen_for_signals() as signals:
+        _require_writable(out)
+        with _throwaway_folder() as folder:
+            setup = StackConfig(folder, find_free_port(), find_free_port(), config)
+            with _running(console, setup, signals) as stack:
+                job = _run(stack, order, out, console)
+        print(screen.summary(job, out))
+
+
+def _run(stack: Stack, order: client.Order, out: Path, console: Console) -> client.Job:
+    with client.connect(stack.config.service_url) as service, screen.JobBar(console) as bar:
+
+        def watch(job: client.Job) -> None:
+            stack.check()
+            bar.show(job)
+
+        job = client.follow(service, client.send(service, order), watch)
+        client.save(service, job, out)
+        return job
+
+
+@contextmanager
+def _running(console: Console, setup: StackConfig, signals: Signals) -> Iterator[Stack]:
+    """A stack that is ready, with a word to the person who waits for it."""
+    stack = Stack(setup, signals)
+    try:
+        with console.status(f"starting Valkey, worker and service (logs: {setup.logs})"):
+            stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@contextmanager
+def _throwaway_folder() -> Iterator[Path]:
+    """A folder under var/ for one run; only the logs of a run that fails stay."""
+    _VAR.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=_VAR, prefix="generate-"))
+    keep_logs = False
+    try:
+        yield folder
+    except (LocalError, OSError, httpx.HTTPError):
+        keep_logs = True
+        raise
+    finally:
+        for name in ("valkey", "artifacts"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if not keep_logs:
+            shutil.rmtree(folder)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def _require_writable(out: Path) -> None:
+    """Finds out before the long work whether its result can be kept."""
+    if out.is_dir():
+        raise LocalError(f"{out} is a folder: name a file, as in OUT=out.mp4")
+    if not out.parent.is_dir():
+        raise LocalError(f"the folder {out.parent} for {out.name} does not exist")
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Ends the command with one clear line where the world, not this code, is at fault."""
+    try:
+        yield
+    except (LocalError, OSError, httpx.HTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except Interrupted as asked:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(_SIGNAL_EXIT + asked.signal_number) from asked

@@ -1,0 +1,102 @@
+"""The part of a client: send one prompt, follow the job, save the MP4.
+
+Speaks the public HTTP API like any other client and knows nothing of the packages behind it.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from deploy.local.errors import LocalError
+
+_POLL_S = 0.2
+_TERMINAL = {"succeeded", "failed", "cancelled"}
+
+Job = dict[str, Any]  # the JSON of GET /jobs/{id}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to generate; None leaves the choice to the service."""
+
+    prompt: str
+    mode: str | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def connect(url: str) -> httpx.Client:
+    """A client for a service on this machine; proxies from the environment are not for loopback."""
+    return httpx.Client(base_url=url, timeout=30, trust_env=False)
+
+
+def send(client: httpx.Client, order: Order) -> Job:
+    """Enqueues the order. Raises LocalError with the problem document's text when it is refused."""
+    return _json(client.post("/generate", json=order.body()))
+
+
+def follow(client: httpx.Client, job: Job, watch: Callable[[Job], None]) -> Job:
+    """Polls until the job has succeeded, calling `watch` with every state seen.
+
+    `watch` may raise to give up. Raises LocalError when the job failed or was cancelled.
+    """
+    while True:
+        watch(job)
+        if job["state"] in _TERMINAL:
+            break
+        time.sleep(_POLL_S)
+        job = _json(client.get(f"/jobs/{job['id']}"))
+    if job["state"] != "succeeded":
+        failure = job.get("failure") or {}
+        reason = failure.get("detail") or "no reason was recorded"
+        raise LocalError(f"the job {job['state']} ({failure.get('code', 'no code')}): {reason}")
+    return job
+
+
+def save(client: httpx.Client, job: Job, out: Path) -> None:
+    """Downloads the job's MP4 to `out`, which is replaced only by a complete and verified file."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    digest = hashlib.sha256()
+    try:
+        with part.open("wb") as file:
+            with client.stream("GET", job["video"]["url"]) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise LocalError(_explain(answer))
+                for chunk in answer.iter_bytes():
+                    digest.update(chunk)
+                    file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() != job["video"]["sha256"]:
+            raise LocalError(f"the video of job {job['id']} arrived damaged: its sha256 differs")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _json(answer: httpx.Response) -> Job:
+    if answer.is_error:
+        raise LocalError(_explain(answer))
+    document: Job = answer.json()
+    return document
+
+
+def _explain(answer: httpx.Response) -> str:
+    """The problem document as text for a terminal: its detail, then one line per field at fault."""
+    if "json" not in answer.headers.get("content-type", ""):
+        return f"HTTP {answer.status_code} from {answer.url}: {answer.text[:200]}"
+    problem = answer.json()
+    lines = [problem.get("detail") or problem.get("title") or f"HTTP {answer.status_code}"]
+    for error in problem.get("errors", []):
+        lines.append(f"  {error['field']} = {error['value']!r}: {error['detail']}")
+    return "\n".join(lines)

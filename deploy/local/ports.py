@@ -1,0 +1,43 @@
+"""Ports on the loopback address: is one free, and which one is."""
+
+import errno
+import socket
+
+from deploy.local.errors import LocalError
+
+LOOPBACK = "127.0.0.1"
+
+
+def require_free(port: int, owner: str, option: str) -> None:
+    """Raises LocalError, naming `option` as the remedy, when `owner` could not listen on `port`."""
+    try:
+        _listen(port).close()
+    except OverflowError:
+        raise LocalError(f"{port} is not a port: {option} takes 1 to 65535") from None
+    except OSError as error:
+        reason = {errno.EADDRINUSE: "in use", errno.EACCES: "reserved for root"}.get(
+            error.errno or 0, error.strerror
+        )
+        raise LocalError(
+            f"port {port} on {LOOPBACK}, which the {owner} needs, is {reason}: "
+            f"stop what listens there, or choose another with {option}"
+        ) from error
+
+
+def find_free_port() -> int:
+    """A port that nobody listens on now."""
+    with _listen(0) as listening:
+        return int(listening.getsockname()[1])
+
+
+def _listen(port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((LOOPBACK, port))
+        listening.listen()
+    except BaseException:
+        listening.close()
+        raise
+    return listening

@@ -1,0 +1,92 @@
+"""What the person at the terminal sees: where to go, how far the job is, what it took."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from deploy.local.client import Job
+from deploy.local.stack import StackConfig
+
+_STAGES = {
+    "text_encoder": "text encoder",
+    "denoise": "denoise",
+    "vae": "VAE",
+    "mp4": "MP4",
+}
+
+_DEMO = """\
+Ready: {url}
+  the API, with examples: {url}/docs
+Try:
+  curl -s {url}/generate -H 'Content-Type: application/json' -d '{{"prompt": "{prompt}"}}'
+  curl -s {url}/jobs
+Data and logs: {folder}; Valkey: {redis}
+Ctrl-C stops everything."""
+_PROMPT = "a small red circle moving right on a black background"
+
+
+def demo_text(setup: StackConfig) -> str:
+    return _DEMO.format(
+        url=setup.service_url, prompt=_PROMPT, folder=setup.folder, redis=setup.redis_url
+    )
+
+
+def summary(job: Job, out: Path) -> str:
+    """One line: the file, what it is, and the seconds of every stage."""
+    video, request, timings = job["video"], job["request"], job["timings"]
+    stages = [f"queue {timings['queue_s']:.2f}"]
+    stages += [f"{label} {timings[f'{stage}_s']:.2f}" for stage, label in _STAGES.items()]
+    return (
+        f"{out}: {video['num_frames']} frames of {video['width']}x{video['height']}, "
+        f"mode {request['mode']}, seed {request['seed']}; "
+        f"seconds: {', '.join(stages)}, total {timings['total_s']:.2f}"
+    )
+
+
+class JobBar:
+    """A progress bar that is given the job's JSON again and again; one bar for each stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<13}"),
+            BarColumn(),
+            TextColumn("{task.fields[steps]:>9}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._stage = ""
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, job: Job) -> None:
+        progress = job.get("progress") or {}
+        stage = _STAGES.get(progress.get("stage", ""), "queued")
+        if job["state"] == "succeeded":
+            self._finish()
+        elif stage != self._stage:
+            self._finish()
+            self._stage = stage
+            self._task = self._progress.add_task(stage, total=None, steps="")
+        if self._task is not None and progress.get("steps"):
+            step, steps = progress["step"], progress["steps"]
+            self._progress.update(self._task, total=steps, completed=step, steps=f"{step}/{steps}")
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, total=1, completed=1)
+            self._progress.stop_task(self._task)
+            self._task = None
