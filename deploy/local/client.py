@@ -92,11 +92,10 @@ def _json(answer: httpx.Response) -> Job:
 
 
 def _explain(answer: httpx.Response) -> str:
-    """The problem document as text for a terminal: its detail, then one line per field at fault."""
+    """The problem document as text for a terminal: its detail, then a line for each violation."""
     if "json" not in answer.headers.get("content-type", ""):
         return f"HTTP {answer.status_code} from {answer.url}: {answer.text[:200]}"
     problem = answer.json()
     lines = [problem.get("detail") or problem.get("title") or f"HTTP {answer.status_code}"]
-    for error in problem.get("errors", []):
-        lines.append(f"  {error['field']} = {error['value']!r}: {error['detail']}")
+    lines += [f"  - {violation['detail']}" for violation in problem.get("errors", [])]
     return "\n".join(lines)

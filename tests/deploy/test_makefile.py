@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def make(project: Path, *arguments: str, **environment: str) -> str:
-    """Runs make as from a fresh terminal, whatever make runs these tests; returns what it prints."""
+    """Runs make as from a fresh terminal, even below `make test`; returns what it prints."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/nowhere", "LC_ALL": "C.UTF-8"}
     return subprocess.run(
         ["make", *arguments],
