@@ -37,13 +37,14 @@ Config = Annotated[Path, typer.Option("--config", help="The worker's configurati
 @app.command()
 def demo(
     port: Annotated[int, typer.Option(help="Where the service listens.")] = 8000,
+    folder: Annotated[Path, typer.Option(help="Keeps data and logs.")] = _VAR / "demo",
     config: Config = WORKER_CONFIG,
 ) -> None:
-    """Start Valkey, a worker and the service; stay until Ctrl-C; keep the data in var/demo."""
+    """Start Valkey, a worker and the service; stay until Ctrl-C; keep the data."""
     console = Console()
     with _clear_errors(), listen_for_signals() as signals:
         require_free(port, "service", "`make demo PORT=…`")
-        setup = StackConfig(_VAR / "demo", port, find_free_port(), config)
+        setup = StackConfig(folder.resolve(), port, find_free_port(), config)
         try:
             with _running(console, setup, signals) as stack:
                 _tell(screen.demo_text(setup))

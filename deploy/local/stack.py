@@ -21,7 +21,7 @@ from deploy.local.processes import Child
 from deploy.local.signals import Signals
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER_CONFIG = Path("deploy/wan-mini.toml")
+WORKER_CONFIG = ROOT / "deploy" / "wan-mini.toml"
 
 _POLL_S = 0.1
 _VALKEY_START_S = 60.0  # reading a large append-only file back takes its time
@@ -143,7 +143,7 @@ class Stack:
             ),
             "worker": lambda: [
                 *(sys.executable, "-m", "worker"),
-                *("--config", str(self.config.worker_config)),
+                *("--config", str(self.config.worker_config.resolve())),
             ],
             "service": lambda: [sys.executable, "-m", "service"],
         }

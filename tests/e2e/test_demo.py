@@ -1,0 +1,88 @@
+"""The demo: it stays, it mends its worker, and it leaves nothing behind."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.e2e.stack import Launcher, free_port, run
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with Launcher("demo", "--port", str(port), "--folder", str(tmp_path)) as demo:
+        shown = demo.read_until("Ctrl-C stops everything")
+        assert f"Ready: {url}" in shown
+        assert len(demo.processes()) == 4, demo.processes()  # launcher, Valkey, worker, service
+        _kill_the_worker(demo)
+        demo.read_until("the worker ended, starting it again: killed by SIGKILL")
+        _generate(url)
+        demo.interrupt()
+        code, rest = demo.finish()
+        assert code == 0
+        assert rest.splitlines()[-1] == "Stopped: nothing is left running."
+        demo.wait_until_nothing_is_left()
+
+
+def test_a_demo_that_is_killed_takes_its_children_along(tmp_path: Path) -> None:
+    with Launcher("demo", "--port", str(free_port()), "--folder", str(tmp_path)) as demo:
+        _wait_for_processes(demo, 4)
+        demo.process.kill()
+        demo.process.wait()
+        demo.wait_until_nothing_is_left()
+
+
+def test_sigterm_while_starting_leaves_no_process_behind(tmp_path: Path) -> None:
+    with Launcher("demo", "--port", str(free_port()), "--folder", str(tmp_path)) as demo:
+        _wait_for_processes(demo, 3)
+        demo.process.send_signal(signal.SIGTERM)
+        code, output = demo.finish()
+        assert code == 0, output
+        demo.wait_until_nothing_is_left()
+
+
+def test_two_demos_never_share_a_folder(tmp_path: Path) -> None:
+    with Launcher("demo", "--port", str(free_port()), "--folder", str(tmp_path)) as first:
+        _wait_for_processes(first, 2)
+        code, output = run("demo", "--port", str(free_port()), "--folder", str(tmp_path))
+    assert code == 1
+    assert output.splitlines()[-1] == f"error: another demo runs on {tmp_path}: stop that one first"
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, output = run("demo", "--port", str(port))
+    assert code == 1
+    assert output == (
+        f"error: port {port} on 127.0.0.1, which the service needs, is in use: "
+        "stop what listens there, or choose another with `make demo PORT=…`\n"
+    )
+
+
+def _kill_the_worker(demo: Launcher) -> None:
+    (pid,) = [pid for pid, command in demo.processes().items() if "-m worker" in command]
+    os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for_processes(demo: Launcher, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(demo.processes()) < count:
+        assert time.monotonic() < deadline, demo.processes()
+        time.sleep(0.05)
+
+
+def _generate(url: str) -> None:
+    """One job through the public API, until it has succeeded."""
+    order = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": 1}
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        accepted = client.post("/generate", json=order)
+        assert accepted.status_code == 202, accepted.text
+        deadline = time.monotonic() + 120
+        while (job := client.get(accepted.headers["Location"]).json())["state"] != "succeeded":
+            assert job["state"] in {"queued", "running"}, job
+            assert time.monotonic() < deadline, job
+            time.sleep(0.1)
