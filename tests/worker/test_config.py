@@ -1,0 +1,99 @@
+"""The configuration file: what ships is sound, and every fault is named with its place."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from worker.config import load_config, split_size
+from worker.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ["wan-mini", "wan-14b"]
+
+
+def shipped_text() -> str:
+    return (ROOT / "deploy" / "wan-mini.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_offer_both_modes(name: str) -> None:
+    config = load_config(ROOT / "deploy" / f"{name}.toml")
+    assert [mode.name for mode in config.modes] == ["bf16", "w8a8"]
+    assert config.modes[0].recipe is None
+    assert config.modes[1].recipe == "boundary-hif8"
+    assert all(path.is_absolute() for path in (config.model.path, config.modes[1].scales) if path)
+
+
+def test_the_miniature_is_offered_as_it_was_trained() -> None:
+    model = load_config(ROOT / "deploy" / "wan-mini.toml").model
+    assert model.path == ROOT / "models" / "wan-mini"
+    assert (model.sizes, model.max_frames, model.fps) == (("96x96",), 17, 8)
+    assert model.text_tokens == 64
+
+
+def test_the_offer_holds_the_bounds_and_not_the_paths() -> None:
+    offer = load_config(ROOT / "deploy" / "wan-14b.toml").model.offer("a fingerprint")
+    assert offer.fingerprint == "a fingerprint"
+    assert offer.default_size == "832x480"
+    assert "path" not in offer.model_dump()
+
+
+def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    text = shipped_text().replace('recipe = "boundary-hif8"', 'recipe = "own.toml"')
+    (tmp_path / "worker.toml").write_text(text, encoding="utf-8")
+    config = load_config(tmp_path / "worker.toml")
+    assert config.model.path == tmp_path.parent / "models" / "wan-mini"
+    assert config.modes[1].recipe == str(tmp_path / "own.toml")
+
+
+FAULTS = {
+    'default_mode = "w8a8"': ('default_mode = "fp4"', "default_mode 'fp4' is not a mode"),
+    'sizes = ["96x96"]': ('sizes = ["96x90"]', "96x90 is not made of multiples of 16"),
+    'default_size = "96x96"': ('default_size = "64x64"', "default_size 64x64 is not among"),
+    "max_frames = 17": ("max_frames = 18", "max_frames = 18 is not of the form 4k.1"),
+    "default_frames = 17": ("default_frames = 21", "default_frames 21 is not in 1..17"),
+    "default_steps = ": ("default_steps = 99 #", "default_steps 99 is not in 1..50"),
+    "fps = 8": ("fps = 0", "model.fps: .*greater than or equal to 1"),
+    "text_tokens = 64": ("", "model.text_tokens: Field required"),
+    "[model]": ("[model]\ncolour = 1", "model.colour: Extra inputs are not permitted"),
+    'name = "bf16"': ('name = "w8a8"', "modes have the same name"),
+    'recipe = "boundary-hif8"': ("", "needs both recipe and scales, or neither"),
+    "text_tokens = ": ('flow_shift = {"1x1" = 5}\ntext_tokens = ', "flow_shift names sizes .* 1x1"),
+    'path = "../models/wan-mini"': ("path = 3", "model.path: "),
+    "[[modes]]": ("[[modes", "cannot be read: "),
+}
+
+
+@pytest.mark.parametrize("line", FAULTS)
+def test_a_fault_is_named_with_the_file(tmp_path: Path, line: str) -> None:
+    fault, message = FAULTS[line]
+    assert line in shipped_text()
+    path = tmp_path / "worker.toml"
+    path.write_text(shipped_text().replace(line, fault, 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert not re.search(r"\n|Value error|pydantic", str(caught.value))
+
+
+def test_every_fault_of_a_file_is_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "worker.toml"
+    path.write_text('[model]\nname = "wan-mini"\nfps = "eight"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model\.path.*model\.fps.*modes: Field required"):
+        load_config(path)
+
+
+def test_a_missing_file_says_how_to_name_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file .*none\.toml.*--config"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "worker.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "worker.toml")
+
+
+def test_sizes_are_width_by_height() -> None:
+    assert split_size("832x480") == (832, 480)

@@ -1,0 +1,83 @@
+"""`python -m worker`: load the configured model and serve it until told to stop.
+
+What can be wrong is looked for in the order of its cost: settings, configuration, Redis, artifacts,
+device, model. The first fault ends the start with one line on stderr and status 1; so does losing
+Redis for good later.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from diffusers.utils import logging as diffusers_logging
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+from transformers.utils import logging as transformers_logging
+
+from jobs.artifacts import open_artifacts
+from jobs.connection import connect
+from jobs.errors import AppError
+from quant import QuantError
+from worker.config import load_config
+from worker.devices import pick_device
+from worker.errors import StartError
+from worker.logs import configure_logging
+from worker.resident import ResidentWorker
+from worker.settings import WorkerSettings
+from worker.wan import WanEngine
+
+logger = logging.getLogger("worker")
+
+
+def main(
+    config: Annotated[
+        Path | None, typer.Option(help="The worker's TOML file; overrides WORKER_CONFIG.")
+    ] = None,
+) -> None:
+    """Serve one model, in the modes of a configuration file, to a Redis queue."""
+    configure_logging()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        worker = start(WorkerSettings(), config)
+        worker.work(logging_level="WARNING")
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        fail(f"the environment is not set up: {'; '.join(problems)}")
+    except (StartError, QuantError, AppError, ValueError) as error:
+        fail(str(error))
+    except (RedisError, OSError) as error:
+        fail(f"{type(error).__name__}: {error}")
+    if not worker.told_to_stop:
+        fail("Redis was lost; the worker ends so that whatever runs it can start it again")
+
+
+def start(settings: WorkerSettings, config_path: Path | None) -> ResidentWorker:
+    """Build the worker and log what an operator wants to know about it."""
+    started = time.perf_counter()
+    config = load_config(config_path or settings.config)
+    redis = connect(settings.redis_url)
+    redis.ping()
+    artifacts = open_artifacts(settings.artifacts_url)
+    device = pick_device(settings.device, settings.threads)
+    engine = WanEngine.load(config, device)
+    worker = ResidentWorker(engine, redis, artifacts)
+    for line in engine.describe():
+        logger.info(line)
+    logger.info("seconds to ready: %.1f", time.perf_counter() - started)
+    return worker
+
+
+def fail(reason: str) -> None:
+    """End the process with one line."""
+    print(f"worker: {' '.join(reason.split())}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""The worker's configuration file: one model, its bounds, and the modes to serve it in.
+
+Typed TOML, checked in full before anything is loaded. A mode is data: a name, and for a quantized
+one a recipe and the scales made with it. Relative paths are relative to the file, so a
+configuration moves with what it names. Whether the model and the scales fit each other is not
+decided here but where they are loaded (`worker/loading.py`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jobs.catalog import ModelName, ModelOffer, ModeName, Size
+from worker.errors import ConfigError
+
+# The VAE's spatial stride of 8 times the transformer's patch of 2; its temporal stride.
+SIZE_MULTIPLE_PX = 16
+FRAMES_STRIDE = 4
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    """`[model]`: what is offered to callers, and what only the worker needs to know."""
+
+    name: ModelName
+    path: Path
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    default_size: Size
+    min_frames: int = Field(ge=1)
+    max_frames: int = Field(ge=1)
+    default_frames: int = Field(ge=1)
+    fps: int = Field(ge=1)
+    max_steps: int = Field(ge=1)
+    default_steps: int = Field(ge=1)
+    default_guidance_scale: float = Field(ge=1)
+    default_mode: ModeName
+    max_prompt_chars: int = Field(ge=1)
+    default_negative_prompt: str = ""
+    text_tokens: int = Field(
+        ge=1, description="Tokens the text encoder sees; a longer text is refused."
+    )
+    flow_shift: dict[Size, float] = Field(
+        default_factory=dict,
+        description="The scheduler's shift by size, where it is not the model's own.",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_possible(self) -> Self:
+        for size in self.sizes:
+            if any(side % SIZE_MULTIPLE_PX for side in split_size(size)):
+                raise ValueError(f"size {size} is not made of multiples of {SIZE_MULTIPLE_PX} px")
+        for name in ("min_frames", "max_frames"):
+            if getattr(self, name) % FRAMES_STRIDE != 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is not of the form 4k+1")
+        unknown = sorted(set(self.flow_shift) - set(self.sizes))
+        if unknown:
+            raise ValueError(f"flow_shift names sizes that are not offered: {', '.join(unknown)}")
+        self.offer(fingerprint="unread")
+        return self
+
+    def offer(self, fingerprint: str) -> ModelOffer:
+        """The part callers see. Raises ValueError where a default lies outside its bounds."""
+        own = self.model_dump(exclude={"path", "text_tokens", "flow_shift"})
+        return ModelOffer(fingerprint=fingerprint, **own)
+
+
+class ModeConfig(_Section):
+    """`[[modes]]`: BF16 without a recipe; with one, it needs scales made for it."""
+
+    name: ModeName
+    description: str = Field(min_length=1)
+    recipe: str | None = Field(None, description="A recipe shipped with quant, or the path of one.")
+    scales: Path | None = None
+
+    @model_validator(mode="after")
+    def _recipe_and_scales_come_together(self) -> Self:
+        if (self.recipe is None) != (self.scales is None):
+            raise ValueError(f"mode {self.name!r} needs both recipe and scales, or neither")
+        return self
+
+
+class WorkerConfig(_Section):
+    """The whole file."""
+
+    model: ModelConfig
+    modes: tuple[ModeConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _modes_are_distinct(self) -> Self:
+        names = [mode.name for mode in self.modes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"modes have the same name: {', '.join(names)}")
+        if self.model.default_mode not in names:
+            raise ValueError(
+                f"default_mode {self.model.default_mode!r} is not a mode: {', '.join(names)}"
+            )
+        return self
+
+
+def load_config(path: Path) -> WorkerConfig:
+    """Read and check a configuration file; its relative paths come back absolute.
+
+    Raises:
+        ConfigError: naming the file and, one by one, what is wrong in it.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no configuration file {path}. Name one with --config or WORKER_CONFIG."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
+    try:
+        config = WorkerConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"The configuration file {path} is wrong: {_sentences(error)}.") from None
+    return _resolve_paths(config, path.resolve().parent)
+
+
+def split_size(size: str) -> tuple[int, int]:
+    """Read "WxH" as (width, height) in pixels."""
+    width, height = size.split("x")
+    return int(width), int(height)
+
+
+def _sentences(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors(include_url=False, include_input=False)
+    )
+
+
+def _resolve_paths(config: WorkerConfig, folder: Path) -> WorkerConfig:
+    model = config.model.model_copy(update={"path": (folder / config.model.path).resolve()})
+    modes = tuple(_resolve_mode(mode, folder) for mode in config.modes)
+    return config.model_copy(update={"model": model, "modes": modes})
+
+
+def _resolve_mode(mode: ModeConfig, folder: Path) -> ModeConfig:
+    paths: dict[str, object] = {}
+    if mode.scales is not None:
+        paths["scales"] = (folder / mode.scales).resolve()
+    # A recipe is a path if it looks like one; otherwise it is the name of a shipped recipe.
+    if mode.recipe is not None and Path(mode.recipe).suffix in (".toml", ".json"):
+        paths["recipe"] = str((folder / mode.recipe).resolve())
+    return mode.model_copy(update=paths)

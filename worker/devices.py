@@ -1,0 +1,130 @@
+"""The only place in the worker that asks which device it runs on.
+
+CUDA and Ascend (`torch_npu`) mirror each other's module (`torch.cuda`, `torch.npu`), so one code
+path serves both; the CPU has none and needs none. `torch_npu` is imported by name and only when it
+is wanted: importing it claims the process's accelerator. Kernels that differ per device live in
+`quant/kernels/`, not here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from worker.errors import DeviceUnavailable
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
+DeviceKind = Literal["cpu", "cuda", "npu"]
+
+# diffusers' fused attention for Ascend; elsewhere torch's own dispatch is the right default.
+_NPU_ATTENTION = "_native_npu"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes this process holds on the device now, held at most, and the device's total."""
+
+    allocated_bytes: int
+    peak_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device, resolved: `kind` is never "auto"."""
+
+    kind: DeviceKind
+    name: str
+
+    # The transformer and the text encoder run in this type everywhere. The VAE stays in float32: it
+    # is small, it decides the last bit of picture quality, and its BF16 convolutions fail on Ascend
+    # 910B (CANN 8.5).
+    dtype: torch.dtype = torch.bfloat16
+    vae_dtype: torch.dtype = torch.float32
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.kind)
+
+    @property
+    def attention_backend(self) -> str | None:
+        """The diffusers attention backend this device wants; None keeps diffusers' default."""
+        return _NPU_ATTENTION if self.kind == "npu" else None
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that clocks and progress tell the truth."""
+        if self.kind != "cpu":
+            _backend(self.kind).synchronize()
+
+    def memory(self) -> DeviceMemory | None:
+        """The device's memory figures; None on the CPU."""
+        if self.kind == "cpu":
+            return None
+        backend = _backend(self.kind)
+        return DeviceMemory(
+            allocated_bytes=int(backend.memory_allocated()),
+            peak_bytes=int(backend.max_memory_allocated()),
+            total_bytes=int(backend.mem_get_info()[1]),
+        )
+
+
+def pick_device(wanted: DeviceChoice, threads: int | None = None) -> Device:
+    """Resolve `wanted`, and have torch use `threads` CPU threads (default: every usable core).
+
+    "auto" is npu if `torch_npu` imports and finds a card, else cuda if there is one, else cpu.
+
+    Raises:
+        DeviceUnavailable: `wanted` names a device that is not usable here.
+    """
+    torch.set_num_threads(threads or usable_cores())
+    kind: DeviceKind
+    if wanted == "auto":
+        kind = next((each for each in _ACCELERATORS if _why_not(each) is None), "cpu")
+    else:
+        kind = wanted
+    if kind == "cpu":
+        return Device("cpu", f"cpu, {torch.get_num_threads()} threads")
+    reason = _why_not(kind)
+    if reason is not None:
+        raise DeviceUnavailable(
+            f"WORKER_DEVICE is {kind!r}, but {reason}. Set it to 'auto' to take what is there."
+        )
+    if kind == "npu":
+        # The private layouts trade precision for speed in strided views (`torch_npu` warns of it
+        # itself).
+        _backend("npu").config.allow_internal_format = False
+    return Device(kind, str(_backend(kind).get_device_name(0)))
+
+
+def usable_cores() -> int:
+    """The cores this process may run on, which in a container are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_ACCELERATORS: tuple[Literal["npu", "cuda"], ...] = ("npu", "cuda")
+
+
+def _why_not(kind: Literal["npu", "cuda"]) -> str | None:
+    """Say why `kind` cannot be used, or None if it can."""
+    if kind == "npu":
+        try:
+            importlib.import_module("torch_npu")
+        # Without CANN's libraries the import ends in ImportError or OSError; beside a CUDA card in
+        # RuntimeError.
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"torch_npu cannot be imported ({repr(error).splitlines()[0][:200]})"
+    if not _backend(kind).is_available():
+        return f"torch {torch.__version__} finds no usable {kind} device"
+    return None
+
+
+def _backend(kind: Literal["npu", "cuda"]) -> ModuleType:
+    backend: ModuleType = getattr(torch, kind)
+    return backend

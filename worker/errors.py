@@ -1,0 +1,26 @@
+"""Why a worker cannot start.
+
+    StartError
+    ├── ConfigError         the configuration file is missing, malformed or contradicts itself
+    ├── DeviceUnavailable   the device asked for is not there
+    └── ModelUnusable       the model folder lacks a part, or a part cannot be read
+
+Each message is one sentence or two for an operator: the value, the bound, the remedy.
+`worker/__main__.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
+"""
+
+
+class StartError(Exception):
+    """The worker cannot start as configured."""
+
+
+class ConfigError(StartError):
+    """The configuration file cannot be used."""
+
+
+class DeviceUnavailable(StartError):
+    """The device asked for cannot be used from this process."""
+
+
+class ModelUnusable(StartError):
+    """The model folder cannot be loaded."""

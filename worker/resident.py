@@ -1,0 +1,160 @@
+"""RQ's worker around a resident model.
+
+A device cannot be held across a fork, so jobs run in this process (`SimpleWorker`). What RQ's
+forking worker does beside a job is done here by threads: heartbeats while a job runs, so that a job
+whose worker was killed is noticed within seconds and delivered again, and the standing offer in the
+catalog. One queue per worker: RQ then takes jobs with BLMOVE, which loses none between Redis and
+here.
+
+SIGTERM and SIGINT let the job in hand finish and take no other; the offer ends at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, SimpleWorker
+from rq.executions import Execution
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from jobs import catalog
+from jobs.artifacts import FolderArtifactStore
+from jobs.catalog import WorkerOffer
+from jobs.store import JobStore
+from worker.attempt import Workplace
+from worker.engine import Engine
+from worker.logs import JOB_ID
+from worker.offering import StandingOffer
+from worker.tasks import WORKPLACE
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_TTL_S = 15
+"""A job whose worker has been silent for this long is delivered again; it beats three times in it."""
+
+IDLE_TTL_S = 20
+"""RQ waits 15 s less than this for a job before it looks for abandoned ones."""
+
+MAINTENANCE_EVERY_S = 5
+"""How often an idle worker looks for abandoned jobs."""
+
+MAINTENANCE_LOCK_S = 30
+"""With RQ's own 15 minutes, one worker killed during maintenance stops all others' for as long."""
+
+
+class ResidentQueue(Queue):  # type: ignore[misc]  # rq is untyped to mypy here
+    """RQ's queue with a maintenance lock that a killed worker does not hold for long."""
+
+    def acquire_maintenance_lock(self) -> bool:
+        return bool(
+            self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=MAINTENANCE_LOCK_S)
+        )
+
+
+class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to mypy here
+    """One process, one device, one resident model, one queue."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        redis: Redis,
+        artifacts: FolderArtifactStore,
+        *,
+        heartbeat_ttl_s: int = HEARTBEAT_TTL_S,
+        maintenance_every_s: int = MAINTENANCE_EVERY_S,
+    ) -> None:
+        # Unique for ever: RQ refuses the name of a worker that was killed a moment ago.
+        name = f"{engine.model.name}.{uuid.uuid4().hex[:12]}"
+        queue = catalog.queue_name(engine.model, engine.modes)
+        super().__init__(
+            [queue],
+            name=name,
+            connection=redis,
+            serializer=JSONSerializer,
+            queue_class=ResidentQueue,
+            worker_ttl=IDLE_TTL_S,
+            maintenance_interval=maintenance_every_s,
+            log_job_description=False,
+        )
+        self.offer = WorkerOffer(
+            worker_id=name,
+            queue=queue,
+            device=engine.device_name,
+            model=engine.model,
+            modes=engine.modes,
+            started_at=datetime.now(UTC),
+        )
+        self.told_to_stop = False
+        self._place = Workplace(engine, JobStore(redis), artifacts, threading.Event())
+        self._standing_offer = StandingOffer(redis, self.offer)
+        self._heartbeat_ttl_s = heartbeat_ttl_s
+
+    def work(self, *args: Any, **kwargs: Any) -> bool:
+        """Offer the model and run jobs until told to stop (RQ's parameters)."""
+        with self._standing_offer:
+            logger.info(
+                "ready: %s serves %s of %s on %s, queue %s",
+                self.name,
+                ", ".join(mode.name for mode in self.offer.modes),
+                self.offer.model.name,
+                self.offer.device,
+                self.offer.queue,
+            )
+            return bool(super().work(*args, **kwargs))
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Run one job in this thread, with its surroundings set and its heart beating."""
+        self._place.stop.clear()
+        place, job_id = WORKPLACE.set(self._place), JOB_ID.set(job.id)
+        try:
+            super().execute_job(job, queue)
+        finally:
+            WORKPLACE.reset(place)
+            JOB_ID.reset(job_id)
+
+    def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
+        """Run the job while a thread sends its heartbeats."""
+        with self._beating(job, execution):
+            return bool(super().perform_job(job, queue, execution))
+
+    def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
+        """Seconds of silence after which a job counts as abandoned."""
+        return self._heartbeat_ttl_s
+
+    def kill_horse(self, *_: Any) -> None:
+        """Ask the job in hand to stop: what RQ's stop command, in its own thread, comes down to."""
+        self._place.stop.set()
+
+    def handle_warm_shutdown_request(self) -> None:
+        """Take the offer back on the first signal. Runs in a signal handler: no I/O but the log."""
+        self.told_to_stop = True
+        self._standing_offer.end()
+        logger.info("told to stop: the job in hand is finished first")
+
+    @contextmanager
+    def _beating(self, job: Job, execution: Execution) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self._heartbeat_ttl_s / 3):
+                try:
+                    self.maintain_heartbeats(job, execution)
+                except RedisError as error:
+                    logger.warning("no heartbeat for job %s: %s", job.id, error)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,244 @@
+"""Wan2.1 text-to-video, resident on one device in one or more modes.
+
+The text encoder, the VAE and the scheduler's configuration exist once; each mode has its own
+transformer, sharing what it can, and its own `WanPipeline` over all of them. The pipeline does the
+denoising; encoding the prompt and decoding the latents are called one by one, so that each stage is
+timed, reports progress, and can be stopped.
+
+The same request gives the same frames: the noise is drawn on the CPU from the seed, whatever the
+device, and each run has a scheduler of its own. Never here: queues, files, Redis.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor, nn
+
+import quant
+from jobs.catalog import ModelOffer, ModeOffer
+from jobs.errors import GenerationFailed, PromptTooLong
+from jobs.record import Stage
+from jobs.spec import GenerationRequest
+from worker.config import ModelConfig, WorkerConfig
+from worker.decoding import decode_chunks, denormalize, stop_points, to_frames
+from worker.devices import Device
+from worker.engine import Clip, Frame, StageSeconds, Watch
+from worker.loading import (
+    Mode,
+    SharedParts,
+    check_folder,
+    load_modes,
+    load_shared_parts,
+    plan_modes,
+)
+
+
+class WanEngine:
+    """The engine of one worker: one model, one device, its modes. One job at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fingerprint: str,
+        device: Device,
+        parts: SharedParts,
+        modes: tuple[Mode, ...],
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._parts = parts
+        self._loaded = {mode.offer.name: mode for mode in modes}
+        self._pipelines = {name: _pipeline(parts, mode) for name, mode in self._loaded.items()}
+        self.model: ModelOffer = config.offer(fingerprint)
+        self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
+        self.device_name = device.name
+
+    @classmethod
+    def load(cls, config: WorkerConfig, device: Device) -> Self:
+        """Load the configured model and modes onto `device`, after checking that everything fits.
+
+        Raises:
+            StartError, quant.QuantError: with a sentence for the operator.
+        """
+        path = config.model.path
+        check_folder(path)
+        fingerprint = quant.model_fingerprint(path)
+        plans = plan_modes(config, fingerprint)
+        modes = load_modes(path, plans, device)
+        return cls(config.model, fingerprint, device, load_shared_parts(path, device), modes)
+
+    def describe(self) -> list[str]:
+        """The facts of the start log: what was loaded, converted, and how many bytes it takes."""
+        lines = [
+            f"model: {self.model.name} ({self.model.fingerprint})",
+            f"device: {self.device_name}",
+            f"modes: {', '.join(mode.name for mode in self.modes)}",
+        ]
+        for name, mode in self._loaded.items():
+            if mode.report is not None:
+                lines.append(f"mode {name}: {mode.report}")
+            lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
+        together = quant.weight_bytes(*(mode.transformer for mode in self._loaded.values()))
+        lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
+        rest = quant.weight_bytes(self._parts.text_encoder, self._parts.vae)
+        lines.append(f"text encoder and VAE: {_bytes(rest)}")
+        memory = self._device.memory()
+        if memory is not None:
+            lines.append(
+                f"device memory: {_bytes(memory.allocated_bytes)} in use, "
+                f"{_bytes(memory.peak_bytes)} at most, of {_bytes(memory.total_bytes)}"
+            )
+        return lines
+
+    def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
+        """Encode the prompt and denoise; frames are decoded as the caller takes them.
+
+        The clip's seconds are wall time with the device synchronised at the end of each stage.
+        `vae_s` counts only the time spent decoding, not what the caller does between two frames.
+        """
+        self._refuse_misfits(request)
+        pipeline = self._pipelines[request.mode]
+        pipeline.scheduler = self._scheduler(request.size)
+        seconds = StageSeconds()
+        watch.progress(Stage.TEXT_ENCODER, 0, 1)
+        with self._timed(seconds, "text_encoder_s"):
+            embeddings = self._encode(pipeline, request, watch)
+        watch.progress(Stage.DENOISE, 0, request.num_inference_steps)
+        with self._timed(seconds, "denoise_s"):
+            latents = self._denoise(pipeline, request, embeddings, watch)
+        return Clip(self._frames(latents, seconds, watch), request.num_frames, seconds)
+
+    def _refuse_misfits(self, request: GenerationRequest) -> None:
+        """Refuse what the pipeline would round or cut; a job may be older than this worker."""
+        if request.mode not in self._loaded or request.size not in self._config.sizes:
+            raise GenerationFailed(
+                f"This worker serves modes {', '.join(self._loaded)} at sizes "
+                f"{', '.join(self._config.sizes)}, not {request.mode} at {request.size}."
+            )
+        if request.num_frames % 4 != 1 or request.num_frames > self._config.max_frames:
+            raise GenerationFailed(
+                f"num_frames is {request.num_frames}, not 4k+1 up to {self._config.max_frames}."
+            )
+        bound = self._config.text_tokens
+        for name in ("prompt", "negative_prompt"):
+            # Cleaned as the pipeline cleans it, and counted with the closing token.
+            tokens = len(self._parts.tokenizer(prompt_clean(getattr(request, name))).input_ids)
+            if tokens > bound:
+                raise PromptTooLong(
+                    f"{name} has {tokens} tokens, more than {bound}; shorten it.",
+                    field=name,
+                    tokens=tokens,
+                    bound=bound,
+                )
+
+    @torch.no_grad()
+    def _encode(
+        self, pipeline: WanPipeline, request: GenerationRequest, watch: Watch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed both prompts, [1, L, D] each; the negative one is None where guidance is off."""
+        with _checked(self._parts.text_encoder.encoder.block, watch.check):
+            prompt, negative = pipeline.encode_prompt(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                do_classifier_free_guidance=request.guidance_scale > 1.0,
+                max_sequence_length=self._config.text_tokens,
+                device=self._device.torch_device,
+                dtype=self._device.dtype,
+            )
+        return prompt, negative
+
+    def _denoise(
+        self,
+        pipeline: WanPipeline,
+        request: GenerationRequest,
+        embeddings: tuple[Tensor, Tensor | None],
+        watch: Watch,
+    ) -> Tensor:
+        """Run all steps and return the latents [1, C, F, H, W] in float32."""
+
+        def on_step_end(
+            _: WanPipeline, step: int, __: Tensor, ___: dict[str, Any]
+        ) -> dict[str, Any]:
+            # A device runs behind Python: without waiting, progress would be a promise and a cancel
+            # would come late.
+            self._device.synchronize()
+            watch.progress(Stage.DENOISE, step + 1, request.num_inference_steps)
+            return {}
+
+        latents: Tensor = pipeline(
+            prompt_embeds=embeddings[0],
+            negative_prompt_embeds=embeddings[1],
+            height=request.height,
+            width=request.width,
+            num_frames=request.num_frames,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+        ).frames
+        return latents
+
+    def _frames(self, latents: Tensor, seconds: StageSeconds, watch: Watch) -> Generator[Frame]:
+        """Decode frame by frame; only the time inside the VAE counts."""
+        vae = self._parts.vae
+        total = latents.shape[2]
+        watch.progress(Stage.VAE, 0, total)
+        latents = denormalize(vae, latents.to(self._device.vae_dtype))
+        with _checked(stop_points(vae), watch.check):
+            chunks = decode_chunks(vae, latents)
+            for done in range(1, total + 1):
+                with self._timed(seconds, "vae_s"):
+                    frames = to_frames(next(chunks))
+                watch.progress(Stage.VAE, done, total)
+                yield from frames
+
+    def _scheduler(self, size: str) -> Any:
+        """A fresh scheduler: it keeps state, and a cancelled run leaves it half way."""
+        pattern = self._parts.scheduler
+        shift = self._config.flow_shift.get(size)
+        return pattern.from_config(
+            pattern.config, **({} if shift is None else {"flow_shift": shift})
+        )
+
+    @contextmanager
+    def _timed(self, seconds: StageSeconds, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._device.synchronize()
+        setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
+
+
+def _pipeline(parts: SharedParts, mode: Mode) -> WanPipeline:
+    pipeline = WanPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        scheduler=parts.scheduler,
+        transformer=mode.transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def _checked(modules: Iterable[nn.Module], check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before each of `modules` runs; what it raises ends the forward pass there."""
+    handles = [module.register_forward_pre_hook(lambda *_: check()) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bytes(count: int) -> str:
+    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count:,} bytes ({count / size:.1f} {unit})"
