@@ -8,6 +8,7 @@
     ├── VideoNotReady          the video is asked for before the job succeeded
     ├── VideoGone              the job succeeded, its file is no longer there
     ├── ModeNotServed          known, but no live worker serves it
+    ├── NoLiveWorker           nothing at all is served
     ├── StoreUnavailable       Redis cannot be reached or refuses to write
     ├── RecordUnreadable       a record in Redis is not one of ours
     ├── ArtifactRefused        an artifact address or key this program does not serve
@@ -99,6 +100,11 @@ class VideoGone(AppError):
 class ModeNotServed(AppError):
     code = "mode_not_served"
     title = "No live worker serves this mode"
+
+
+class NoLiveWorker(AppError):
+    code = "no_live_worker"
+    title = "No worker is live"
 
 
 class StoreUnavailable(AppError):

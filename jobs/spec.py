@@ -45,6 +45,7 @@ class GenerationBody(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
+        hide_input_in_errors=True,
         json_schema_extra={
             "examples": [
                 {
@@ -92,7 +93,7 @@ class GenerationBody(BaseModel):
 class GenerationRequest(BaseModel):
     """A complete order: every choice is made, so running it twice gives the same video."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     prompt: str
     negative_prompt: str
@@ -190,7 +191,7 @@ def _offers_for(
 
 def _text_violations(body: GenerationBody) -> Iterator[Violation]:
     """What is wrong with the texts, whatever the model."""
-    if not any(unicodedata.category(c)[0] not in "ZC" for c in body.prompt):
+    if all(c.isspace() or unicodedata.category(c) == "Cf" for c in body.prompt):
         yield Violation(
             "prompt",
             shown(body.prompt),
@@ -270,7 +271,8 @@ def _violation(error: ErrorDetails) -> Violation:
 
 
 def _outside(field: str, value: object, bound: str) -> Violation:
-    return Violation(field, value, bound, f"{field} is {value}, which is not {bound}.")
+    text = shown(value)
+    return Violation(field, text, bound, f"{field} is {text}, which is not {bound}.")
 
 
 def _not_one_of(field: str, value: object, allowed: object, why: str) -> Violation:

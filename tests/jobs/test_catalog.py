@@ -1,0 +1,102 @@
+"""Offers: published, expiring, withdrawn; queue names that follow the configuration."""
+
+import logging
+
+import pytest
+from pydantic import ValidationError
+from redis import Redis
+
+from jobs import catalog, keys
+from jobs.catalog import ModelOffer, WorkerOffer
+from jobs.spec import GenerationRequest
+from jobs.store import JobStore
+
+
+def test_published_offer_is_read_back(redis: Redis, offer: WorkerOffer) -> None:
+    catalog.publish(redis, offer)
+    found = catalog.read(redis)
+    assert found.offers == (offer,)
+    assert found.waiting == {offer.queue: 0}
+    assert found.known == {("wan-mini", "bf16"), ("wan-mini", "w8a8")}
+    assert found.served() == [{"model": "wan-mini", "modes": ["bf16", "w8a8"]}]
+    assert 0 < redis.ttl(keys.worker_offer(offer.worker_id)) <= keys.OFFER_TTL_S
+
+
+def test_waiting_counts_queued_jobs(
+    redis: Redis, store: JobStore, live_worker: WorkerOffer, request_for_video: GenerationRequest
+) -> None:
+    store.create(request_for_video, live_worker.queue)
+    assert catalog.read(redis).waiting == {live_worker.queue: 1}
+
+
+def test_offer_that_is_not_repeated_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> None:
+    catalog.publish(redis, offer)
+    redis.delete(keys.worker_offer(offer.worker_id))  # as its time to live would
+    found = catalog.read(redis)
+    assert found.offers == ()
+    assert ("wan-mini", "w8a8") in found.known
+
+
+def test_withdrawn_offer_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> None:
+    catalog.publish(redis, offer)
+    catalog.withdraw(redis, offer.worker_id)
+    found = catalog.read(redis)
+    assert (found.offers, found.models) == ((), ())
+    assert ("wan-mini", "bf16") in found.known
+    assert redis.zcard(keys.WORKERS) == 0
+
+
+def test_names_of_dead_workers_and_old_modes_are_swept(redis: Redis, offer: WorkerOffer) -> None:
+    redis.zadd(keys.WORKERS, {"ancient": 1.0})
+    redis.zadd(keys.KNOWN_MODES, {'["old", "mode"]': 1.0})
+    catalog.publish(redis, offer)
+    assert redis.zrange(keys.WORKERS, 0, -1) == [offer.worker_id.encode()]
+    assert ("old", "mode") not in catalog.read(redis).known
+
+
+def test_unreadable_offer_does_not_hide_the_others(
+    redis: Redis, offer: WorkerOffer, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog.publish(redis, offer)
+    redis.zadd(keys.WORKERS, {"newer": 9e9})
+    redis.set(keys.worker_offer("newer"), '{"worker_id": "newer"}')
+    with caplog.at_level(logging.WARNING):
+        assert catalog.read(redis).offers == (offer,)
+    assert "newer" in caplog.text
+
+
+def test_queue_name_follows_every_part_of_the_offer(model: ModelOffer, offer: WorkerOffer) -> None:
+    name = catalog.queue_name(model, offer.modes)
+    assert name == offer.queue
+    assert name.startswith("wan-mini.")
+    assert catalog.queue_name(model, tuple(reversed(offer.modes))) == name
+    others = [
+        catalog.queue_name(model, offer.modes[:1]),
+        catalog.queue_name(model.model_copy(update={"max_frames": 21}), offer.modes),
+        catalog.queue_name(model.model_copy(update={"fingerprint": "sha256:01"}), offer.modes),
+    ]
+    assert len({name, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"default_size": "1x1"}, "default_size 1x1"),
+        ({"default_frames": 21}, "default_frames 21"),
+        ({"default_frames": 16}, "default_frames 16"),
+        ({"default_steps": 51}, "default_steps 51"),
+        ({"default_steps": 0}, "default_steps 0"),
+        ({"name": "Wan 2.1"}, "name"),
+        ({"sizes": ("96X96",)}, "sizes"),
+    ],
+)
+def test_contradictory_model_is_refused(
+    model: ModelOffer, change: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ValidationError, match=named):
+        ModelOffer.model_validate(model.model_dump() | change)
+
+
+def test_worker_must_serve_its_default_mode(offer: WorkerOffer) -> None:
+    with pytest.raises(ValidationError, match="default_mode bf16 is not among"):
+        WorkerOffer.model_validate(offer.model_dump() | {"modes": [offer.modes[1].model_dump()]})

@@ -1,0 +1,210 @@
+"""From a caller's JSON to a complete order, or to every reason why not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from jobs.catalog import Catalog, ModelOffer, WorkerOffer, queue_name
+from jobs.errors import InvalidSpec, ModeNotServed, Violation
+from jobs.spec import MAX_SEED, GenerationBody, resolve, resolve_json, shown
+
+
+def catalog_of(*offers: WorkerOffer, waiting: dict[str, int] | None = None) -> Catalog:
+    lengths = {offer.queue: 0 for offer in offers} | (waiting or {})
+    known = {(offer.model.name, mode.name) for offer in offers for mode in offer.modes}
+    return Catalog(offers=offers, waiting=lengths, known=frozenset(known))
+
+
+def another(offer: WorkerOffer, modes: slice = slice(None), **model: object) -> WorkerOffer:
+    """A worker like `offer` with another model configuration or fewer modes."""
+    changed = offer.model.model_copy(update=model)
+    kept = offer.modes[modes]
+    return offer.model_copy(
+        update={"model": changed, "modes": kept, "queue": queue_name(changed, kept)}
+    )
+
+
+def violations(raw: object, catalog: Catalog) -> Sequence[Violation]:
+    with pytest.raises(InvalidSpec) as refused:
+        resolve_json(raw, catalog)
+    return refused.value.violations
+
+
+def test_defaults_come_from_the_model(offer: WorkerOffer, model: ModelOffer) -> None:
+    request, queue = resolve(GenerationBody(prompt="a red circle"), catalog_of(offer))
+    assert queue == offer.queue
+    assert request.model_dump(exclude={"seed"}) == {
+        "prompt": "a red circle",
+        "negative_prompt": "blurry",
+        "mode": "bf16",
+        "size": "96x96",
+        "num_frames": 17,
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "model": "wan-mini",
+    }
+    assert 0 <= request.seed <= MAX_SEED
+
+
+def test_missing_seeds_differ(offer: WorkerOffer) -> None:
+    body = GenerationBody(prompt="x")
+    seeds = {resolve(body, catalog_of(offer))[0].seed for _ in range(8)}
+    assert len(seeds) > 1
+
+
+def test_every_choice_is_kept(offer: WorkerOffer) -> None:
+    asked: dict[str, Any] = {
+        "prompt": "  zwei Kreise,\n\tein Quadrat 🟥 ",
+        "negative_prompt": "",
+        "mode": "w8a8",
+        "size": "64x96",
+        "num_frames": 5,
+        "num_inference_steps": 1,
+        "guidance_scale": 1,
+        "seed": MAX_SEED,
+        "model": "wan-mini",
+    }
+    request, _ = resolve_json(asked, catalog_of(offer))
+    assert request.model_dump() == asked
+    assert (request.width, request.height) == (64, 96)
+
+
+def test_shortest_queue_is_chosen(offer: WorkerOffer) -> None:
+    bf16_only = another(offer, modes=slice(1))
+    body = GenerationBody(prompt="x", mode="bf16")
+    for busy, free in ((offer, bf16_only), (bf16_only, offer)):
+        catalog = catalog_of(offer, bf16_only, waiting={busy.queue: 3})
+        assert resolve(body, catalog)[1] == free.queue
+
+
+def test_only_workers_that_accept_count(offer: WorkerOffer) -> None:
+    longer = another(offer, max_frames=81)
+    catalog = catalog_of(offer, longer, waiting={longer.queue: 9})
+    assert resolve(GenerationBody(prompt="x", num_frames=81), catalog)[1] == longer.queue
+
+
+BAD = [
+    ("prompt", "", "visible character"),
+    ("prompt", " \t\n\u00a0\u200b", "visible character"),
+    ("prompt", "x" * 201, "at most 200 characters"),
+    ("prompt", "a\x00b", "control characters"),
+    ("prompt", "a\x1bb", "control characters"),
+    ("prompt", "a\ud800b", "control characters"),
+    ("prompt", None, "text"),
+    ("prompt", 5, "text"),
+    ("prompt", ["a"], "text"),
+    ("negative_prompt", "y" * 201, "at most 200 characters"),
+    ("negative_prompt", "\x07", "control characters"),
+    ("mode", "int4", "one of bf16, w8a8"),
+    ("mode", "BF16", "1 to 32 lower-case"),
+    ("mode", "", "1 to 32 lower-case"),
+    ("mode", "a" * 33, "1 to 32 lower-case"),
+    ("mode", "bf16\n", "1 to 32 lower-case"),
+    ("size", "96x64", "one of 96x96, 64x96"),
+    ("size", "96 x 96", "WIDTHxHEIGHT"),
+    ("size", "096x96", "WIDTHxHEIGHT"),
+    ("size", [96, 96], "WIDTHxHEIGHT"),
+    ("num_frames", 16, "4k+1 from 5 to 17"),
+    ("num_frames", 21, "4k+1 from 5 to 17"),
+    ("num_frames", 1, "4k+1 from 5 to 17"),
+    ("num_frames", -3, "4k+1 from 5 to 17"),
+    ("num_frames", 17.0, "4k+1"),
+    ("num_frames", "17", "4k+1"),
+    ("num_frames", True, "4k+1"),
+    ("num_inference_steps", 0, "1 to 50"),
+    ("num_inference_steps", 51, "1 to 50"),
+    ("num_inference_steps", 10**40, "1 to 50"),
+    ("guidance_scale", 0.5, "1 to 20"),
+    ("guidance_scale", 20.5, "1 to 20"),
+    ("guidance_scale", float("nan"), "1 to 20"),
+    ("guidance_scale", float("inf"), "1 to 20"),
+    ("guidance_scale", "4", "1 to 20"),
+    ("seed", -1, "0 to 4294967295"),
+    ("seed", MAX_SEED + 1, "0 to 4294967295"),
+    ("seed", 1.5, "0 to 4294967295"),
+    ("model", "wan-14b", "one of wan-mini"),
+    ("model", "../etc", "served model"),
+    ("steps", 5, "fields prompt, negative_prompt"),
+    ("\ud800", 5, "fields prompt, negative_prompt"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "bound"), BAD, ids=lambda v: ascii(v)[:24])
+def test_each_bound(offer: WorkerOffer, field: str, value: object, bound: str) -> None:
+    found = violations({"prompt": "a red circle", field: value}, catalog_of(offer))
+    assert len(found) == 1
+    assert bound in found[0].bound
+    assert found[0].detail
+    if field != "\ud800":
+        assert found[0].field == field
+        assert found[0].value == shown(value)
+
+
+def test_everything_wrong_is_reported_at_once(offer: WorkerOffer) -> None:
+    raw = {
+        "prompt": "",
+        "negative_prompt": "\x00",
+        "mode": "none-such",
+        "size": "1x1",
+        "num_frames": 4,
+        "num_inference_steps": 99,
+        "guidance_scale": 99,
+        "seed": -1,
+        "surprise": 1,
+    }
+    found = violations(raw, catalog_of(offer))
+    assert sorted(each.field for each in found) == sorted(raw)
+
+
+def test_missing_prompt_does_not_hide_the_rest(offer: WorkerOffer) -> None:
+    found = violations({"num_frames": 4}, catalog_of(offer))
+    assert {each.field for each in found} == {"prompt", "num_frames"}
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", 5, True])
+def test_body_that_is_no_object(offer: WorkerOffer, raw: object) -> None:
+    (found,) = violations(raw, catalog_of(offer))
+    assert found.field == "body"
+    assert "prompt" in found.bound
+
+
+def test_known_mode_without_worker_says_what_is_served(offer: WorkerOffer) -> None:
+    bf16_only = another(offer, modes=slice(1))
+    catalog = Catalog((bf16_only,), {bf16_only.queue: 0}, catalog_of(offer).known)
+    with pytest.raises(ModeNotServed, match="Served now: wan-mini: bf16") as refused:
+        resolve(GenerationBody(prompt="x", mode="w8a8"), catalog)
+    assert refused.value.context["served"] == [{"model": "wan-mini", "modes": ["bf16"]}]
+
+
+def test_known_model_without_worker(offer: WorkerOffer) -> None:
+    catalog = Catalog((offer,), {offer.queue: 0}, frozenset({("wan-14b", "bf16")}))
+    with pytest.raises(ModeNotServed, match="model wan-14b"):
+        resolve(GenerationBody(prompt="x", model="wan-14b"), catalog)
+
+
+def test_unknown_mode_stays_unknown_while_nobody_is_live(offer: WorkerOffer) -> None:
+    catalog = Catalog((), {}, catalog_of(offer).known)
+    (found,) = violations({"prompt": "x", "mode": "int4"}, catalog)
+    assert (found.field, found.bound) == ("mode", "one of bf16, w8a8")
+
+
+@pytest.mark.parametrize("mode", [None, "bf16", "anything"])
+def test_nobody_has_ever_served(mode: str | None) -> None:
+    with pytest.raises(ModeNotServed, match="No worker is live"):
+        resolve(GenerationBody(prompt="x", mode=mode), Catalog((), {}, frozenset()))
+
+
+def test_several_models_have_to_be_named(offer: WorkerOffer) -> None:
+    catalog = catalog_of(offer, another(offer, name="wan-14b"))
+    (found,) = violations({"prompt": "x"}, catalog)
+    assert (found.field, found.bound) == ("model", "one of wan-14b, wan-mini")
+    request, _ = resolve(GenerationBody(prompt="x", model="wan-14b"), catalog)
+    assert request.model == "wan-14b"
+
+
+def test_shown_values_are_short_valid_text() -> None:
+    assert shown("x" * 500) == "x" * 80 + "… (500 characters)"
+    assert shown("\ud800") == "\\ud800"
+    assert shown(float("nan")) == "nan"
+    assert isinstance(shown(10**40), str)

@@ -1,0 +1,379 @@
+"""The store against a real Valkey: creation, attempts, endings, cancelling, order."""
+
+import json
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from jobs import keys
+from jobs.deadline import timeout_s
+from jobs.errors import (
+    InvalidSpec,
+    JobAlreadyFinished,
+    JobNotCancellable,
+    JobNotFound,
+    RecordUnreadable,
+    StaleAttempt,
+)
+from jobs.record import Attempt, Failure, Progress, Stage, StageTimings, Video
+from jobs.spec import GenerationRequest
+from jobs.state import TRANSITIONS, JobState
+from jobs.store import MAX_ATTEMPTS, MAX_PAGE, RQ_RETRIES, TASK, JobStore
+
+QUEUE = "wan-mini.test"
+VIDEO = Video(
+    key="videos/x/1.mp4", bytes=10, sha256="ab", width=96, height=96, num_frames=17, fps=8
+)
+TIMINGS = StageTimings(
+    queue_s=0.1, text_encoder_s=0.2, denoise_s=3, vae_s=0.4, mp4_s=0.1, total_s=3.8
+)
+FAILURE = Failure(code="out_of_device_memory", detail="The device ran out of memory.")
+
+
+def create(store: JobStore, request: GenerationRequest) -> str:
+    return store.create(request, QUEUE).id
+
+
+def end(store: JobStore, attempt: Attempt, state: JobState) -> None:
+    match state:
+        case JobState.SUCCEEDED:
+            store.succeed(attempt, VIDEO, TIMINGS)
+        case JobState.FAILED:
+            store.fail(attempt, FAILURE)
+        case _:
+            store.cancelled(attempt)
+
+
+ENDINGS = [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]
+
+
+def test_created_job_is_recorded_indexed_and_queued(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job = store.create(request_for_video, QUEUE)
+    assert job.state is JobState.QUEUED
+    assert store.get(job.id) == job
+    assert [each.id for each in store.list().jobs] == [job.id]
+    assert 0 < redis.ttl(keys.record(job.id)) <= keys.RECORD_TTL_S
+
+    queue = Queue(QUEUE, connection=redis, serializer=JSONSerializer)
+    assert queue.job_ids == [job.id]
+    rq_job = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
+    assert (rq_job.func_name, rq_job.args) == (TASK, [job.id])
+    assert rq_job.timeout == timeout_s(request_for_video)
+    assert rq_job.result_ttl == keys.RQ_RESULT_TTL_S
+    assert rq_job.failure_ttl == keys.RQ_FAILURE_TTL_S
+    assert rq_job.retries_left == RQ_RETRIES > MAX_ATTEMPTS
+
+
+def test_what_rq_stores_is_json_and_holds_no_prompt(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    fields = redis.hgetall(Job.key_for(job_id))
+    assert all(request_for_video.prompt.encode() not in value for value in fields.values())
+    rq_job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+    assert json.loads(rq_job.data) == [TASK, None, [job_id], {}]
+
+
+def test_attempt_from_claim_to_success(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    attempt = store.claim(job_id)
+    assert attempt.number == 1
+    store.progress(attempt, Progress(stage=Stage.DENOISE, step=3, steps=20))
+    running = store.get(job_id)
+    assert running.state is JobState.RUNNING
+    assert running.progress == Progress(stage=Stage.DENOISE, step=3, steps=20)
+    assert running.started_at is not None
+    assert running.started_at >= running.created_at
+
+    store.succeed(attempt, VIDEO, TIMINGS)
+    done = store.get(job_id)
+    assert (done.state, done.video, done.timings) == (JobState.SUCCEEDED, VIDEO, TIMINGS)
+    assert done.progress is None
+    assert done.finished_at is not None
+    assert done.finished_at >= running.started_at
+
+
+def test_second_claim_makes_the_first_stale(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    old = store.claim(job_id)
+    store.progress(old, Progress(stage=Stage.VAE, step=1, steps=2))
+    new = store.claim(job_id)
+    assert new.number == 2
+    assert store.get(job_id).progress is None
+    with pytest.raises(StaleAttempt, match="Attempt 1 no longer owns"):
+        store.progress(old, Progress(stage=Stage.VAE, step=2, steps=2))
+    with pytest.raises(StaleAttempt):
+        store.cancel_requested(old)
+    for state in ENDINGS:
+        with pytest.raises(StaleAttempt):
+            end(store, old, state)
+    assert store.cancel_requested(new) is False
+    store.succeed(new, VIDEO, TIMINGS)
+    assert store.get(job_id).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("last", ENDINGS)
+def test_ended_job_never_changes(
+    store: JobStore, request_for_video: GenerationRequest, last: JobState
+) -> None:
+    job_id = create(store, request_for_video)
+    attempt = store.claim(job_id)
+    end(store, attempt, last)
+    ended = store.get(job_id)
+    assert last.is_terminal
+    for other in ENDINGS:
+        if other is not last:
+            with pytest.raises(StaleAttempt, match=f"the record says {last}"):
+                end(store, attempt, other)
+    with pytest.raises(StaleAttempt):
+        store.progress(attempt, Progress(stage=Stage.MP4, step=1, steps=1))
+    with pytest.raises(StaleAttempt):
+        store.cancel_requested(attempt)
+    with pytest.raises(JobAlreadyFinished) as refused:
+        store.claim(job_id)
+    assert refused.value.context["state"] == last
+    assert store.get(job_id) == ended
+
+
+def test_repeated_write_of_the_same_end_is_no_error(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    """A lost answer makes the client send the script again."""
+    attempt = store.claim(create(store, request_for_video))
+    store.succeed(attempt, VIDEO, TIMINGS)
+    before = store.get(attempt.job_id)
+    store.succeed(attempt, VIDEO, TIMINGS)
+    assert store.get(attempt.job_id) == before
+
+
+def test_job_that_keeps_losing_its_worker_is_given_up(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    for number in range(1, MAX_ATTEMPTS + 1):
+        assert store.claim(job_id).number == number
+    with pytest.raises(JobAlreadyFinished):
+        store.claim(job_id)
+    job = store.get(job_id)
+    assert job.state is JobState.FAILED
+    assert job.attempts == MAX_ATTEMPTS
+    assert job.failure is not None
+    assert job.failure.code == "worker_lost"
+
+
+def test_cancelling_a_queued_job_takes_it_out_of_the_queue(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    kept = create(store, request_for_video)
+    job_id = create(store, request_for_video)
+    job = store.cancel(job_id)
+    assert (job.state, job.cancel_requested) == (JobState.CANCELLED, True)
+    assert job.finished_at is not None
+    assert Queue(QUEUE, connection=redis).job_ids == [kept]
+    assert not redis.exists(Job.key_for(job_id))
+    with pytest.raises(JobAlreadyFinished):
+        store.claim(job_id)
+    assert store.cancel(job_id) == job
+
+
+def test_cancelling_what_a_worker_has_just_taken_leaves_rqs_hash(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    queue = Queue(QUEUE, connection=redis)
+    redis.lmove(queue.key, queue.intermediate_queue_key)
+    assert store.cancel(job_id).state is JobState.CANCELLED
+    assert redis.exists(Job.key_for(job_id))
+    with pytest.raises(JobAlreadyFinished):
+        store.claim(job_id)
+
+
+def test_cancelling_a_running_job_asks_its_worker(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    attempt = store.claim(create(store, request_for_video))
+    assert store.cancel_requested(attempt) is False
+    job = store.cancel(attempt.job_id)
+    assert (job.state, job.cancel_requested) == (JobState.RUNNING, True)
+    assert store.cancel_requested(attempt) is True
+    store.cancelled(attempt)
+    assert store.get(attempt.job_id).state is JobState.CANCELLED
+
+
+def test_cancelled_job_of_a_lost_worker_is_not_run_again(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    lost = store.claim(job_id)
+    store.cancel(job_id)
+    with pytest.raises(JobAlreadyFinished):
+        store.claim(job_id)
+    assert store.get(job_id).state is JobState.CANCELLED
+    with pytest.raises(StaleAttempt):
+        store.succeed(lost, VIDEO, TIMINGS)
+
+
+@pytest.mark.parametrize("last", [JobState.SUCCEEDED, JobState.FAILED])
+def test_ended_job_cannot_be_cancelled(
+    store: JobStore, request_for_video: GenerationRequest, last: JobState
+) -> None:
+    attempt = store.claim(create(store, request_for_video))
+    end(store, attempt, last)
+    with pytest.raises(JobNotCancellable, match=f"has already {last}"):
+        store.cancel(attempt.job_id)
+
+
+@pytest.mark.parametrize("job_id", ["", "nope", "a" * 65, "../x", "a b", "\ud800", "wan:job:x"])
+def test_unknown_and_impossible_ids(store: JobStore, job_id: str) -> None:
+    for call in (store.get, store.claim, store.cancel):
+        with pytest.raises(JobNotFound):
+            call(job_id)
+
+
+def test_state_table_is_what_the_scripts_allow(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    """Every pair: the scripts move a job exactly where the table says it may go."""
+    reached: dict[JobState, set[JobState]] = {state: set() for state in JobState}
+    for start in JobState:
+        for target in JobState:
+            job_id = create(store, request_for_video)
+            attempt = Attempt(job_id, 0, "none")
+            if start is not JobState.QUEUED:
+                attempt = store.claim(job_id)
+            if start.is_terminal:
+                end(store, attempt, start)
+            before = store.get(job_id)
+            _try_to_reach(store, attempt, before.state, target)
+            after = store.get(job_id)
+            if after != before and not (after.state is start and target is not start):
+                reached[start].add(after.state)
+    assert reached == {state: set(targets) for state, targets in TRANSITIONS.items()}
+
+
+def _try_to_reach(store: JobStore, attempt: Attempt, start: JobState, target: JobState) -> None:
+    try:
+        if target is JobState.RUNNING:
+            store.claim(attempt.job_id)
+        elif target is JobState.CANCELLED and start is not JobState.RUNNING:
+            store.cancel(attempt.job_id)
+        elif target.is_terminal:
+            end(store, attempt, target)
+    except (StaleAttempt, JobAlreadyFinished, JobNotCancellable):
+        pass
+
+
+def test_list_is_newest_first_and_pages_cover_everything_once(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    ids = [create(store, request_for_video) for _ in range(7)]
+    newest_first = sorted(ids, reverse=True)
+    seen: list[str] = []
+    cursor = None
+    sizes = []
+    while True:
+        page = store.list(limit=3, cursor=cursor)
+        sizes.append(len(page.jobs))
+        seen += [job.id for job in page.jobs]
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert seen == newest_first
+    assert sizes == [3, 3, 1]
+
+
+def test_new_jobs_do_not_shift_a_page(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    ids = sorted(create(store, request_for_video) for _ in range(4))
+    first = store.list(limit=2)
+    create(store, request_for_video)
+    second = store.list(limit=2, cursor=first.next_cursor)
+    assert {job.id for job in (*first.jobs, *second.jobs)} == set(ids)
+
+
+def test_list_by_state_follows_the_jobs(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    queued, running, done = (create(store, request_for_video) for _ in range(3))
+    store.claim(running)
+    end(store, store.claim(done), JobState.SUCCEEDED)
+    by_state = {state: [job.id for job in store.list(state=state).jobs] for state in JobState}
+    assert by_state == {
+        JobState.QUEUED: [queued],
+        JobState.RUNNING: [running],
+        JobState.SUCCEEDED: [done],
+        JobState.FAILED: [],
+        JobState.CANCELLED: [],
+    }
+
+
+def test_exact_last_page_has_no_cursor(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    for _ in range(2):
+        create(store, request_for_video)
+    assert store.list(limit=2).next_cursor is None
+    assert store.list(limit=1).next_cursor is not None
+
+
+@pytest.mark.parametrize("limit", [0, -1, MAX_PAGE + 1])
+def test_list_limit_is_bounded(store: JobStore, limit: int) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        store.list(limit=limit)
+    assert refused.value.violations[0].field == "limit"
+
+
+@pytest.mark.parametrize("cursor", ["", "c", "x1", "c../x", "c" + "a" * 65, "c\ud800"])
+def test_foreign_cursor_is_refused(store: JobStore, cursor: str) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        store.list(cursor=cursor)
+    assert refused.value.violations[0].field == "cursor"
+
+
+def test_expired_records_leave_the_list(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    ancient = "000000000001" + "0" * 20
+    for index in (keys.INDEX_ALL, keys.index("succeeded")):
+        redis.zadd(index, {ancient: 0})
+    assert store.list().jobs == ()
+    job_id = create(store, request_for_video)
+    assert redis.zrange(keys.INDEX_ALL, 0, -1) == [job_id.encode()]
+    assert redis.zrange(keys.index("succeeded"), 0, -1) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("state", b"paused", "state"),
+        ("request", b"{not json", "JSONDecodeError"),
+        ("request", b'{"prompt": "a secret prompt"}', "request.mode"),
+        ("attempts", b"many", "attempts"),
+        ("queue", b"\xff", "UnicodeDecodeError"),
+        ("surprise", b"1", "surprise"),
+    ],
+)
+def test_unreadable_record_is_named_and_shows_no_values(
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+    field: str,
+    value: bytes,
+    named: str,
+) -> None:
+    job_id = create(store, request_for_video)
+    redis.hset(keys.record(job_id), field, value)
+    with pytest.raises(RecordUnreadable, match=job_id) as refused:
+        store.get(job_id)
+    assert named in refused.value.detail
+    assert "a secret prompt" not in str(refused.value) + str(refused.value.__cause__)
