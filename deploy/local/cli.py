@@ -3,9 +3,7 @@
 The GENERATE_… variables are how `make generate` hands over a prompt without quoting it.
 """
 
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +16,9 @@ from rich.console import Console
 from deploy.local import client, screen
 from deploy.local.errors import Interrupted, LocalError
 from deploy.local.ports import find_free_port, require_free
-from deploy.local.signals import Signals, listen_for_signals
-from deploy.local.stack import ROOT, WORKER_CONFIG, Stack, StackConfig
+from deploy.local.session import VAR, running, throwaway_stack
+from deploy.local.signals import listen_for_signals
+from deploy.local.stack import WORKER_CONFIG, Stack, StackConfig
 
 app = typer.Typer(
     help="The whole system on this machine.",
@@ -28,7 +27,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-_VAR = ROOT / "var"
 _SIGNAL_EXIT = 128
 
 Config = Annotated[Path, typer.Option("--config", help="The worker's configuration.")]
@@ -37,7 +35,7 @@ Config = Annotated[Path, typer.Option("--config", help="The worker's configurati
 @app.command()
 def demo(
     port: Annotated[int, typer.Option(help="Where the service listens.")] = 8000,
-    folder: Annotated[Path, typer.Option(help="Keeps data and logs.")] = _VAR / "demo",
+    folder: Annotated[Path, typer.Option(help="Keeps data and logs.")] = VAR / "demo",
     config: Config = WORKER_CONFIG,
 ) -> None:
     """Start Valkey, a worker and the service; stay until Ctrl-C; keep the data."""
@@ -46,7 +44,7 @@ def demo(
         require_free(port, "service", "`make demo PORT=…`")
         setup = StackConfig(folder.resolve(), port, find_free_port(), config)
         try:
-            with _running(console, setup, signals) as stack:
+            with running(console, setup, signals) as stack:
                 _tell(screen.demo_text(setup))
                 stack.keep_running(_tell)
         except Interrupted:
@@ -67,10 +65,8 @@ def generate(
     order = client.Order(prompt, mode, seed, steps)
     with _clear_errors(), listen_for_signals() as signals:
         _require_writable(out)
-        with _throwaway_folder() as folder:
-            setup = StackConfig(folder, find_free_port(), find_free_port(), config)
-            with _running(console, setup, signals) as stack:
-                job = _run(stack, order, out, console)
+        with throwaway_stack(console, config, signals) as stack:
+            job = _run(stack, order, out, console)
         print(screen.summary(job, out))
 
 
@@ -84,36 +80,6 @@ def _run(stack: Stack, order: client.Order, out: Path, console: Console) -> clie
         job = client.follow(service, client.send(service, order), watch)
         client.save(service, job, out)
         return job
-
-
-@contextmanager
-def _running(console: Console, setup: StackConfig, signals: Signals) -> Iterator[Stack]:
-    """A stack that is ready, with a word to the person who waits for it."""
-    stack = Stack(setup, signals)
-    try:
-        with console.status(f"starting Valkey, worker and service (logs: {setup.logs})"):
-            stack.start()
-        yield stack
-    finally:
-        stack.stop()
-
-
-@contextmanager
-def _throwaway_folder() -> Iterator[Path]:
-    """A folder under var/ for one run; only the logs of a run that fails stay."""
-    _VAR.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=_VAR, prefix="generate-"))
-    keep_logs = False
-    try:
-        yield folder
-    except (LocalError, OSError, httpx.HTTPError):
-        keep_logs = True
-        raise
-    finally:
-        for name in ("valkey", "artifacts"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        if not keep_logs:
-            shutil.rmtree(folder)
 
 
 def _tell(text: str) -> None:

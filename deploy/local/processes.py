@@ -49,13 +49,13 @@ class Child:
         return self._process.poll()
 
     def obituary(self) -> str:
-        """How it ended, its last words, and where to read the rest."""
+        """How it ended, its last words, and where to read the rest, as one sentence."""
         code = self._process.poll()
-        how = f"exit code {code}"
+        how = f"ended with exit code {code}"
         if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
+            how = f"was killed by {signal.Signals(-code).name}"
         words = last_line(self.log)
-        return f"{how}{': ' + words if words else ''} (log: {_shown(self.log)})"
+        return f"the {self.name} {how}{': ' + words if words else ''} (log: {_shown(self.log)})"
 
     def ask_to_end(self) -> None:
         """Sends SIGTERM; returns at once."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -74,6 +75,7 @@ class Stack:
         self._children: dict[str, Child] = {}
         self._restarts: list[float] = []
         self._lock_file: int | None = None
+        self._started_at = datetime.now(UTC)
 
     def start(self) -> None:
         """Returns when the service says that it and a worker are ready.
@@ -92,7 +94,7 @@ class Stack:
         self._signals.raise_if_asked()
         for child in self._children.values():
             if child.exit_code is not None:
-                raise LocalError(f"the {child.name} ended by itself: {child.obituary()}")
+                raise LocalError(child.obituary())
 
     def keep_running(self, tell: Callable[[str], None]) -> None:
         """Watches until a signal; starts an ended worker again, as a process manager would.
@@ -103,7 +105,7 @@ class Stack:
             worker = self._children["worker"]
             if worker.exit_code is not None:
                 self._count_restart(worker)
-                tell(f"the worker ended, starting it again: {worker.obituary()}")
+                tell(f"{worker.obituary()}; starting it again")
                 worker.end(0, self._signals.in_a_hurry)
                 self._start("worker")
             self.check()
@@ -171,17 +173,25 @@ class Stack:
         return valkey.answers(self.config.valkey_port)
 
     def _is_ready(self) -> bool:
+        """Whether the service is, and lists a worker of this start.
+
+        The offer of a worker that was killed moments before, in an earlier run, still lives then.
+        """
         try:
-            answer = httpx.get(f"{self.config.service_url}/readyz", timeout=5, trust_env=False)
+            with httpx.Client(base_url=self.config.service_url, trust_env=False) as service:
+                if service.get("/readyz").is_error:
+                    return False
+                models = service.get("/models").json()["models"]
         except httpx.TransportError:
             return False
-        return answer.status_code == httpx.codes.OK
+        starts = [worker["started_at"] for model in models for worker in model["workers"]]
+        return any(datetime.fromisoformat(start) >= self._started_at for start in starts)
 
     def _count_restart(self, worker: Child) -> None:
         now = time.monotonic()
         self._restarts = [t for t in self._restarts if now - t < _RESTART_WINDOW_S] + [now]
         if len(self._restarts) > _RESTARTS:
             raise LocalError(
-                f"the worker ended {len(self._restarts)} times within {_RESTART_WINDOW_S:.0f} s: "
-                f"{worker.obituary()}"
+                f"{worker.obituary()}, as the {_RESTARTS} started within the last "
+                f"{_RESTART_WINDOW_S:.0f} s did"
             )

@@ -22,6 +22,7 @@ def server_command(folder: Path, port: int) -> list[str]:
         "appendonly": "yes",
         "save": "",  # the append-only file is the one copy on disk
         "daemonize": "no",
+        "set-proc-title": "no",  # so that ps shows which folder this one serves
     }
     options = [text for name, value in settings.items() for text in (f"--{name}", value)]
     return [str(_find_binary()), *options]

@@ -97,13 +97,14 @@ time.sleep(600)
 def test_the_obituary_gives_the_last_words_and_the_log(tmp_path: Path) -> None:
     child = start(tmp_path, "print('loading'); raise SystemExit('no model at models/none\\n\\n')")
     wait_until(lambda: child.exit_code is not None)
-    text = child.obituary()
-    assert text == f"exit code 1: no model at models/none (log: {tmp_path / 'test.log'})"
+    assert child.obituary() == (
+        f"the test ended with exit code 1: no model at models/none (log: {tmp_path / 'test.log'})"
+    )
     child.end(0, lambda: False)
 
 
 def test_the_obituary_names_the_signal(tmp_path: Path) -> None:
     child = start(tmp_path, "import os; os.abort()")
     wait_until(lambda: child.exit_code is not None)
-    assert child.obituary().startswith("killed by SIGABRT")
+    assert child.obituary().startswith("the test was killed by SIGABRT")
     child.end(0, lambda: False)

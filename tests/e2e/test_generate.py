@@ -56,7 +56,7 @@ def test_a_worker_that_fails_to_load_ends_it_with_one_clear_line(tmp_path: Path)
     code, output = run("generate", "--prompt", PROMPT, "--config", str(broken))
     assert code == 1
     line = output.splitlines()[-1]
-    assert line.startswith("error: the worker ended by itself: exit code ")
+    assert line.startswith("error: the worker ended with exit code 1: ")
     assert "no-such-model" in line
     assert "Traceback" not in output
     log = ROOT / line.rpartition("(log: ")[2].rstrip(")")
