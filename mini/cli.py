@@ -1,0 +1,63 @@
+"""`python -m mini`: train the miniature, look at its world, score its videos."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mini.scenes import Split, caption, sample_scene
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.callback()
+def main() -> None:
+    """Set up logging for every command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="diffusers folder to write")],
+    work: Annotated[Path, typer.Option(help="folder for checkpoints; an earlier run goes on")],
+    settings: Annotated[Path | None, typer.Option(help="JSON like training.json")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
+    until: Annotated[float, typer.Option(help="share of the denoiser's time to reach")] = 1.0,
+    vae_only: Annotated[bool, typer.Option(help="stop after the VAE")] = False,
+) -> None:
+    """Train VAE, then transformer and text encoder."""
+    from mini.train import TrainingRun  # torch and diffusers take seconds to import
+    from mini.training_settings import TrainingSettings
+
+    chosen = TrainingSettings()
+    if settings is not None:
+        given = json.loads(settings.read_text())
+        chosen = TrainingSettings(
+            vae=replace(chosen.vae, **given.get("vae", {})),
+            denoiser=replace(chosen.denoiser, **given.get("denoiser", {})),
+        )
+    run = TrainingRun(work, chosen, device)
+    run.vae()
+    if not vae_only:
+        run.denoiser(until)
+    run.save(out)
+
+
+@app.command()
+def captions(
+    split: Annotated[Split, typer.Argument(help="which set the captions come from")],
+    count: Annotated[int, typer.Option(min=1)] = 64,
+    seed: int = 0,
+) -> None:
+    """Print different captions of one split, one a line."""
+    rng = random.Random(f"{split} prompts {seed}")
+    said: dict[str, None] = {}
+    while len(said) < count:
+        said[caption(sample_scene(rng, split), rng)] = None
+    print("\n".join(said))

@@ -1,0 +1,129 @@
+"""Does the miniature show what its captions say? Sampling, oracle rates with confidence intervals,
+and the contact sheet."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from mini.architecture import HEIGHT_PX, NUM_FRAMES, TEXT_TOKENS, WIDTH_PX
+from mini.oracle import ATTRIBUTES, Frames, verdicts
+from mini.scenes import Split, caption, parse_caption, sample_scene
+
+SAMPLING_STEPS, GUIDANCE_SCALE = 20, 4.0
+
+
+def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
+    """`count` different captions of one split, the same for the same seed."""
+    rng = random.Random(f"{split} prompts {seed}")
+    said: dict[str, None] = {}
+    while len(said) < count:
+        said[caption(sample_scene(rng, split), rng)] = None
+    return list(said)
+
+
+def noise(seeds: Sequence[int], pipeline: WanPipeline) -> torch.Tensor:
+    """Initial latents, one CPU generator per seed, so every device and batch size starts alike."""
+    channels = pipeline.transformer.config.in_channels
+    shape = (channels, 1 + (NUM_FRAMES - 1) // 4, HEIGHT_PX // 8, WIDTH_PX // 8)
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).to(pipeline.transformer.device)
+
+
+def sample(
+    pipeline: WanPipeline,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    batch: int = 25,
+    steps: int = SAMPLING_STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> Iterator[Frames]:
+    """One video per text: [F, H, W, 3] uint8."""
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(texts), batch):
+        result = pipeline(
+            prompt=list(texts[start : start + batch]),
+            negative_prompt=[""] * len(texts[start : start + batch]),
+            latents=noise(seeds[start : start + batch], pipeline),
+            height=HEIGHT_PX,
+            width=WIDTH_PX,
+            num_frames=NUM_FRAMES,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            max_sequence_length=TEXT_TOKENS,
+            output_type="np",
+        )
+        yield from np.round(result.frames * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A share of successes with its 95 % Wilson interval."""
+
+    right: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Successes over trials; NaN without trials."""
+        return self.right / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end of the 95 % Wilson score interval."""
+        if not self.total:
+            return (0.0, 1.0)
+        z, n, p = 1.96, self.total, self.share
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def oracle_rates(videos: Sequence[Frames], texts: Sequence[str]) -> dict[str, Rate]:
+    """Per attribute, how many videos show what their caption says."""
+    judged = [verdicts(video, parse_caption(text)) for video, text in zip(videos, texts, strict=True)]
+    return {
+        name: Rate(sum(v[name] for v in judged if name in v), sum(name in v for v in judged))
+        for name in ATTRIBUTES
+    }
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Frames]], shown: Sequence[int] = (0, 4, 8, 12, 16)
+) -> Image.Image:
+    """Captions down, frames across, as one picture.
+
+    rows: (label, video [F, H, W, 3] uint8).
+    """
+    scale, gap, text_height = 1, 4, 18
+    cell = WIDTH_PX * scale
+    width = gap + len(shown) * (cell + gap)
+    row_height = text_height + cell + gap
+    sheet = Image.new("RGB", (width, gap + len(rows) * row_height), "#fafafa")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
+    for index, (label, video) in enumerate(rows):
+        top = gap + index * row_height
+        draw.text((gap, top + 2), label, fill="#202020", font=font)
+        for column, frame in enumerate(shown):
+            picture = Image.fromarray(video[frame])
+            sheet.paste(picture, (gap + column * (cell + gap), top + text_height))
+    return sheet
+
+
+def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets of equal height next to each other."""
+    joined = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "#fafafa")
+    left = 0
+    for sheet in sheets:
+        joined.paste(sheet, (left, 0))
+        left += sheet.width
+    return joined
+

@@ -1,0 +1,141 @@
+"""What both trainings share: one optimizer step, captured as a CUDA graph where there is CUDA, a
+time-boxed learning rate, and an exponential moving average of the weights.
+
+The miniature is so small that launching kernels takes longer than running them; replaying a
+captured step is several times faster (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP_RUNS = 3
+
+
+class Optimizer:
+    """AdamW with gradient clipping and a learning rate that follows the clock.
+
+    The rate warms up over `warm_up_steps`, stays, and falls to zero over the last `cool_down` share
+    of `seconds`, so a run ends cooled down however fast the machine is.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        peak_lr: float,
+        seconds: float,
+        warm_up_steps: int = 300,
+        cool_down: float = 0.35,
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.seconds, self.peak_lr = seconds, peak_lr
+        self.warm_up_steps, self.cool_down = warm_up_steps, cool_down
+        self.steps, self.spent_s = 0, 0.0
+        cuda = self.parameters[0].is_cuda
+        self.lr = torch.zeros((), device=self.parameters[0].device)
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        plain = [p for p in self.parameters if p.ndim <= 1]
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=(0.9, 0.98),
+            capturable=cuda,
+            fused=cuda,
+        )
+        self._last = time.monotonic()
+
+    def tick(self) -> float:
+        """Account for the time since the last step, set the learning rate, return the progress."""
+        now = time.monotonic()
+        self.spent_s += now - self._last
+        self._last = now
+        progress = min(1.0, self.spent_s / self.seconds)
+        warm = min(1.0, (self.steps + 1) / self.warm_up_steps)
+        cool = min(1.0, (1.0 - progress) / self.cool_down)
+        self.lr.fill_(self.peak_lr * warm * math.sin(0.5 * math.pi * cool))
+        self.steps += 1
+        return progress
+
+    def pause(self) -> None:
+        """Leave what happens until `resume` out of the clock."""
+        self.spent_s += time.monotonic() - self._last
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        self._last = time.monotonic()
+
+    def apply(self, decay: float = 0.999) -> None:
+        """Clip, step, and move the average. Safe to capture."""
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.adam.step()
+        torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
+
+    def swap_average(self) -> None:
+        """Exchange the weights with their average; call twice around an evaluation."""
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                kept = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    def state(self) -> dict[str, object]:
+        """Everything a later process needs to go on."""
+        return {
+            "adam": self.adam.state_dict(),
+            "average": self.average,
+            "steps": self.steps,
+            "spent_s": self.spent_s,
+        }
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Go on from `state()`."""
+        self.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr
+        with torch.no_grad():
+            for average, saved in zip(self.average, state["average"], strict=True):  # type: ignore[call-overload]
+                average.copy_(saved)
+        self.steps, self.spent_s = int(state["steps"]), float(state["spent_s"])  # type: ignore[call-overload,arg-type]
+
+
+class TrainingStep:
+    """`loss_of()` → backward → optimizer, as one callable; on CUDA as one captured graph."""
+
+    def __init__(self, loss_of: Callable[[], Tensor], optimizer: Optimizer) -> None:
+        self._loss_of, self._optimizer = loss_of, optimizer
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.loss = torch.zeros(())
+        if optimizer.parameters[0].is_cuda:
+            self._capture()
+
+    def __call__(self) -> None:
+        """Run one step; `loss` holds its loss afterwards (reading it waits for the device)."""
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.replay()
+
+    def _run(self) -> None:
+        for parameter in self._optimizer.parameters:
+            parameter.grad = None
+        self.loss = self._loss_of()
+        self.loss.backward()
+        self._optimizer.apply()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self._graph = graph

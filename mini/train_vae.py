@@ -1,0 +1,124 @@
+"""First stage: the VAE, on single frames until they are sharp, then on whole clips.
+
+Whole clips from the start collapse to the background, and a VAE that has only seen short clips falls
+apart on the frames it never saw; hence frames first, then the full length (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from mini.architecture import NUM_FRAMES
+from mini.causal import (
+    decode_clip,
+    encode_clip,
+    start_time_convolutions_as_copies,
+    whole_clip,
+)
+from mini.corpus import clip_pool, laid_out, scenes_of
+from mini.render import render
+from mini.scenes import Split
+from mini.stepping import Optimizer, TrainingStep
+from mini.training_settings import VaeSettings
+
+logger = logging.getLogger(__name__)
+
+KL_WEIGHT = 1e-6
+FOREGROUND_WEIGHT = 4.0
+Report = Callable[[str, dict[str, float]], None]
+
+
+def train_vae(
+    vae: AutoencoderKLWan, settings: VaeSettings, report: Report, fresh: bool = True
+) -> None:
+    """Train in place and fill in the latent statistics. `fresh` is False to go on from weights."""
+    device = vae.device
+    pool = clip_pool(settings.pool, settings.seed, device)
+    with whole_clip(vae):
+        if fresh:
+            _stage(vae, pool, settings, report, frames=1)
+            start_time_convolutions_as_copies(vae)
+        _stage(vae, pool, settings, report, frames=NUM_FRAMES)
+        _set_latent_statistics(vae, pool)
+
+
+def _stage(
+    vae: AutoencoderKLWan, pool: Tensor, settings: VaeSettings, report: Report, frames: int
+) -> None:
+    seconds = settings.image_s if frames == 1 else settings.clip_s
+    batch = settings.image_batch if frames == 1 else settings.clip_batch
+    optimizer = Optimizer(vae.parameters(), settings.peak_lr, seconds)
+    picked = torch.zeros(batch, dtype=torch.long, device=pool.device)
+    frame = torch.zeros(batch, dtype=torch.long, device=pool.device)
+
+    def loss_of() -> Tensor:
+        chosen = pool[picked] if frames > 1 else pool[picked, :, frame].unsqueeze(2)
+        return _loss(vae, chosen.float() / 127.5 - 1)
+
+    step: TrainingStep | None = None
+    progress, since = 0.0, time.monotonic()
+    while progress < 1.0:
+        picked.random_(pool.shape[0])
+        frame.random_(pool.shape[2])
+        progress = optimizer.tick()
+        step = step or TrainingStep(loss_of, optimizer)
+        step()
+        if optimizer.steps % 250 == 0 or progress >= 1.0:
+            figures = {
+                "steps": optimizer.steps,
+                "loss": step.loss.item(),
+                "step_ms": 1000 * (time.monotonic() - since) / min(250, optimizer.steps),
+                "spent_s": optimizer.spent_s,
+            }
+            report(f"vae {frames}-frame", figures)
+            since = time.monotonic()
+    optimizer.swap_average()
+
+
+def _loss(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    with torch.autocast(video.device.type, torch.bfloat16):
+        mean, logvar = encode_clip(vae, video)
+        mean, logvar = mean.float(), logvar.float()
+        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        rebuilt = decode_clip(vae, latents).float()
+    # The corner pixel is background in every scene of the world.
+    ground = video[:, :, :, :1, :1]
+    weight = 1 + FOREGROUND_WEIGHT * ((video - ground).abs().amax(1, keepdim=True) > 0.05)
+    error = rebuilt - video
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return (weight * (error.square() + 0.1 * error.abs())).mean() + KL_WEIGHT * divergence
+
+
+@torch.no_grad()
+def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
+    with torch.autocast(pool.device.type, torch.bfloat16):
+        pieces = pool[:512].split(64)
+        latents = torch.cat([encode_clip(vae, p.float() / 127.5 - 1)[0].float() for p in pieces])
+    mean = latents.mean(dim=(0, 2, 3, 4)).tolist()
+    std = latents.std(dim=(0, 2, 3, 4)).tolist()
+    vae.register_to_config(
+        latents_mean=[round(value, 5) for value in mean],
+        latents_std=[round(value, 5) for value in std],
+    )
+
+
+@torch.no_grad()
+def reconstruction_psnr_db(vae: AutoencoderKLWan, count: int, seed: int) -> Tensor:
+    """PSNR in dB of `count` evaluation clips after encode and decode, one value per clip."""
+    scenes = scenes_of(Split.EVALUATION, count, seed)
+    batch = laid_out(scenes, seed)
+    values = []
+    for start in range(0, count, 8):
+        video = render(batch.select(slice(start, start + 8)).to(vae.device))
+        video = (video * 255).round() / 255
+        latents = vae.encode((video * 2 - 1).to(vae.dtype)).latent_dist.mean
+        rebuilt = (vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        error = (rebuilt - video).square().mean(dim=(1, 2, 3, 4))
+        values.append(-10 * torch.log10(error.clamp_min(1e-10)))
+    return torch.cat(values).cpu()
