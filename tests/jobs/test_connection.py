@@ -126,6 +126,7 @@ def test_lost_answer_to_an_ending_is_no_error(
 
 
 def test_nobody_there(unused_port: int) -> None:
-    with connect(f"redis://127.0.0.1:{unused_port}/0") as nobody:
-        with pytest.raises(RedisConnectionError):
-            nobody.ping()
+    nobody = connect(f"redis://127.0.0.1:{unused_port}/0")
+    with pytest.raises(RedisConnectionError):
+        nobody.ping()
+    nobody.close()

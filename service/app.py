@@ -1,0 +1,61 @@
+"""Put the service together.
+
+Importing this module does nothing; `create_app` builds an application.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from jobs.artifacts import open_artifacts
+from jobs.connection import connect
+from jobs.store import JobStore
+from service import openapi, problems
+from service.deps import Parts
+from service.routes import health, jobs, models
+from service.settings import ServiceSettings
+
+MAX_BODY_BYTES = 256 * 1024
+"""Far above the longest prompt any model takes, even with every character escaped."""
+
+_TAGS = [
+    {"name": "jobs", "description": "Ask for videos, follow them, cancel them, fetch them."},
+    {"name": "models", "description": "What the live workers offer."},
+    {"name": "health", "description": "For load balancers and operators."},
+]
+
+
+def create_app(settings: ServiceSettings) -> FastAPI:
+    """Build the application. Redis is not needed until the first request.
+
+    Raises:
+        ArtifactRefused: ARTIFACTS_URL is not an address the service can serve.
+        OSError: the artifact folder cannot be made.
+    """
+    redis = connect(settings.redis_url.get_secret_value())
+    artifacts = open_artifacts(settings.artifacts_url)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        redis.close()
+
+    app = FastAPI(
+        title="Text to video with Wan2.1",
+        version=version("wan-hif8"),
+        description="Asks resident workers for videos in `bf16` or `w8a8` (HiFloat8) and serves "
+        "the results. Errors are problem documents (RFC 9457).",
+        openapi_tags=_TAGS,
+        lifespan=lifespan,
+        max_body_size=MAX_BODY_BYTES,
+    )
+    app.state.parts = Parts(
+        settings=settings, redis=redis, store=JobStore(redis), artifacts=artifacts
+    )
+    for routes in (jobs, models, health):
+        app.include_router(routes.router)
+    problems.install(app)
+    openapi.install(app)
+    return app

@@ -1,0 +1,144 @@
+"""The OpenAPI document: problem documents under their own media type, examples, and the body of
+`POST /generate`.
+
+FastAPI describes errors as `application/json` and adds a 422 of its own to every route with
+parameters; both are put right here, after it has built the document.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from jobs import errors
+from jobs.spec import GenerationBody
+from service.problems import MEDIA_TYPE, Problem, from_error, from_status
+from service.views import QUEUED_EXAMPLE
+
+Json = dict[str, Any]
+
+_REF = "#/components/schemas/{model}"
+
+GENERATE_BODY: Json = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REF.format(model="GenerationBody")},
+                "examples": {
+                    "short": {
+                        "summary": "A prompt; everything else by default",
+                        "value": {
+                            "prompt": "a small red circle moving right on a black background"
+                        },
+                    },
+                    "full": {
+                        "summary": "Every choice made",
+                        "value": {
+                            "prompt": "a large blue square moving up on a white background",
+                            "negative_prompt": "",
+                            "mode": "w8a8",
+                            "size": "96x96",
+                            "num_frames": 17,
+                            "num_inference_steps": 20,
+                            "guidance_scale": 4.0,
+                            "seed": 7,
+                            "model": "wan-mini",
+                        },
+                    },
+                },
+            }
+        },
+    }
+}
+
+GENERATE_ANSWER: dict[int | str, Json] = {
+    202: {
+        "content": {"application/json": {"example": QUEUED_EXAMPLE}},
+        "headers": {
+            "Location": {
+                "description": "The job's address.",
+                "schema": {"type": "string", "examples": ["/jobs/01a2"]},
+            }
+        },
+    }
+}
+
+_MP4: Json = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
+VIDEO_RESPONSES: dict[int | str, Json] = {
+    200: {"description": "The whole file.", "content": _MP4},
+    206: {"description": "The ranges asked for.", "content": _MP4},
+    304: {"description": "The caller already has it."},
+}
+
+_CANCEL_TOO_LATE = "Job 01a2 has already succeeded; only queued and running jobs can be cancelled."
+_FRAMES = "num_frames is 16, which is not 4k+1 from 5 to 17."
+_NOT_SERVED = "No live worker serves mode w8a8 of model wan-mini. Served now: wan-mini: bf16."
+_HIDDEN = "The service met an unexpected error; its log has the details under 5f0c9a2b."
+
+
+def _examples() -> dict[int, Problem]:
+    """One true example per status."""
+    path = "/jobs/01a2"
+    served = [{"model": "wan-mini", "modes": ["bf16"]}]
+    invalid = errors.InvalidSpec.of("num_frames", 16, "4k+1 from 5 to 17", _FRAMES)
+    found = [
+        from_status(400, "There was an error parsing the body", path),
+        from_error(errors.JobNotFound("There is no job 01a2.", job_id="01a2"), path),
+        from_error(errors.JobNotCancellable(_CANCEL_TOO_LATE, job_id="01a2"), path),
+        from_error(errors.VideoGone("The video is no longer stored.", job_id="01a2"), path),
+        from_status(413, "Request body too large.", "/generate"),
+        from_status(416, "The Range header asks for bytes beyond the end of the video.", path),
+        from_error(invalid, "/generate"),
+        from_error(errors.AppError(_HIDDEN), path),
+        from_error(errors.ModeNotServed(_NOT_SERVED, served=served), "/generate"),
+    ]
+    return {problem.status: problem for problem in found}
+
+
+def problems(*statuses: int) -> dict[int | str, Json]:
+    """Describe a route's error answers; any route may meet an unexpected error, too."""
+    examples = _examples()
+    schema = {"$ref": _REF.format(model="Problem")}
+    answers: dict[int | str, Json] = {}
+    for status in sorted({*statuses, 500}):
+        example = examples[status].model_dump(mode="json", exclude_none=True)
+        answers[status] = {
+            "description": examples[status].title,
+            "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
+        }
+    return answers
+
+
+def install(app: FastAPI) -> None:
+    """Make `app.openapi()` build our document, once."""
+
+    def build() -> Json:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = build  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI) -> Json:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
+    )
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for model in (GenerationBody, Problem):
+        schema = model.model_json_schema(ref_template=_REF)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[model.__name__] = schema
+    for path in document["paths"].values():
+        for operation in path.values():
+            answer = operation["responses"].get("422", {})
+            if "application/json" in answer.get("content", {}):
+                del operation["responses"]["422"]
+    return document

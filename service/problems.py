@@ -1,0 +1,191 @@
+"""Every error as an RFC 9457 problem document, from one table.
+
+Routes raise `AppError`s; the handlers here turn them, FastAPI's validation errors, plain HTTP
+errors, Redis errors and whatever is left into `application/problem+json`. What is left is logged
+and hidden behind a reference.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any, Final, cast
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from jobs import errors
+from jobs.spec import shown
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE: Final = "application/problem+json"
+RETRY_AFTER_S: Final = 5
+
+STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
+    {
+        errors.AppError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.InvalidSpec: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.JobNotFound: HTTPStatus.NOT_FOUND,
+        errors.JobNotCancellable: HTTPStatus.CONFLICT,
+        errors.JobAlreadyFinished: HTTPStatus.CONFLICT,
+        errors.VideoNotReady: HTTPStatus.NOT_FOUND,
+        errors.VideoGone: HTTPStatus.GONE,
+        errors.ModeNotServed: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.NoLiveWorker: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.RecordUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ArtifactRefused: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.StaleAttempt: HTTPStatus.CONFLICT,
+        errors.GenerationCancelled: HTTPStatus.CONFLICT,
+        errors.GenerationFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.OutOfDeviceMemory: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.GenerationTimedOut: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.PromptTooLong: HTTPStatus.UNPROCESSABLE_ENTITY,
+    }
+)
+
+
+class FieldProblem(BaseModel):
+    """One field that was refused."""
+
+    field: str
+    value: Any = Field(description="What was sent; long texts are cut.")
+    bound: str = Field(description="What would be accepted.")
+    detail: str
+
+
+class ServedModel(BaseModel):
+    model: str
+    modes: list[str]
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document; members that do not apply are left out."""
+
+    type: str = Field(examples=["urn:wan-hif8:problem:job_not_found"])
+    title: str = Field(examples=["No such job"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["There is no job 01a2039b8ee8."])
+    instance: str = Field(description="The path that was asked for.", examples=["/jobs/01a2"])
+    code: str = Field(description="Stable, for programs.", examples=["job_not_found"])
+    job_id: str | None = None
+    state: str | None = Field(default=None, description="The state the job is in.")
+    errors: list[FieldProblem] | None = Field(default=None, description="Every refused field.")
+    served: list[ServedModel] | None = Field(default=None, description="What is served now.")
+
+
+def from_error(error: errors.AppError, path: str) -> Problem:
+    """Describe `error` to the caller who asked for `path`."""
+    extra = {name: error.context[name] for name in _SHOWN_CONTEXT if name in error.context}
+    if isinstance(error, errors.InvalidSpec):
+        extra["errors"] = [
+            FieldProblem(field=v.field, value=v.value, bound=v.bound, detail=v.detail)
+            for v in error.violations
+        ]
+    known = {"status": STATUS_OF[type(error)], "title": error.title, "code": error.code}
+    return _problem(path, detail=error.detail, **known, **extra)
+
+
+def response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Make the HTTP answer for a problem."""
+    extra = dict(headers or {})
+    if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        extra["Retry-After"] = str(RETRY_AFTER_S)
+    content = problem.model_dump(mode="json", exclude_none=True)
+    # A refused field's null is information: it was missing, or null itself.
+    if problem.errors is not None:
+        content["errors"] = [each.model_dump(mode="json") for each in problem.errors]
+    return JSONResponse(content, problem.status, headers=extra, media_type=MEDIA_TYPE)
+
+
+def from_status(status: int, detail: str, path: str) -> Problem:
+    """Describe a plain HTTP error."""
+    code, title = _PLAIN.get(status, (f"http_{status}", "The request was refused"))
+    return _problem(path, status=status, title=title, code=code, detail=detail)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers."""
+    app.add_exception_handler(errors.AppError, _on_app_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RedisError, _on_redis_error)
+    app.add_exception_handler(Exception, _on_anything_else)
+
+
+# Spelled out, because the standard library's phrases change with the Python version.
+_PLAIN = {
+    400: ("bad_request", "The request cannot be read"),
+    404: ("not_found", "Nothing is found at this address"),
+    405: ("method_not_allowed", "This address does not take this method"),
+    413: ("body_too_large", "The body is too large"),
+    416: ("range_not_satisfiable", "The range lies beyond the video"),
+}
+_SHOWN_CONTEXT = ("job_id", "state", "served")
+
+
+def _problem(path: str, **members: Any) -> Problem:
+    return Problem(type=f"urn:wan-hif8:problem:{members['code']}", instance=quote(path), **members)
+
+
+async def _on_app_error(request: Request, error: Exception) -> JSONResponse:
+    problem = from_error(cast("errors.AppError", error), request.url.path)
+    if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s %s: %s", request.method, problem.instance, problem.detail)
+    return response(problem)
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """Query parameters and unreadable JSON; the fields of a body are checked by `jobs.spec`."""
+    violations = []
+    for each in cast("RequestValidationError", error).errors():
+        place, *names = each["loc"]
+        field = ".".join(map(str, names)) if place != "body" and names else str(place)
+        value = None if place == "body" else shown(each["input"])
+        bound = "a JSON object" if place == "body" else each["msg"]
+        detail = f"{field}: {each['msg']}{_reason(each)}."
+        violations.append(errors.Violation(field, value, bound, detail))
+    return response(from_error(errors.InvalidSpec(violations), request.url.path))
+
+
+def _reason(each: Mapping[str, Any]) -> str:
+    reason = each.get("ctx", {}).get("error")
+    return f" ({reason})" if isinstance(reason, str) else ""
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    error = cast("HTTPException", error)
+    return response(
+        from_status(error.status_code, str(error.detail), request.url.path), error.headers
+    )
+
+
+async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:
+    # The text of a Redis error may name hosts; it is for the log only.
+    logger.error("Redis failed in %s %s: %r", request.method, quote(request.url.path), error)
+    unavailable = errors.StoreUnavailable(
+        "The job store cannot be reached or refuses to write; try again in a few seconds."
+    )
+    return response(from_error(unavailable, request.url.path))
+
+
+async def _on_anything_else(request: Request, error: Exception) -> JSONResponse:
+    reference = secrets.token_hex(4)
+    logger.error(
+        "Unexpected error %s in %s %s",
+        reference,
+        request.method,
+        quote(request.url.path),
+        exc_info=error,
+    )
+    hidden = errors.AppError(
+        f"The service met an unexpected error; its log has the details under {reference}."
+    )
+    return response(from_error(hidden, request.url.path))

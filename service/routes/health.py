@@ -1,0 +1,24 @@
+"""Is the process alive, and can it do its work?"""
+
+from fastapi import APIRouter
+
+from jobs.errors import NoLiveWorker
+from service.deps import CatalogDep
+from service.openapi import problems
+from service.views import HealthView, ReadyView
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Is the process alive?", responses=problems())
+async def healthz() -> HealthView:
+    """Answer whenever the process does, without the thread pool and without Redis."""
+    return HealthView()
+
+
+@router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
+def readyz(catalog: CatalogDep) -> ReadyView:
+    """Answer 200 when Redis is reachable and at least one worker is live."""
+    if not catalog.offers:
+        raise NoLiveWorker("Redis is reachable, but no worker is live.")
+    return ReadyView(workers=len(catalog.offers))

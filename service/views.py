@@ -1,0 +1,170 @@
+"""What callers see: the JSON of jobs and models, without queue names, artifact keys and tokens."""
+
+from datetime import datetime
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.catalog import Catalog, ModelOffer, ModeOffer
+from jobs.record import Failure, JobRecord, Progress, StageTimings
+from jobs.spec import GenerationRequest
+from jobs.state import JobState
+
+_JOB_EXAMPLE: dict[str, Any] = {
+    "id": "01a2039b8ee84d074d36452736a1b6c7",
+    "state": "succeeded",
+    "request": {
+        "prompt": "a small red circle moving right on a black background",
+        "negative_prompt": "",
+        "mode": "w8a8",
+        "size": "96x96",
+        "num_frames": 17,
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "seed": 7,
+        "model": "wan-mini",
+    },
+    "created_at": "2026-11-22T14:14:16.040Z",
+    "started_at": "2026-11-22T14:14:16.052Z",
+    "finished_at": "2026-11-22T14:14:23.410Z",
+    "attempts": 1,
+    "cancel_requested": False,
+    "progress": None,
+    "failure": None,
+    "video": {
+        "url": "http://127.0.0.1:8000/jobs/01a2039b8ee84d074d36452736a1b6c7/video.mp4",
+        "bytes": 18231,
+        "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "width": 96,
+        "height": 96,
+        "num_frames": 17,
+        "fps": 8,
+    },
+    "timings": {
+        "queue_s": 0.012,
+        "text_encoder_s": 0.05,
+        "denoise_s": 6.6,
+        "vae_s": 0.6,
+        "mp4_s": 0.1,
+        "total_s": 7.36,
+    },
+}
+
+QUEUED_EXAMPLE: dict[str, Any] = {
+    **_JOB_EXAMPLE,
+    **dict.fromkeys(("started_at", "finished_at", "video", "timings")),
+    "state": "queued",
+    "attempts": 0,
+}
+
+
+class VideoView(BaseModel):
+    """A finished video; `url` is absolute and honours Range."""
+
+    url: str
+    bytes: int
+    sha256: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+
+
+class JobView(BaseModel):
+    """One job as it stands."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_JOB_EXAMPLE]})
+
+    id: str
+    state: JobState
+    request: GenerationRequest = Field(description="What is run, with every default filled in.")
+    created_at: datetime
+    started_at: datetime | None = Field(description="When the latest attempt began.")
+    finished_at: datetime | None
+    attempts: int = Field(description="How often a worker has begun the job.")
+    cancel_requested: bool
+    progress: Progress | None = Field(description="Where a running job is.")
+    failure: Failure | None = Field(description="Why the job failed, if it did.")
+    video: VideoView | None = Field(description="The result, once the job has succeeded.")
+    timings: StageTimings | None
+
+    @classmethod
+    def of(cls, job: JobRecord, base_url: str) -> Self:
+        video = None
+        if job.video is not None:
+            url = f"{base_url}/jobs/{job.id}/video.mp4"
+            video = VideoView(url=url, **job.video.model_dump(exclude={"key"}))
+        shared = {name: getattr(job, name) for name in cls.model_fields if name != "video"}
+        return cls(video=video, **shared)
+
+
+class JobListView(BaseModel):
+    """Jobs, newest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"jobs": [_JOB_EXAMPLE], "next_cursor": None}]}
+    )
+
+    jobs: list[JobView]
+    next_cursor: str | None = Field(description="Ask with it for the next page; null on the last.")
+
+
+class ServedModeView(ModeOffer):
+    """A mode and how many live workers serve it."""
+
+    workers: int
+
+
+class WorkerView(BaseModel):
+    id: str
+    device: str
+    modes: list[str]
+    started_at: datetime
+
+
+class ModelView(ModelOffer):
+    """A model's bounds and defaults, its modes, and the workers that serve it."""
+
+    modes: list[ServedModeView]
+    workers: list[WorkerView]
+
+
+class ModelListView(BaseModel):
+    """Everything the live workers offer. Empty when none is live."""
+
+    models: list[ModelView]
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Self:
+        models = sorted({offer.model for offer in catalog.offers}, key=lambda m: m.name)
+        return cls(models=[_model_view(model, catalog) for model in models])
+
+
+class HealthView(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ReadyView(BaseModel):
+    status: Literal["ready"] = "ready"
+    workers: int = Field(description="Live workers.")
+
+
+def _model_view(model: ModelOffer, catalog: Catalog) -> ModelView:
+    offers = [offer for offer in catalog.offers if offer.model == model]
+    modes = sorted({mode for offer in offers for mode in offer.modes}, key=lambda m: m.name)
+    return ModelView(
+        **model.model_dump(),
+        modes=[
+            ServedModeView(**mode.model_dump(), workers=sum(mode in o.modes for o in offers))
+            for mode in modes
+        ],
+        workers=[
+            WorkerView(
+                id=offer.worker_id,
+                device=offer.device,
+                modes=[mode.name for mode in offer.modes],
+                started_at=offer.started_at,
+            )
+            for offer in offers
+        ],
+    )
