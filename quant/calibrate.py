@@ -1,0 +1,194 @@
+"""Calibrate: run the BF16 pipeline over prompts and choose the scales of a recipe.
+
+The prompts run through the whole pipeline as a job would, guidance included, so the linears see what
+they will see in service; only the VAE is left out. The result is a `Scales`, ready to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.apply import select_linears
+from quant.errors import CalibrationError
+from quant.fingerprint import model_fingerprint
+from quant.granularity import PerChannel, PerToken
+from quant.prompts import PromptSet
+from quant.recipe import QuantRecipe
+from quant.sampler import SamplerSettings
+from quant.scales import Scales
+from quant.scaling import binade_histogram, choose_scale
+from quant.statistics import ActivationStatistics
+
+OnPrompt = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPlan:
+    """What to calibrate, for what, and with what.
+
+    Attributes:
+        model_folder: a pipeline in diffusers format; only its transformer's files are fingerprinted.
+    """
+
+    model_folder: Path
+    recipe: QuantRecipe
+    prompts: PromptSet
+    sampler: SamplerSettings
+
+
+def load_pipeline(model_folder: Path, device: str) -> Any:
+    """Load a `WanPipeline` in BF16 onto a device.
+
+    Raises:
+        CalibrationError: the folder or the device is not there.
+    """
+    if not (model_folder / "model_index.json").is_file():
+        raise CalibrationError(
+            f"{model_folder} holds no model_index.json: give the folder of a WanPipeline "
+            "in diffusers format"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError("device cuda is not available here: use --device cpu")
+    from diffusers import WanPipeline  # seconds to import, so only when a model is really loaded
+
+    pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
+    return pipe.to(device)
+
+
+def calibrate(
+    pipe: Any, plan: CalibrationPlan, on_prompt: OnPrompt = lambda done, total: None
+) -> Scales:
+    """Run the plan's prompts through a BF16 `WanPipeline` and choose scales.
+
+    Args:
+        on_prompt: called after each prompt with (done, total).
+
+    Raises:
+        CalibrationError: a prompt is too long, or a linear saw a value that is not finite.
+        ConversionError: the recipe does not fit the transformer.
+    """
+    _check_prompt_lengths(pipe, plan)
+    fingerprint = model_fingerprint(plan.model_folder)
+    linears = select_linears(pipe.transformer, plan.recipe)
+    statistics = ActivationStatistics(
+        linears, plan.sampler.timestep_groups, len(plan.prompts.prompts)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with statistics.watching(), torch.no_grad():
+        for index, prompt in enumerate(plan.prompts.prompts):
+            statistics.begin(index)
+            _run_prompt(pipe, plan.sampler, index, prompt, statistics)
+            _check_finite(statistics, index, list(linears), prompt)
+            on_prompt(index + 1, len(plan.prompts.prompts))
+    return Scales(
+        model_fingerprint=fingerprint,
+        recipe=plan.recipe,
+        prompts_sha256=plan.prompts.sha256,
+        prompts_file=plan.prompts.file,
+        sampler=plan.sampler,
+        tool_version=tool_version(),
+        linears=tuple(linears),
+        weight_scale={
+            name: _weight_scale(linear.weight.detach(), plan.recipe).cpu()
+            for name, linear in linears.items()
+        },
+        act_scale=_act_scales(linears, statistics, plan.recipe),
+        weight_amax=torch.stack([_amax(linear) for linear in linears.values()]).cpu(),
+        act_amax=statistics.amax.cpu(),
+        act_mean_square=statistics.mean_square,
+        act_binades=statistics.binades.cpu(),
+    )
+
+
+def tool_version() -> str:
+    """The installed version of this distribution."""
+    try:
+        return version("wan-hif8")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _run_prompt(
+    pipe: Any,
+    sampler: SamplerSettings,
+    index: int,
+    prompt: str,
+    statistics: ActivationStatistics,
+) -> None:
+    def after_step(
+        _pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        if step + 1 < sampler.num_inference_steps:
+            statistics.enter(sampler.group_of_step(step + 1))
+        return tensors
+
+    width, height = sampler.size
+    statistics.enter(0)
+    pipe(
+        prompt=prompt,
+        negative_prompt=sampler.negative_prompt,
+        width=width,
+        height=height,
+        num_frames=sampler.num_frames,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        max_sequence_length=sampler.text_tokens,
+        generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
+        output_type="latent",
+        callback_on_step_end=after_step,
+    )
+
+
+def _check_prompt_lengths(pipe: Any, plan: CalibrationPlan) -> None:
+    """Refuse prompts the pipeline would cut without a word."""
+    limit = plan.sampler.text_tokens
+    for prompt in (plan.sampler.negative_prompt, *plan.prompts.prompts):
+        tokens = len(pipe.tokenizer(prompt)["input_ids"])
+        if tokens > limit:
+            raise CalibrationError(
+                f"prompt {prompt!r} has {tokens} tokens, the limit is {limit}: shorten it or raise "
+                "--text-tokens"
+            )
+
+
+def _check_finite(
+    statistics: ActivationStatistics, prompt_index: int, names: list[str], prompt: str
+) -> None:
+    finite = statistics.amax[:, :, prompt_index].isfinite().all(dim=1)
+    if not finite.all():
+        name = names[int((~finite).nonzero()[0])]
+        raise CalibrationError(
+            f"the input of {name} held NaN or infinity on prompt {prompt!r}: no scale describes "
+            "that; check the model's weights"
+        )
+
+
+def _amax(linear: nn.Linear) -> Tensor:
+    return linear.weight.detach().abs().amax().float()
+
+
+def _weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
+    """weight [N, K] → [] or [N, 1] float32."""
+    per_channel = isinstance(recipe.weight_granularity, PerChannel)
+    rows = weight if per_channel else weight.reshape(1, -1)
+    binades = binade_histogram(rows) if recipe.weight_policy.needs_binades else None
+    scale = choose_scale(recipe.weight_policy, rows.abs().amax(1), binades)
+    return scale.unsqueeze(1) if per_channel else scale.squeeze(0)
+
+
+def _act_scales(
+    linears: Mapping[str, nn.Linear], statistics: ActivationStatistics, recipe: QuantRecipe
+) -> dict[str, Tensor]:
+    if isinstance(recipe.act_granularity, PerToken):
+        return {}
+    amax = statistics.amax.amax((1, 2))
+    scales = choose_scale(recipe.act_policy, amax, statistics.binades.sum(1)).cpu()
+    # Clones: safetensors refuses tensors that share one storage.
+    return {name: scale.clone() for name, scale in zip(linears, scales, strict=True)}

@@ -1,0 +1,82 @@
+"""Quantized linear algebra in plain torch: the truth every other kernel is held to.
+
+Everything is stated as float32 arithmetic around `quant.hif8`. On the CPU two facts make most of it
+one table look-up: BF16 has 65,536 values, so scaling, rounding to HiFloat8 and scaling back is a
+gather; and a byte has 256 codes, so two neighbouring weights are one of 65,536 pairs, decoded to two
+BF16 values by one gather. The tables are filled by the arithmetic they replace.
+
+Runs on any torch device. Not differentiable, and makes no attempt at being fast off the CPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant import hif8
+from quant.scaling import ScalePolicy, choose_scale, is_power_of_two
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Codes of x under a scale: x [...], scale broadcastable to x → qdata [...] uint8."""
+    if x.dtype is torch.bfloat16 and scale.numel() == 1 and is_power_of_two(scale.item()):
+        return hif8.encode(x * (1 / scale).to(x.dtype))  # exact, and BF16 encodes faster than FP32
+    return hif8.encode(x.float() / scale)
+
+
+def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Values of codes under a scale: qdata [...] uint8, scale broadcastable → [...] dtype."""
+    in_pairs = qdata.numel() % 2 == 0 and qdata.storage_offset() % 2 == 0
+    if dtype is torch.bfloat16 and qdata.device.type == "cpu" and in_pairs:
+        if scale.numel() > 1:
+            return (_decode_pairs(qdata, 1.0) * scale).to(dtype)
+        if is_power_of_two(scale.item()):
+            return _decode_pairs(qdata, scale.item())
+    return (hif8.decode(qdata, torch.float32) * scale).to(dtype)
+
+
+def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """Quantize and dequantize at once: x [...], scale broadcastable → [...] of x's dtype."""
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and scale.numel() == 1:
+        multiplier = scale.item()
+        if is_power_of_two(multiplier):
+            table = _fake_quantize_table(multiplier)
+            return table.index_select(0, hif8.bf16_index(x)).view(x.shape)
+    return (hif8.round_to_hif8(x.float() / scale) * scale).to(x.dtype)
+
+
+def fake_quantize_per_token(x: Tensor, policy: ScalePolicy) -> Tensor:
+    """Fake-quantize each token with a scale from its own amax: x [..., K] → [..., K]."""
+    return fake_quantize(x, choose_scale(policy, x.abs().amax(-1, keepdim=True)))
+
+
+def linear(x: Tensor, weight_qdata: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply fake-quantized activations with packed weights, in the dtype of x.
+
+    x [..., K], weight_qdata [N, K] uint8, weight_scale [] or [N, 1] float32, bias [N] → [..., N].
+    """
+    return F.linear(x, dequantize(weight_qdata, weight_scale, x.dtype), bias)
+
+
+def _decode_pairs(qdata: Tensor, multiplier: float) -> Tensor:
+    index = qdata.reshape(-1).view(torch.uint16).to(torch.int32)
+    pairs = _pair_table(multiplier).index_select(0, index)
+    return pairs.view(torch.bfloat16).view(qdata.shape)
+
+
+@lru_cache(maxsize=128)
+def _fake_quantize_table(multiplier: float) -> Tensor:
+    """What `fake_quantize` makes of every BF16 bit pattern: [65536] bf16, 128 KiB per multiplier."""
+    scaled = hif8.all_bf16().float() / multiplier
+    return (hif8.round_to_hif8(scaled) * multiplier).to(torch.bfloat16)
+
+
+@lru_cache(maxsize=128)
+def _pair_table(multiplier: float) -> Tensor:
+    """Two decoded, scaled values as one int32, for every pair of codes: [65536], 256 KiB."""
+    pairs = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
+    values = hif8.decode(pairs, torch.float32) * multiplier
+    return values.to(torch.bfloat16).view(torch.int32)

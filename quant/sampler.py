@@ -1,0 +1,88 @@
+"""How calibration runs a pipeline: the settings, their defaults for a model, and their bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quant.errors import CalibrationError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerSettings:
+    """What decides which activations calibration sees, apart from prompts and model.
+
+    Attributes:
+        size: (width, height) of the video in pixels.
+        text_tokens: length prompts are padded to.
+        seed: seed of the first prompt's noise; the i-th prompt gets seed + i.
+        timestep_groups: statistics are kept apart for this many groups of neighbouring steps.
+    """
+
+    size: tuple[int, int]
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    text_tokens: int
+    negative_prompt: str = ""
+    seed: int = 0
+    timestep_groups: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the bounds every Wan model shares.
+
+        Raises:
+            CalibrationError: naming the setting, its value and its bound.
+        """
+        if any(side < 16 or side % 16 for side in self.size):
+            raise CalibrationError(f"size {self.size_text} must be in multiples of 16 px")
+        if self.num_frames < 1 or self.num_frames % 4 != 1:
+            raise CalibrationError(f"frames {self.num_frames} must be 4k + 1: 1, 5, 9, ...")
+        if not 1 <= self.timestep_groups <= self.num_inference_steps:
+            raise CalibrationError(
+                f"steps {self.num_inference_steps} must be at least {max(1, self.timestep_groups)}, "
+                "the number of timestep groups, so that every group sees a step"
+            )
+
+    @property
+    def size_text(self) -> str:
+        """The size as people write it, 832x480."""
+        return f"{self.size[0]}x{self.size[1]}"
+
+    def arguments(self) -> list[str]:
+        """The command-line arguments of `python -m quant calibrate` that repeat these settings."""
+        return [
+            *("--steps", str(self.num_inference_steps)),
+            *("--size", self.size_text),
+            *("--frames", str(self.num_frames)),
+            *("--guidance-scale", f"{self.guidance_scale:g}"),
+            *("--text-tokens", str(self.text_tokens)),
+            *("--seed", str(self.seed)),
+        ]
+
+    def group_of_step(self, step: int) -> int:
+        """The timestep group a step (0 is the noisiest) belongs to."""
+        return step * self.timestep_groups // self.num_inference_steps
+
+
+# By the width of the transformer (heads times head size): the size it was trained for.
+_DEFAULTS = {
+    128: SamplerSettings((96, 96), 17, 20, 5.0, 64),  # the miniature
+    1536: SamplerSettings((832, 480), 81, 50, 5.0, 512),  # Wan2.1-T2V-1.3B
+    5120: SamplerSettings((832, 480), 81, 50, 5.0, 512),  # Wan2.1-T2V-14B
+}
+
+
+def default_sampler(transformer_config: dict[str, Any]) -> SamplerSettings:
+    """The settings to calibrate a Wan transformer with when nobody says otherwise.
+
+    Raises:
+        CalibrationError: no model of this width is known.
+    """
+    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    if width not in _DEFAULTS:
+        raise CalibrationError(
+            f"no default size for a transformer {width} wide (known: "
+            f"{', '.join(map(str, _DEFAULTS))}): give --size, --frames, --steps and --text-tokens"
+        )
+    return _DEFAULTS[width]

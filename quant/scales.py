@@ -1,0 +1,206 @@
+"""The scales file: what calibration found out, and for what it holds.
+
+One safetensors file with the scales a quantized model is built with (`<linear>.weight_scale`,
+`<linear>.act_scale`), the statistics they were chosen from, and metadata that says which model, which
+recipe, which prompts and which sampler they belong to. Loading never trusts a file's name: a worker
+calls `check_scales` before it builds anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from quant.errors import RecipeError, ScalesError, ScalesMismatch
+from quant.recipe import QuantRecipe
+from quant.sampler import SamplerSettings
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """A loaded scales file. P prompts, G timestep groups (noisiest first), M linears.
+
+    Attributes:
+        model_fingerprint: of the model they were calibrated on (`quant.fingerprint`).
+        prompts_file: the name of the prompt file, for people; `prompts_sha256` is what counts.
+        linears: full names, in the order of the statistics' first dimension.
+        weight_scale: per linear, [] or [N, 1] float32.
+        act_scale: per linear, [] float32; empty when the recipe finds them per token.
+        weight_amax: [M] float32.
+        act_amax: [M, G, P] float32, largest magnitude a linear's input had.
+        act_mean_square: [M, G, P] float32, mean square of that input.
+        act_binades: [M, G, NUM_BINADES] float32, counts per binade over all prompts (`quant.scaling`).
+    """
+
+    model_fingerprint: str
+    recipe: QuantRecipe
+    prompts_sha256: str
+    prompts_file: str
+    sampler: SamplerSettings
+    tool_version: str
+    linears: tuple[str, ...]
+    weight_scale: dict[str, Tensor]
+    act_scale: dict[str, Tensor]
+    weight_amax: Tensor
+    act_amax: Tensor
+    act_mean_square: Tensor
+    act_binades: Tensor
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts the statistics come from."""
+        return self.act_amax.shape[2]
+
+
+_STATISTICS = ("weight_amax", "act_amax", "act_mean_square", "act_binades")
+
+
+def save_scales(scales: Scales, path: Path) -> None:
+    """Write a scales file, whole or not at all.
+
+    Raises:
+        ScalesError: the folder does not exist or cannot be written.
+    """
+    tensors = {name: getattr(scales, name) for name in _STATISTICS}
+    tensors |= {f"{name}.weight_scale": scale for name, scale in scales.weight_scale.items()}
+    tensors |= {f"{name}.act_scale": scale for name, scale in scales.act_scale.items()}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model_fingerprint": scales.model_fingerprint,
+        "recipe": scales.recipe.to_json(),
+        "prompts_sha256": scales.prompts_sha256,
+        "prompts_file": scales.prompts_file,
+        "sampler": json.dumps(asdict(scales.sampler)),
+        "tool_version": scales.tool_version,
+        "linears": json.dumps(scales.linears),
+    }
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        Path(f.name).chmod(0o644)
+        Path(f.name).replace(path)
+    except OSError as error:
+        raise ScalesError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_scales(path: Path, *, model_folder: Path | None = None) -> Scales:
+    """Read a scales file.
+
+    Args:
+        model_folder: named in the command an error recommends.
+
+    Raises:
+        ScalesError: there is no such file, or it is not a scales file.
+        ScalesMismatch: it has another format version.
+    """
+    if not path.is_file():
+        raise ScalesError(
+            f"there is no scales file {path}; make one with: {calibrate_command(path, model_folder)}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format_version(metadata, path, model_folder)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _from_parts(metadata, tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
+        raise ScalesError(f"{path} is not a readable scales file: {error!r}") from error
+
+
+def check_scales(
+    scales: Scales,
+    *,
+    model_fingerprint: str,
+    recipe: QuantRecipe,
+    path: Path | None = None,
+    model_folder: Path | None = None,
+) -> None:
+    """Refuse scales that were made for something else.
+
+    Args:
+        path: the scales file, and
+        model_folder: the model's folder, both named in the command an error recommends.
+
+    Raises:
+        ScalesMismatch: another model or recipe; the message ends with the command to run.
+    """
+    if scales.model_fingerprint != model_fingerprint:
+        problem = (
+            f"the scales were calibrated on model {scales.model_fingerprint}, "
+            f"this model is {model_fingerprint}"
+        )
+        arguments = []  # the sampler of another model says nothing about this one's
+    elif scales.recipe.fingerprint != recipe.fingerprint:
+        problem = (
+            f"the scales were made for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
+            f"this is {recipe.name!r} ({recipe.fingerprint})"
+        )
+        arguments = scales.sampler.arguments()
+    else:
+        return
+    command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
+    raise ScalesMismatch(f"{problem}; make fitting ones with: {' '.join([command, *arguments])}")
+
+
+def calibrate_command(
+    path: Path | None,
+    model_folder: Path | None,
+    *,
+    prompts: str | None = None,
+    recipe: QuantRecipe | None = None,
+) -> str:
+    """The command line that makes a scales file; what is not known stands in it in upper case."""
+    arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
+    arguments += ["--prompts", prompts or "PROMPTS_FILE", "--out", str(path or "SCALES_FILE")]
+    if recipe:
+        arguments += ["--recipe", recipe.source or recipe.name]
+    return shlex.join(["python", "-m", "quant", "calibrate", *arguments])
+
+
+def _check_format_version(metadata: dict[str, str], path: Path, model_folder: Path | None) -> None:
+    version = metadata.get("format_version")
+    if version is None:
+        raise ScalesError(f"{path} is not a scales file: its metadata has no format_version")
+    if version != FORMAT_VERSION:
+        raise ScalesMismatch(
+            f"{path} has scales format {version}, this tool reads {FORMAT_VERSION}; "
+            f"make fitting ones with: {calibrate_command(path, model_folder)}"
+        )
+
+
+def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
+    statistics = {name: tensors.pop(name) for name in _STATISTICS}
+    by_kind: dict[str, dict[str, Tensor]] = {"weight_scale": {}, "act_scale": {}}
+    for name, tensor in tensors.items():
+        linear, _, kind = name.rpartition(".")
+        by_kind[kind][linear] = tensor
+    sampler: dict[str, Any] = json.loads(metadata["sampler"])
+    sampler["size"] = tuple(sampler["size"])
+    return Scales(
+        model_fingerprint=metadata["model_fingerprint"],
+        recipe=QuantRecipe.from_json(metadata["recipe"]),
+        prompts_sha256=metadata["prompts_sha256"],
+        prompts_file=metadata["prompts_file"],
+        sampler=SamplerSettings(**sampler),
+        tool_version=metadata["tool_version"],
+        linears=tuple(json.loads(metadata["linears"])),
+        weight_scale=by_kind["weight_scale"],
+        act_scale=by_kind["act_scale"],
+        **statistics,
+    )

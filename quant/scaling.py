@@ -1,0 +1,151 @@
+"""The scale rule: from what was seen of a tensor to the multiplier its codes are decoded with.
+
+`scale` is always the dequantization multiplier, x ≈ decode(qdata) * scale. The default policy makes
+it the power of two that brings amax into [8, 16), the top of HiFloat8's 3-bit band: multiplying by a
+power of two is exact in BF16, so results are bit-equal on every device and the scale can be folded
+anywhere. `sqnr` takes the power of two that loses least on a histogram of binades, letting outliers
+above 16 have fewer bits when that pays. The others reproduce what other HiFloat8 code does.
+
+This module chooses scales; `quant.kernels` applies them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant.errors import RecipeError
+
+# Scales stay well inside FP32, so neither a scale nor its reciprocal can overflow or be subnormal.
+MAX_SCALE_EXPONENT = 64
+# Binade histograms count |x| by floor(log2|x|), one bin per exponent, ends included in the end bins.
+FIRST_BINADE = -40
+NUM_BINADES = 64
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePolicy:
+    """One way to choose scales.
+
+    Attributes:
+        name: how recipes call it.
+        qmax: amax is mapped to it; None when the policy does not look at amax.
+        power_of_two: the scale is rounded up to a power of two, so amax lands in [qmax/2, qmax).
+        needs_binades: the policy needs a histogram, so it cannot serve scales found while running.
+        summary: one line for people.
+    """
+
+    name: str
+    qmax: float | None
+    power_of_two: bool
+    needs_binades: bool
+    summary: str
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        ScalePolicy("pow2", 16.0, True, False, "power of two, amax in [8, 16)"),
+        ScalePolicy("sqnr", None, True, True, "the power of two that loses least"),
+        ScalePolicy("amax15", 15.0, False, False, "amax at 15 (MindSpeed, forward)"),
+        ScalePolicy("amax224", 224.0, False, False, "amax at 224 (MindSpeed, gradients)"),
+        ScalePolicy("none", None, True, False, "no scale: values are cast as they are"),
+    )
+}
+
+
+def scale_policy(name: str) -> ScalePolicy:
+    """The policy called `name`.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in POLICIES:
+        raise RecipeError(f"scale policy {name!r} is not one of {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def choose_scale(policy: ScalePolicy, amax: Tensor, binades: Tensor | None = None) -> Tensor:
+    """The scales `policy` gives for what was seen: amax [...] → scale [...] float32.
+
+    Where amax is 0 or not finite the scale is 1.
+
+    Args:
+        binades: histogram of the same values, [..., NUM_BINADES]; needed by `sqnr` only.
+    """
+    amax = amax.float()
+    if policy.needs_binades:
+        assert binades is not None, f"policy {policy.name} needs a histogram of binades"
+        scale = torch.ldexp(torch.ones_like(amax), best_exponent(binades))
+    elif policy.qmax is None:
+        return torch.ones_like(amax)
+    elif policy.power_of_two:
+        _, exponent = torch.frexp(amax / policy.qmax)  # in [1/2, 1) times 2**exponent
+        scale = torch.ldexp(torch.ones_like(amax), _bounded(exponent))
+    else:
+        scale = amax / policy.qmax
+    return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+
+
+def is_power_of_two(scale: float) -> bool:
+    """Whether a positive scale is exact to multiply by."""
+    return math.frexp(scale)[0] == 0.5
+
+
+def binade_histogram(x: Tensor) -> Tensor:
+    """Count |x| per binade and row, zeros left out: x [R, C] → [R, NUM_BINADES] float32."""
+    rows, bins = x.shape[0], NUM_BINADES + 1
+    row_start = torch.arange(rows, device=x.device).unsqueeze(-1) * bins
+    counts = torch.zeros(rows * bins, dtype=torch.float32, device=x.device)
+    for chunk in x.split(max(1, _CHUNK // rows), dim=1):
+        magnitude = chunk.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+        binade = ((magnitude >> 23) - 127 - FIRST_BINADE).clamp_(0, NUM_BINADES - 1)
+        binade = torch.where(magnitude == 0, NUM_BINADES, binade)
+        counts += torch.bincount((row_start + binade).reshape(-1), minlength=rows * bins)
+    return counts.view(rows, bins)[:, :NUM_BINADES]
+
+
+def best_exponent(binades: Tensor) -> Tensor:
+    """The exponent of the power-of-two scale with the least squared rounding error.
+
+    Values are taken as spread evenly inside each binade. Among scales that are as good as equal, the
+    one closest to the `pow2` rule wins, so ties do not depend on rounding.
+
+    Args:
+        binades: [..., NUM_BINADES] counts → [...] int32.
+    """
+    error, signal = (table.to(binades.device) for table in _binade_error())
+    counts = binades.double()
+    exponents = torch.arange(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT + 1, device=binades.device)
+    relative = (counts @ error) / (counts @ signal).clamp(min=1e-300).unsqueeze(-1)
+    bins = torch.arange(NUM_BINADES, device=binades.device)
+    top = FIRST_BINADE + torch.where(binades > 0, bins, -1).amax(-1)
+    distance = (exponents - (top - 3).unsqueeze(-1)).abs()
+    return exponents[(relative * (1 + 1e-6 * distance)).argmin(-1)].int()
+
+
+@lru_cache(maxsize=1)
+def _binade_error() -> tuple[Tensor, Tensor]:
+    """Mean squared error [NUM_BINADES, scales] per value and scale, and mean square [NUM_BINADES]."""
+    binade = torch.arange(FIRST_BINADE, FIRST_BINADE + NUM_BINADES, dtype=torch.float64)
+    exponents = torch.arange(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT + 1, dtype=torch.float64)
+    place = binade[:, None] - exponents  # the binade HiFloat8 sees, [NUM_BINADES, scales]
+    distance = place.abs()
+    bits = 3 - (distance >= 4).double() - (distance >= 8).double() - (distance >= 16).double()
+    error = (2.0 ** (place - bits)).square() / 12
+    square = 7 / 3 * (2.0**place).square()  # mean of x² over one binade
+    error = torch.where(place < -23, square, error)
+    # [2**-23, 2**-22) rounds up to 2**-22, and beyond 2**15 all becomes 2**15: second moments of a
+    # uniform spread over [a, 2a) around a point p are 7/3·a² − 3·a·p + p².
+    for condition, point in ((place == -23, 2.0**-22), (place >= 15, 2.0**15)):
+        error = torch.where(condition, square - 3 * 2.0**place * point + point**2, error)
+    return error * (2.0**exponents).square(), 7 / 3 * (2.0**binade).square()
+
+
+def _bounded(exponent: Tensor) -> Tensor:
+    return exponent.clamp(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT)
