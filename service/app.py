@@ -13,6 +13,7 @@ from jobs.artifacts import open_artifacts
 from jobs.connection import connect
 from jobs.store import JobStore
 from service import openapi, problems
+from service.body_limit import BodyLimit
 from service.deps import Parts
 from service.routes import health, jobs, models
 from service.settings import ServiceSettings
@@ -49,8 +50,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         "the results. Errors are problem documents (RFC 9457).",
         openapi_tags=_TAGS,
         lifespan=lifespan,
-        max_body_size=MAX_BODY_BYTES,
     )
+    app.add_middleware(BodyLimit, most_bytes=MAX_BODY_BYTES)
     app.state.parts = Parts(
         settings=settings, redis=redis, store=JobStore(redis), artifacts=artifacts
     )

@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from jobs import errors
 from jobs.spec import GenerationBody
 from service.problems import MEDIA_TYPE, Problem, from_error, from_status
-from service.views import QUEUED_EXAMPLE
+from service.views import QUEUED_EXAMPLE, JobListView, JobView
 
 Json = dict[str, Any]
 
@@ -54,7 +54,6 @@ GENERATE_BODY: Json = {
 
 GENERATE_ANSWER: dict[int | str, Json] = {
     202: {
-        "content": {"application/json": {"example": QUEUED_EXAMPLE}},
         "headers": {
             "Location": {
                 "description": "The job's address.",
@@ -87,7 +86,7 @@ def _examples() -> dict[int, Problem]:
         from_error(errors.JobNotFound("There is no job 01a2.", job_id="01a2"), path),
         from_error(errors.JobNotCancellable(_CANCEL_TOO_LATE, job_id="01a2"), path),
         from_error(errors.VideoGone("The video is no longer stored.", job_id="01a2"), path),
-        from_status(413, "Request body too large.", "/generate"),
+        from_status(413, "The body is larger than 262144 bytes.", "/generate"),
         from_status(416, "The Range header asks for bytes beyond the end of the video.", path),
         from_error(invalid, "/generate"),
         from_error(errors.AppError(_HIDDEN), path),
@@ -136,6 +135,11 @@ def _document(app: FastAPI) -> Json:
         schema = model.model_json_schema(ref_template=_REF)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
+    # FastAPI drops nulls from examples, which would make these invalid.
+    for view in (JobView, JobListView):
+        schemas[view.__name__]["examples"] = view.model_json_schema()["examples"]
+    accepted = document["paths"]["/generate"]["post"]["responses"]["202"]
+    accepted["content"]["application/json"]["example"] = QUEUED_EXAMPLE
     for path in document["paths"].values():
         for operation in path.values():
             answer = operation["responses"].get("422", {})

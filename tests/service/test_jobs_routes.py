@@ -1,0 +1,132 @@
+"""Reading, listing and cancelling jobs over HTTP."""
+
+import pytest
+from fastapi.testclient import TestClient
+from redis import Redis
+
+from jobs import keys
+from jobs.record import Failure, Progress, Stage, StageTimings, Video
+from jobs.spec import GenerationRequest
+from jobs.state import JobState
+from jobs.store import JobStore
+
+VIDEO = Video(
+    key="videos/x/1.mp4", bytes=10, sha256="ab", width=96, height=96, num_frames=17, fps=8
+)
+TIMINGS = StageTimings(
+    queue_s=0.1, text_encoder_s=0.2, denoise_s=3, vae_s=0.4, mp4_s=0.1, total_s=3.8
+)
+
+
+@pytest.fixture
+def job_id(store: JobStore, request_for_video: GenerationRequest) -> str:
+    return store.create(request_for_video, "q").id
+
+
+def test_running_job_shows_its_progress(client: TestClient, store: JobStore, job_id: str) -> None:
+    attempt = store.claim(job_id)
+    store.progress(attempt, Progress(stage=Stage.DENOISE, step=4, steps=20))
+    job = client.get(f"/jobs/{job_id}").json()
+    assert (job["state"], job["attempts"]) == ("running", 1)
+    assert job["progress"] == {"stage": "denoise", "step": 4, "steps": 20}
+    assert attempt.token not in str(job)
+
+
+def test_succeeded_job_has_an_absolute_url(
+    client: TestClient, store: JobStore, job_id: str
+) -> None:
+    store.succeed(store.claim(job_id), VIDEO, TIMINGS)
+    job = client.get(f"/jobs/{job_id}").json()
+    assert job["video"]["url"] == f"http://testserver/jobs/{job_id}/video.mp4"
+    assert job["timings"]["denoise_s"] == 3
+    assert "key" not in job["video"]
+
+
+def test_failed_job_is_an_ordinary_answer(client: TestClient, store: JobStore, job_id: str) -> None:
+    store.fail(store.claim(job_id), Failure(code="out_of_device_memory", detail="No room."))
+    answer = client.get(f"/jobs/{job_id}")
+    assert answer.status_code == 200
+    assert answer.json()["failure"] == {"code": "out_of_device_memory", "detail": "No room."}
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("name", ["nope", "%2e%2e", "a%00b", "%ff", "x" * 300, "wan:job:1", "💥"])
+def test_unknown_jobs(client: TestClient, method: str, name: str) -> None:
+    answer = client.request(method, f"/jobs/{name}")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "job_not_found"
+
+
+def test_cancel_queued(client: TestClient, store: JobStore, redis: Redis, job_id: str) -> None:
+    answer = client.delete(f"/jobs/{job_id}")
+    assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+    assert redis.llen("rq:queue:q") == 0
+    assert client.delete(f"/jobs/{job_id}").json() == answer.json()
+
+
+def test_cancel_running_asks(client: TestClient, store: JobStore, job_id: str) -> None:
+    attempt = store.claim(job_id)
+    answer = client.delete(f"/jobs/{job_id}")
+    assert answer.status_code == 202
+    assert (answer.json()["state"], answer.json()["cancel_requested"]) == ("running", True)
+    store.cancelled(attempt)
+    assert client.delete(f"/jobs/{job_id}").status_code == 200
+
+
+def test_cancel_too_late(client: TestClient, store: JobStore, job_id: str) -> None:
+    store.succeed(store.claim(job_id), VIDEO, TIMINGS)
+    answer = client.delete(f"/jobs/{job_id}")
+    assert answer.status_code == 409
+    problem = answer.json()
+    assert (problem["code"], problem["state"], problem["job_id"]) == (
+        "job_not_cancellable",
+        "succeeded",
+        job_id,
+    )
+
+
+def test_pages(client: TestClient, store: JobStore, request_for_video: GenerationRequest) -> None:
+    ids = [store.create(request_for_video, "q").id for _ in range(5)]
+    first = client.get("/jobs", params={"limit": 3}).json()
+    second = client.get("/jobs", params={"limit": 3, "cursor": first["next_cursor"]}).json()
+    seen = [job["id"] for job in first["jobs"] + second["jobs"]]
+    assert seen == sorted(ids, reverse=True)
+    assert second["next_cursor"] is None
+
+
+def test_list_by_state(
+    client: TestClient, store: JobStore, request_for_video: GenerationRequest, job_id: str
+) -> None:
+    store.create(request_for_video, "q")
+    store.cancel(job_id)
+    for state in JobState:
+        jobs = client.get("/jobs", params={"state": state.value}).json()["jobs"]
+        assert all(job["state"] == state for job in jobs)
+        assert len(jobs) == (state in (JobState.QUEUED, JobState.CANCELLED))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("limit", each) for each in ("0", "-1", "201", "x", "1.5", "")),
+        *(("state", each) for each in ("paused", "QUEUED", "")),
+        *(("cursor", each) for each in ("", "x", "c../..", "c" + "a" * 200, "\x00", "é")),
+    ],
+)
+def test_bad_parameters_are_named(client: TestClient, name: str, value: str) -> None:
+    answer = client.get("/jobs", params={name: value})
+    assert answer.status_code == 422
+    (error,) = answer.json()["errors"]
+    assert error["field"] == name
+    assert error["bound"]
+
+
+def test_unreadable_record_is_a_clear_500_without_its_prompt(
+    client: TestClient, redis: Redis, job_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis.hset(keys.record(job_id), "request", '{"prompt": "a secret"}')
+    answer = client.get(f"/jobs/{job_id}")
+    assert (answer.status_code, answer.json()["code"]) == (500, "record_unreadable")
+    assert job_id in caplog.text
+    assert "a secret" not in answer.text + caplog.text

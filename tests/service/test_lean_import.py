@@ -1,0 +1,19 @@
+"""The front end must start without the heavy packages: it runs where no accelerator is."""
+
+import subprocess
+import sys
+
+FORBIDDEN = ("torch", "diffusers", "transformers", "numpy", "worker", "quant", "mini")
+PROGRAM = f"""
+import sys
+import service.app, service.__main__
+print(sorted(set(sys.modules) & set({FORBIDDEN!r})))
+"""
+
+
+def test_service_loads_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,77 @@
+"""The OpenAPI document is what the service does."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import TypeAdapter
+
+from jobs.catalog import WorkerOffer
+from jobs.spec import GenerationBody
+from service.problems import Problem
+from service.views import JobView
+
+
+@pytest.fixture
+def document(client: TestClient) -> Any:
+    return client.get("/openapi.json").json()
+
+
+def operations(document: Any) -> list[tuple[str, Any]]:
+    return [
+        (f"{method.upper()} {path}", operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def test_all_routes_are_described(document: Any) -> None:
+    found = dict(operations(document))
+    assert set(found) == {
+        "POST /generate",
+        "GET /jobs",
+        "GET /jobs/{job_id}",
+        "DELETE /jobs/{job_id}",
+        "GET /jobs/{job_id}/video.mp4",
+        "GET /models",
+        "GET /healthz",
+        "GET /readyz",
+    }
+    assert all(each["tags"] and each["summary"] and each["description"] for each in found.values())
+
+
+def test_every_error_is_a_problem_with_a_valid_example(document: Any) -> None:
+    for name, operation in operations(document):
+        errors = {int(s): a for s, a in operation["responses"].items() if int(s) >= 400}
+        assert errors, name
+        for status, answer in errors.items():
+            assert list(answer["content"]) == ["application/problem+json"], (name, status)
+            content = answer["content"]["application/problem+json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+            assert Problem.model_validate(content["example"]).status == status
+
+
+def test_references_resolve(document: Any) -> None:
+    names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert names == set(document["components"]["schemas"])
+
+
+def test_examples_are_valid(document: Any) -> None:
+    content = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
+    for example in content["examples"].values():
+        GenerationBody.model_validate(example["value"])
+    queued = document["paths"]["/generate"]["post"]["responses"]["202"]
+    TypeAdapter(JobView).validate_json(json.dumps(queued["content"]["application/json"]["example"]))
+    for example in document["components"]["schemas"]["JobView"]["examples"]:
+        TypeAdapter(JobView).validate_json(json.dumps(example))
+
+
+@pytest.mark.usefixtures("live_worker")
+def test_example_bodies_are_accepted(
+    client: TestClient, document: Any, live_worker: WorkerOffer
+) -> None:
+    content = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
+    for example in content["examples"].values():
+        assert client.post("/generate", json=example["value"]).status_code == 202
