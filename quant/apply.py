@@ -1,12 +1,12 @@
 """Build the quantized twin of a transformer, sharing every tensor that stays as it is.
 
 The twin is a second module tree: its modules are new and its `Hif8Linear`s are its own, but norms,
-embeddings, biases and protected blocks are the very tensors of the first tree. Both can run, in turn,
-on one card for the price of one model plus the 8-bit weights.
+embeddings, biases and protected blocks are the very tensors of the first tree. Both can run, in
+turn, on one card for the price of one model plus the 8-bit weights.
 
-What is converted is checked against the recipe, linear by linear: a pattern that matches nothing, a
-block with another number of linears or a transformer with another number of blocks is an error, never
-a smaller conversion.
+What is converted is checked against the recipe, linear by linear: a pattern that matches nothing,
+a block with another number of linears or a transformer with another number of blocks is an error,
+never a smaller conversion.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def twin_tree(root: M, convert: Convert) -> M:
         convert: given a module's full name and the module, its replacement, or None to copy it.
 
     Raises:
-        ConversionError: a module carries hooks or a patched forward, which the copy could not honour.
+        ConversionError: a module carries hooks or a patched forward, which a copy would lose.
     """
     copies: dict[int, nn.Module] = {}
 
@@ -160,8 +160,8 @@ def _select_in_block(index: int, block: nn.Module, recipe: QuantRecipe) -> dict[
         hits = {name: m for name, m in linears.items() if fnmatchcase(name, pattern)}
         if not hits:
             raise ConversionError(
-                f"pattern {pattern!r} of recipe {recipe.name!r} matches no linear in block {index}, "
-                f"which has {', '.join(linears) or 'none'}"
+                f"pattern {pattern!r} of recipe {recipe.name!r} matches no linear in block "
+                f"{index}, which has {', '.join(linears) or 'none'}"
             )
         matched |= hits
     if len(matched) != recipe.linears_per_block:

@@ -1,7 +1,7 @@
 """Calibrate: run the BF16 pipeline over prompts and choose the scales of a recipe.
 
-The prompts run through the whole pipeline as a job would, guidance included, so the linears see what
-they will see in service; only the VAE is left out. The result is a `Scales`, ready to be saved.
+The prompts run through the whole pipeline as a job would, guidance included, so the linears see
+what they will see in service; only the VAE is left out. The result is a `Scales` to save.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.act_statistics import ActivationStatistics
 from quant.apply import select_linears
 from quant.errors import CalibrationError
-from quant.fingerprint import model_fingerprint
 from quant.granularity import PerChannel, PerToken
 from quant.prompts import PromptSet
 from quant.recipe import QuantRecipe
 from quant.sampler import SamplerSettings
 from quant.scales import Scales
 from quant.scaling import binade_histogram, choose_scale
-from quant.statistics import ActivationStatistics
 
 OnPrompt = Callable[[int, int], None]
 
@@ -34,10 +33,10 @@ class CalibrationPlan:
     """What to calibrate, for what, and with what.
 
     Attributes:
-        model_folder: a pipeline in diffusers format; only its transformer's files are fingerprinted.
+        model_fingerprint: of the folder the pipeline is loaded from (`quant.fingerprint`).
     """
 
-    model_folder: Path
+    model_fingerprint: str
     recipe: QuantRecipe
     prompts: PromptSet
     sampler: SamplerSettings
@@ -56,13 +55,14 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("device cuda is not available here: use --device cpu")
-    from diffusers import WanPipeline  # seconds to import, so only when a model is really loaded
+    # Takes seconds to import, so only when a model is really loaded.
+    from diffusers import WanPipeline  # noqa: PLC0415
 
     pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
     return pipe.to(device)
 
 
-def calibrate(
+def run_calibration(
     pipe: Any, plan: CalibrationPlan, on_prompt: OnPrompt = lambda done, total: None
 ) -> Scales:
     """Run the plan's prompts through a BF16 `WanPipeline` and choose scales.
@@ -75,7 +75,6 @@ def calibrate(
         ConversionError: the recipe does not fit the transformer.
     """
     _check_prompt_lengths(pipe, plan)
-    fingerprint = model_fingerprint(plan.model_folder)
     linears = select_linears(pipe.transformer, plan.recipe)
     statistics = ActivationStatistics(
         linears, plan.sampler.timestep_groups, len(plan.prompts.prompts)
@@ -88,7 +87,7 @@ def calibrate(
             _check_finite(statistics, index, list(linears), prompt)
             on_prompt(index + 1, len(plan.prompts.prompts))
     return Scales(
-        model_fingerprint=fingerprint,
+        model_fingerprint=plan.model_fingerprint,
         recipe=plan.recipe,
         prompts_sha256=plan.prompts.sha256,
         prompts_file=plan.prompts.file,

@@ -1,4 +1,4 @@
-"""How many values share one scale. Each type says which shape of scale belongs to which shape of x."""
+"""How many values share one scale. Each type says which shape of scale belongs to x."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PerChannel:
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """One scale per token, found while running: x [..., L, K] → scale [..., L, 1]. Activations only."""
+    """One scale per token, found while running: x [..., K] → scale [..., 1]. Activations only."""
 
     name: ClassVar[str] = "per_token"
 

@@ -4,9 +4,9 @@ A code is one byte: sign, a "dot" prefix of varying length, a sign-magnitude exp
 one is implied, and whatever bits are left as mantissa. Values near 1 get three mantissa bits, far
 ones fewer, down to none, so eight bits span 38 binades. `docs/numerics.md` lists all 256 codes.
 
-`decode_code` states the layout for one code in plain Python; everything else is vectorised. Rounding
-is half away from zero. What lies beyond ±32768, infinities included, saturates to ±32768, so no
-encoder here ever writes the two codes the format keeps for infinities. NaN stays NaN.
+`decode_code` states the layout for one code in plain Python; everything else is vectorised.
+Rounding is half away from zero. What lies beyond ±32768, infinities included, saturates to ±32768,
+so no encoder here ever writes the two codes the format keeps for infinities. NaN stays NaN.
 There is no scale in this module: see `quant.scaling` and `quant.kernels.reference`.
 """
 
@@ -91,7 +91,7 @@ def decode(qdata: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def round_to_hif8(x: Tensor) -> Tensor:
-    """Round to the nearest HiFloat8 value: x [...] → [...] of the same dtype. Same as decode(encode)."""
+    """Round to the nearest HiFloat8 value, as decode(encode(x)): x [...] → [...] of its dtype."""
     magnitude, negative = _rounded_magnitude(x)
     value = magnitude.view(torch.float32)
     return torch.where(negative & (magnitude > 0), -value, value).to(x.dtype)
@@ -105,7 +105,7 @@ def code_values() -> Tensor:
 
 @lru_cache(maxsize=1)
 def bf16_codes() -> Tensor:
-    """The code of every BF16 bit pattern, in the order of the bits: [65536] uint8, CPU, read only."""
+    """The code of every BF16 value in the order of its bits: [65536] uint8, CPU, read only."""
     return _encode_bits(all_bf16())
 
 
@@ -120,7 +120,7 @@ def bf16_index(x: Tensor) -> Tensor:
 
 
 def _rounded_magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FP32 bits of |x| rounded to the grid (a NaN's bits stay above infinity's), and where x < 0."""
+    """FP32 bits of |x| rounded to the grid (a NaN's are kept), and where the sign bit is set."""
     if x.dtype not in _FLOAT_DTYPES:
         raise TypeError(
             f"HiFloat8 rounds bfloat16, float16 or float32, not {x.dtype}: convert first"
@@ -136,7 +136,7 @@ def _rounded_magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
     half = torch.ones_like(dropped) << (dropped - 1)
     rounded = (magnitude + half) >> dropped << dropped
     rounded = rounded.clamp(max=_FP32_MAX_FINITE)
-    # Below the smallest subnormal there is one more half step: [2**-23, 2**-22) goes up, the rest to 0.
+    # Below the smallest subnormal is one more half step: [2**-23, 2**-22) goes up, the rest to 0.
     rounded = torch.where(exponent == -23, _FP32_MIN_SUBNORMAL, rounded)
     rounded = torch.where(exponent < -23, 0, rounded)
     return torch.where(magnitude > _FP32_INFINITY, magnitude, rounded), bits < 0
@@ -155,7 +155,7 @@ def _encode_bits(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _binade_tables() -> tuple[Tensor, Tensor]:
-    """Per FP32 exponent field: the code of that binade's power of two, and mantissa bits to drop of 3."""
+    """Per FP32 exponent field: the code of its power of two, and how many of 3 mantissa bits go."""
     base = torch.zeros(256, dtype=torch.int32)
     shift = torch.full((256,), 3, dtype=torch.int32)
     for code in range(1, SIGN_BIT):

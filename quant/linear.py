@@ -79,7 +79,7 @@ class Hif8Linear(nn.Module):
         act_scale: Tensor | None,
         act_policy: ScalePolicy,
     ) -> Self:
-        """Round a linear's weights under `weight_scale`, on the linear's device; the bias is shared."""
+        """Round a linear's weights under `weight_scale`, on their device; the bias is shared."""
         weight = linear.weight.detach()
         weight_scale = weight_scale.to(weight.device)
         return cls(

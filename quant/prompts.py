@@ -16,7 +16,7 @@ class PromptSet:
     """Distinct prompts, in the order of their file.
 
     Attributes:
-        file: where they came from, for people: a relative path, or only the name of an absolute one.
+        file: where they came from, for people: a relative path, or the name of an absolute one.
     """
 
     prompts: tuple[str, ...]
@@ -37,8 +37,8 @@ class PromptSet:
         for place, prompt in enumerate(self.prompts, start=1):
             if prompt in first_place:
                 raise CalibrationError(
-                    f"{self.file}: prompt {place} repeats prompt {first_place[prompt]}, {prompt!r}; "
-                    "remove one, repeated prompts add no statistics"
+                    f"{self.file}: prompt {place} repeats prompt {first_place[prompt]}, "
+                    f"{prompt!r}; remove one, repeated prompts add no statistics"
                 )
             first_place[prompt] = place
 

@@ -115,7 +115,7 @@ class QuantRecipe:
         """Build a recipe from the shape its TOML and JSON share.
 
         Raises:
-            RecipeError: a key is missing, unknown or of the wrong type, or a value is out of bounds.
+            RecipeError: a key is missing, unknown or of the wrong type, or out of bounds.
         """
         data = dict(data)
         version = data.pop("format_version", None)

@@ -58,7 +58,7 @@ class ConversionReport:
 
     def table(self) -> str:
         """One line per kind of linear: how many, their shape, scales and weight SQNR."""
-        lines = [
+        lines: list[tuple[str, ...]] = [
             ("linear", "blocks", "shape", "weight scale", "act scale", "weight SQNR (min / median)")
         ]
         for kind in dict.fromkeys(row.kind for row in self.rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quant.errors import CalibrationError
@@ -38,10 +38,10 @@ class SamplerSettings:
             raise CalibrationError(f"size {self.size_text} must be in multiples of 16 px")
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             raise CalibrationError(f"frames {self.num_frames} must be 4k + 1: 1, 5, 9, ...")
-        if not 1 <= self.timestep_groups <= self.num_inference_steps:
+        if self.timestep_groups < 1 or self.num_inference_steps < self.timestep_groups:
             raise CalibrationError(
-                f"steps {self.num_inference_steps} must be at least {max(1, self.timestep_groups)}, "
-                "the number of timestep groups, so that every group sees a step"
+                f"steps {self.num_inference_steps} must be at least "
+                f"{max(1, self.timestep_groups)}, one for each timestep group"
             )
 
     @property
@@ -86,3 +86,17 @@ def default_sampler(transformer_config: dict[str, Any]) -> SamplerSettings:
             f"{', '.join(map(str, _DEFAULTS))}): give --size, --frames, --steps and --text-tokens"
         )
     return _DEFAULTS[width]
+
+
+def resolve_sampler(
+    transformer_config: dict[str, Any], overrides: dict[str, Any]
+) -> SamplerSettings:
+    """The model's default settings with `overrides` (those that are not None) put in.
+
+    Raises:
+        CalibrationError: a value is out of bounds, or a model nobody knows needs more overrides.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if {"size", "num_frames", "num_inference_steps", "text_tokens"} <= given.keys():
+        return SamplerSettings(**({"guidance_scale": 5.0} | given))
+    return replace(default_sampler(transformer_config), **given)

@@ -1,9 +1,9 @@
 """The scales file: what calibration found out, and for what it holds.
 
 One safetensors file with the scales a quantized model is built with (`<linear>.weight_scale`,
-`<linear>.act_scale`), the statistics they were chosen from, and metadata that says which model, which
-recipe, which prompts and which sampler they belong to. Loading never trusts a file's name: a worker
-calls `check_scales` before it builds anything.
+`<linear>.act_scale`), the statistics they were chosen from, and metadata that says which model,
+which recipe, which prompts and which sampler they belong to. Loading never trusts a file's name: a
+worker calls `check_scales` before it builds anything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Scales:
         weight_amax: [M] float32.
         act_amax: [M, G, P] float32, largest magnitude a linear's input had.
         act_mean_square: [M, G, P] float32, mean square of that input.
-        act_binades: [M, G, NUM_BINADES] float32, counts per binade over all prompts (`quant.scaling`).
+        act_binades: [M, G, NUM_BINADES] float32, counts per binade (`quant.scaling`), all prompts.
     """
 
     model_fingerprint: str
@@ -111,7 +111,8 @@ def load_scales(path: Path, *, model_folder: Path | None = None) -> Scales:
     """
     if not path.is_file():
         raise ScalesError(
-            f"there is no scales file {path}; make one with: {calibrate_command(path, model_folder)}"
+            f"there is no scales file {path}; make one with: "
+            f"{calibrate_command(path, model_folder)}"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -148,7 +149,7 @@ def check_scales(
         arguments = []  # the sampler of another model says nothing about this one's
     elif scales.recipe.fingerprint != recipe.fingerprint:
         problem = (
-            f"the scales were made for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
+            f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
             f"this is {recipe.name!r} ({recipe.fingerprint})"
         )
         arguments = scales.sampler.arguments()

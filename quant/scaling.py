@@ -1,10 +1,10 @@
 """The scale rule: from what was seen of a tensor to the multiplier its codes are decoded with.
 
 `scale` is always the dequantization multiplier, x ≈ decode(qdata) * scale. The default policy makes
-it the power of two that brings amax into [8, 16), the top of HiFloat8's 3-bit band: multiplying by a
-power of two is exact in BF16, so results are bit-equal on every device and the scale can be folded
-anywhere. `sqnr` takes the power of two that loses least on a histogram of binades, letting outliers
-above 16 have fewer bits when that pays. The others reproduce what other HiFloat8 code does.
+it the power of two that brings amax into [8, 16), the top of HiFloat8's 3-bit band: multiplying by
+a power of two is exact in BF16, so results are bit-equal on every device and the scale can be
+folded anywhere. `sqnr` takes the power of two that loses least on a histogram of binades, letting
+outliers above 16 have fewer bits when that pays. The others reproduce other HiFloat8 code.
 
 This module chooses scales; `quant.kernels` applies them.
 """
@@ -22,7 +22,7 @@ from quant.errors import RecipeError
 
 # Scales stay well inside FP32, so neither a scale nor its reciprocal can overflow or be subnormal.
 MAX_SCALE_EXPONENT = 64
-# Binade histograms count |x| by floor(log2|x|), one bin per exponent, ends included in the end bins.
+# Binade histograms count |x| by floor(log2|x|), one bin per exponent; the end bins take the rest.
 FIRST_BINADE = -40
 NUM_BINADES = 64
 _CHUNK = 1 << 24
@@ -102,7 +102,7 @@ def binade_histogram(x: Tensor) -> Tensor:
     rows, bins = x.shape[0], NUM_BINADES + 1
     row_start = torch.arange(rows, device=x.device).unsqueeze(-1) * bins
     counts = torch.zeros(rows * bins, dtype=torch.float32, device=x.device)
-    for chunk in x.split(max(1, _CHUNK // rows), dim=1):
+    for chunk in torch.split(x, max(1, _CHUNK // rows), dim=1):
         magnitude = chunk.float().contiguous().view(torch.int32) & 0x7FFFFFFF
         binade = ((magnitude >> 23) - 127 - FIRST_BINADE).clamp_(0, NUM_BINADES - 1)
         binade = torch.where(magnitude == 0, NUM_BINADES, binade)
@@ -113,8 +113,8 @@ def binade_histogram(x: Tensor) -> Tensor:
 def best_exponent(binades: Tensor) -> Tensor:
     """The exponent of the power-of-two scale with the least squared rounding error.
 
-    Values are taken as spread evenly inside each binade. Among scales that are as good as equal, the
-    one closest to the `pow2` rule wins, so ties do not depend on rounding.
+    Values are taken as spread evenly inside each binade. Among scales that are as good as equal,
+    the one closest to the `pow2` rule wins, so ties do not depend on rounding.
 
     Args:
         binades: [..., NUM_BINADES] counts → [...] int32.
@@ -131,7 +131,7 @@ def best_exponent(binades: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _binade_error() -> tuple[Tensor, Tensor]:
-    """Mean squared error [NUM_BINADES, scales] per value and scale, and mean square [NUM_BINADES]."""
+    """Mean squared error per value [NUM_BINADES, scales], and mean square [NUM_BINADES]."""
     binade = torch.arange(FIRST_BINADE, FIRST_BINADE + NUM_BINADES, dtype=torch.float64)
     exponents = torch.arange(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT + 1, dtype=torch.float64)
     place = binade[:, None] - exponents  # the binade HiFloat8 sees, [NUM_BINADES, scales]

@@ -2,8 +2,8 @@
 
 Everything is stated as float32 arithmetic around `quant.hif8`. On the CPU two facts make most of it
 one table look-up: BF16 has 65,536 values, so scaling, rounding to HiFloat8 and scaling back is a
-gather; and a byte has 256 codes, so two neighbouring weights are one of 65,536 pairs, decoded to two
-BF16 values by one gather. The tables are filled by the arithmetic they replace.
+gather; and a byte has 256 codes, so two neighbouring weights are one of 65,536 pairs, decoded to
+two BF16 values by one gather. The tables are filled by the arithmetic they replace.
 
 Runs on any torch device. Not differentiable, and makes no attempt at being fast off the CPU.
 """
@@ -69,7 +69,7 @@ def _decode_pairs(qdata: Tensor, multiplier: float) -> Tensor:
 
 @lru_cache(maxsize=128)
 def _fake_quantize_table(multiplier: float) -> Tensor:
-    """What `fake_quantize` makes of every BF16 bit pattern: [65536] bf16, 128 KiB per multiplier."""
+    """What `fake_quantize` makes of every BF16 value: [65536] bf16, 128 KiB per multiplier."""
     scaled = hif8.all_bf16().float() / multiplier
     return (hif8.round_to_hif8(scaled) * multiplier).to(torch.bfloat16)
 

@@ -1,0 +1,122 @@
+"""The toolkit's command line. Each command parses, calls the library, and prints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.codes import codes_markdown
+from quant.describe import describe_scales
+from quant.errors import QuantError, ScalesError
+from quant.fingerprint import model_fingerprint
+from quant.prompts import PromptSet
+from quant.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.sampler import resolve_sampler
+from quant.scales import check_scales, load_scales, save_scales
+
+app = typer.Typer(
+    help="Quantize Wan transformers to HiFloat8.", no_args_is_help=True, add_completion=False
+)
+
+Folder = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
+SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+@app.command("calibrate")
+def calibrate_command(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)
+    model: Folder,
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
+    out: Annotated[Path, typer.Option(help="Scales file to write.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps per prompt.")] = None,
+    size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first prompt.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+) -> None:
+    """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
+
+    Size, frames, steps and text tokens default to what the model was trained for.
+    """
+    with _errors_as_sentences():
+        if not out.absolute().parent.is_dir():
+            raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
+        fingerprint = model_fingerprint(model)
+        config = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
+        overrides = {
+            "size": _parse_size(size),
+            "num_frames": frames,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "text_tokens": text_tokens,
+            "seed": seed,
+        }
+        plan = CalibrationPlan(
+            model_fingerprint=fingerprint,
+            recipe=QuantRecipe.load(recipe),
+            prompts=PromptSet.read(prompts),
+            sampler=resolve_sampler(config, overrides),
+        )
+        pipe = load_pipeline(model, device)
+        scales = run_calibration(pipe, plan, on_prompt=_print_progress)
+        save_scales(scales, out)
+    typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
+
+
+@app.command("inspect")
+def inspect_command(
+    file: Annotated[Path, typer.Argument(help="A scales file.")],
+    model: Annotated[Path | None, typer.Option(help="Check that the scales fit it.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Check that the scales fit it.")] = None,
+) -> None:
+    """Show what a scales file holds and what it fits; with --model or --recipe, check that."""
+    with _errors_as_sentences():
+        scales = load_scales(file, model_folder=model)
+        typer.echo(describe_scales(scales, file))
+        check_scales(
+            scales,
+            model_fingerprint=model_fingerprint(model) if model else scales.model_fingerprint,
+            recipe=QuantRecipe.load(recipe) if recipe else scales.recipe,
+            path=file,
+            model_folder=model,
+        )
+    for what in filter(None, (model and f"model {model}", recipe and f"recipe {recipe}")):
+        typer.echo(f"fits {what}")
+
+
+@app.command("codes")
+def codes_command() -> None:
+    """Print the table of HiFloat8 codes that docs/numerics.md shows."""
+    typer.echo(codes_markdown())
+
+
+@contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    """What the toolkit refuses ends the command with one sentence, not with a traceback."""
+    try:
+        yield
+    except QuantError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = SIZE_PATTERN.fullmatch(text)
+    if not match:
+        raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, like 832x480", param_hint="--size")
+    return int(match[1]), int(match[2])
+
+
+def _print_progress(done: int, total: int) -> None:
+    typer.echo(f"prompt {done} of {total}", err=True)
