@@ -38,6 +38,16 @@ ModelName = Annotated[str, StringConstraints(pattern=MODEL_PATTERN)]
 Size = Annotated[str, StringConstraints(pattern=SIZE_PATTERN)]
 
 
+_NO_BOUNDS = {
+    "default_size",
+    "default_frames",
+    "default_steps",
+    "default_guidance_scale",
+    "default_mode",
+    "default_negative_prompt",
+}
+
+
 class _Offer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -134,13 +144,17 @@ class Catalog:
 
 
 def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
-    """Name the queue of all workers which make exactly this offer.
+    """Name the queue of all workers which can run exactly the same requests.
 
     The digest covers every bound and fingerprint, so a job checked against one worker's offer can
-    never reach a worker with another configuration. Example: `wan-mini.1f0c9a2b7d3e`.
+    never reach a worker with another configuration. It leaves out defaults and descriptions:
+    requests are complete, and changing a text must not strand the jobs that wait.
+    Example: `wan-mini.1f0c9a2b7d3e`.
     """
-    offer = [model.model_dump(), sorted((mode.model_dump() for mode in modes), key=_by_name)]
-    digest = hashlib.sha256(json.dumps(offer, sort_keys=True).encode()).hexdigest()
+    bounds = model.model_dump(exclude=_NO_BOUNDS)
+    bounds["sizes"] = sorted(model.sizes)
+    served = sorted([mode.name, mode.recipe_fingerprint or ""] for mode in modes)
+    digest = hashlib.sha256(json.dumps([bounds, served], sort_keys=True).encode()).hexdigest()
     return f"{model.name}.{digest[:12]}"
 
 
@@ -204,7 +218,3 @@ def _queue_lengths(redis: Redis, queues: set[str]) -> dict[str, int]:
         for name in names:
             pipe.llen(Queue(name, connection=redis).key)
         return dict(zip(names, pipe.execute(), strict=True))
-
-
-def _by_name(mode: dict[str, object]) -> str:
-    return str(mode["name"])

@@ -57,7 +57,7 @@ class InvalidSpec(AppError):
     """One or more fields are out of bounds; all of them are in `violations`."""
 
     code = "invalid_spec"
-    title = "The request asks for something that is not offered"
+    title = "The request is not valid"
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         assert violations, "an InvalidSpec needs at least one violation"

@@ -174,10 +174,10 @@ def _offers_for(
         return [], None
     if model is None:
         model = catalog.models[0] if catalog.models else None
-    known_models = {name for name, _ in catalog.known}
-    if model is not None and model not in known_models | set(catalog.models):
-        if catalog.models:
-            violations.append(_not_one_of("model", model, catalog.models, "is not known"))
+    known_models = {name for name, _ in catalog.known} | set(catalog.models)
+    if model is not None and model not in known_models:
+        if known_models:
+            violations.append(_not_one_of("model", model, sorted(known_models), "is not known"))
         return [], _nothing_live(catalog)
     of_model = [offer for offer in catalog.offers if offer.model.name == model]
     serving = [offer for offer in of_model if offer.serves(body.mode or offer.model.default_mode)]

@@ -109,8 +109,7 @@ class JobStore:
     def list(
         self, state: JobState | None = None, limit: int = 50, cursor: str | None = None
     ) -> JobPage:
-        """Read up to `limit` records, newest first, from the place `cursor` (an earlier
-        `next_cursor`) marks.
+        """Read up to `limit` records, newest first, after the page whose `next_cursor` it was.
 
         Raises:
             InvalidSpec: a limit out of bounds, or a cursor that is none.

@@ -44,6 +44,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redis.close()
 
     app = FastAPI(
+        redirect_slashes=False,
         title="Text to video with Wan2.1",
         version=version("wan-hif8"),
         description="Asks resident workers for videos in `bf16` or `w8a8` (HiFloat8) and serves "

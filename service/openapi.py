@@ -1,5 +1,4 @@
-"""The OpenAPI document: problem documents under their own media type, examples, and the body of
-`POST /generate`.
+"""The OpenAPI document, with problem documents under their own media type and true examples.
 
 FastAPI describes errors as `application/json` and adds a 422 of its own to every route with
 parameters; both are put right here, after it has built the document.

@@ -78,6 +78,13 @@ def test_queue_name_follows_every_part_of_the_offer(model: ModelOffer, offer: Wo
     assert len({name, *others}) == 4
 
 
+def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: WorkerOffer) -> None:
+    """Or a new description would strand the jobs that wait."""
+    changed = model.model_copy(update={"default_steps": 4, "default_negative_prompt": "dark"})
+    modes = [mode.model_copy(update={"description": "new"}) for mode in offer.modes]
+    assert catalog.queue_name(changed, modes) == offer.queue
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

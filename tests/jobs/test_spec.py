@@ -189,6 +189,12 @@ def test_unknown_mode_stays_unknown_while_nobody_is_live(offer: WorkerOffer) -> 
     assert (found.field, found.bound) == ("mode", "one of bf16, w8a8")
 
 
+def test_unknown_model_stays_unknown_while_nobody_is_live(offer: WorkerOffer) -> None:
+    catalog = Catalog((), {}, catalog_of(offer).known)
+    (found,) = violations({"prompt": "x", "model": "wan-13b"}, catalog)
+    assert (found.field, found.bound) == ("model", "one of wan-mini")
+
+
 @pytest.mark.parametrize("mode", [None, "bf16", "anything"])
 def test_nobody_has_ever_served(mode: str | None) -> None:
     with pytest.raises(ModeNotServed, match="No worker is live"):

@@ -42,6 +42,7 @@ def test_table_has_nothing_else() -> None:
         ("PUT", "/jobs", 405, "method_not_allowed"),
         ("GET", "/generate", 405, "method_not_allowed"),
         ("GET", "/jobs/a/b/c", 404, "not_found"),
+        ("GET", "/jobs/", 404, "not_found"),
     ],
 )
 def test_plain_http_errors(
