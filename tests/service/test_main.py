@@ -49,13 +49,16 @@ def test_serves_and_stops_quietly(
     redis_url: str, artifacts_url: str, live_worker: WorkerOffer
 ) -> None:
     environment = {"REDIS_URL": redis_url, "ARTIFACTS_URL": artifacts_url, "SERVICE_PORT": "0"}
-    with service(**environment) as process:
-        url = address(process)
-        answer = httpx2.post(f"{url}/generate", json={"prompt": "a very private prompt"})
+    # trust_env: a proxy of the machine must not get in between.
+    with (
+        service(**environment) as process,
+        httpx2.Client(base_url=address(process), trust_env=False) as client,
+    ):
+        answer = client.post("/generate", json={"prompt": "a very private prompt"})
         assert answer.status_code == 202
-        refused = httpx2.post(f"{url}/generate", json={"prompt": "another private one", "seed": -1})
+        refused = client.post("/generate", json={"prompt": "another private one", "seed": -1})
         assert refused.status_code == 422
-        assert httpx2.get(f"{url}{answer.headers['location']}").json() == answer.json()
+        assert client.get(answer.headers["location"]).json() == answer.json()
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     assert process.returncode in (0, -signal.SIGTERM)
