@@ -53,7 +53,7 @@ def demo(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(envvar="GENERATE_PROMPT")],
+    prompt: Annotated[str, typer.Option(envvar="GENERATE_PROMPT")] = "",
     mode: Annotated[str | None, typer.Option(envvar="GENERATE_MODE")] = None,
     seed: Annotated[int | None, typer.Option(envvar="GENERATE_SEED")] = None,
     steps: Annotated[int | None, typer.Option(envvar="GENERATE_STEPS")] = None,
@@ -64,6 +64,8 @@ def generate(
     console = Console(stderr=True)
     order = client.Order(prompt, mode, seed, steps)
     with _clear_errors(), listen_for_signals() as signals:
+        if not prompt.strip():
+            raise LocalError('no prompt was given: say what the video shows, PROMPT="a red circle"')
         _require_writable(out)
         with throwaway_stack(console, config, signals) as stack:
             job = _run(stack, order, out, console)
@@ -77,8 +79,12 @@ def _run(stack: Stack, order: client.Order, out: Path, console: Console) -> clie
             stack.check()
             bar.show(job)
 
-        job = client.follow(service, client.send(service, order), watch)
-        client.save(service, job, out)
+        job = client.send(service, order)
+        try:
+            job = client.follow(service, job, watch)
+            client.save(service, job, out)
+        except LocalError as error:
+            raise LocalError(f"{error} (logs: {stack.config.logs})") from error
         return job
 
 

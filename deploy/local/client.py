@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from deploy.local.errors import LocalError
+from deploy.local.errors import LocalError, Refused
 
 _POLL_S = 0.2
 _TERMINAL = {"succeeded", "failed", "cancelled"}
@@ -40,25 +40,26 @@ def connect(url: str) -> httpx.Client:
 
 
 def send(client: httpx.Client, order: Order) -> Job:
-    """Enqueues the order. Raises LocalError with the problem document's text when it is refused."""
-    return _json(client.post("/generate", json=order.body()))
+    """Enqueues the order. Raises Refused with what the problem document says."""
+    answer = client.post("/generate", json=order.body())
+    if answer.is_client_error:
+        raise Refused(_explain(answer))
+    return _json(answer)
 
 
 def follow(client: httpx.Client, job: Job, watch: Callable[[Job], None]) -> Job:
-    """Polls until the job has succeeded, calling `watch` with every state seen.
+    """Polls until the job has ended; `watch` sees every state and may raise to give up.
 
-    `watch` may raise to give up. Raises LocalError when the job failed or was cancelled.
+    Raises LocalError when the job failed or was cancelled.
     """
-    while True:
-        watch(job)
-        if job["state"] in _TERMINAL:
-            break
+    watch(job)
+    while job["state"] not in _TERMINAL:
         time.sleep(_POLL_S)
         job = _json(client.get(f"/jobs/{job['id']}"))
+        watch(job)
     if job["state"] != "succeeded":
-        failure = job.get("failure") or {}
-        reason = failure.get("detail") or "no reason was recorded"
-        raise LocalError(f"the job {job['state']} ({failure.get('code', 'no code')}): {reason}")
+        failure = job["failure"] or {"code": "cancelled", "detail": "somebody cancelled it"}
+        raise LocalError(f"the job {job['state']} ({failure['code']}): {failure['detail']}")
     return job
 
 
@@ -92,10 +93,12 @@ def _json(answer: httpx.Response) -> Job:
 
 
 def _explain(answer: httpx.Response) -> str:
-    """The problem document as text for a terminal: its detail, then a line for each violation."""
+    """The problem document as text for a terminal: a line for each violation, or its detail."""
     if "json" not in answer.headers.get("content-type", ""):
         return f"HTTP {answer.status_code} from {answer.url}: {answer.text[:200]}"
     problem = answer.json()
-    lines = [problem.get("detail") or problem.get("title") or f"HTTP {answer.status_code}"]
-    lines += [f"  - {violation['detail']}" for violation in problem.get("errors", [])]
-    return "\n".join(lines)
+    if violations := problem.get("errors"):
+        return "\n".join(
+            [f"{problem['title']}:", *(f"  - {each['detail']}" for each in violations)]
+        )
+    return str(problem.get("detail") or problem)

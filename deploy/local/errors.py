@@ -5,6 +5,10 @@ class LocalError(Exception):
     """The stack cannot start, go on or finish; the text says what, and what to do."""
 
 
+class Refused(LocalError):
+    """The service does not take the order. The order is at fault and the stack is sound."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, SIGTERM or SIGHUP asked the launcher to end."""
 

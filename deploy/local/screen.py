@@ -59,6 +59,7 @@ class JobBar:
         )
         self._stage = ""
         self._task: TaskID | None = None
+        self._total: int | None = None  # steps of the stage, once known
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -75,18 +76,24 @@ class JobBar:
     def show(self, job: Job) -> None:
         progress = job.get("progress") or {}
         stage = _STAGES.get(progress.get("stage", ""), "queued")
-        if job["state"] == "succeeded":
+        if stage != self._stage or job["state"] == "succeeded":
             self._finish()
-        elif stage != self._stage:
-            self._finish()
+        if stage != self._stage:
             self._stage = stage
             self._task = self._progress.add_task(stage, total=None, steps="")
-        if self._task is not None and progress.get("steps"):
-            step, steps = progress["step"], progress["steps"]
-            self._progress.update(self._task, total=steps, completed=step, steps=f"{step}/{steps}")
+        if self._task is not None and progress:
+            self._show_step(self._task, progress["step"], progress["steps"])
+
+    def _show_step(self, task: TaskID, step: int, steps: int) -> None:
+        self._total = steps
+        self._progress.update(task, total=steps, completed=step, steps=f"{step}/{steps}")
 
     def _finish(self) -> None:
+        """The stage is over, though its last step may have passed between two polls."""
         if self._task is not None:
-            self._progress.update(self._task, total=1, completed=1)
+            if self._total is None:
+                self._progress.update(self._task, total=1, completed=1)
+            else:
+                self._show_step(self._task, self._total, self._total)
             self._progress.stop_task(self._task)
-            self._task = None
+        self._task = self._total = None

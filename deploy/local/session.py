@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from deploy.local.errors import LocalError
+from deploy.local.errors import LocalError, Refused
 from deploy.local.ports import find_free_port
 from deploy.local.signals import Signals
 from deploy.local.stack import ROOT, Stack, StackConfig
@@ -45,8 +45,8 @@ def _throwaway_folder() -> Iterator[Path]:
     keep_logs = False
     try:
         yield folder
-    except (LocalError, OSError, httpx.HTTPError):
-        keep_logs = True
+    except (LocalError, OSError, httpx.HTTPError) as error:
+        keep_logs = not isinstance(error, Refused)
         raise
     finally:
         for name in ("valkey", "artifacts"):
