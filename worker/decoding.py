@@ -8,7 +8,7 @@ can be stopped in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import cast
 
 import torch
@@ -35,7 +35,7 @@ def denormalize(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_chunks(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
+def decode_chunks(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
     """Decode latents [1, C, F, H, W] into pictures [1, 3, f, 8H, 8W] in -1..1.
 
     f is 1 for the first latent frame and 4 for every other. The chunks joined along their third

@@ -39,10 +39,14 @@ from worker.tasks import WORKPLACE
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_TTL_S = 15
-"""A job whose worker has been silent for this long is delivered again; it beats three times in it."""
+"""A job whose worker was silent this long is delivered again; a beat comes every third of it."""
 
-IDLE_TTL_S = 20
-"""RQ waits 15 s less than this for a job before it looks for abandoned ones."""
+WORKER_TTL_S = 30
+"""How long RQ's entry of this worker outlives its last sign of life (RQ adds a minute)."""
+
+DEQUEUE_WAIT_S = 2
+"""How long one BLMOVE waits before RQ looks for abandoned jobs and asks again. Well below the
+answer timeout of `jobs.connection`: a client that gives up first misses the job it is handed."""
 
 MAINTENANCE_EVERY_S = 5
 """How often an idle worker looks for abandoned jobs."""
@@ -81,7 +85,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             connection=redis,
             serializer=JSONSerializer,
             queue_class=ResidentQueue,
-            worker_ttl=IDLE_TTL_S,
+            worker_ttl=WORKER_TTL_S,
             maintenance_interval=maintenance_every_s,
             log_job_description=False,
         )
@@ -97,6 +101,16 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         self._place = Workplace(engine, JobStore(redis), artifacts, threading.Event())
         self._standing_offer = StandingOffer(redis, self.offer)
         self._heartbeat_ttl_s = heartbeat_ttl_s
+
+    @property
+    def dequeue_timeout(self) -> int:
+        """Seconds one wait for a job lasts (RQ's: the worker's TTL less 15)."""
+        return DEQUEUE_WAIT_S
+
+    @property
+    def connection_timeout(self) -> int:
+        """The least answer timeout RQ wants; ours is longer, so the connection stays as it is."""
+        return DEQUEUE_WAIT_S
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """Offer the model and run jobs until told to stop (RQ's parameters)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from worker.devices import DeviceChoice
@@ -15,7 +15,10 @@ class WorkerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, populate_by_name=True)
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", validation_alias="REDIS_URL")
+    # Secret, because it may hold a password.
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL"
+    )
     artifacts_url: str = Field(validation_alias="ARTIFACTS_URL")
     config: Path = Field(Path("deploy/wan-mini.toml"), validation_alias="WORKER_CONFIG")
     device: DeviceChoice = Field("auto", validation_alias="WORKER_DEVICE")

@@ -41,7 +41,11 @@ from worker.loading import (
 
 
 class WanEngine:
-    """The engine of one worker: one model, one device, its modes. One job at a time."""
+    """The engine of one worker: one model, one device, its modes. One job at a time.
+
+    Attributes:
+        loaded: the modes by name, in the order of the configuration.
+    """
 
     def __init__(
         self,
@@ -51,11 +55,11 @@ class WanEngine:
         parts: SharedParts,
         modes: tuple[Mode, ...],
     ) -> None:
-        self._config = config
+        self.config = config
         self._device = device
-        self._parts = parts
-        self._loaded = {mode.offer.name: mode for mode in modes}
-        self._pipelines = {name: _pipeline(parts, mode) for name, mode in self._loaded.items()}
+        self.parts = parts
+        self.loaded = {mode.offer.name: mode for mode in modes}
+        self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
         self.model: ModelOffer = config.offer(fingerprint)
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
         self.device_name = device.name
@@ -81,13 +85,13 @@ class WanEngine:
             f"device: {self.device_name}",
             f"modes: {', '.join(mode.name for mode in self.modes)}",
         ]
-        for name, mode in self._loaded.items():
+        for name, mode in self.loaded.items():
             if mode.report is not None:
                 lines.append(f"mode {name}: {mode.report}")
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
-        together = quant.weight_bytes(*(mode.transformer for mode in self._loaded.values()))
+        together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
         lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
-        rest = quant.weight_bytes(self._parts.text_encoder, self._parts.vae)
+        rest = quant.weight_bytes(self.parts.text_encoder, self.parts.vae)
         lines.append(f"text encoder and VAE: {_bytes(rest)}")
         memory = self._device.memory()
         if memory is not None:
@@ -117,19 +121,19 @@ class WanEngine:
 
     def _refuse_misfits(self, request: GenerationRequest) -> None:
         """Refuse what the pipeline would round or cut; a job may be older than this worker."""
-        if request.mode not in self._loaded or request.size not in self._config.sizes:
+        if request.mode not in self.loaded or request.size not in self.config.sizes:
             raise GenerationFailed(
-                f"This worker serves modes {', '.join(self._loaded)} at sizes "
-                f"{', '.join(self._config.sizes)}, not {request.mode} at {request.size}."
+                f"This worker serves modes {', '.join(self.loaded)} at sizes "
+                f"{', '.join(self.config.sizes)}, not {request.mode} at {request.size}."
             )
-        if request.num_frames % 4 != 1 or request.num_frames > self._config.max_frames:
+        if request.num_frames % 4 != 1 or request.num_frames > self.config.max_frames:
             raise GenerationFailed(
-                f"num_frames is {request.num_frames}, not 4k+1 up to {self._config.max_frames}."
+                f"num_frames is {request.num_frames}, not 4k+1 up to {self.config.max_frames}."
             )
-        bound = self._config.text_tokens
+        bound = self.config.text_tokens
         for name in ("prompt", "negative_prompt"):
             # Cleaned as the pipeline cleans it, and counted with the closing token.
-            tokens = len(self._parts.tokenizer(prompt_clean(getattr(request, name))).input_ids)
+            tokens = len(self.parts.tokenizer(prompt_clean(getattr(request, name))).input_ids)
             if tokens > bound:
                 raise PromptTooLong(
                     f"{name} has {tokens} tokens, more than {bound}; shorten it.",
@@ -143,12 +147,12 @@ class WanEngine:
         self, pipeline: WanPipeline, request: GenerationRequest, watch: Watch
     ) -> tuple[Tensor, Tensor | None]:
         """Embed both prompts, [1, L, D] each; the negative one is None where guidance is off."""
-        with _checked(self._parts.text_encoder.encoder.block, watch.check):
+        with _checked(self.parts.text_encoder.encoder.block, watch.check):
             prompt, negative = pipeline.encode_prompt(
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
                 do_classifier_free_guidance=request.guidance_scale > 1.0,
-                max_sequence_length=self._config.text_tokens,
+                max_sequence_length=self.config.text_tokens,
                 device=self._device.torch_device,
                 dtype=self._device.dtype,
             )
@@ -188,7 +192,7 @@ class WanEngine:
 
     def _frames(self, latents: Tensor, seconds: StageSeconds, watch: Watch) -> Generator[Frame]:
         """Decode frame by frame; only the time inside the VAE counts."""
-        vae = self._parts.vae
+        vae = self.parts.vae
         total = latents.shape[2]
         watch.progress(Stage.VAE, 0, total)
         latents = denormalize(vae, latents.to(self._device.vae_dtype))
@@ -202,8 +206,8 @@ class WanEngine:
 
     def _scheduler(self, size: str) -> Any:
         """A fresh scheduler: it keeps state, and a cancelled run leaves it half way."""
-        pattern = self._parts.scheduler
-        shift = self._config.flow_shift.get(size)
+        pattern = self.parts.scheduler
+        shift = self.config.flow_shift.get(size)
         return pattern.from_config(
             pattern.config, **({} if shift is None else {"flow_shift": shift})
         )

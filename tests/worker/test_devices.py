@@ -8,6 +8,7 @@ import torch
 from worker.devices import DeviceChoice, pick_device, usable_cores
 from worker.errors import DeviceUnavailable
 
+
 @pytest.fixture(autouse=True)
 def _same_threads_afterwards():
     before = torch.get_num_threads()

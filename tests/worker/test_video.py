@@ -85,7 +85,7 @@ def test_facts_and_title_can_be_read_back(tmp_path: Path) -> None:
 
 
 def test_frames_are_taken_one_by_one(tmp_path: Path) -> None:
-    """The encoder takes each frame before it asks for the next: nothing waits for the whole clip."""
+    """Each frame is taken before the next is asked for: nothing waits for the whole clip."""
     alive: list[int] = []
 
     def frames() -> Iterator[Frame]:

@@ -1,0 +1,79 @@
+"""A second engine: coloured frames at once, no model; what the queue side does with any engine.
+
+Run as a program it is a whole worker process: `python -m tests.worker.pattern_engine REDIS_URL
+ARTIFACTS_FOLDER SECONDS_PER_STEP`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import numpy as np
+
+from jobs.artifacts import FolderArtifactStore
+from jobs.catalog import ModelOffer, ModeOffer
+from jobs.connection import connect
+from jobs.record import Stage
+from jobs.spec import GenerationRequest
+from worker.engine import Clip, Frame, StageSeconds, Watch
+from worker.resident import ResidentWorker
+
+OnStep = Callable[[int], None]
+
+
+class PatternEngine:
+    """Every frame has one colour, drawn from the seed. `on_step` may wait or raise."""
+
+    device_name = "none"
+    model = ModelOffer(
+        name="pattern",
+        fingerprint="none",
+        sizes=("64x32",),
+        default_size="64x32",
+        min_frames=1,
+        max_frames=9,
+        default_frames=9,
+        fps=8,
+        max_steps=1000,
+        default_steps=4,
+        default_guidance_scale=1.0,
+        default_mode="plain",
+        max_prompt_chars=100,
+    )
+    modes = (ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),)
+
+    def __init__(self, on_step: OnStep = lambda step: None) -> None:
+        self._on_step = on_step
+
+    def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
+        watch.progress(Stage.TEXT_ENCODER, 1, 1)
+        for step in range(1, request.num_inference_steps + 1):
+            self._on_step(step)
+            watch.progress(Stage.DENOISE, step, request.num_inference_steps)
+        seconds = StageSeconds(text_encoder_s=0.5, denoise_s=1.5, vae_s=0.25)
+        return Clip(self._frames(request, watch), request.num_frames, seconds)
+
+    def _frames(self, request: GenerationRequest, watch: Watch) -> Generator[Frame]:
+        for index in range(request.num_frames):
+            watch.progress(Stage.VAE, index + 1, request.num_frames)
+            yield np.full((request.height, request.width, 3), request.seed % 256, np.uint8)
+
+
+def main() -> None:
+    redis_url, artifacts, seconds = sys.argv[1:]
+    engine = PatternEngine(lambda step: time.sleep(float(seconds)))
+    worker = ResidentWorker(
+        engine,
+        connect(redis_url),
+        FolderArtifactStore(Path(artifacts)),
+        heartbeat_ttl_s=2,
+        maintenance_every_s=1,
+    )
+    worker.work(logging_level="WARNING")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""A job's way through the worker, in front of a real Valkey, with an engine that is all pattern.
+
+Every job goes the way of production: `JobStore.create`, RQ's queue, `ResidentWorker.work`.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from redis import Redis
+from rq.command import send_stop_job_command
+from rq.exceptions import DeserializationError
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+from jobs import catalog
+from jobs.artifacts import FolderArtifactStore
+from jobs.errors import GenerationFailed, PromptTooLong
+from jobs.record import JobRecord
+from jobs.state import JobState
+from jobs.store import JobStore
+from tests.worker.orders import order
+from tests.worker.pattern_engine import OnStep, PatternEngine
+from worker.resident import ResidentWorker
+from worker.tasks import WORKPLACE
+
+ORDER = order(model="pattern", mode="plain", size="64x32", num_frames=9, seed=200)
+SECRET = "a prompt nobody may read in a log"
+QUEUE = catalog.queue_name(PatternEngine.model, PatternEngine.modes)
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> FolderArtifactStore:
+    return FolderArtifactStore(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def worker_for(redis: Redis, artifacts: FolderArtifactStore) -> Callable[[OnStep], ResidentWorker]:
+    """A worker whose engine calls a function at each step."""
+    return lambda on_step: ResidentWorker(PatternEngine(on_step), redis, artifacts)
+
+
+@pytest.fixture
+def run(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> Callable[..., JobRecord]:
+    """Create a job, have a worker run it, and return its record."""
+
+    def run_job(on_step: OnStep = lambda step: None, **changes: object) -> JobRecord:
+        job = store.create(ORDER.model_copy(update=changes), QUEUE)
+        worker_for(on_step).work(burst=True, logging_level="WARNING")
+        return store.get(job.id)
+
+    return run_job
+
+
+def failing(error: BaseException) -> OnStep:
+    def on_step(step: int) -> None:
+        raise error
+
+    return on_step
+
+
+def rq_job(redis: Redis, job_id: str) -> Job:
+    return Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+
+
+def test_a_job_becomes_a_stored_video(
+    run: Callable[..., JobRecord], artifacts: FolderArtifactStore, redis: Redis
+) -> None:
+    record = run()
+    assert record.state is JobState.SUCCEEDED
+    assert record.video is not None
+    data = artifacts.path(record.video.key).read_bytes()
+    assert record.video.key == f"videos/{record.id}/1.mp4"
+    assert record.video.bytes == len(data)
+    assert record.video.sha256 == hashlib.sha256(data).hexdigest()
+    assert (record.video.width, record.video.height, record.video.num_frames) == (64, 32, 9)
+    assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
+
+
+def test_the_seconds_of_a_job_add_up(run: Callable[..., JobRecord]) -> None:
+    timings = run().timings
+    assert timings is not None
+    assert (timings.text_encoder_s, timings.denoise_s, timings.vae_s) == (0.5, 1.5, 0.25)
+    assert timings.queue_s >= 0
+    assert 0 < timings.mp4_s < timings.total_s
+
+
+def test_the_file_tells_what_made_it_but_not_the_prompt(
+    run: Callable[..., JobRecord], artifacts: FolderArtifactStore
+) -> None:
+    record = run(prompt=SECRET)
+    assert record.video is not None
+    data = artifacts.path(record.video.key).read_bytes()
+    for fact in (record.id, "recipe-1", '"seed": 200', hashlib.sha256(SECRET.encode()).hexdigest()):
+        assert fact.encode() in data
+    assert SECRET.encode() not in data
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PromptTooLong("prompt has 99 tokens"), "prompt_too_long"),
+        (GenerationFailed("it failed"), "generation_failed"),
+        (torch.OutOfMemoryError("2 GiB wanted"), "out_of_device_memory"),
+        (ZeroDivisionError("a bug"), "internal_error"),
+        (DeserializationError("any library's error"), "internal_error"),
+    ],
+)
+def test_a_failure_has_a_code_and_no_traceback(
+    run: Callable[..., JobRecord], redis: Redis, error: Exception, code: str
+) -> None:
+    record = run(failing(error))
+    assert record.state is JobState.FAILED
+    assert record.failure is not None
+    assert record.failure.code == code
+    assert "Traceback" not in record.failure.detail
+    assert "a bug" not in record.failure.detail
+    # Delivered, and not to be delivered again.
+    assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
+    assert record.attempts == 1
+
+
+def test_the_log_has_the_traceback_under_the_job_and_never_the_prompt(
+    run: Callable[..., JobRecord], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        run(failing(ZeroDivisionError("a bug")), prompt=SECRET)
+    assert "ZeroDivisionError: a bug" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_the_time_limit_is_a_failure_of_its_own(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE)
+    queued = rq_job(redis, job.id)
+    queued.timeout = 1
+    queued.save()
+    worker_for(lambda step: time.sleep(5)).work(burst=True, logging_level="WARNING")
+    failure = store.get(job.id).failure
+    assert failure is not None
+    assert failure.code == "generation_timed_out"
+
+
+def test_a_running_job_is_cancelled_between_two_steps(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE)
+    steps: list[int] = []
+
+    def on_step(step: int) -> None:
+        steps.append(step)
+        time.sleep(0.01)
+        if step == 3:
+            store.cancel(job.id)
+
+    worker_for(on_step).work(burst=True, logging_level="WARNING")
+    record = store.get(job.id)
+    assert record.state is JobState.CANCELLED
+    assert record.video is None
+    assert len(steps) < 30
+
+
+def test_rq_can_stop_a_job_and_the_next_one_runs(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    stopped = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE)
+    after = store.create(ORDER, QUEUE)
+
+    def on_step(step: int) -> None:
+        if step == 2:
+            send_stop_job_command(redis, stopped.id, serializer=JSONSerializer)
+        time.sleep(0.01)
+
+    worker_for(on_step).work(burst=True, logging_level="WARNING")
+    assert store.get(stopped.id).state is JobState.CANCELLED
+    assert store.get(after.id).state is JobState.SUCCEEDED
+
+
+def test_a_job_that_has_ended_is_not_run_again(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE)
+    attempt = store.claim(job.id)
+    store.cancelled(attempt)
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    assert store.get(job.id).state is JobState.CANCELLED
+
+
+def test_a_stale_attempt_writes_nothing(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE)
+
+    def overtake(step: int) -> None:
+        if step == 1:
+            store.claim(job.id)
+
+    worker_for(overtake).work(burst=True, logging_level="WARNING")
+    record = store.get(job.id)
+    assert record.state is JobState.RUNNING
+    assert record.attempts == 2
+    assert record.video is None
+
+
+def test_a_worker_is_offered_while_it_works_and_not_afterwards(
+    redis: Redis, store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    during: list[str] = []
+    store.create(ORDER, QUEUE)
+    worker = worker_for(lambda step: during.extend(o.worker_id for o in catalog.read(redis).offers))
+    worker.work(burst=True, logging_level="WARNING")
+    assert set(during) == {worker.name}
+    assert catalog.read(redis).offers == ()
+
+
+def test_heartbeats_keep_a_job_that_outlasts_their_time_to_live(
+    redis: Redis, store: JobStore, artifacts: FolderArtifactStore
+) -> None:
+    job = store.create(ORDER, QUEUE)
+    beats: list[object] = []
+
+    def on_step(step: int) -> None:
+        time.sleep(0.5)
+        beats.append(redis.hget(f"rq:job:{job.id}", "last_heartbeat"))
+
+    worker = ResidentWorker(PatternEngine(on_step), redis, artifacts, heartbeat_ttl_s=1)
+    worker.work(burst=True, logging_level="WARNING")
+    assert len(set(beats)) > 1
+    assert store.get(job.id).attempts == 1
+
+
+def test_outside_a_job_there_is_no_workplace() -> None:
+    with pytest.raises(LookupError):
+        WORKPLACE.get()
+
+
+def test_names_are_unique_and_equal_workers_share_a_queue(
+    worker_for: Callable[[OnStep], ResidentWorker],
+) -> None:
+    one, two = worker_for(lambda step: None), worker_for(lambda step: None)
+    assert one.name != two.name
+    assert one.queue_names() == two.queue_names() == [QUEUE]
+
+
+def test_the_threads_of_a_worker_end_with_it(run: Callable[..., JobRecord]) -> None:
+    run()
+    ours = {"heartbeat", "standing-offer"}
+    assert not ours & {thread.name for thread in threading.enumerate()}

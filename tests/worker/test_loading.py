@@ -1,0 +1,136 @@
+"""What is refused before anything large is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quant import QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
+from worker.config import WorkerConfig
+from worker.devices import Device
+from worker.errors import ModelUnusable
+from worker.loading import check_folder, load_shared_parts, plan_modes
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the miniature that a test may break."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def with_scales(config: WorkerConfig, path: Path) -> WorkerConfig:
+    quantized = config.modes[1].model_copy(update={"scales": path})
+    return config.model_copy(update={"modes": (config.modes[0], quantized)})
+
+
+def test_the_miniature_is_whole(model_folder: Path) -> None:
+    check_folder(model_folder)
+
+
+def test_scales_that_fit_are_planned(config: WorkerConfig, scales: Scales) -> None:
+    bf16, quantized = plan_modes(config, scales.model_fingerprint)
+    assert (bf16.recipe, bf16.scales) == (None, None)
+    assert quantized.recipe == QuantRecipe.load("boundary-hif8")
+
+
+def test_scales_of_another_model_are_refused_with_the_command(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    save_scales(replace(scales, model_fingerprint="sha256-full:00"), path)
+    with pytest.raises(ScalesMismatch, match="sha256-full:00") as caught:
+        plan_modes(with_scales(config, path), scales.model_fingerprint)
+    command = str(caught.value).rpartition("python -m quant calibrate ")[2]
+    assert f"--model {config.model.path}" in command
+    assert f"--out {path}" in command
+
+
+def test_scales_of_another_recipe_are_refused_with_the_command(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    recipe = replace(scales.recipe, name="other", protected_blocks=(0, 1))
+    save_scales(replace(scales, recipe=recipe), path)
+    with pytest.raises(ScalesMismatch, match=r"'other'.*python -m quant calibrate"):
+        plan_modes(with_scales(config, path), scales.model_fingerprint)
+
+
+def test_scales_of_another_format_are_refused_with_the_command(
+    config: WorkerConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"format_version": "99"})
+    with pytest.raises(ScalesMismatch, match=r"99.*python -m quant calibrate"):
+        plan_modes(with_scales(config, path), "fingerprint")
+
+
+def test_missing_scales_are_refused_with_the_command(config: WorkerConfig, tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    with pytest.raises(QuantError, match=r"none\.safetensors.*python -m quant calibrate"):
+        plan_modes(with_scales(config, path), "fingerprint")
+
+
+def test_an_unknown_recipe_is_refused(config: WorkerConfig) -> None:
+    mode = config.modes[1].model_copy(update={"recipe": "fp4"})
+    with pytest.raises(QuantError, match=r"'fp4'.*boundary-hif8"):
+        plan_modes(config.model_copy(update={"modes": (mode,)}), "fingerprint")
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "tokenizer", "vae/config.json"])
+def test_a_missing_part_is_named(folder: Path, part: str) -> None:
+    path = folder / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ModelUnusable, match=f"lacks {part}"):
+        check_folder(folder)
+
+
+OTHER_INDEXES = {
+    "with two transformers": {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+    "holds a FluxPipeline": {"_class_name": "FluxPipeline"},
+    "scheduler NoScheduler, which this diffusers lacks": {
+        "scheduler": ["diffusers", "NoScheduler"]
+    },
+    "cannot be read": {"scheduler": None},
+}
+
+
+@pytest.mark.parametrize("message", OTHER_INDEXES)
+def test_another_kind_of_folder_is_refused(folder: Path, message: str) -> None:
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) | OTHER_INDEXES[message]
+    path.write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelUnusable, match=message):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelUnusable, match=r"model_index\.json cannot be read"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_part_is_named(folder: Path, device: Device, part: str, damage: str) -> None:
+    path = folder / part
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ModelUnusable, match=part.partition("/")[0]):
+        load_shared_parts(folder, device)
