@@ -29,7 +29,8 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 def dequantize(qdata: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Values of codes under a scale: qdata [...] uint8, scale broadcastable → [...] dtype."""
-    in_pairs = qdata.numel() % 2 == 0 and qdata.storage_offset() % 2 == 0
+    even = qdata.numel() % 2 == 0 and qdata.storage_offset() % 2 == 0
+    in_pairs = even and qdata.is_contiguous()
     if dtype is torch.bfloat16 and qdata.device.type == "cpu" and in_pairs:
         if scale.numel() > 1:
             return (_decode_pairs(qdata, 1.0) * scale).to(dtype)

@@ -1,0 +1,101 @@
+"""A four-block Wan pipeline of the real classes, small enough to run in milliseconds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+from mini.architecture import TEXT_WIDTH, build_text_encoder, build_tokenizer, build_vae
+from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.fingerprint import model_fingerprint
+from quant.prompts import PromptSet
+from quant.recipe import QuantRecipe
+from quant.sampler import SamplerSettings
+from quant.scales import Scales
+
+PROMPTS = tuple(f"a {colour} {shape}" for colour in ("red", "blue") for shape in "abcde")
+BLOCKS = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_tiny_transformer() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=16,
+        out_channels=16,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=BLOCKS,
+    ).to(torch.bfloat16)
+
+
+@pytest.fixture
+def tiny_transformer() -> WanTransformer3DModel:
+    return build_tiny_transformer().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a saved pipeline."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(1)
+    WanPipeline(
+        tokenizer=build_tokenizer(PROMPTS),
+        text_encoder=build_text_encoder().to(torch.bfloat16),
+        transformer=build_tiny_transformer(),
+        vae=build_vae().to(torch.bfloat16),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe(tiny_model: Path) -> WanPipeline:
+    return load_pipeline(tiny_model, "cpu")
+
+
+def tiny_recipe_dict() -> dict[str, object]:
+    """The default recipe, for four blocks of which the outer two are protected."""
+    data = QuantRecipe.load("boundary-hif8").to_dict()
+    return data | {"name": "tiny", "total_blocks": BLOCKS, "protected_blocks": [0, BLOCKS - 1]}
+
+
+@pytest.fixture
+def recipe_dict() -> dict[str, object]:
+    return tiny_recipe_dict()
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> QuantRecipe:
+    return QuantRecipe.from_dict(tiny_recipe_dict())
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_model: Path, tiny_recipe: QuantRecipe) -> CalibrationPlan:
+    return CalibrationPlan(
+        model_fingerprint=model_fingerprint(tiny_model),
+        recipe=tiny_recipe,
+        prompts=PromptSet(PROMPTS, "prompts.txt"),
+        sampler=SamplerSettings((32, 32), 5, 4, 3.0, 16, timestep_groups=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_scales(tiny_pipe: WanPipeline, tiny_plan: CalibrationPlan) -> Scales:
+    return run_calibration(tiny_pipe, tiny_plan)

@@ -1,0 +1,108 @@
+"""Recipes: the default one, round trips, fingerprints, and what is refused."""
+
+import dataclasses
+import json
+import tomllib
+from importlib import resources
+
+import pytest
+
+from quant.errors import RecipeError
+from quant.granularity import PerChannel, PerTensor, PerToken
+from quant.recipe import QuantRecipe, shipped_recipes
+from quant.scaling import POLICIES
+
+
+def test_the_default_recipe_is_the_papers():
+    recipe = QuantRecipe.load("boundary-hif8")
+    assert recipe.format == "hif8"
+    assert recipe.total_blocks == 40
+    assert recipe.protected_blocks == (0, 1, 37, 38, 39)
+    assert recipe.quantized_blocks == tuple(range(2, 37))
+    assert recipe.linears_per_block == len(recipe.linears) == 10
+    assert (recipe.weight_granularity, recipe.act_granularity) == (PerTensor(), PerTensor())
+    assert recipe.weight_policy == recipe.act_policy == POLICIES["pow2"]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_under_its_own_name(name: str):
+    assert QuantRecipe.load(name).name == name
+
+
+def test_json_round_trip_is_equal_and_keeps_the_fingerprint(recipe_dict):
+    changes = {
+        "kept_linears": ["blocks.*.ffn.net.2"],
+        "weight": {"granularity": "per_channel", "policy": "sqnr"},
+        "act": {"granularity": "per_token", "policy": "amax15"},
+    }
+    recipe = QuantRecipe.from_dict(recipe_dict | changes)
+    again = QuantRecipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert again.fingerprint == recipe.fingerprint
+    assert recipe.weight_granularity == PerChannel()
+    assert recipe.act_granularity == PerToken()
+
+
+def test_toml_and_json_files_read_the_same(tmp_path):
+    shipped = resources.files("quant") / "recipes" / "boundary-hif8.toml"
+    text = shipped.read_text(encoding="utf-8")
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    (tmp_path / "r.json").write_text(json.dumps(tomllib.loads(text)), encoding="utf-8")
+    from_toml, from_json = (QuantRecipe.load(tmp_path / f"r.{kind}") for kind in ("toml", "json"))
+    assert from_toml == from_json == QuantRecipe.load("boundary-hif8")
+    assert from_toml.source == str(tmp_path / "r.toml")
+    assert str(tmp_path) not in from_toml.to_json()
+
+
+def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
+    renamed = dataclasses.replace(tiny_recipe, name="other", description="other")
+    reordered = dataclasses.replace(tiny_recipe, linears=tiny_recipe.linears[::-1])
+    changed = dataclasses.replace(tiny_recipe, act_policy=POLICIES["none"])
+    assert tiny_recipe.fingerprint.startswith("sha256:")
+    assert renamed.fingerprint == reordered.fingerprint == tiny_recipe.fingerprint
+    assert changed.fingerprint != tiny_recipe.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2; this tool reads 1"),
+        ({"format": "int8"}, "format 'int8' is not one of hif8"),
+        ({"protected_blocks": [0, 4]}, r"protected_blocks \[4\] lie outside 0..3"),
+        ({"protected_blocks": [3, 0]}, "must ascend without repetition"),
+        ({"protected_blocks": [True]}, "must be a list of int"),
+        ({"protected_blocks": "auto"}, "must be a list of int, not 'auto'"),
+        ({"total_blocks": 0, "protected_blocks": []}, "at least one block"),
+        ({"total_blocks": "4"}, "total_blocks must be int, not '4'"),
+        ({"linears": []}, "at least one block, one linear per block and one pattern"),
+        ({"smoothing": 0.5}, "unknown keys: smoothing"),
+        ({"weight": {"granularity": "per_token", "policy": "pow2"}}, "weight granularity"),
+        ({"weight": {"granularity": "per_tensor"}}, r"table \[weight\] must hold granularity and"),
+        ({"weight": {"granularity": 1, "policy": "pow2"}}, r"table \[weight\] holds names, not 1"),
+        ({"act": {"granularity": "per_channel", "policy": "pow2"}}, "act granularity"),
+        ({"act": {"granularity": "per_tensor", "policy": "max"}}, "scale policy 'max'"),
+        ({"act": {"granularity": "per_token", "policy": "sqnr"}}, "needs calibration statistics"),
+    ],
+)
+def test_bad_values_are_named(recipe_dict, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        QuantRecipe.from_dict(recipe_dict | changes)
+
+
+def test_missing_keys_are_named(recipe_dict):
+    del recipe_dict["total_blocks"]
+    with pytest.raises(RecipeError, match="recipe lacks total_blocks"):
+        QuantRecipe.from_dict(recipe_dict)
+
+
+def test_unknown_names_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"no recipe 'nope'.*one of boundary-hif8"):
+        QuantRecipe.load("nope")
+    with pytest.raises(RecipeError, match="no recipe"):
+        QuantRecipe.load(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = ", encoding="utf-8")
+    with pytest.raises(RecipeError, match="does not parse"):
+        QuantRecipe.load(broken)
+    with pytest.raises(RecipeError, match="not JSON"):
+        QuantRecipe.from_json("{")

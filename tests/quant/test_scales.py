@@ -1,0 +1,168 @@
+"""The scales file: round trip, size, atomicity, and every way it can fail to fit."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quant.errors import CalibrationError, ScalesError, ScalesMismatch
+from quant.sampler import SamplerSettings
+from quant.scales import Scales, check_scales, load_scales, save_scales
+from quant.scaling import NUM_BINADES, POLICIES
+
+MAX_BYTES = 1_500_000
+COMMAND = "python -m quant calibrate"
+
+
+@pytest.fixture
+def path(tmp_path, tiny_scales: Scales):
+    save_scales(tiny_scales, tmp_path / "s.safetensors")
+    return tmp_path / "s.safetensors"
+
+
+def metadata_of(path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_what_is_saved_is_loaded(path, tiny_scales: Scales):
+    loaded = load_scales(path)
+    for field in dataclasses.fields(Scales):
+        ours, theirs = getattr(loaded, field.name), getattr(tiny_scales, field.name)
+        if isinstance(ours, torch.Tensor):
+            assert torch.equal(ours, theirs), field.name
+        elif isinstance(ours, dict):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        else:
+            assert ours == theirs, field.name
+
+
+def test_the_metadata_says_where_it_comes_from(path, tiny_scales: Scales):
+    metadata = metadata_of(path)
+    assert metadata["format_version"] == "1"
+    assert metadata["model_fingerprint"].startswith("sha256-full:")
+    assert json.loads(metadata["recipe"])["name"] == "tiny"
+    assert len(metadata["prompts_sha256"]) == 64
+    assert metadata["tool_version"]
+    assert json.loads(metadata["sampler"])["num_inference_steps"] == 4
+
+
+def test_only_the_file_is_left_behind_and_others_may_read_it(path):
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_sized_file_stays_small(tmp_path, tiny_scales: Scales):
+    linears = tuple(f"blocks.{b}.attn1.to_out.{i}" for b in range(35) for i in range(10))
+    shape = (len(linears), 4, 64)
+    big = dataclasses.replace(
+        tiny_scales,
+        linears=linears,
+        weight_scale={name: torch.tensor(1.0) for name in linears},
+        act_scale={name: torch.tensor(1.0) for name in linears},
+        weight_amax=torch.ones(len(linears)),
+        act_amax=torch.rand(shape),
+        act_mean_square=torch.rand(shape),
+        act_binades=torch.rand(*shape[:2], NUM_BINADES),
+    )
+    save_scales(big, tmp_path / "big.safetensors")
+    assert (tmp_path / "big.safetensors").stat().st_size < MAX_BYTES
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, tiny_scales: Scales):
+    with pytest.raises(ScalesError, match=r"cannot write .*nowhere/s.safetensors"):
+        save_scales(tiny_scales, tmp_path / "nowhere" / "s.safetensors")
+
+
+def command_in(error: pytest.ExceptionInfo[ScalesError]) -> list[str]:
+    """The command an error message ends with, as words."""
+    _, found, arguments = str(error.value).rpartition(COMMAND)
+    assert found
+    return shlex.split(arguments)
+
+
+def test_fitting_scales_pass(tiny_scales: Scales):
+    renamed = dataclasses.replace(tiny_scales.recipe, name="other")
+    fingerprint = tiny_scales.model_fingerprint
+    check_scales(tiny_scales, model_fingerprint=fingerprint, recipe=renamed)
+
+
+def test_another_model_is_refused_with_the_command(path, tiny_model, tiny_recipe):
+    with pytest.raises(ScalesMismatch, match="calibrated on model sha256-full:") as error:
+        check_scales(
+            load_scales(path),
+            model_fingerprint="sha256-full:other",
+            recipe=tiny_recipe,
+            path=path,
+            model_folder=tiny_model,
+        )
+    assert command_in(error) == [
+        *("--model", str(tiny_model), "--prompts", "prompts.txt"),
+        *("--out", str(path), "--recipe", "tiny"),
+    ]
+
+
+def test_another_recipe_is_refused_with_the_command_and_sampler(path, tiny_model, tiny_scales):
+    recipe = dataclasses.replace(
+        tiny_scales.recipe, weight_policy=POLICIES["none"], source="recipes/my own.toml"
+    )
+    with pytest.raises(ScalesMismatch, match="scales are for recipe 'tiny'") as error:
+        check_scales(
+            tiny_scales,
+            model_fingerprint=tiny_scales.model_fingerprint,
+            recipe=recipe,
+            path=path,
+            model_folder=tiny_model,
+        )
+    assert command_in(error) == [
+        *("--model", str(tiny_model), "--prompts", "prompts.txt"),
+        *("--out", str(path), "--recipe", "recipes/my own.toml"),
+        *("--steps", "4", "--size", "32x32", "--frames", "5"),
+        *("--guidance-scale", "3", "--text-tokens", "16", "--seed", "0"),
+    ]
+
+
+def test_another_format_version_is_refused_with_the_command(path, tiny_model):
+    metadata = metadata_of(path) | {"format_version": "2"}
+    save_file({"x": torch.zeros(1)}, path, metadata)
+    with pytest.raises(ScalesMismatch, match="has scales format 2, this tool reads 1") as error:
+        load_scales(path, model_folder=tiny_model)
+    assert command_in(error)[:2] == ["--model", str(tiny_model)]
+
+
+def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
+    with pytest.raises(ScalesError, match="there is no scales file") as error:
+        load_scales(tmp_path / "absent.safetensors")
+    assert command_in(error)[-1] == str(tmp_path / "absent.safetensors")
+
+
+def test_files_that_are_something_else_are_refused(tmp_path, path):
+    text = tmp_path / "text.safetensors"
+    text.write_text("hello, this is not safetensors")
+    with pytest.raises(ScalesError, match="not a readable scales file"):
+        load_scales(text)
+    save_file({"x": torch.zeros(1)}, text)
+    with pytest.raises(ScalesError, match="its metadata has no format_version"):
+        load_scales(text)
+    save_file({"x": torch.zeros(1)}, text, metadata_of(path))
+    with pytest.raises(ScalesError, match="not a readable scales file: KeyError"):
+        load_scales(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (((30, 32), 5, 4, 3.0, 16), "size 30x32 must be in multiples of 16"),
+        (((32, 0), 5, 4, 3.0, 16), "size 32x0 must be in multiples of 16"),
+        (((32, 32), 6, 4, 3.0, 16), "frames 6 must be 4k"),
+        (((32, 32), 5, 3, 3.0, 16), "steps 3 must be at least 4"),
+    ],
+)
+def test_sampler_bounds(values, message):
+    with pytest.raises(CalibrationError, match=message):
+        SamplerSettings(*values)
