@@ -74,11 +74,13 @@ class JobBar:
         self._progress.stop()
 
     def show(self, job: Job) -> None:
-        progress = job.get("progress") or {}
-        stage = _STAGES.get(progress.get("stage", ""), "queued")
-        if stage != self._stage or job["state"] == "succeeded":
+        progress = job["progress"] or {}
+        if job["finished_at"]:
             self._finish()
+            return
+        stage = _STAGES[progress["stage"]] if progress else "queued"
         if stage != self._stage:
+            self._finish()
             self._stage = stage
             self._task = self._progress.add_task(stage, total=None, steps="")
         if self._task is not None and progress:
