@@ -99,11 +99,14 @@ def save_scales(scales: Scales, path: Path) -> None:
         raise ScalesError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def load_scales(path: Path, *, model_folder: Path | None = None) -> Scales:
+def load_scales(
+    path: Path, *, model_folder: Path | None = None, recipe: QuantRecipe | None = None
+) -> Scales:
     """Read a scales file.
 
     Args:
-        model_folder: named in the command an error recommends.
+        model_folder: the model they are wanted for, and
+        recipe: the recipe, both only named in the command an error recommends.
 
     Raises:
         ScalesError: there is no such file, or it is not a scales file.
@@ -112,16 +115,22 @@ def load_scales(path: Path, *, model_folder: Path | None = None) -> Scales:
     if not path.is_file():
         raise ScalesError(
             f"there is no scales file {path}; make one with: "
-            f"{calibrate_command(path, model_folder)}"
+            f"{calibrate_command(path, model_folder, recipe=recipe)}"
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check_format_version(metadata, path, model_folder)
+            if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+                prompts = metadata.get("prompts_file")
+                command = calibrate_command(path, model_folder, prompts=prompts, recipe=recipe)
+                raise ScalesMismatch(
+                    f"{path} has scales format {metadata['format_version']}, this tool reads "
+                    f"{FORMAT_VERSION}; make fitting ones with: {command}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _from_parts(metadata, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
-        raise ScalesError(f"{path} is not a readable scales file: {error!r}") from error
+        raise ScalesError(f"{path} is not a scales file: {error!r}") from error
 
 
 def check_scales(
@@ -174,18 +183,9 @@ def calibrate_command(
     return shlex.join(["python", "-m", "quant", "calibrate", *arguments])
 
 
-def _check_format_version(metadata: dict[str, str], path: Path, model_folder: Path | None) -> None:
-    version = metadata.get("format_version")
-    if version is None:
-        raise ScalesError(f"{path} is not a scales file: its metadata has no format_version")
-    if version != FORMAT_VERSION:
-        raise ScalesMismatch(
-            f"{path} has scales format {version}, this tool reads {FORMAT_VERSION}; "
-            f"make fitting ones with: {calibrate_command(path, model_folder)}"
-        )
-
-
 def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
+    if "format_version" not in metadata:
+        raise ValueError("its metadata has no format_version")
     statistics = {name: tensors.pop(name) for name in _STATISTICS}
     by_kind: dict[str, dict[str, Tensor]] = {"weight_scale": {}, "act_scale": {}}
     for name, tensor in tensors.items():

@@ -86,7 +86,8 @@ def choose_scale(policy: ScalePolicy, amax: Tensor, binades: Tensor | None = Non
         return torch.ones_like(amax)
     elif policy.power_of_two:
         _, exponent = torch.frexp(amax / policy.qmax)  # in [1/2, 1) times 2**exponent
-        scale = torch.ldexp(torch.ones_like(amax), _bounded(exponent))
+        exponent = exponent.clamp(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT)
+        scale = torch.ldexp(torch.ones_like(amax), exponent)
     else:
         scale = amax / policy.qmax
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
@@ -145,7 +146,3 @@ def _binade_error() -> tuple[Tensor, Tensor]:
     for condition, point in ((place == -23, 2.0**-22), (place >= 15, 2.0**15)):
         error = torch.where(condition, square - 3 * 2.0**place * point + point**2, error)
     return error * (2.0**exponents).square(), 7 / 3 * (2.0**binade).square()
-
-
-def _bounded(exponent: Tensor) -> Tensor:
-    return exponent.clamp(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT)

@@ -134,7 +134,9 @@ def test_another_number_of_blocks_is_refused(tiny_transformer):
 
 def test_a_pattern_that_matches_nothing_is_refused(tiny_transformer, tiny_recipe):
     recipe = dataclasses.replace(tiny_recipe, linears=(*tiny_recipe.linears, "attn3.to_q"))
-    refuse(tiny_transformer, recipe, r"'attn3.to_q'.* matches no linear in block 1, which has attn1")
+    refuse(
+        tiny_transformer, recipe, r"'attn3.to_q'.* matches no linear in block 1, which has attn1"
+    )
 
 
 def test_another_number_of_linears_is_refused(tiny_transformer, tiny_recipe):

@@ -161,7 +161,7 @@ def test_shapes_are_kept_also_when_empty_or_strided():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(TypeError, match="not torch.float64: convert first"):
+    with pytest.raises(TypeError, match=r"not torch\.float64: convert first"):
         hif8.encode(torch.zeros(2, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"torch.uint8, not torch.int8"):
         hif8.decode(torch.zeros(2, dtype=torch.int8))

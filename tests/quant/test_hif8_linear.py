@@ -8,7 +8,7 @@ from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
 from quant.scaling import POLICIES, choose_scale
 
-# Rounding Gaussian weights and inputs costs about 31.3 dB each, so about 28.3 dB together.
+# Rounding Gaussian weights and inputs costs about 31.5 dB each, so about 28.5 dB together.
 GAUSSIAN_SQNR_DB = 27.5
 POW2 = POLICIES["pow2"]
 

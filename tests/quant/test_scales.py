@@ -127,12 +127,15 @@ def test_another_recipe_is_refused_with_the_command_and_sampler(path, tiny_model
     ]
 
 
-def test_another_format_version_is_refused_with_the_command(path, tiny_model):
+def test_another_format_version_is_refused_with_the_command(path, tiny_model, tiny_recipe):
     metadata = metadata_of(path) | {"format_version": "2"}
     save_file({"x": torch.zeros(1)}, path, metadata)
     with pytest.raises(ScalesMismatch, match="has scales format 2, this tool reads 1") as error:
-        load_scales(path, model_folder=tiny_model)
-    assert command_in(error)[:2] == ["--model", str(tiny_model)]
+        load_scales(path, model_folder=tiny_model, recipe=tiny_recipe)
+    assert command_in(error) == [
+        *("--model", str(tiny_model), "--prompts", "prompts.txt"),
+        *("--out", str(path), "--recipe", "tiny"),
+    ]
 
 
 def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
@@ -144,13 +147,13 @@ def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
 def test_files_that_are_something_else_are_refused(tmp_path, path):
     text = tmp_path / "text.safetensors"
     text.write_text("hello, this is not safetensors")
-    with pytest.raises(ScalesError, match="not a readable scales file"):
+    with pytest.raises(ScalesError, match="not a scales file"):
         load_scales(text)
     save_file({"x": torch.zeros(1)}, text)
     with pytest.raises(ScalesError, match="its metadata has no format_version"):
         load_scales(text)
     save_file({"x": torch.zeros(1)}, text, metadata_of(path))
-    with pytest.raises(ScalesError, match="not a readable scales file: KeyError"):
+    with pytest.raises(ScalesError, match="not a scales file: KeyError"):
         load_scales(text)
 
 

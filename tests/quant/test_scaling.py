@@ -75,7 +75,12 @@ def distributions() -> dict[str, torch.Tensor]:
     outliers = gaussian.clone()
     outliers[:4000] *= 60
     heavy = gaussian / (torch.rand(200_000, generator=generator) + 1e-2)
-    return {"gaussian": gaussian, "outliers": outliers, "heavy tails": heavy, "tiny": gaussian / 1e6}
+    return {
+        "gaussian": gaussian,
+        "outliers": outliers,
+        "heavy tails": heavy,
+        "tiny": gaussian / 1e6,
+    }
 
 
 @pytest.mark.parametrize("name", distributions())
@@ -107,7 +112,8 @@ def test_sqnr_breaks_ties_towards_the_pow2_rule(exponent: int):
     x = 2.0**exponent * (1 + torch.rand(1, 1000))
     binades = binade_histogram(x)
     assert torch.equal(
-        choose_scale(POLICIES["sqnr"], x.amax(1), binades), choose_scale(POLICIES["pow2"], x.amax(1))
+        choose_scale(POLICIES["sqnr"], x.amax(1), binades),
+        choose_scale(POLICIES["pow2"], x.amax(1)),
     )
 
 

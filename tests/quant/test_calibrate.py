@@ -1,0 +1,200 @@
+"""Calibration end to end on the real pipeline classes: what it records, chooses, and refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from quant.act_statistics import ActivationStatistics
+from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.errors import CalibrationError, ConversionError
+from quant.granularity import PerChannel, PerToken
+from quant.prompts import PromptSet
+from quant.recipe import QuantRecipe
+from quant.sampler import default_sampler, resolve_sampler
+from quant.scales import Scales
+from quant.scaling import NUM_BINADES, POLICIES, binade_histogram
+
+LINEARS, GROUPS, PROMPTS = 20, 2, 10
+FFN_IN = "blocks.1.ffn.net.0.proj"
+
+
+def replan(plan: CalibrationPlan, **recipe_changes) -> CalibrationPlan:
+    recipe = dataclasses.replace(plan.recipe, **recipe_changes)
+    return dataclasses.replace(plan, recipe=recipe)
+
+
+def test_statistics_have_the_documented_shapes(tiny_scales: Scales):
+    assert len(tiny_scales.linears) == LINEARS
+    assert tiny_scales.act_amax.shape == (LINEARS, GROUPS, PROMPTS)
+    assert tiny_scales.act_mean_square.shape == (LINEARS, GROUPS, PROMPTS)
+    assert tiny_scales.act_binades.shape == (LINEARS, GROUPS, NUM_BINADES)
+    assert tiny_scales.num_prompts == PROMPTS
+    assert (tiny_scales.act_amax > 0).all()
+    assert (tiny_scales.act_amax.square() >= tiny_scales.act_mean_square).all()
+
+
+def test_statistics_are_those_of_the_inputs(tiny_pipe, tiny_plan, tiny_scales: Scales):
+    """Run the first prompt by hand, keep every input of one linear, and compare."""
+    linear = tiny_pipe.transformer.get_submodule(FFN_IN)
+    inputs: list[torch.Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float()))
+    tiny_pipe(
+        prompt=tiny_plan.prompts.prompts[0],
+        negative_prompt="",
+        width=32,
+        height=32,
+        num_frames=5,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    )
+    handle.remove()
+    assert len(inputs) == 4 * 2  # steps, with and without the prompt
+    row = tiny_scales.linears.index(FFN_IN)
+    for group in range(GROUPS):
+        seen = torch.cat(inputs[4 * group : 4 * group + 4])
+        assert tiny_scales.act_amax[row, group, 0] == seen.abs().max()
+        torch.testing.assert_close(tiny_scales.act_mean_square[row, group, 0], seen.square().mean())
+
+
+def test_default_scales_bring_what_was_seen_into_8_to_16(tiny_scales: Scales, tiny_pipe):
+    for row, name in enumerate(tiny_scales.linears):
+        act = tiny_scales.act_amax[row].max() / tiny_scales.act_scale[name]
+        weight = tiny_pipe.transformer.get_submodule(name).weight.float().abs().max()
+        assert tiny_scales.weight_amax[row] == weight
+        assert 8 <= act < 16
+        assert 8 <= weight / tiny_scales.weight_scale[name] < 16
+
+
+def test_calibration_repeats_itself_bit_by_bit(tiny_pipe, tiny_plan, tiny_scales: Scales):
+    again = run_calibration(tiny_pipe, tiny_plan)
+    assert torch.equal(again.act_amax, tiny_scales.act_amax)
+    assert torch.equal(again.act_binades, tiny_scales.act_binades)
+
+
+def test_no_hook_is_left_behind(tiny_pipe, tiny_scales):
+    assert not any(module._forward_pre_hooks for module in tiny_pipe.transformer.modules())
+
+
+@pytest.mark.parametrize("policy", ["sqnr", "amax15", "none"])
+def test_other_policies_choose_other_scales(tiny_pipe, tiny_plan, policy):
+    chosen = POLICIES[policy]
+    plan = replan(tiny_plan, weight_policy=chosen, act_policy=chosen)
+    scales = run_calibration(tiny_pipe, plan)
+    weight = tiny_pipe.transformer.get_submodule(FFN_IN).weight.float()
+    ratio = weight.abs().max() / scales.weight_scale[FFN_IN]
+    expected = {"sqnr": (1, 64), "amax15": (14.99, 15.01), "none": (0.01, 1)}[policy]
+    assert expected[0] <= ratio <= expected[1]
+    assert scales.act_scale[FFN_IN].shape == ()
+
+
+@pytest.mark.parametrize("policy", ["pow2", "sqnr"])
+def test_per_channel_weights_get_a_scale_per_row(tiny_pipe, tiny_plan, policy):
+    plan = replan(tiny_plan, weight_granularity=PerChannel(), weight_policy=POLICIES[policy])
+    scale = run_calibration(tiny_pipe, plan).weight_scale[FFN_IN]
+    assert scale.shape == (64, 1)
+    amax = tiny_pipe.transformer.get_submodule(FFN_IN).weight.float().abs().amax(1, keepdim=True)
+    assert ((amax / scale >= 1) & (amax / scale < 64)).all()
+
+
+def test_per_token_activations_need_no_scale(tiny_pipe, tiny_plan):
+    scales = run_calibration(tiny_pipe, replan(tiny_plan, act_granularity=PerToken()))
+    assert scales.act_scale == {}
+    assert scales.act_amax.shape == (LINEARS, GROUPS, PROMPTS)
+
+
+def test_progress_is_told_prompt_by_prompt(tiny_pipe, tiny_plan):
+    told: list[tuple[int, int]] = []
+    run_calibration(tiny_pipe, tiny_plan, on_prompt=lambda *now: told.append(now))
+    assert told == [(done, PROMPTS) for done in range(1, PROMPTS + 1)]
+
+
+def test_a_recipe_that_does_not_fit_stops_it(tiny_pipe, tiny_plan):
+    plan = dataclasses.replace(tiny_plan, recipe=QuantRecipe.load("boundary-hif8"))
+    with pytest.raises(ConversionError, match="this one has 4"):
+        run_calibration(tiny_pipe, plan)
+
+
+def test_a_prompt_the_pipeline_would_cut_stops_it(tiny_pipe, tiny_plan):
+    long = PromptSet((*tiny_plan.prompts.prompts, "red " * 40), "long.txt")
+    with pytest.raises(CalibrationError, match=r"has \d+ tokens, the limit is 16: shorten it"):
+        run_calibration(tiny_pipe, dataclasses.replace(tiny_plan, prompts=long))
+
+
+def test_activations_that_are_not_finite_stop_it(tiny_model, tiny_plan):
+    pipe = load_pipeline(tiny_model, "cpu")
+    with torch.no_grad():
+        pipe.transformer.blocks[1].ffn.net[0].proj.bias[3] = float("nan")
+    with pytest.raises(
+        CalibrationError, match=r"input of blocks\.1\.\S+ held NaN or infinity on prompt"
+    ):
+        run_calibration(pipe, tiny_plan)
+
+
+def test_histogram_adds_up_over_prompts():
+    linear = torch.nn.Linear(4, 4)
+    statistics = ActivationStatistics({"only": linear}, groups=1, prompts=2)
+    batches = torch.randn(2, 3, 4)
+    with statistics.watching():
+        for prompt, x in enumerate(batches):
+            statistics.begin(prompt)
+            linear(x)
+    assert torch.equal(statistics.binades[0, 0], binade_histogram(batches.reshape(1, -1))[0])
+    torch.testing.assert_close(statistics.mean_square[0, 0], batches.square().mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("absent", "holds no model_index.json"), ("", "no model_index.json")]
+)
+def test_a_folder_without_a_pipeline_is_refused(tmp_path, folder, message):
+    with pytest.raises(CalibrationError, match=message):
+        load_pipeline(tmp_path / folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "size"), [(4, 32, "96x96"), (12, 128, "832x480"), (40, 128, "832x480")]
+)
+def test_known_models_have_default_samplers(heads, head_dim, size):
+    config = {"num_attention_heads": heads, "attention_head_dim": head_dim}
+    assert default_sampler(config).size_text == size
+    assert resolve_sampler(config, {"seed": 5, "num_frames": None}).seed == 5
+
+
+def test_unknown_models_need_their_geometry():
+    config = {"num_attention_heads": 2, "attention_head_dim": 16}
+    with pytest.raises(CalibrationError, match=r"32 wide \(known: 128, 1536, 5120\): give --size"):
+        resolve_sampler(config, {"num_frames": 5})
+    geometry = {"size": (32, 32), "num_frames": 5, "num_inference_steps": 4, "text_tokens": 16}
+    assert resolve_sampler(config, geometry | {"seed": None}).guidance_scale == 5.0
+
+
+def test_prompt_files_are_checked(tmp_path):
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(CalibrationError, match=r"cannot read prompts from .*: No such file"):
+        PromptSet.read(path)
+    path.write_text("")
+    with pytest.raises(CalibrationError, match="holds 0 prompts, calibration needs at least 8"):
+        PromptSet.read(path)
+    path.write_text("\n".join(f"prompt {i}" for i in range(7)))
+    with pytest.raises(CalibrationError, match="holds 7 prompts"):
+        PromptSet.read(path)
+    path.write_text("\n".join(["a red ball"] + [f"prompt {i}" for i in range(8)] + ["a red ball "]))
+    with pytest.raises(CalibrationError, match="prompt 10 repeats prompt 1, 'a red ball'; remove"):
+        PromptSet.read(path)
+    path.write_bytes(b"\xff\xfe" * 9)
+    with pytest.raises(CalibrationError, match="is not UTF-8 text"):
+        PromptSet.read(path)
+
+
+def test_the_prompt_hash_is_of_the_prompts_alone(tmp_path):
+    lines = [f"prompt {i}" for i in range(8)]
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(lines) + "\r\n")
+    read = PromptSet.read(path)
+    assert read.prompts == tuple(lines)
+    assert read.file == "prompts.txt"
+    assert read.sha256 == PromptSet(tuple(lines), "elsewhere.txt").sha256
+    assert read.sha256 != PromptSet(tuple(reversed(lines)), "prompts.txt").sha256

@@ -1,0 +1,134 @@
+"""The command line, run in process through typer's own runner."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quant.apply import quantize_transformer
+from quant.cli import app
+from quant.codes import codes_markdown
+from quant.fingerprint import model_fingerprint
+from quant.linear import Hif8Linear
+from quant.recipe import QuantRecipe
+from quant.scales import check_scales, load_scales, save_scales
+
+COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "tan")
+PROMPTS = "\n".join(f"a {colour} box" for colour in COLOURS)
+
+
+@pytest.fixture
+def arguments(tmp_path, tiny_model, recipe_dict) -> dict[str, str]:
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe_dict))
+    return {
+        "--model": str(tiny_model),
+        "--prompts": str(tmp_path / "prompts.txt"),
+        "--out": str(tmp_path / "scales.safetensors"),
+        "--recipe": str(tmp_path / "recipe.json"),
+        "--steps": "4",
+        "--size": "32x32",
+        "--frames": "5",
+        "--text-tokens": "16",
+    }
+
+
+def run(*command: str):
+    return CliRunner().invoke(app, command)
+
+
+def calibrate(arguments: dict[str, str]):
+    return run("calibrate", *(word for pair in arguments.items() for word in pair))
+
+
+def test_calibrate_writes_scales_a_worker_can_use(arguments, tiny_model, tiny_pipe):
+    result = calibrate(arguments)
+    assert result.exit_code == 0, result.output
+    assert "prompt 8 of 8" in result.stderr
+    assert result.stdout.splitlines()[-1].endswith("20 linears, 8 prompts")
+    recipe = QuantRecipe.load(arguments["--recipe"])
+    scales = load_scales(Path(arguments["--out"]))
+    check_scales(scales, model_fingerprint=model_fingerprint(tiny_model), recipe=recipe)
+    assert scales.prompts_file == "prompts.txt"  # of an absolute path, only the name
+    twin, report = quantize_transformer(tiny_pipe.transformer, recipe, scales)
+    assert report.linears == sum(isinstance(m, Hif8Linear) for m in twin.modules()) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "nowhere"}, "nowhere is not a pipeline in diffusers format"),
+        ({"--prompts": "nowhere.txt"}, "cannot read prompts from nowhere.txt"),
+        ({"--out": "nowhere/scales.safetensors"}, "folder nowhere for scales.safetensors does not"),
+        ({"--recipe": "nowhere"}, "no recipe 'nowhere'"),
+        ({"--recipe": "boundary-hif8"}, "this one has 4: write a recipe with total_blocks"),
+        ({"--steps": "2"}, "steps 2 must be at least 4"),
+        ({"--frames": "4"}, "frames 4 must be 4k + 1"),
+        ({"--size": "33x32"}, "size 33x32 must be in multiples of 16"),
+    ],
+)
+def test_bad_input_ends_calibrate_with_one_sentence(arguments, changes, message):
+    result = calibrate(arguments | changes)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert message in line
+    assert "Traceback" not in result.output
+
+
+def test_an_unreadable_size_is_a_usage_error(arguments):
+    result = calibrate(arguments | {"--size": "wide"})
+    assert result.exit_code == 2
+    assert "is not WIDTHxHEIGHT" in re.sub(r"\s+", " ", result.stderr)
+
+
+@pytest.fixture
+def scales_file(tmp_path, tiny_scales):
+    save_scales(tiny_scales, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_inspect_says_what_fits_and_shows_a_table(scales_file, tiny_scales):
+    result = run("inspect", str(scales_file))
+    assert result.exit_code == 0, result.output
+    for fact in (
+        tiny_scales.model_fingerprint,
+        tiny_scales.recipe.fingerprint,
+        "20 linears in 2 of 4 blocks to hif8",
+        "blocks 0, 3; linears none",
+        "10 prompts of prompts.txt",
+        "32x32, 5 frames, 4 steps in 2 timestep groups, guidance 3, 16 text tokens",
+    ):
+        assert fact in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines()[-10:]] == [
+        *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
+        *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+        *("ffn.net.0.proj", "ffn.net.2"),
+    ]
+
+
+def test_inspect_checks_a_model_and_a_recipe(scales_file, tiny_model, arguments):
+    fitting = ("--model", str(tiny_model), "--recipe", arguments["--recipe"])
+    result = run("inspect", str(scales_file), *fitting)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-2:] == [
+        f"fits model {tiny_model}",
+        f"fits recipe {arguments['--recipe']}",
+    ]
+    result = run("inspect", str(scales_file), "--recipe", "boundary-hif8")
+    assert result.exit_code == 1
+    assert "make fitting ones with: python -m quant calibrate --model" in result.stderr
+    assert f"--out {scales_file} --recipe boundary-hif8 --steps 4" in result.stderr
+
+
+def test_inspect_refuses_what_is_no_scales_file(tmp_path):
+    result = run("inspect", str(tmp_path / "absent"))
+    assert result.exit_code == 1
+    assert "there is no scales file" in result.stderr
+
+
+def test_codes_prints_the_table():
+    result = run("codes")
+    assert result.exit_code == 0
+    assert result.stdout.strip() == codes_markdown()
