@@ -16,7 +16,7 @@ from mini.causal import encode_clip, whole_clip
 from mini.render import Tracks, layout, render, tracks
 from mini.scenes import Scene, Split, caption, sample_scene
 
-WORDINGS = 4
+WORDINGS = 2
 
 
 def scenes_of(split: Split, count: int, seed: int) -> list[Scene]:

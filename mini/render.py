@@ -62,7 +62,7 @@ Path = Callable[[float], tuple[float, float, float]]
 def _path(motion: str, rng: random.Random, pair: bool) -> Path:
     """Displacement (dx, dy) in pixels and radius factor at time 0..1."""
     travel = rng.uniform(11, 13) if pair else rng.uniform(36, 46)
-    swing = rng.uniform(19, 25)
+    swing = rng.uniform(13, 17)
     phase = rng.uniform(0, 2 * math.pi)
     side = rng.choice((-1, 1))
     paths: dict[str, Path] = {
@@ -72,12 +72,12 @@ def _path(motion: str, rng: random.Random, pair: bool) -> Path:
         "up": lambda t: (0.0, travel * (0.5 - t), 1.0),
         "down": lambda t: (0.0, travel * (t - 0.5), 1.0),
         "circling": lambda t: (
-            0.85 * swing * math.cos(2 * math.pi * t + phase),
-            0.85 * swing * math.sin(2 * math.pi * t + phase),
+            swing * math.cos(2 * math.pi * t + phase),
+            swing * math.sin(2 * math.pi * t + phase),
             1.0,
         ),
-        "bouncing": lambda t: (0.0, 14 - 1.3 * swing * abs(math.sin(2 * math.pi * t)), 1.0),
-        "swaying": lambda t: (side * swing * math.sin(2 * math.pi * t), 0.0, 1.0),
+        "bouncing": lambda t: (0.0, 10 - 1.3 * swing * abs(math.sin(2 * math.pi * t)), 1.0),
+        "swaying": lambda t: (1.2 * side * swing * math.sin(2 * math.pi * t), 0.0, 1.0),
         "growing": lambda t: (0.0, 0.0, 1 + (GROWTH - 1) * t),
         "shrinking": lambda t: (0.0, 0.0, 1 + (SHRINKAGE - 1) * t),
     }

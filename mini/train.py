@@ -23,7 +23,7 @@ from mini.architecture import (
     build_transformer,
     build_vae,
 )
-from mini.corpus import build_corpus, captions_of
+from mini.corpus import Corpus, build_corpus, captions_of
 from mini.evaluate import oracle_rates, prompts, sample
 from mini.scenes import Split
 from mini.train_denoiser import DenoiserTraining, initialise
@@ -43,6 +43,7 @@ class TrainingRun:
         work.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.denoiser.seed)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
         tokenizer = build_tokenizer(captions_of(Split.TRAIN, TOKENIZER_CAPTIONS, seed=0))
         self.model = Miniature(tokenizer, build_text_encoder(), build_transformer(), build_vae())
         initialise(self.model.transformer)
@@ -59,17 +60,21 @@ class TrainingRun:
             log.write(json.dumps(line) + "\n")
 
     def vae(self) -> None:
-        """Train the VAE, or load it if the work folder has a finished one."""
-        folder = self.work / "vae"
-        if folder.exists():
-            trained = AutoencoderKLWan.from_pretrained(folder).to(self.device)
+        """Train the VAE, or what is left of its time if the work folder has one."""
+        folder, settings = self.work / "vae", self.settings.vae
+        trained_s = folder / "trained_s.json"
+        done = json.loads(trained_s.read_text()) if trained_s.exists() else 0.0
+        if done:
+            trained = AutoencoderKLWan.from_pretrained(folder)
             self.model.vae.load_state_dict(trained.state_dict())
             statistics = {k: trained.config[k] for k in ("latents_mean", "latents_std")}
             self.model.vae.register_to_config(**statistics)
+        if done >= settings.clip_s:
             return
-        train_vae(self.model.vae, self.settings.vae, self.report)
+        train_vae(self.model.vae, settings, self.report, done_clip_s=done)
         self.model.vae.save_pretrained(folder)
-        psnr = reconstruction_psnr_db(self.model.vae, self.settings.vae.check_clips, seed=0)
+        trained_s.write_text(json.dumps(settings.clip_s))
+        psnr = reconstruction_psnr_db(self.model.vae, settings.check_clips, seed=0)
         figures = {"psnr_db_mean": psnr.mean().item(), "psnr_db_min": psnr.min().item()}
         self.report("vae reconstruction", figures)
 
@@ -78,7 +83,7 @@ class TrainingRun:
         began = time.monotonic()
         settings = self.settings.denoiser
         self.model.vae.requires_grad_(False)
-        corpus = build_corpus(self.model.vae, self.model.tokenizer, settings.corpus, settings.seed)
+        corpus = self._corpus()
         self.report("corpus", {"scenes": settings.corpus, "seconds": time.monotonic() - began})
         training = DenoiserTraining(self.model, corpus, settings)
         checkpoint = self.work / "denoiser.pt"
@@ -103,6 +108,16 @@ class TrainingRun:
         )
         training.optimizer.swap_average()
         return progress
+
+    def _corpus(self) -> Corpus:
+        """The encoded training scenes, kept in the work folder for a run that goes on."""
+        kept = self.work / "corpus.pt"
+        if kept.exists():
+            return Corpus(**torch.load(kept, map_location=self.device, weights_only=True))
+        settings = self.settings.denoiser
+        corpus = build_corpus(self.model.vae, self.model.tokenizer, settings.corpus, settings.seed)
+        torch.save(asdict(corpus), kept)
+        return corpus
 
     def check(self, progress: float) -> None:
         """Oracle rates on captions of the calibration split, with the averaged weights."""

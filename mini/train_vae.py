@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -30,22 +31,37 @@ from mini.training_settings import VaeSettings
 logger = logging.getLogger(__name__)
 
 KL_WEIGHT = 1e-6
-FOREGROUND_WEIGHT = 4.0
+FOREGROUND_WEIGHT = 1.0
+ABSOLUTE_WEIGHT = 0.02
 Report = Callable[[str, dict[str, float]], None]
 
 
 def train_vae(
-    vae: AutoencoderKLWan, settings: VaeSettings, report: Report, fresh: bool = True
+    vae: AutoencoderKLWan, settings: VaeSettings, report: Report, done_clip_s: float = 0.0
 ) -> None:
-    """Train in place and fill in the latent statistics. `fresh` is False to go on from weights."""
-    device = vae.device
-    pool = clip_pool(settings.pool, settings.seed, device)
+    """Train in place and fill in the latent statistics.
+
+    done_clip_s: seconds of whole-clip training the weights already have; 0 starts from nothing.
+    """
+    pool = clip_pool(settings.pool, settings.seed, vae.device)
+    if settings.channels_last:
+        lay_out_channels_last(vae)
     with whole_clip(vae):
-        if fresh:
+        if not done_clip_s:
             _stage(vae, pool, settings, report, frames=1)
             start_time_convolutions_as_copies(vae)
-        _stage(vae, pool, settings, report, frames=NUM_FRAMES)
+        rest = replace(settings, clip_s=settings.clip_s - done_clip_s)
+        _stage(vae, pool, rest, report, frames=NUM_FRAMES)
         _set_latent_statistics(vae, pool)
+
+
+def lay_out_channels_last(vae: AutoencoderKLWan) -> None:
+    """Store convolution weights channels-last; activations follow the weights."""
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        elif parameter.ndim == 4 and parameter.shape[-1] > 1:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _stage(
@@ -59,15 +75,16 @@ def _stage(
 
     def loss_of() -> Tensor:
         chosen = pool[picked] if frames > 1 else pool[picked, :, frame].unsqueeze(2)
-        return _loss(vae, chosen.float() / 127.5 - 1)
+        return _loss(vae, _signed(chosen))
 
-    step: TrainingStep | None = None
+    optimizer.tick()
+    step = TrainingStep(loss_of, optimizer)
     progress, since = 0.0, time.monotonic()
+    optimizer.resume()
     while progress < 1.0:
         picked.random_(pool.shape[0])
         frame.random_(pool.shape[2])
         progress = optimizer.tick()
-        step = step or TrainingStep(loss_of, optimizer)
         step()
         if optimizer.steps % 250 == 0 or progress >= 1.0:
             figures = {
@@ -81,6 +98,10 @@ def _stage(
     optimizer.swap_average()
 
 
+def _signed(video: Tensor) -> Tensor:
+    return video.float() / 127.5 - 1
+
+
 def _loss(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     with torch.autocast(video.device.type, torch.bfloat16):
         mean, logvar = encode_clip(vae, video)
@@ -92,14 +113,14 @@ def _loss(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     weight = 1 + FOREGROUND_WEIGHT * ((video - ground).abs().amax(1, keepdim=True) > 0.05)
     error = rebuilt - video
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return (weight * (error.square() + 0.1 * error.abs())).mean() + KL_WEIGHT * divergence
+    return (weight * (error.square() + ABSOLUTE_WEIGHT * error.abs())).mean() + KL_WEIGHT * divergence
 
 
 @torch.no_grad()
 def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
     with torch.autocast(pool.device.type, torch.bfloat16):
         pieces = pool[:512].split(64)
-        latents = torch.cat([encode_clip(vae, p.float() / 127.5 - 1)[0].float() for p in pieces])
+        latents = torch.cat([encode_clip(vae, _signed(p))[0].float() for p in pieces])
     mean = latents.mean(dim=(0, 2, 3, 4)).tolist()
     std = latents.std(dim=(0, 2, 3, 4)).tolist()
     vae.register_to_config(

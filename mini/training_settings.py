@@ -13,11 +13,12 @@ class VaeSettings:
     seed: int = 1
     pool: int = 6144
     image_s: float = 60.0
-    clip_s: float = 240.0
+    clip_s: float = 480.0
     image_batch: int = 128
     clip_batch: int = 16
     peak_lr: float = 1.0e-3
     check_clips: int = 64
+    channels_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,8 @@ class DenoiserSettings:
     """
 
     seed: int = 2
-    seconds: float = 840.0
-    corpus: int = 98_304
+    seconds: float = 700.0
+    corpus: int = 65_536
     batch: int = 192
     peak_lr: float = 1.2e-3
     prompt_dropout: float = 0.1
