@@ -2,8 +2,13 @@
 
 A signal that raised wherever it happened to fall could fall between starting a child and
 remembering it. So the handlers only count, and the loops of the stack ask.
+
+A terminal that goes away counts as SIGHUP. The kernel signals only the leader of the session, and
+where that is make (`ssh -t host make demo`), it waits for us and passes nothing on.
 """
 
+import os
+import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +16,7 @@ from types import FrameType
 
 from deploy.local.errors import Interrupted
 
+_STDIN = 0
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -20,9 +26,14 @@ class Signals:
     def __init__(self) -> None:
         self.count = 0
         self.last = 0
+        self._terminal = select.poll()
+        if os.isatty(_STDIN):
+            self._terminal.register(_STDIN, select.POLLHUP)
 
     def raise_if_asked(self) -> None:
         """Raises Interrupted once a request to end has arrived."""
+        if not self.count and self._terminal.poll(0):
+            self._handle(signal.SIGHUP, None)
         if self.count:
             raise Interrupted(self.last)
 

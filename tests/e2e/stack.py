@@ -22,12 +22,13 @@ _MARK = "E2E_MARK"
 class Launcher:
     """`python -m deploy.local …` running in the background; killed at the end of the block."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.local", *arguments],
             cwd=ROOT,
             env=os.environ | {_MARK: self.mark, "WORKER_THREADS": "2"},
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

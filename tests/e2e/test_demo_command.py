@@ -44,6 +44,18 @@ def test_sigterm_while_starting_leaves_no_process_behind(tmp_path: Path) -> None
         demo.wait_until_nothing_is_left()
 
 
+def test_a_terminal_that_goes_away_ends_the_demo(tmp_path: Path) -> None:
+    terminal, stdin = os.openpty()
+    arguments = ("demo", "--port", str(free_port()), "--folder", str(tmp_path))
+    with Launcher(*arguments, stdin=stdin) as demo:
+        os.close(stdin)
+        _wait_for_processes(demo, 2)
+        os.close(terminal)
+        code, output = demo.finish()
+        assert code == 0, output
+        demo.wait_until_nothing_is_left()
+
+
 def test_two_demos_never_share_a_folder(tmp_path: Path) -> None:
     with Launcher("demo", "--port", str(free_port()), "--folder", str(tmp_path)) as first:
         _wait_for_processes(first, 2)
