@@ -95,7 +95,9 @@ time.sleep(600)
 
 
 def test_the_obituary_gives_the_last_words_and_the_log(tmp_path: Path) -> None:
-    child = start(tmp_path, "print('loading'); raise SystemExit('no model at models/none\\n\\n')")
+    child = start(
+        tmp_path, "print('loading', flush=True); raise SystemExit('no model at models/none\\n\\n')"
+    )
     wait_until(lambda: child.exit_code is not None)
     assert child.obituary() == (
         f"the test ended with exit code 1: no model at models/none (log: {tmp_path / 'test.log'})"
