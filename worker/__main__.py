@@ -1,104 +1,21 @@
-"""`python -m worker`: load the configured model and serve it until told to stop.
+"""`python -m worker [--config FILE]`: what must be so before torch loads, then `worker.start`."""
 
-What can be wrong is looked for in the order of its cost: settings, configuration, Redis, artifacts,
-device, model. The first fault ends the start with one line on stderr and status 1; so does losing
-Redis for good later.
-"""
-
-from __future__ import annotations
-
-import logging
-import sys
-import time
-from pathlib import Path
-from typing import Annotated
-
-import torch
-import typer
-from diffusers.utils import logging as diffusers_logging
-from pydantic import ValidationError
-from redis import Redis
-from redis.exceptions import RedisError
-from transformers.utils import logging as transformers_logging
-
-from jobs.artifacts import FolderArtifactStore, open_artifacts
-from jobs.connection import connect
-from jobs.errors import AppError
-from quant import QuantError
-from worker.config import load_config
-from worker.devices import pick_device
-from worker.errors import StartError
-from worker.logs import configure_logging
-from worker.resident import ResidentWorker
-from worker.settings import WorkerSettings
-from worker.wan import WanEngine
-
-logger = logging.getLogger("worker")
+import os
 
 
-def main(
-    config: Annotated[
-        Path | None, typer.Option(help="The worker's TOML file; overrides WORKER_CONFIG.")
-    ] = None,
-) -> None:
-    """Serve one model, in the modes of a configuration file, to a Redis queue."""
-    configure_logging()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        worker = start(WorkerSettings(), config)
-        worker.work(logging_level="WARNING")
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        fail(f"The environment is not set up: {'; '.join(problems)}.")
-    except (StartError, QuantError, AppError) as error:
-        fail(str(error))
-    except torch.OutOfMemoryError as error:
-        fail(f"The device has too little memory for the model: {error}")
-    except RedisError as error:
-        fail(f"Redis was lost: {error}")
-    if not worker.told_to_stop:
-        fail("Redis was lost; the worker ends so that whatever runs it can start it again.")
+def run() -> None:
+    """Run the worker's command line."""
+    # OpenMP's threads spin while they wait for each other. Where anything else runs (ffmpeg, the
+    # service), one thread without a core then holds up all others: on two shared cores a run of
+    # the miniature's transformer took over 7 s instead of 0.3 s. Read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+    import typer  # noqa: PLC0415
 
-def start(settings: WorkerSettings, config_path: Path | None) -> ResidentWorker:
-    """Build the worker and log what an operator wants to know about it."""
-    started = time.perf_counter()
-    config = load_config(config_path or settings.config)
-    redis = open_redis(settings.redis_url.get_secret_value())
-    artifacts = open_folder(settings.artifacts_url)
-    device = pick_device(settings.device, settings.threads)
-    engine = WanEngine.load(config, device)
-    worker = ResidentWorker(engine, redis, artifacts)
-    for line in engine.describe():
-        logger.info(line)
-    logger.info("seconds to ready: %.1f", time.perf_counter() - started)
-    return worker
+    from worker.start import main  # noqa: PLC0415
 
-
-def open_redis(url: str) -> Redis:
-    """Connect, and make sure that somebody answers before a model is loaded for minutes."""
-    try:
-        redis = connect(url)
-        redis.ping()
-    except (RedisError, ValueError) as error:
-        raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
-    return redis
-
-
-def open_folder(url: str) -> FolderArtifactStore:
-    """Open the artifact store; its folder is made if need be."""
-    try:
-        return open_artifacts(url)
-    except OSError as error:
-        raise StartError(f"ARTIFACTS_URL {url!r} cannot be used: {error}.") from error
-
-
-def fail(reason: str) -> None:
-    """End the process with one line."""
-    print(f"worker: {' '.join(reason.split())}", file=sys.stderr)
-    raise typer.Exit(1)
+    typer.run(main)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run()

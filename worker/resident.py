@@ -51,7 +51,7 @@ answer timeout of `jobs.connection`: a client that gives up first misses the job
 MAINTENANCE_EVERY_S = 5
 """How often an idle worker looks for abandoned jobs."""
 
-MAINTENANCE_LOCK_S = 30
+MAINTENANCE_LOCK_S = 10
 """With RQ's own 15 minutes, one worker killed during maintenance stops all others' for as long."""
 
 

@@ -18,7 +18,7 @@ from jobs import catalog
 from jobs.state import JobState
 from jobs.store import JobStore
 from tests.worker.orders import order
-from worker.__main__ import main
+from worker.start import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
