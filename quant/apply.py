@@ -19,6 +19,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from quant.errors import ConversionError
+from quant.granularity import PerToken
 from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
 from quant.recipe import QuantRecipe
@@ -43,7 +44,10 @@ def quantize_transformer(
         ConversionError: the recipe does not fit, a scale is missing, or the tree carries hooks.
     """
     targets = select_linears(transformer, recipe)
-    missing = [name for name in targets if name not in scales.weight_scale]
+    known = set(scales.weight_scale)
+    if not isinstance(recipe.act_granularity, PerToken):
+        known &= set(scales.act_scale)
+    missing = [name for name in targets if name not in known]
     if missing:
         raise ConversionError(
             f"the scales have none for {len(missing)} of {len(targets)} linears, "

@@ -46,7 +46,7 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
     """Load a `WanPipeline` in BF16 onto a device.
 
     Raises:
-        CalibrationError: the folder or the device is not there.
+        CalibrationError: the folder does not load, or the device is not there.
     """
     if not (model_folder / "model_index.json").is_file():
         raise CalibrationError(
@@ -58,7 +58,10 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
     # Takes seconds to import, so only when a model is really loaded.
     from diffusers import WanPipeline  # noqa: PLC0415
 
-    pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
+    try:
+        pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{model_folder} does not load as a WanPipeline: {error}") from error
     return pipe.to(device)
 
 

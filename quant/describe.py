@@ -53,8 +53,7 @@ def _table(scales: Scales) -> str:
                 span(value for name in names for value in _flat(scales, name)),
                 span(amax.tolist()),
                 span(rms.tolist()),
-                span(scales.act_scale[name].item() for name in names if name in scales.act_scale)
-                or "per token",
+                span(scales.act_scale[name].item() for name in names if name in scales.act_scale),
             )
         )
     return align(rows)

@@ -18,15 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_FINITE = 32768.0
-MIN_NORMAL = 2.0**-15
-MIN_SUBNORMAL = 2.0**-22
 NAN_CODE = 0x80
 INFINITY_CODE = 0x6F
 SIGN_BIT = 0x80
 
+# First positive code, dot value (exponent bits with sign), mantissa bits: the table of the paper.
+_NORMAL_ROWS = ((0x60, 4, 1), (0x40, 3, 2), (0x20, 2, 3), (0x10, 1, 3), (0x08, 0, 3))
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FP32_BIAS = 127
+_TABLE_PAYS = 1024  # elements from which a gather beats the arithmetic
 _FP32_INFINITY = 0x7F800000
 _FP32_MAX_FINITE = (15 + _FP32_BIAS) << 23  # the bits of 32768.0
 _FP32_MIN_SUBNORMAL = (-22 + _FP32_BIAS) << 23  # the bits of 2**-22
@@ -46,24 +46,13 @@ def decode_code(code: int) -> CodeFields:
     sign = -1.0 if code & SIGN_BIT else 1.0
     body = code & 0x7F
     if body == 0:
-        return (
-            CodeFields("NaN", None, 0, float("nan")) if code else CodeFields("zero", None, 0, 0.0)
-        )
+        kind, value = ("NaN", float("nan")) if code else ("zero", 0.0)
+        return CodeFields(kind, None, 0, value)
     if body == INFINITY_CODE:
         return CodeFields("infinity", None, 0, sign * float("inf"))
     if body < 0x08:
         return CodeFields("subnormal", body - 23, 0, sign * 2.0 ** (body - 23))
-    dot_width, mantissa_bits = next(
-        (width, bits)
-        for first, width, bits in (
-            (0x60, 4, 1),
-            (0x40, 3, 2),
-            (0x20, 2, 3),
-            (0x10, 1, 3),
-            (8, 0, 3),
-        )
-        if body >= first
-    )
+    dot_width, mantissa_bits = next(row[1:] for row in _NORMAL_ROWS if body >= row[0])
     mantissa = body & ((1 << mantissa_bits) - 1)
     exponent = 0
     if dot_width:
@@ -77,7 +66,7 @@ def decode_code(code: int) -> CodeFields:
 
 def encode(x: Tensor) -> Tensor:
     """Round to the nearest HiFloat8 code: x [...] bf16, fp16 or fp32 → [...] uint8."""
-    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.numel() > 1 << 16:
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.numel() > _TABLE_PAYS:
         return bf16_codes().index_select(0, bf16_index(x)).view(x.shape)
     return _encode_bits(x)
 

@@ -81,11 +81,11 @@ class Hif8Linear(nn.Module):
     ) -> Self:
         """Round a linear's weights under `weight_scale`, on their device; the bias is shared."""
         weight = linear.weight.detach()
-        weight_scale = weight_scale.to(weight.device)
+        weight_scale = weight_scale.to(weight.device, copy=True)
         return cls(
             reference.quantize(weight, weight_scale),
             weight_scale,
-            act_scale=None if act_scale is None else act_scale.to(weight.device),
+            act_scale=None if act_scale is None else act_scale.to(weight.device, copy=True),
             act_policy=act_policy,
             bias=linear.bias,
         )

@@ -22,7 +22,7 @@ from quant.errors import RecipeError
 
 # Scales stay well inside FP32, so neither a scale nor its reciprocal can overflow or be subnormal.
 MAX_SCALE_EXPONENT = 64
-# Binade histograms count |x| by floor(log2|x|), one bin per exponent; the end bins take the rest.
+# Binade histograms count |x| by floor(log2|x|), one bin per exponent.
 FIRST_BINADE = -40
 NUM_BINADES = 64
 _CHUNK = 1 << 24
@@ -99,16 +99,25 @@ def is_power_of_two(scale: float) -> bool:
 
 
 def binade_histogram(x: Tensor) -> Tensor:
-    """Count |x| per binade and row, zeros left out: x [R, C] → [R, NUM_BINADES] float32."""
-    rows, bins = x.shape[0], NUM_BINADES + 1
-    row_start = torch.arange(rows, device=x.device).unsqueeze(-1) * bins
-    counts = torch.zeros(rows * bins, dtype=torch.float32, device=x.device)
+    """Count |x| per binade and row: x [R, C] → [R, NUM_BINADES] float32.
+
+    Zeros, FP32 subnormals, infinities and NaNs are left out; other values outside the bins count in
+    the end bins.
+    """
+    rows, fields = x.shape[0], 256
+    row_start = torch.arange(rows, dtype=torch.int32, device=x.device).unsqueeze(-1) * fields
+    counts = torch.zeros(rows * fields, dtype=torch.float32, device=x.device)
     for chunk in torch.split(x, max(1, _CHUNK // rows), dim=1):
-        magnitude = chunk.float().contiguous().view(torch.int32) & 0x7FFFFFFF
-        binade = ((magnitude >> 23) - 127 - FIRST_BINADE).clamp_(0, NUM_BINADES - 1)
-        binade = torch.where(magnitude == 0, NUM_BINADES, binade)
-        counts += torch.bincount((row_start + binade).reshape(-1), minlength=rows * bins)
-    return counts.view(rows, bins)[:, :NUM_BINADES]
+        exponent_field = chunk.float().contiguous().view(torch.int32) >> 23 & 0xFF
+        place = (row_start + exponent_field).reshape(-1)
+        counts += torch.bincount(place, minlength=rows * fields)
+    counts = counts.view(rows, fields)
+    first = FIRST_BINADE + 127
+    last = first + NUM_BINADES - 1
+    binades = counts[:, first : last + 1].clone()
+    binades[:, 0] += counts[:, 1:first].sum(1)
+    binades[:, -1] += counts[:, last + 1 : 255].sum(1)
+    return binades
 
 
 def best_exponent(binades: Tensor) -> Tensor:

@@ -155,10 +155,11 @@ def test_a_model_without_blocks_is_refused(tiny_recipe):
     refuse(nn.Linear(2, 2), tiny_recipe, "Linear has no ModuleList `blocks`")
 
 
-def test_a_missing_scale_is_refused(tiny_transformer, tiny_recipe, tiny_scales: Scales):
-    weight_scale = dict(tiny_scales.weight_scale)
-    del weight_scale["blocks.2.ffn.net.2"]
-    scales = dataclasses.replace(tiny_scales, weight_scale=weight_scale)
+@pytest.mark.parametrize("kind", ["weight_scale", "act_scale"])
+def test_a_missing_scale_is_refused(tiny_transformer, tiny_recipe, tiny_scales: Scales, kind):
+    kept = dict(getattr(tiny_scales, kind))
+    del kept["blocks.2.ffn.net.2"]
+    scales = dataclasses.replace(tiny_scales, **{kind: kept})
     with pytest.raises(ConversionError, match=r"none for 1 of 20 .* blocks.2.ffn.net.2"):
         quantize_transformer(tiny_transformer, tiny_recipe, scales)
 

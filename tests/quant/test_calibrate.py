@@ -1,6 +1,7 @@
 """Calibration end to end on the real pipeline classes: what it records, chooses, and refuses."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -146,12 +147,17 @@ def test_histogram_adds_up_over_prompts():
     torch.testing.assert_close(statistics.mean_square[0, 0], batches.square().mean((1, 2)))
 
 
-@pytest.mark.parametrize(
-    ("folder", "message"), [("absent", "holds no model_index.json"), ("", "no model_index.json")]
-)
-def test_a_folder_without_a_pipeline_is_refused(tmp_path, folder, message):
-    with pytest.raises(CalibrationError, match=message):
+@pytest.mark.parametrize("folder", ["absent", ""])
+def test_a_folder_without_a_pipeline_is_refused(tmp_path, folder):
+    with pytest.raises(CalibrationError, match=r"holds no model_index\.json: give the folder"):
         load_pipeline(tmp_path / folder, "cpu")
+
+
+def test_a_broken_pipeline_is_refused(tmp_path, tiny_model):
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    shutil.rmtree(broken / "text_encoder")
+    with pytest.raises(CalibrationError, match="broken does not load as a WanPipeline"):
+        load_pipeline(broken, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,9 @@ def test_extreme_magnitudes_keep_scale_and_reciprocal_finite(amax: float):
 
 
 def test_histogram_counts_by_binade_and_row():
-    x = torch.tensor([[1.0, -1.5, 2.0, 0.0], [2.0**-60, 2.0**50, 0.25, float(2**-39)]])
+    x = torch.tensor([[1.0, -1.5, 2.0, 0.0], [2.0**-60, 2.0**50, 0.25, float("inf")]])
     counts = binade_histogram(x)
-    assert counts.sum(1).tolist() == [3, 4]
+    assert counts.sum(1).tolist() == [3, 3]
     assert counts[0, 0 - FIRST_BINADE] == 2
     assert counts[0, 1 - FIRST_BINADE] == 1
     assert counts[1, 0] == 1  # below the first bin
