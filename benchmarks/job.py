@@ -7,6 +7,7 @@ median. Prints a table, then the result as one line of JSON, and keeps it in ben
 
 import json
 import os
+import re
 import statistics
 import subprocess
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 
 from deploy.local import client
+from deploy.local.cli import clear_errors
 from deploy.local.session import throwaway_stack
 from deploy.local.signals import listen_for_signals
 from deploy.local.stack import ROOT, WORKER_CONFIG, Stack
@@ -39,6 +41,7 @@ def main(
     """Measure one job in both modes."""
     console = Console(stderr=True)
     with (
+        clear_errors(),
         listen_for_signals() as signals,
         throwaway_stack(console, config, signals) as stack,
         client.connect(stack.config.service_url) as service,
@@ -50,12 +53,11 @@ def main(
                 job = _run(stack, service, mode)
                 if number:
                     seconds.append(_seconds(job))
-                console.print(f"round {number} of {rounds}, {mode}: {job['timings']}")
+                total_s = job["timings"]["total_s"]
+                console.print(f"round {number} of {rounds}, {mode}: {total_s:.2f} s")
     result = _result(model, job["request"], measured)
     _print_table(result)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{result['date']}-{model['workers'][0]['device'].split(':')[0]}-job.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    _keep(result)
     print(json.dumps(result))
 
 
@@ -77,13 +79,6 @@ def _seconds(job: client.Job) -> Seconds:
 def _result(
     model: dict[str, Any], request: dict[str, Any], measured: dict[str, list[Seconds]]
 ) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     settings = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
     cores = len(os.sched_getaffinity(0))
     settings |= {"rounds": len(measured[BASELINE]), "statistic": "median", "cores": cores}
@@ -104,12 +99,29 @@ def _result(
     return {
         "benchmark": "job",
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
+        "commit": _commit(),
         "device": model["workers"][0]["device"],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "rq")},
         "settings": settings,
         "rows": rows,
     }
+
+
+def _commit() -> str:
+    """What was measured; an unpacked archive has no commit."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _keep(result: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    path = RESULTS / f"{result['date']}-{device}-job.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _print_table(result: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def demo(
 ) -> None:
     """Start Valkey, a worker and the service; stay until Ctrl-C; keep the data."""
     console = Console()
-    with _clear_errors(), listen_for_signals() as signals:
+    with clear_errors(), listen_for_signals() as signals:
         require_free(port, "service", "`make demo PORT=…`")
         setup = StackConfig(folder.resolve(), port, find_free_port(), config)
         try:
@@ -63,7 +63,7 @@ def generate(
     """Start everything, turn one prompt into an MP4 over HTTP, stop everything."""
     console = Console(stderr=True)
     order = client.Order(prompt, mode, seed, steps)
-    with _clear_errors(), listen_for_signals() as signals:
+    with clear_errors(), listen_for_signals() as signals:
         if not prompt.strip():
             raise LocalError('no prompt was given: say what the video shows, PROMPT="a red circle"')
         _require_writable(out)
@@ -101,7 +101,7 @@ def _require_writable(out: Path) -> None:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
     """Ends the command with one clear line where the world, not this code, is at fault."""
     try:
         yield
