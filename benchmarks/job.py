@@ -7,11 +7,8 @@ median. Prints a table, then the result as one line of JSON, and keeps it in ben
 
 import json
 import os
-import re
 import statistics
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,16 +16,16 @@ import httpx
 import typer
 from rich.console import Console
 
+from benchmarks import report
 from deploy.local import client
 from deploy.local.cli import clear_errors
 from deploy.local.session import throwaway_stack
 from deploy.local.signals import listen_for_signals
-from deploy.local.stack import ROOT, WORKER_CONFIG, Stack
+from deploy.local.stack import WORKER_CONFIG, Stack
 
 PROMPT = "a small red circle moving right on a black background"
 SEED = 7
 BASELINE, CANDIDATE = "bf16", "w8a8"
-RESULTS = ROOT / "benchmarks" / "results"
 _STAGES = ("queue_s", "text_encoder_s", "denoise_s", "vae_s", "mp4_s")
 
 Seconds = dict[str, float]  # stage → seconds
@@ -55,10 +52,12 @@ def main(
                     seconds.append(_seconds(job))
                 total_s = job["timings"]["total_s"]
                 console.print(f"round {number} of {rounds}, {mode}: {total_s:.2f} s")
-    result = _result(model, job["request"], measured)
-    _print_table(result)
-    _keep(result)
-    print(json.dumps(result))
+    rows = _rows(measured)
+    device = model["workers"][0]["device"]
+    document = report.result("job", device, _settings(job["request"], rounds), rows)
+    report.print_table(rows)
+    report.keep(document)
+    print(json.dumps(document))
 
 
 def _run(stack: Stack, service: httpx.Client, mode: str) -> client.Job:
@@ -76,59 +75,26 @@ def _seconds(job: client.Job) -> Seconds:
     return times | {"rest_s": whole - sum(times.values()), "whole_s": whole}
 
 
-def _result(
-    model: dict[str, Any], request: dict[str, Any], measured: dict[str, list[Seconds]]
-) -> dict[str, Any]:
-    settings = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
-    cores = len(os.sched_getaffinity(0))
-    settings |= {"rounds": len(measured[BASELINE]), "statistic": "median", "cores": cores}
+def _rows(measured: dict[str, list[Seconds]]) -> list[report.Row]:
     medians = {
         mode: {stage: statistics.median(s[stage] for s in seconds) for stage in seconds[0]}
         for mode, seconds in measured.items()
     }
-    rows = [
-        {
-            "what": f"{stage.removesuffix('_s')}, {CANDIDATE} beside {BASELINE}",
-            "value": round(value, 4),
-            "unit": "s",
-            "baseline": round(medians[BASELINE][stage], 4),
-            "ratio": round(value / medians[BASELINE][stage], 3),
-        }
+    return [
+        report.Row(
+            what=f"{stage.removesuffix('_s')}, {CANDIDATE} beside {BASELINE}",
+            value=round(value, 4),
+            unit="s",
+            baseline=round(medians[BASELINE][stage], 4),
+        )
         for stage, value in medians[CANDIDATE].items()
     ]
-    return {
-        "benchmark": "job",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "device": model["workers"][0]["device"],
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "rq")},
-        "settings": settings,
-        "rows": rows,
-    }
 
 
-def _commit() -> str:
-    """What was measured; an unpacked archive has no commit."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _keep(result: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = RESULTS / f"{result['date']}-{device}-job.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _print_table(result: dict[str, Any]) -> None:
-    print(f"{'stage':<14}{BASELINE + ' [s]':>12}{CANDIDATE + ' [s]':>12}{'ratio':>8}")
-    for row in result["rows"]:
-        stage = row["what"].split(",")[0]
-        print(f"{stage:<14}{row['baseline']:>12.3f}{row['value']:>12.3f}{row['ratio']:>8.2f}")
+def _settings(request: dict[str, Any], rounds: int) -> dict[str, Any]:
+    asked = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
+    cores = len(os.sched_getaffinity(0))
+    return asked | {"rounds": rounds, "statistic": "median", "cores": cores}
 
 
 if __name__ == "__main__":

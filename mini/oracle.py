@@ -28,8 +28,9 @@ ATTRIBUTES = ("shape", "colour", "size", "motion", "background", "relation")
 OBJECT_DISTANCE = 50.0
 BACKGROUND_DISTANCE = 40.0
 SMALLEST_BLOB_PX = 40
-# A second blob this large (share of the largest) in this share of frames is a second object.
-SECOND_AREA, SECOND_FRAMES = 0.15, 0.5
+# A second blob this large (share of the largest) in this share of frames is a second object; the
+# smallest triangle beside the largest square is 0.12.
+SECOND_AREA, SECOND_FRAMES = 0.09, 0.5
 # A colour or an object has to be there in this share of the frames.
 STEADY = 0.75
 TEMPLATE_PX = 48

@@ -122,6 +122,8 @@ class TrainingRun:
     def check(self, progress: float) -> None:
         """Oracle rates on captions of the calibration split, with the averaged weights."""
         count = self.settings.denoiser.check_prompts
+        if not count:
+            return
         texts = prompts(Split.CALIBRATION, count, seed=1)
         pipeline = self.inference_copy().pipeline()
         videos = list(sample(pipeline, texts, range(count), batch=32))

@@ -67,7 +67,7 @@ class SamplerSettings:
 
 # By the width of the transformer (heads times head size): the size it was trained for.
 _DEFAULTS = {
-    128: SamplerSettings((96, 96), 17, 20, 5.0, 64),  # the miniature
+    128: SamplerSettings((96, 96), 17, 20, 4.0, 64),  # the miniature
     1536: SamplerSettings((832, 480), 81, 50, 5.0, 512),  # Wan2.1-T2V-1.3B
     5120: SamplerSettings((832, 480), 81, 50, 5.0, 512),  # Wan2.1-T2V-14B
 }

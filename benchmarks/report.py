@@ -1,0 +1,81 @@
+"""What every benchmark leaves behind: a table on stdout and one JSON file in benchmarks/results/."""
+
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure. baseline: what it is measured against, from the same run; None where the bound
+    is absolute. low and high: 95 % confidence interval of `value`."""
+
+    what: str
+    value: float
+    unit: str
+    baseline: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """value / baseline."""
+        return round(self.value / self.baseline, 4) if self.baseline else None
+
+
+def result(
+    benchmark: str, device: str, settings: dict[str, Any], rows: list[Row]
+) -> dict[str, Any]:
+    """The JSON document of one run."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "device": device,
+        "versions": {n: version(n) for n in ("torch", "diffusers", "transformers", "rq")},
+        "settings": settings,
+        "rows": [_row(row) for row in rows],
+    }
+
+
+def keep(document: dict[str, Any]) -> Path:
+    """Write the document beside the earlier results and say where."""
+    RESULTS.mkdir(exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
+    path = RESULTS / f"{document['date']}-{device}-{document['benchmark']}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    return path
+
+
+def print_table(rows: list[Row]) -> None:
+    """Figures, baselines and ratios, aligned."""
+    width = max(len(row.what) for row in rows) + 2
+    print(f"{'what':<{width}}{'value':>10}{'baseline':>10}{'ratio':>8}  95 % interval")
+    for row in rows:
+        baseline = f"{row.baseline:.3f}" if row.baseline is not None else "-"
+        ratio = f"{row.ratio:.3f}" if row.ratio is not None else "-"
+        spread = f"{row.low:.3f} .. {row.high:.3f}" if row.low is not None else ""
+        print(f"{row.what:<{width}}{row.value:>10.3f}{baseline:>10}{ratio:>8}  {spread} {row.unit}")
+
+
+def _row(row: Row) -> dict[str, Any]:
+    filled = {name: value for name, value in asdict(row).items() if value is not None}
+    return filled | ({"ratio": row.ratio} if row.ratio is not None else {})
+
+
+def _commit() -> str:
+    """What was measured; an unpacked archive has no commit."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
