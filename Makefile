@@ -64,5 +64,6 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "installing everything, development tools included (some minutes, once)"
+	@sh deploy/compiler.sh "$(VENV)"
 	@$(PIP) -e '.[dev]' -c constraints.txt
 	@touch $(VENV)/.demo $@

@@ -4,13 +4,9 @@
 # Debian and Ubuntu ship a python3 without ensurepip, so a fresh machine cannot make one. Then the
 # missing package is installed with apt-get where that is possible, else named in one clear line.
 set -eu
+. "$(dirname "$0")/apt.sh"
 python=$1
 folder=$2
-
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
 
 command -v "$python" >/dev/null 2>&1 ||
     fail "$python was not found: install Python 3.11 or newer, or name one, as in: make PYTHON=/path/to/python3.12"
@@ -27,22 +23,7 @@ can_make_venv() {
     "$python" -c 'import ensurepip, venv' >/dev/null 2>&1
 }
 
-if ! can_make_venv; then
-    package=python$version-venv
-    remedy="$python cannot make virtual environments: install the package $package"
-    command -v apt-get >/dev/null 2>&1 || fail "$remedy"
-    if [ "$(id -u)" -eq 0 ]; then
-        as_root=
-    elif command -v sudo >/dev/null 2>&1; then
-        as_root=sudo
-    else
-        fail "$remedy, as root: apt-get install $package"
-    fi
-    echo "installing $package, which $python needs to make virtual environments"
-    $as_root apt-get update -q || fail "$remedy (apt-get update failed)"
-    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$package" ||
-        fail "$remedy (apt-get install failed)"
-    can_make_venv || fail "$remedy (it was installed and did not help)"
-fi
-
+reason="$python cannot make virtual environments"
+can_make_venv || apt_install "$reason" "python$version-venv"
+can_make_venv || fail "$reason, though python$version-venv is installed"
 "$python" -m venv --clear "$folder"

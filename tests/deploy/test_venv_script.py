@@ -60,7 +60,10 @@ def test_without_root_or_sudo_the_package_is_named(tmp_path: Path) -> None:
     executable(tmp_path / "bin" / "sudo", "#!/bin/sh\nexit 1")
     done = run(tmp_path, "debian-python")
     assert done.returncode == 1
-    assert "install the package python3.11-venv" in done.stderr
+    assert done.stderr == (
+        "error: debian-python cannot make virtual environments: "
+        "install the packages python3.11-venv (apt-get update failed)\n"
+    )
 
 
 def test_an_old_python_is_refused_with_its_version(tmp_path: Path) -> None:

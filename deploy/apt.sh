@@ -1,0 +1,25 @@
+# Sourced by the scripts beside it: installs Debian packages where that is possible, else names them.
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# apt_install REASON PACKAGE…   ends the script with one clear line when it cannot
+apt_install() {
+    reason=$1
+    shift
+    remedy="$reason: install the packages $*"
+    command -v apt-get >/dev/null 2>&1 || fail "$remedy"
+    if [ "$(id -u)" -eq 0 ]; then
+        as_root=
+    elif command -v sudo >/dev/null 2>&1; then
+        as_root=sudo
+    else
+        fail "$remedy, as root: apt-get install $*"
+    fi
+    echo "$reason; installing $*"
+    $as_root apt-get update -q || fail "$remedy (apt-get update failed)"
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@" ||
+        fail "$remedy (apt-get install failed)"
+}
