@@ -36,7 +36,7 @@ def changed(scene: Scene, attribute: str, rng: random.Random) -> Scene:
         taken = {getattr(thing, attribute)}
         if attribute == "colour":
             taken = {other.colour for other in scene.things}
-        named = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}[attribute]
+        named = {"shape": list(SHAPES), "colour": list(COLOURS), "size": list(SIZES)}[attribute]
         new = replace(thing, **{attribute: rng.choice([n for n in named if n not in taken])})
         return replace(
             scene, things=tuple(new if i == index else t for i, t in enumerate(scene.things))
@@ -49,9 +49,7 @@ def changed(scene: Scene, attribute: str, rng: random.Random) -> Scene:
     if attribute == "motion":
         motions = PAIR_MOTIONS if scene.relation else MOTIONS
         return replace(scene, motion=rng.choice([m for m in motions if m != scene.motion]))
-    return replace(
-        scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background])
-    )
+    return replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))
 
 
 def main(

@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: a table on stdout and one JSON file in benchmarks/results/."""
+"""What every benchmark leaves behind: a table on stdout, a JSON file in benchmarks/results/."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The miniature's architecture: the 14B's own classes at a size that trains in minutes and runs on a CPU.
+"""The miniature's architecture: the 14B's own classes, small enough for minutes and a CPU.
 
 Everything the large model has is here in the same number where the number matters to the service
 (40 transformer blocks of 10 linears, VAE strides of 4 in time and 8 in space, 16 latent channels)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mini.scenes import Split, caption, sample_scene
+from mini.scenes import Split, captions_of
+from mini.train import TrainingRun
+from mini.training_settings import TrainingSettings
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -32,9 +33,6 @@ def train(
     vae_only: Annotated[bool, typer.Option(help="stop after the VAE")] = False,
 ) -> None:
     """Train VAE, then transformer and text encoder."""
-    from mini.train import TrainingRun  # torch and diffusers take seconds to import
-    from mini.training_settings import TrainingSettings
-
     chosen = TrainingSettings()
     if settings is not None:
         given = json.loads(settings.read_text())
@@ -56,8 +54,4 @@ def captions(
     seed: int = 0,
 ) -> None:
     """Print different captions of one split, one a line."""
-    rng = random.Random(f"{split} prompts {seed}")
-    said: dict[str, None] = {}
-    while len(said) < count:
-        said[caption(sample_scene(rng, split), rng)] = None
-    print("\n".join(said))
+    print("\n".join(captions_of(split, count, seed)))

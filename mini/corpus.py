@@ -1,4 +1,4 @@
-"""Training data, made on the spot: scenes of one split, rendered or encoded, with tokenized captions."""
+"""Training data, made on the spot: scenes of one split, rendered, encoded, captioned."""
 
 from __future__ import annotations
 
@@ -23,15 +23,6 @@ def scenes_of(split: Split, count: int, seed: int) -> list[Scene]:
     """`count` scenes of one split; the same seed gives the same scenes."""
     rng = random.Random(f"{split} scenes {seed}")
     return [sample_scene(rng, split) for _ in range(count)]
-
-
-def captions_of(split: Split, count: int, seed: int) -> list[str]:
-    """`count` different captions of one split."""
-    rng = random.Random(f"{split} captions {seed}")
-    said: dict[str, None] = {}
-    while len(said) < count:
-        said[caption(sample_scene(rng, split), rng)] = None
-    return list(said)
 
 
 def laid_out(scenes: list[Scene], seed: int) -> Tracks:
@@ -105,4 +96,3 @@ def encode_scenes(vae: AutoencoderKLWan, batch: Tracks, size: int = 128) -> Tens
             encoded, _ = encode_clip(vae, clip * 2 - 1)
             latents[start : start + size] = ((encoded.float() - mean) / std).bfloat16()
     return latents
-

@@ -4,7 +4,7 @@ and the contact sheet."""
 from __future__ import annotations
 
 import math
-import random
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,18 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mini.architecture import HEIGHT_PX, NUM_FRAMES, TEXT_TOKENS, WIDTH_PX
 from mini.oracle import ATTRIBUTES, Frames, verdicts
-from mini.scenes import Split, caption, parse_caption, sample_scene
+from mini.scenes import parse_caption
 
 SAMPLING_STEPS, GUIDANCE_SCALE = 20, 4.0
-
-
-def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
-    """`count` different captions of one split, the same for the same seed."""
-    rng = random.Random(f"{split} prompts {seed}")
-    said: dict[str, None] = {}
-    while len(said) < count:
-        said[caption(sample_scene(rng, split), rng)] = None
-    return list(said)
+SHEET_PAPER, SHEET_INK = "#fafafa", "#202020"
 
 
 def noise(seeds: Sequence[int], pipeline: WanPipeline) -> torch.Tensor:
@@ -88,7 +80,9 @@ class Rate:
 
 def oracle_rates(videos: Sequence[Frames], texts: Sequence[str]) -> dict[str, Rate]:
     """Per attribute, how many videos show what their caption says."""
-    judged = [verdicts(video, parse_caption(text)) for video, text in zip(videos, texts, strict=True)]
+    judged = [
+        verdicts(video, parse_caption(text)) for video, text in zip(videos, texts, strict=True)
+    ]
     return {
         name: Rate(sum(v[name] for v in judged if name in v), sum(name in v for v in judged))
         for name in ATTRIBUTES
@@ -96,34 +90,34 @@ def oracle_rates(videos: Sequence[Frames], texts: Sequence[str]) -> dict[str, Ra
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, Frames]], shown: Sequence[int] = (0, 4, 8, 12, 16)
+    title: str, rows: Sequence[tuple[str, Frames]], shown: Sequence[int] = (0, 4, 8, 12, 16)
 ) -> Image.Image:
     """Captions down, frames across, as one picture.
 
     rows: (label, video [F, H, W, 3] uint8).
     """
-    scale, gap, text_height = 1, 4, 18
-    cell = WIDTH_PX * scale
-    width = gap + len(shown) * (cell + gap)
-    row_height = text_height + cell + gap
-    sheet = Image.new("RGB", (width, gap + len(rows) * row_height), "#fafafa")
+    gap, text_height, title_height = 6, 30, 24
+    row_height = text_height + HEIGHT_PX + gap
+    size = (gap + len(shown) * (WIDTH_PX + gap), title_height + len(rows) * row_height)
+    sheet = Image.new("RGB", size, SHEET_PAPER)
     draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 6), title, fill=SHEET_INK, font=ImageFont.load_default(size=14))
     font = ImageFont.load_default(size=11)
     for index, (label, video) in enumerate(rows):
-        top = gap + index * row_height
-        draw.text((gap, top + 2), label, fill="#202020", font=font)
+        top = title_height + index * row_height
+        draw.text((gap, top + 2), textwrap.fill(label, 84), fill=SHEET_INK, font=font, spacing=1)
         for column, frame in enumerate(shown):
-            picture = Image.fromarray(video[frame])
-            sheet.paste(picture, (gap + column * (cell + gap), top + text_height))
+            place = (gap + column * (WIDTH_PX + gap), top + text_height)
+            sheet.paste(Image.fromarray(video[frame]), place)
     return sheet
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
     """Sheets of equal height next to each other."""
-    joined = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "#fafafa")
+    size = (sum(s.width for s in sheets), max(s.height for s in sheets))
+    joined = Image.new("RGB", size, SHEET_PAPER)
     left = 0
     for sheet in sheets:
         joined.paste(sheet, (left, 0))
         left += sheet.width
     return joined
-

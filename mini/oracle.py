@@ -81,8 +81,7 @@ def read(frames: Frames) -> Reading:
     followed = [path for path in _follow(blobs) if len(path) >= STEADY * len(frames)]
     motions = [_motion(path, len(frames)) for path in followed]
     things = tuple(
-        _thing(path, len(frames), motion)
-        for path, motion in zip(followed, motions, strict=True)
+        _thing(path, len(frames), motion) for path, motion in zip(followed, motions, strict=True)
     )
     motion = motions[0] if motions and len(set(motions)) == 1 else None
     return Reading(things, background, motion, _relation(things))
@@ -113,15 +112,12 @@ def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
     return said
 
 
-def _assign(
-    seen: tuple[SeenThing, ...], said: tuple[Thing, ...]
-) -> list[tuple[SeenThing, Thing]]:
+def _assign(seen: tuple[SeenThing, ...], said: tuple[Thing, ...]) -> list[tuple[SeenThing, Thing]]:
     """Pair what was seen with what was said so that the most attributes agree."""
 
     def agreement(pairs: list[tuple[SeenThing, Thing]]) -> int:
         return sum(
-            2 * (a.colour == b.colour) + (a.shape == b.shape) + (a.size == b.size)
-            for a, b in pairs
+            2 * (a.colour == b.colour) + (a.shape == b.shape) + (a.size == b.size) for a, b in pairs
         )
 
     straight = list(zip(seen, said, strict=False))
@@ -182,7 +178,8 @@ def _normalised(inside: NDArray[np.bool_], x: float, y: float, area: float) -> N
     scale = np.sqrt(area) / (TEMPLATE_PX / 2)
     grid = (np.arange(TEMPLATE_PX) - (TEMPLATE_PX - 1) / 2) * scale
     coordinates = np.meshgrid(grid + y, grid + x, indexing="ij")
-    return ndimage.map_coordinates(inside.astype(np.float64), coordinates, order=1) > 0.5
+    sampled: Values = ndimage.map_coordinates(inside.astype(np.float64), coordinates, order=1)
+    return sampled > 0.5
 
 
 @cache
@@ -281,16 +278,13 @@ def _path_motion(x: Values, y: Values) -> str | None:
         return "still"
     net_x, net_y = float(x[-1] - x[0]), float(y[-1] - y[0])
     net, widest = max(abs(net_x), abs(net_y)), max(range_x, range_y)
+    sideways, upright = range_x > 2 * range_y, range_y > 2 * range_x
     if net > TRAVEL_PX and net > 0.7 * widest:
-        if min(range_x, range_y) > 0.5 * widest:
-            return None
-        if range_x > range_y:
+        if sideways:
             return "right" if net_x > 0 else "left"
-        return "down" if net_y > 0 else "up"
-    if range_x > 2 * range_y:
-        return "swaying"
-    if range_y > 2 * range_x:
-        return "bouncing"
+        return ("down" if net_y > 0 else "up") if upright else None
+    if sideways or upright:
+        return "swaying" if sideways else "bouncing"
     return "circling"
 
 

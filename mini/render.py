@@ -143,7 +143,9 @@ def render(batch: Tracks) -> Tensor:
                 continue
             centre = batch.position[chosen, thing][..., None, None, :]
             radius = batch.radius[chosen, thing][..., None, None]
-            distance = DISTANCES[name]((xs - centre[..., 0]) / radius, (ys - centre[..., 1]) / radius)
+            distance = DISTANCES[name](
+                (xs - centre[..., 0]) / radius, (ys - centre[..., 1]) / radius
+            )
             cover[chosen] = (0.5 - distance * radius).clamp(0, 1)
         video = torch.lerp(video, batch.colour[:, thing, :, None, None, None], cover[:, None])
     return video

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -141,6 +142,15 @@ def caption(scene: Scene, rng: random.Random) -> str:
     )
 
 
+def captions_of(split: Split, count: int, seed: int = 0) -> list[str]:
+    """`count` different captions of one split; the same seed gives the same captions."""
+    rng = random.Random(f"{split} prompts {seed}")
+    said: dict[str, None] = {}
+    while len(said) < count:
+        said[caption(sample_scene(rng, split), rng)] = None
+    return list(said)
+
+
 def plain_caption(scene: Scene) -> str:
     """The scene in its first wording, the same every time."""
     if scene.relation is None:
@@ -170,12 +180,12 @@ def _thing(thing: Thing, rng: random.Random | None) -> str:
     return f"a {rng.choice(size)} {thing.colour} {rng.choice(shape)}"
 
 
-def _alternatives(wordings: dict[str, tuple[str, ...]]) -> str:
+def _alternatives(wordings: Mapping[str, tuple[str, ...]]) -> str:
     phrases = sorted(itertools.chain.from_iterable(wordings.values()), key=len, reverse=True)
     return "|".join(re.escape(phrase) for phrase in phrases)
 
 
-def _meaning(phrase: str, wordings: dict[str, tuple[str, ...]]) -> str:
+def _meaning(phrase: str, wordings: Mapping[str, tuple[str, ...]]) -> str:
     return next(fact for fact, said in wordings.items() if phrase in said)
 
 

@@ -32,7 +32,7 @@ class Optimizer:
         warm_up_steps: int = 300,
         cool_down: float = 0.35,
     ) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in parameters if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
         self.seconds, self.peak_lr = seconds, peak_lr
         self.warm_up_steps, self.cool_down = warm_up_steps, cool_down
@@ -125,11 +125,11 @@ class TrainingStep:
         for parameter in self._optimizer.parameters:
             parameter.grad = None
         self.loss = self._loss_of()
-        self.loss.backward()
+        torch.autograd.backward(self.loss)
         self._optimizer.apply()
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):

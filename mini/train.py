@@ -23,9 +23,9 @@ from mini.architecture import (
     build_transformer,
     build_vae,
 )
-from mini.corpus import Corpus, build_corpus, captions_of
-from mini.evaluate import oracle_rates, prompts, sample
-from mini.scenes import Split
+from mini.corpus import Corpus, build_corpus
+from mini.evaluate import oracle_rates, sample
+from mini.scenes import Split, captions_of
 from mini.train_denoiser import DenoiserTraining, initialise
 from mini.train_vae import reconstruction_psnr_db, train_vae
 from mini.training_settings import TrainingSettings
@@ -124,7 +124,7 @@ class TrainingRun:
         count = self.settings.denoiser.check_prompts
         if not count:
             return
-        texts = prompts(Split.CALIBRATION, count, seed=1)
+        texts = captions_of(Split.CALIBRATION, count, seed=1)
         pipeline = self.inference_copy().pipeline()
         videos = list(sample(pipeline, texts, range(count), batch=32))
         rates = oracle_rates(videos, texts)

@@ -61,7 +61,7 @@ def encode_text(encoder: UMT5EncoderModel, tokens: Tensor) -> Tensor:
 
 
 class DenoiserTraining:
-    """Transformer and text encoder with their optimizer; `run` trains until a progress is reached."""
+    """Transformer and text encoder with their optimizer."""
 
     def __init__(self, model: Miniature, corpus: Corpus, settings: DenoiserSettings) -> None:
         self.model, self.corpus, self.settings = model, corpus, settings

@@ -1,7 +1,7 @@
 """First stage: the VAE, on single frames until they are sharp, then on whole clips.
 
-Whole clips from the start collapse to the background, and a VAE that has only seen short clips falls
-apart on the frames it never saw; hence frames first, then the full length (docs/log.md).
+Whole clips from the start collapse to the background, and a VAE that has only seen short clips
+falls apart on the frames it never saw; hence frames first, then the full length (docs/log.md).
 """
 
 from __future__ import annotations
@@ -113,13 +113,15 @@ def _loss(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     weight = 1 + FOREGROUND_WEIGHT * ((video - ground).abs().amax(1, keepdim=True) > 0.05)
     error = rebuilt - video
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return (weight * (error.square() + ABSOLUTE_WEIGHT * error.abs())).mean() + KL_WEIGHT * divergence
+    return (
+        weight * (error.square() + ABSOLUTE_WEIGHT * error.abs())
+    ).mean() + KL_WEIGHT * divergence
 
 
 @torch.no_grad()
 def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
     with torch.autocast(pool.device.type, torch.bfloat16):
-        pieces = pool[:512].split(64)
+        pieces = torch.split(pool[:512], 64)
         latents = torch.cat([encode_clip(vae, _signed(p))[0].float() for p in pieces])
     mean = latents.mean(dim=(0, 2, 3, 4)).tolist()
     std = latents.std(dim=(0, 2, 3, 4)).tolist()

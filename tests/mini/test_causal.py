@@ -1,7 +1,5 @@
 """Whole-clip training passes equal diffusers' own frame-by-frame ones."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -20,9 +18,9 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture
-def vae() -> Iterator[AutoencoderKLWan]:
+def vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
-    yield build_vae().eval()
+    return build_vae().eval()
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])

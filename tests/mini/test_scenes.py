@@ -87,5 +87,5 @@ def test_splits_have_their_shares_and_every_fact_is_trained_on() -> None:
 
 
 def test_other_text_is_refused_with_an_example() -> None:
-    with pytest.raises(ValueError, match="a cat on a sofa.*an example is.*small red circle"):
+    with pytest.raises(ValueError, match=r"a cat on a sofa.*an example is.*small red circle"):
         parse_caption("a cat on a sofa")
