@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from diffusers import WanPipeline
 
@@ -21,6 +20,7 @@ from mini.evaluate import (
     SAMPLING_STEPS,
     Rate,
     contact_sheet,
+    load_pipeline,
     oracle_rates,
     sample,
     side_by_side,
@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Score both modes and write the result and the contact sheets."""
     texts = captions_of(Split.EVALUATION, count)
-    pipeline = load(device)
+    pipeline = load_pipeline(MODEL, device)
     bf16 = videos(pipeline, "bf16", texts, batch)
     recipe = quant.QuantRecipe.load("boundary-hif8")
     scales = quant.load_scales(SCALES, model_folder=MODEL)
@@ -72,13 +72,6 @@ def main(
     }
     report.keep(report.result("miniature", device, settings, rows))
     write_sheets(bf16, w8a8, texts)
-
-
-def load(device: str) -> WanPipeline:
-    """The shipped miniature as the worker runs it: BF16, VAE in FP32."""
-    pipeline = WanPipeline.from_pretrained(MODEL, dtype=torch.bfloat16)
-    pipeline.vae.float()
-    return pipeline.to(device)
 
 
 def videos(pipeline: WanPipeline, mode: str, texts: list[str], batch: int) -> list[Frames]:

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ from mini.scenes import parse_caption
 
 SAMPLING_STEPS, GUIDANCE_SCALE = 20, 4.0
 SHEET_PAPER, SHEET_INK = "#fafafa", "#202020"
+
+
+def load_pipeline(folder: Path, device: str) -> WanPipeline:
+    """A stored miniature as the worker runs it: in BF16, with the VAE in FP32."""
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    pipeline.vae.float()
+    return pipeline.to(device)
 
 
 def noise(seeds: Sequence[int], pipeline: WanPipeline) -> torch.Tensor:

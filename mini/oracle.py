@@ -8,7 +8,7 @@ a shape is the silhouette template it overlaps best, a motion is read off the ce
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -146,31 +146,31 @@ def _nearest(
 
 def _blobs(frame: Values, ground: Values) -> list[Blob]:
     """The blobs of one frame, largest first."""
-    foreground = np.linalg.norm(frame - ground, axis=-1) > OBJECT_DISTANCE
-    labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
-    blobs = []
+    distance = np.linalg.norm(frame - ground, axis=-1)
+    labels, _ = ndimage.label(distance > OBJECT_DISTANCE, structure=np.ones((3, 3)))
+    found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        inside = labels[box] == index
-        area = float(inside.sum())
-        if area < SMALLEST_BLOB_PX:
-            continue
-        rows, columns = np.nonzero(inside)
-        core = ndimage.binary_erosion(inside)
-        pixels = frame[box][core if core.sum() >= 9 else inside]
-        colour = _nearest(np.median(pixels, axis=0), COLOURS)
-        assert colour is not None, "without a distance bound some colour is nearest"
-        centre_x, centre_y = columns.mean(), rows.mean()
-        blobs.append(
-            Blob(
-                area,
-                float(box[1].start + centre_x),
-                float(box[0].start + centre_y),
-                colour,
-                _normalised(inside, centre_x, centre_y, area),
-            )
-        )
-    assert count >= len(blobs)
-    return sorted(blobs, key=lambda blob: -blob.area_px)
+        blob = _blob(frame[box], distance[box], labels[box] == index, ground)
+        if blob.area_px >= SMALLEST_BLOB_PX:
+            top, left = box[0].start, box[1].start
+            found.append(replace(blob, x=blob.x + left, y=blob.y + top))
+    return sorted(found, key=lambda blob: -blob.area_px)
+
+
+def _blob(pixels: Values, distance: Values, inside: NDArray[np.bool_], ground: Values) -> Blob:
+    """One connected region, cut out; its place is relative to the cut-out.
+
+    Its outline is where a pixel is half object and half background. A fixed threshold would count
+    the blur around a bright object to it and fill the hole of a ring.
+    """
+    core = ndimage.binary_erosion(inside)
+    colour = np.median(pixels[core if core.sum() >= 9 else inside], axis=0)
+    name = _nearest(colour, COLOURS)
+    assert name is not None, "without a distance bound some colour is nearest"
+    solid = inside & (distance > 0.5 * np.linalg.norm(colour - ground))
+    rows, columns = np.nonzero(solid if solid.any() else inside)
+    area, x, y = float(len(rows)), float(columns.mean()), float(rows.mean())
+    return Blob(area, x, y, name, _normalised(solid, x, y, area))
 
 
 def _normalised(inside: NDArray[np.bool_], x: float, y: float, area: float) -> NDArray[np.bool_]:

@@ -24,7 +24,7 @@ from mini.architecture import (
     build_vae,
 )
 from mini.corpus import Corpus, build_corpus
-from mini.evaluate import oracle_rates, sample
+from mini.evaluate import load_pipeline, oracle_rates, sample
 from mini.scenes import Split, captions_of
 from mini.train_denoiser import DenoiserTraining, initialise
 from mini.train_vae import reconstruction_psnr_db, train_vae
@@ -125,13 +125,14 @@ class TrainingRun:
         if not count:
             return
         texts = captions_of(Split.CALIBRATION, count, seed=1)
-        pipeline = self.inference_copy().pipeline()
+        self.save(self.work / "check")
+        pipeline = load_pipeline(self.work / "check", str(self.device))
         videos = list(sample(pipeline, texts, range(count), batch=32))
         rates = oracle_rates(videos, texts)
         self.report("check", {"progress": progress, **{k: r.share for k, r in rates.items()}})
 
-    def inference_copy(self) -> Miniature:
-        """The miniature as it is served: transformer and text encoder in BF16, VAE through FP16."""
+    def _stored_copy(self) -> Miniature:
+        """The miniature as it is stored: transformer and text encoder in BF16, VAE in FP16."""
         copy = Miniature(
             self.model.tokenizer, build_text_encoder(), build_transformer(), build_vae()
         )
@@ -142,15 +143,13 @@ class TrainingRun:
         copy.transformer.load_state_dict(self.model.transformer.state_dict())
         copy.text_encoder.load_state_dict(self.model.text_encoder.state_dict())
         copy.vae.load_state_dict(self.model.vae.state_dict())
-        copy.transformer.to(self.device, torch.bfloat16)
-        copy.text_encoder.to(self.device, torch.bfloat16)
-        copy.vae.half().float().to(self.device)
+        copy.transformer.bfloat16()
+        copy.text_encoder.bfloat16()
+        copy.vae.half()
         return copy
 
     def save(self, folder: Path) -> None:
         """Write the diffusers folder: BF16 transformer and text encoder, FP16 VAE."""
-        model = self.inference_copy()
-        model.vae.half()
-        model.pipeline().save_pretrained(folder)
+        self._stored_copy().pipeline().save_pretrained(folder)
         settings = json.dumps(asdict(self.settings), indent=2)
         (folder / "training.json").write_text(settings + "\n")
