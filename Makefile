@@ -37,7 +37,7 @@ generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= 
 	@$(BIN)/python -m deploy.local generate
 
 test: $(VENV)/.dev ## all tests that need no accelerator  [ARGS=]
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

@@ -1,6 +1,11 @@
-"""`python -m mini`."""
+"""`python -m mini`: what must be so before torch loads, then `mini.cli`."""
+
+import os
+
+# Threads that spin while they wait hold up everything else on a shared machine (docs/log.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mini.cli import app
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="python -m mini")

@@ -1,0 +1,59 @@
+"""models/wan-mini as committed: small enough, stored as promised, and showing what it is told.
+
+Rates over many captions are measured by benchmarks/miniature.py.
+"""
+
+from pathlib import Path
+
+import pytest
+from diffusers import WanPipeline
+from safetensors import safe_open
+
+from mini.evaluate import load_pipeline, sample
+from mini.oracle import verdicts
+from mini.scenes import EXAMPLE, Split, captions_of, parse_caption, plain_caption, split_of
+
+MODEL = Path(__file__).parents[2] / "models" / "wan-mini"
+WEIGHTS_LIMIT_BYTES = 32_000_000
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> WanPipeline:
+    return load_pipeline(MODEL, "cpu")
+
+
+def test_weights_fit_the_repository() -> None:
+    files = list(MODEL.rglob("*.safetensors"))
+    assert len(files) == 4  # transformer, text encoder, VAE, scales
+    assert sum(file.stat().st_size for file in files) <= WEIGHTS_LIMIT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("part", "stored_as"),
+    [
+        ("transformer/diffusion_pytorch_model", "BF16"),
+        ("text_encoder/model", "BF16"),
+        ("vae/diffusion_pytorch_model", "F16"),
+    ],
+)
+def test_weights_are_stored_in_two_bytes(part: str, stored_as: str) -> None:
+    with safe_open(MODEL / f"{part}.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {stored_as}  # noqa: SIM118
+
+
+def test_it_was_calibrated_on_calibration_captions_only() -> None:
+    prompts = (MODEL / "calibration-prompts.txt").read_text().splitlines()
+    assert prompts == captions_of(Split.CALIBRATION, 32)
+    assert {split_of(parse_caption(prompt)) for prompt in prompts} == {Split.CALIBRATION}
+
+
+def test_it_shows_the_example(pipeline: WanPipeline) -> None:
+    (video,) = sample(pipeline, [plain_caption(EXAMPLE)], seeds=[7])
+    shown = verdicts(video, EXAMPLE)
+    assert shown == dict.fromkeys(shown, True)
+
+
+def test_captions_fit_the_service_s_text_length(pipeline: WanPipeline) -> None:
+    tokens = pipeline.tokenizer(captions_of(Split.EVALUATION, 2000)).input_ids
+    assert max(map(len, tokens)) <= 40
+    assert pipeline.tokenizer.unk_token_id not in {token for ids in tokens for token in ids}
