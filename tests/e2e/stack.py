@@ -14,6 +14,8 @@ import uuid
 from pathlib import Path
 
 import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "E2E_MARK"
@@ -104,3 +106,11 @@ def describe_video(path: Path) -> tuple[str, int]:
     frames = re.findall(r"frame=\s*(\d+)", done.stderr)
     assert stream is not None
     return stream.group(1), int(frames[-1])
+
+
+def decode_video(path: Path, width: int = 96, height: int = 96) -> NDArray[np.uint8]:
+    """The frames of a video file: [F, H, W, 3] uint8."""
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    arguments = ["-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    done = subprocess.run([ffmpeg, *arguments], capture_output=True, check=True)
+    return np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
