@@ -43,7 +43,6 @@ lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p deploy -p benchmarks
 	$(BIN)/lint-imports
 
 fix: $(VENV)/.dev ## let ruff repair and format

@@ -5,6 +5,7 @@ difference, PSNR of each w8a8 video against its bf16 twin, and the VAE's own rec
 with 95 % confidence intervals. Writes the contact sheets that models/wan-mini ships.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -44,7 +45,7 @@ def main(
     """Score both modes and write the result and the contact sheets."""
     texts = captions_of(Split.EVALUATION, count)
     pipeline = load_pipeline(MODEL, device)
-    bf16 = videos(pipeline, "bf16", texts, batch)
+    bf16 = videos(pipeline, kept_under("bf16", texts), texts, batch)
     recipe = quant.QuantRecipe.load("boundary-hif8")
     scales = quant.load_scales(SCALES, model_folder=MODEL)
     fingerprint = quant.model_fingerprint(MODEL)
@@ -53,7 +54,7 @@ def main(
         pipeline.transformer, recipe, scales
     )
     print(str(converted).splitlines()[0])
-    w8a8 = videos(pipeline, "w8a8", texts, batch)
+    w8a8 = videos(pipeline, kept_under("w8a8", texts), texts, batch)
     rows = [
         *rate_rows(bf16, w8a8, texts),
         psnr_row(bf16, w8a8),
@@ -72,18 +73,28 @@ def main(
     }
     report.keep(report.result("miniature", device, settings, rows))
     write_sheets(bf16, w8a8, texts)
+    for mode in ("bf16", "w8a8"):
+        kept_under(mode, texts).unlink()
 
 
-def videos(pipeline: WanPipeline, mode: str, texts: list[str], batch: int) -> list[Frames]:
-    """One video per caption; kept under var/, so that an interrupted run goes on."""
+def kept_under(mode: str, texts: list[str]) -> Path:
+    """Where an interrupted run is kept: the name covers whatever decides a video."""
+    settings = [mode, quant.model_fingerprint(MODEL), SAMPLING_STEPS, GUIDANCE_SCALE, texts]
+    if mode != "bf16":
+        settings.append(hashlib.sha256(SCALES.read_bytes()).hexdigest())
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return KEPT / f"{mode}-{digest[:16]}.npz"
+
+
+def videos(pipeline: WanPipeline, path: Path, texts: list[str], batch: int) -> list[Frames]:
+    """One video per caption; what `path` holds of them already is not made again."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    path = KEPT / f"{quant.model_fingerprint(MODEL)[-16:]}-{mode}-{len(texts)}.npz"
     made: list[Frames] = list(np.load(path)["videos"]) if path.exists() else []
     while len(made) < len(texts):
         part = range(len(made), min(len(texts), len(made) + batch))
         made += sample(pipeline, [texts[i] for i in part], list(part), batch=batch)
         np.savez_compressed(path, videos=np.stack(made))
-        print(f"{mode}: {len(made)} of {len(texts)}", flush=True)
+        print(f"{path.name}: {len(made)} of {len(texts)}", flush=True)
     return made
 
 

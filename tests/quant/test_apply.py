@@ -1,6 +1,7 @@
 """Applying a recipe: what is shared, what is counted, and what is refused."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +160,8 @@ def test_a_model_without_blocks_is_refused(tiny_recipe):
 def test_a_missing_scale_is_refused(tiny_transformer, tiny_recipe, tiny_scales: Scales, kind):
     kept = dict(getattr(tiny_scales, kind))
     del kept["blocks.2.ffn.net.2"]
-    scales = dataclasses.replace(tiny_scales, **{kind: kept})
+    change: dict[str, Any] = {kind: kept}
+    scales = dataclasses.replace(tiny_scales, **change)
     with pytest.raises(ConversionError, match=r"none for 1 of 20 .* blocks.2.ffn.net.2"):
         quantize_transformer(tiny_transformer, tiny_recipe, scales)
 

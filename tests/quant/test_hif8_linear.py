@@ -1,5 +1,7 @@
 """Hif8Linear: what it holds, what it computes, and how it is saved."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,7 @@ def test_repr_says_what_it_is(linear):
 
 
 def packed(**changes):
-    arguments = {
+    arguments: dict[str, Any] = {
         "weight_qdata": torch.zeros(4, 8, dtype=torch.uint8),
         "weight_scale": torch.tensor(1.0),
         "act_scale": torch.tensor(1.0),

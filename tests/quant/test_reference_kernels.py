@@ -13,7 +13,7 @@ POWERS = [2.0**-20, 2.0**-7, 1.0, 2.0**3, 2.0**20]
 ODD = [0.3, 1 / 15, 7.0]
 
 
-def arithmetic(x: torch.Tensor, scale: float) -> torch.Tensor:
+def arithmetic(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     """`fake_quantize` as it is defined, in float32."""
     return (hif8.round_to_hif8(x.float() / scale) * scale).to(x.dtype)
 
