@@ -17,6 +17,10 @@ from service.settings import ServiceSettings
 
 logger = logging.getLogger("service")
 
+GRACE_S = 3
+"""How long requests that are still open may take once the service was told to end. Without a bound
+one client that never finishes its request, or never reads its video, keeps the process for ever."""
+
 _LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -39,7 +43,8 @@ def main() -> None:
     logging.config.dictConfig(_LOGGING)
     logger.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
     # The access log shows paths and query strings; prompts travel in bodies only.
-    uvicorn.Server(uvicorn.Config(app, log_config=None)).run(sockets=[listener])
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=GRACE_S)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -67,6 +67,21 @@ def test_serves_and_stops_quietly(
     assert "Traceback" not in log
 
 
+def test_an_open_request_does_not_keep_it_from_ending(redis_url: str, artifacts_url: str) -> None:
+    with service(REDIS_URL=redis_url, ARTIFACTS_URL=artifacts_url, SERVICE_PORT="0") as process:
+        port = int(address(process).rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            # 100-continue: the answer says that the request has reached the application.
+            client.sendall(
+                b"POST /generate HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+            )
+            assert client.recv(100).startswith(b"HTTP/1.1 100")
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=20)
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
