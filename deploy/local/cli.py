@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 _SIGNAL_EXIT = 128
+_DEMO_WORKER_GRACE_S = 120.0  # longer than the longest job of the miniature
 
 Config = Annotated[Path, typer.Option("--config", help="The worker's configuration.")]
 
@@ -42,11 +43,17 @@ def demo(
     console = Console()
     with clear_errors(), listen_for_signals() as signals:
         require_free(port, "service", "`make demo PORT=…`")
-        setup = StackConfig(folder.resolve(), port, find_free_port(), config)
+        setup = StackConfig(
+            folder.resolve(), port, find_free_port(), config, worker_grace_s=_DEMO_WORKER_GRACE_S
+        )
         try:
             with running(console, setup, signals) as stack:
                 _tell(screen.demo_text(setup))
-                stack.keep_running(_tell)
+                try:
+                    stack.keep_running(_tell)
+                except Interrupted:
+                    _tell(screen.stopping_text(setup))
+                    raise
         except Interrupted:
             _tell("Stopped: nothing is left running.")
 

@@ -27,6 +27,7 @@ class Child:
     ) -> None:
         self.name = name
         self.log = log
+        self._asked = False
         tied = [sys.executable, str(_TIED), str(os.getpid()), *command]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -58,7 +59,13 @@ class Child:
         return f"the {self.name} {how}{': ' + words if words else ''} (log: {_shown(self.log)})"
 
     def ask_to_end(self) -> None:
-        """Sends SIGTERM; returns at once."""
+        """Sends SIGTERM, once; returns at once.
+
+        A second one would be an order to drop everything: the worker would leave the job in hand.
+        """
+        if self._asked:
+            return
+        self._asked = True
         with suppress(ProcessLookupError):
             self._process.terminate()
 

@@ -34,6 +34,13 @@ def demo_text(setup: StackConfig) -> str:
     )
 
 
+def stopping_text(setup: StackConfig) -> str:
+    return (
+        f"Stopping: a job in hand is finished first, for at most {setup.worker_grace_s:.0f} s. "
+        "Ctrl-C again ends it at once; the next demo then runs it again."
+    )
+
+
 def summary(job: Job, out: Path) -> str:
     """One line: the file, what it is, and the seconds of every stage."""
     video, request, timings = job["video"], job["request"], job["timings"]

@@ -27,19 +27,23 @@ WORKER_CONFIG = ROOT / "deploy" / "wan-mini.toml"
 _POLL_S = 0.1
 _VALKEY_START_S = 60.0  # reading a large append-only file back takes its time
 _READY_S = 600.0  # as long as a slow disk may need for a model
-_GRACE_S = {"service": 5.0, "worker": 10.0, "valkey": 10.0}
+_GRACE_S = {"service": 5.0, "valkey": 10.0}  # the worker's: StackConfig.worker_grace_s
 _RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class StackConfig:
-    """Where the stack lives: its folder, its ports on the loopback address, the worker's TOML."""
+    """Where the stack lives: its folder, its ports on the loopback address, the worker's TOML.
+
+    `worker_grace_s` is how long the worker may take to finish the job in hand when the stack stops.
+    """
 
     folder: Path
     service_port: int
     valkey_port: int
     worker_config: Path
+    worker_grace_s: float = 10.0
 
     @property
     def service_url(self) -> str:
@@ -112,13 +116,19 @@ class Stack:
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Ends what runs: the service and the worker together, then Valkey."""
+        """Ends what runs: the service and the worker together, then Valkey.
+
+        The worker finishes the job in hand first; Valkey stays up for it to report to. A worker
+        that is killed instead, after its grace or in a hurry, leaves the job in Valkey's file, and
+        the next worker on the same folder runs it again.
+        """
+        grace_s = _GRACE_S | {"worker": self.config.worker_grace_s}
         for name in ("service", "worker"):
             if name in self._children:
                 self._children[name].ask_to_end()
         for name in ("service", "worker", "valkey"):
             if name in self._children:
-                self._children.pop(name).end(_GRACE_S[name], self._signals.in_a_hurry)
+                self._children.pop(name).end(grace_s[name], self._signals.in_a_hurry)
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None

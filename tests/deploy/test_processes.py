@@ -70,6 +70,25 @@ def test_a_child_that_takes_sigterm_ends_in_its_own_way(tmp_path: Path) -> None:
     assert child.exit_code == 7
 
 
+def test_a_child_is_asked_once_however_often_it_is_told(tmp_path: Path) -> None:
+    """A second SIGTERM makes the worker drop the job in hand."""
+    code = (
+        "import signal, sys, time\n"
+        "asked = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+        "print('up', flush=True)\n"
+        "while not asked: time.sleep(0.01)\n"
+        "time.sleep(1.5); sys.exit(10 + len(asked))"
+    )
+    child = start(tmp_path, code)
+    wait_until(lambda: last_line(child.log) == "up")
+    child.ask_to_end()
+    time.sleep(0.5)
+    child.ask_to_end()
+    child.end(30, lambda: False)
+    assert child.exit_code == 11
+
+
 def test_children_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     launcher_code = f"""
 import os, sys, time

@@ -3,11 +3,19 @@
 import os
 import signal
 import socket
+import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 
+from deploy.local import valkey
+from jobs.artifacts import artifact_key
+from jobs.connection import connect
+from jobs.record import JobRecord
+from jobs.state import JobState
+from jobs.store import JobStore
 from tests.e2e.stack import Launcher, free_port, run
 
 
@@ -25,6 +33,21 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
         assert code == 0
         assert rest.splitlines()[-1] == "Stopped: nothing is left running."
         demo.wait_until_nothing_is_left()
+
+
+def test_ctrl_c_lets_the_job_in_hand_finish(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with Launcher("demo", "--port", str(port), "--folder", str(tmp_path)) as demo:
+        demo.read_until("Ctrl-C stops everything")
+        job_id = _begin_a_job(url, steps=20)
+        demo.interrupt()
+        code, rest = demo.finish()
+        assert code == 0
+        assert "a job in hand is finished first" in rest
+        demo.wait_until_nothing_is_left()
+    assert _record(tmp_path, job_id).state is JobState.SUCCEEDED
+    assert (tmp_path / "artifacts" / artifact_key(job_id, 1)).is_file()
+    assert "cold shut down" not in (tmp_path / "logs" / "worker.log").read_text()
 
 
 def test_a_demo_that_is_killed_takes_its_children_along(tmp_path: Path) -> None:
@@ -86,6 +109,33 @@ def _wait_for_processes(demo: Launcher, count: int) -> None:
         assert demo.process.poll() is None, demo.finish()
         assert time.monotonic() < deadline, demo.processes()
         time.sleep(0.02)
+
+
+def _begin_a_job(url: str, steps: int) -> str:
+    """Returns the id of a job that is being denoised."""
+    order = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": steps}
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        job = client.post("/generate", json=order).json()
+        deadline = time.monotonic() + 60
+        while (client.get(f"/jobs/{job['id']}").json()["progress"] or {}).get("stage") != "denoise":
+            assert time.monotonic() < deadline, job
+            time.sleep(0.05)
+    return str(job["id"])
+
+
+def _record(folder: Path, job_id: str) -> JobRecord:
+    """What a stopped demo's Valkey has on disk about a job."""
+    command = valkey.server_command(folder / "valkey", port := free_port())
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 30
+            while not valkey.answers(port):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            with closing(connect(f"redis://127.0.0.1:{port}/0")) as redis:
+                return JobStore(redis).get(job_id)
+        finally:
+            server.terminate()
 
 
 def _generate(url: str) -> None:
