@@ -66,6 +66,13 @@ class FolderArtifactStore:
         _sync_folder(target.parent)
         return target
 
+    def delete(self, key: str) -> None:
+        """Remove the file under `key`, if there is one.
+
+        Its folder stays: another attempt may be about to put a file there.
+        """
+        self.path(key).unlink(missing_ok=True)
+
 
 def open_artifacts(url: str) -> FolderArtifactStore:
     """Open the artifact store at `url`, a `file:///…` address of an absolute folder.

@@ -104,6 +104,21 @@ def run_attempt(place: Workplace, attempt: Attempt) -> Outcome:
         )
 
 
+def record_success(place: Workplace, attempt: Attempt, success: Success) -> None:
+    """End the job with its video.
+
+    Raises:
+        StaleAttempt: the job ended, or went to another attempt, while the video was being stored.
+            The video is deleted: no record names it, so nothing else ever would.
+        RedisError: nobody knows whether the record was written, so the video stays.
+    """
+    try:
+        place.store.succeed(attempt, success.video, success.timings)
+    except StaleAttempt:
+        place.artifacts.delete(success.video.key)
+        raise
+
+
 def _make_video(place: Workplace, attempt: Attempt) -> Success:
     claimed = time.perf_counter()
     record = place.store.get(attempt.job_id)

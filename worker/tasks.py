@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 from jobs.errors import JobAlreadyFinished, JobNotFound, StaleAttempt
 from jobs.record import Failure
-from worker.attempt import Success, Workplace, run_attempt
+from worker.attempt import Success, Workplace, record_success, run_attempt
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ def generate(job_id: str) -> None:
         attempt = place.store.claim(job_id)
         logger.info("attempt %d begins", attempt.number)
         match run_attempt(place, attempt):
-            case Success(video, timings):
-                place.store.succeed(attempt, video, timings)
-                logger.info("succeeded: %s", timings)
+            case Success() as success:
+                record_success(place, attempt, success)
+                logger.info("succeeded: %s", success.timings)
             case Failure() as failure:
                 place.store.fail(attempt, failure)
             case _:

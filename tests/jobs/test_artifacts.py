@@ -41,6 +41,18 @@ def test_failed_put_leaves_nothing(artifacts: FolderArtifactStore, tmp_path: Pat
     assert [each for each in artifacts.root.rglob("*") if each.is_file()] == []
 
 
+def test_delete_removes_the_file_and_only_it(artifacts: FolderArtifactStore, source: Path) -> None:
+    kept = artifacts.put(artifact_key("01a2", 2), source)
+    gone = artifacts.put(artifact_key("01a2", 1), source)
+    for _ in range(2):  # what is gone may be deleted again
+        artifacts.delete(artifact_key("01a2", 1))
+        assert not gone.exists()
+        assert kept.exists()
+    with pytest.raises(ArtifactRefused):
+        artifacts.delete("../made.mp4")
+    assert source.exists()
+
+
 def test_attempts_have_their_own_keys() -> None:
     assert artifact_key("j", 1) != artifact_key("j", 2) != artifact_key("k", 2)
 

@@ -209,6 +209,32 @@ def test_a_stale_attempt_writes_nothing(
     assert record.video is None
 
 
+class OvertakenStore(FolderArtifactStore):
+    """Each time a video has just been stored, something happens to its job."""
+
+    def __init__(self, root: Path, happens: Callable[[], object]) -> None:
+        super().__init__(root)
+        self.happens = happens
+        self.stored: list[Path] = []
+
+    def put(self, key: str, source: Path) -> Path:
+        self.stored.append(super().put(key, source))
+        assert self.stored[-1].is_file()
+        self.happens()
+        return self.stored[-1]
+
+
+def test_the_video_of_an_attempt_that_became_stale_is_deleted(
+    store: JobStore, redis: Redis, tmp_path: Path
+) -> None:
+    job = store.create(ORDER, QUEUE)
+    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: store.claim(job.id))
+    ResidentWorker(PatternEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    assert store.get(job.id).state is JobState.RUNNING
+    assert len(artifacts.stored) == 1
+    assert not artifacts.stored[0].exists()
+
+
 def test_a_worker_is_offered_while_it_works_and_not_afterwards(
     redis: Redis, store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
