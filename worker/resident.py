@@ -6,6 +6,11 @@ whose worker was killed is noticed within seconds and delivered again, and the s
 catalog. One queue per worker: RQ then takes jobs with BLMOVE, which loses none between Redis and
 here.
 
+A running job whose worker is killed is begun again by an idle worker after the heartbeat's time to
+live and one round of maintenance, which is below 30 s. One case takes longer: a worker killed
+between BLMOVE and the start of the job, some milliseconds, leaves the job in RQ's intermediate
+list, and RQ gives it back only when it has seen it there for 60 s, so at least that long passes.
+
 SIGTERM and SIGINT let the job in hand finish and take no other; the offer ends at once.
 """
 

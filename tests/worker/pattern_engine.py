@@ -65,13 +65,7 @@ class PatternEngine:
 def main() -> None:
     redis_url, artifacts, seconds = sys.argv[1:]
     engine = PatternEngine(lambda step: time.sleep(float(seconds)))
-    worker = ResidentWorker(
-        engine,
-        connect(redis_url),
-        FolderArtifactStore(Path(artifacts)),
-        heartbeat_ttl_s=2,
-        maintenance_every_s=1,
-    )
+    worker = ResidentWorker(engine, connect(redis_url), FolderArtifactStore(Path(artifacts)))
     worker.work(logging_level="WARNING")
 
 

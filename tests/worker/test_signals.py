@@ -22,6 +22,9 @@ from worker.resident import ResidentWorker
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = order(model="pattern", mode="plain", size="64x32", num_frames=9)
 QUEUE = catalog.queue_name(PatternEngine.model, PatternEngine.modes)
+REDELIVERED_WITHIN_S = 30
+"""What is promised of the job of a killed worker, as long as another worker is idle."""
+
 Start = Callable[[float], subprocess.Popen[bytes]]
 
 
@@ -83,16 +86,20 @@ def test_sigterm_ends_an_idle_worker(start: Start, redis: Redis) -> None:
 def test_the_job_of_a_killed_worker_is_run_by_another(
     start: Start, store: JobStore, redis: Redis, tmp_path: Path
 ) -> None:
+    """Both workers have production's timing: the bound is the one that is promised."""
     job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE)
     process = start(0.1)
     wait_for(store, job.id, is_denoising)
     process.kill()
     process.wait()
-    artifacts = FolderArtifactStore(tmp_path / "artifacts")
+    killed, begun = time.monotonic(), list[float]()
     rescuer = ResidentWorker(
-        PatternEngine(), redis, artifacts, heartbeat_ttl_s=2, maintenance_every_s=1
+        PatternEngine(lambda step: begun.append(time.monotonic())),
+        redis,
+        FolderArtifactStore(tmp_path / "artifacts"),
     )
     rescuer.work(max_jobs=1, logging_level="WARNING")
+    assert begun[0] - killed < REDELIVERED_WITHIN_S
     record = store.get(job.id)
     assert record.state is JobState.SUCCEEDED
     assert record.attempts == 2
