@@ -1,8 +1,8 @@
 """The seam between the queue and the model: what a job asks of an engine, and hears from it.
 
 An engine turns one complete request into frames and reports to a `Watch` while it works. It knows
-no Redis, no queue and no files; the job's side (`worker/tasks.py`, `worker/watch.py`) knows no
-torch.
+no Redis, no queue and no files. The job's side (`worker/tasks.py`, `worker/attempt.py`,
+`worker/watch.py`) knows no model: of torch it has only the exception for a full device.
 """
 
 from __future__ import annotations

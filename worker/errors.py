@@ -6,7 +6,7 @@
     └── ModelUnusable       the model folder lacks a part, or a part cannot be read
 
 Each message is one sentence or two for an operator: the value, the bound, the remedy.
-`worker/__main__.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
+`worker/start.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
 """
 
 
