@@ -2,7 +2,9 @@
 
 Each worker publishes one `WorkerOffer` with a short time to live and repeats it; the service reads
 them all and checks requests against them. Redis also remembers for 30 days which modes have ever
-been offered, so that the service can tell a mode that is down from one that never was.
+been offered, so that the service can tell a mode that is down from one that never was, and holds
+the tokenizers that offers name, so that prompts can be counted where requests are checked. This
+package stores a tokenizer as text; it never reads one.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import (
     AwareDatetime,
@@ -36,9 +38,11 @@ SIZE_PATTERN = r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
 ModeName = Annotated[str, StringConstraints(pattern=MODE_PATTERN)]
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_PATTERN)]
 Size = Annotated[str, StringConstraints(pattern=SIZE_PATTERN)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 _NO_BOUNDS = {
+    "tokenizer",
     "default_size",
     "default_frames",
     "default_steps",
@@ -63,7 +67,9 @@ class ModeOffer(_Offer):
 class ModelOffer(_Offer):
     """One model, its bounds and its defaults.
 
-    Frames are counts of the form 4k+1; sizes are "WxH" in pixels.
+    Frames are counts of the form 4k+1; sizes are "WxH" in pixels. `max_prompt_chars` is the cheap
+    bound on a text, `max_prompt_tokens` what the text encoder takes, counted with `tokenizer`: the
+    SHA-256 of a text that `read_tokenizer` finds.
     """
 
     name: ModelName
@@ -79,6 +85,8 @@ class ModelOffer(_Offer):
     default_guidance_scale: float
     default_mode: ModeName
     max_prompt_chars: int = Field(ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    tokenizer: Sha256 | None = None
     default_negative_prompt: str = ""
 
     @model_validator(mode="after")
@@ -148,7 +156,8 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
 
     The digest covers every bound and fingerprint, so a job checked against one worker's offer can
     never reach a worker with another configuration. It leaves out defaults and descriptions:
-    requests are complete, and changing a text must not strand the jobs that wait.
+    requests are complete, and changing a text must not strand the jobs that wait. It leaves out the
+    tokenizer, too, which belongs to the model.
     Example: `wan-mini.1f0c9a2b7d3e`.
     """
     bounds = model.model_dump(exclude=_NO_BOUNDS)
@@ -159,7 +168,7 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
 
 
 def publish(redis: Redis, offer: WorkerOffer) -> None:
-    """Make `offer` live for the next 15 seconds."""
+    """Make `offer` live for the next 15 seconds, and its modes and tokenizer kept for 30 days."""
     second = time.time()
     with redis.pipeline(transaction=True) as pipe:
         pipe.set(keys.worker_offer(offer.worker_id), offer.model_dump_json(), ex=keys.OFFER_TTL_S)
@@ -171,7 +180,36 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
             {json.dumps([offer.model.name, mode.name]): second for mode in offer.modes},
         )
         pipe.zremrangebyscore(keys.KNOWN_MODES, "-inf", second - keys.KNOWN_MODE_TTL_S)
+        if offer.model.tokenizer is not None:
+            pipe.expire(keys.tokenizer(offer.model.tokenizer), keys.TOKENIZER_TTL_S)
         pipe.execute()
+
+
+def tokenizer_fingerprint(text: str) -> str:
+    """The name of a tokenizer: the SHA-256 of its `tokenizer.json` text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def publish_tokenizer(redis: Redis, text: str) -> None:
+    """Store a tokenizer's text, megabytes for a large vocabulary, unless it is there already.
+
+    Call it before the first offer that names it; repeated offers then keep it alive.
+    """
+    key = keys.tokenizer(tokenizer_fingerprint(text))
+    if not redis.expire(key, keys.TOKENIZER_TTL_S):
+        redis.set(key, text, ex=keys.TOKENIZER_TTL_S)
+
+
+def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
+    """Read a tokenizer's text; None where there is none, or another one than the name says."""
+    found = redis.get(keys.tokenizer(fingerprint))
+    if found is None:
+        return None
+    text = cast("bytes", found)
+    if hashlib.sha256(text).hexdigest() != fingerprint:
+        logger.warning("The tokenizer stored as %s is not the one of this name.", fingerprint)
+        return None
+    return text.decode()
 
 
 def withdraw(redis: Redis, worker_id: str) -> None:

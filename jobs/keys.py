@@ -16,6 +16,9 @@ OFFER_TTL_S: Final = 15
 KNOWN_MODE_TTL_S: Final = 30 * DAY_S
 """A mode stays known this long after its last offer: down, rather than never heard of."""
 
+TOKENIZER_TTL_S: Final = KNOWN_MODE_TTL_S
+"""A tokenizer is kept this long after the last offer that names it."""
+
 RQ_RESULT_TTL_S: Final = 60 * 60
 """RQ's bookkeeping of a job that ended; our own record holds the outcome."""
 
@@ -41,6 +44,11 @@ def record(job_id: str) -> str:
 def index(state: str) -> str:
     """The ids of the jobs in one state."""
     return INDEX_PREFIX + state
+
+
+def tokenizer(fingerprint: str) -> str:
+    """The text of a tokenizer, under the SHA-256 of that text."""
+    return f"wan:tokenizer:{fingerprint}"
 
 
 def worker_offer(worker_id: str) -> str:

@@ -7,7 +7,7 @@ at once), and never rounds.
 
 import secrets
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -24,6 +24,9 @@ FRAME_STRIDE = 4
 """Wan's VAE packs four frames into one latent frame after the first: counts are 4k+1."""
 SHOWN_CHARS = 80
 """How much of an offending string is shown in an error."""
+
+CountTokens = Callable[[str, str], int | None]
+"""Takes a tokenizer's fingerprint and a text; answers None where the tokenizer cannot be had."""
 
 _ALLOWED_CONTROLS = frozenset("\t\n\r")
 _BOUNDS = {
@@ -116,21 +119,28 @@ class GenerationRequest(BaseModel):
         return int(self.size.split("x")[1])
 
 
-def resolve(body: GenerationBody, catalog: Catalog) -> tuple[GenerationRequest, str]:
+def resolve(
+    body: GenerationBody, catalog: Catalog, count_tokens: CountTokens | None = None
+) -> tuple[GenerationRequest, str]:
     """Complete `body` and choose its queue: the shortest among the live ones that accept it.
+
+    Without `count_tokens`, or where it answers None, a text is bounded by its characters alone and
+    the worker has the last word.
 
     Raises:
         InvalidSpec: with every violation.
         ModeNotServed: the model and mode are known, but no live worker serves them; or no worker
             is live at all.
     """
-    return _resolve(body, catalog, [])
+    return _resolve(body, catalog, [], count_tokens)
 
 
-def resolve_json(raw: object, catalog: Catalog) -> tuple[GenerationRequest, str]:
+def resolve_json(
+    raw: object, catalog: Catalog, count_tokens: CountTokens | None = None
+) -> tuple[GenerationRequest, str]:
     """Do the same for a parsed JSON document, reporting every kind of violation together."""
     try:
-        return resolve(GenerationBody.model_validate(raw), catalog)
+        return resolve(GenerationBody.model_validate(raw), catalog, count_tokens)
     except ValidationError as error:
         violations = [_violation(each) for each in error.errors()]
     if not isinstance(raw, Mapping):
@@ -139,16 +149,23 @@ def resolve_json(raw: object, catalog: Catalog) -> tuple[GenerationRequest, str]
     sound = {k: v for k, v in raw.items() if k in GenerationBody.model_fields and k not in bad}
     # Only to look for further violations: this body is never run.
     rest = GenerationBody.model_construct(**{"prompt": "-", **sound})
-    return _resolve(rest, catalog, violations)
+    return _resolve(rest, catalog, violations, count_tokens)
 
 
 def _resolve(
-    body: GenerationBody, catalog: Catalog, violations: list[Violation]
+    body: GenerationBody,
+    catalog: Catalog,
+    violations: list[Violation],
+    count_tokens: CountTokens | None,
 ) -> tuple[GenerationRequest, str]:
     """Check `body` on top of the `violations` found so far."""
     violations = violations + list(_text_violations(body))
     offers, unserved = _offers_for(body, catalog, violations)
-    refusals = {offer.queue: list(_bound_violations(body, offer.model)) for offer in offers}
+    # Offers of one queue have the same bounds.
+    refusals = {
+        queue: [*_bound_violations(body, model), *_length_violations(body, model, count_tokens)]
+        for queue, model in {offer.queue: offer.model for offer in offers}.items()
+    }
     accepting = [offer for offer in offers if not refusals[offer.queue]]
     if offers and not accepting:
         # Workers may differ in their bounds; the first one's are as good an answer as any.
@@ -200,7 +217,7 @@ def _text_violations(body: GenerationBody) -> Iterator[Violation]:
         )
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
-        strange = next((c for c in text or "" if _is_strange(c)), None)
+        strange = _strange_in(text or "")
         if strange is not None:
             yield Violation(
                 field,
@@ -222,14 +239,35 @@ def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Viola
     steps = body.num_inference_steps
     if steps is not None and not 1 <= steps <= model.max_steps:
         yield _outside("num_inference_steps", steps, f"1 to {model.max_steps}")
+
+
+def _length_violations(
+    body: GenerationBody, model: ModelOffer, count_tokens: CountTokens | None
+) -> Iterator[Violation]:
+    """Which texts are too long: in characters, or else, which costs more to say, in tokens."""
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
-        if text is not None and len(text) > model.max_prompt_chars:
+        if text is None:
+            continue
+        if len(text) > model.max_prompt_chars:
             yield Violation(
                 field,
                 shown(text),
                 f"at most {model.max_prompt_chars} characters",
                 f"{field} has {len(text)} characters, which is more than {model.max_prompt_chars}.",
+            )
+            continue
+        bound, tokenizer = model.max_prompt_tokens, model.tokenizer
+        # A text that is none, which is refused anyway, may be more than a tokenizer can read.
+        if count_tokens is None or bound is None or tokenizer is None or _strange_in(text):
+            continue
+        tokens = count_tokens(tokenizer, text)
+        if tokens is not None and tokens > bound:
+            yield Violation(
+                field,
+                f"{tokens} tokens",
+                f"at most {bound} tokens",
+                f"{field} has {tokens} tokens, which is more than {bound}; shorten it.",
             )
 
 
@@ -297,6 +335,11 @@ def _not_served(model: str | None, mode: str | None, catalog: Catalog) -> ModeNo
         f"No live worker serves mode {mode or 'default'} of model {model}. Served now: {served}.",
         served=catalog.served(),
     )
+
+
+def _strange_in(text: str) -> str | None:
+    """The first character which no text holds: a control character or half of a surrogate pair."""
+    return next((c for c in text if _is_strange(c)), None)
 
 
 def _is_strange(character: str) -> bool:

@@ -17,6 +17,7 @@ from service.body_limit import BodyLimit
 from service.deps import Parts
 from service.routes import health, jobs, models
 from service.settings import ServiceSettings
+from service.tokens import TokenCounter
 
 MAX_BODY_BYTES = 256 * 1024
 """Far above the longest prompt any model takes, even with every character escaped."""
@@ -54,7 +55,11 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     app.add_middleware(BodyLimit, most_bytes=MAX_BODY_BYTES)
     app.state.parts = Parts(
-        settings=settings, redis=redis, store=JobStore(redis), artifacts=artifacts
+        settings=settings,
+        redis=redis,
+        store=JobStore(redis),
+        artifacts=artifacts,
+        tokens=TokenCounter(redis),
     )
     for routes in (jobs, models, health):
         app.include_router(routes.router)

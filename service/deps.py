@@ -10,6 +10,7 @@ from jobs import catalog
 from jobs.artifacts import FolderArtifactStore
 from jobs.store import JobStore
 from service.settings import ServiceSettings
+from service.tokens import TokenCounter
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Parts:
     redis: Redis
     store: JobStore
     artifacts: FolderArtifactStore
+    tokens: TokenCounter
 
 
 def _parts(request: Request) -> Parts:
@@ -41,6 +43,10 @@ def _catalog(parts: PartsDep) -> catalog.Catalog:
     return catalog.read(parts.redis)
 
 
+def _tokens(parts: PartsDep) -> TokenCounter:
+    return parts.tokens
+
+
 def _base_url(request: Request, parts: PartsDep) -> str:
     return parts.settings.public_url or str(request.base_url).rstrip("/")
 
@@ -48,4 +54,5 @@ def _base_url(request: Request, parts: PartsDep) -> str:
 StoreDep = Annotated[JobStore, Depends(_store)]
 ArtifactsDep = Annotated[FolderArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[catalog.Catalog, Depends(_catalog)]
+TokensDep = Annotated[TokenCounter, Depends(_tokens)]
 BaseUrlDep = Annotated[str, Depends(_base_url)]

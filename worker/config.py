@@ -65,10 +65,18 @@ class ModelConfig(_Section):
         self.offer(fingerprint="unread")
         return self
 
-    def offer(self, fingerprint: str) -> ModelOffer:
-        """The part callers see. Raises ValueError where a default lies outside its bounds."""
+    def offer(self, fingerprint: str, tokenizer: str | None = None) -> ModelOffer:
+        """The part callers see; both arguments name what was loaded, by its content.
+
+        Raises ValueError where a default lies outside its bounds.
+        """
         own = self.model_dump(exclude={"path", "text_tokens", "flow_shift"})
-        return ModelOffer(fingerprint=fingerprint, **own)
+        return ModelOffer(
+            fingerprint=fingerprint,
+            tokenizer=tokenizer,
+            max_prompt_tokens=self.text_tokens,
+            **own,
+        )
 
 
 class ModeConfig(_Section):

@@ -19,10 +19,12 @@ from typing import Any, Self
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 import quant
-from jobs.catalog import ModelOffer, ModeOffer
+from jobs.catalog import ModelOffer, ModeOffer, tokenizer_fingerprint
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
@@ -45,6 +47,8 @@ class WanEngine:
 
     Attributes:
         loaded: the modes by name, in the order of the configuration.
+        tokenizer_text: the tokenizer as `tokenizer.json` text, which `model.tokenizer` names; None
+            where it has no such text.
     """
 
     def __init__(
@@ -60,7 +64,11 @@ class WanEngine:
         self.parts = parts
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
-        self.model: ModelOffer = config.offer(fingerprint)
+        self.tokenizer_text = tokenizer_text(parts.tokenizer)
+        text = self.tokenizer_text
+        self.model: ModelOffer = config.offer(
+            fingerprint, None if text is None else tokenizer_fingerprint(text)
+        )
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
         self.device_name = device.name
 
@@ -84,6 +92,8 @@ class WanEngine:
             f"model: {self.model.name} ({self.model.fingerprint})",
             f"device: {self.device_name}",
             f"modes: {', '.join(mode.name for mode in self.modes)}",
+            f"prompts: at most {self.config.text_tokens} tokens, counted "
+            + (f"with tokenizer {self.model.tokenizer}" if self.model.tokenizer else "here only"),
         ]
         for name, mode in self.loaded.items():
             if mode.report is not None:
@@ -132,8 +142,7 @@ class WanEngine:
             )
         bound = self.config.text_tokens
         for name in ("prompt", "negative_prompt"):
-            # Cleaned as the pipeline cleans it, and counted with the closing token.
-            tokens = len(self.parts.tokenizer(prompt_clean(getattr(request, name))).input_ids)
+            tokens = self.count_tokens(getattr(request, name))
             if tokens > bound:
                 raise PromptTooLong(
                     f"{name} has {tokens} tokens, more than {bound}; shorten it.",
@@ -141,6 +150,10 @@ class WanEngine:
                     tokens=tokens,
                     bound=bound,
                 )
+
+    def count_tokens(self, text: str) -> int:
+        """Count a prompt's tokens as the pipeline would: cleaned, and with the closing one."""
+        return len(self.parts.tokenizer(prompt_clean(text)).input_ids)
 
     @torch.no_grad()
     def _encode(
@@ -218,6 +231,21 @@ class WanEngine:
         yield
         self._device.synchronize()
         setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
+
+
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Write a tokenizer as `tokenizer.json` text, the same whatever it was last used for.
+
+    None for one that is written in Python and has no such text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # A copy: cutting and padding are state, which every call of the original sets anew.
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return str(copy.to_str())
 
 
 def _pipeline(parts: SharedParts, mode: Mode) -> WanPipeline:

@@ -13,7 +13,7 @@ from jobs.errors import InvalidSpec, VideoGone, VideoNotReady
 from jobs.spec import resolve_json
 from jobs.state import JobState
 from jobs.store import MAX_PAGE
-from service.deps import ArtifactsDep, BaseUrlDep, CatalogDep, StoreDep
+from service.deps import ArtifactsDep, BaseUrlDep, CatalogDep, StoreDep, TokensDep
 from service.openapi import GENERATE_ANSWER, GENERATE_BODY, VIDEO_RESPONSES, problems
 from service.video import VideoResponse
 from service.views import JobListView, JobView
@@ -34,6 +34,7 @@ def generate(
     body: Annotated[Any, Body()],
     catalog: CatalogDep,
     store: StoreDep,
+    tokens: TokensDep,
     base_url: BaseUrlDep,
     response: Response,
 ) -> JobView:
@@ -49,7 +50,7 @@ def generate(
             "application/json",
             "The body is not marked as JSON; send it with Content-Type: application/json.",
         )
-    request, queue = resolve_json(body, catalog)
+    request, queue = resolve_json(body, catalog, tokens.count)
     job = store.create(request, queue)
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobView.of(job, base_url)

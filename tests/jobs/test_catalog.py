@@ -85,6 +85,42 @@ def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: Worker
     assert catalog.queue_name(changed, modes) == offer.queue
 
 
+def test_tokenizer_is_stored_once_and_kept_alive_by_offers(
+    redis: Redis, offer: WorkerOffer
+) -> None:
+    text = '{"version": "1.0", "text": "ü"}'
+    name = catalog.tokenizer_fingerprint(text)
+    assert catalog.read_tokenizer(redis, name) is None
+    catalog.publish_tokenizer(redis, text)
+    assert catalog.read_tokenizer(redis, name) == text
+    model = offer.model.model_copy(update={"tokenizer": name})
+    for repeat in (
+        lambda: catalog.publish_tokenizer(redis, text),
+        lambda: catalog.publish(redis, offer.model_copy(update={"model": model})),
+    ):
+        redis.expire(keys.tokenizer(name), 60)
+        repeat()
+        assert 60 < redis.ttl(keys.tokenizer(name)) <= keys.TOKENIZER_TTL_S
+
+
+def test_tokenizer_of_another_content_is_none(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = catalog.tokenizer_fingerprint("one")
+    redis.set(keys.tokenizer(name), "another")
+    assert catalog.read_tokenizer(redis, name) is None
+    assert name in caplog.text
+
+
+def test_queue_follows_the_bound_in_tokens_but_not_the_tokenizer(
+    model: ModelOffer, offer: WorkerOffer
+) -> None:
+    named = model.model_copy(update={"tokenizer": "0" * 64})
+    assert catalog.queue_name(named, offer.modes) == offer.queue
+    bounded = model.model_copy(update={"max_prompt_tokens": 64})
+    assert catalog.queue_name(bounded, offer.modes) != offer.queue
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -95,6 +131,8 @@ def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: Worker
         ({"default_steps": 0}, "default_steps 0"),
         ({"name": "Wan 2.1"}, "name"),
         ({"sizes": ("96X96",)}, "sizes"),
+        ({"tokenizer": "../x"}, "tokenizer"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens"),
     ],
 )
 def test_contradictory_model_is_refused(

@@ -209,6 +209,60 @@ def test_several_models_have_to_be_named(offer: WorkerOffer) -> None:
     assert request.model == "wan-14b"
 
 
+def words(tokenizer: str, text: str) -> int | None:
+    """A tokenizer for which every word is a token; only the one of the name `a…a` can be had."""
+    return len(text.split()) if tokenizer == "a" * 64 else None
+
+
+def test_texts_are_bounded_in_tokens(offer: WorkerOffer) -> None:
+    catalog = catalog_of(another(offer, tokenizer="a" * 64, max_prompt_tokens=3))
+    raw = {"prompt": "one two three", "negative_prompt": "a b c d"}
+    with pytest.raises(InvalidSpec) as refused:
+        resolve_json(raw, catalog, words)
+    (found,) = refused.value.violations
+    assert (found.field, found.value, found.bound) == (
+        "negative_prompt",
+        "4 tokens",
+        "at most 3 tokens",
+    )
+    assert found.detail == "negative_prompt has 4 tokens, which is more than 3; shorten it."
+    raw["negative_prompt"] = "a b c"
+    assert resolve_json(raw, catalog, words)[0].negative_prompt == "a b c"
+
+
+def test_tokens_are_reported_beside_other_violations(offer: WorkerOffer) -> None:
+    catalog = catalog_of(another(offer, tokenizer="a" * 64, max_prompt_tokens=3))
+    raw = {"prompt": "a b c d", "num_frames": 4, "seed": -1}
+    with pytest.raises(InvalidSpec) as refused:
+        resolve_json(raw, catalog, words)
+    assert {each.field for each in refused.value.violations} == {"prompt", "num_frames", "seed"}
+
+
+def test_each_text_is_refused_once(offer: WorkerOffer) -> None:
+    """Too many characters, or a text that is none: then nobody counts tokens."""
+    catalog = catalog_of(another(offer, tokenizer="a" * 64, max_prompt_tokens=3))
+    for text, bound in (("x " * 101, "200 characters"), ("a b c d \ud800", "control characters")):
+        with pytest.raises(InvalidSpec) as refused:
+            resolve_json({"prompt": text}, catalog, words)
+        (found,) = refused.value.violations
+        assert bound in found.bound
+
+
+def test_without_a_tokenizer_the_worker_has_the_last_word(offer: WorkerOffer) -> None:
+    body = GenerationBody(prompt="a b c d")
+    bounded = another(offer, tokenizer="b" * 64, max_prompt_tokens=3)
+    assert resolve(body, catalog_of(bounded), words)[1] == bounded.queue
+    assert resolve(body, catalog_of(another(offer, max_prompt_tokens=3)), words)
+    assert resolve(body, catalog_of(another(offer, tokenizer="a" * 64, max_prompt_tokens=3)))
+
+
+def test_worker_that_takes_more_tokens_is_chosen(offer: WorkerOffer) -> None:
+    short = another(offer, tokenizer="a" * 64, max_prompt_tokens=3)
+    long = another(offer, tokenizer="a" * 64, max_prompt_tokens=4)
+    catalog = catalog_of(short, long, waiting={long.queue: 9})
+    assert resolve(GenerationBody(prompt="a b c d"), catalog, words)[1] == long.queue
+
+
 def test_shown_values_are_short_valid_text() -> None:
     assert shown("x" * 500) == "x" * 80 + "… (500 characters)"
     assert shown("\ud800") == "\\ud800"

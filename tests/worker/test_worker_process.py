@@ -69,6 +69,8 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     wait_for_line(process, log, "ready: .*$")
     (offer,) = catalog.read(redis).offers
     assert [mode.name for mode in offer.modes] == ["bf16", "w8a8"]
+    assert offer.model.tokenizer is not None
+    assert catalog.read_tokenizer(redis, offer.model.tokenizer) is not None
     job = store.create(order(mode="w8a8", num_frames=5, num_inference_steps=1), offer.queue)
     wait_for_line(process, log, rf"\[{job.id}\] succeeded")
     record = store.get(job.id)
@@ -107,7 +109,7 @@ FAULTS = {
     "no such device": ({"WORKER_DEVICE": "tpu"}, None, "WORKER_DEVICE: Input should be 'auto'"),
     "no npu": ({"WORKER_DEVICE": "npu"}, None, "WORKER_DEVICE is 'npu'"),
     "no threads": ({"WORKER_THREADS": "0"}, None, "WORKER_THREADS: .*greater than"),
-    "no scales": ({}, "unscaled.toml", "there is no scales file .*python -m quant calibrate"),
+    "no scales": ({}, "unscaled.toml", "there is no scales file .*-m quant calibrate"),
     "no model": ({}, "unmodelled.toml", "model folder .*nowhere lacks model_index.json"),
 }
 

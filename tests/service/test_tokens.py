@@ -1,0 +1,106 @@
+"""Prompts are counted in tokens before they are queued, with the tokenizer a worker published."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from redis import Redis
+
+from jobs import catalog, keys
+from jobs.catalog import WorkerOffer, queue_name
+from service.tokens import MOST_KEPT, TokenCounter
+
+TOKENIZER = Path(__file__).parents[2] / "models" / "wan-mini" / "tokenizer" / "tokenizer.json"
+BOUND = 64
+
+
+@pytest.fixture
+def text() -> str:
+    return TOKENIZER.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def counting_worker(redis: Redis, offer: WorkerOffer, text: str) -> WorkerOffer:
+    """A live worker that takes 64 tokens and has published its tokenizer."""
+    bounds = {"tokenizer": catalog.tokenizer_fingerprint(text), "max_prompt_tokens": BOUND}
+    model = offer.model.model_copy(update={**bounds, "max_prompt_chars": 400})
+    offer = offer.model_copy(update={"model": model, "queue": queue_name(model, offer.modes)})
+    catalog.publish_tokenizer(redis, text)
+    catalog.publish(redis, offer)
+    return offer
+
+
+@pytest.mark.usefixtures("counting_worker")
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_text_of_too_many_tokens_is_refused_and_nothing_queued(
+    client: TestClient, redis: Redis, field: str
+) -> None:
+    # 63 words and the closing token: as many as the text encoder takes.
+    fits = {"prompt": "a circle", field: " ".join(["red"] * (BOUND - 1))}
+    answer = client.post("/generate", json={**fits, field: fits[field] + " red"})
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"] == [
+        {
+            "field": field,
+            "value": "65 tokens",
+            "bound": "at most 64 tokens",
+            "detail": f"{field} has 65 tokens, which is more than 64; shorten it.",
+        }
+    ]
+    assert redis.keys("rq:*") == redis.keys("wan:jobs:*") == redis.keys(keys.record("*")) == []
+    assert client.post("/generate", json=fits).status_code == 202
+
+
+def test_without_the_tokenizer_nothing_is_refused(
+    client: TestClient, redis: Redis, counting_worker: WorkerOffer, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = counting_worker.model.tokenizer
+    assert name is not None
+    redis.delete(keys.tokenizer(name))
+    with caplog.at_level(logging.WARNING):
+        assert client.post("/generate", json={"prompt": "red " * 99}).status_code == 202
+    assert f"Tokenizer {name} is not in Redis" in caplog.text
+
+
+@pytest.mark.usefixtures("counting_worker")
+def test_the_model_list_names_the_bound(client: TestClient, text: str) -> None:
+    (model,) = client.get("/models").json()["models"]
+    assert model["max_prompt_tokens"] == BOUND
+    assert model["tokenizer"] == catalog.tokenizer_fingerprint(text)
+
+
+def test_a_tokenizer_is_read_once(redis: Redis, text: str) -> None:
+    catalog.publish_tokenizer(redis, text)
+    name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
+    assert counter.count(name, "red") == 2
+    redis.delete(keys.tokenizer(name))
+    assert counter.count(name, "red red") == 3
+
+
+def test_one_that_comes_late_is_found(redis: Redis, text: str) -> None:
+    name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
+    assert counter.count(name, "red") is None
+    catalog.publish_tokenizer(redis, text)
+    assert counter.count(name, "red") == 2
+
+
+def test_only_the_last_few_are_kept(redis: Redis, text: str) -> None:
+    # White space makes other texts of the same tokenizer.
+    texts = [text + "\n" * n for n in range(MOST_KEPT + 1)]
+    names, counter = [catalog.tokenizer_fingerprint(each) for each in texts], TokenCounter(redis)
+    for name, each in zip(names, texts, strict=True):
+        catalog.publish_tokenizer(redis, each)
+        assert counter.count(name, "red") == 2
+        redis.delete(keys.tokenizer(name))
+    assert counter.count(names[0], "red") is None
+    assert counter.count(names[1], "red") == 2
+
+
+def test_an_unreadable_tokenizer_counts_nothing(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog.publish_tokenizer(redis, '{"version": "99"}')
+    name = catalog.tokenizer_fingerprint('{"version": "99"}')
+    assert TokenCounter(redis).count(name, "red") is None
+    assert f"Tokenizer {name} cannot be read" in caplog.text
