@@ -5,6 +5,7 @@ holder of the latest token may write, and a record in a terminal state never cha
 pass through as they are.
 """
 
+import logging
 import re
 import secrets
 import time
@@ -28,12 +29,15 @@ from jobs.errors import (
     JobAlreadyFinished,
     JobNotCancellable,
     JobNotFound,
+    RecordUnreadable,
     StaleAttempt,
     StoreUnavailable,
 )
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
+
+logger = logging.getLogger(__name__)
 
 TASK = "worker.tasks.generate"
 MAX_ATTEMPTS = 2
@@ -110,6 +114,8 @@ class JobStore:
         self, state: JobState | None = None, limit: int = 50, cursor: str | None = None
     ) -> JobPage:
         """Read up to `limit` records, newest first, after the page whose `next_cursor` it was.
+
+        A record that cannot be read is logged and left out: it must not hide the others.
 
         Raises:
             InvalidSpec: a limit out of bounds, or a cursor that is none.
@@ -188,7 +194,10 @@ class JobStore:
 
         Raises:
             JobNotFound, JobNotCancellable: the latter when it has succeeded or failed.
+            RecordUnreadable: see `jobs.record.decode`; nothing was changed.
         """
+        # First, because an error must not stand for something that was done.
+        self.get(job_id)
         answer = self._cancel(
             keys=[keys.record(_checked(job_id)), Job.key_for(job_id)],
             args=[*_common(job_id), Queue.redis_queue_namespace_prefix],
@@ -232,12 +241,16 @@ class JobStore:
             for job_id in ids:
                 pipe.hgetall(keys.record(job_id))
             found: Sequence[dict[bytes, bytes]] = pipe.execute()
-        # A record may expire a moment before its index entry is swept.
-        return tuple(
-            record.decode(job_id, fields)
-            for job_id, fields in zip(ids, found, strict=True)
-            if fields
-        )
+        jobs = []
+        for job_id, fields in zip(ids, found, strict=True):
+            # A record may expire a moment before its index entry is swept.
+            if not fields:
+                continue
+            try:
+                jobs.append(record.decode(job_id, fields))
+            except RecordUnreadable as error:
+                logger.error("Left out of a list: %s", error)
+        return tuple(jobs)
 
     def _write_attempt(self, attempt: Attempt, target: JobState, **parts: BaseModel) -> None:
         fields = [text for name, part in parts.items() for text in (name, part.model_dump_json())]

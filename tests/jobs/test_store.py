@@ -326,6 +326,35 @@ def test_exact_last_page_has_no_cursor(
     assert store.list(limit=1).next_cursor is not None
 
 
+def test_unreadable_record_is_left_out_of_lists_and_pages_go_on(
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    oldest, broken, newest = sorted(create(store, request_for_video) for _ in range(3))
+    redis.hset(keys.record(broken), "request", '{"prompt": "a secret prompt"}')
+    assert [job.id for job in store.list().jobs] == [newest, oldest]
+    assert broken in caplog.text
+    assert "a secret prompt" not in caplog.text
+    first = store.list(limit=2)
+    assert [job.id for job in first.jobs] == [newest]
+    assert [job.id for job in store.list(limit=2, cursor=first.next_cursor).jobs] == [oldest]
+    assert store.list(state=JobState.QUEUED, limit=1).next_cursor is not None
+
+
+def test_cancelling_an_unreadable_job_changes_nothing(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    redis.hset(keys.record(job_id), "request", "{not json")
+    before = redis.hgetall(keys.record(job_id))
+    with pytest.raises(RecordUnreadable, match=job_id):
+        store.cancel(job_id)
+    assert redis.hgetall(keys.record(job_id)) == before
+    assert Queue(QUEUE, connection=redis, serializer=JSONSerializer).job_ids == [job_id]
+
+
 @pytest.mark.parametrize("limit", [0, -1, MAX_PAGE + 1])
 def test_list_limit_is_bounded(store: JobStore, limit: int) -> None:
     with pytest.raises(InvalidSpec) as refused:

@@ -122,6 +122,23 @@ def test_bad_parameters_are_named(client: TestClient, name: str, value: str) -> 
     assert error["bound"]
 
 
+def test_unreadable_record_hides_no_other_and_is_not_cancelled(
+    client: TestClient,
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+    job_id: str,
+) -> None:
+    sound = store.create(request_for_video, "q").id
+    redis.hset(keys.record(job_id), "request", '{"prompt": "a secret"}')
+    answer = client.get("/jobs")
+    assert answer.status_code == 200
+    assert [job["id"] for job in answer.json()["jobs"]] == [sound]
+    answer = client.delete(f"/jobs/{job_id}")
+    assert (answer.status_code, answer.json()["code"]) == (500, "record_unreadable")
+    assert redis.hget(keys.record(job_id), "state") == b"queued"
+
+
 def test_unreadable_record_is_a_clear_500_without_its_prompt(
     client: TestClient, redis: Redis, job_id: str, caplog: pytest.LogCaptureFixture
 ) -> None:
