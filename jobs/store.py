@@ -41,13 +41,14 @@ logger = logging.getLogger(__name__)
 
 TASK = "worker.tasks.generate"
 MAX_ATTEMPTS = 2
-"""A job that has lost its worker this often is failed at the next claim, not run for ever."""
+"""A job begun this often without an end is failed at the next claim, not run for ever."""
 RQ_RETRIES = 5
 """More than MAX_ATTEMPTS, so that a claim, which can write the record, always has the last word."""
 MAX_PAGE = 200
 WORKER_LOST = Failure(
     code="worker_lost",
-    detail=f"The job's worker ended unexpectedly {MAX_ATTEMPTS} times, so the job was given up.",
+    detail=f"The job was begun {MAX_ATTEMPTS} times without reaching an end, so it was given up. Send "
+    f"it again; the worker's log has the reason.",
 )
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -168,6 +168,10 @@ def test_job_that_keeps_losing_its_worker_is_given_up(
     assert job.attempts == MAX_ATTEMPTS
     assert job.failure is not None
     assert job.failure.code == "worker_lost"
+    assert job.failure.detail == (
+        "The job was begun 2 times without reaching an end, so it was given up. Send it again; the "
+        "worker's log has the reason."
+    )
 
 
 def test_cancelling_a_queued_job_takes_it_out_of_the_queue(
