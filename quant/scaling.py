@@ -2,9 +2,11 @@
 
 `scale` is always the dequantization multiplier, x ≈ decode(qdata) * scale. The default policy makes
 it the power of two that brings amax into [8, 16), the top of HiFloat8's 3-bit band: multiplying by
-a power of two is exact in BF16, so results are bit-equal on every device and the scale can be
-folded anywhere. `sqnr` takes the power of two that loses least on a histogram of binades, letting
-outliers above 16 have fewer bits when that pays. The others reproduce other HiFloat8 code.
+a power of two is exact in BF16, so scaling gives the same bits on every device and the scale can be
+folded anywhere. Exponents are held within ±MAX_SCALE_EXPONENT, which leaves that rule whole for
+amax in [2**-61, 2**68): larger values lose bits and then saturate, smaller ones lose bits and then
+vanish. `sqnr` takes the power of two that loses least on a histogram of binades, letting outliers
+above 16 have fewer bits when that pays. The others reproduce other HiFloat8 code.
 
 This module chooses scales; `quant.kernels` applies them.
 """
@@ -73,7 +75,8 @@ def scale_policy(name: str) -> ScalePolicy:
 def choose_scale(policy: ScalePolicy, amax: Tensor, binades: Tensor | None = None) -> Tensor:
     """The scales `policy` gives for what was seen: amax [...] → scale [...] float32.
 
-    Where amax is 0 or not finite the scale is 1.
+    Where amax is 0 or not finite the scale is 1. Powers of two stay within
+    2**±MAX_SCALE_EXPONENT.
 
     Args:
         binades: histogram of the same values, [..., NUM_BINADES]; needed by `sqnr` only.
