@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
 from quant.codes import codes_markdown
 from quant.describe import describe_scales
 from quant.errors import QuantError, ScalesError
-from quant.fingerprint import model_fingerprint
+from quant.fingerprint import model_fingerprint, read_transformer_config
 from quant.prompts import PromptSet
 from quant.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.sampler import resolve_sampler
@@ -51,7 +50,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer's way: the signature is 
         if not out.absolute().parent.is_dir():
             raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
         fingerprint = model_fingerprint(model)
-        config = json.loads((model / "transformer" / "config.json").read_text(encoding="utf-8"))
+        config = read_transformer_config(model)
         overrides = {
             "size": _parse_size(size),
             "num_frames": frames,

@@ -77,9 +77,16 @@ def default_sampler(transformer_config: dict[str, Any]) -> SamplerSettings:
     """The settings to calibrate a Wan transformer with when nobody says otherwise.
 
     Raises:
-        CalibrationError: no model of this width is known.
+        CalibrationError: no model of this width is known, or the configuration gives none.
     """
-    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    heads = transformer_config.get("num_attention_heads")
+    head_width = transformer_config.get("attention_head_dim")
+    if not isinstance(heads, int) or not isinstance(head_width, int):
+        raise CalibrationError(
+            "transformer/config.json must give num_attention_heads and attention_head_dim as whole "
+            f"numbers, not {heads!r} and {head_width!r}"
+        )
+    width = heads * head_width
     if width not in _DEFAULTS:
         raise CalibrationError(
             f"no default size for a transformer {width} wide (known: "

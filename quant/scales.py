@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -175,12 +177,17 @@ def calibrate_command(
     prompts: str | None = None,
     recipe: QuantRecipe | None = None,
 ) -> str:
-    """The command line that makes a scales file; what is not known stands in it in upper case."""
+    """The command line that makes a scales file; what is not known stands in it in upper case.
+
+    It names this very interpreter, which has the toolkit, and a CUDA device where there is one.
+    """
     arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
     arguments += ["--prompts", prompts or "PROMPTS_FILE", "--out", str(path or "SCALES_FILE")]
     if recipe:
         arguments += ["--recipe", recipe.source or recipe.name]
-    return shlex.join(["python", "-m", "quant", "calibrate", *arguments])
+    if torch.cuda.is_available():
+        arguments += ["--device", "cuda"]
+    return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
 
 
 def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:

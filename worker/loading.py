@@ -23,7 +23,7 @@ from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 import quant
@@ -42,6 +42,8 @@ _PARTS = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
+_CONFIG = "*config.json"
+_WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
             plans.append(_Plan(mode, None, None))
             continue
         recipe = quant.QuantRecipe.load(mode.recipe)
-        scales = quant.load_scales(mode.scales, model_folder=config.model.path)
+        scales = quant.load_scales(mode.scales, model_folder=config.model.path, recipe=recipe)
         quant.check_scales(
             scales,
             model_fingerprint=fingerprint,
@@ -122,10 +124,10 @@ def load_shared_parts(path: Path, device: Device) -> SharedParts:
     )
     vae = _read(AutoencoderKLWan.from_pretrained, path / "vae", dtype=device.vae_dtype)
     return SharedParts(
-        tokenizer=_read(AutoTokenizer.from_pretrained, path / "tokenizer"),
+        tokenizer=_read(AutoTokenizer.from_pretrained, path / "tokenizer", "tokenizer.json"),
         text_encoder=text_encoder.eval().to(device.torch_device),
         vae=vae.eval().to(device.torch_device),
-        scheduler=_read(scheduler.from_pretrained, path / "scheduler"),
+        scheduler=_read(scheduler.from_pretrained, path / "scheduler", _CONFIG),
     )
 
 
@@ -171,11 +173,33 @@ def _make_mode(plan: _Plan, bf16: WanTransformer3DModel) -> Mode:
     return Mode(offer, transformer.eval(), report, quant.weight_bytes(transformer))
 
 
-def _read(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
-    """Call a `from_pretrained` on a local folder; nothing is downloaded or unpickled."""
-    if "dtype" in options:
+def _read(load: Callable[..., Any], folder: Path, needed: str = _WEIGHTS, **options: Any) -> Any:
+    """Call a `from_pretrained` on a local folder; nothing is downloaded or unpickled.
+
+    `needed` is the pattern of the files that it cannot do without, beside a configuration.
+    """
+    if needed == _WEIGHTS:
         options["use_safetensors"] = True
+    _check_files(folder, needed)
     try:
         return load(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelUnusable(f"The model part {folder} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelUnusable(f"The model part {folder} cannot be loaded: {reason}") from error
+
+
+def _check_files(folder: Path, needed: str) -> None:
+    """Name the file that is missing or broken: the libraries call that a failed download."""
+    for pattern in (_CONFIG, needed):
+        if not any(folder.glob(pattern)):
+            raise ModelUnusable(f"The model part {folder} lacks a file {pattern}.")
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                    raise ValueError("it holds no JSON object")
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # reads the header, checks the size
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelUnusable(f"The model file {file} cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """The model's fingerprint follows its contents and nothing else."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -67,6 +68,28 @@ def test_large_models_are_sampled_and_say_so(model):
             file.seek(place)
             file.write(byte)
     assert changed == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"num_layers": 4', "cannot be read: Expecting"),
+        (b"\xff", "cannot be read: 'utf-8' codec"),
+        (b"[]", "holds a list, not a JSON object"),
+    ],
+)
+def test_a_broken_configuration_is_named(model, content, fault):
+    config = model / "transformer" / "config.json"
+    config.write_bytes(content)
+    with pytest.raises(QuantError, match=re.escape(f"{config} {fault}")):
+        model_fingerprint(model)
+
+
+def test_weights_that_cannot_be_read_are_named(model):
+    weights = model / "transformer" / "part-0.safetensors"
+    weights.mkdir()
+    with pytest.raises(QuantError, match=f"{re.escape(str(weights))} cannot be read: "):
+        model_fingerprint(model)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "*.safetensors"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from quant.scales import Scales, check_scales, load_scales, save_scales
 from quant.scaling import NUM_BINADES, POLICIES
 
 MAX_BYTES = 1_500_000
-COMMAND = "python -m quant calibrate"
+COMMAND = f"{shlex.quote(sys.executable)} -m quant calibrate"
+DEVICE = ("--device", "cuda") if torch.cuda.is_available() else ()
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_another_model_is_refused_with_the_command(path, tiny_model, tiny_recipe
         )
     assert command_in(error) == [
         *("--model", str(tiny_model), "--prompts", "prompts.txt"),
-        *("--out", str(path), "--recipe", "tiny"),
+        *("--out", str(path), "--recipe", "tiny", *DEVICE),
     ]
 
 
@@ -121,7 +123,7 @@ def test_another_recipe_is_refused_with_the_command_and_sampler(path, tiny_model
         )
     assert command_in(error) == [
         *("--model", str(tiny_model), "--prompts", "prompts.txt"),
-        *("--out", str(path), "--recipe", "recipes/my own.toml"),
+        *("--out", str(path), "--recipe", "recipes/my own.toml", *DEVICE),
         *("--steps", "4", "--size", "32x32", "--frames", "5"),
         *("--guidance-scale", "3", "--text-tokens", "16", "--seed", "0"),
     ]
@@ -134,14 +136,23 @@ def test_another_format_version_is_refused_with_the_command(path, tiny_model, ti
         load_scales(path, model_folder=tiny_model, recipe=tiny_recipe)
     assert command_in(error) == [
         *("--model", str(tiny_model), "--prompts", "prompts.txt"),
-        *("--out", str(path), "--recipe", "tiny"),
+        *("--out", str(path), "--recipe", "tiny", *DEVICE),
     ]
 
 
 def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
     with pytest.raises(ScalesError, match="there is no scales file") as error:
         load_scales(tmp_path / "absent.safetensors")
-    assert command_in(error)[-1] == str(tmp_path / "absent.safetensors")
+    absent = str(tmp_path / "absent.safetensors")
+    assert command_in(error)[-2 - len(DEVICE) :] == ["--out", absent, *DEVICE]
+
+
+def test_the_command_uses_a_cuda_device_where_there_is_one(tmp_path, tiny_recipe, monkeypatch):
+    for available, named in ((True, ["--device", "cuda"]), (False, ["--recipe", "tiny"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
+        with pytest.raises(ScalesError) as error:
+            load_scales(tmp_path / "absent.safetensors", recipe=tiny_recipe)
+        assert command_in(error)[-2:] == named
 
 
 def test_files_that_are_something_else_are_refused(tmp_path, path):

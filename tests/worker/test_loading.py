@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
 from worker.loading import check_folder, load_shared_parts, plan_modes
+from worker.wan import WanEngine
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_scales_of_another_model_are_refused_with_the_command(
     save_scales(replace(scales, model_fingerprint="sha256-full:00"), path)
     with pytest.raises(ScalesMismatch, match="sha256-full:00") as caught:
         plan_modes(with_scales(config, path), scales.model_fingerprint)
-    command = str(caught.value).rpartition("python -m quant calibrate ")[2]
+    command = str(caught.value).rpartition("-m quant calibrate ")[2]
     assert f"--model {config.model.path}" in command
     assert f"--out {path}" in command
 
@@ -57,7 +60,7 @@ def test_scales_of_another_recipe_are_refused_with_the_command(
     path = tmp_path / "other.safetensors"
     recipe = replace(scales.recipe, name="other", protected_blocks=(0, 1))
     save_scales(replace(scales, recipe=recipe), path)
-    with pytest.raises(ScalesMismatch, match=r"'other'.*python -m quant calibrate"):
+    with pytest.raises(ScalesMismatch, match=r"'other'.*-m quant calibrate"):
         plan_modes(with_scales(config, path), scales.model_fingerprint)
 
 
@@ -66,14 +69,30 @@ def test_scales_of_another_format_are_refused_with_the_command(
 ) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, path, {"format_version": "99"})
-    with pytest.raises(ScalesMismatch, match=r"99.*python -m quant calibrate"):
+    with pytest.raises(ScalesMismatch, match=r"99.*-m quant calibrate"):
         plan_modes(with_scales(config, path), "fingerprint")
 
 
 def test_missing_scales_are_refused_with_the_command(config: WorkerConfig, tmp_path: Path) -> None:
     path = tmp_path / "none.safetensors"
-    with pytest.raises(QuantError, match=r"none\.safetensors.*python -m quant calibrate"):
+    with pytest.raises(QuantError, match=r"none\.safetensors.*-m quant calibrate"):
         plan_modes(with_scales(config, path), "fingerprint")
+
+
+@pytest.mark.parametrize("fault", ["missing", "another format"])
+def test_the_command_makes_scales_for_the_configured_recipe(
+    config: WorkerConfig, scales: Scales, tmp_path: Path, fault: str
+) -> None:
+    recipe, path = tmp_path / "my recipe.json", tmp_path / "mine.safetensors"
+    recipe.write_text(replace(scales.recipe, name="mine").to_json(), encoding="utf-8")
+    if fault == "another format":
+        save_file({"x": torch.zeros(1)}, path, {"format_version": "99"})
+    mode = config.modes[1].model_copy(update={"recipe": str(recipe), "scales": path})
+    with pytest.raises(QuantError) as caught:
+        plan_modes(config.model_copy(update={"modes": (mode,)}), "fingerprint")
+    command = shlex.split(str(caught.value).rpartition("with: ")[2])
+    assert command[:4] == [sys.executable, "-m", "quant", "calibrate"]
+    assert command[command.index("--recipe") + 1] == str(recipe)
 
 
 def test_an_unknown_recipe_is_refused(config: WorkerConfig) -> None:
@@ -119,18 +138,47 @@ def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "part",
     [
+        "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
         "text_encoder/model.safetensors",
         "tokenizer/tokenizer.json",
         "scheduler/scheduler_config.json",
     ],
 )
-@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
 def test_a_damaged_part_is_named(folder: Path, device: Device, part: str, damage: str) -> None:
-    path = folder / part
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ModelUnusable, match=part.partition("/")[0]):
+    do_damage(folder / part, damage)
+    with pytest.raises(ModelUnusable, match=part.partition("/")[0]) as caught:
         load_shared_parts(folder, device)
+    assert says_file_and_fault(str(caught.value), folder / part, damage)
+
+
+@pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
+def test_a_damaged_transformer_is_named(
+    folder: Path, config: WorkerConfig, device: Device, part: str, damage: str
+) -> None:
+    do_damage(folder / "transformer" / part, damage)
+    model = config.model.model_copy(update={"path": folder})
+    bf16 = config.model_copy(update={"model": model, "modes": config.modes[:1]})
+    with pytest.raises((ModelUnusable, QuantError)) as caught:
+        WanEngine.load(bf16, device)
+    assert "transformer/" in str(caught.value)
+    assert says_file_and_fault(str(caught.value), folder / "transformer" / part, damage)
+
+
+def do_damage(path: Path, damage: str) -> None:
+    match damage:
+        case "missing":
+            path.unlink()
+        case "cut":
+            path.write_bytes(path.read_bytes()[:100])
+        case _:
+            path.write_text("[]", encoding="utf-8")
+
+
+def says_file_and_fault(message: str, path: Path, damage: str) -> bool:
+    """One line that names the file (a missing one by its kind), and no talk of downloads."""
+    named = "lacks" in message if damage == "missing" else str(path) in message
+    return named and "huggingface" not in message and "\n" not in message
