@@ -1,13 +1,14 @@
 """What the service reads from its environment, once, at its start. A bad value stops the start.
 
-| variable | meaning | default |
-|---|---|---|
-| `SERVICE_HOST` | address to listen on; loopback only, because there is no authentication yet |
-127.0.0.1 | | `SERVICE_PORT` | port to listen on; 0 takes a free one | 8000 | |
-`SERVICE_PUBLIC_URL` | how callers reach the service, for the video URLs | as the caller asked | |
-`REDIS_URL` | the Redis or Valkey that holds jobs and queues | redis://127.0.0.1:6379/0 | |
-`ARTIFACTS_URL` | the folder of finished videos, `file:///…`, shared with the workers | none,
-required |
+- `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. Loopback only, because there is no
+  authentication yet.
+- `SERVICE_PORT`: the port to listen on, by default 8000; 0 takes a free one.
+- `SERVICE_PUBLIC_URL`: how callers reach the service, for the video URLs; by default as each caller
+  asked.
+- `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
+- `ARTIFACTS_URL`: the folder of finished videos, `file:///...`, shared with the workers. Required.
+
+An empty variable counts as absent, as it does for the worker.
 """
 
 import ipaddress
@@ -21,7 +22,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class ServiceSettings(BaseSettings):
     """The settings by the names the code uses; the environment's names are the aliases."""
 
-    model_config = SettingsConfigDict(frozen=True, populate_by_name=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        frozen=True, env_ignore_empty=True, populate_by_name=True, hide_input_in_errors=True
+    )
 
     host: str = Field(default="127.0.0.1", validation_alias="SERVICE_HOST")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(

@@ -39,7 +39,6 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SERVICE_HOST", "::", "no authentication yet"),
         ("SERVICE_HOST", "192.168.1.5", "no authentication yet"),
         ("SERVICE_HOST", "example.org", "no authentication yet"),
-        ("SERVICE_HOST", "", "no authentication yet"),
         ("SERVICE_PORT", "65536", "65535"),
         ("SERVICE_PORT", "http", "integer"),
         ("SERVICE_PUBLIC_URL", "video.example", "web address"),
@@ -53,6 +52,17 @@ def test_bad_values(monkeypatch: pytest.MonkeyPatch, name: str, value: str, reas
     with pytest.raises(ValidationError, match=reason) as refused:
         ServiceSettings()
     assert refused.value.errors()[0]["loc"] == (name,)
+
+
+def test_empty_variables_count_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL"):
+        monkeypatch.setenv(name, "")
+    settings = ServiceSettings()
+    assert (settings.host, settings.port, settings.public_url) == ("127.0.0.1", 8000, None)
+    assert settings.redis_url.get_secret_value() == "redis://127.0.0.1:6379/0"
+    monkeypatch.setenv("ARTIFACTS_URL", "")
+    with pytest.raises(ValidationError, match="ARTIFACTS_URL"):
+        ServiceSettings()
 
 
 def test_artifacts_are_required(monkeypatch: pytest.MonkeyPatch) -> None:
