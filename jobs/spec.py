@@ -28,6 +28,8 @@ SHOWN_CHARS = 80
 CountTokens = Callable[[str, str], int | None]
 """Takes a tokenizer's fingerprint and a text; answers None where the tokenizer cannot be had."""
 
+_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and a symbol to Unicode, but blank: the Hangul fillers and the empty Braille pattern."""
 _ALLOWED_CONTROLS = frozenset("\t\n\r")
 _BOUNDS = {
     "prompt": "text with at least one visible character",
@@ -208,7 +210,7 @@ def _offers_for(
 
 def _text_violations(body: GenerationBody) -> Iterator[Violation]:
     """What is wrong with the texts, whatever the model."""
-    if all(c.isspace() or unicodedata.category(c) == "Cf" for c in body.prompt):
+    if not any(map(_is_visible, body.prompt)):
         yield Violation(
             "prompt",
             shown(body.prompt),
@@ -296,15 +298,16 @@ def shown(value: object) -> object:
 
 def _violation(error: ErrorDetails) -> Violation:
     """Turn one of pydantic's errors into ours."""
-    field = str(shown(".".join(map(str, error["loc"])) or "body"))
-    bound = _BOUNDS.get(field, f"an object with the fields {', '.join(_BOUNDS)}")
+    field = str(shown(".".join(map(str, error["loc"])))) if error["loc"] else "body"
+    fields = f"the fields {', '.join(_BOUNDS)}"
+    bound = _BOUNDS.get(field, f"an object with {fields}")
     if error["type"] == "missing":
         return Violation(field, None, bound, f"{field} is missing; it takes {bound}.")
     if error["type"] == "extra_forbidden":
-        return Violation(
-            field, shown(error["input"]), bound, f"{field} is not a field; use {bound}."
-        )
-    value = None if field == "body" else shown(error["input"])
+        name = field or "The empty name"
+        detail = f"{name} is not a field; the fields are {', '.join(_BOUNDS)}."
+        return Violation(field, shown(error["input"]), f"one of {fields}", detail)
+    value = shown(error["input"]) if error["loc"] else None
     return Violation(field, value, bound, f"{field} takes {bound}: {error['msg']}.")
 
 
@@ -334,6 +337,15 @@ def _not_served(model: str | None, mode: str | None, catalog: Catalog) -> ModeNo
     return ModeNotServed(
         f"No live worker serves mode {mode or 'default'} of model {model}. Served now: {served}.",
         served=catalog.served(),
+    )
+
+
+def _is_visible(character: str) -> bool:
+    """Whether a reader sees something; marks alone change nothing without a letter to stand on."""
+    return not (
+        character.isspace()
+        or character in _BLANKS
+        or unicodedata.category(character) in ("Cf", "Mn", "Me")
     )
 
 

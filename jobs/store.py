@@ -45,10 +45,11 @@ MAX_ATTEMPTS = 2
 RQ_RETRIES = 5
 """More than MAX_ATTEMPTS, so that a claim, which can write the record, always has the last word."""
 MAX_PAGE = 200
+LIMIT_BOUND = f"a whole number from 1 to {MAX_PAGE}"
 WORKER_LOST = Failure(
     code="worker_lost",
-    detail=f"The job was begun {MAX_ATTEMPTS} times without reaching an end, so it was given up. Send "
-    f"it again; the worker's log has the reason.",
+    detail=f"The job was begun {MAX_ATTEMPTS} times without reaching an end, so it was given up. "
+    "Send it again; the worker's log has the reason.",
 )
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -122,11 +123,9 @@ class JobStore:
             InvalidSpec: a limit out of bounds, or a cursor that is none.
         """
         if not 1 <= limit <= MAX_PAGE:
+            given = shown(limit)
             raise InvalidSpec.of(
-                "limit",
-                limit,
-                f"1 to {MAX_PAGE}",
-                f"limit is {limit}, which is not 1 to {MAX_PAGE}.",
+                "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
             )
         start = "+" if cursor is None else "(" + _read_cursor(cursor)
         index = keys.INDEX_ALL if state is None else keys.index(state)

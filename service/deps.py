@@ -1,7 +1,7 @@
 """What routes need, named once as `Annotated` aliases."""
 
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 from redis import Redis
@@ -9,6 +9,7 @@ from redis import Redis
 from jobs import catalog
 from jobs.artifacts import FolderArtifactStore
 from jobs.store import JobStore
+from service.json_body import json_body
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
 
@@ -54,5 +55,6 @@ def _base_url(request: Request, parts: PartsDep) -> str:
 StoreDep = Annotated[JobStore, Depends(_store)]
 ArtifactsDep = Annotated[FolderArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[catalog.Catalog, Depends(_catalog)]
+JsonBodyDep = Annotated[Any, Depends(json_body)]
 TokensDep = Annotated[TokenCounter, Depends(_tokens)]
 BaseUrlDep = Annotated[str, Depends(_base_url)]

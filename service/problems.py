@@ -22,6 +22,8 @@ from starlette.exceptions import HTTPException
 
 from jobs import errors
 from jobs.spec import shown
+from jobs.state import JobState
+from jobs.store import LIMIT_BOUND
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ _PLAIN = {
     413: ("body_too_large", "The body is too large"),
     416: ("range_not_satisfiable", "The range lies beyond the video"),
 }
+_PARAMETERS = {"limit": LIMIT_BOUND, "state": f"one of {', '.join(JobState)}"}
 _SHOWN_CONTEXT = ("job_id", "state", "served")
 
 
@@ -143,21 +146,15 @@ async def _on_app_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
-    """Query parameters and unreadable JSON; the fields of a body are checked by `jobs.spec`."""
+    """Parameters of the wrong type; `jobs` checks what a body and its fields are."""
     violations = []
     for each in cast("RequestValidationError", error).errors():
-        place, *names = each["loc"]
-        field = ".".join(map(str, names)) if place != "body" and names else str(place)
-        value = None if place == "body" else shown(each["input"])
-        bound = "a JSON object" if place == "body" else each["msg"]
-        detail = f"{field}: {each['msg']}{_reason(each)}."
+        field = ".".join(map(str, each["loc"][1:]))
+        value = shown(each["input"])
+        bound = _PARAMETERS.get(field, each["msg"])
+        detail = f"{field} is {value}, which is not {bound}."
         violations.append(errors.Violation(field, value, bound, detail))
     return response(from_error(errors.InvalidSpec(violations), request.url.path))
-
-
-def _reason(each: Mapping[str, Any]) -> str:
-    reason = each.get("ctx", {}).get("error")
-    return f" ({reason})" if isinstance(reason, str) else ""
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

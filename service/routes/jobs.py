@@ -5,15 +5,15 @@ serves service and worker alike, a Redis call takes well under a millisecond, an
 for a job.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Body, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Response
 
-from jobs.errors import InvalidSpec, VideoGone, VideoNotReady
+from jobs.errors import VideoGone, VideoNotReady
 from jobs.spec import resolve_json
 from jobs.state import JobState
 from jobs.store import MAX_PAGE
-from service.deps import ArtifactsDep, BaseUrlDep, CatalogDep, StoreDep, TokensDep
+from service.deps import ArtifactsDep, BaseUrlDep, CatalogDep, JsonBodyDep, StoreDep, TokensDep
 from service.openapi import GENERATE_ANSWER, GENERATE_BODY, VIDEO_RESPONSES, problems
 from service.video import VideoResponse
 from service.views import JobListView, JobView
@@ -31,7 +31,7 @@ router = APIRouter(tags=["jobs"])
 )
 def generate(
     # Any JSON: jobs.spec reports malformed fields and broken bounds in one answer.
-    body: Annotated[Any, Body()],
+    body: JsonBodyDep,
     catalog: CatalogDep,
     store: StoreDep,
     tokens: TokensDep,
@@ -43,13 +43,6 @@ def generate(
     Nothing is rounded: whatever is out of bounds is refused with 422, every field in one answer,
     and nothing is queued.
     """
-    if isinstance(body, bytes):
-        raise InvalidSpec.of(
-            "body",
-            None,
-            "application/json",
-            "The body is not marked as JSON; send it with Content-Type: application/json.",
-        )
     request, queue = resolve_json(body, catalog, tokens.count)
     job = store.create(request, queue)
     response.headers["Location"] = f"/jobs/{job.id}"
@@ -61,10 +54,9 @@ def list_jobs(
     store: StoreDep,
     base_url: BaseUrlDep,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
-    cursor: Annotated[
-        str | None, Query(description="`next_cursor` of the page before.", max_length=100)
-    ] = None,
+    # The store has the sentences for what is out of bounds.
+    limit: Annotated[int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})] = 50,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> JobListView:
     """Page through the jobs of the last 30 days."""
     page = store.list(state=state, limit=limit, cursor=cursor)

@@ -87,6 +87,8 @@ def test_only_workers_that_accept_count(offer: WorkerOffer) -> None:
 BAD = [
     ("prompt", "", "visible character"),
     ("prompt", " \t\n\u00a0\u200b", "visible character"),
+    ("prompt", "\u3164\u2800 \u115f\u1160\uffa0", "visible character"),
+    ("prompt", "\ufe0f\u034f", "visible character"),
     ("prompt", "x" * 201, "at most 200 characters"),
     ("prompt", "a\x00b", "control characters"),
     ("prompt", "a\x1bb", "control characters"),
@@ -127,6 +129,8 @@ BAD = [
     ("model", "../etc", "served model"),
     ("steps", 5, "fields prompt, negative_prompt"),
     ("\ud800", 5, "fields prompt, negative_prompt"),
+    ("", 5, "fields prompt, negative_prompt"),
+    ("body", 5, "fields prompt, negative_prompt"),
 ]
 
 
@@ -139,6 +143,17 @@ def test_each_bound(offer: WorkerOffer, field: str, value: object, bound: str) -
     if field != "\ud800":
         assert found[0].field == field
         assert found[0].value == shown(value)
+
+
+@pytest.mark.parametrize(("field", "name"), [("fps", "fps"), ("", "The empty name")])
+def test_unknown_field_gets_a_plain_sentence(offer: WorkerOffer, field: str, name: str) -> None:
+    (found,) = violations({"prompt": "x", field: 8}, catalog_of(offer))
+    assert found.detail.startswith(f"{name} is not a field; the fields are prompt, negative_prompt")
+
+
+@pytest.mark.parametrize("prompt", ["🟥", "圆", "한", "\u0915\u093e", "1", "…"])
+def test_any_visible_character_will_do(offer: WorkerOffer, prompt: str) -> None:
+    assert resolve(GenerationBody(prompt=prompt), catalog_of(offer))[0].prompt == prompt
 
 
 def test_everything_wrong_is_reported_at_once(offer: WorkerOffer) -> None:

@@ -122,6 +122,28 @@ def test_bad_parameters_are_named(client: TestClient, name: str, value: str) -> 
     assert error["bound"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown", "bound"),
+    [
+        ("limit", "0", 0, "a whole number from 1 to 200"),
+        ("limit", "201", 201, "a whole number from 1 to 200"),
+        ("limit", "many", "many", "a whole number from 1 to 200"),
+        ("state", "paused", "paused", "one of queued, running, succeeded, failed, cancelled"),
+    ],
+)
+def test_bounds_of_parameters_are_sentences_of_ours(
+    client: TestClient, name: str, value: str, shown: object, bound: str
+) -> None:
+    assert client.get("/jobs", params={name: value}).json()["errors"] == [
+        {
+            "field": name,
+            "value": shown,
+            "bound": bound,
+            "detail": f"{name} is {value}, which is not {bound}.",
+        }
+    ]
+
+
 def test_unreadable_record_hides_no_other_and_is_not_cancelled(
     client: TestClient,
     store: JobStore,
