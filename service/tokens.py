@@ -19,8 +19,8 @@ from jobs import catalog
 
 logger = logging.getLogger(__name__)
 
-MOST_KEPT: Final = 4
-"""Tokenizers in memory. One of 256,000 pieces takes some hundred megabytes."""
+MOST_KEPT: Final = 2
+"""Tokenizers in memory: one in use, one for a change of models. A large one takes 0.7 GB."""
 
 
 class TokenCounter:
