@@ -5,41 +5,65 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from quant.errors import QuantError
 
 FULL_HASH_LIMIT_BYTES = 1 << 30
 _MIB = 1 << 20
+_MAX_HEADER_BYTES = 100 * _MIB  # safetensors' own bound
+_TRANSFORMER = "transformer/config.json"
+_CONFIGS = (
+    "model_index.json",
+    _TRANSFORMER,
+    "text_encoder/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+)
+_TOKENIZER = "tokenizer/tokenizer.json"
+_WEIGHTS = tuple(f"{part}/*.safetensors" for part in ("transformer", "text_encoder", "vae"))
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Fingerprint the transformer of a pipeline folder: its configuration and its weights.
+    """Fingerprint a pipeline folder: whatever decides what a request's video looks like.
 
-    SHA-256 over the configuration (keys that begin with "_", which say who saved it, left out) and
-    over the safetensors files of `folder/transformer` in the order of their names. Up to 1 GiB of
-    weights every byte counts, and the result begins with "sha256-full:". Beyond that only each
-    file's size, header, first and last MiB do, so that a 28 GB model starts without being read
-    twice; the result then begins with "sha256-sampled:", and a change deep inside a file goes
-    unseen.
+    That is more than the transformer. Scales fit the activations its linears see, which depend on
+    tokenizer, text encoder and scheduler; and whoever finds the fingerprint in a video's metadata
+    takes it that the same request gives the same video, which depends on the VAE as well.
+
+    SHA-256 over the configurations of transformer, text encoder, VAE and scheduler and over
+    model_index.json, which names the scheduler's class (keys that say who saved them left out);
+    over tokenizer.json; and over the safetensors files of transformer, text encoder and VAE in the
+    order of their names. Up to 1 GiB of weights every byte counts, and the result begins with
+    "sha256-full-v2:". Beyond that only each file's size, header, first and last MiB do, so that a
+    28 GB model starts without being read twice; the result then begins with "sha256-sampled-v2:",
+    and a change deep inside a file goes unseen.
+
+    "v2", because until then only the transformer was covered: a file with an older fingerprint is
+    seen to be old, rather than made for another model.
 
     Raises:
-        QuantError: the folder holds no transformer in diffusers format, or a file of it cannot be
-            read.
+        QuantError: the folder lacks a part of a pipeline in diffusers format, or a file of it
+            cannot be read.
     """
-    values = read_transformer_config(folder)
-    weights = sorted((folder / "transformer").glob("*.safetensors"))
-    if not weights:
-        raise _not_a_pipeline(folder)
-    values = {key: value for key, value in values.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    missing = [part for part in (*_CONFIGS, _TOKENIZER) if not (folder / part).is_file()]
+    missing += [pattern for pattern in _WEIGHTS if not any(folder.glob(pattern))]
+    if missing:
+        raise _not_a_pipeline(folder, missing)
+    digest = hashlib.sha256()
+    for config in _CONFIGS:
+        values = _without_origin(_read_object(folder / config))
+        _update(digest, config, json.dumps(values, sort_keys=True).encode())
+    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
     try:
+        _update(digest, _TOKENIZER, (folder / _TOKENIZER).read_bytes())
         sampled = sum(file.stat().st_size for file in weights) > FULL_HASH_LIMIT_BYTES
         for file in weights:
-            _update(digest, file, sampled)
+            content = _sample(file) if sampled else _hash_all(file)
+            _update(digest, f"{file.parent.name}/{file.name}:{file.stat().st_size}", content)
     except OSError as error:
         raise QuantError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return f"sha256-{'sampled' if sampled else 'full'}:{digest.hexdigest()}"
+    return f"sha256-{'sampled' if sampled else 'full'}-v2:{digest.hexdigest()}"
 
 
 def read_transformer_config(folder: Path) -> dict[str, Any]:
@@ -48,9 +72,19 @@ def read_transformer_config(folder: Path) -> dict[str, Any]:
     Raises:
         QuantError: there is none, or it cannot be read.
     """
-    file = folder / "transformer" / "config.json"
-    if not file.is_file():
-        raise _not_a_pipeline(folder)
+    if not (folder / _TRANSFORMER).is_file():
+        raise _not_a_pipeline(folder, [_TRANSFORMER])
+    return _read_object(folder / _TRANSFORMER)
+
+
+def _not_a_pipeline(folder: Path, missing: list[str]) -> QuantError:
+    return QuantError(
+        f"{folder} is not a pipeline in diffusers format: it lacks {', '.join(missing)}; "
+        "give the folder that holds model_index.json"
+    )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -60,27 +94,30 @@ def read_transformer_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _not_a_pipeline(folder: Path) -> QuantError:
-    return QuantError(
-        f"{folder} is not a pipeline in diffusers format: it lacks transformer/config.json or "
-        "transformer/*.safetensors; give the folder that holds model_index.json"
-    )
+def _without_origin(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that a model is built from: not those that say by what and from where it came."""
+    return {
+        key: value
+        for key, value in values.items()
+        if key == "_class_name" or not (key.startswith("_") or key == "transformers_version")
+    }
 
 
-def _update(digest: hashlib._Hash, file: Path, sampled: bool) -> None:
-    size_bytes = file.stat().st_size
-    digest.update(f"{file.name}:{size_bytes}".encode())
+def _update(digest: hashlib._Hash, name: str, content: bytes) -> None:
+    """Take in a name and a content so that no other pair gives the same bytes."""
+    digest.update(f"{name}:{len(content)}:".encode())
+    digest.update(content)
+
+
+def _hash_all(file: Path) -> bytes:
     with file.open("rb") as stream:
-        if sampled:
-            _update_sampled(digest, stream, size_bytes)
-        else:
-            while chunk := stream.read(_MIB):
-                digest.update(chunk)
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _update_sampled(digest: hashlib._Hash, stream: BinaryIO, size_bytes: int) -> None:
-    header_bytes = int.from_bytes(stream.read(8), "little")  # safetensors begins with its length
-    digest.update(stream.read(min(header_bytes, size_bytes)))
-    digest.update(stream.read(_MIB))
-    stream.seek(max(0, size_bytes - _MIB))
-    digest.update(stream.read(_MIB))
+def _sample(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")  # safetensors begins with it
+        header = stream.read(min(header_bytes, _MAX_HEADER_BYTES))
+        first = stream.read(_MIB)
+        stream.seek(max(0, file.stat().st_size - _MIB))
+        return header + first + stream.read(_MIB)

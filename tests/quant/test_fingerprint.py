@@ -12,40 +12,75 @@ from quant import fingerprint
 from quant.errors import QuantError
 from quant.fingerprint import model_fingerprint
 
+CONFIGS = (
+    "model_index.json",
+    "transformer/config.json",
+    "text_encoder/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+)
+WEIGHTS = (
+    "transformer/part-1.safetensors",
+    "transformer/part-2.safetensors",
+    "text_encoder/model.safetensors",
+    "vae/model.safetensors",
+)
+
 
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
-    (folder / "transformer").mkdir(parents=True)
-    (folder / "transformer" / "config.json").write_text('{"_saved_by": "me", "num_layers": 4}')
-    for part in (1, 2):
-        weights = {"w": torch.full((64,), float(part))}
-        save_file(weights, folder / "transformer" / f"part-{part}.safetensors")
+    for config in CONFIGS:
+        (folder / config).parent.mkdir(parents=True, exist_ok=True)
+        (folder / config).write_text('{"_saved_by": "me", "num_layers": 4}')
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"_vocabulary": ["a"]}')
+    for number, weights in enumerate(WEIGHTS):
+        save_file({"w": torch.full((64,), float(number))}, folder / weights)
     return folder
 
 
 def test_a_copy_has_the_same_fingerprint(model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "copy")
     assert model_fingerprint(copy) == model_fingerprint(model)
-    assert model_fingerprint(model).startswith("sha256-full:")
+    assert model_fingerprint(model).startswith("sha256-full-v2:")
 
 
-def test_who_saved_it_does_not_count_but_the_configuration_does(model):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_who_saved_it_does_not_count_but_the_configuration_does(model, config):
     before = model_fingerprint(model)
-    config = model / "transformer" / "config.json"
-    config.write_text(json.dumps({"num_layers": 4, "_saved_by": "you"}))
+    origin = {"_saved_by": "you", "transformers_version": "9"}
+    (model / config).write_text(json.dumps(origin | {"num_layers": 4}))
     assert model_fingerprint(model) == before
-    config.write_text(json.dumps({"num_layers": 5}))
-    assert model_fingerprint(model) != before
+    for other in ({"num_layers": 5}, {"num_layers": 4, "_class_name": "Other"}):
+        (model / config).write_text(json.dumps(other))
+        assert model_fingerprint(model) != before
 
 
-def test_one_changed_byte_changes_it(model):
+@pytest.mark.parametrize("file", [*WEIGHTS, "tokenizer/tokenizer.json"])
+def test_one_changed_byte_changes_it(model, file):
     before = model_fingerprint(model)
-    weights = model / "transformer" / "part-2.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-100] ^= 1
-    weights.write_bytes(data)
+    data = bytearray((model / file).read_bytes())
+    data[-4] ^= 1
+    (model / file).write_bytes(data)
     assert model_fingerprint(model) != before
+
+
+def test_weights_that_change_places_change_it(model):
+    before = model_fingerprint(model)
+    one, other = (model / weights for weights in WEIGHTS[:2])
+    one_data, other_data = one.read_bytes(), other.read_bytes()
+    one.write_bytes(other_data)
+    other.write_bytes(one_data)
+    assert model_fingerprint(model) != before
+
+
+def test_what_makes_no_difference_to_a_video_does_not_count(model):
+    before = model_fingerprint(model)
+    (model / "README.md").write_text("a model")
+    (model / "scales").mkdir()
+    save_file({"w": torch.zeros(1)}, model / "scales" / "s.safetensors")
+    assert model_fingerprint(model) == before
 
 
 def test_large_models_are_sampled_and_say_so(model):
@@ -55,7 +90,7 @@ def test_large_models_are_sampled_and_say_so(model):
         file.write((16).to_bytes(8, "little") + b'{"a": "header"}  ')
         file.truncate(fingerprint.FULL_HASH_LIMIT_BYTES)
     before = model_fingerprint(model)
-    assert before.startswith("sha256-sampled:")
+    assert before.startswith("sha256-sampled-v2:")
     changed = []
     for place in (10, 500_000, 1 << 29, fingerprint.FULL_HASH_LIMIT_BYTES - 1):
         with big.open("r+b") as file:
@@ -78,10 +113,10 @@ def test_large_models_are_sampled_and_say_so(model):
         (b"[]", "holds a list, not a JSON object"),
     ],
 )
-def test_a_broken_configuration_is_named(model, content, fault):
-    config = model / "transformer" / "config.json"
-    config.write_bytes(content)
-    with pytest.raises(QuantError, match=re.escape(f"{config} {fault}")):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_broken_configuration_is_named(model, config, content, fault):
+    (model / config).write_bytes(content)
+    with pytest.raises(QuantError, match=re.escape(f"{model / config} {fault}")):
         model_fingerprint(model)
 
 
@@ -92,9 +127,15 @@ def test_weights_that_cannot_be_read_are_named(model):
         model_fingerprint(model)
 
 
-@pytest.mark.parametrize("missing", ["config.json", "*.safetensors"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        *(*CONFIGS, "tokenizer/tokenizer.json"),
+        *("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors"),
+    ],
+)
 def test_a_folder_that_is_no_pipeline_is_refused(model, missing):
-    for file in (model / "transformer").glob(missing):
+    for file in model.glob(missing):
         file.unlink()
-    with pytest.raises(QuantError, match="is not a pipeline in diffusers format"):
+    with pytest.raises(QuantError, match=re.escape(f"diffusers format: it lacks {missing};")):
         model_fingerprint(model)

@@ -47,7 +47,7 @@ def test_what_is_saved_is_loaded(path, tiny_scales: Scales):
 def test_the_metadata_says_where_it_comes_from(path, tiny_scales: Scales):
     metadata = metadata_of(path)
     assert metadata["format_version"] == "1"
-    assert metadata["model_fingerprint"].startswith("sha256-full:")
+    assert metadata["model_fingerprint"].startswith("sha256-full-v2:")
     assert json.loads(metadata["recipe"])["name"] == "tiny"
     assert len(metadata["prompts_sha256"]) == 64
     assert metadata["tool_version"]
@@ -95,10 +95,10 @@ def test_fitting_scales_pass(tiny_scales: Scales):
 
 
 def test_another_model_is_refused_with_the_command(path, tiny_model, tiny_recipe):
-    with pytest.raises(ScalesMismatch, match="calibrated on model sha256-full:") as error:
+    with pytest.raises(ScalesMismatch, match="calibrated on model sha256-full-v2:") as error:
         check_scales(
             load_scales(path),
-            model_fingerprint="sha256-full:other",
+            model_fingerprint="sha256-full-v2:other",
             recipe=tiny_recipe,
             path=path,
             model_folder=tiny_model,

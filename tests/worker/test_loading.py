@@ -46,8 +46,8 @@ def test_scales_of_another_model_are_refused_with_the_command(
     config: WorkerConfig, scales: Scales, tmp_path: Path
 ) -> None:
     path = tmp_path / "other.safetensors"
-    save_scales(replace(scales, model_fingerprint="sha256-full:00"), path)
-    with pytest.raises(ScalesMismatch, match="sha256-full:00") as caught:
+    save_scales(replace(scales, model_fingerprint="sha256-full-v2:00"), path)
+    with pytest.raises(ScalesMismatch, match="sha256-full-v2:00") as caught:
         plan_modes(with_scales(config, path), scales.model_fingerprint)
     command = str(caught.value).rpartition("-m quant calibrate ")[2]
     assert f"--model {config.model.path}" in command

@@ -81,7 +81,7 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     assert process.wait(30) == 0
     said = log.read_text(encoding="utf-8")
     for line in (
-        r"model: wan-mini \(sha256-full:[0-9a-f]{64}\)",
+        r"model: wan-mini \(sha256-full-v2:[0-9a-f]{64}\)",
         "device: cpu, 1 threads",
         "modes: bf16, w8a8",
         "mode w8a8: 350 linears in 35 of 40 blocks quantized",
