@@ -168,7 +168,7 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
 
 
 def publish(redis: Redis, offer: WorkerOffer) -> None:
-    """Make `offer` live for the next 15 seconds, and its modes and tokenizer kept for 30 days."""
+    """Make `offer` live for the next 15 seconds, and its modes known for 30 days."""
     second = time.time()
     with redis.pipeline(transaction=True) as pipe:
         pipe.set(keys.worker_offer(offer.worker_id), offer.model_dump_json(), ex=keys.OFFER_TTL_S)
@@ -180,8 +180,6 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
             {json.dumps([offer.model.name, mode.name]): second for mode in offer.modes},
         )
         pipe.zremrangebyscore(keys.KNOWN_MODES, "-inf", second - keys.KNOWN_MODE_TTL_S)
-        if offer.model.tokenizer is not None:
-            pipe.expire(keys.tokenizer(offer.model.tokenizer), keys.TOKENIZER_TTL_S)
         pipe.execute()
 
 
@@ -191,9 +189,9 @@ def tokenizer_fingerprint(text: str) -> str:
 
 
 def publish_tokenizer(redis: Redis, text: str) -> None:
-    """Store a tokenizer's text, megabytes for a large vocabulary, unless it is there already.
+    """Keep a tokenizer's text for 30 days; it may be megabytes, and is sent only if it is missing.
 
-    Call it before the first offer that names it; repeated offers then keep it alive.
+    Call it before an offer that names it, and again with every repetition of the offer.
     """
     key = keys.tokenizer(tokenizer_fingerprint(text))
     if not redis.expire(key, keys.TOKENIZER_TTL_S):

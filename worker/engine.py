@@ -62,6 +62,10 @@ class Engine(Protocol):
     @property
     def device_name(self) -> str: ...
 
+    @property
+    def tokenizer_text(self) -> str | None:
+        """What `model.tokenizer` names, as `tokenizer.json`; None where there is no such text."""
+
     def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
         """Run everything up to the first frame; the caller takes the frames, or closes them.
 

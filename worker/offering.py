@@ -31,15 +31,24 @@ class StandingOffer:
     Redis.
     """
 
-    def __init__(self, redis: Redis, offer: WorkerOffer) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        offer: WorkerOffer,
+        tokenizer: str | None,
+        repeat_every_s: float = REPEAT_EVERY_S,
+    ) -> None:
+        """tokenizer: the text that the offer names; it is kept in the catalog with the offer."""
         self._redis = redis
         self._offer = offer
+        self._tokenizer = tokenizer
+        self._repeat_every_s = repeat_every_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="standing-offer", daemon=True)
 
     def __enter__(self) -> Self:
         # The first one from here, so that the worker is in the catalog when it says it is ready.
-        catalog.publish(self._redis, self._offer)
+        self._publish()
         self._thread.start()
         return self
 
@@ -57,9 +66,16 @@ class StandingOffer:
         self._ended.set()
 
     def _repeat(self) -> None:
-        while not self._ended.wait(REPEAT_EVERY_S):
-            self._try(lambda: catalog.publish(self._redis, self._offer))
+        while not self._ended.wait(self._repeat_every_s):
+            self._try(self._publish)
         self._try(lambda: catalog.withdraw(self._redis, self._offer.worker_id))
+
+    def _publish(self) -> None:
+        # The tokenizer first, so that no offer names one that is not there; again with every
+        # repetition, because a Redis that lost its data has lost it too.
+        if self._tokenizer is not None:
+            catalog.publish_tokenizer(self._redis, self._tokenizer)
+        catalog.publish(self._redis, self._offer)
 
     def _try(self, call: Callable[[], None]) -> None:
         try:

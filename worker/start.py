@@ -20,7 +20,6 @@ from redis import Redis
 from redis.exceptions import RedisError
 from transformers.utils import logging as transformers_logging
 
-from jobs import catalog
 from jobs.artifacts import FolderArtifactStore, open_artifacts
 from jobs.connection import connect
 from jobs.errors import AppError
@@ -69,9 +68,6 @@ def start(settings: WorkerSettings, config_path: Path | None) -> ResidentWorker:
     artifacts = open_folder(settings.artifacts_url)
     device = pick_device(settings.device, settings.threads)
     engine = WanEngine.load(config, device)
-    # Before any offer names it. Offers keep it alive from then on.
-    if engine.tokenizer_text is not None:
-        catalog.publish_tokenizer(redis, engine.tokenizer_text)
     worker = ResidentWorker(engine, redis, artifacts)
     for line in engine.describe():
         logger.info(line)

@@ -85,20 +85,14 @@ def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: Worker
     assert catalog.queue_name(changed, modes) == offer.queue
 
 
-def test_tokenizer_is_stored_once_and_kept_alive_by_offers(
-    redis: Redis, offer: WorkerOffer
-) -> None:
+def test_tokenizer_is_stored_once_and_kept_alive(redis: Redis) -> None:
     text = '{"version": "1.0", "text": "ü"}'
     name = catalog.tokenizer_fingerprint(text)
     assert catalog.read_tokenizer(redis, name) is None
     catalog.publish_tokenizer(redis, text)
     assert catalog.read_tokenizer(redis, name) == text
-    model = offer.model.model_copy(update={"tokenizer": name})
     redis.expire(keys.tokenizer(name), 60)
     catalog.publish_tokenizer(redis, text)
-    assert 60 < redis.ttl(keys.tokenizer(name)) <= keys.TOKENIZER_TTL_S
-    redis.expire(keys.tokenizer(name), 60)
-    catalog.publish(redis, offer.model_copy(update={"model": model}))
     assert 60 < redis.ttl(keys.tokenizer(name)) <= keys.TOKENIZER_TTL_S
 
 

@@ -28,6 +28,7 @@ class PatternEngine:
     """Every frame has one colour, drawn from the seed. `on_step` may wait or raise."""
 
     device_name = "none"
+    tokenizer_text = None
     model = ModelOffer(
         name="pattern",
         fingerprint="none",
