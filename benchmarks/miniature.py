@@ -141,7 +141,7 @@ def psnr_row(bf16: list[Frames], w8a8: list[Frames]) -> report.Row:
 
 def vae_row(pipeline: WanPipeline, count: int) -> report.Row:
     """Reconstruction of full evaluation clips."""
-    values = reconstruction_psnr_db(pipeline.vae, count, seed=1).numpy()
+    values = reconstruction_psnr_db(pipeline.vae, Split.EVALUATION, count, seed=1).numpy()
     low, high = bootstrap(values)
     return report.Row(
         "VAE on full clips, mean PSNR", float(values.mean()), "dB", low=low, high=high

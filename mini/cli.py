@@ -1,4 +1,4 @@
-"""`python -m mini`: train the miniature, look at its world, score its videos."""
+"""`python -m mini`: train the miniature, print captions of its world."""
 
 from __future__ import annotations
 

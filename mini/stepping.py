@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP_RUNS = 3
+AVERAGE_DECAY = 0.999
 
 
 class Optimizer:
@@ -39,6 +40,7 @@ class Optimizer:
         self.steps, self.spent_s = 0, 0.0
         cuda = self.parameters[0].is_cuda
         self.lr = torch.zeros((), device=self.parameters[0].device)
+        self._decay_gap = torch.ones((), device=self.parameters[0].device)
         decayed = [p for p in self.parameters if p.ndim > 1]
         plain = [p for p in self.parameters if p.ndim <= 1]
         self.adam = torch.optim.AdamW(
@@ -59,6 +61,8 @@ class Optimizer:
         warm = min(1.0, (self.steps + 1) / self.warm_up_steps)
         cool = min(1.0, (1.0 - progress) / self.cool_down)
         self.lr.fill_(self.peak_lr * warm * math.sin(0.5 * math.pi * cool))
+        # A short average at first: a constant one would hold on to the random start.
+        self._decay_gap.fill_(1.0 - min(AVERAGE_DECAY, (1 + self.steps) / (10 + self.steps)))
         self.steps += 1
         return progress
 
@@ -70,11 +74,14 @@ class Optimizer:
         """Start the clock again."""
         self._last = time.monotonic()
 
-    def apply(self, decay: float = 0.999) -> None:
+    def apply(self) -> None:
         """Clip, step, and move the average. Safe to capture."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.adam.step()
-        torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
+        # On the device, so that a captured step follows what `tick` sets.
+        gaps = torch._foreach_sub(self.parameters, self.average)
+        torch._foreach_mul_(gaps, self._decay_gap)
+        torch._foreach_add_(self.average, gaps)
 
     def swap_average(self) -> None:
         """Exchange the weights with their average; call twice around an evaluation."""

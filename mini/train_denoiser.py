@@ -2,12 +2,11 @@
 
 x_t = (1 - sigma) * x_0 + sigma * noise, target noise - x_0, sigma logit-normal and shifted as in
 sampling. The transformer is initialised for depth: residual outputs scaled by 1/sqrt(2 * 40), zero
-output projection (docs/log.md has what happened otherwise).
+output projection.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import time
@@ -23,8 +22,6 @@ from mini.architecture import FLOW_SHIFT, Miniature
 from mini.corpus import WORDINGS, Corpus
 from mini.stepping import Optimizer, TrainingStep
 from mini.training_settings import DenoiserSettings
-
-logger = logging.getLogger(__name__)
 
 LONG_TEXT_TOKENS = 512
 LOG_EVERY = 500
@@ -78,10 +75,14 @@ class DenoiserTraining:
         if device.type == "cuda":
             model.transformer.compile_repeated_blocks(fullgraph=True)
 
+    def prepare(self) -> None:
+        """Compile and capture. Not training time; before a checkpoint is restored, because the
+        capture runs a few steps at a learning rate of 0, which leave traces in the moments."""
+        for text_tokens in (self.corpus.tokens.shape[2], LONG_TEXT_TOKENS):
+            self._step(text_tokens)
+
     def run(self, until: float, report: Report) -> float:
         """Train until `until` (0..1) of the time is spent; returns the progress reached."""
-        for text_tokens in (self.corpus.tokens.shape[2], LONG_TEXT_TOKENS):
-            self._step(text_tokens)  # compiling and capturing is not training time
         progress, since, counted = 0.0, time.monotonic(), 0
         self.optimizer.resume()
         while progress < until:

@@ -1,12 +1,11 @@
 """First stage: the VAE, on single frames until they are sharp, then on whole clips.
 
 Whole clips from the start collapse to the background, and a VAE that has only seen short clips
-falls apart on the frames it never saw; hence frames first, then the full length (docs/log.md).
+falls apart on the frames it never saw; hence frames first, then the full length.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,11 +27,6 @@ from mini.scenes import Split
 from mini.stepping import Optimizer, TrainingStep
 from mini.training_settings import VaeSettings
 
-logger = logging.getLogger(__name__)
-
-KL_WEIGHT = 1e-6
-FOREGROUND_WEIGHT = 1.0
-ABSOLUTE_WEIGHT = 0.02
 Report = Callable[[str, dict[str, float]], None]
 
 
@@ -44,8 +38,7 @@ def train_vae(
     done_clip_s: seconds of whole-clip training the weights already have; 0 starts from nothing.
     """
     pool = clip_pool(settings.pool, settings.seed, vae.device)
-    if settings.channels_last:
-        lay_out_channels_last(vae)
+    lay_out_channels_last(vae)
     with whole_clip(vae):
         if not done_clip_s:
             _stage(vae, pool, settings, report, frames=1)
@@ -75,26 +68,26 @@ def _stage(
 
     def loss_of() -> Tensor:
         chosen = pool[picked] if frames > 1 else pool[picked, :, frame].unsqueeze(2)
-        return _loss(vae, _signed(chosen))
+        return _loss(vae, _signed(chosen), settings)
 
-    optimizer.tick()
-    step = TrainingStep(loss_of, optimizer)
-    progress, since = 0.0, time.monotonic()
+    step = TrainingStep(loss_of, optimizer)  # while the learning rate is still 0
+    progress, since, counted = 0.0, time.monotonic(), 0
     optimizer.resume()
     while progress < 1.0:
         picked.random_(pool.shape[0])
         frame.random_(pool.shape[2])
         progress = optimizer.tick()
         step()
+        counted += 1
         if optimizer.steps % 250 == 0 or progress >= 1.0:
             figures = {
                 "steps": optimizer.steps,
                 "loss": step.loss.item(),
-                "step_ms": 1000 * (time.monotonic() - since) / min(250, optimizer.steps),
+                "step_ms": 1000 * (time.monotonic() - since) / counted,
                 "spent_s": optimizer.spent_s,
             }
             report(f"vae {frames}-frame", figures)
-            since = time.monotonic()
+            since, counted = time.monotonic(), 0
     optimizer.swap_average()
 
 
@@ -102,7 +95,7 @@ def _signed(video: Tensor) -> Tensor:
     return video.float() / 127.5 - 1
 
 
-def _loss(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+def _loss(vae: AutoencoderKLWan, video: Tensor, settings: VaeSettings) -> Tensor:
     with torch.autocast(video.device.type, torch.bfloat16):
         mean, logvar = encode_clip(vae, video)
         mean, logvar = mean.float(), logvar.float()
@@ -110,12 +103,11 @@ def _loss(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
         rebuilt = decode_clip(vae, latents).float()
     # The corner pixel is background in every scene of the world.
     ground = video[:, :, :, :1, :1]
-    weight = 1 + FOREGROUND_WEIGHT * ((video - ground).abs().amax(1, keepdim=True) > 0.05)
+    weight = 1 + settings.foreground_weight * ((video - ground).abs().amax(1, keepdim=True) > 0.05)
     error = rebuilt - video
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return (
-        weight * (error.square() + ABSOLUTE_WEIGHT * error.abs())
-    ).mean() + KL_WEIGHT * divergence
+    pixels = error.square() + settings.absolute_weight * error.abs()
+    return (weight * pixels).mean() + settings.kl_weight * divergence
 
 
 @torch.no_grad()
@@ -132,9 +124,9 @@ def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
 
 
 @torch.no_grad()
-def reconstruction_psnr_db(vae: AutoencoderKLWan, count: int, seed: int) -> Tensor:
-    """PSNR in dB of `count` evaluation clips after encode and decode, one value per clip."""
-    scenes = scenes_of(Split.EVALUATION, count, seed)
+def reconstruction_psnr_db(vae: AutoencoderKLWan, split: Split, count: int, seed: int) -> Tensor:
+    """PSNR in dB of `count` clips of `split` after encode and decode, one value per clip."""
+    scenes = scenes_of(split, count, seed)
     batch = laid_out(scenes, seed)
     values = []
     for start in range(0, count, 8):

@@ -1,4 +1,4 @@
-"""Every number a training run depends on; the run writes them into the model card."""
+"""The numbers of a training run that one may want to change; `training.json` beside the weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True, slots=True)
 class VaeSettings:
     """image_s and clip_s are seconds of training on single frames and on whole clips; check_clips
-    clips of the evaluation split measure the reconstruction."""
+    clips of the calibration split measure the reconstruction. The loss is squared error plus
+    absolute_weight times absolute error, (1 + foreground_weight) times as much on the things."""
 
     seed: int = 1
     pool: int = 6144
-    image_s: float = 60.0
-    clip_s: float = 480.0
+    image_s: float = 55.0
+    clip_s: float = 485.0
     image_batch: int = 128
     clip_batch: int = 16
-    peak_lr: float = 1.0e-3
+    peak_lr: float = 8.0e-4
+    kl_weight: float = 1.0e-6
+    foreground_weight: float = 1.0
+    absolute_weight: float = 0.02
     check_clips: int = 64
-    channels_last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class DenoiserSettings:
     """
 
     seed: int = 2
-    seconds: float = 700.0
+    seconds: float = 600.0
     corpus: int = 65_536
     batch: int = 192
     peak_lr: float = 1.2e-3

@@ -153,6 +153,17 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         """Ask the job in hand to stop: what RQ's stop command, in its own thread, comes down to."""
         self._place.stop.set()
 
+    def unsubscribe(self) -> None:
+        """End the thread that listens for RQ's commands.
+
+        RQ unsubscribes first and stops the thread afterwards; the thread may by then wait for the
+        next message, up to a minute, and open a new connection when its own is closed under it.
+        Told to stop first, it ends with the answer to unsubscribe.
+        """
+        if self.pubsub_thread is not None:
+            self.pubsub_thread.stop()
+        super().unsubscribe()
+
     def handle_warm_shutdown_request(self) -> None:
         """Take the offer back on the first signal. Runs in a signal handler: no I/O but the log."""
         self.told_to_stop = True

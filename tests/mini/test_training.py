@@ -37,28 +37,49 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     return run
 
 
-def test_a_later_run_goes_on_and_saves_a_pipeline(run: TrainingRun, tmp_path: Path) -> None:
-    log = run.work / "log.jsonl"
-    before = log.read_text()
-    later = TrainingRun(run.work, TINY, "cpu")
+def logged(run: TrainingRun, stage: str) -> list[dict[str, float]]:
+    """The figures of one stage in the work folder's log."""
+    lines = [json.loads(line) for line in (run.work / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
+
+
+def test_a_later_run_goes_on_and_saves_the_average(run: TrainingRun, tmp_path: Path) -> None:
+    before = logged(run, "denoiser")[-1]
+    corpus = (run.work / "corpus.pt").stat().st_mtime_ns
+    spent_s = torch.load(run.work / "denoiser.pt", weights_only=True)["optimizer"]["spent_s"]
+    longer = replace(TINY.denoiser, seconds=spent_s + 0.5)
+    later = TrainingRun(run.work, replace(TINY, denoiser=longer), "cpu")
     later.vae()
     for name, tensor in run.model.vae.state_dict().items():
         assert torch.equal(tensor, later.model.vae.state_dict()[name]), name
-    # Settings ask for no more time than is spent: nothing is trained, the average is kept.
-    done = TrainingRun(
-        run.work, replace(TINY, denoiser=replace(TINY.denoiser, seconds=1e-6)), "cpu"
-    )
-    done.vae()
-    assert done.denoiser() == 1.0
-    steps = [json.loads(line) for line in before.splitlines()]
-    assert [s["stage"] for s in steps].count("corpus") == 1
+    assert later.denoiser() == 1.0
+    after = logged(run, "denoiser")[-1]
+    assert after["steps"] > before["steps"]
+    assert after["spent_s"] > spent_s >= 0.5
+    assert len(logged(run, "vae 17-frame")) == 1
+    assert (run.work / "corpus.pt").stat().st_mtime_ns == corpus
 
-    done.save(tmp_path / "model")
+    later.save(tmp_path / "model")
+    state = torch.load(run.work / "denoiser.pt", weights_only=True)
+    count = len(list(later.model.transformer.parameters()))
+    averages = state["optimizer"]["average"][:count]
     pipeline = WanPipeline.from_pretrained(tmp_path / "model")
+    names = [name for name, _ in later.model.transformer.named_parameters()]
     saved = pipeline.transformer.state_dict()
-    for name, tensor in done.model.transformer.state_dict().items():
-        assert torch.equal(saved[name], tensor.bfloat16().float()), name
+    for name, average in zip(names, averages, strict=True):
+        assert torch.equal(saved[name], average.bfloat16().float()), name
+    raw = state["transformer"]["blocks.0.attn1.to_q.weight"]
+    assert not torch.equal(saved["blocks.0.attn1.to_q.weight"], raw.bfloat16().float())
     assert json.loads((tmp_path / "model" / "training.json").read_text())["vae"]["pool"] == 2
+    assert (tmp_path / "model" / "training-log.jsonl").read_text().count("denoiser") >= 2
+
+
+def test_a_vae_that_is_trained_on_makes_encoded_scenes_stale(tmp_path: Path) -> None:
+    (tmp_path / "corpus.pt").touch()
+    (tmp_path / "denoiser.pt").touch()
+    TrainingRun(tmp_path, TINY, "cpu").vae()
+    assert not (tmp_path / "corpus.pt").exists()
+    assert not (tmp_path / "denoiser.pt").exists()
 
 
 def test_latent_statistics_are_measured(run: TrainingRun) -> None:
@@ -93,10 +114,9 @@ def test_the_learning_rate_follows_the_clock() -> None:
     assert rates[5] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_step_lowers_the_loss_and_moves_the_average() -> None:
+def test_a_step_lowers_the_loss_and_the_average_follows() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(8, 1)
-    start = layer.weight.detach().clone()
     x, y = torch.randn(64, 8), torch.randn(64, 1)
     optimizer = Optimizer(layer.parameters(), peak_lr=0.05, seconds=1e9, warm_up_steps=1)
     step = TrainingStep(lambda: (layer(x) - y).square().mean(), optimizer)
@@ -106,7 +126,23 @@ def test_a_step_lowers_the_loss_and_moves_the_average() -> None:
         step()
         losses.append(step.loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    moved, averaged = (layer.weight - start).norm(), (optimizer.average[0] - start).norm()
-    assert 0 < averaged < moved
+    averaged, trained = optimizer.average[0].clone(), layer.weight.detach().clone()
+    # After 50 steps the average reaches back about 5, not to the random start.
+    assert (averaged - trained).norm() < 0.2 * trained.norm()
+    assert not torch.equal(averaged, trained)
     optimizer.swap_average()
-    assert torch.equal(optimizer.average[0], layer.weight) is False
+    assert torch.equal(layer.weight, averaged)
+    assert torch.equal(optimizer.average[0], trained)
+
+
+def test_a_restored_optimizer_goes_on_with_its_own_learning_rate() -> None:
+    layer = nn.Linear(4, 1)
+    first = Optimizer(layer.parameters(), peak_lr=0.1, seconds=1e9, warm_up_steps=1)
+    TrainingStep(lambda: layer(torch.ones(1, 4)).square().sum(), first)()
+    second = Optimizer(layer.parameters(), peak_lr=0.1, seconds=1e9, warm_up_steps=1)
+    second.restore(first.state())
+    assert all(group["lr"] is second.lr for group in second.adam.param_groups)
+    before = layer.weight.detach().clone()
+    second.tick()
+    TrainingStep(lambda: layer(torch.ones(1, 4)).square().sum(), second)()
+    assert not torch.equal(layer.weight, before)

@@ -243,6 +243,7 @@ def test_a_worker_is_offered_while_it_works_and_not_afterwards(
     worker = worker_for(lambda step: during.extend(o.worker_id for o in catalog.read(redis).offers))
     worker.work(burst=True, logging_level="WARNING")
     assert set(during) == {worker.name}
+    assert not worker.pubsub_thread.is_alive()
     assert catalog.read(redis).offers == ()
 
 
