@@ -72,10 +72,15 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """What was measured; an unpacked archive has no commit."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """What was measured; an unpacked archive has no commit. Other results do not make it dirty."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        commit = _git("describe", "--always")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -203,24 +203,33 @@ def _area_of_unit(shape: str) -> float:
 
 
 def _follow(blobs: list[list[Blob]]) -> list[dict[int, Blob]]:
-    """One or two paths (frame → blob). Two things of a scene have different colours."""
-    crowded = sum(
-        len(frame) > 1 and frame[1].area_px > SECOND_AREA * frame[0].area_px for frame in blobs
-    )
-    if crowded < SECOND_FRAMES * len(blobs):
-        return [{index: frame[0] for index, frame in enumerate(blobs) if frame}]
+    """A path (frame → blob) for each object, up to three. Two of a scene differ in colour."""
+    if not _has_another(blobs, 1):
+        return [_ranked(blobs, 0)]
+    if _has_another(blobs, 2):
+        return [_ranked(blobs, rank) for rank in range(3)]
     tally = Counter(blob.colour for frame in blobs for blob in frame[:2])
     colours = [colour for colour, _ in tally.most_common(2)]
     if len(colours) == 1:
-        return [
-            {index: frame[rank] for index, frame in enumerate(blobs) if len(frame) > rank}
-            for rank in range(2)
-        ]
+        return [_ranked(blobs, rank) for rank in range(2)]
     paths: list[dict[int, Blob]] = []
     for colour in colours:
         of_colour = ((i, [b for b in frame if b.colour == colour]) for i, frame in enumerate(blobs))
         paths.append({index: found[0] for index, found in of_colour if found})
     return paths
+
+
+def _has_another(blobs: list[list[Blob]], rank: int) -> bool:
+    """Whether the blob of this rank by area is large enough, often enough, to be an object."""
+    seen = sum(
+        len(frame) > rank and frame[rank].area_px > SECOND_AREA * frame[0].area_px
+        for frame in blobs
+    )
+    return seen >= SECOND_FRAMES * len(blobs)
+
+
+def _ranked(blobs: list[list[Blob]], rank: int) -> dict[int, Blob]:
+    return {index: frame[rank] for index, frame in enumerate(blobs) if len(frame) > rank}
 
 
 def _thing(path: dict[int, Blob], frames: int, motion: str | None) -> SeenThing:
@@ -285,7 +294,15 @@ def _path_motion(x: Values, y: Values) -> str | None:
         return ("down" if net_y > 0 else "up") if upright else None
     if sideways or upright:
         return "swaying" if sideways else "bouncing"
-    return "circling"
+    return "circling" if _goes_round(x, y) else None
+
+
+def _goes_round(x: Values, y: Values) -> bool:
+    """Whether the path keeps its distance to its centre and turns round it once."""
+    across, down = x - (x.max() + x.min()) / 2, y - (y.max() + y.min()) / 2
+    distance, angle = np.hypot(across, down), np.unwrap(np.arctan2(down, across))
+    turned = abs(float(angle[-1] - angle[0])) / (2 * np.pi)
+    return bool(distance.std() < 0.3 * distance.mean()) and 0.7 < turned < 1.3
 
 
 def _relation(things: tuple[SeenThing, ...]) -> str | None:

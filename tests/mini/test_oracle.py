@@ -80,8 +80,7 @@ def test_an_empty_video_shows_only_its_background() -> None:
 def test_noise_shows_nothing() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (17, 96, 96, 3), dtype=np.uint8)
     shown = verdicts(frames, EXAMPLE)
-    assert not shown["shape"]
-    assert not shown["background"]
+    assert not any(shown.values())
 
 
 def test_a_second_object_is_not_overlooked() -> None:
@@ -90,6 +89,24 @@ def test_a_second_object_is_not_overlooked() -> None:
     shown = verdicts(frames, Scene(EXAMPLE.things, "still", "black"))
     assert not shown["shape"]
     assert not shown["colour"]
+
+
+def test_a_third_object_is_not_overlooked() -> None:
+    pair = (Thing("large", "red", "circle"), Thing("large", "blue", "star"))
+    scene = Scene(pair, "still", "white", "left")
+    frames = painted(scene)
+    frames[:, 4:20, 40:56] = COLOURS["green"]
+    shown = verdicts(frames, scene)
+    assert not shown["shape"]
+    assert not shown["colour"]
+
+
+def test_jumping_about_is_no_motion() -> None:
+    places = np.random.default_rng(1).integers(10, 70, (17, 2))
+    frames = np.full((17, 96, 96, 3), BACKGROUNDS["black"], dtype=np.uint8)
+    for frame, (row, column) in zip(frames, places, strict=True):
+        frame[row : row + 16, column : column + 16] = COLOURS["red"]
+    assert read(frames).motion is None
 
 
 def test_a_colour_that_changes_midway_is_no_colour() -> None:
