@@ -20,13 +20,14 @@ import logging
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
+from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -119,7 +120,10 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """Offer the model and run jobs until told to stop (RQ's parameters)."""
-        with self._standing_offer:
+        # RQ does this, too, but only after its first words with Redis: a signal that comes while
+        # the offer is out already would end the process on the spot.
+        self._install_signal_handlers()
+        with suppress(StopRequested), self._standing_offer:
             logger.info(
                 "ready: %s serves %s of %s on %s, queue %s",
                 self.name,
@@ -129,6 +133,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
                 self.offer.queue,
             )
             return bool(super().work(*args, **kwargs))
+        return False  # told to stop before RQ's loop began
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run one job in this thread, with its surroundings set and its heart beating."""
