@@ -5,6 +5,15 @@
     ├── JobNotFound            no record under this id
     ├── JobNotCancellable      the job has already succeeded or failed
     ├── JobAlreadyFinished     a worker claims a job which has nothing left to do
+    ├── JobHeld                a worker claims a job which another one is running
+    ├── IdempotencyConflict    the same Idempotency-Key came with another body
+    ├── TooManyRequests        come back later
+    │   ├── QueueFull          as many jobs wait as are allowed to
+    │   ├── QuotaExceeded      the caller's own jobs are as many as they may be
+    │   └── RateLimited        the caller asks too often
+    ├── Unauthenticated        no key, or none that is known
+    ├── Forbidden              known, but not allowed
+    │   └── LinkRefused        a video link that is forged, altered or too old
     ├── VideoNotReady          the video is asked for before the job succeeded
     ├── VideoGone              the job succeeded, its file is no longer there
     ├── ModeNotServed          known, but no live worker serves it
@@ -15,7 +24,9 @@
     ├── StaleAttempt           a newer attempt, or an end, has overtaken this one
     ├── GenerationCancelled    the caller asked for it
     └── GenerationFailed       the pipeline did not produce a video
+        ├── ArtifactNotStored  the video was made and could not be kept
         ├── OutOfDeviceMemory
+        ├── WorkerLost         the job's workers vanished, once too often
         ├── GenerationTimedOut
         └── PromptTooLong      more tokens than the text encoder takes
 
@@ -87,6 +98,55 @@ class JobAlreadyFinished(AppError):
     title = "The job has already ended"
 
 
+class JobHeld(AppError):
+    """Raised by a claim: a live attempt has the job; the task should end quietly."""
+
+    code = "job_held"
+    title = "Another worker is running the job"
+
+
+class IdempotencyConflict(AppError):
+    code = "idempotency_conflict"
+    title = "This Idempotency-Key belongs to another request"
+
+
+class TooManyRequests(AppError):
+    """`retry_after_s` in the context is how long the caller should wait."""
+
+    code = "too_many_requests"
+    title = "Too many requests"
+
+
+class QueueFull(TooManyRequests):
+    code = "queue_full"
+    title = "The queue is full"
+
+
+class QuotaExceeded(TooManyRequests):
+    code = "quota_exceeded"
+    title = "Too many of your jobs are waiting or running"
+
+
+class RateLimited(TooManyRequests):
+    code = "rate_limited"
+    title = "Too many requests from this key"
+
+
+class Unauthenticated(AppError):
+    code = "unauthenticated"
+    title = "An API key is needed"
+
+
+class Forbidden(AppError):
+    code = "forbidden"
+    title = "This is not allowed"
+
+
+class LinkRefused(Forbidden):
+    code = "link_refused"
+    title = "The link is not valid"
+
+
 class VideoNotReady(AppError):
     code = "video_not_ready"
     title = "The job has no video"
@@ -137,6 +197,16 @@ class GenerationCancelled(AppError):
 class GenerationFailed(AppError):
     code = "generation_failed"
     title = "The generation failed"
+
+
+class ArtifactNotStored(GenerationFailed):
+    code = "artifact_not_stored"
+    title = "The video could not be stored"
+
+
+class WorkerLost(GenerationFailed):
+    code = "worker_lost"
+    title = "The workers that ran the job were lost"
 
 
 class OutOfDeviceMemory(GenerationFailed):

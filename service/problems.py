@@ -37,6 +37,15 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.JobNotFound: HTTPStatus.NOT_FOUND,
         errors.JobNotCancellable: HTTPStatus.CONFLICT,
         errors.JobAlreadyFinished: HTTPStatus.CONFLICT,
+        errors.JobHeld: HTTPStatus.CONFLICT,
+        errors.IdempotencyConflict: HTTPStatus.CONFLICT,
+        errors.TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
+        errors.Forbidden: HTTPStatus.FORBIDDEN,
+        errors.LinkRefused: HTTPStatus.FORBIDDEN,
         errors.VideoNotReady: HTTPStatus.NOT_FOUND,
         errors.VideoGone: HTTPStatus.GONE,
         errors.ModeNotServed: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -47,6 +56,8 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.StaleAttempt: HTTPStatus.CONFLICT,
         errors.GenerationCancelled: HTTPStatus.CONFLICT,
         errors.GenerationFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ArtifactNotStored: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.WorkerLost: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.OutOfDeviceMemory: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.GenerationTimedOut: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.PromptTooLong: HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -79,6 +90,7 @@ class Problem(BaseModel):
     code: str = Field(description="Stable, for programs.", examples=["job_not_found"])
     job_id: str | None = None
     state: str | None = Field(default=None, description="The state the job is in.")
+    retry_after_s: int | None = Field(default=None, description="When to come back.")
     errors: list[FieldProblem] | None = Field(default=None, description="Every refused field.")
     served: list[ServedModel] | None = Field(default=None, description="What is served now.")
 
@@ -100,6 +112,10 @@ def response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSON
     extra = dict(headers or {})
     if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
         extra["Retry-After"] = str(RETRY_AFTER_S)
+    if problem.retry_after_s is not None:
+        extra["Retry-After"] = str(problem.retry_after_s)
+    if problem.status == HTTPStatus.UNAUTHORIZED:
+        extra["WWW-Authenticate"] = "Bearer"
     content = problem.model_dump(mode="json", exclude_none=True)
     # A refused field's null is information: it was missing, or null itself.
     if problem.errors is not None:
@@ -131,7 +147,7 @@ _PLAIN = {
     416: ("range_not_satisfiable", "The range lies beyond the video"),
 }
 _PARAMETERS = {"limit": LIMIT_BOUND, "state": f"one of {', '.join(JobState)}"}
-_SHOWN_CONTEXT = ("job_id", "state", "served")
+_SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
 
 
 def _problem(path: str, **members: Any) -> Problem:
