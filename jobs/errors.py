@@ -21,6 +21,7 @@
     ├── StoreUnavailable       Redis cannot be reached or refuses to write
     ├── RecordUnreadable       a record in Redis is not one of ours
     ├── ArtifactRefused        an artifact address or key this program does not serve
+    ├── ArtifactsUnavailable   the artifact store does not answer, or refuses us
     ├── StaleAttempt           a newer attempt, or an end, has overtaken this one
     ├── GenerationCancelled    the caller asked for it
     └── GenerationFailed       the pipeline did not produce a video
@@ -180,6 +181,11 @@ class RecordUnreadable(AppError):
 class ArtifactRefused(AppError):
     code = "artifact_refused"
     title = "The artifact store does not serve this address"
+
+
+class ArtifactsUnavailable(AppError):
+    code = "artifacts_unavailable"
+    title = "The videos cannot be reached"
 
 
 class StaleAttempt(AppError):

@@ -53,6 +53,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.RecordUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ArtifactRefused: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ArtifactsUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.StaleAttempt: HTTPStatus.CONFLICT,
         errors.GenerationCancelled: HTTPStatus.CONFLICT,
         errors.GenerationFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
