@@ -1,0 +1,63 @@
+"""How often a key may ask: a sliding window in Redis, shared by all service processes."""
+
+import math
+import time
+from typing import Final
+
+from limits import parse
+from limits.storage import RedisStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from redis import Redis
+
+from jobs import keys
+from jobs.errors import RateLimited
+
+RATE_BOUND: Final = 'like "600/minute" or "5/second"'
+
+
+class RateLimiter:
+    """Counts requests by key. Safe to share between threads; Redis errors pass through."""
+
+    def __init__(self, redis: Redis, default: str) -> None:
+        self._default = default
+        # The client's own pool, so that its time limits and retries hold here, too.
+        storage = RedisStorage(
+            "redis://", connection_pool=redis.connection_pool, key_prefix=keys.RATE_PREFIX
+        )
+        self._window = SlidingWindowCounterRateLimiter(storage)
+
+    def count(self, key_id: str, rate: str | None) -> None:
+        """Count one request of a key, against its own rate if it has one.
+
+        What is left is not read while there is some: it would cost every request another call.
+
+        Raises:
+            RateLimited: the key has used up its requests; a refused one does not count.
+        """
+        item = parse(rate or self._default)
+        if self._window.hit(item, key_id):
+            return
+        reset_at, _ = self._window.get_window_stats(item, key_id)
+        wait_s = max(1, math.ceil(reset_at - time.time()))
+        raise RateLimited(
+            f"This key may send {item.amount} requests in {item.get_expiry()} s and has sent them; "
+            f"come back in {wait_s} s.",
+            retry_after_s=wait_s,
+            rate_amount=item.amount,
+            rate_window_s=item.get_expiry(),
+        )
+
+
+def check_rate(rate: str) -> str:
+    """Return a rate as it is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        sound = parse(rate).amount > 0 and ";" not in rate
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError(f"{rate!r} is not a rate; write it {RATE_BOUND}")
+    return rate
