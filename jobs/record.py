@@ -1,7 +1,7 @@
 """What is known about one job, and how it is laid out in its Redis hash.
 
 Scalars are stored as plain text so that the scripts can compare them; nested values as JSON. The
-hash also holds the token of the current attempt, which never leaves `jobs/store.py`.
+hash also holds what only the scripts read (`_INTERNAL`).
 """
 
 import json
@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from jobs import pace
 from jobs.errors import RecordUnreadable
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -30,11 +31,15 @@ class _Part(BaseModel):
 
 
 class Progress(_Part):
-    """Where a running job is: `step` of `steps` done within `stage`."""
+    """Where a running job is: `step` of `steps` done within `stage`.
+
+    `seconds_left`, until the job's end, is None where jobs of its shape were never measured.
+    """
 
     stage: Stage
     step: int = Field(ge=0)
     steps: int = Field(ge=1)
+    seconds_left: float | None = Field(default=None, ge=0)
 
 
 class Failure(_Part):
@@ -68,16 +73,30 @@ class StageTimings(_Part):
 
 
 class JobRecord(_Part):
-    """One job as it stands. `started_at` is the start of the latest attempt."""
+    """One job as it stands.
+
+    Attributes:
+        owner: the id of the key that asked for it.
+        started_at: the start of the latest attempt; None again once an attempt has ended without
+            an end of the job.
+        worker: the worker that runs the latest attempt.
+        attempts: how often a worker has begun the job.
+        lost: how many of these attempts vanished.
+    """
 
     id: str
     state: JobState
     request: GenerationRequest
     queue: str
+    owner: str
+    priority: bool = False
+    webhook_url: str | None = None
     created_at: AwareDatetime
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime | None = None
+    worker: str | None = None
     attempts: int = 0
+    lost: int = 0
     cancel_requested: bool = False
     progress: Progress | None = None
     failure: Failure | None = None
@@ -95,6 +114,16 @@ class Attempt:
 
 
 _NESTED = frozenset({"request", "progress", "failure", "video", "timings"})
+_INTERNAL = (
+    "token",  # of the attempt that owns the job
+    "lease_ms",  # until when, on Redis' clock, it does without a sign of life
+    "created_ms",
+    "started_ms",
+    "missing_ms",  # when the job, though queued, was first seen in no queue
+    "shape",
+    "steps",
+    "delete_requested",
+)
 
 
 def now() -> datetime:
@@ -103,15 +132,23 @@ def now() -> datetime:
 
 def encode_new(record: JobRecord) -> dict[str, str]:
     """Lay out a freshly created, queued record as hash fields."""
-    return {
+    fields = {
         "id": record.id,
         "state": record.state.value,
         "request": record.request.model_dump_json(),
         "queue": record.queue,
+        "owner": record.owner,
+        "priority": str(int(record.priority)),
         "created_at": record.created_at.isoformat(),
         "attempts": "0",
+        "lost": "0",
         "cancel_requested": "0",
+        "shape": pace.shape(record.request),
+        "steps": str(record.request.num_inference_steps),
     }
+    if record.webhook_url is not None:
+        fields["webhook_url"] = record.webhook_url
+    return fields
 
 
 def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
@@ -122,7 +159,8 @@ def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
     """
     try:
         texts = {name.decode(): value.decode() for name, value in fields.items()}
-        texts.pop("token", None)
+        for name in _INTERNAL:
+            texts.pop(name, None)
         return JobRecord.model_validate(
             {name: json.loads(text) if name in _NESTED else text for name, text in texts.items()}
         )

@@ -16,11 +16,18 @@ class JobState(StrEnum):
         return not TRANSITIONS[self]
 
 
-# RUNNING may follow itself: a job whose worker was lost is claimed again as a new attempt.
+# RUNNING may follow itself: a job whose worker was lost is claimed again as a new attempt. QUEUED
+# follows RUNNING when a worker gives its job back, or was lost and nobody has claimed its job yet.
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(
-        {JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+        {
+            JobState.QUEUED,
+            JobState.RUNNING,
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+            JobState.CANCELLED,
+        }
     ),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),

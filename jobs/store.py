@@ -1,58 +1,65 @@
 """The jobs in Redis: records, their order in time, and their way into RQ's queues.
 
-Creation is one MULTI; every later change is one script (`jobs/scripts.py`). After a claim only the
-holder of the latest token may write, and a record in a terminal state never changes. Redis errors
-pass through as they are.
+Every change is one script (`jobs/lua/`), which may be repeated after a lost answer. After a claim
+only the holder of the latest token may write, as long as it renews its lease, and a record in a
+terminal state never changes. Redis errors pass through as they are.
 """
 
 import logging
-import re
 import secrets
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Final, cast
 
 from pydantic import BaseModel
 from redis import Redis
-from redis.client import Pipeline
-from redis.exceptions import WatchError
-from rq import Queue, Retry
-from rq.job import Job
-from rq.serializers import JSONSerializer
 
-from jobs import keys, record, scripts
-from jobs.deadline import timeout_s
+from jobs import delivery, ids, keys, record, scripts
 from jobs.errors import (
+    IdempotencyConflict,
     InvalidSpec,
     JobAlreadyFinished,
+    JobHeld,
     JobNotCancellable,
-    JobNotFound,
+    QueueFull,
+    QuotaExceeded,
     RecordUnreadable,
     StaleAttempt,
-    StoreUnavailable,
+    WorkerLost,
 )
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
+from jobs.submission import Idempotency, Submission
 
 logger = logging.getLogger(__name__)
 
-TASK = "worker.tasks.generate"
-MAX_ATTEMPTS = 2
-"""A job begun this often without an end is failed at the next claim, not run for ever."""
-RQ_RETRIES = 5
-"""More than MAX_ATTEMPTS, so that a claim, which can write the record, always has the last word."""
+MAX_LOST: Final = 2
+"""A job whose attempts vanished this often (its worker crashed, hung or was killed) is failed."""
+
+LEASE_S: Final = 15.0
+"""A running attempt that was not renewed for this long counts as vanished."""
+
+RETRY_AFTER_S: Final = 10
+"""When to come back after a refusal because of too many jobs: about the end of a short one."""
+
 MAX_PAGE = 200
 LIMIT_BOUND = f"a whole number from 1 to {MAX_PAGE}"
+
 WORKER_LOST = Failure(
-    code="worker_lost",
-    detail=f"The job was begun {MAX_ATTEMPTS} times without reaching an end, so it was given up. "
-    "Send it again; the worker's log has the reason.",
+    code=WorkerLost.code,
+    detail=f"The worker was lost {MAX_LOST} times while it ran this job, so the job was given up. "
+    "Send it again; if that fails, too, the request itself may be what ends the worker, and its "
+    "log has the reason.",
 )
 
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The job of a request; `replayed` when an earlier request with the same key made it."""
+
+    job: JobRecord
+    replayed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,61 +70,126 @@ class JobPage:
     next_cursor: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a waiting job stands: `position` jobs go before it; None for seconds not known."""
+
+    position: int
+    starts_in_s: float | None
+
+
 class JobStore:
     """All access to jobs. Safe to share between threads; one per process is enough."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._claim = cast("Callable[..., Any]", redis.register_script(scripts.CLAIM))
-        self._write = cast("Callable[..., Any]", redis.register_script(scripts.WRITE))
-        self._cancel = cast("Callable[..., Any]", redis.register_script(scripts.CANCEL))
+        self._create = scripts.load(redis, "create")
+        self._claim = scripts.load(redis, "claim")
+        self._renew = scripts.load(redis, "renew")
+        self._write = scripts.load(redis, "write")
+        self._cancel = scripts.load(redis, "cancel")
+        self._put_back = scripts.load(redis, "put_back")
+        self._purge = scripts.load(redis, "purge")
+        self._place = scripts.load(redis, "place")
 
-    def create(self, request: GenerationRequest, queue: str) -> JobRecord:
-        """Write a queued record, its index entries and its RQ job in one transaction.
+    def create(
+        self, request: GenerationRequest, queue: str, submission: Submission | None = None
+    ) -> Created:
+        """Write a queued record with its index entries and put it into its queue, in one step.
 
         Raises:
-            StoreUnavailable: the connection broke during the transaction. It is not repeated,
-                because a second enqueue might run the job twice; whether the job exists is then
-                unknown.
+            IdempotencyConflict: the key was used for another body within the last day.
+            QueueFull, QuotaExceeded: a limit of the submission is reached; nothing was written.
         """
-        job_id, created_at = _new_id()
+        terms = submission or Submission()
+        job_id, created_at = ids.new_id()
         job = JobRecord(
-            id=job_id, state=JobState.QUEUED, request=request, queue=queue, created_at=created_at
+            id=job_id,
+            state=JobState.QUEUED,
+            request=request,
+            queue=queue,
+            owner=terms.owner,
+            priority=terms.priority,
+            webhook_url=terms.webhook_url,
+            created_at=created_at,
         )
-        with self._redis.pipeline(transaction=True) as pipe:
-            # A watching pipeline is never repeated by the client's retry policy.
-            pipe.watch(keys.record(job_id))  # type: ignore[no-untyped-call]
-            pipe.multi()
-            self._add_record(pipe, job)
-            self._enqueue(pipe, job)
-            try:
-                pipe.execute()
-            except WatchError as error:
-                raise StoreUnavailable(
-                    "The connection to Redis broke while the job was being queued; it may or may "
-                    "not be queued.",
-                    job_id=job_id,
-                ) from error
-        return job
+        fields = [text for field in record.encode_new(job).items() for text in field]
+        key = terms.idempotency
+        answer, detail = self._create(
+            *_common(job_id),
+            terms.owner,
+            int(terms.priority),
+            queue,
+            "" if terms.queue_limit is None else terms.queue_limit,
+            "" if terms.owner_limit is None else terms.owner_limit,
+            "" if key is None else keys.idempotency(terms.owner, key.key),
+            "" if key is None else key.body_sha256,
+            ids.id_at(created_at.timestamp() - keys.RECORD_TTL_S),
+            len(fields),
+            *fields,
+            *delivery.rq_fields(self._redis, job),
+        )
+        match answer:
+            case b"created":
+                return Created(job, replayed=False)
+            case b"replayed":
+                return Created(self.get(detail.decode()), replayed=True)
+            case b"conflict":
+                raise _conflict(detail.decode())
+            case b"queue_full":
+                raise QueueFull(
+                    f"{detail} jobs are waiting, and {terms.queue_limit} is the most; come back in "
+                    f"{RETRY_AFTER_S} s.",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            case _:
+                raise QuotaExceeded(
+                    f"You have {detail} jobs waiting or running, and {terms.owner_limit} is the "
+                    f"most for this key; wait for one to end, or cancel one.",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+
+    def replay(self, owner: str, idempotency: Idempotency) -> JobRecord | None:
+        """Find the job that an earlier request with this key made; None if there is none.
+
+        Raises:
+            IdempotencyConflict: that request had another body.
+        """
+        key = keys.idempotency(owner, idempotency.key)
+        found, body = self._redis.hmget(key, ["job", "body"])
+        if found is None:
+            return None
+        job_id = cast("bytes", found).decode()
+        fields = self._fields(job_id)
+        if not fields:
+            return None
+        if body != idempotency.body_sha256.encode():
+            raise _conflict(job_id)
+        return record.decode(job_id, fields)
 
     def get(self, job_id: str) -> JobRecord:
         """Read one record.
 
         Raises:
-            JobNotFound: no such id, or its 30 days are over.
+            JobNotFound: no such id, its 30 days are over, or it was deleted.
             RecordUnreadable: see `jobs.record.decode`.
         """
-        fields = self._redis.hgetall(keys.record(_checked(job_id)))
+        fields = self._fields(ids.checked(job_id))
         if not fields:
-            raise _not_found(job_id)
-        return record.decode(job_id, cast("dict[bytes, bytes]", fields))
+            raise ids.not_found(job_id)
+        return record.decode(job_id, fields)
 
     def list(
-        self, state: JobState | None = None, limit: int = 50, cursor: str | None = None
+        self,
+        state: JobState | None = None,
+        owner: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
     ) -> JobPage:
         """Read up to `limit` records, newest first, after the page whose `next_cursor` it was.
 
-        A record that cannot be read is logged and left out: it must not hide the others.
+        owner: whose jobs; everybody's if None. A record that cannot be read is logged and left
+        out: it must not hide the others.
 
         Raises:
             InvalidSpec: a limit out of bounds, or a cursor that is none.
@@ -127,36 +199,65 @@ class JobStore:
             raise InvalidSpec.of(
                 "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
             )
-        start = "+" if cursor is None else "(" + _read_cursor(cursor)
-        index = keys.INDEX_ALL if state is None else keys.index(state)
+        start = "+" if cursor is None else "(" + ids.read_cursor(cursor)
+        index = keys.index("all" if state is None else state.value, owner)
         found = self._redis.zrevrangebylex(index, start, "-", start=0, num=limit + 1)
-        ids = [cast("bytes", each).decode() for each in found]
-        page = ids[:limit]
-        more = len(ids) > limit
-        return JobPage(self._read_all(page), f"c{page[-1]}" if more else None)
+        names = [cast("bytes", each).decode() for each in found]
+        page = names[:limit]
+        more = len(names) > limit
+        return JobPage(self._read_all(page), ids.cursor_after(page[-1]) if more else None)
 
-    def claim(self, job_id: str) -> Attempt:
-        """Start an attempt; any earlier attempt of the job becomes stale.
+    def claim(self, job_id: str, worker: str) -> Attempt:
+        """Start an attempt for the next LEASE_S seconds; an earlier one becomes stale.
 
         Raises:
             JobAlreadyFinished: there is nothing to do: the job has ended, was cancelled, or has
-                just been failed because its attempts are used up. End the task quietly.
-            JobNotFound: the record has expired.
+                just been failed because too many attempts vanished. End the task quietly.
+            JobHeld: an attempt that is alive has the job. End the task quietly.
+            JobNotFound: the record has expired or was deleted.
         """
         token = secrets.token_hex(16)
         state, number = self._claim(
-            keys=[keys.record(_checked(job_id))],
-            args=[*_common(job_id), token, MAX_ATTEMPTS, WORKER_LOST.model_dump_json()],
+            *_common(ids.checked(job_id)), token, worker, int(LEASE_S * 1000), *_when_lost()
         )
-        if state == b"missing":
-            raise _not_found(job_id)
-        if state != b"running":
-            raise JobAlreadyFinished(
-                f"Job {job_id} is {state.decode()}; there is nothing to run.",
-                job_id=job_id,
-                state=state.decode(),
-            )
-        return Attempt(job_id=job_id, number=int(number), token=token)
+        match state:
+            case b"running":
+                return Attempt(job_id=job_id, number=int(number), token=token)
+            case b"missing":
+                raise ids.not_found(job_id)
+            case b"held":
+                raise JobHeld(f"Attempt {number} at job {job_id} is alive.", job_id=job_id)
+            case _:
+                raise JobAlreadyFinished(
+                    f"Job {job_id} is {state.decode()}; there is nothing to run.",
+                    job_id=job_id,
+                    state=state.decode(),
+                )
+
+    def renew(self, attempt: Attempt) -> bool:
+        """Lengthen the lease to LEASE_S from now; says whether the job is to be cancelled.
+
+        Raises:
+            StaleAttempt: the job has ended or a newer attempt owns it: stop.
+        """
+        answer = self._renew(*_common(attempt.job_id), attempt.token, int(LEASE_S * 1000))
+        if answer not in (b"ok", b"cancel"):
+            raise _stale(attempt, f"the record says {answer.decode()}")
+        return bool(answer == b"cancel")
+
+    def release(self, attempt: Attempt) -> JobState:
+        """Give the job back to the front of its queue; the attempt does not count as lost.
+
+        A job that was to be cancelled is cancelled instead. Raises StaleAttempt.
+        """
+        return self._end_attempt(attempt, lost=False)
+
+    def give_up(self, attempt: Attempt) -> JobState:
+        """End an attempt that will not come back: the job is queued again, or failed for good.
+
+        Raises StaleAttempt.
+        """
+        return self._end_attempt(attempt, lost=True)
 
     def progress(self, attempt: Attempt, progress: Progress) -> None:
         """Publish how far the attempt is. Raises StaleAttempt."""
@@ -168,14 +269,14 @@ class JobStore:
 
     def fail(self, attempt: Attempt, failure: Failure) -> None:
         """End the job with a failure. Raises StaleAttempt."""
-        self._write_attempt(attempt, JobState.FAILED, failure=failure)
+        self._write_attempt(attempt, JobState.FAILED, failure.code, failure=failure)
 
     def cancelled(self, attempt: Attempt) -> None:
         """End the job as cancelled, once the device has stopped. Raises StaleAttempt."""
         self._write_attempt(attempt, JobState.CANCELLED)
 
     def cancel_requested(self, attempt: Attempt) -> bool:
-        """Say whether the attempt should stop.
+        """Say whether the attempt should stop; cheaper than `renew`, and leaves the lease alone.
 
         Raises:
             StaleAttempt: the job has ended or a newer attempt owns it: stop, too.
@@ -198,12 +299,9 @@ class JobStore:
         """
         # First, because an error must not stand for something that was done.
         self.get(job_id)
-        answer = self._cancel(
-            keys=[keys.record(_checked(job_id)), Job.key_for(job_id)],
-            args=[*_common(job_id), Queue.redis_queue_namespace_prefix],
-        )
+        answer = self._cancel(*_common(job_id))
         if answer == b"missing":
-            raise _not_found(job_id)
+            raise ids.not_found(job_id)
         if answer in (JobState.SUCCEEDED.encode(), JobState.FAILED.encode()):
             raise JobNotCancellable(
                 f"Job {job_id} has already {answer.decode()}; only queued and running jobs can be "
@@ -213,38 +311,35 @@ class JobStore:
             )
         return self.get(job_id)
 
-    def _add_record(self, pipe: Pipeline, job: JobRecord) -> None:
-        key = keys.record(job.id)
-        pipe.hset(key, mapping=cast("dict[Any, Any]", record.encode_new(job)))
-        pipe.expire(key, keys.RECORD_TTL_S)
-        oldest = _id_at(job.created_at.timestamp() - keys.RECORD_TTL_S)
-        for index in (keys.INDEX_ALL, *(keys.index(state) for state in JobState)):
-            pipe.zremrangebylex(index, "-", "(" + oldest)
-        pipe.zadd(keys.INDEX_ALL, {job.id: 0})
-        pipe.zadd(keys.index(job.state), {job.id: 0})
+    def purge(self, job_id: str) -> bool:
+        """Delete a job and all that is known of it, but its video; says whether it is gone now.
 
-    def _enqueue(self, pipe: Pipeline, job: JobRecord) -> None:
-        queue = Queue(job.queue, connection=self._redis, serializer=JSONSerializer)
-        rq_job = queue.create_job(
-            TASK,
-            args=(job.id,),
-            job_id=job.id,
-            timeout=timeout_s(job.request),
-            result_ttl=keys.RQ_RESULT_TTL_S,
-            failure_ttl=keys.RQ_FAILURE_TTL_S,
-            retry=Retry(max=RQ_RETRIES),
-        )
-        queue.enqueue_job(rq_job, pipeline=pipe)
+        A running job is cancelled and deleted when it has ended (its id is then in
+        `keys.DELETIONS`); nobody can read it from now on. Deleting what is not there is no error.
+        """
+        return bool(self._purge(*_common(ids.checked(job_id))) != b"marked")
 
-    def _read_all(self, ids: Sequence[str]) -> tuple[JobRecord, ...]:
+    def place(self, job: JobRecord, workers: int) -> Place | None:
+        """Say where a queued job stands before `workers` workers; None if it waits no longer."""
+        position, seconds = self._place(job.id, workers)
+        if position < 0:
+            return None
+        return Place(position, float(seconds) if seconds else None)
+
+    def _fields(self, job_id: str) -> dict[bytes, bytes]:
+        """The hash of a record; empty if there is none, or it is to be deleted."""
+        fields = cast("dict[bytes, bytes]", self._redis.hgetall(keys.record(job_id)))
+        return {} if b"delete_requested" in fields else fields
+
+    def _read_all(self, names: Sequence[str]) -> tuple[JobRecord, ...]:
         with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in ids:
+            for job_id in names:
                 pipe.hgetall(keys.record(job_id))
             found: Sequence[dict[bytes, bytes]] = pipe.execute()
         jobs = []
-        for job_id, fields in zip(ids, found, strict=True):
+        for job_id, fields in zip(names, found, strict=True):
             # A record may expire a moment before its index entry is swept.
-            if not fields:
+            if not fields or b"delete_requested" in fields:
                 continue
             try:
                 jobs.append(record.decode(job_id, fields))
@@ -252,56 +347,53 @@ class JobStore:
                 logger.error("Left out of a list: %s", error)
         return tuple(jobs)
 
-    def _write_attempt(self, attempt: Attempt, target: JobState, **parts: BaseModel) -> None:
-        fields = [text for name, part in parts.items() for text in (name, part.model_dump_json())]
-        answer = self._write(
-            keys=[keys.record(attempt.job_id)],
-            args=[*_common(attempt.job_id), attempt.token, target.value, *fields],
+    def _end_attempt(self, attempt: Attempt, *, lost: bool) -> JobState:
+        job = self.get_for(attempt)
+        answer = self._put_back(
+            *_common(attempt.job_id),
+            attempt.token,
+            int(lost),
+            *_when_lost(),
+            *delivery.rq_fields(self._redis, job),
         )
+        if answer in (b"missing", b"superseded"):
+            raise _stale(attempt, f"the record says {answer.decode()}")
+        return JobState(answer.decode())
+
+    def get_for(self, attempt: Attempt) -> JobRecord:
+        """Read the record an attempt works on, also while its deletion waits for the attempt.
+
+        Raises StaleAttempt: there is none any more.
+        """
+        fields = cast("dict[bytes, bytes]", self._redis.hgetall(keys.record(attempt.job_id)))
+        if not fields:
+            raise _stale(attempt, "it is gone")
+        return record.decode(attempt.job_id, fields)
+
+    def _write_attempt(
+        self, attempt: Attempt, target: JobState, code: str = "", **parts: BaseModel
+    ) -> None:
+        fields = [text for name, part in parts.items() for text in (name, part.model_dump_json())]
+        answer = self._write(*_common(attempt.job_id), attempt.token, target.value, code, *fields)
         if answer != b"ok":
             raise _stale(attempt, f"the record says {answer.decode()}")
 
 
-def _common(job_id: str) -> tuple[str, str, str]:
-    """The arguments every script starts with."""
-    return job_id, keys.INDEX_PREFIX, record.now().isoformat()
+def _common(job_id: str) -> tuple[str, str]:
+    """The arguments most scripts start with."""
+    return job_id, record.now().isoformat()
 
 
-def _new_id() -> tuple[str, datetime]:
-    """Make an id which sorts by its time: 12 hex digits of milliseconds, then 80 random bits."""
-    second = time.time()
-    millisecond = int(second * 1000)
-    created_at = datetime.fromtimestamp(millisecond / 1000, UTC)
-    return _id_at(second) + secrets.token_hex(10), created_at
+def _when_lost() -> tuple[int, str, str]:
+    """What the scripts need to know about attempts that vanish."""
+    return MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code
 
 
-def _id_at(second: float) -> str:
-    return f"{int(second * 1000):012x}"
-
-
-def _checked(job_id: str) -> str:
-    """Refuse what cannot be an id before it becomes part of a key."""
-    if not _JOB_ID.fullmatch(job_id):
-        raise _not_found(job_id)
-    return job_id
-
-
-def _read_cursor(cursor: str) -> str:
-    if not (cursor.startswith("c") and _JOB_ID.fullmatch(cursor[1:])):
-        raise InvalidSpec.of(
-            "cursor",
-            shown(cursor),
-            "the next_cursor of an earlier page",
-            "cursor is not one this service has given; take next_cursor of the page before, or "
-            "leave it out.",
-        )
-    return cursor[1:]
-
-
-def _not_found(job_id: str) -> JobNotFound:
-    name = shown(job_id)
-    return JobNotFound(
-        f"There is no job {name}. Records are kept for 30 days after a job's creation.", job_id=name
+def _conflict(job_id: str) -> IdempotencyConflict:
+    return IdempotencyConflict(
+        f"This Idempotency-Key was used for another request, which made job {job_id}; use a new "
+        f"key for a new request.",
+        job_id=job_id,
     )
 
 

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 class Workplace:
     """What a job needs besides its id. `stop` is set by RQ's stop command."""
 
+    worker: str
     engine: Engine
     store: JobStore
     artifacts: FolderArtifactStore

@@ -104,7 +104,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             started_at=datetime.now(UTC),
         )
         self.told_to_stop = False
-        self._place = Workplace(engine, JobStore(redis), artifacts, threading.Event())
+        self._place = Workplace(name, engine, JobStore(redis), artifacts, threading.Event())
         self._standing_offer = StandingOffer(redis, self.offer, engine.tokenizer_text)
         self._heartbeat_ttl_s = heartbeat_ttl_s
 

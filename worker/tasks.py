@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from contextvars import ContextVar
 
-from jobs.errors import JobAlreadyFinished, JobNotFound, StaleAttempt
+from jobs.errors import JobAlreadyFinished, JobHeld, JobNotFound, StaleAttempt
 from jobs.record import Failure
 from worker.attempt import Success, Workplace, record_success, run_attempt
 
@@ -23,7 +23,7 @@ def generate(job_id: str) -> None:
     """Claim the job, run it, and write its outcome; say nothing where there is nothing to do."""
     place = WORKPLACE.get()
     try:
-        attempt = place.store.claim(job_id)
+        attempt = place.store.claim(job_id, place.worker)
         logger.info("attempt %d begins", attempt.number)
         match run_attempt(place, attempt):
             case Success() as success:
@@ -34,5 +34,5 @@ def generate(job_id: str) -> None:
             case _:
                 place.store.cancelled(attempt)
                 logger.info("cancelled")
-    except (JobAlreadyFinished, JobNotFound, StaleAttempt) as error:
+    except (JobAlreadyFinished, JobHeld, JobNotFound, StaleAttempt) as error:
         logger.info("nothing to do: %s", error)

@@ -11,7 +11,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from rq import Queue
 
 from jobs.connection import connect
-from jobs.errors import StoreUnavailable
 from jobs.record import StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -90,24 +89,25 @@ def lossy(proxy: LosingProxy) -> Iterator[JobStore]:
         yield JobStore(connection)
 
 
-def test_lost_answer_to_a_creation_is_not_repeated(
+def test_lost_answer_to_a_creation_makes_one_job(
     proxy: LosingProxy, lossy: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    proxy.lose_answer_to(b"EXEC")
-    with pytest.raises(StoreUnavailable, match="may or may not be queued"):
-        lossy.create(request_for_video, "q")
+    warm = lossy.create(request_for_video, "warm").job  # loads the script
+    proxy.lose_answer_to(b"EVALSHA")
+    job = lossy.create(request_for_video, "q").job
     assert proxy.has_lost
-    assert len(Queue("q", connection=redis)) == 1
+    assert Queue("q", connection=redis).job_ids == [job.id]
+    assert {each.id for each in lossy.list().jobs} == {warm.id, job.id}
 
 
 def test_lost_answer_to_a_claim_is_still_one_attempt(
     proxy: LosingProxy, lossy: JobStore, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    job = store.create(request_for_video, "q")
-    warm = store.create(request_for_video, "q")
-    lossy.claim(warm.id)  # loads the script, so that the next call is a single request
+    job = store.create(request_for_video, "q").job
+    warm = store.create(request_for_video, "q").job
+    lossy.claim(warm.id, "w")  # loads the script, so that the next call is a single request
     proxy.lose_answer_to(b"EVALSHA")
-    attempt = lossy.claim(job.id)
+    attempt = lossy.claim(job.id, "w")
     assert proxy.has_lost
     assert attempt.number == 1
     assert store.get(job.id).attempts == 1
@@ -117,8 +117,8 @@ def test_lost_answer_to_a_claim_is_still_one_attempt(
 def test_lost_answer_to_an_ending_is_no_error(
     proxy: LosingProxy, lossy: JobStore, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    attempt = store.claim(store.create(request_for_video, "q").id)
-    store.succeed(store.claim(store.create(request_for_video, "q").id), VIDEO, TIMINGS)
+    attempt = store.claim(store.create(request_for_video, "q").job.id, "w")
+    store.succeed(store.claim(store.create(request_for_video, "q").job.id, "w"), VIDEO, TIMINGS)
     proxy.lose_answer_to(b"EVALSHA")
     lossy.succeed(attempt, VIDEO, TIMINGS)
     assert proxy.has_lost

@@ -10,6 +10,7 @@ from rq.serializers import JSONSerializer
 
 from jobs import keys
 from jobs.deadline import timeout_s
+from jobs.delivery import TASK
 from jobs.errors import (
     InvalidSpec,
     JobAlreadyFinished,
@@ -21,7 +22,7 @@ from jobs.errors import (
 from jobs.record import Attempt, Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import TRANSITIONS, JobState
-from jobs.store import MAX_ATTEMPTS, MAX_PAGE, RQ_RETRIES, TASK, JobStore
+from jobs.store import MAX_PAGE, JobStore
 
 QUEUE = "wan-mini.test"
 VIDEO = Video(
@@ -34,7 +35,7 @@ FAILURE = Failure(code="out_of_device_memory", detail="The device ran out of mem
 
 
 def create(store: JobStore, request: GenerationRequest) -> str:
-    return store.create(request, QUEUE).id
+    return store.create(request, QUEUE).job.id
 
 
 def end(store: JobStore, attempt: Attempt, state: JobState) -> None:
@@ -47,13 +48,17 @@ def end(store: JobStore, attempt: Attempt, state: JobState) -> None:
             store.cancelled(attempt)
 
 
+def let_lease_run_out(redis: Redis, job_id: str) -> None:
+    redis.hset(keys.record(job_id), "lease_ms", 1)
+
+
 ENDINGS = [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]
 
 
 def test_created_job_is_recorded_indexed_and_queued(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    job = store.create(request_for_video, QUEUE)
+    job = store.create(request_for_video, QUEUE).job
     assert job.state is JobState.QUEUED
     assert store.get(job.id) == job
     assert [each.id for each in store.list().jobs] == [job.id]
@@ -66,7 +71,6 @@ def test_created_job_is_recorded_indexed_and_queued(
     assert rq_job.timeout == timeout_s(request_for_video)
     assert rq_job.result_ttl == keys.RQ_RESULT_TTL_S
     assert rq_job.failure_ttl == keys.RQ_FAILURE_TTL_S
-    assert rq_job.retries_left == RQ_RETRIES > MAX_ATTEMPTS
 
 
 def test_what_rq_stores_is_json_and_holds_no_prompt(
@@ -83,7 +87,7 @@ def test_attempt_from_claim_to_success(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     job_id = create(store, request_for_video)
-    attempt = store.claim(job_id)
+    attempt = store.claim(job_id, "w")
     assert attempt.number == 1
     store.progress(attempt, Progress(stage=Stage.DENOISE, step=3, steps=20))
     running = store.get(job_id)
@@ -101,12 +105,13 @@ def test_attempt_from_claim_to_success(
 
 
 def test_second_claim_makes_the_first_stale(
-    store: JobStore, request_for_video: GenerationRequest
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     job_id = create(store, request_for_video)
-    old = store.claim(job_id)
+    old = store.claim(job_id, "w")
     store.progress(old, Progress(stage=Stage.VAE, step=1, steps=2))
-    new = store.claim(job_id)
+    let_lease_run_out(redis, job_id)
+    new = store.claim(job_id, "w")
     assert new.number == 2
     assert store.get(job_id).progress is None
     with pytest.raises(StaleAttempt, match="Attempt 1 no longer owns"):
@@ -126,7 +131,7 @@ def test_ended_job_never_changes(
     store: JobStore, request_for_video: GenerationRequest, last: JobState
 ) -> None:
     job_id = create(store, request_for_video)
-    attempt = store.claim(job_id)
+    attempt = store.claim(job_id, "w")
     end(store, attempt, last)
     ended = store.get(job_id)
     assert last.is_terminal
@@ -139,7 +144,7 @@ def test_ended_job_never_changes(
     with pytest.raises(StaleAttempt):
         store.cancel_requested(attempt)
     with pytest.raises(JobAlreadyFinished) as refused:
-        store.claim(job_id)
+        store.claim(job_id, "w")
     assert refused.value.context["state"] == last
     assert store.get(job_id) == ended
 
@@ -148,30 +153,11 @@ def test_repeated_write_of_the_same_end_is_no_error(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     """A lost answer makes the client send the script again."""
-    attempt = store.claim(create(store, request_for_video))
+    attempt = store.claim(create(store, request_for_video), "w")
     store.succeed(attempt, VIDEO, TIMINGS)
     before = store.get(attempt.job_id)
     store.succeed(attempt, VIDEO, TIMINGS)
     assert store.get(attempt.job_id) == before
-
-
-def test_job_that_keeps_losing_its_worker_is_given_up(
-    store: JobStore, request_for_video: GenerationRequest
-) -> None:
-    job_id = create(store, request_for_video)
-    for number in range(1, MAX_ATTEMPTS + 1):
-        assert store.claim(job_id).number == number
-    with pytest.raises(JobAlreadyFinished):
-        store.claim(job_id)
-    job = store.get(job_id)
-    assert job.state is JobState.FAILED
-    assert job.attempts == MAX_ATTEMPTS
-    assert job.failure is not None
-    assert job.failure.code == "worker_lost"
-    assert job.failure.detail == (
-        "The job was begun 2 times without reaching an end, so it was given up. Send it again; the "
-        "worker's log has the reason."
-    )
 
 
 def test_cancelling_a_queued_job_takes_it_out_of_the_queue(
@@ -185,7 +171,7 @@ def test_cancelling_a_queued_job_takes_it_out_of_the_queue(
     assert Queue(QUEUE, connection=redis).job_ids == [kept]
     assert not redis.exists(Job.key_for(job_id))
     with pytest.raises(JobAlreadyFinished):
-        store.claim(job_id)
+        store.claim(job_id, "w")
     assert store.cancel(job_id) == job
 
 
@@ -198,13 +184,13 @@ def test_cancelling_what_a_worker_has_just_taken_leaves_rqs_hash(
     assert store.cancel(job_id).state is JobState.CANCELLED
     assert redis.exists(Job.key_for(job_id))
     with pytest.raises(JobAlreadyFinished):
-        store.claim(job_id)
+        store.claim(job_id, "w")
 
 
 def test_cancelling_a_running_job_asks_its_worker(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    attempt = store.claim(create(store, request_for_video))
+    attempt = store.claim(create(store, request_for_video), "w")
     assert store.cancel_requested(attempt) is False
     job = store.cancel(attempt.job_id)
     assert (job.state, job.cancel_requested) == (JobState.RUNNING, True)
@@ -214,13 +200,14 @@ def test_cancelling_a_running_job_asks_its_worker(
 
 
 def test_cancelled_job_of_a_lost_worker_is_not_run_again(
-    store: JobStore, request_for_video: GenerationRequest
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     job_id = create(store, request_for_video)
-    lost = store.claim(job_id)
+    lost = store.claim(job_id, "w")
     store.cancel(job_id)
+    let_lease_run_out(redis, job_id)
     with pytest.raises(JobAlreadyFinished):
-        store.claim(job_id)
+        store.claim(job_id, "w")
     assert store.get(job_id).state is JobState.CANCELLED
     with pytest.raises(StaleAttempt):
         store.succeed(lost, VIDEO, TIMINGS)
@@ -230,7 +217,7 @@ def test_cancelled_job_of_a_lost_worker_is_not_run_again(
 def test_ended_job_cannot_be_cancelled(
     store: JobStore, request_for_video: GenerationRequest, last: JobState
 ) -> None:
-    attempt = store.claim(create(store, request_for_video))
+    attempt = store.claim(create(store, request_for_video), "w")
     end(store, attempt, last)
     with pytest.raises(JobNotCancellable, match=f"has already {last}"):
         store.cancel(attempt.job_id)
@@ -238,13 +225,13 @@ def test_ended_job_cannot_be_cancelled(
 
 @pytest.mark.parametrize("job_id", ["", "nope", "a" * 65, "../x", "a b", "\ud800", "wan:job:x"])
 def test_unknown_and_impossible_ids(store: JobStore, job_id: str) -> None:
-    for call in (store.get, store.claim, store.cancel):
+    for call in (store.get, store.cancel, lambda name: store.claim(name, "w")):
         with pytest.raises(JobNotFound):
             call(job_id)
 
 
 def test_state_table_is_what_the_scripts_allow(
-    store: JobStore, request_for_video: GenerationRequest
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     """Every pair: the scripts move a job exactly where the table says it may go."""
     reached: dict[JobState, set[JobState]] = {state: set() for state in JobState}
@@ -253,21 +240,26 @@ def test_state_table_is_what_the_scripts_allow(
             job_id = create(store, request_for_video)
             attempt = Attempt(job_id, 0, "none")
             if start is not JobState.QUEUED:
-                attempt = store.claim(job_id)
+                attempt = store.claim(job_id, "w")
             if start.is_terminal:
                 end(store, attempt, start)
             before = store.get(job_id)
-            _try_to_reach(store, attempt, before.state, target)
+            _try_to_reach(redis, store, attempt, before.state, target)
             after = store.get(job_id)
             if after != before and not (after.state is start and target is not start):
                 reached[start].add(after.state)
     assert reached == {state: set(targets) for state, targets in TRANSITIONS.items()}
 
 
-def _try_to_reach(store: JobStore, attempt: Attempt, start: JobState, target: JobState) -> None:
+def _try_to_reach(
+    redis: Redis, store: JobStore, attempt: Attempt, start: JobState, target: JobState
+) -> None:
     try:
         if target is JobState.RUNNING:
-            store.claim(attempt.job_id)
+            let_lease_run_out(redis, attempt.job_id)
+            store.claim(attempt.job_id, "w")
+        elif target is JobState.QUEUED:
+            store.release(attempt)
         elif target is JobState.CANCELLED and start is not JobState.RUNNING:
             store.cancel(attempt.job_id)
         elif target.is_terminal:
@@ -309,8 +301,8 @@ def test_list_by_state_follows_the_jobs(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     queued, running, done = (create(store, request_for_video) for _ in range(3))
-    store.claim(running)
-    end(store, store.claim(done), JobState.SUCCEEDED)
+    store.claim(running, "w")
+    end(store, store.claim(done, "w"), JobState.SUCCEEDED)
     by_state = {state: [job.id for job in store.list(state=state).jobs] for state in JobState}
     assert by_state == {
         JobState.QUEUED: [queued],
@@ -377,11 +369,11 @@ def test_expired_records_leave_the_list(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     ancient = "000000000001" + "0" * 20
-    for index in (keys.INDEX_ALL, keys.index("succeeded")):
+    for index in (keys.index("all"), keys.index("succeeded")):
         redis.zadd(index, {ancient: 0})
     assert store.list().jobs == ()
     job_id = create(store, request_for_video)
-    assert redis.zrange(keys.INDEX_ALL, 0, -1) == [job_id.encode()]
+    assert redis.zrange(keys.index("all"), 0, -1) == [job_id.encode()]
     assert redis.zrange(keys.index("succeeded"), 0, -1) == []
 
 

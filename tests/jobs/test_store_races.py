@@ -48,8 +48,8 @@ def test_one_attempt_ends_exactly_one_way(
     redis: Redis, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     for _ in range(ROUNDS):
-        job = store.create(request_for_video, "q")
-        attempt = store.claim(job.id)
+        job = store.create(request_for_video, "q").job
+        attempt = store.claim(job.id, "w")
         failure = Failure(code="generation_failed", detail="no")
         results = race(
             [
@@ -71,8 +71,8 @@ def test_cancel_against_claim(
 ) -> None:
     seen = set()
     for _ in range(ROUNDS):
-        job = store.create(request_for_video, "q")
-        claimed, _ = race([lambda j=job.id: store.claim(j), lambda j=job.id: store.cancel(j)])  # type: ignore[misc]
+        job = store.create(request_for_video, "q").job
+        claimed, _ = race([lambda j=job.id: store.claim(j, "w"), lambda j=job.id: store.cancel(j)])  # type: ignore[misc]
         after = store.get(job.id)
         seen.add(after.state)
         if isinstance(claimed, Attempt):
@@ -88,10 +88,10 @@ def test_everybody_at_once(
 ) -> None:
     """Workers claim and finish, callers cancel: one end, one video at most, nothing moves after."""
     for _ in range(ROUNDS):
-        job = store.create(request_for_video, "q")
+        job = store.create(request_for_video, "q").job
 
         def work(job_id: str = job.id) -> Attempt:
-            attempt = store.claim(job_id)
+            attempt = store.claim(job_id, "w")
             store.succeed(attempt, video(attempt), TIMINGS)
             return attempt
 

@@ -20,11 +20,11 @@ TIMINGS = StageTimings(
 
 @pytest.fixture
 def job_id(store: JobStore, request_for_video: GenerationRequest) -> str:
-    return store.create(request_for_video, "q").id
+    return store.create(request_for_video, "q").job.id
 
 
 def test_running_job_shows_its_progress(client: TestClient, store: JobStore, job_id: str) -> None:
-    attempt = store.claim(job_id)
+    attempt = store.claim(job_id, "w")
     store.progress(attempt, Progress(stage=Stage.DENOISE, step=4, steps=20))
     job = client.get(f"/jobs/{job_id}").json()
     assert (job["state"], job["attempts"]) == ("running", 1)
@@ -35,7 +35,7 @@ def test_running_job_shows_its_progress(client: TestClient, store: JobStore, job
 def test_succeeded_job_has_an_absolute_url(
     client: TestClient, store: JobStore, job_id: str
 ) -> None:
-    store.succeed(store.claim(job_id), VIDEO, TIMINGS)
+    store.succeed(store.claim(job_id, "w"), VIDEO, TIMINGS)
     job = client.get(f"/jobs/{job_id}").json()
     assert job["video"]["url"] == f"http://testserver/jobs/{job_id}/video.mp4"
     assert job["timings"]["denoise_s"] == 3
@@ -43,7 +43,7 @@ def test_succeeded_job_has_an_absolute_url(
 
 
 def test_failed_job_is_an_ordinary_answer(client: TestClient, store: JobStore, job_id: str) -> None:
-    store.fail(store.claim(job_id), Failure(code="out_of_device_memory", detail="No room."))
+    store.fail(store.claim(job_id, "w"), Failure(code="out_of_device_memory", detail="No room."))
     answer = client.get(f"/jobs/{job_id}")
     assert answer.status_code == 200
     assert answer.json()["failure"] == {"code": "out_of_device_memory", "detail": "No room."}
@@ -66,7 +66,7 @@ def test_cancel_queued(client: TestClient, store: JobStore, redis: Redis, job_id
 
 
 def test_cancel_running_asks(client: TestClient, store: JobStore, job_id: str) -> None:
-    attempt = store.claim(job_id)
+    attempt = store.claim(job_id, "w")
     answer = client.delete(f"/jobs/{job_id}")
     assert answer.status_code == 202
     assert (answer.json()["state"], answer.json()["cancel_requested"]) == ("running", True)
@@ -75,7 +75,7 @@ def test_cancel_running_asks(client: TestClient, store: JobStore, job_id: str) -
 
 
 def test_cancel_too_late(client: TestClient, store: JobStore, job_id: str) -> None:
-    store.succeed(store.claim(job_id), VIDEO, TIMINGS)
+    store.succeed(store.claim(job_id, "w"), VIDEO, TIMINGS)
     answer = client.delete(f"/jobs/{job_id}")
     assert answer.status_code == 409
     problem = answer.json()
@@ -87,7 +87,7 @@ def test_cancel_too_late(client: TestClient, store: JobStore, job_id: str) -> No
 
 
 def test_pages(client: TestClient, store: JobStore, request_for_video: GenerationRequest) -> None:
-    ids = [store.create(request_for_video, "q").id for _ in range(5)]
+    ids = [store.create(request_for_video, "q").job.id for _ in range(5)]
     first = client.get("/jobs", params={"limit": 3}).json()
     second = client.get("/jobs", params={"limit": 3, "cursor": first["next_cursor"]}).json()
     seen = [job["id"] for job in first["jobs"] + second["jobs"]]
@@ -151,7 +151,7 @@ def test_unreadable_record_hides_no_other_and_is_not_cancelled(
     request_for_video: GenerationRequest,
     job_id: str,
 ) -> None:
-    sound = store.create(request_for_video, "q").id
+    sound = store.create(request_for_video, "q").job.id
     redis.hset(keys.record(job_id), "request", '{"prompt": "a secret"}')
     answer = client.get("/jobs")
     assert answer.status_code == 200

@@ -27,7 +27,7 @@ def url(
     client: TestClient,
 ) -> str:
     """The path of a finished video, as the job's JSON gives it."""
-    attempt = store.claim(store.create(request_for_video, "q").id)
+    attempt = store.claim(store.create(request_for_video, "q").job.id, "w")
     made = tmp_path / "made.mp4"
     made.write_bytes(DATA)
     key = artifact_key(attempt.job_id, attempt.number)
@@ -108,10 +108,10 @@ def test_if_range_with_another_tag_sends_everything(client: TestClient, url: str
 def test_no_video_yet_or_ever(
     client: TestClient, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    job_id = store.create(request_for_video, "q").id
+    job_id = store.create(request_for_video, "q").job.id
     for state in ("queued", "running", "failed"):
         if state == "running":
-            attempt = store.claim(job_id)
+            attempt = store.claim(job_id, "w")
         if state == "failed":
             store.fail(attempt, Failure(code="generation_failed", detail="no"))
         answer = client.get(f"/jobs/{job_id}/video.mp4")

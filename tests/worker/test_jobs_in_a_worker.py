@@ -51,7 +51,7 @@ def run(
     """Create a job, have a worker run it, and return its record."""
 
     def run_job(on_step: OnStep = lambda step: None, **changes: object) -> JobRecord:
-        job = store.create(ORDER.model_copy(update=changes), QUEUE)
+        job = store.create(ORDER.model_copy(update=changes), QUEUE).job
         worker_for(on_step).work(burst=True, logging_level="WARNING")
         return store.get(job.id)
 
@@ -138,7 +138,7 @@ def test_the_log_has_the_traceback_under_the_job_and_never_the_prompt(
 def test_the_time_limit_is_a_failure_of_its_own(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE)
+    job = store.create(ORDER, QUEUE).job
     queued = rq_job(redis, job.id)
     queued.timeout = 1
     queued.save()
@@ -151,7 +151,7 @@ def test_the_time_limit_is_a_failure_of_its_own(
 def test_a_running_job_is_cancelled_between_two_steps(
     store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE)
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
     steps: list[int] = []
 
     def on_step(step: int) -> None:
@@ -170,8 +170,8 @@ def test_a_running_job_is_cancelled_between_two_steps(
 def test_rq_can_stop_a_job_and_the_next_one_runs(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    stopped = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE)
-    after = store.create(ORDER, QUEUE)
+    stopped = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    after = store.create(ORDER, QUEUE).job
 
     def on_step(step: int) -> None:
         if step == 2:
@@ -186,8 +186,8 @@ def test_rq_can_stop_a_job_and_the_next_one_runs(
 def test_a_job_that_has_ended_is_not_run_again(
     store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE)
-    attempt = store.claim(job.id)
+    job = store.create(ORDER, QUEUE).job
+    attempt = store.claim(job.id, "w")
     store.cancelled(attempt)
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.CANCELLED
@@ -196,11 +196,11 @@ def test_a_job_that_has_ended_is_not_run_again(
 def test_a_stale_attempt_writes_nothing(
     store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE)
+    job = store.create(ORDER, QUEUE).job
 
     def overtake(step: int) -> None:
         if step == 1:
-            store.claim(job.id)
+            store.claim(job.id, "w")
 
     worker_for(overtake).work(burst=True, logging_level="WARNING")
     record = store.get(job.id)
@@ -227,8 +227,8 @@ class OvertakenStore(FolderArtifactStore):
 def test_the_video_of_an_attempt_that_became_stale_is_deleted(
     store: JobStore, redis: Redis, tmp_path: Path
 ) -> None:
-    job = store.create(ORDER, QUEUE)
-    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: store.claim(job.id))
+    job = store.create(ORDER, QUEUE).job
+    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: store.claim(job.id, "w"))
     ResidentWorker(PatternEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.RUNNING
     assert len(artifacts.stored) == 1
@@ -250,7 +250,7 @@ def test_a_worker_is_offered_while_it_works_and_not_afterwards(
 def test_heartbeats_keep_a_job_that_outlasts_their_time_to_live(
     redis: Redis, store: JobStore, artifacts: FolderArtifactStore
 ) -> None:
-    job = store.create(ORDER, QUEUE)
+    job = store.create(ORDER, QUEUE).job
     beats: list[object] = []
 
     def on_step(step: int) -> None:

@@ -62,7 +62,7 @@ def is_denoising(record: JobRecord) -> bool:
 def test_sigterm_finishes_the_job_in_hand_and_takes_no_other(
     start: Start, store: JobStore, redis: Redis
 ) -> None:
-    first, second = store.create(ORDER, QUEUE), store.create(ORDER, QUEUE)
+    first, second = store.create(ORDER, QUEUE).job, store.create(ORDER, QUEUE).job
     process = start(0.5)
     wait_for(store, first.id, is_denoising)
     process.send_signal(signal.SIGTERM)
@@ -87,7 +87,7 @@ def test_the_job_of_a_killed_worker_is_run_by_another(
     start: Start, store: JobStore, redis: Redis, tmp_path: Path
 ) -> None:
     """Both workers have production's timing: the bound is the one that is promised."""
-    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE)
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
     process = start(0.1)
     wait_for(store, job.id, is_denoising)
     process.kill()

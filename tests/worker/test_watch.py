@@ -15,7 +15,7 @@ from worker.watch import ASK_EVERY_S, TELL_EVERY_S, JobWatch
 
 @pytest.fixture
 def attempt(store: JobStore) -> Attempt:
-    return store.claim(store.create(order(), "queue").id)
+    return store.claim(store.create(order(), "queue").job.id, "w")
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def test_the_stop_event_is_seen_at_once(watch: JobWatch, stop: threading.Event) 
 
 
 def test_a_newer_attempt_ends_this_one(watch: JobWatch, store: JobStore, attempt: Attempt) -> None:
-    store.claim(attempt.job_id)
+    store.claim(attempt.job_id, "w")
     with pytest.raises(StaleAttempt):
         watch.progress(Stage.VAE, 1, 1)

@@ -71,7 +71,7 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     assert [mode.name for mode in offer.modes] == ["bf16", "w8a8"]
     assert offer.model.tokenizer is not None
     assert catalog.read_tokenizer(redis, offer.model.tokenizer) is not None
-    job = store.create(order(mode="w8a8", num_frames=5, num_inference_steps=1), offer.queue)
+    job = store.create(order(mode="w8a8", num_frames=5, num_inference_steps=1), offer.queue).job
     wait_for_line(process, log, rf"\[{job.id}\] succeeded")
     record = store.get(job.id)
     assert record.state is JobState.SUCCEEDED

@@ -1,0 +1,20 @@
+-- ARGV: id, now. Returns the state after the call, or 'missing'.
+local id, now = ARGV[1], ARGV[2]
+local record = record_of(id)
+local state = redis.call('HGET', record, 'state')
+if not state then return 'missing' end
+if state == 'queued' then
+  redis.call('HSET', record, 'cancel_requested', '1')
+  move(id, state, 'cancelled', now)
+  -- Still waiting: take it out of the queue. Otherwise a worker has just taken it, needs RQ's
+  -- hash, and will be refused by its claim.
+  local list = '@RQ_QUEUE@' .. redis.call('HGET', record, 'queue')
+  if redis.call('LREM', list, 1, id) > 0 then redis.call('DEL', '@RQ_JOB@' .. id) end
+  emit(id, 'state', now)
+  return 'cancelled'
+end
+if state == 'running' and redis.call('HGET', record, 'cancel_requested') ~= '1' then
+  redis.call('HSET', record, 'cancel_requested', '1')
+  emit(id, 'state', now)
+end
+return state

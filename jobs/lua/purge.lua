@@ -1,0 +1,26 @@
+-- Deletes a job for good. ARGV: id, now.
+-- Returns 'missing', 'purged', or 'marked': a running job ends first, and is deleted then.
+local id, now = ARGV[1], ARGV[2]
+local record = record_of(id)
+local known = redis.call('HMGET', record, 'state', 'owner', 'queue')
+local state = known[1]
+if not state then
+  redis.call('ZREM', '@DELETIONS@', id)
+  return 'missing'
+end
+if state == 'running' then
+  redis.call('HSET', record, 'cancel_requested', '1', 'delete_requested', '1')
+  return 'marked'
+end
+if state == 'queued' then
+  redis.call('LREM', '@RQ_QUEUE@' .. known[3], 1, id)
+  count('ended', redis.call('HGET', record, 'shape') .. '|cancelled|')
+end
+for _, each in ipairs({ state, 'all' }) do
+  for _, index in ipairs(indexes(known[2], each)) do redis.call('ZREM', index, id) end
+end
+redis.call('ZREM', '@DELETIONS@', id)
+redis.call('ZREM', '@WEBHOOKS_DUE@', id)
+redis.call('DEL', record, '@EVENTS@' .. id, '@RQ_JOB@' .. id)
+redis.call('PUBLISH', '@CHANNEL@', id)
+return 'purged'

@@ -1,0 +1,31 @@
+-- Ends a running attempt without ending the job: its worker gives it back, or has vanished.
+-- ARGV: id, now, token ('' takes only a job whose lease has run out), whether the attempt counts as
+-- lost, most lost attempts, the failure and its code when they are used up, RQ's fields and values.
+-- Returns the state after the call, or 'missing', 'held' or 'superseded'.
+local id, now, token = ARGV[1], ARGV[2], ARGV[3]
+local record = record_of(id)
+local known = redis.call('HMGET', record, 'state', 'token', 'lease_ms', 'cancel_requested', 'queue',
+  'shape')
+local state = known[1]
+if not state then return 'missing' end
+if state ~= 'running' then return state end
+if token ~= '' then
+  if known[2] ~= token then return 'superseded' end
+elseif known[3] and clock_ms() < tonumber(known[3]) then
+  return 'held'
+end
+if ARGV[4] == '1' then
+  if lose_attempt(id, tonumber(ARGV[5]), ARGV[6], ARGV[7], now) then return 'failed' end
+else
+  count('released', known[6])
+end
+redis.call('HDEL', record, 'token', 'lease_ms', 'started_at', 'started_ms', 'worker')
+if known[4] == '1' then
+  move(id, state, 'cancelled', now)
+  emit(id, 'state', now)
+  return 'cancelled'
+end
+move(id, state, 'queued', now)
+deliver_again(id, known[5], ARGV, 8)
+emit(id, 'state', now)
+return 'queued'

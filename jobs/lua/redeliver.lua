@@ -1,0 +1,20 @@
+-- Puts a queued job that is in no queue back into its own: a worker took it and died before it
+-- claimed it. It has to be seen missing for a while, because every job is for a moment.
+-- ARGV: id, the ms it has to be missing, RQ's fields and values. Returns whether it was put back.
+local id = ARGV[1]
+local record = record_of(id)
+local known = redis.call('HMGET', record, 'state', 'queue', 'missing_ms')
+if known[1] ~= 'queued' then return 0 end
+if redis.call('LPOS', '@RQ_QUEUE@' .. known[2], id) then
+  redis.call('HDEL', record, 'missing_ms')
+  return 0
+end
+local clock = clock_ms()
+if not known[3] then
+  redis.call('HSET', record, 'missing_ms', clock)
+  return 0
+end
+if clock - tonumber(known[3]) < tonumber(ARGV[2]) then return 0 end
+redis.call('HDEL', record, 'missing_ms')
+deliver_again(id, known[2], ARGV, 3)
+return 1

@@ -1,0 +1,59 @@
+"""How fast jobs of one shape run, as the workers have measured it.
+
+A shape is what a job's time depends on, apart from its number of steps: model, mode, size, frames,
+and whether guidance doubles the work. Kept in Redis for estimates: the seconds a running job has
+left, and when a waiting one will start. A shape that was never run has none, and no estimate is
+made up for it.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+from redis import Redis
+
+from jobs import keys
+from jobs.spec import GenerationRequest
+
+WEIGHT_OF_LATEST = 0.3
+"""A new measurement moves what is kept by this much: one odd job does not spoil the estimates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds for one denoising step, and for everything else of a job together."""
+
+    step_s: float
+    rest_s: float
+
+    def job_s(self, steps: int) -> float:
+        return self.rest_s + steps * self.step_s
+
+
+def shape(request: GenerationRequest) -> str:
+    """Name the shape of a request: `model|mode|size|frames|guided`."""
+    guided = int(request.guidance_scale > 1)
+    return f"{request.model}|{request.mode}|{request.size}|{request.num_frames}|{guided}"
+
+
+def read(redis: Redis, request: GenerationRequest) -> Pace | None:
+    """The pace of the request's shape; None where none was measured."""
+    found = redis.hget(keys.PACE, shape(request))
+    if found is None:
+        return None
+    step_s, rest_s = cast("bytes", found).split()
+    return Pace(float(step_s), float(rest_s))
+
+
+def measure(redis: Redis, request: GenerationRequest, measured: Pace) -> Pace:
+    """Add a measurement, and return what is now kept.
+
+    Two workers that measure at the same moment may lose one of the two, which harms nothing.
+    """
+    kept = read(redis, request)
+    if kept is not None:
+        measured = Pace(
+            kept.step_s + WEIGHT_OF_LATEST * (measured.step_s - kept.step_s),
+            kept.rest_s + WEIGHT_OF_LATEST * (measured.rest_s - kept.rest_s),
+        )
+    redis.hset(keys.PACE, shape(request), f"{measured.step_s:.6f} {measured.rest_s:.6f}")
+    return measured

@@ -1,0 +1,162 @@
+"""Attempts that vanish, are given back, or never begin: the job goes on, or is given up."""
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from jobs import keys
+from jobs.errors import JobHeld, StaleAttempt
+from jobs.record import Attempt
+from jobs.recovery import Recovery
+from jobs.spec import GenerationRequest
+from jobs.state import JobState
+from jobs.store import MAX_LOST, JobStore
+from jobs.submission import Submission
+
+QUEUE = "q"
+
+
+@pytest.fixture
+def recovery(redis: Redis) -> Recovery:
+    return Recovery(redis)
+
+
+@pytest.fixture
+def job_id(store: JobStore, request_for_video: GenerationRequest) -> str:
+    return store.create(request_for_video, QUEUE).job.id
+
+
+def queued(redis: Redis) -> list[str]:
+    return [str(each) for each in Queue(QUEUE, connection=redis).job_ids]
+
+
+def take(redis: Redis, store: JobStore, job_id: str) -> Attempt:
+    """What a worker does: out of the queue, then claimed."""
+    redis.lrem(Queue(QUEUE, connection=redis).key, 1, job_id)
+    return store.claim(job_id, "worker-1")
+
+
+def let_lease_run_out(redis: Redis, job_id: str) -> None:
+    redis.hset(keys.record(job_id), "lease_ms", 1)
+
+
+def test_a_live_attempt_is_left_alone_and_cannot_be_claimed_away(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    attempt = take(redis, store, job_id)
+    with pytest.raises(JobHeld, match="Attempt 1"):
+        store.claim(job_id, "worker-2")
+    assert recovery.run() == {}
+    assert store.get(job_id).worker == "worker-1"
+    assert store.renew(attempt) is False
+
+
+def test_a_lapsed_attempt_is_put_back_to_the_front(
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    job_id: str,
+    request_for_video: GenerationRequest,
+) -> None:
+    lost = take(redis, store, job_id)
+    other = store.create(request_for_video, QUEUE).job.id
+    let_lease_run_out(redis, job_id)
+    assert recovery.run() == {job_id: "queued"}
+    job = store.get(job_id)
+    assert (job.state, job.attempts, job.lost, job.worker) == (JobState.QUEUED, 1, 1, None)
+    assert queued(redis) == [job_id, other]
+    rq_job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+    assert rq_job.args == [job_id]
+    with pytest.raises(StaleAttempt):
+        store.renew(lost)
+    assert recovery.run() == {}
+
+
+def test_a_renewed_lease_does_not_lapse(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    attempt = take(redis, store, job_id)
+    let_lease_run_out(redis, job_id)
+    store.renew(attempt)
+    assert recovery.run() == {}
+
+
+def test_a_job_that_keeps_losing_its_worker_is_given_up(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    for number in range(1, MAX_LOST + 1):
+        assert take(redis, store, job_id).number == number
+        let_lease_run_out(redis, job_id)
+        assert recovery.run() == {job_id: "failed" if number == MAX_LOST else "queued"}
+    job = store.get(job_id)
+    assert (job.state, job.attempts, job.lost) == (JobState.FAILED, MAX_LOST, MAX_LOST)
+    assert job.failure is not None
+    assert job.failure.code == "worker_lost"
+    assert "lost 2 times" in job.failure.detail
+    assert queued(redis) == []
+
+
+def test_an_attempt_given_back_is_not_lost(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    for number in range(1, 2 * MAX_LOST + 1):
+        attempt = take(redis, store, job_id)
+        assert attempt.number == number
+        assert store.release(attempt) is JobState.QUEUED
+        assert queued(redis) == [job_id]
+    assert store.get(job_id).lost == 0
+
+
+def test_giving_up_counts_as_lost(redis: Redis, store: JobStore, job_id: str) -> None:
+    assert store.give_up(take(redis, store, job_id)) is JobState.QUEUED
+    assert store.give_up(take(redis, store, job_id)) is JobState.FAILED
+
+
+@pytest.mark.parametrize("way", ["release", "give_up", "lapse"])
+def test_a_job_to_be_cancelled_is_not_queued_again(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, way: str
+) -> None:
+    attempt = take(redis, store, job_id)
+    store.cancel(job_id)
+    assert store.renew(attempt) is True
+    if way == "lapse":
+        let_lease_run_out(redis, job_id)
+        assert recovery.run() == {job_id: "cancelled"}
+    else:
+        assert getattr(store, way)(attempt) is JobState.CANCELLED
+    assert store.get(job_id).state is JobState.CANCELLED
+    assert queued(redis) == []
+
+
+def test_a_job_taken_and_never_claimed_is_delivered_again(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    queue = Queue(QUEUE, connection=redis)
+    redis.lmove(queue.key, queue.intermediate_queue_key)
+    assert recovery.run() == {}, "it has only just been noticed"
+    redis.hset(keys.record(job_id), "missing_ms", 1)
+    assert recovery.run() == {job_id: "queued"}
+    assert queued(redis) == [job_id]
+    assert redis.llen(queue.intermediate_queue_key) == 0
+    job = store.get(job_id)
+    assert (job.attempts, job.lost) == (0, 0)
+
+
+def test_a_waiting_job_is_never_missing(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    redis.hset(keys.record(job_id), "missing_ms", 1)
+    recovery.run()
+    assert queued(redis) == [job_id]
+
+
+def test_priority_goes_before_all_others_and_behind_its_own_kind(
+    redis: Redis, store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    def create(priority: bool) -> str:
+        return store.create(request_for_video, QUEUE, Submission(priority=priority)).job.id
+
+    plain, first, late, second = map(create, (False, True, False, True))
+    assert queued(redis) == [first, second, plain, late]

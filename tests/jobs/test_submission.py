@@ -1,0 +1,239 @@
+"""What comes with a request: its key, its limits, its owner, its deletion, its place."""
+
+from typing import Any, cast
+
+import pytest
+from redis import Redis
+from rq import Queue
+
+from jobs import events, keys, pace
+from jobs.errors import IdempotencyConflict, JobNotFound, QueueFull, QuotaExceeded
+from jobs.pace import Pace
+from jobs.record import Failure, Progress, Stage, StageTimings, Video
+from jobs.spec import GenerationRequest
+from jobs.state import JobState
+from jobs.store import RETRY_AFTER_S, JobStore, Place
+from jobs.submission import Idempotency, Submission
+
+QUEUE = "q"
+VIDEO = Video(key="k", bytes=1, sha256="ab", width=96, height=96, num_frames=17, fps=8)
+TIMINGS = StageTimings(
+    queue_s=0.1, text_encoder_s=0.2, denoise_s=3, vae_s=0.4, mp4_s=0.1, total_s=3.8
+)
+HOOK = "https://example.com/hook"
+
+
+def of(key: str, body: object) -> Submission:
+    return Submission(owner="ann", idempotency=Idempotency.of(key, body))
+
+
+def test_the_same_key_and_body_mean_the_same_job(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    first = store.create(request_for_video, QUEUE, of("k", {"a": 1, "b": 2}))
+    again = store.create(request_for_video, QUEUE, of("k", {"b": 2, "a": 1}))
+    assert (first.replayed, again.replayed) == (False, True)
+    assert again.job == first.job
+    assert Queue(QUEUE, connection=redis).job_ids == [first.job.id]
+    assert store.replay("ann", Idempotency.of("k", {"a": 1, "b": 2})) == first.job
+    assert store.replay("ann", Idempotency.of("other", {})) is None
+    assert store.replay("bob", Idempotency.of("k", {"a": 1, "b": 2})) is None
+
+
+def test_the_same_key_with_another_body_is_refused(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    first = store.create(request_for_video, QUEUE, of("k", {"a": 1})).job
+    with pytest.raises(IdempotencyConflict, match=first.id):
+        store.create(request_for_video, QUEUE, of("k", {"a": 2}))
+    with pytest.raises(IdempotencyConflict, match=first.id):
+        store.replay("ann", Idempotency.of("k", {"a": 2}))
+    assert Queue(QUEUE, connection=redis).count == 1
+
+
+def test_a_key_whose_job_was_deleted_makes_a_new_one(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    first = store.create(request_for_video, QUEUE, of("k", {})).job
+    store.purge(first.id)
+    second = store.create(request_for_video, QUEUE, of("k", {}))
+    assert not second.replayed
+    assert second.job.id != first.id
+
+
+def test_a_full_queue_takes_no_more(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    terms = Submission(queue_limit=2)
+    for _ in range(2):
+        store.create(request_for_video, QUEUE, terms)
+    with pytest.raises(QueueFull, match="2 jobs are waiting, and 2 is the most") as refused:
+        store.create(request_for_video, QUEUE, terms)
+    assert refused.value.context["retry_after_s"] == RETRY_AFTER_S
+    assert len(store.list().jobs) == Queue(QUEUE, connection=redis).count == 2
+    store.create(request_for_video, "another", terms)
+
+
+def test_a_quota_counts_what_waits_and_what_runs(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    terms = Submission(owner="ann", owner_limit=2)
+    running = store.claim(store.create(request_for_video, QUEUE, terms).job.id, "w")
+    store.create(request_for_video, QUEUE, terms)
+    with pytest.raises(QuotaExceeded, match="You have 2 jobs"):
+        store.create(request_for_video, QUEUE, terms)
+    store.create(request_for_video, QUEUE, Submission(owner="bob", owner_limit=2))
+    store.succeed(running, VIDEO, TIMINGS)
+    store.create(request_for_video, QUEUE, terms)
+
+
+def test_lists_of_one_owner(store: JobStore, request_for_video: GenerationRequest) -> None:
+    anns = [store.create(request_for_video, QUEUE, Submission(owner="ann")).job for _ in range(2)]
+    bobs = store.create(request_for_video, QUEUE, Submission(owner="bob")).job
+    store.cancel(anns[0].id)
+    assert [job.id for job in store.list(owner="ann").jobs] == sorted(
+        (job.id for job in anns), reverse=True
+    )
+    assert [job.id for job in store.list(owner="ann", state=JobState.QUEUED).jobs] == [anns[1].id]
+    assert [job.id for job in store.list(owner="bob").jobs] == [bobs.id]
+    assert len(store.list().jobs) == 3
+    assert store.list(owner="nobody").jobs == ()
+
+
+def test_purging_leaves_nothing_but_the_counts(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    attempt = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
+    redis.lpop(Queue(QUEUE, connection=redis).key)
+    store.succeed(attempt, VIDEO, TIMINGS)
+    assert store.purge(attempt.job_id) is True
+    with pytest.raises(JobNotFound):
+        store.get(attempt.job_id)
+    assert store.list().jobs == ()
+    assert set(redis.keys("*")) <= {keys.METRICS.encode(), b"rq:queues"}
+    assert store.purge(attempt.job_id) is True
+
+
+def test_purging_a_waiting_job_takes_it_out_of_the_queue(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job = store.create(request_for_video, QUEUE).job
+    assert store.purge(job.id) is True
+    assert Queue(QUEUE, connection=redis).count == 0
+
+
+def test_purging_a_running_job_waits_for_its_end(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    attempt = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
+    assert store.purge(attempt.job_id) is False
+    with pytest.raises(JobNotFound):
+        store.get(attempt.job_id)
+    assert store.list().jobs == ()
+    assert store.renew(attempt) is True
+    assert redis.zcard(keys.DELETIONS) == 0
+    store.cancelled(attempt)
+    assert redis.zrange(keys.DELETIONS, 0, -1) == [attempt.job_id.encode()]
+    assert store.purge(attempt.job_id) is True
+    assert redis.zcard(keys.DELETIONS) == 0
+
+
+def test_every_step_of_a_job_is_an_event(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    listener = cast("Any", redis).pubsub(ignore_subscribe_messages=True)
+    listener.subscribe(keys.EVENTS_CHANNEL)
+    listener.get_message(timeout=1)
+    attempt = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
+    progress = Progress(stage=Stage.DENOISE, step=1, steps=2, seconds_left=3.5)
+    store.progress(attempt, progress)
+    store.cancel(attempt.job_id)
+    store.cancelled(attempt)
+    found = events.decode(redis.xrange(keys.events(attempt.job_id)))
+    assert [(each.kind, each.state) for each in found] == [
+        ("state", JobState.QUEUED),
+        ("state", JobState.RUNNING),
+        ("progress", JobState.RUNNING),
+        ("state", JobState.RUNNING),
+        ("state", JobState.CANCELLED),
+    ]
+    assert found[2].progress == progress
+    assert found[-1].progress is None
+    name, *bounds = events.range_after(attempt.job_id, found[2].event_id)
+    assert events.decode(redis.xrange(name, *bounds)) == found[3:]
+    heard = [listener.get_message(timeout=1) for _ in found]
+    assert {message["data"] for message in heard if message} == {attempt.job_id.encode()}
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [("0-0", True), ("1732300000000-12", True), ("", False), ("1", False), ("1-1\n", False)],
+)
+def test_event_ids(text: str, good: bool) -> None:
+    assert events.is_event_id(text) is good
+
+
+def test_counts_tell_what_happened(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    shape = pace.shape(request_for_video)
+    first = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
+    store.succeed(first, VIDEO, TIMINGS)
+    store.succeed(first, VIDEO, TIMINGS)
+    second = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
+    store.fail(second, Failure(code="out_of_device_memory", detail="No room."))
+    found = cast("dict[bytes, bytes]", redis.hgetall(keys.METRICS))
+    counts = {name.decode(): float(value) for name, value in found.items()}
+    assert counts[f"created|{shape}"] == counts[f"claimed|{shape}"] == 2
+    assert counts[f"ended|{shape}|succeeded|"] == 1
+    assert counts[f"ended|{shape}|failed|out_of_device_memory"] == 1
+    for name, times in (("wait", 2), ("service", 1)):
+        buckets = {k: v for k, v in counts.items() if k.startswith(f"{name}|{shape}|")}
+        assert buckets.pop(f"{name}|{shape}|sum") >= 0
+        assert sum(buckets.values()) == times
+
+
+def test_ends_with_a_webhook_are_in_the_outbox(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    with_hook = store.create(request_for_video, QUEUE, Submission(webhook_url=HOOK)).job
+    without = store.create(request_for_video, QUEUE).job
+    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
+    for job in (with_hook, without):
+        store.cancel(job.id)
+    assert redis.zrange(keys.WEBHOOKS_DUE, 0, -1) == [with_hook.id.encode()]
+    assert store.get(with_hook.id).webhook_url == HOOK
+
+
+def test_a_place_in_the_queue_and_the_seconds_before_it(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    jobs = [store.create(request_for_video, QUEUE).job for _ in range(3)]
+    assert store.place(jobs[2], workers=1) == Place(2, None)
+    assert pace.read(redis, request_for_video) is None
+    pace.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.0))
+    job_s = 5 + 2 * request_for_video.num_inference_steps
+    assert store.place(jobs[2], workers=1) == Place(2, 2 * job_s)
+    assert store.place(jobs[2], workers=2) == Place(2, job_s)
+    assert store.place(jobs[2], workers=3) == Place(2, 0)
+    assert store.place(jobs[2], workers=0) == Place(2, None)
+
+    redis.lpop(Queue(QUEUE, connection=redis).key)
+    attempt = store.claim(jobs[0].id, "w")
+    store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=4.0))
+    assert store.place(jobs[2], workers=1) == Place(1, 4 + job_s)
+    assert store.place(jobs[0], workers=1) is None
+
+
+def test_a_pace_follows_new_measurements_slowly(
+    redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, Pace(1.0, 10.0))
+    pace.measure(redis, request_for_video, Pace(2.0, 10.0))
+    kept = pace.read(redis, request_for_video)
+    assert kept is not None
+    assert kept.step_s == pytest.approx(1.3)
+    assert kept.job_s(10) == pytest.approx(23)
+    unguided = request_for_video.model_copy(update={"guidance_scale": 1.0})
+    assert pace.read(redis, unguided) is None
