@@ -137,7 +137,9 @@ def request_for_video() -> GenerationRequest:
 @pytest.fixture
 def settings(redis_url: str, tmp_path: Path) -> ServiceSettings:
     return ServiceSettings(
-        redis_url=SecretStr(redis_url), artifacts_url=(tmp_path / "artifacts").as_uri()
+        redis_url=SecretStr(redis_url),
+        artifacts_url=(tmp_path / "artifacts").as_uri(),
+        public_url="http://testserver",  # what TestClient puts into Host
     )
 
 
