@@ -97,3 +97,8 @@ def tokenizer(fingerprint: str) -> str:
 
 def worker_offer(worker_id: str) -> str:
     return f"wan:worker:{worker_id}"
+
+
+def worker_status(worker_id: str) -> str:
+    """How a worker is doing, beside its offer and with the same lifetime."""
+    return f"wan:worker:{worker_id}:status"

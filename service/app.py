@@ -13,11 +13,17 @@ from jobs.artifacts import open_artifacts
 from jobs.connection import connect
 from jobs.store import JobStore
 from service import openapi, problems
+from service.auth import Gate
 from service.body_limit import BodyLimit
 from service.deps import Parts
+from service.keys import KeyStore
+from service.links import LinkSigner
+from service.rate import RateLimiter
 from service.routes import health, jobs, models
+from service.security_headers import SecurityHeaders
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
+from service.wall import HostCheck, OriginCheck
 
 MAX_BODY_BYTES = 256 * 1024
 """Far above the longest prompt any model takes, even with every character escaped."""
@@ -53,16 +59,29 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         openapi_tags=_TAGS,
         lifespan=lifespan,
     )
-    app.add_middleware(BodyLimit, most_bytes=MAX_BODY_BYTES)
+    _build_wall(app, settings)
     app.state.parts = Parts(
         settings=settings,
         redis=redis,
         store=JobStore(redis),
         artifacts=artifacts,
         tokens=TokenCounter(redis),
+        gate=Gate(
+            KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local
+        ),
+        signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
     for routes in (jobs, models, health):
         app.include_router(routes.router)
     problems.install(app)
     openapi.install(app)
     return app
+
+
+def _build_wall(app: FastAPI, settings: ServiceSettings) -> None:
+    """Put the checks around the routes. Each goes around those before it: the last is met first."""
+    app.add_middleware(BodyLimit, most_bytes=MAX_BODY_BYTES)
+    app.add_middleware(OriginCheck, public_url=settings.public_url)
+    if settings.is_local:
+        app.add_middleware(HostCheck, names=settings.known_names)
+    app.add_middleware(SecurityHeaders)

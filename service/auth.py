@@ -14,9 +14,10 @@ from jobs.errors import Forbidden, Unauthenticated
 from jobs.ids import not_found
 from jobs.record import JobRecord
 from jobs.store import JobStore
-from jobs.submission import OPEN_OWNER
+from jobs.submission import OPEN_OWNER, Idempotency, Submission
 from service.keys import ApiKey, KeyStore, Role, proves, split
 from service.rate import RateLimiter
+from service.settings import ServiceSettings
 
 REMEMBERED_S: Final = 2.0
 """How long a key is taken as it was last read: a revoked one works at most this much longer."""
@@ -30,7 +31,7 @@ class Principal:
 
     Attributes:
         name: what the jobs of this principal are owned by: unlike a key, it can be shown.
-        quota: the most jobs it may have waiting and running; None for the service's own bound.
+        quota: the most jobs it may have waiting and running; None for what its role has.
     """
 
     id: str
@@ -148,6 +149,43 @@ def visible_job(store: JobStore, principal: Principal, job_id: str) -> JobRecord
     if not (principal.sees_all or job.owner == principal.owner):
         raise not_found(job_id)
     return job
+
+
+def listed_owner(principal: Principal, wanted: str | None) -> str | None:
+    """Say whose jobs to list; None for everybody's.
+
+    Raises:
+        Forbidden: only ops may ask for others' jobs.
+    """
+    if principal.sees_all:
+        return wanted
+    if wanted not in (None, principal.owner):
+        raise Forbidden(
+            f"Only keys of the role ops list the jobs of others; leave owner out, or set it to "
+            f"{principal.owner}."
+        )
+    return principal.owner
+
+
+def submission(
+    principal: Principal,
+    settings: ServiceSettings,
+    *,
+    webhook_url: str | None = None,
+    idempotency: Idempotency | None = None,
+) -> Submission:
+    """State the terms on which the principal asks for a video."""
+    quota = principal.quota
+    if quota is None and principal.role is Role.USER:
+        quota = settings.quota
+    return Submission(
+        owner=principal.owner,
+        priority=principal.role is Role.OPS,
+        webhook_url=webhook_url,
+        idempotency=idempotency,
+        queue_limit=settings.max_waiting,
+        owner_limit=quota,
+    )
 
 
 def require_ops(principal: Principal) -> Principal:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlencode
 
+from pydantic import SecretStr
 from redis import Redis
 
 from jobs import keys
@@ -31,9 +32,9 @@ _EXPIRES = re.compile(r"[0-9]{1,12}", re.ASCII)
 class LinkSigner:
     """Signs paths and checks signatures. Safe to share between threads."""
 
-    def __init__(self, redis: Redis, secret: str | None, ttl_s: int) -> None:
+    def __init__(self, redis: Redis, secret: SecretStr | None, ttl_s: int) -> None:
         self._redis = redis
-        self._configured = None if secret is None else secret.encode()
+        self._configured = None if secret is None else secret.get_secret_value().encode()
         self._ttl_s = ttl_s
         self._found: tuple[float, bytes] | None = None
 

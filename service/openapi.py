@@ -72,6 +72,9 @@ VIDEO_RESPONSES: dict[int | str, Json] = {
 _CANCEL_TOO_LATE = "Job 01a2 has already succeeded; only queued and running jobs can be cancelled."
 _FRAMES = "num_frames is 16, which is not 4k+1 from 5 to 17."
 _NOT_SERVED = "No live worker serves mode w8a8 of model wan-mini. Served now: wan-mini: bf16."
+_NO_KEY = "This needs an API key; send it as `Authorization: Bearer wan_...`."
+_FOREIGN = "The request comes from a page of another site, which may not change anything here."
+_TOO_OFTEN = "This key may send 600 requests in 60 s and has sent them; come back in 3 s."
 _HIDDEN = "The service met an unexpected error; its log has the details under 5f0c9a2b."
 
 
@@ -82,12 +85,15 @@ def _examples() -> dict[int, Problem]:
     invalid = errors.InvalidSpec.of("num_frames", 16, "4k+1 from 5 to 17", _FRAMES)
     found = [
         from_status(400, "There was an error parsing the body", path),
+        from_error(errors.Unauthenticated(_NO_KEY), path),
+        from_error(errors.Forbidden(_FOREIGN), path),
         from_error(errors.JobNotFound("There is no job 01a2.", job_id="01a2"), path),
         from_error(errors.JobNotCancellable(_CANCEL_TOO_LATE, job_id="01a2"), path),
         from_error(errors.VideoGone("The video is no longer stored.", job_id="01a2"), path),
         from_status(413, "The body is larger than 262144 bytes.", "/generate"),
         from_status(416, "The Range header asks for bytes beyond the end of the video.", path),
         from_error(invalid, "/generate"),
+        from_error(errors.RateLimited(_TOO_OFTEN, retry_after_s=3), path),
         from_error(errors.AppError(_HIDDEN), path),
         from_error(errors.ModeNotServed(_NOT_SERVED, served=served), "/generate"),
     ]

@@ -24,6 +24,7 @@ from jobs import errors
 from jobs.spec import shown
 from jobs.state import JobState
 from jobs.store import LIMIT_BOUND
+from service.security_headers import security_headers
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ _PLAIN = {
     405: ("method_not_allowed", "This address does not take this method"),
     413: ("body_too_large", "The body is too large"),
     416: ("range_not_satisfiable", "The range lies beyond the video"),
+    421: ("misdirected_request", "This service is not known by that name"),
 }
 _PARAMETERS = {"limit": LIMIT_BOUND, "state": f"one of {', '.join(JobState)}"}
 _SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
@@ -155,11 +157,22 @@ def _problem(path: str, **members: Any) -> Problem:
     return Problem(type=f"urn:wan-hif8:problem:{members['code']}", instance=quote(path), **members)
 
 
+def rate_headers(error: errors.AppError) -> dict[str, str]:
+    """Say which rate was used up, in the fields of the IETF's draft on rate limit headers."""
+    if not isinstance(error, errors.RateLimited) or "rate_amount" not in error.context:
+        return {}
+    context = error.context
+    return {
+        "RateLimit-Policy": f'"key";q={context["rate_amount"]};w={context["rate_window_s"]}',
+        "RateLimit": f'"key";r=0;t={context["retry_after_s"]}',
+    }
+
+
 async def _on_app_error(request: Request, error: Exception) -> JSONResponse:
     problem = from_error(cast("errors.AppError", error), request.url.path)
     if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("%s %s: %s", request.method, problem.instance, problem.detail)
-    return response(problem)
+    return response(problem, rate_headers(cast("errors.AppError", error)))
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
@@ -202,4 +215,6 @@ async def _on_anything_else(request: Request, error: Exception) -> JSONResponse:
     hidden = errors.AppError(
         f"The service met an unexpected error; its log has the details under {reference}."
     )
-    return response(from_error(hidden, request.url.path))
+    path = request.url.path
+    # Sent from outside of the middleware that puts these on everything else.
+    return response(from_error(hidden, path), security_headers(path, MEDIA_TYPE))

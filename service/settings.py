@@ -1,56 +1,83 @@
 """What the service reads from its environment, once, at its start. A bad value stops the start.
 
-- `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. Loopback only, because there is no
-  authentication yet.
+- `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. Any that is not loopback needs an
+  API key to be there at the start (`python -m service keys add NAME`).
 - `SERVICE_PORT`: the port to listen on, by default 8000; 0 takes a free one.
 - `SERVICE_PUBLIC_URL`: how callers reach the service, for the video URLs; by default as each caller
-  asked.
+  asked. Its host is let in on loopback, too.
+- `SERVICE_URL_SECRET`: what signs video URLs, 32 characters or more; by default one that the
+  processes share through Redis.
+- `SERVICE_URL_TTL_S`: how long a video URL opens its video, by default 3600.
+- `SERVICE_RATE`: how often each key may ask, by default 600/minute.
+- `SERVICE_QUOTA`: how many jobs each key may have waiting and running, by default 20. A key may
+  have a rate and a quota of its own.
+- `SERVICE_MAX_WAITING`: how many jobs may wait in a queue, by default 200.
 - `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
 - `ARTIFACTS_URL`: the folder of finished videos, `file:///...`, shared with the workers. Required.
 
 An empty variable counts as absent, as it does for the worker.
 """
 
-import ipaddress
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.loopback import is_loopback
+from service.rate import check_rate
 
-class ServiceSettings(BaseSettings):
-    """The settings by the names the code uses; the environment's names are the aliases."""
+
+class RedisSettings(BaseSettings):
+    """What everything that speaks to Redis needs, and all that managing keys does."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_ignore_empty=True, populate_by_name=True, hide_input_in_errors=True
     )
+
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL"
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis_address(cls, url: SecretStr) -> SecretStr:
+        # The value may hold a password, so it is not repeated.
+        if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("it does not start with redis://, rediss:// or unix://")
+        return url
+
+
+class ServiceSettings(RedisSettings):
+    """The settings by the names the code uses; the environment's names are the aliases."""
 
     host: str = Field(default="127.0.0.1", validation_alias="SERVICE_HOST")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, validation_alias="SERVICE_PORT"
     )
     public_url: str | None = Field(default=None, validation_alias="SERVICE_PUBLIC_URL")
-    redis_url: SecretStr = Field(
-        default=SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL"
+    url_secret: Annotated[SecretStr, Field(min_length=32)] | None = Field(
+        default=None, validation_alias="SERVICE_URL_SECRET"
+    )
+    url_ttl_s: Annotated[int, Field(ge=1, le=30 * 24 * 60 * 60)] = Field(
+        default=3600, validation_alias="SERVICE_URL_TTL_S"
+    )
+    rate: str = Field(default="600/minute", validation_alias="SERVICE_RATE")
+    quota: Annotated[int, Field(ge=1)] = Field(default=20, validation_alias="SERVICE_QUOTA")
+    max_waiting: Annotated[int, Field(ge=1)] = Field(
+        default=200, validation_alias="SERVICE_MAX_WAITING"
     )
     artifacts_url: str = Field(validation_alias="ARTIFACTS_URL")
 
-    @field_validator("host")
-    @classmethod
-    def _is_loopback(cls, host: str) -> str:
-        if host == "localhost":
-            return host
-        try:
-            loopback = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback:
-            raise ValueError(
-                f"{host} is reachable from outside, and the service has no authentication yet, so "
-                f"it listens on loopback only; use 127.0.0.1, ::1 or localhost"
-            )
-        return host
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return is_loopback(self.host)
+
+    @property
+    def known_names(self) -> frozenset[str]:
+        """Hosts the service may be asked for under, besides those of loopback."""
+        return frozenset({urlsplit(self.public_url).hostname or ""} if self.public_url else ())
 
     @field_validator("public_url")
     @classmethod
@@ -62,10 +89,7 @@ class ServiceSettings(BaseSettings):
             raise ValueError(f"{url} is not a web address; write it as https://host or with a path")
         return url.rstrip("/")
 
-    @field_validator("redis_url")
+    @field_validator("rate")
     @classmethod
-    def _is_redis_address(cls, url: SecretStr) -> SecretStr:
-        # The value may hold a password, so it is not repeated.
-        if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("it does not start with redis://, rediss:// or unix://")
-        return url
+    def _is_rate(cls, rate: str) -> str:
+        return check_rate(rate)

@@ -9,10 +9,12 @@ from jobs.catalog import Catalog, ModelOffer, ModeOffer
 from jobs.record import Failure, JobRecord, Progress, StageTimings
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
+from service.links import VideoLinks
 
 _JOB_EXAMPLE: dict[str, Any] = {
     "id": "01a2039b8ee84d074d36452736a1b6c7",
     "state": "succeeded",
+    "owner": "alice",
     "request": {
         "prompt": "a small red circle moving right on a black background",
         "negative_prompt": "",
@@ -32,7 +34,8 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "progress": None,
     "failure": None,
     "video": {
-        "url": "http://127.0.0.1:8000/jobs/01a2039b8ee84d074d36452736a1b6c7/video.mp4",
+        "url": "http://127.0.0.1:8000/jobs/01a2039b8ee84d074d36452736a1b6c7/video.mp4"
+        "?expires=1795360500&signature=0b9c1f6c0d4e8f2a7b5d3c1e9f8a6b4c2d0e1f3a5b7c9d8e6f4a2b0c1d3e5f7a",
         "bytes": 18231,
         "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
         "width": 96,
@@ -59,9 +62,11 @@ QUEUED_EXAMPLE: dict[str, Any] = {
 
 
 class VideoView(BaseModel):
-    """A finished video; `url` is absolute and honours Range."""
+    """A finished video."""
 
-    url: str
+    url: str = Field(
+        description="Absolute, honours Range, and opens the video without a key until it expires."
+    )
     bytes: int
     sha256: str
     width: int
@@ -77,6 +82,7 @@ class JobView(BaseModel):
 
     id: str
     state: JobState
+    owner: str = Field(description="The name of the key that asked for it; local without keys.")
     request: GenerationRequest = Field(description="What is run, with every default filled in.")
     created_at: datetime
     started_at: datetime | None = Field(description="When the latest attempt began.")
@@ -89,11 +95,10 @@ class JobView(BaseModel):
     timings: StageTimings | None
 
     @classmethod
-    def of(cls, job: JobRecord, base_url: str) -> Self:
+    def of(cls, job: JobRecord, links: VideoLinks) -> Self:
         video = None
         if job.video is not None:
-            url = f"{base_url}/jobs/{job.id}/video.mp4"
-            video = VideoView(url=url, **job.video.model_dump(exclude={"key"}))
+            video = VideoView(url=links.to(job.id), **job.video.model_dump(exclude={"key"}))
         shared = {name: getattr(job, name) for name in cls.model_fields if name != "video"}
         return cls(video=video, **shared)
 

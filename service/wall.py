@@ -5,7 +5,6 @@ be this service under a name of its own (DNS rebinding; the Host check), or send
 its own name (the Origin check). Keys are proof against both, an open service is not.
 """
 
-import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobs.errors import Forbidden
 from service import problems
+from service.loopback import is_loopback
 
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -76,16 +76,6 @@ class OriginCheck:
             return False
         # "null", which a sandboxed page sends, has no netloc.
         return bool(sender) and sender in (host.lower(), self._public)
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether a name or address means this machine, without asking a name server."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _host_name(netloc: str) -> str:

@@ -13,7 +13,18 @@ from jobs.errors import VideoGone, VideoNotReady
 from jobs.spec import resolve_json
 from jobs.state import JobState
 from jobs.store import MAX_PAGE
-from service.deps import ArtifactsDep, BaseUrlDep, CatalogDep, JsonBodyDep, StoreDep, TokensDep
+from service.auth import submission, visible_job
+from service.deps import (
+    ArtifactsDep,
+    CatalogDep,
+    JsonBodyDep,
+    LinksDep,
+    ListedOwnerDep,
+    PartsDep,
+    PrincipalDep,
+    StoreDep,
+    ViewerDep,
+)
 from service.openapi import GENERATE_ANSWER, GENERATE_BODY, VIDEO_RESPONSES, problems
 from service.video import VideoResponse
 from service.views import JobListView, JobView
@@ -26,16 +37,17 @@ router = APIRouter(tags=["jobs"])
     status_code=202,
     summary="Ask for a video",
     response_description="The queued job; `Location` is its address.",
-    responses={**GENERATE_ANSWER, **problems(400, 413, 422, 503)},
+    responses={**GENERATE_ANSWER, **problems(400, 401, 403, 413, 422, 429, 503)},
     openapi_extra=GENERATE_BODY,
 )
 def generate(
+    # First: a stranger's body is not even read.
+    principal: PrincipalDep,
     # Any JSON: jobs.spec reports malformed fields and broken bounds in one answer.
     body: JsonBodyDep,
     catalog: CatalogDep,
-    store: StoreDep,
-    tokens: TokensDep,
-    base_url: BaseUrlDep,
+    parts: PartsDep,
+    links: LinksDep,
     response: Response,
 ) -> JobView:
     """Check the request against what the live workers offer and queue it.
@@ -43,31 +55,33 @@ def generate(
     Nothing is rounded: whatever is out of bounds is refused with 422, every field in one answer,
     and nothing is queued.
     """
-    request, queue = resolve_json(body, catalog, tokens.count)
-    job = store.create(request, queue)
+    request, queue = resolve_json(body, catalog, parts.tokens.count)
+    terms = submission(principal, parts.settings)
+    job = parts.store.create(request, queue, submission=terms).job
     response.headers["Location"] = f"/jobs/{job.id}"
-    return JobView.of(job, base_url)
+    return JobView.of(job, links)
 
 
-@router.get("/jobs", summary="List jobs, newest first", responses=problems(422, 503))
+@router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))
 def list_jobs(
+    owner: ListedOwnerDep,
     store: StoreDep,
-    base_url: BaseUrlDep,
+    links: LinksDep,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     # The store has the sentences for what is out of bounds.
     limit: Annotated[int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> JobListView:
-    """Page through the jobs of the last 30 days."""
-    page = store.list(state=state, limit=limit, cursor=cursor)
-    views = [JobView.of(job, base_url) for job in page.jobs]
+    """Page through the jobs of the last 30 days: one's own, or everybody's for ops."""
+    page = store.list(state=state, owner=owner, limit=limit, cursor=cursor)
+    views = [JobView.of(job, links) for job in page.jobs]
     return JobListView(jobs=views, next_cursor=page.next_cursor)
 
 
-@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(404, 503))
-def read_job(job_id: str, store: StoreDep, base_url: BaseUrlDep) -> JobView:
+@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
+def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, links: LinksDep) -> JobView:
     """Read a job as it stands. A failed job is answered with 200 and its `failure`."""
-    return JobView.of(store.get(job_id), base_url)
+    return JobView.of(visible_job(store, principal, job_id), links)
 
 
 @router.delete(
@@ -76,18 +90,21 @@ def read_job(job_id: str, store: StoreDep, base_url: BaseUrlDep) -> JobView:
     response_description="The job is cancelled, and will not run.",
     responses={
         202: {"model": JobView, "description": "The worker has been asked to stop."},
-        **problems(404, 409, 503),
+        **problems(401, 403, 404, 409, 429, 503),
     },
 )
-def cancel_job(job_id: str, store: StoreDep, base_url: BaseUrlDep, response: Response) -> JobView:
+def cancel_job(
+    principal: PrincipalDep, job_id: str, store: StoreDep, links: LinksDep, response: Response
+) -> JobView:
     """Cancel a queued job at once, or ask the worker of a running one to stop (202).
 
     The record stays. Cancelling a cancelled job changes nothing.
     """
+    visible_job(store, principal, job_id)
     job = store.cancel(job_id)
     if not job.state.is_terminal:
         response.status_code = 202
-    return JobView.of(job, base_url)
+    return JobView.of(job, links)
 
 
 @router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)
@@ -95,16 +112,20 @@ def cancel_job(job_id: str, store: StoreDep, base_url: BaseUrlDep, response: Res
     "/jobs/{job_id}/video.mp4",
     summary="Fetch the video",
     response_class=VideoResponse,
-    responses={**VIDEO_RESPONSES, **problems(400, 404, 410, 416, 503)},
+    responses={**VIDEO_RESPONSES, **problems(400, 401, 403, 404, 410, 416, 429, 503)},
 )
 def read_video(
+    viewer: ViewerDep,
     job_id: str,
     store: StoreDep,
     artifacts: ArtifactsDep,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Fetch the MP4, whole or in ranges. Its ETag is the file's SHA-256."""
-    job = store.get(job_id)
+    """Fetch the MP4, whole or in ranges, with a key or by the signed link in the job's `video.url`.
+
+    Its ETag is the file's SHA-256.
+    """
+    job = store.get(job_id) if viewer is None else visible_job(store, viewer, job_id)
     if job.video is None:
         raise VideoNotReady(
             f"Job {job_id} is {job.state}, so it has no video; only succeeded jobs have one.",

@@ -2,14 +2,14 @@
 
 from fastapi import APIRouter
 
-from service.deps import CatalogDep
+from service.deps import CatalogDep, PrincipalDep
 from service.openapi import problems
 from service.views import ModelListView
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/models", summary="List models, modes and bounds", responses=problems(503))
-def list_models(catalog: CatalogDep) -> ModelListView:
+@router.get("/models", summary="List models, modes and bounds", responses=problems(401, 429, 503))
+def list_models(_: PrincipalDep, catalog: CatalogDep) -> ModelListView:
     """List what the live workers offer: models, bounds, defaults, modes and devices."""
     return ModelListView.of(catalog)

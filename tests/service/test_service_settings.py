@@ -5,7 +5,11 @@ from pydantic import ValidationError
 
 from service.settings import ServiceSettings
 
-NAMES = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL", "ARTIFACTS_URL")
+NAMES = (
+    *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL", "ARTIFACTS_URL"),
+    *("SERVICE_URL_SECRET", "SERVICE_URL_TTL_S", "SERVICE_RATE", "SERVICE_QUOTA"),
+    "SERVICE_MAX_WAITING",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +29,42 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVICE_HOST", "::1")
     monkeypatch.setenv("SERVICE_PORT", "0")
     monkeypatch.setenv("SERVICE_PUBLIC_URL", "https://video.example/api/")
-    monkeypatch.setenv("REDIS_URL", "rediss://:secret@redis.example:6380/1")
+    monkeypatch.setenv("REDIS_URL", "rediss://:hidden@redis.example:6380/1")
+    monkeypatch.setenv("SERVICE_URL_SECRET", "hidden" * 6)
+    monkeypatch.setenv("SERVICE_RATE", "5/second")
     settings = ServiceSettings()
     assert (settings.host, settings.port) == ("::1", 0)
     assert settings.public_url == "https://video.example/api"
-    assert "secret" not in repr(settings)
+    assert settings.url_secret is not None
+    assert settings.url_secret.get_secret_value() == "hidden" * 6
+    assert settings.rate == "5/second"
+    assert "hidden" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        *((each, True) for each in ("127.0.0.1", "::1", "localhost", "127.8.8.8")),
+        *((each, False) for each in ("0.0.0.0", "::", "192.168.1.5", "localhost.example")),
+    ],
+)
+def test_which_hosts_are_this_machine(
+    monkeypatch: pytest.MonkeyPatch, host: str, local: bool
+) -> None:
+    monkeypatch.setenv("SERVICE_HOST", host)
+    assert ServiceSettings().is_local is local
 
 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("SERVICE_HOST", "0.0.0.0", "no authentication yet"),
-        ("SERVICE_HOST", "::", "no authentication yet"),
-        ("SERVICE_HOST", "192.168.1.5", "no authentication yet"),
-        ("SERVICE_HOST", "example.org", "no authentication yet"),
+        ("SERVICE_URL_SECRET", "x" * 31, "32"),
+        ("SERVICE_URL_TTL_S", "0", "greater than or equal to 1"),
+        ("SERVICE_RATE", "often", "not a rate; write it like"),
+        ("SERVICE_RATE", "0/second", "not a rate; write it like"),
+        ("SERVICE_RATE", "5/minute;1/second", "not a rate; write it like"),
+        ("SERVICE_QUOTA", "0", "greater than or equal to 1"),
+        ("SERVICE_MAX_WAITING", "none", "integer"),
         ("SERVICE_PORT", "65536", "65535"),
         ("SERVICE_PORT", "http", "integer"),
         ("SERVICE_PUBLIC_URL", "video.example", "web address"),
@@ -55,7 +81,7 @@ def test_bad_values(monkeypatch: pytest.MonkeyPatch, name: str, value: str, reas
 
 
 def test_empty_variables_count_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL"):
+    for name in set(NAMES) - {"ARTIFACTS_URL"}:
         monkeypatch.setenv(name, "")
     settings = ServiceSettings()
     assert (settings.host, settings.port, settings.public_url) == ("127.0.0.1", 8000, None)

@@ -1,0 +1,110 @@
+"""The service's command line: run it, and manage its keys.
+
+Keys are managed where Redis can be reached, not over HTTP: whoever can write to Redis can do
+everything anyway, and a service without keys has nobody who could ask it for one.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from jobs.connection import connect
+from service.keys import ApiKey, KeyRefused, KeyStore, Role
+from service.settings import RedisSettings
+from service.start import sentences, start
+
+app = typer.Typer(
+    help="Run the service, configured by the environment, or manage its API keys.",
+    add_completion=False,
+)
+keys_app = typer.Typer(
+    help="API keys, in the Redis at REDIS_URL.", no_args_is_help=True, add_completion=False
+)
+app.add_typer(keys_app, name="keys")
+
+_COLUMNS = ("name", "id", "role", "created", "last used", "quota", "rate", "state")
+
+
+@app.callback(invoke_without_command=True)
+def run(context: typer.Context) -> None:
+    """Run the service if nothing else is asked for."""
+    if context.invoked_subcommand is None:
+        start()
+
+
+@keys_app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Whose key it is; the owner of its jobs.")],
+    role: Annotated[
+        Role, typer.Option(help="ops see all jobs, and their own go first.")
+    ] = Role.USER,
+    quota: Annotated[
+        int | None, typer.Option(help="Most jobs waiting and running [default: SERVICE_QUOTA].")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(help='Like "100/minute" [default: SERVICE_RATE].')
+    ] = None,
+) -> None:
+    """Make a key and show it, this once, alone on stdout."""
+    with _key_store() as store:
+        made, token = store.add(name, role, quota, rate)
+    print(token)
+    print(
+        f"This is the only time the key of {made.name} ({made.role}, id {made.id}) is shown.",
+        file=sys.stderr,
+    )
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """List all keys, the revoked ones too."""
+    with _key_store() as store:
+        found, used = store.all(), store.last_uses()
+    rows = [_COLUMNS, *(_row(key, used.get(key.id)) for key in found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+@keys_app.command()
+def revoke(key: Annotated[str, typer.Argument(metavar="NAME-or-id")]) -> None:
+    """Make a key useless; the service turns it away within two seconds."""
+    with _key_store() as store:
+        revoked = store.revoke(key)
+    print(f"The key of {revoked.name} (id {revoked.id}) is revoked.")
+
+
+@contextmanager
+def _key_store() -> Iterator[KeyStore]:
+    """The keys; errors end the command with one line."""
+    try:
+        settings = RedisSettings()
+        with connect(settings.redis_url.get_secret_value()) as redis:
+            yield KeyStore(redis)
+    except ValidationError as error:
+        sys.exit(sentences(error))
+    except KeyRefused as error:
+        sys.exit(f"service: {error}")
+    except RedisError as error:
+        sys.exit(f"service: Redis at REDIS_URL cannot be reached or refuses to work: {error}")
+
+
+def _row(key: ApiKey, used_at: datetime | None) -> tuple[str, ...]:
+    state = "usable" if key.revoked_at is None else f"revoked {_minute(key.revoked_at)}"
+    return (
+        *(key.name, key.id, key.role, _minute(key.created_at)),
+        "never" if used_at is None else _minute(used_at),
+        "-" if key.quota is None else str(key.quota),
+        key.rate or "-",
+        state,
+    )
+
+
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M}Z"

@@ -1,0 +1,103 @@
+"""Start the service: settings, the port, the log, uvicorn.
+
+Whatever prevents the start ends the process with one clear line on stderr.
+"""
+
+import logging
+import logging.config
+import socket
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from jobs.connection import connect
+from jobs.errors import ArtifactRefused
+from service import access_log
+from service.app import create_app
+from service.keys import KeyStore
+from service.settings import ServiceSettings
+
+logger = logging.getLogger("service")
+
+GRACE_S = 3
+"""How long requests that are still open may take once the service was told to end. Without a bound
+one client that never finishes its request, or never reads its video, keeps the process for ever."""
+
+_LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "filters": {"cut_queries": {"()": access_log.CutQueries}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {access_log.LOGGER: {"filters": ["cut_queries"]}},
+    "root": {"level": "INFO", "handlers": ["stderr"]},
+}
+
+
+def start() -> None:
+    """Run the service until it is told to end."""
+    try:
+        settings = ServiceSettings()
+        app = create_app(settings)
+    except ValidationError as error:
+        sys.exit(sentences(error))
+    except (ArtifactRefused, OSError) as error:
+        sys.exit(f"service: {error}")
+    if not settings.is_local:
+        _demand_a_key(settings)
+    listener = _listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    logging.config.dictConfig(_LOGGING)
+    logger.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
+    config = uvicorn.Config(
+        app, log_config=None, timeout_graceful_shutdown=GRACE_S, server_header=False
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def sentences(error: ValidationError) -> str:
+    """Say in one line each which variables are wrong and why."""
+    return "\n".join(f"service: {_sentence(each)}." for each in error.errors())
+
+
+def _demand_a_key(settings: ServiceSettings) -> None:
+    """End the start where strangers could reach a service that knows nobody."""
+    exposed = f"service: SERVICE_HOST: {settings.host} is reachable from outside"
+    try:
+        with connect(settings.redis_url.get_secret_value()) as redis:
+            usable = any(key.revoked_at is None for key in KeyStore(redis).all())
+    except RedisError as error:
+        sys.exit(
+            f"{exposed}, so API keys are needed, and Redis, which holds them, cannot be asked: "
+            f"{error} Start Redis, correct REDIS_URL, or listen on 127.0.0.1."
+        )
+    if not usable:
+        sys.exit(
+            f"{exposed}, and there is no API key that could be used. Make one with "
+            f"`python -m service keys add NAME --role ops`, or listen on 127.0.0.1."
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before the server starts, so that a taken one is one line and not a log."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        sys.exit(
+            f"service: cannot listen on {host}, port {port}: {error.strerror}. Stop what uses it, "
+            f"or set SERVICE_PORT to another port (0 takes a free one)."
+        )
+    return listener
+
+
+def _sentence(error: object) -> str:
+    assert isinstance(error, dict), "pydantic's errors are dicts"
+    reason = "is required" if error["type"] == "missing" else error["msg"]
+    return f"{error['loc'][0]}: {str(reason).removeprefix('Value error, ')}"
