@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Literal, TypeVar, cast
 
 from pydantic import (
     AwareDatetime,
@@ -54,6 +54,9 @@ _NO_BOUNDS = {
 
 class _Offer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_Kind = TypeVar("_Kind", bound=_Offer)
 
 
 class ModeOffer(_Offer):
@@ -128,6 +131,34 @@ class WorkerOffer(_Offer):
         return any(offered.name == mode for offered in self.modes)
 
 
+class ModeStatus(_Offer):
+    """What a worker has measured in one mode; None where it has not yet.
+
+    The shares are of the values that went into the quantized layers in one sampled step of the
+    latest job: beyond the format's range, and too small for it though not zero.
+    """
+
+    step_s: float | None = Field(default=None, description="Median of the latest denoising steps.")
+    saturated_share: float | None = Field(default=None, ge=0, le=1)
+    flushed_share: float | None = Field(default=None, ge=0, le=1)
+
+
+class WorkerStatus(_Offer):
+    """How one live worker is doing, for operators; requests are never checked against it.
+
+    Memory is the device's, and None on a CPU. `draining`: told to stop, the job in hand ends first.
+    """
+
+    worker_id: str = Field(min_length=1)
+    state: Literal["idle", "busy", "draining"]
+    job_id: str | None = None
+    jobs_done: int = Field(default=0, ge=0, description="Jobs that ended with a video.")
+    memory_allocated_bytes: int | None = Field(default=None, ge=0)
+    memory_peak_bytes: int | None = Field(default=None, ge=0)
+    memory_total_bytes: int | None = Field(default=None, ge=0)
+    modes: dict[ModeName, ModeStatus] = Field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Catalog:
     """The live offers, the lengths of their queues, and the (model, mode) pairs of 30 days."""
@@ -183,6 +214,18 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
         pipe.execute()
 
 
+def publish_status(redis: Redis, status: WorkerStatus) -> None:
+    """Make `status` readable for the next 15 seconds; the worker's offer is what makes it live."""
+    redis.set(keys.worker_status(status.worker_id), status.model_dump_json(), ex=keys.OFFER_TTL_S)
+
+
+def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
+    """Read how the live workers are doing, in the order of their ids."""
+    names = sorted(cast("bytes", name).decode() for name in redis.zrange(keys.WORKERS, 0, -1))
+    texts = _texts(redis, [keys.worker_status(name) for name in names])
+    return _readable(WorkerStatus, "status", names, texts)
+
+
 def tokenizer_fingerprint(text: str) -> str:
     """The name of a tokenizer: the SHA-256 of its `tokenizer.json` text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -213,7 +256,7 @@ def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
 def withdraw(redis: Redis, worker_id: str) -> None:
     """End a worker's offer now; its modes stay known."""
     with redis.pipeline(transaction=True) as pipe:
-        pipe.delete(keys.worker_offer(worker_id))
+        pipe.delete(keys.worker_offer(worker_id), keys.worker_status(worker_id))
         pipe.zrem(keys.WORKERS, worker_id)
         pipe.execute()
 
@@ -233,19 +276,27 @@ def read(redis: Redis) -> Catalog:
 
 
 def _live_offers(redis: Redis, worker_ids: list[str]) -> tuple[WorkerOffer, ...]:
-    if not worker_ids:
-        return ()
-    offers = []
-    texts = redis.mget([keys.worker_offer(name) for name in worker_ids])
+    texts = _texts(redis, [keys.worker_offer(name) for name in worker_ids])
+    return _readable(WorkerOffer, "offer", worker_ids, texts)
+
+
+def _texts(redis: Redis, names: list[str]) -> list[bytes | None]:
+    return cast("list[bytes | None]", redis.mget(names)) if names else []
+
+
+def _readable(
+    kind: type[_Kind], word: str, worker_ids: list[str], texts: list[bytes | None]
+) -> tuple[_Kind, ...]:
+    found = []
     for worker_id, text in zip(worker_ids, texts, strict=True):
         if text is None:
             continue
         try:
-            offers.append(WorkerOffer.model_validate_json(text))
+            found.append(kind.model_validate_json(text))
         except ValidationError as error:
             # A worker of another version, for instance during an upgrade: the others still count.
-            logger.warning("The offer of worker %s is left out: %s", worker_id, error)
-    return tuple(offers)
+            logger.warning("The %s of worker %s is left out: %s", word, worker_id, error)
+    return tuple(found)
 
 
 def _queue_lengths(redis: Redis, queues: set[str]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from redis import Redis
 
 from jobs import catalog, keys
-from jobs.catalog import ModelOffer, WorkerOffer
+from jobs.catalog import ModelOffer, ModeStatus, WorkerOffer, WorkerStatus
 from jobs.spec import GenerationRequest
 from jobs.store import JobStore
 
@@ -138,3 +138,31 @@ def test_contradictory_model_is_refused(
 def test_worker_must_serve_its_default_mode(offer: WorkerOffer) -> None:
     with pytest.raises(ValidationError, match="default_mode bf16 is not among"):
         WorkerOffer.model_validate(offer.model_dump() | {"modes": [offer.modes[1].model_dump()]})
+
+
+def status(worker_id: str = "worker-1") -> WorkerStatus:
+    modes = {"w8a8": ModeStatus(step_s=0.5, saturated_share=0.001, flushed_share=0.01)}
+    return WorkerStatus(worker_id=worker_id, state="busy", job_id="j", jobs_done=3, modes=modes)
+
+
+def test_the_status_of_a_live_worker_is_read_and_goes_with_its_offer(
+    redis: Redis, offer: WorkerOffer
+) -> None:
+    catalog.publish(redis, offer)
+    catalog.publish_status(redis, status())
+    catalog.publish_status(redis, status("nobody"))  # has no offer
+    assert catalog.read_statuses(redis) == (status(),)
+    assert 0 < redis.ttl(keys.worker_status("worker-1")) <= keys.OFFER_TTL_S
+    catalog.withdraw(redis, "worker-1")
+    assert catalog.read_statuses(redis) == ()
+    assert not redis.exists(keys.worker_status("worker-1"))
+
+
+def test_a_status_of_another_version_does_not_hide_the_others(
+    redis: Redis, offer: WorkerOffer
+) -> None:
+    catalog.publish(redis, offer)
+    catalog.publish(redis, offer.model_copy(update={"worker_id": "worker-2"}))
+    redis.set(keys.worker_status("worker-1"), '{"future": 1}')
+    catalog.publish_status(redis, status("worker-2"))
+    assert catalog.read_statuses(redis) == (status("worker-2"),)
