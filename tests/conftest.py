@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a real Valkey, a clean database per test, and a service over it."""
 
 import socket
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from jobs.spec import GenerationRequest
 from jobs.store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
+from tests.s3_server import make_bucket, s3_server
 
 
 def free_port() -> int:
@@ -141,6 +143,32 @@ def settings(redis_url: str, tmp_path: Path) -> ServiceSettings:
         artifacts_url=(tmp_path / "artifacts").as_uri(),
         public_url="http://testserver",  # what TestClient puts into Host
     )
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of an S3 server of this test run's own."""
+    with s3_server(free_port()) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty bucket; the environment holds credentials for it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    name = f"b-{uuid.uuid4().hex}"
+    make_bucket(s3_endpoint, name)
+    return name
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def each_artifacts_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty artifact store: every test that asks for it runs with either kind."""
+    if request.param == "folder":
+        return (tmp_path / "artifacts").as_uri()
+    endpoint = request.getfixturevalue("s3_endpoint")
+    return f"s3://{request.getfixturevalue('bucket')}/wan?endpoint={endpoint}"
 
 
 @pytest.fixture

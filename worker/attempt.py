@@ -20,7 +20,7 @@ import torch
 from redis.exceptions import RedisError
 from rq.timeouts import JobTimeoutException
 
-from jobs.artifacts import FolderArtifactStore, artifact_key
+from jobs.artifacts import ArtifactStore, artifact_key
 from jobs.errors import (
     AppError,
     GenerationCancelled,
@@ -44,7 +44,7 @@ class Workplace:
     worker: str
     engine: Engine
     store: JobStore
-    artifacts: FolderArtifactStore
+    artifacts: ArtifactStore
     stop: threading.Event
 
 
@@ -159,7 +159,7 @@ def _encode_and_store(
         )
         watch.progress(Stage.MP4, 1, 1)
         key = artifact_key(attempt.job_id, attempt.number)
-        place.artifacts.put(key, encoded.path)
+        place.artifacts.put(key, encoded.path, watch.check)
     video = Video(
         key=key,
         bytes=encoded.bytes,

@@ -33,7 +33,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from jobs import catalog
-from jobs.artifacts import FolderArtifactStore
+from jobs.artifacts import ArtifactStore
 from jobs.catalog import WorkerOffer
 from jobs.store import JobStore
 from worker.attempt import Workplace
@@ -77,7 +77,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         self,
         engine: Engine,
         redis: Redis,
-        artifacts: FolderArtifactStore,
+        artifacts: ArtifactStore,
         *,
         heartbeat_ttl_s: int = HEARTBEAT_TTL_S,
         maintenance_every_s: int = MAINTENANCE_EVERY_S,

@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from transformers.utils import logging as transformers_logging
 
-from jobs.artifacts import FolderArtifactStore, open_artifacts
+from jobs.artifacts import open_artifacts
 from jobs.connection import connect
 from jobs.errors import AppError
 from quant import QuantError
@@ -65,7 +65,8 @@ def start(settings: WorkerSettings, config_path: Path | None) -> ResidentWorker:
     started = time.perf_counter()
     config = load_config(config_path or settings.config)
     redis = open_redis(settings.redis_url.get_secret_value())
-    artifacts = open_folder(settings.artifacts_url)
+    artifacts = open_artifacts(settings.artifacts_url)
+    artifacts.probe()
     device = pick_device(settings.device, settings.threads)
     engine = WanEngine.load(config, device)
     worker = ResidentWorker(engine, redis, artifacts)
@@ -83,14 +84,6 @@ def open_redis(url: str) -> Redis:
     except (RedisError, ValueError) as error:
         raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
     return redis
-
-
-def open_folder(url: str) -> FolderArtifactStore:
-    """Open the artifact store; its folder is made if need be."""
-    try:
-        return open_artifacts(url)
-    except OSError as error:
-        raise StartError(f"ARTIFACTS_URL {url!r} cannot be used: {error}.") from error
 
 
 def fail(reason: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.artifacts import FolderArtifactStore
+from jobs.artifact_folder import FolderArtifactStore
 from jobs.catalog import ModelOffer, ModeOffer
 from jobs.connection import connect
 from jobs.record import Stage

@@ -18,7 +18,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from jobs import catalog
-from jobs.artifacts import FolderArtifactStore
+from jobs.artifact_folder import FolderArtifactStore
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import JobRecord
 from jobs.state import JobState
@@ -217,11 +217,11 @@ class OvertakenStore(FolderArtifactStore):
         self.happens = happens
         self.stored: list[Path] = []
 
-    def put(self, key: str, source: Path) -> Path:
-        self.stored.append(super().put(key, source))
+    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+        super().put(key, source, check)
+        self.stored.append(self.path(key))
         assert self.stored[-1].is_file()
         self.happens()
-        return self.stored[-1]
 
 
 def test_the_video_of_an_attempt_that_became_stale_is_deleted(

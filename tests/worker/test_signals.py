@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 
 from jobs import catalog
-from jobs.artifacts import FolderArtifactStore
+from jobs.artifact_folder import FolderArtifactStore
 from jobs.record import JobRecord
 from jobs.state import JobState
 from jobs.store import JobStore

@@ -105,7 +105,16 @@ FAULTS = {
     "not a Redis": ({"REDIS_URL": "http://127.0.0.1"}, None, "Redis URL must specify"),
     "no artifacts": ({"ARTIFACTS_URL": ""}, None, "ARTIFACTS_URL: Field required"),
     "a file": ({"ARTIFACTS_URL": "file:///dev/null"}, None, "ARTIFACTS_URL .* cannot be used"),
-    "a bucket": ({"ARTIFACTS_URL": "s3://bucket"}, None, "ARTIFACTS_URL is 's3://bucket'"),
+    "a web page": ({"ARTIFACTS_URL": "https://a"}, None, "ARTIFACTS_URL is 'https://a'"),
+    "no bucket": (
+        {
+            "ARTIFACTS_URL": "s3://bucket?endpoint=http://127.0.0.1:1",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        },
+        None,
+        "The bucket bucket cannot be used: the bucket does not answer",
+    ),
     "no such device": ({"WORKER_DEVICE": "tpu"}, None, "WORKER_DEVICE: Input should be 'auto'"),
     "no npu": ({"WORKER_DEVICE": "npu"}, None, "WORKER_DEVICE is 'npu'"),
     "no threads": ({"WORKER_THREADS": "0"}, None, "WORKER_THREADS: .*greater than"),

@@ -1,0 +1,176 @@
+"""Artifacts in an S3-compatible bucket.
+
+S3 shows an object only when it is whole, so an interrupted upload leaves nothing visible. Files up
+to `_SINGLE_PUT` are one request, which leaves nothing at all.
+"""
+
+import logging
+import mimetypes
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import obstore
+from obstore import exceptions
+from obstore.store import S3Store
+
+from jobs.artifact_address import BucketAddress
+from jobs.artifact_keys import Stored, checked_key, is_key
+from jobs.artifact_put import PATIENCE_S, PutFault, keep_trying
+from jobs.errors import ArtifactRefused, ArtifactsUnavailable
+
+logger = logging.getLogger(__name__)
+
+_SINGLE_PUT = 16 * 1024 * 1024
+_CHUNK = 1024 * 1024
+_PROBE = "probe"
+# Where credentials are sought when no variable has them: the cloud's own address for machines.
+_METADATA = "/latest/api/token"
+
+# Short retries for reads; whoever stores a video is more patient (`keep_trying`), and can be told
+# to stop between tries.
+_RETRIES = 2
+_RETRY_TIMEOUT = timedelta(seconds=10)
+_REQUEST_TIMEOUT = timedelta(seconds=30)
+
+_REFUSED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
+# A missing object, or bucket, is a FileNotFoundError.
+_FAULTS = (exceptions.BaseError, OSError)
+
+
+class BucketArtifactStore:
+    """Artifacts as objects below the address' prefix. Credentials come from AWS_* variables.
+
+    Raises:
+        ArtifactRefused: those variables contradict each other. Nothing is asked of the bucket yet.
+    """
+
+    def __init__(self, address: BucketAddress, patience_s: float = PATIENCE_S) -> None:
+        self._name = address.bucket
+        try:
+            self._bucket = _open(address)
+        except exceptions.BaseError as error:
+            raise ArtifactRefused(
+                f"The bucket {self._name} cannot be opened: {_first_line(error)}. Check "
+                f"ARTIFACTS_URL and the AWS_* variables."
+            ) from error
+        self._patience_s = patience_s
+
+    def probe(self) -> None:
+        try:
+            obstore.put(self._bucket, _PROBE, b"")
+            next(iter(obstore.list(self._bucket, chunk_size=1)), None)
+            obstore.delete(self._bucket, _PROBE)
+        except _FAULTS as error:
+            raise ArtifactsUnavailable(
+                f"The bucket {self._name} cannot be used: {_reason(error)}. Check ARTIFACTS_URL "
+                f"and the AWS_* variables. It said: {_first_line(error)}"
+            ) from error
+
+    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+        checked_key(key)
+        source.stat()  # a missing source is not the bucket's fault
+        keep_trying(lambda: self._put_once(key, source), check, self._patience_s)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return obstore.head(self._bucket, checked_key(key))["size"]
+        except FileNotFoundError:
+            return None
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def read(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        # One request for each chunk: a slow reader holds no connection open, and a bucket that
+        # stumbles half way is asked again.
+        checked_key(key)
+        try:
+            for first in range(start, end, _CHUNK):
+                last = min(first + _CHUNK, end)
+                yield obstore.get_range(self._bucket, key, start=first, end=last).to_bytes()
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def delete(self, key: str) -> None:
+        try:
+            obstore.delete(self._bucket, checked_key(key))
+        except FileNotFoundError:
+            pass
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def list(self, prefix: str = "") -> Iterator[Stored]:
+        folder = checked_key(prefix) if prefix else None
+        try:
+            for page in obstore.list(self._bucket, folder, chunk_size=1000):
+                for found in page:
+                    if is_key(found["path"]):
+                        yield Stored(found["path"], found["size"], found["last_modified"])
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def remove_leftovers(self) -> int:
+        """Remove nothing: what a broken multipart upload leaves, the bucket's own rule removes."""
+        return 0
+
+    def _put_once(self, key: str, source: Path) -> None:
+        kind = mimetypes.guess_type(key)[0] or "application/octet-stream"
+        try:
+            obstore.put(
+                self._bucket,
+                key,
+                source,
+                attributes={"Content-Type": kind},
+                chunk_size=_SINGLE_PUT,
+                max_concurrency=4,
+            )
+        except _FAULTS as error:
+            may_pass = not isinstance(error, (*_REFUSED, FileNotFoundError))
+            raise PutFault(_reason(error), may_pass=may_pass) from error
+
+
+def _open(address: BucketAddress) -> S3Store:
+    config: dict[str, str | bool] = {
+        # Some compatible stores lack the bulk request, and one video is deleted at a time.
+        "disable_bulk_delete": True,
+    }
+    if address.server is not None:
+        # Both names, or AWS_ENDPOINT_URL_S3 in the environment would outrank ours.
+        config |= {"endpoint": address.server, "aws_endpoint_url_s3": address.server}
+    if address.region is not None:
+        config["region"] = address.region
+    if address.style is not None:
+        config["virtual_hosted_style_request"] = address.style == "virtual"
+    return S3Store(
+        address.bucket,
+        prefix=address.prefix or None,
+        config=config,  # type: ignore[arg-type]
+        client_options={
+            "allow_http": (address.server or "").startswith("http://"),
+            "timeout": _REQUEST_TIMEOUT,
+        },
+        retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong without naming hosts: the sentence may reach the caller."""
+    if isinstance(error, _REFUSED):
+        return "the bucket refuses the credentials"
+    text = str(error)
+    if _METADATA in text:
+        return "there are no credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
+        return "the bucket does not exist"
+    if "507 Insufficient Storage" in text or "StorageFull" in text or "QuotaExceeded" in text:
+        return "the disk of the artifact store is full"
+    return "the bucket does not answer, or answers with errors"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _unavailable(error: Exception) -> ArtifactsUnavailable:
+    logger.warning("the bucket failed: %s", _first_line(error))
+    return ArtifactsUnavailable(f"{_reason(error).capitalize()}; try again in a few seconds.")

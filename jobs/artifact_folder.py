@@ -1,0 +1,176 @@
+"""Artifacts in a folder which the service and the workers share."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from jobs.artifact_keys import Stored, checked_key, is_key
+from jobs.artifact_put import PATIENCE_S, PutFault, keep_trying
+from jobs.errors import ArtifactRefused, ArtifactsUnavailable
+
+_INCOMING = ".incoming-"
+_LEFTOVER_S = 24 * 3600.0
+_CHUNK = 256 * 1024
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_HERE_TO_STAY = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+}
+
+
+class FolderArtifactStore:
+    """Artifacts as files below `root`, which is created if it is missing.
+
+    A file is visible under its key only when it is whole, because it is written beside its final
+    place and renamed.
+    """
+
+    def __init__(self, root: Path, patience_s: float = PATIENCE_S) -> None:
+        self.root = root.resolve()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._patience_s = patience_s
+
+    def path(self, key: str) -> Path:
+        """Return where `key` lies, whether or not there is a file.
+
+        Raises:
+            ArtifactRefused: the key is malformed or leads out of the root through a link.
+        """
+        path = (self.root / checked_key(key)).resolve()
+        if not path.is_relative_to(self.root):
+            raise ArtifactRefused(f"The artifact key {key!r} leads out of the artifact folder.")
+        return path
+
+    def probe(self) -> None:
+        try:
+            tempfile.TemporaryFile(dir=self.root, prefix=_INCOMING).close()
+        except OSError as error:
+            raise ArtifactsUnavailable(
+                f"Nothing can be written to the artifact folder {self.root}: {error.strerror}. "
+                f"Check who owns it and whether its disk is full, or set ARTIFACTS_URL."
+            ) from error
+
+    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+        target = self.path(key)
+        with source.open("rb") as data:
+            keep_trying(lambda: _put_once(target, data), check, self._patience_s)
+
+    def size(self, key: str) -> int | None:
+        path = self.path(key)
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _unavailable(error) from error
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def read(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        try:
+            with self.path(key).open("rb") as file:
+                file.seek(start)
+                while start < end:
+                    chunk = file.read(min(_CHUNK, end - start))
+                    if not chunk:
+                        raise ArtifactsUnavailable(f"The artifact {key} ends at byte {start}.")
+                    start += len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise _unavailable(error) from error
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def list(self, prefix: str = "") -> Iterator[Stored]:
+        for path in self._walk(self.path(prefix) if prefix else self.root):
+            key = path.relative_to(self.root).as_posix()
+            found = _lstat(path)
+            if is_key(key) and found is not None and stat.S_ISREG(found.st_mode):
+                yield Stored(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def remove_leftovers(self) -> int:
+        """Remove unfinished files, and empty folders, that nobody has touched for a day."""
+        oldest = time.time() - _LEFTOVER_S
+        removed = 0
+        for path in self._walk(self.root):
+            found = _lstat(path)
+            if found is None or found.st_mtime > oldest:
+                continue
+            # Fails, as it should, on a folder that is not empty. A put whose folder goes away
+            # between two of its steps makes it again.
+            with contextlib.suppress(OSError):
+                if stat.S_ISDIR(found.st_mode):
+                    path.rmdir()
+                elif path.name.startswith(_INCOMING):
+                    path.unlink()
+                    removed += 1
+        return removed
+
+    def _walk(self, folder: Path) -> Iterator[Path]:
+        """Every file and folder below `folder`, contents first; links are not followed."""
+        for parent, folders, files in os.walk(folder, topdown=False):
+            for name in (*files, *folders):
+                yield Path(parent, name)
+
+
+def _put_once(target: Path, data: BinaryIO) -> None:
+    try:
+        data.seek(0)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, data)
+    except OSError as error:
+        if error.errno in _FULL:
+            reason = f"the disk of the artifact store is full ({error.strerror})"
+        else:
+            reason = f"the artifact folder does not take it ({error.strerror})"
+        raise PutFault(reason, may_pass=error.errno not in _HERE_TO_STAY) from error
+
+
+def _write(target: Path, data: BinaryIO) -> None:
+    """Copy `data` to `target`, atomically and durably, replacing what was there."""
+    # In the target's own folder: a rename is atomic only within one file system.
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=_INCOMING)
+    incoming = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            shutil.copyfileobj(data, out, 1024 * 1024)
+            out.flush()
+            os.fsync(out.fileno())
+        incoming.chmod(0o644)
+        incoming.replace(target)
+    except BaseException:
+        incoming.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _lstat(path: Path) -> os.stat_result | None:
+    """Its state, unless it went away while the folder was being read."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+
+
+def _unavailable(error: OSError) -> ArtifactsUnavailable:
+    return ArtifactsUnavailable(
+        f"The artifact folder cannot be read ({error.strerror}); try again in a few seconds."
+    )

@@ -1,0 +1,218 @@
+"""The artifact folder: whole files only, whatever goes wrong, and no way out of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.artifact_folder import FolderArtifactStore
+from jobs.errors import ArtifactNotStored, ArtifactRefused, ArtifactsUnavailable
+
+DAY_S = 24 * 3600
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> FolderArtifactStore:
+    return FolderArtifactStore(tmp_path / "root", patience_s=0.5)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "made.mp4"
+    path.write_bytes(b"v" * 300_000)
+    return path
+
+
+def python(script: str, *args: object, inside: tuple[str, ...] = ()) -> list[str]:
+    return [*inside, sys.executable, "-c", script, *map(str, args)]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def test_others_may_read_what_is_stored(artifacts: FolderArtifactStore, source: Path) -> None:
+    artifacts.put("videos/a.mp4", source)
+    assert artifacts.path("videos/a.mp4").stat().st_mode & 0o777 == 0o644
+    assert files(artifacts.root) == ["videos/a.mp4"]
+
+
+def test_link_out_of_the_root_is_refused(artifacts: FolderArtifactStore, tmp_path: Path) -> None:
+    (artifacts.root / "out").symlink_to(tmp_path)
+    with pytest.raises(ArtifactRefused, match="leads out"):
+        artifacts.path("out/made.mp4")
+
+
+def test_links_and_hidden_files_are_not_listed(
+    artifacts: FolderArtifactStore, source: Path
+) -> None:
+    artifacts.put("a.mp4", source)
+    (artifacts.root / "link.mp4").symlink_to(source)
+    (artifacts.root / "folder").symlink_to(source.parent)
+    (artifacts.root / ".incoming-x").touch()
+    assert [each.key for each in artifacts.list()] == ["a.mp4"]
+
+
+def test_a_folder_is_not_an_artifact(artifacts: FolderArtifactStore, source: Path) -> None:
+    artifacts.put("videos/a.mp4", source)
+    assert artifacts.size("videos") is None
+    assert artifacts.size("videos/a.mp4/b.mp4") is None
+
+
+def test_a_file_cut_short_is_noticed(artifacts: FolderArtifactStore, source: Path) -> None:
+    artifacts.put("a.mp4", source)
+    with pytest.raises(ArtifactsUnavailable, match="ends at byte 300000"):
+        list(artifacts.read("a.mp4", 0, 300_001))
+
+
+def test_leftovers_go_after_a_day(artifacts: FolderArtifactStore, source: Path) -> None:
+    artifacts.put("videos/kept/1.mp4", source)
+    for folder in ("old", "new"):
+        (artifacts.root / "videos" / folder).mkdir()
+        (artifacts.root / "videos" / folder / ".incoming-x").write_bytes(b"half")
+    (artifacts.root / "videos" / "empty").mkdir()
+    long_ago = time.time() - DAY_S - 60
+    for name in ("old/.incoming-x", "empty", "kept/1.mp4", "kept"):
+        os.utime(artifacts.root / "videos" / name, (long_ago, long_ago))
+    assert artifacts.remove_leftovers() == 1
+    assert files(artifacts.root) == ["videos/kept/1.mp4", "videos/new/.incoming-x"]
+    assert not (artifacts.root / "videos" / "empty").exists()
+
+
+def test_a_fault_that_stays_is_told_at_once(artifacts: FolderArtifactStore, source: Path) -> None:
+    (artifacts.root / "videos").touch()  # where a folder must be
+    patient = FolderArtifactStore(artifacts.root, patience_s=1000)
+    with pytest.raises(ArtifactNotStored, match="does not take it") as caught:
+        patient.put("videos/a.mp4", source)
+    assert str(artifacts.root) not in caught.value.detail
+
+
+LIMITED = """
+import resource, sys, threading
+from pathlib import Path
+from jobs.artifact_folder import FolderArtifactStore
+from jobs.errors import ArtifactNotStored
+
+root, source, frees_after = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+if frees_after:
+    lift = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    threading.Timer(frees_after, lift).start()
+try:
+    FolderArtifactStore(root, patience_s=60 if frees_after else 0.5).put("videos/a.mp4", source)
+    print("stored")
+except ArtifactNotStored as error:
+    print(error)
+"""
+
+
+def test_no_room_is_told_and_leaves_nothing(artifacts: FolderArtifactStore, source: Path) -> None:
+    """Room is limited by RLIMIT_FSIZE, which needs no root: the kernel ends a write half way."""
+    assert "could not be stored" in run(python(LIMITED, artifacts.root, source, 0))
+    assert files(artifacts.root) == []
+
+
+def test_room_made_meanwhile_is_used(artifacts: FolderArtifactStore, source: Path) -> None:
+    assert run(python(LIMITED, artifacts.root, source, 1)) == "stored\n"
+    assert files(artifacts.root) == ["videos/a.mp4"]
+    assert artifacts.size("videos/a.mp4") == 300_000
+
+
+ON_A_SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+from jobs.artifact_folder import FolderArtifactStore
+from jobs.errors import ArtifactNotStored, ArtifactsUnavailable
+
+root, source = Path(sys.argv[1]), Path(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", root], check=True)
+artifacts = FolderArtifactStore(root, patience_s=0.5)
+try:
+    artifacts.put("videos/a.mp4", source)
+except ArtifactNotStored as error:
+    print(error)
+print([path.name for path in root.rglob("*") if path.is_file()])
+(root / "filler").write_bytes(b"x" * 150_000)  # there is room again
+"""
+
+
+def own_mounts() -> tuple[str, ...] | None:
+    """The command that lets a process mount for itself, where this machine allows that."""
+    for user in ((), ("--user", "--map-root-user")):
+        command = ("unshare", "--mount", *user)
+        try:
+            subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], check=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return command
+    return None
+
+
+# Not every machine lets a test mount a small disk; the limit on files above works on all of them.
+SMALL_DISKS = [each for each in [own_mounts()] if each is not None]
+
+
+@pytest.mark.parametrize("inside", SMALL_DISKS)
+def test_a_full_disk_is_named(
+    artifacts: FolderArtifactStore, source: Path, inside: tuple[str, ...]
+) -> None:
+    said, left = run(python(ON_A_SMALL_DISK, artifacts.root, source, inside=inside)).splitlines()
+    assert "the disk of the artifact store is full (No space left on device)" in said
+    assert left == "[]"
+
+
+PUTTING = """
+import sys
+from itertools import count
+from pathlib import Path
+from jobs.artifact_folder import FolderArtifactStore
+
+artifacts = FolderArtifactStore(Path(sys.argv[1]))
+for number in count():
+    artifacts.put(f"videos/{number}.mp4", Path(sys.argv[2]))
+"""
+
+
+def test_a_put_that_is_killed_half_way_leaves_nothing_visible(
+    artifacts: FolderArtifactStore, source: Path
+) -> None:
+    whole = 64 * 1024 * 1024
+    os.truncate(source, whole)
+    with subprocess.Popen(python(PUTTING, artifacts.root, source)) as process:
+        try:
+            wait_until_half_written(process.pid, artifacts.root, whole)
+        finally:
+            process.kill()
+    assert [each for each in files(artifacts.root) if ".incoming-" in each]
+    assert {each.bytes for each in artifacts.list()} <= {whole}
+
+
+def wait_until_half_written(pid: int, root: Path, whole: int) -> None:
+    """Stop the process (SIGSTOP) in the middle of a file."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        os.kill(pid, signal.SIGSTOP)
+        sizes = [path.stat().st_size for path in root.glob("videos/.incoming-*")]
+        if any(0 < size < whole for size in sizes):
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.003)
+    raise TimeoutError("no file was seen half written")
+
+
+def test_probe_tells_that_nothing_can_be_written(tmp_path: Path) -> None:
+    artifacts = FolderArtifactStore(tmp_path / "root")
+    artifacts.root.rmdir()
+    with pytest.raises(ArtifactsUnavailable, match=f"written to the artifact folder {tmp_path}"):
+        artifacts.probe()
