@@ -1,0 +1,81 @@
+"""Deleting a job for good, in each of its states, with either kind of artifact store."""
+
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from jobs import keys
+from jobs.artifacts import ArtifactStore, artifact_key, open_artifacts
+from jobs.errors import JobNotFound
+from jobs.record import Attempt, StageTimings, Video
+from jobs.spec import GenerationRequest
+from jobs.store import JobStore
+from service.deletion import delete_job
+
+TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
+
+
+@pytest.fixture
+def artifacts(each_artifacts_url: str) -> ArtifactStore:
+    return open_artifacts(each_artifacts_url)
+
+
+@pytest.fixture
+def job_id(store: JobStore, request_for_video: GenerationRequest) -> str:
+    return store.create(request_for_video, "q").job.id
+
+
+def put_video(artifacts: ArtifactStore, attempt: Attempt, folder: Path) -> Video:
+    made = folder / "made.mp4"
+    made.write_bytes(b"0123456789")
+    key = artifact_key(attempt.job_id, attempt.number)
+    artifacts.put(key, made)
+    return Video(key=key, bytes=10, sha256="ab", width=96, height=96, num_frames=17, fps=8)
+
+
+def test_finished_job_goes_with_the_videos_of_all_its_attempts_and_nothing_else(
+    store: JobStore,
+    artifacts: ArtifactStore,
+    request_for_video: GenerationRequest,
+    job_id: str,
+    tmp_path: Path,
+) -> None:
+    first = store.claim(job_id, "w")
+    put_video(artifacts, first, tmp_path)
+    store.give_up(first)
+    second = store.claim(job_id, "w")
+    store.succeed(second, put_video(artifacts, second, tmp_path), TIMINGS)
+    other = store.claim(store.create(request_for_video, "q").job.id, "w")
+    kept = put_video(artifacts, other, tmp_path)
+    assert delete_job(store, artifacts, job_id)
+    with pytest.raises(JobNotFound):
+        store.get(job_id)
+    assert [stored.key for stored in artifacts.list()] == [kept.key]
+    assert delete_job(store, artifacts, job_id), "deleting what is gone is no error"
+
+
+def test_queued_job_never_runs(
+    store: JobStore, artifacts: ArtifactStore, redis: Redis, job_id: str
+) -> None:
+    assert delete_job(store, artifacts, job_id)
+    assert redis.llen("rq:queue:q") == 0
+    with pytest.raises(JobNotFound):
+        store.claim(job_id, "w")
+
+
+def test_running_job_is_hidden_at_once_and_gone_with_its_video_after_its_end(
+    store: JobStore, artifacts: ArtifactStore, redis: Redis, job_id: str, tmp_path: Path
+) -> None:
+    attempt = store.claim(job_id, "w")
+    assert not delete_job(store, artifacts, job_id)
+    with pytest.raises(JobNotFound):
+        store.get(job_id)
+    assert store.cancel_requested(attempt)
+    # It was too far to stop.
+    store.succeed(attempt, put_video(artifacts, attempt, tmp_path), TIMINGS)
+    assert redis.zrange(keys.DELETIONS, 0, -1) == [job_id.encode()]
+    assert delete_job(store, artifacts, job_id)
+    assert list(artifacts.list()) == []
+    assert redis.zcard(keys.DELETIONS) == 0
+    assert redis.exists(keys.record(job_id), keys.events(job_id)) == 0
