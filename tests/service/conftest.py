@@ -1,0 +1,66 @@
+"""Fixtures of the front end's tests: keys, and a job that has its video."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from jobs.artifacts import open_artifacts
+from jobs.record import JobRecord, StageTimings, Video
+from jobs.spec import GenerationRequest
+from jobs.store import JobStore
+from jobs.submission import Submission
+from service.keys import KeyStore, Role
+from service.settings import ServiceSettings
+
+MakeKey = Callable[..., dict[str, str]]
+MakeJob = Callable[..., JobRecord]
+
+VIDEO_BYTES = bytes(range(256)) * 8
+TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
+
+
+@pytest.fixture
+def key_store(redis: Redis) -> KeyStore:
+    return KeyStore(redis)
+
+
+@pytest.fixture
+def make_key(key_store: KeyStore) -> MakeKey:
+    """Makes a key, and returns the header to send with it."""
+
+    def make(name: str, role: Role = Role.USER, **limits: object) -> dict[str, str]:
+        _, token = key_store.add(name, role, **limits)  # type: ignore[arg-type]
+        return {"Authorization": f"Bearer {token}"}
+
+    return make
+
+
+@pytest.fixture
+def make_job(
+    store: JobStore,
+    settings: ServiceSettings,
+    request_for_video: GenerationRequest,
+    tmp_path: Path,
+) -> MakeJob:
+    """Makes a job, by default a queued one; one with a video has succeeded."""
+
+    def make(owner: str = "local", *, video: bool = False) -> JobRecord:
+        job = store.create(request_for_video, "q", Submission(owner=owner)).job
+        if not video:
+            return job
+        attempt = store.claim(job.id, "w")
+        made = tmp_path / f"{job.id}.mp4"
+        made.write_bytes(VIDEO_BYTES)
+        key = f"videos/{job.id}/1.mp4"
+        open_artifacts(settings.artifacts_url).put(key, made)
+        sha256 = hashlib.sha256(VIDEO_BYTES).hexdigest()
+        size = {"width": 96, "height": 96, "num_frames": 17, "fps": 8}
+        store.succeed(
+            attempt, Video(key=key, bytes=len(VIDEO_BYTES), sha256=sha256, **size), TIMINGS
+        )
+        return store.get(job.id)
+
+    return make
