@@ -64,7 +64,7 @@ class Created:
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """Records, newest first. `next_cursor` is None on the last page."""
+    """Records in their order of creation, or against it. `next_cursor` is None on the last page."""
 
     jobs: tuple[JobRecord, ...]
     next_cursor: str | None
@@ -185,11 +185,13 @@ class JobStore:
         owner: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
+        *,
+        oldest_first: bool = False,
     ) -> JobPage:
         """Read up to `limit` records, newest first, after the page whose `next_cursor` it was.
 
         owner: whose jobs; everybody's if None. A record that cannot be read is logged and left
-        out: it must not hide the others.
+        out: it must not hide the others. So a page may be short, or empty, and not be the last.
 
         Raises:
             InvalidSpec: a limit out of bounds, or a cursor that is none.
@@ -199,9 +201,12 @@ class JobStore:
             raise InvalidSpec.of(
                 "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
             )
-        start = "+" if cursor is None else "(" + ids.read_cursor(cursor)
+        last_seen = None if cursor is None else "(" + ids.read_cursor(cursor)
         index = keys.index("all" if state is None else state.value, owner)
-        found = self._redis.zrevrangebylex(index, start, "-", start=0, num=limit + 1)
+        if oldest_first:
+            found = self._redis.zrangebylex(index, last_seen or "-", "+", start=0, num=limit + 1)
+        else:
+            found = self._redis.zrevrangebylex(index, last_seen or "+", "-", start=0, num=limit + 1)
         names = [cast("bytes", each).decode() for each in found]
         page = names[:limit]
         more = len(names) > limit

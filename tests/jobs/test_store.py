@@ -297,6 +297,17 @@ def test_new_jobs_do_not_shift_a_page(
     assert {job.id for job in (*first.jobs, *second.jobs)} == set(ids)
 
 
+def test_list_oldest_first_has_the_same_pages_backwards(
+    store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    created = sorted(create(store, request_for_video) for _ in range(5))
+    first = store.list(limit=3, oldest_first=True)
+    assert [job.id for job in first.jobs] == created[:3]
+    second = store.list(limit=3, cursor=first.next_cursor, oldest_first=True)
+    assert [job.id for job in second.jobs] == created[3:]
+    assert second.next_cursor is None
+
+
 def test_list_by_state_follows_the_jobs(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
