@@ -9,7 +9,7 @@ from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
 from jobs import catalog
-from jobs.artifacts import FolderArtifactStore
+from jobs.artifacts import ArtifactStore
 from jobs.errors import LinkRefused
 from jobs.store import JobStore
 from service.auth import LOCAL, Gate, Principal, listed_owner, require_ops
@@ -26,7 +26,7 @@ class Parts:
     settings: ServiceSettings
     redis: Redis
     store: JobStore
-    artifacts: FolderArtifactStore
+    artifacts: ArtifactStore
     tokens: TokenCounter
     gate: Gate
     signer: LinkSigner
@@ -43,7 +43,7 @@ async def _store(parts: PartsDep) -> JobStore:
     return parts.store
 
 
-async def _artifacts(parts: PartsDep) -> FolderArtifactStore:
+async def _artifacts(parts: PartsDep) -> ArtifactStore:
     return parts.artifacts
 
 
@@ -115,7 +115,7 @@ OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]
 ViewerDep = Annotated[Principal | None, Depends(_viewer)]
 StoreDep = Annotated[JobStore, Depends(_store)]
-ArtifactsDep = Annotated[FolderArtifactStore, Depends(_artifacts)]
+ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[catalog.Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]
 TokensDep = Annotated[TokenCounter, Depends(_tokens)]

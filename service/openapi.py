@@ -65,7 +65,10 @@ GENERATE_ANSWER: dict[int | str, Json] = {
 _MP4: Json = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
 VIDEO_RESPONSES: dict[int | str, Json] = {
     200: {"description": "The whole file.", "content": _MP4},
-    206: {"description": "The ranges asked for.", "content": _MP4},
+    206: {
+        "description": "The range asked for; several ranges get the whole file.",
+        "content": _MP4,
+    },
     304: {"description": "The caller already has it."},
 }
 

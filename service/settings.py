@@ -13,7 +13,9 @@
   have a rate and a quota of its own.
 - `SERVICE_MAX_WAITING`: how many jobs may wait in a queue, by default 200.
 - `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
-- `ARTIFACTS_URL`: the folder of finished videos, `file:///...`, shared with the workers. Required.
+- `ARTIFACTS_URL`: where finished videos are, the same for service and workers: `file:///folder`, or
+  `s3://bucket/prefix?endpoint=https://host:port&region=name` with credentials in AWS_ACCESS_KEY_ID
+  and AWS_SECRET_ACCESS_KEY. Required.
 
 An empty variable counts as absent, as it does for the worker.
 """

@@ -1,58 +1,132 @@
-"""Send a finished video: Range and conditional requests, errors as problem documents."""
+"""Send a finished video: ranges and conditional requests, from either kind of artifact store.
 
-from pathlib import Path
-from typing import Self
+RFC 9110 lets a server ignore a Range header that asks for several ranges, and players ask for one;
+such a caller gets the whole file. There is no Last-Modified, so only the ETag is compared.
+"""
 
-from starlette.responses import FileResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated
 
-from service import problems
+from fastapi import Depends, Header, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
 
-_BAD_RANGE = {
-    400: "The Range header cannot be read; write it as bytes=FIRST-LAST.",
-    416: "The Range header asks for bytes beyond the end of the video.",
-}
+from jobs.artifacts import ArtifactStore
+from jobs.errors import VideoGone, VideoNotReady
+from jobs.record import JobRecord, Video
+
+# Eighteen digits are enough for any file, and few enough for any reader of numbers.
+_SPAN = re.compile(r"(\d{1,18})-(\d{0,18})|-(\d{1,18})", re.ASCII)
 
 
-class VideoResponse(FileResponse):
-    """An MP4 file. Starlette's plain-text answers to bad ranges become problem documents."""
+class VideoResponse(StreamingResponse):
+    """An MP4 file, or a part of it."""
 
     media_type = "video/mp4"
 
-    @classmethod
-    def of(cls, path: Path, job_id: str, sha256: str, if_none_match: str | None) -> Self | Response:
-        """Answer with the file, or with 304 if the caller already has it."""
-        etag = f'"{sha256}"'
-        # A job's video never changes; it may only disappear.
-        headers = {"etag": etag, "cache-control": "private, max-age=3600"}
-        held = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
-        if held & {etag, "*"}:
-            return Response(status_code=304, headers=headers)
-        return cls(
-            path,
-            headers=headers,
-            media_type=cls.media_type,
-            filename=f"{job_id}.mp4",
-            content_disposition_type="inline",
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which part of a video the caller wants, and what he already has."""
+
+    is_head: bool
+    span: str | None
+    if_range: str | None
+    if_none_match: str | None
+
+
+def _wanted(
+    request: Request,
+    span: Annotated[str | None, Header(alias="range", examples=["bytes=0-1023"])] = None,
+    if_range: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Wanted:
+    return Wanted(request.method == "HEAD", span, if_range, if_none_match)
+
+
+WantedDep = Annotated[Wanted, Depends(_wanted)]
+
+
+def send_video(artifacts: ArtifactStore, job: JobRecord, wanted: Wanted) -> Response:
+    """Answer with the job's video, or the part of it that is wanted, or 304.
+
+    Raises:
+        VideoNotReady: the job has no video, yet or ever.
+        VideoGone: the artifact is missing, or is not the one that was stored.
+        HTTPException: 400 or 416 for a range that cannot be read or served.
+    """
+    video = _stored_video(artifacts, job)
+    etag = f'"{video.sha256}"'
+    # A job's video never changes; it may only disappear.
+    headers = {"etag": etag, "cache-control": "private, max-age=3600"}
+    held = {tag.strip().removeprefix("W/") for tag in (wanted.if_none_match or "").split(",")}
+    if held & {etag, "*"}:
+        return Response(status_code=304, headers=headers)
+    headers |= {
+        "accept-ranges": "bytes",
+        "content-disposition": f'inline; filename="{job.id}.mp4"',
+    }
+    part = _part(wanted, etag, video.bytes)
+    start, end = part or (0, video.bytes)
+    headers["content-length"] = str(end - start)
+    if wanted.is_head:
+        return Response(headers=headers, media_type=VideoResponse.media_type)
+    if part is not None:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{video.bytes}"
+    chunks = artifacts.read(video.key, start, end)
+    return VideoResponse(_begun(chunks), 200 if part is None else 206, headers)
+
+
+def _stored_video(artifacts: ArtifactStore, job: JobRecord) -> Video:
+    if job.video is None:
+        raise VideoNotReady(
+            f"Job {job.id} is {job.state}, so it has no video; only succeeded jobs have one.",
+            job_id=job.id,
+            state=job.state.value,
         )
+    if artifacts.size(job.video.key) != job.video.bytes:
+        raise VideoGone(
+            f"The video of job {job.id} is no longer in the artifact store; generate it again "
+            f"with the same request and seed.",
+            job_id=job.id,
+        )
+    return job.video
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused: Message | None = None
 
-        async def send_or_hold(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] in _BAD_RANGE:
-                refused = message
-            elif refused is None:
-                await send(message)
+def _part(wanted: Wanted, etag: str, size: int) -> tuple[int, int] | None:
+    """Return the range to send, end exclusive, or None for the whole file."""
+    if wanted.span is None or wanted.is_head or wanted.if_range not in (None, etag):
+        return None
+    unit, _, spans = wanted.span.partition("=")
+    found = [_SPAN.fullmatch(span.strip()) for span in spans.split(",")]
+    if unit.strip().lower() != "bytes" or None in found:
+        raise _unreadable()
+    if len(found) > 1:
+        return None
+    assert found[0] is not None, "a span that does not match was refused"
+    first, last, suffix = found[0].groups()
+    if suffix is not None:
+        start, end = max(0, size - int(suffix)), size
+    else:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            raise _unreadable()
+    if start >= size:
+        raise HTTPException(
+            416,
+            "The Range header asks for bytes beyond the end of the video.",
+            {"content-range": f"bytes */{size}"},
+        )
+    return start, end
 
-        await super().__call__(scope, receive, send_or_hold)
-        if refused is not None:
-            status = refused["status"]
-            problem = problems.from_status(status, _BAD_RANGE[status], scope["path"])
-            kept = {
-                name.decode(): value.decode()
-                for name, value in refused["headers"]
-                if name == b"content-range"
-            }
-            await problems.response(problem, kept)(scope, receive, send)
+
+def _unreadable() -> HTTPException:
+    return HTTPException(400, "The Range header cannot be read; write it as bytes=FIRST-LAST.")
+
+
+def _begun(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Read the first chunk now: a store that fails is still an error document then."""
+    return chain((next(chunks, b""),), chunks)

@@ -7,9 +7,8 @@ for a job.
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Response
 
-from jobs.errors import VideoGone, VideoNotReady
 from jobs.spec import resolve_json
 from jobs.state import JobState
 from jobs.store import MAX_PAGE
@@ -26,7 +25,7 @@ from service.deps import (
     ViewerDep,
 )
 from service.openapi import GENERATE_ANSWER, GENERATE_BODY, VIDEO_RESPONSES, problems
-from service.video import VideoResponse
+from service.video import VideoResponse, WantedDep, send_video
 from service.views import JobListView, JobView
 
 router = APIRouter(tags=["jobs"])
@@ -119,24 +118,11 @@ def read_video(
     job_id: str,
     store: StoreDep,
     artifacts: ArtifactsDep,
-    if_none_match: Annotated[str | None, Header()] = None,
+    wanted: WantedDep,
 ) -> Response:
     """Fetch the MP4, whole or in ranges, with a key or by the signed link in the job's `video.url`.
 
     Its ETag is the file's SHA-256.
     """
     job = store.get(job_id) if viewer is None else visible_job(store, viewer, job_id)
-    if job.video is None:
-        raise VideoNotReady(
-            f"Job {job_id} is {job.state}, so it has no video; only succeeded jobs have one.",
-            job_id=job_id,
-            state=job.state.value,
-        )
-    path = artifacts.path(job.video.key)
-    if not path.is_file():
-        raise VideoGone(
-            f"The video of job {job_id} is no longer in the artifact store; generate it again "
-            f"with the same request and seed.",
-            job_id=job_id,
-        )
-    return VideoResponse.of(path, job.id, job.video.sha256, if_none_match)
+    return send_video(artifacts, job, wanted)

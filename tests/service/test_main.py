@@ -85,7 +85,8 @@ def test_an_open_request_does_not_keep_it_from_ending(redis_url: str, artifacts_
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"ARTIFACTS_URL": "s3://bucket"}, "file:///absolute/folder"),
+        ({"ARTIFACTS_URL": "ftp://host/x"}, "file:///absolute/folder"),
+        ({"ARTIFACTS_URL": "s3://b?x=1"}, "ARTIFACTS_URL"),
         ({"ARTIFACTS_URL": "file:///proc/none/here"}, "/proc/none"),
         ({"SERVICE_HOST": "0.0.0.0"}, "SERVICE_HOST: 0.0.0.0 is reachable from outside"),
         ({"SERVICE_PORT": "many"}, "SERVICE_PORT: "),
