@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 
 from jobs.artifacts import open_artifacts
 from jobs.connection import connect
@@ -15,7 +16,9 @@ from jobs.store import JobStore
 from service import openapi, problems
 from service.auth import Gate
 from service.body_limit import BodyLimit
+from service.chores import chores
 from service.deps import Parts
+from service.housekeeping import Housekeeping
 from service.keys import KeyStore
 from service.links import LinkSigner
 from service.rate import RateLimiter
@@ -39,15 +42,19 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     """Build the application. Redis is not needed until the first request.
 
     Raises:
-        ArtifactRefused: ARTIFACTS_URL is not an address the service can serve.
-        OSError: the artifact folder cannot be made.
+        ArtifactRefused: ARTIFACTS_URL is not an address the service can serve, or its folder
+            cannot be made.
     """
     redis = connect(settings.redis_url.get_secret_value())
     artifacts = open_artifacts(settings.artifacts_url)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        housekeeping = Housekeeping(chores(app.state.parts))
+        housekeeping.start()
         yield
+        # Off the loop: a round in hand may take a moment.
+        await run_in_threadpool(housekeeping.stop)
         redis.close()
 
     app = FastAPI(
