@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
-_MARK = "E2E_MARK"
+MARK = "E2E_MARK"
 
 
 class Launcher:
@@ -29,7 +29,7 @@ class Launcher:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.local", *arguments],
             cwd=ROOT,
-            env=os.environ | {_MARK: self.mark, "WORKER_THREADS": "2"},
+            env=os.environ | {MARK: self.mark, "WORKER_THREADS": "2"},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -63,22 +63,27 @@ class Launcher:
 
     def processes(self) -> dict[int, str]:
         """Every live process of this run by pid, with its command line; the launcher included."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes()
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue  # it ended meanwhile, or belongs to somebody else
-            if f"{_MARK}={self.mark}".encode() in environment.split(b"\0"):
-                found[int(folder.name)] = command
-        return found
+        return marked_processes(self.mark)
 
     def wait_until_nothing_is_left(self, limit_s: float = 10) -> None:
         deadline = time.monotonic() + limit_s
         while left := self.processes():
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.05)
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Every live process which carries `mark` in its environment, by pid."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue  # it ended meanwhile, or belongs to somebody else
+        if f"{MARK}={mark}".encode() in environment.split(b"\0"):
+            found[int(folder.name)] = command
+    return found
 
 
 def run(*arguments: str, limit_s: float = 240) -> tuple[int, str]:
