@@ -11,7 +11,8 @@ from fastapi.openapi.utils import get_openapi
 
 from jobs import errors
 from jobs.spec import GenerationBody
-from service.problems import MEDIA_TYPE, Problem, from_error, from_status
+from service.problem_document import Problem
+from service.problems import MEDIA_TYPE, from_error, from_status
 from service.views import QUEUED_EXAMPLE, JobListView, JobView
 
 Json = dict[str, Any]

@@ -1,8 +1,8 @@
 """Every error as an RFC 9457 problem document, from one table.
 
 Routes raise `AppError`s; the handlers here turn them, FastAPI's validation errors, plain HTTP
-errors, Redis errors and whatever is left into `application/problem+json`. What is left is logged
-and hidden behind a reference.
+errors, Redis errors and whatever is left into `application/problem+json`, or into OpenAI's shape
+where that is spoken. What is left is logged and hidden behind a reference.
 """
 
 import logging
@@ -16,7 +16,6 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
@@ -24,6 +23,8 @@ from jobs import errors
 from jobs.spec import shown
 from jobs.state import JobState
 from jobs.store import LIMIT_BOUND
+from service.openai import errors as openai_errors
+from service.problem_document import FieldProblem, Problem
 from service.security_headers import security_headers
 
 logger = logging.getLogger(__name__)
@@ -67,36 +68,6 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
 )
 
 
-class FieldProblem(BaseModel):
-    """One field that was refused."""
-
-    field: str
-    value: Any = Field(description="What was sent; long texts are cut.")
-    bound: str = Field(description="What would be accepted.")
-    detail: str
-
-
-class ServedModel(BaseModel):
-    model: str
-    modes: list[str]
-
-
-class Problem(BaseModel):
-    """An RFC 9457 problem document; members that do not apply are left out."""
-
-    type: str = Field(examples=["urn:wan-hif8:problem:job_not_found"])
-    title: str = Field(examples=["No such job"])
-    status: int = Field(examples=[404])
-    detail: str = Field(examples=["There is no job 01a2039b8ee8."])
-    instance: str = Field(description="The path that was asked for.", examples=["/jobs/01a2"])
-    code: str = Field(description="Stable, for programs.", examples=["job_not_found"])
-    job_id: str | None = None
-    state: str | None = Field(default=None, description="The state the job is in.")
-    retry_after_s: int | None = Field(default=None, description="When to come back.")
-    errors: list[FieldProblem] | None = Field(default=None, description="Every refused field.")
-    served: list[ServedModel] | None = Field(default=None, description="What is served now.")
-
-
 def from_error(error: errors.AppError, path: str) -> Problem:
     """Describe `error` to the caller who asked for `path`."""
     extra = {name: error.context[name] for name in _SHOWN_CONTEXT if name in error.context}
@@ -118,6 +89,8 @@ def response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSON
         extra["Retry-After"] = str(problem.retry_after_s)
     if problem.status == HTTPStatus.UNAUTHORIZED:
         extra["WWW-Authenticate"] = "Bearer"
+    if openai_errors.are_for(problem.instance):
+        return openai_errors.response(problem, extra)
     content = problem.model_dump(mode="json", exclude_none=True)
     # A refused field's null is information: it was missing, or null itself.
     if problem.errors is not None:

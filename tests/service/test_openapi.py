@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from jobs.catalog import WorkerOffer
 from jobs.spec import GenerationBody
-from service.problems import Problem
+from service.problem_document import Problem
 from service.views import JobView
 
 
