@@ -11,7 +11,6 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from jobs import keys
-from jobs.deadline import timeout_s
 from jobs.record import JobRecord
 
 TASK = "worker.tasks.generate"
@@ -25,7 +24,7 @@ def rq_fields(redis: Redis, job: JobRecord) -> list[str | bytes]:
         connection=redis,
         id=job.id,
         origin=job.queue,
-        timeout=timeout_s(job.request),
+        timeout=job.deadline_s,
         result_ttl=keys.RQ_RESULT_TTL_S,
         failure_ttl=keys.RQ_FAILURE_TTL_S,
         description=TASK,

@@ -6,8 +6,9 @@ left, and when a waiting one will start. A shape that was never run has none, an
 made up for it.
 """
 
+import time
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 from redis import Redis
 
@@ -16,6 +17,9 @@ from jobs.spec import GenerationRequest
 
 WEIGHT_OF_LATEST = 0.3
 """A new measurement moves what is kept by this much: one odd job does not spoil the estimates."""
+
+REMEMBERED_S: Final = 5.0
+MOST_REMEMBERED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +61,25 @@ def measure(redis: Redis, request: GenerationRequest, measured: Pace) -> Pace:
         )
     redis.hset(keys.PACE, shape(request), f"{measured.step_s:.6f} {measured.rest_s:.6f}")
     return measured
+
+
+class Paces:
+    """Paces as they were some seconds ago, for who asks with every job that is created.
+
+    Safe to share between threads.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._read: dict[str, tuple[float, Pace | None]] = {}
+
+    def of(self, request: GenerationRequest) -> Pace | None:
+        name = shape(request)
+        now = time.monotonic()
+        until, pace = self._read.get(name, (0.0, None))
+        if now >= until:
+            pace = read(self._redis, request)
+            if len(self._read) >= MOST_REMEMBERED:
+                self._read.clear()
+            self._read[name] = (now + REMEMBERED_S, pace)
+        return pace

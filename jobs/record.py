@@ -77,11 +77,13 @@ class JobRecord(_Part):
 
     Attributes:
         owner: the id of the key that asked for it.
+        deadline_s: how many seconds an attempt may take; fixed when the job is created.
         started_at: the start of the latest attempt; None again once an attempt has ended without
             an end of the job.
         worker: the worker that runs the latest attempt.
         attempts: how often a worker has begun the job.
         lost: how many of these attempts vanished.
+        video_deleted_at: when the video's time was over; `video` still says what it was.
     """
 
     id: str
@@ -91,6 +93,7 @@ class JobRecord(_Part):
     owner: str
     priority: bool = False
     webhook_url: str | None = None
+    deadline_s: int = Field(ge=1)
     created_at: AwareDatetime
     started_at: AwareDatetime | None = None
     finished_at: AwareDatetime | None = None
@@ -101,6 +104,7 @@ class JobRecord(_Part):
     progress: Progress | None = None
     failure: Failure | None = None
     video: Video | None = None
+    video_deleted_at: AwareDatetime | None = None
     timings: StageTimings | None = None
 
 
@@ -139,6 +143,7 @@ def encode_new(record: JobRecord) -> dict[str, str]:
         "queue": record.queue,
         "owner": record.owner,
         "priority": str(int(record.priority)),
+        "deadline_s": str(record.deadline_s),
         "created_at": record.created_at.isoformat(),
         "attempts": "0",
         "lost": "0",

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from redis import Redis
 
 from jobs import delivery, ids, keys, record, scripts
+from jobs.deadline import timeout_s
 from jobs.errors import (
     IdempotencyConflict,
     InvalidSpec,
@@ -27,6 +28,7 @@ from jobs.errors import (
     StaleAttempt,
     WorkerLost,
 )
+from jobs.pace import Paces
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
@@ -70,14 +72,6 @@ class JobPage:
     next_cursor: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a waiting job stands: `position` jobs go before it; None for seconds not known."""
-
-    position: int
-    starts_in_s: float | None
-
-
 class JobStore:
     """All access to jobs. Safe to share between threads; one per process is enough."""
 
@@ -90,7 +84,7 @@ class JobStore:
         self._cancel = scripts.load(redis, "cancel")
         self._put_back = scripts.load(redis, "put_back")
         self._purge = scripts.load(redis, "purge")
-        self._place = scripts.load(redis, "place")
+        self._paces = Paces(redis)
 
     def create(
         self, request: GenerationRequest, queue: str, submission: Submission | None = None
@@ -111,6 +105,7 @@ class JobStore:
             owner=terms.owner,
             priority=terms.priority,
             webhook_url=terms.webhook_url,
+            deadline_s=timeout_s(request, self._paces.of(request)),
             created_at=created_at,
         )
         fields = [text for field in record.encode_new(job).items() for text in field]
@@ -323,13 +318,6 @@ class JobStore:
         `keys.DELETIONS`); nobody can read it from now on. Deleting what is not there is no error.
         """
         return bool(self._purge(*_common(ids.checked(job_id))) != b"marked")
-
-    def place(self, job: JobRecord, workers: int) -> Place | None:
-        """Say where a queued job stands before `workers` workers; None if it waits no longer."""
-        position, seconds = self._place(job.id, workers)
-        if position < 0:
-            return None
-        return Place(position, float(seconds) if seconds else None)
 
     def _fields(self, job_id: str) -> dict[bytes, bytes]:
         """The hash of a record; empty if there is none, or it is to be deleted."""

@@ -1,7 +1,15 @@
 """The time limit grows with the work, and leaves room on the slowest supported device."""
 
+import pytest
+from redis import Redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from jobs import pace
 from jobs.deadline import timeout_s
+from jobs.pace import Pace
 from jobs.spec import GenerationRequest
+from jobs.store import JobStore
 
 
 def test_limit_of_the_large_model(request_for_video: GenerationRequest) -> None:
@@ -16,3 +24,32 @@ def test_limit_grows_with_each_factor(request_for_video: GenerationRequest) -> N
     base = timeout_s(request_for_video)
     for change in ({"size": "640x640"}, {"num_frames": 81}, {"num_inference_steps": 50}):
         assert timeout_s(request_for_video.model_copy(update=change)) > base
+
+
+@pytest.mark.parametrize(
+    ("measured", "limit"),
+    [
+        (Pace(step_s=0.001, rest_s=0.1), None),
+        (Pace(step_s=60, rest_s=30), 10 * (20 * 60 + 30)),
+        (Pace(step_s=0, rest_s=1000.01), 10_001),
+    ],
+)
+def test_a_slow_pace_widens_the_limit_and_a_quick_one_does_not_narrow_it(
+    request_for_video: GenerationRequest, measured: Pace, limit: int | None
+) -> None:
+    expected = timeout_s(request_for_video) if limit is None else limit
+    assert timeout_s(request_for_video, measured) == expected
+
+
+def test_the_limit_of_a_new_job_is_in_its_record_and_in_rqs_hash(
+    redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, Pace(step_s=60, rest_s=30))
+    store = JobStore(redis)
+    job = store.create(request_for_video, "q").job
+    assert store.get(job.id).deadline_s == job.deadline_s == 12_300
+    attempt = store.claim(job.id, "w")
+    pace.measure(redis, request_for_video, Pace(step_s=1, rest_s=1))
+    store.give_up(attempt)
+    rq_job = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
+    assert rq_job.timeout == 12_300

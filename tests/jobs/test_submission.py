@@ -1,4 +1,4 @@
-"""What comes with a request: its key, its limits, its owner, its deletion, its place."""
+"""What comes with a request: its key, its limits, its owner, its deletion."""
 
 from typing import Any, cast
 
@@ -8,11 +8,10 @@ from rq import Queue
 
 from jobs import events, keys, pace
 from jobs.errors import IdempotencyConflict, JobNotFound, QueueFull, QuotaExceeded
-from jobs.pace import Pace
 from jobs.record import Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import RETRY_AFTER_S, JobStore, Place
+from jobs.store import RETRY_AFTER_S, JobStore
 from jobs.submission import Idempotency, Submission
 
 QUEUE = "q"
@@ -204,36 +203,3 @@ def test_ends_with_a_webhook_are_in_the_outbox(
         store.cancel(job.id)
     assert redis.zrange(keys.WEBHOOKS_DUE, 0, -1) == [with_hook.id.encode()]
     assert store.get(with_hook.id).webhook_url == HOOK
-
-
-def test_a_place_in_the_queue_and_the_seconds_before_it(
-    store: JobStore, redis: Redis, request_for_video: GenerationRequest
-) -> None:
-    jobs = [store.create(request_for_video, QUEUE).job for _ in range(3)]
-    assert store.place(jobs[2], workers=1) == Place(2, None)
-    assert pace.read(redis, request_for_video) is None
-    pace.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.0))
-    job_s = 5 + 2 * request_for_video.num_inference_steps
-    assert store.place(jobs[2], workers=1) == Place(2, 2 * job_s)
-    assert store.place(jobs[2], workers=2) == Place(2, job_s)
-    assert store.place(jobs[2], workers=3) == Place(2, 0)
-    assert store.place(jobs[2], workers=0) == Place(2, None)
-
-    redis.lpop(Queue(QUEUE, connection=redis).key)
-    attempt = store.claim(jobs[0].id, "w")
-    store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=4.0))
-    assert store.place(jobs[2], workers=1) == Place(1, 4 + job_s)
-    assert store.place(jobs[0], workers=1) is None
-
-
-def test_a_pace_follows_new_measurements_slowly(
-    redis: Redis, request_for_video: GenerationRequest
-) -> None:
-    pace.measure(redis, request_for_video, Pace(1.0, 10.0))
-    pace.measure(redis, request_for_video, Pace(2.0, 10.0))
-    kept = pace.read(redis, request_for_video)
-    assert kept is not None
-    assert kept.step_s == pytest.approx(1.3)
-    assert kept.job_s(10) == pytest.approx(23)
-    unguided = request_for_video.model_copy(update={"guidance_scale": 1.0})
-    assert pace.read(redis, unguided) is None

@@ -1,0 +1,136 @@
+"""What a waiting job is told: its place, and the seconds before its start."""
+
+import pytest
+from redis import Redis
+from rq import Queue
+
+from jobs import pace
+from jobs.pace import Pace, Paces
+from jobs.places import Place, Places
+from jobs.record import JobRecord, Progress, Stage
+from jobs.spec import GenerationRequest
+from jobs.store import JobStore
+from jobs.submission import Submission
+
+QUEUE = "q"
+PACE = Pace(step_s=2.0, rest_s=5.0)
+JOB_S = PACE.job_s(20)
+
+
+@pytest.fixture
+def jobs(store: JobStore, request_for_video: GenerationRequest) -> list[JobRecord]:
+    return [store.create(request_for_video, QUEUE).job for _ in range(6)]
+
+
+def place(redis: Redis, job: JobRecord, workers: int, most: int = 100) -> Place | None:
+    return Places(redis, most).of([job], {QUEUE: workers}).get(job.id)
+
+
+def test_a_start_is_not_known_before_anything_was_measured(
+    redis: Redis, jobs: list[JobRecord]
+) -> None:
+    assert place(redis, jobs[2], workers=1) == Place(2, None)
+    assert place(redis, jobs[0], workers=1) == Place(0, 0)
+
+
+def test_each_job_goes_to_the_worker_that_is_free_first(
+    redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, PACE)
+    assert place(redis, jobs[2], workers=1) == Place(2, 2 * JOB_S)
+    assert place(redis, jobs[2], workers=2) == Place(2, JOB_S)
+    assert place(redis, jobs[2], workers=3) == Place(2, 0)
+    assert place(redis, jobs[2], workers=0) == Place(2, None)
+
+
+def test_running_jobs_count_with_what_they_have_left(
+    redis: Redis, store: JobStore, jobs: list[JobRecord], request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, PACE)
+    redis.lpop(Queue(QUEUE, connection=redis).key)
+    attempt = store.claim(jobs[0].id, "w")
+    first = place(redis, jobs[2], workers=1)
+    assert first is not None
+    assert first.starts_in_s == pytest.approx(2 * JOB_S, abs=5)
+    store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=4.0))
+    assert place(redis, jobs[2], workers=1) == Place(1, 4 + JOB_S)
+    assert place(redis, store.get(jobs[0].id), workers=1) is None
+    # As it was read before it was taken.
+    assert place(redis, jobs[0], workers=1) is None
+
+
+def test_many_jobs_of_several_queues_at_once(
+    redis: Redis, store: JobStore, jobs: list[JobRecord], request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, PACE)
+    other = store.create(request_for_video, "other").job
+    store.cancel(jobs[1].id)
+    asked = [*(store.get(job.id) for job in reversed(jobs)), other]
+    assert Places(redis).of(asked, {QUEUE: 1}) == {
+        jobs[0].id: Place(0, 0),
+        **{job.id: Place(n, n * JOB_S) for n, job in enumerate(jobs[2:], start=1)},
+        other.id: Place(0, None),
+    }
+    assert Places(redis).of([], {}) == {}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_far_behind_the_mean_of_those_in_front_is_taken(
+    redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest, workers: int
+) -> None:
+    pace.measure(redis, request_for_video, PACE)
+    asked = Places(redis, 2).of(jobs, {QUEUE: workers})
+    exact = Places(redis, 100).of(jobs, {QUEUE: workers})
+    assert [asked[job.id].position for job in jobs] == list(range(6))
+    assert asked[jobs[2].id] == exact[jobs[2].id]
+    for job in jobs:
+        estimate, truth = asked[job.id].starts_in_s, exact[job.id].starts_in_s
+        assert estimate == pytest.approx(truth, abs=JOB_S / 2)
+
+
+def test_behind_a_kind_never_measured_nothing_is_known(
+    redis: Redis, store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, PACE)
+    strange = request_for_video.model_copy(update={"mode": "w8a8"})
+    known, unknown, behind = (
+        store.create(request, QUEUE).job
+        for request in (request_for_video, strange, request_for_video)
+    )
+    found = Places(redis).of([known, unknown, behind], {QUEUE: 1})
+    assert [found[job.id].starts_in_s for job in (known, unknown, behind)] == [0, JOB_S, None]
+
+
+def test_priority_goes_first(
+    redis: Redis,
+    store: JobStore,
+    jobs: list[JobRecord],
+    request_for_video: GenerationRequest,
+) -> None:
+    first = store.create(request_for_video, QUEUE, Submission(priority=True)).job
+    assert place(redis, first, workers=1) == Place(0, 0)
+    assert place(redis, jobs[0], workers=1) == Place(1, None)
+
+
+def test_a_pace_follows_new_measurements_slowly(
+    redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, Pace(1.0, 10.0))
+    pace.measure(redis, request_for_video, Pace(2.0, 10.0))
+    kept = pace.read(redis, request_for_video)
+    assert kept is not None
+    assert kept.step_s == pytest.approx(1.3)
+    assert kept.job_s(10) == pytest.approx(23)
+    unguided = request_for_video.model_copy(update={"guidance_scale": 1.0})
+    assert pace.read(redis, unguided) is None
+
+
+def test_a_pace_is_asked_for_once_in_a_while(
+    redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    paces = Paces(redis)
+    pace.measure(redis, request_for_video, PACE)
+    assert paces.of(request_for_video) == PACE
+    pace.measure(redis, request_for_video, Pace(4.0, 5.0))
+    assert paces.of(request_for_video) == PACE
+    assert Paces(redis).of(request_for_video) != PACE
