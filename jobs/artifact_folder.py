@@ -20,6 +20,7 @@ _INCOMING = ".incoming-"
 _LEFTOVER_S = 24 * 3600.0
 _CHUNK = 256 * 1024
 
+_NO_ARTIFACT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _HERE_TO_STAY = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
@@ -68,7 +69,7 @@ class FolderArtifactStore:
         path = self.path(key)
         try:
             found = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
+        except _NO_ARTIFACT:
             return None
         except OSError as error:
             raise _unavailable(error) from error
@@ -88,7 +89,12 @@ class FolderArtifactStore:
             raise _unavailable(error) from error
 
     def delete(self, key: str) -> None:
-        self.path(key).unlink(missing_ok=True)
+        try:
+            self.path(key).unlink()
+        except _NO_ARTIFACT:
+            pass
+        except OSError as error:
+            raise _unavailable(error) from error
 
     def list(self, prefix: str = "") -> Iterator[Stored]:
         for path in self._walk(self.path(prefix) if prefix else self.root):
@@ -117,7 +123,7 @@ class FolderArtifactStore:
 
     def _walk(self, folder: Path) -> Iterator[Path]:
         """Every file and folder below `folder`, contents first; links are not followed."""
-        for parent, folders, files in os.walk(folder, topdown=False):
+        for parent, folders, files in os.walk(folder, topdown=False, onerror=_pass_over_missing):
             for name in (*files, *folders):
                 yield Path(parent, name)
 
@@ -168,6 +174,12 @@ def _lstat(path: Path) -> os.stat_result | None:
         return path.lstat()
     except FileNotFoundError:
         return None
+
+
+def _pass_over_missing(error: OSError) -> None:
+    """Go on if a folder went away meanwhile; by default every error would look like no files."""
+    if not isinstance(error, _NO_ARTIFACT):
+        raise _unavailable(error) from error
 
 
 def _unavailable(error: OSError) -> ArtifactsUnavailable:

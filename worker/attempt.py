@@ -12,7 +12,7 @@ import logging
 import tempfile
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from rq.timeouts import JobTimeoutException
 from jobs.artifacts import ArtifactStore, artifact_key
 from jobs.errors import (
     AppError,
+    ArtifactsUnavailable,
     GenerationCancelled,
     GenerationTimedOut,
     OutOfDeviceMemory,
@@ -116,7 +117,8 @@ def record_success(place: Workplace, attempt: Attempt, success: Success) -> None
     try:
         place.store.succeed(attempt, success.video, success.timings)
     except StaleAttempt:
-        place.artifacts.delete(success.video.key)
+        with suppress(ArtifactsUnavailable):  # then the service's housekeeping finds it
+            place.artifacts.delete(success.video.key)
         raise
 
 

@@ -63,12 +63,6 @@ def test_links_and_hidden_files_are_not_listed(
     assert [each.key for each in artifacts.list()] == ["a.mp4"]
 
 
-def test_a_folder_is_not_an_artifact(artifacts: FolderArtifactStore, source: Path) -> None:
-    artifacts.put("videos/a.mp4", source)
-    assert artifacts.size("videos") is None
-    assert artifacts.size("videos/a.mp4/b.mp4") is None
-
-
 def test_a_file_cut_short_is_noticed(artifacts: FolderArtifactStore, source: Path) -> None:
     artifacts.put("a.mp4", source)
     with pytest.raises(ArtifactsUnavailable, match="ends at byte 300000"):

@@ -99,6 +99,17 @@ def test_list_names_what_is_below_a_prefix(artifacts: ArtifactStore, source: Pat
         assert abs(datetime.now(UTC) - each.modified_at) < timedelta(minutes=5)
 
 
+def test_neither_a_folder_nor_something_below_an_artifact_is_one(
+    artifacts: ArtifactStore, source: Path
+) -> None:
+    artifacts.put("videos/a.mp4", source)
+    for key in ("videos", "videos/a.mp4/b.mp4"):
+        assert artifacts.size(key) is None
+        artifacts.delete(key)
+    assert list(artifacts.list("videos/a.mp4")) == []
+    assert [each.key for each in artifacts.list()] == ["videos/a.mp4"]
+
+
 def test_probe_leaves_nothing(artifacts: ArtifactStore) -> None:
     artifacts.probe()
     assert list(artifacts.list()) == []
