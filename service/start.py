@@ -83,7 +83,9 @@ def _demand_a_key(settings: ServiceSettings) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the port before the server starts, so that a taken one is one line and not a log."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named. With 0 each
+    # answer on a kept connection waited 40 ms for the caller's acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
