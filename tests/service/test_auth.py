@@ -105,7 +105,7 @@ def test_missing_wrong_and_revoked_keys_get_the_same_status(
         b"Bearer wan_\x00123456789ab_" + b"0" * 64,
         b"Bearer \xff\xfe\xfd",
         "Bearer wan_💥".encode(),
-        "Bearer wan_0123456789ab_".encode() + "٠".encode() * 64,
+        b"Bearer wan_0123456789ab_" + "٠".encode() * 64,
         b"\x00",
         b"Bearer wan_" + b"a" * 100_000,
         b"Bearer " + b"0 " * 50_000,
