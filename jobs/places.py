@@ -1,14 +1,17 @@
 """Where waiting jobs stand in their queues, and when they will start.
 
 A start is estimated from what is measured (`jobs/pace.py`) and from what the running jobs say they
-have left. One call costs little, however long the queue: see `MOST_LOOKED_INTO`.
+have left. The estimate of a queue is kept for a second and looks into its front only, so places
+cost little, however long the queue and however many ask.
 """
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from redis import Redis
+from rq import Queue
 
 from jobs import scripts
 from jobs.record import JobRecord
@@ -16,6 +19,8 @@ from jobs.state import JobState
 
 MOST_LOOKED_INTO: Final = 100
 """Behind so many waiting jobs a start is reckoned with their mean."""
+
+KEPT_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +31,72 @@ class Place:
     starts_in_s: float | None
 
 
-class Places:
-    """Looks up places. Safe to share between threads."""
+@dataclass(frozen=True, slots=True)
+class _Starts:
+    """The starts of the first places of a queue; each place after `reach` adds `each_s`."""
 
-    def __init__(self, redis: Redis, most_looked_into: int = MOST_LOOKED_INTO) -> None:
-        self._places = scripts.load(redis, "places")
+    reach: int
+    each_s: float
+    starts_s: tuple[float, ...]
+
+    def of(self, position: int) -> float | None:
+        if position < len(self.starts_s):
+            return self.starts_s[position]
+        if len(self.starts_s) <= self.reach:
+            return None
+        return self.starts_s[-1] + (position - self.reach) * self.each_s
+
+
+class Places:
+    """Looks up places. Safe to share between threads; one per process is enough."""
+
+    def __init__(
+        self, redis: Redis, most_looked_into: int = MOST_LOOKED_INTO, kept_s: float = KEPT_S
+    ) -> None:
+        self._redis = redis
+        self._read_starts = scripts.load(redis, "starts")
         self._most_looked_into = most_looked_into
+        self._kept_s = kept_s
+        self._kept: dict[tuple[str, int], tuple[float, _Starts]] = {}
 
     def of(self, jobs: Iterable[JobRecord], workers: Mapping[str, int]) -> dict[str, Place]:
         """Find the places of those among `jobs` that wait, by their ids.
 
         workers: how many live workers serve each queue; one that is left out has none.
         """
-        waiting: dict[str, list[str]] = {}
-        for job in jobs:
-            if job.state is JobState.QUEUED:
-                waiting.setdefault(job.queue, []).append(job.id)
+        queues: dict[str, dict[str, int]] = {}
+        waiting = [job for job in jobs if job.state is JobState.QUEUED]
+        for job, position in zip(waiting, self._positions(waiting), strict=True):
+            if position is not None:
+                queues.setdefault(job.queue, {})[job.id] = position
         found: dict[str, Place] = {}
-        for queue, ids in waiting.items():
-            answer = self._places(queue, workers.get(queue, 0), self._most_looked_into, *ids)
-            for job_id, (position, seconds) in zip(ids, answer, strict=True):
-                if position >= 0:
-                    found[job_id] = Place(position, float(seconds) if seconds else None)
+        for queue, positions in queues.items():
+            starts = self._starts(queue, workers.get(queue, 0), max(positions.values()))
+            for job_id, position in positions.items():
+                found[job_id] = Place(position, None if starts is None else starts.of(position))
         return found
+
+    def _positions(self, jobs: Sequence[JobRecord]) -> Sequence[int | None]:
+        if not jobs:
+            return ()
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job in jobs:
+                pipe.lpos(Queue(job.queue, connection=self._redis).key, job.id)
+            positions: Sequence[int | None] = pipe.execute()
+        return positions
+
+    def _starts(self, queue: str, workers: int, last: int) -> _Starts | None:
+        if workers < 1:
+            return None
+        now = time.monotonic()
+        reach = min(last, self._most_looked_into)
+        until, kept = self._kept.get((queue, workers), (0.0, None))
+        if kept is not None and now < until and reach <= kept.reach:
+            return kept
+        each_s, *starts_s = map(float, self._read_starts(queue, workers, reach))
+        starts = _Starts(reach, each_s, tuple(starts_s))
+        for key, (lapses, _) in list(self._kept.items()):
+            if lapses < now:
+                self._kept.pop(key, None)
+        self._kept[queue, workers] = (now + self._kept_s, starts)
+        return starts

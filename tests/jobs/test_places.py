@@ -22,8 +22,8 @@ def jobs(store: JobStore, request_for_video: GenerationRequest) -> list[JobRecor
     return [store.create(request_for_video, QUEUE).job for _ in range(6)]
 
 
-def place(redis: Redis, job: JobRecord, workers: int, most: int = 100) -> Place | None:
-    return Places(redis, most).of([job], {QUEUE: workers}).get(job.id)
+def place(redis: Redis, job: JobRecord, workers: int) -> Place | None:
+    return Places(redis).of([job], {QUEUE: workers}).get(job.id)
 
 
 def test_a_start_is_not_known_before_anything_was_measured(
@@ -134,3 +134,20 @@ def test_a_pace_is_asked_for_once_in_a_while(
     pace.measure(redis, request_for_video, Pace(4.0, 5.0))
     assert paces.of(request_for_video) == PACE
     assert Paces(redis).of(request_for_video) != PACE
+
+
+def test_the_estimate_of_a_queue_is_kept_for_a_moment_and_the_place_is_not(
+    redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
+) -> None:
+    pace.measure(redis, request_for_video, PACE)
+    places = Places(redis, kept_s=60)
+    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(1, JOB_S)
+    pace.measure(redis, request_for_video, Pace(1.0, 1.0))
+    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(1, JOB_S)
+    redis.lpop(Queue(QUEUE, connection=redis).key)
+    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(0, 0)
+    # What it does not reach to is looked into now.
+    found = places.of([jobs[5]], {QUEUE: 1})[jobs[5].id]
+    assert found.position == 4
+    assert found.starts_in_s is not None
+    assert found.starts_in_s < 4 * JOB_S
