@@ -1,10 +1,12 @@
 """The artifact folder: whole files only, whatever goes wrong, and no way out of it."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,12 +113,6 @@ except ArtifactNotStored as error:
 """
 
 
-def test_no_room_is_told_and_leaves_nothing(artifacts: FolderArtifactStore, source: Path) -> None:
-    """Room is limited by RLIMIT_FSIZE, which needs no root: the kernel ends a write half way."""
-    assert "could not be stored" in run(python(LIMITED, artifacts.root, source, 0))
-    assert files(artifacts.root) == []
-
-
 def test_room_made_meanwhile_is_used(artifacts: FolderArtifactStore, source: Path) -> None:
     assert run(python(LIMITED, artifacts.root, source, 1)) == "stored\n"
     assert files(artifacts.root) == ["videos/a.mp4"]
@@ -127,43 +123,43 @@ ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
 from jobs.artifact_folder import FolderArtifactStore
-from jobs.errors import ArtifactNotStored, ArtifactsUnavailable
+from jobs.errors import ArtifactNotStored
 
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", root], check=True)
-artifacts = FolderArtifactStore(root, patience_s=0.5)
 try:
-    artifacts.put("videos/a.mp4", source)
+    FolderArtifactStore(root, patience_s=0.5).put("videos/a.mp4", source)
 except ArtifactNotStored as error:
     print(error)
-print([path.name for path in root.rglob("*") if path.is_file()])
 (root / "filler").write_bytes(b"x" * 150_000)  # there is room again
+assert [path.name for path in root.rglob("*") if path.is_file()] == ["filler"]
 """
 
 
-def own_mounts() -> tuple[str, ...] | None:
-    """The command that lets a process mount for itself, where this machine allows that."""
+def ways_to_have_no_room() -> Iterator[object]:
+    """A limit on the size of files works everywhere, a small disk where a test may mount one."""
+    yield pytest.param(LIMITED, (), "does not take it", id="limit")
     for user in ((), ("--user", "--map-root-user")):
-        command = ("unshare", "--mount", *user)
-        try:
-            subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], check=True)
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        return command
-    return None
+        inside = ("unshare", "--mount", *user)
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            mount = [*inside, "mount", "-t", "tmpfs", "none", "/mnt"]
+            subprocess.run(mount, check=True, capture_output=True)
+            sentence = "the disk of the artifact store is full (No space left on device)"
+            yield pytest.param(ON_A_SMALL_DISK, inside, sentence, id="disk")
+            return
 
 
-# Not every machine lets a test mount a small disk; the limit on files above works on all of them.
-SMALL_DISKS = [each for each in [own_mounts()] if each is not None]
-
-
-@pytest.mark.parametrize("inside", SMALL_DISKS)
-def test_a_full_disk_is_named(
-    artifacts: FolderArtifactStore, source: Path, inside: tuple[str, ...]
+@pytest.mark.parametrize(("script", "inside", "sentence"), list(ways_to_have_no_room()))
+def test_no_room_is_told_and_leaves_nothing(
+    artifacts: FolderArtifactStore,
+    source: Path,
+    script: str,
+    inside: tuple[str, ...],
+    sentence: str,
 ) -> None:
-    said, left = run(python(ON_A_SMALL_DISK, artifacts.root, source, inside=inside)).splitlines()
-    assert "the disk of the artifact store is full (No space left on device)" in said
-    assert left == "[]"
+    """The kernel ends a write half way."""
+    assert sentence in run(python(script, artifacts.root, source, 0, inside=inside))
+    assert files(artifacts.root) == []
 
 
 PUTTING = """
