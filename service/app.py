@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs.artifacts import open_artifacts
 from jobs.connection import connect
+from jobs.places import Places
 from jobs.store import JobStore
 from service import openapi, problems
 from service.auth import Gate
@@ -71,6 +72,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         settings=settings,
         redis=redis,
         store=JobStore(redis),
+        places=Places(redis),
         artifacts=artifacts,
         tokens=TokenCounter(redis),
         gate=Gate(

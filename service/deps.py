@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from jobs import catalog
 from jobs.artifacts import ArtifactStore
 from jobs.errors import LinkRefused
+from jobs.places import Places
 from jobs.store import JobStore
 from service.auth import LOCAL, Gate, Principal, listed_owner, require_ops
 from service.json_body import json_body
@@ -26,6 +27,7 @@ class Parts:
     settings: ServiceSettings
     redis: Redis
     store: JobStore
+    places: Places
     artifacts: ArtifactStore
     tokens: TokenCounter
     gate: Gate

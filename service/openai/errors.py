@@ -1,7 +1,7 @@
 """Problems in the shape OpenAI's clients read, for every answer under `/v1`.
 
-The table of statuses is that of `service/problems.py`; only what OpenAI's clients know under another
-number is put right here. They repeat a request after 408, 409, 429 and 5xx of their own accord.
+The table of statuses is that of `service/problems.py`; only what OpenAI's clients know under
+another number is put right here. They repeat a request after 408, 409, 429 and 5xx by themselves.
 """
 
 from collections.abc import Mapping
@@ -59,7 +59,8 @@ def status_of(problem: Problem) -> int:
 
 def answer_of(problem: Problem) -> ErrorAnswer:
     status = status_of(problem)
-    other = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    other = "server_error" if ours else "invalid_request_error"
     return ErrorAnswer(
         error=ErrorObject(
             message=problem.detail,
