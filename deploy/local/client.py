@@ -1,12 +1,13 @@
 """The part of a client: send one prompt, follow the job, save the MP4.
 
-Speaks the public HTTP API like any other client and knows nothing of the packages behind it.
+Speaks the public HTTP API like any other client and knows nothing of the packages behind it. Sends
+the API key in WAN_API_KEY, if there is one.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import httpx
 
 from deploy.local.errors import LocalError, Refused
+
+KEY_VARIABLE = "WAN_API_KEY"
 
 _POLL_S = 0.2
 _TERMINAL = {"succeeded", "failed", "cancelled"}
@@ -34,9 +37,21 @@ class Order:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+class _Bearer(httpx.Auth):
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response]:
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        yield request
+
+
 def connect(url: str) -> httpx.Client:
     """A client for a service on this machine; proxies from the environment are not for loopback."""
-    return httpx.Client(base_url=url, timeout=30, trust_env=False)
+    key = os.environ.get(KEY_VARIABLE)
+    return httpx.Client(
+        base_url=url, timeout=30, trust_env=False, auth=_Bearer(key) if key else None
+    )
 
 
 def send(client: httpx.Client, order: Order) -> Job:
@@ -69,7 +84,8 @@ def save(client: httpx.Client, job: Job, out: Path) -> None:
     digest = hashlib.sha256()
     try:
         with part.open("wb") as file:
-            with client.stream("GET", job["video"]["url"]) as answer:
+            # The link opens the video by itself; the key is not for whatever host it names.
+            with client.stream("GET", job["video"]["url"], auth=None) as answer:
                 if answer.is_error:
                     answer.read()
                     raise LocalError(_explain(answer))

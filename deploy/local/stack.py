@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from deploy.local import valkey
+from deploy.local import client, valkey
 from deploy.local.errors import LocalError
 from deploy.local.ports import LOOPBACK
 from deploy.local.processes import Child
@@ -188,13 +188,19 @@ class Stack:
         The offer of a worker that was killed moments before, in an earlier run, still lives then.
         """
         try:
-            with httpx.Client(base_url=self.config.service_url, trust_env=False) as service:
+            with client.connect(self.config.service_url) as service:
                 if service.get("/readyz").is_error:
                     return False
-                models = service.get("/models").json()["models"]
+                answer = service.get("/models")
         except httpx.TransportError:
             return False
-        starts = [worker["started_at"] for model in models for worker in model["workers"]]
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise LocalError(f"this stack has API keys: put one into {client.KEY_VARIABLE}")
+        if answer.is_error:
+            return False
+        starts = [
+            worker["started_at"] for model in answer.json()["models"] for worker in model["workers"]
+        ]
         return any(datetime.fromisoformat(start) >= self._started_at for start in starts)
 
     def _count_restart(self, worker: Child) -> None:

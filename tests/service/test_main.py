@@ -1,13 +1,7 @@
 """`python -m service` as a process: it serves, keeps prompts out of its log, and stops."""
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -16,30 +10,7 @@ from redis import Redis
 
 from jobs.catalog import WorkerOffer
 from service.keys import KeyStore, Role
-
-
-@contextmanager
-def service(**environment: str) -> Iterator["subprocess.Popen[str]"]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service"],
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def address(process: "subprocess.Popen[str]") -> str:
-    """Read the log up to the line that says where the service listens."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"listening on (http://\S+)", line):
-            return found.group(1)
-    raise AssertionError("the service ended without listening")
+from tests.service.process import address, service
 
 
 @pytest.fixture
