@@ -47,8 +47,16 @@ PACE: Final = "wan:pace"
 WEBHOOKS_DUE: Final = "wan:webhooks"
 """Sorted set: ids of ended jobs whose webhook is to be called, by the millisecond it is due."""
 
+WEBHOOK_PREFIX: Final = "wan:webhook:"
+
 DELETIONS: Final = "wan:deletions"
 """Sorted set: ids of jobs to delete now that they have ended, by the millisecond of their end."""
+
+RETENTION_LOCK: Final = "wan:retention:lock"
+"""Held by the process that deletes what is past its time."""
+
+RETENTION_DONE: Final = "wan:retention:done"
+"""When that was last done; not done again as long as it is there."""
 
 API_KEYS: Final = "wan:keys"
 """Hash: the id of an API key to its JSON, without the secret. Never expires."""
@@ -83,6 +91,11 @@ def index(state: str, owner: str | None = None) -> str:
 
 def events(job_id: str) -> str:
     return EVENTS_PREFIX + job_id
+
+
+def webhook(job_id: str) -> str:
+    """Hash: how far the calls of the job's webhook are; kept as long as the record."""
+    return WEBHOOK_PREFIX + job_id
 
 
 def idempotency(owner: str, key: str) -> str:

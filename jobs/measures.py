@@ -21,7 +21,9 @@ COUNTERS: Final = {
     "lost": (),
     "released": (),
     "ended": ("state", "code"),
+    "webhook": ("outcome",),
 }
-"""Each counter and its labels beyond those of the shape."""
+"""Each counter and its labels beyond those of the shape. The outcome of a call of a webhook is
+`delivered`, `retried` (failed, and to be repeated) or `given_up`."""
 
 HISTOGRAMS: Final = ("wait", "service")

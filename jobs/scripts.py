@@ -16,6 +16,8 @@ from typing import Any, Final, cast
 from redis import Redis
 from rq import Queue
 from rq.job import Job
+from rq.registry import FailedJobRegistry, FinishedJobRegistry
+from rq.results import Result
 
 from jobs import keys, measures
 
@@ -51,8 +53,12 @@ _NAMES: Final = {
     "PACE": keys.PACE,
     "RECORD": keys.RECORD_PREFIX,
     "RECORD_TTL_S": keys.RECORD_TTL_S,
+    "RQ_FAILED": FailedJobRegistry.key_template.format(""),
+    "RQ_FINISHED": FinishedJobRegistry.key_template.format(""),
     "RQ_JOB": Job.redis_job_namespace_prefix,
     "RQ_QUEUE": Queue.redis_queue_namespace_prefix,
     "RQ_QUEUES": Queue.redis_queues_keys,
+    "RQ_RESULTS": Result.get_key(""),
+    "WEBHOOK": keys.WEBHOOK_PREFIX,
     "WEBHOOKS_DUE": keys.WEBHOOKS_DUE,
 }

@@ -22,11 +22,14 @@ MIN_GUIDANCE_SCALE = 1.0
 MAX_GUIDANCE_SCALE = 20.0
 FRAME_STRIDE = 4
 """Wan's VAE packs four frames into one latent frame after the first: counts are 4k+1."""
+MAX_URL_CHARS = 2048
 SHOWN_CHARS = 80
 """How much of an offending string is shown in an error."""
 
 CountTokens = Callable[[str, str], int | None]
 """Takes a tokenizer's fingerprint and a text; answers None where the tokenizer cannot be had."""
+CheckWebhook = Callable[[str], Violation | None]
+"""Takes a webhook's address; answers what is wrong with it, if something is."""
 
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Letters and a symbol to Unicode, but blank: the Hangul fillers and the empty Braille pattern."""
@@ -41,6 +44,7 @@ _BOUNDS = {
     "guidance_scale": f"a number from {MIN_GUIDANCE_SCALE:g} to {MAX_GUIDANCE_SCALE:g}",
     "seed": f"a whole number from 0 to {MAX_SEED}",
     "model": "the name of a served model",
+    "webhook_url": "an https address of a host that this service may call",
 }
 
 
@@ -93,6 +97,12 @@ class GenerationBody(BaseModel):
     model: Annotated[str, StringConstraints(pattern=MODEL_PATTERN)] | None = Field(
         default=None, description="May be left out while one model is served."
     )
+    webhook_url: str | None = Field(
+        default=None,
+        description="Called once the job has ended, whatever the end. Its host has to be one that "
+        "the operators of this service have allowed.",
+        json_schema_extra={"format": "uri", "maxLength": MAX_URL_CHARS},
+    )
 
 
 class GenerationRequest(BaseModel):
@@ -122,27 +132,33 @@ class GenerationRequest(BaseModel):
 
 
 def resolve(
-    body: GenerationBody, catalog: Catalog, count_tokens: CountTokens | None = None
+    body: GenerationBody,
+    catalog: Catalog,
+    count_tokens: CountTokens | None = None,
+    check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
     """Complete `body` and choose its queue: the shortest among the live ones that accept it.
 
     Without `count_tokens`, or where it answers None, a text is bounded by its characters alone and
-    the worker has the last word.
+    the worker has the last word. Without `check_webhook`, a webhook is refused.
 
     Raises:
         InvalidSpec: with every violation.
         ModeNotServed: the model and mode are known, but no live worker serves them; or no worker
             is live at all.
     """
-    return _resolve(body, catalog, [], count_tokens)
+    return _resolve(body, catalog, list(_webhook_violations(body, check_webhook)), count_tokens)
 
 
 def resolve_json(
-    raw: object, catalog: Catalog, count_tokens: CountTokens | None = None
+    raw: object,
+    catalog: Catalog,
+    count_tokens: CountTokens | None = None,
+    check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
     """Do the same for a parsed JSON document, reporting every kind of violation together."""
     try:
-        return resolve(GenerationBody.model_validate(raw), catalog, count_tokens)
+        return resolve(GenerationBody.model_validate(raw), catalog, count_tokens, check_webhook)
     except ValidationError as error:
         violations = [_violation(each) for each in error.errors()]
     if not isinstance(raw, Mapping):
@@ -151,6 +167,7 @@ def resolve_json(
     sound = {k: v for k, v in raw.items() if k in GenerationBody.model_fields and k not in bad}
     # Only to look for further violations: this body is never run.
     rest = GenerationBody.model_construct(**{"prompt": "-", **sound})
+    violations += _webhook_violations(rest, check_webhook)
     return _resolve(rest, catalog, violations, count_tokens)
 
 
@@ -229,6 +246,18 @@ def _text_violations(body: GenerationBody) -> Iterator[Violation]:
             )
 
 
+def _webhook_violations(
+    body: GenerationBody, check_webhook: CheckWebhook | None
+) -> Iterator[Violation]:
+    url = body.webhook_url
+    if url is None:
+        return
+    if check_webhook is None:
+        yield Violation("webhook_url", shown(url), "nothing", "webhook_url is not taken here.")
+    elif (violation := check_webhook(url)) is not None:
+        yield violation
+
+
 def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Violation]:
     """What is wrong with the body for this model; an absent field is never wrong."""
     if body.size is not None and body.size not in model.sizes:
@@ -283,7 +312,7 @@ def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
         "guidance_scale": model.default_guidance_scale,
         "seed": secrets.randbelow(MAX_SEED + 1),
     }
-    choices |= body.model_dump(exclude_none=True)
+    choices |= body.model_dump(exclude_none=True, exclude={"webhook_url"})
     return GenerationRequest.model_validate(choices | {"model": model.name})
 
 

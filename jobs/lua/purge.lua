@@ -21,6 +21,11 @@ for _, each in ipairs({ state, 'all' }) do
 end
 redis.call('ZREM', '@DELETIONS@', id)
 redis.call('ZREM', '@WEBHOOKS_DUE@', id)
-redis.call('DEL', record, '@EVENTS@' .. id, '@RQ_JOB@' .. id)
+redis.call('DEL', record, '@EVENTS@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
+-- What RQ keeps of deliveries that ended: a traceback would outlive the job it is of.
+redis.call('DEL', '@RQ_RESULTS@' .. id)
+for _, registry in ipairs({ '@RQ_FINISHED@', '@RQ_FAILED@' }) do
+  redis.call('ZREM', registry .. known[3], id)
+end
 redis.call('PUBLISH', '@CHANNEL@', id)
 return 'purged'

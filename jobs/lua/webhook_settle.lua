@@ -1,0 +1,25 @@
+-- Ends a lease. ARGV: id, lease, outcome ('delivered', 'retried', 'given_up', or 'postponed' for no
+-- try at all), milliseconds until the next try, fields and values of the outcome.
+-- Returns 'ok', 'missing' (the job is gone, and so is the entry now), or 'superseded'.
+local id, outcome = ARGV[1], ARGV[3]
+local held = redis.call('ZSCORE', '@WEBHOOKS_DUE@', id)
+if not held or tonumber(held) ~= tonumber(ARGV[2]) then return 'superseded' end
+local record, kept = record_of(id), '@WEBHOOK@' .. id
+local known = redis.call('HMGET', record, 'shape', 'delete_requested')
+if not known[1] or known[2] then
+  redis.call('ZREM', '@WEBHOOKS_DUE@', id)
+  redis.call('DEL', kept)
+  return 'missing'
+end
+if outcome == 'retried' or outcome == 'postponed' then
+  redis.call('ZADD', '@WEBHOOKS_DUE@', string.format('%d', clock_ms() + ARGV[4]), id)
+else
+  redis.call('ZREM', '@WEBHOOKS_DUE@', id)
+end
+if outcome == 'postponed' then return 'ok' end
+redis.call('HINCRBY', kept, 'tries', 1)
+redis.call('HDEL', kept, 'last_status', 'last_error')
+redis.call('HSET', kept, 'state', outcome == 'retried' and 'pending' or outcome, unpack(ARGV, 5))
+redis.call('PEXPIRE', kept, redis.call('PTTL', record))
+count('webhook', known[1] .. '|' .. outcome)
+return 'ok'

@@ -1,0 +1,125 @@
+"""The webhooks that are due, and how far each job's are: the outbox.
+
+The step that ends a job puts it in (`jobs/lua/prelude.lua`), so no end is missed. Any number of
+processes take from it: what one takes is leased to it, and is due again for anyone if that process
+does not settle it in time. A webhook is called at least once, and now and then twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, cast
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+from redis import Redis
+
+from jobs import keys, record, scripts
+from jobs.record import JobRecord
+
+LEASE_S: Final = 60.0
+"""How long a process may take for one call, all told; it gives up long before."""
+
+
+class WebhookState(StrEnum):
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    GIVEN_UP = "given_up"
+
+
+class WebhookStatus(BaseModel):
+    """How far the calls of one job's webhook are.
+
+    Of the latest try: `last_status` is the HTTP status it was answered with, if it was answered,
+    and `last_error` says what was wrong, if something was.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    state: WebhookState = WebhookState.PENDING
+    tries: int = 0
+    last_status: int | None = None
+    last_error: str | None = None
+    delivered_at: AwareDatetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to call one job's webhook; `until_ms`, on Redis' clock, tells it from others."""
+
+    job_id: str
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one try: delivered, unless there is an `error`.
+
+    A failed one is repeated after `retry_in_s`, or never if that is None.
+    """
+
+    status: int | None = None
+    error: str | None = None
+    retry_in_s: float | None = None
+
+
+class Outbox:
+    """All access to the outbox. Safe to share between threads; Redis errors pass through."""
+
+    def __init__(self, redis: Redis, lease_s: float = LEASE_S) -> None:
+        self._redis = redis
+        self._lease_ms = int(lease_s * 1000)
+        self._take = scripts.load(redis, "webhook_take")
+        self._settle = scripts.load(redis, "webhook_settle")
+
+    def take(self, most: int) -> list[Lease]:
+        """Lease up to `most` webhooks that are due, the longest due first."""
+        answer = cast("list[bytes]", self._take(most, self._lease_ms))
+        pairs = zip(answer[::2], answer[1::2], strict=True)
+        return [Lease(job_id.decode(), int(until)) for job_id, until in pairs]
+
+    def settle(self, lease: Lease, outcome: Outcome) -> bool:
+        """Record one try; says whether the lease still held, and nothing was written if not."""
+        if outcome.error is None:
+            word, fields = "delivered", {"delivered_at": record.now().isoformat()}
+        else:
+            word = "given_up" if outcome.retry_in_s is None else "retried"
+            fields = {"last_error": outcome.error}
+        if outcome.status is not None:
+            fields["last_status"] = str(outcome.status)
+        pairs = [text for field in fields.items() for text in field]
+        return self._end(lease, word, outcome.retry_in_s or 0.0, *pairs)
+
+    def postpone(self, lease: Lease, seconds: float) -> bool:
+        """Give a lease back untried; the webhook is due again after `seconds`."""
+        return self._end(lease, "postponed", seconds)
+
+    def drop(self, job_id: str) -> None:
+        """Forget the webhook of a job that is gone."""
+        with self._redis.pipeline() as pipe:
+            pipe.zrem(keys.WEBHOOKS_DUE, job_id)
+            pipe.delete(keys.webhook(job_id))
+            pipe.execute()
+
+    def status(self, job: JobRecord) -> WebhookStatus | None:
+        """How far the calls of the job's webhook are; None for a job without one."""
+        return self.statuses([job])[0]
+
+    def statuses(self, jobs: Sequence[JobRecord]) -> list[WebhookStatus | None]:
+        """Do the same for many jobs, in their order and one exchange, or none if none has one."""
+        found: dict[str, WebhookStatus] = {}
+        asked = [job.id for job in jobs if job.webhook_url is not None]
+        if asked:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for job_id in asked:
+                    pipe.hgetall(keys.webhook(job_id))
+                for job_id, fields in zip(asked, pipe.execute(), strict=True):
+                    found[job_id] = _decode(fields)
+        return [found.get(job.id) for job in jobs]
+
+    def _end(self, lease: Lease, word: str, seconds: float, *pairs: str) -> bool:
+        answer = self._settle(lease.job_id, lease.until_ms, word, int(seconds * 1000), *pairs)
+        return bool(answer == b"ok")
+
+
+def _decode(fields: dict[bytes, bytes]) -> WebhookStatus:
+    return WebhookStatus.model_validate({k.decode(): v.decode() for k, v in fields.items()})
