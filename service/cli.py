@@ -28,6 +28,8 @@ keys_app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 
+NameOrId = Annotated[str, typer.Argument(metavar="NAME-or-id")]
+
 _COLUMNS = ("name", "id", "role", "created", "last used", "quota", "rate", "state")
 
 
@@ -54,11 +56,7 @@ def add(
     """Make a key and show it, this once, alone on stdout."""
     with _key_store() as store:
         made, token = store.add(name, role, quota, rate)
-    print(token)
-    print(
-        f"This is the only time the key of {made.name} ({made.role}, id {made.id}) is shown.",
-        file=sys.stderr,
-    )
+    _show(made, token)
 
 
 @keys_app.command("list")
@@ -73,7 +71,15 @@ def list_keys() -> None:
 
 
 @keys_app.command()
-def revoke(key: Annotated[str, typer.Argument(metavar="NAME-or-id")]) -> None:
+def rotate(key: NameOrId) -> None:
+    """Give a key another secret, shown once; the old one is turned away within two seconds."""
+    with _key_store() as store:
+        rotated, token = store.rotate(key)
+    _show(rotated, token)
+
+
+@keys_app.command()
+def revoke(key: NameOrId) -> None:
     """Make a key useless; the service turns it away within two seconds."""
     with _key_store() as store:
         revoked = store.revoke(key)
@@ -93,6 +99,14 @@ def _key_store() -> Iterator[KeyStore]:
         sys.exit(f"service: {error}")
     except RedisError as error:
         sys.exit(f"service: Redis at REDIS_URL cannot be reached or refuses to work: {error}")
+
+
+def _show(key: ApiKey, token: str) -> None:
+    print(token)
+    print(
+        f"This is the only time the key of {key.name} ({key.role}, id {key.id}) is shown.",
+        file=sys.stderr,
+    )
 
 
 def _row(key: ApiKey, used_at: datetime | None) -> tuple[str, ...]:

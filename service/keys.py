@@ -103,7 +103,7 @@ class KeyStore:
             _write(pipe, made)
 
         self._change(add)
-        return made, f"wan_{made.id}_{secret}"
+        return made, _token(made, secret)
 
     def all(self) -> list[ApiKey]:
         """Read every key, the revoked ones too, oldest first."""
@@ -122,20 +122,27 @@ class KeyStore:
         Raises:
             KeyRefused: there is no such key.
         """
-        revoked: list[ApiKey] = []
 
-        def revoke(pipe: Pipeline) -> None:
-            found = [each for each in _read_all(pipe) if name_or_id in (each.id, each.name)]
-            if not found:
-                raise KeyRefused(f"there is no key with the name or id {name_or_id!r}.")
-            (key,) = found
-            revoked[:] = [key]
-            if key.revoked_at is None:
-                revoked[:] = [key.model_copy(update={"revoked_at": now()})]
-                _write(pipe, *revoked)
+        def revoked(key: ApiKey) -> ApiKey:
+            return key.model_copy(update={"revoked_at": key.revoked_at or now()})
 
-        self._change(revoke)
-        return revoked[0]
+        return self._replace(name_or_id, revoked)
+
+    def rotate(self, name_or_id: str) -> tuple[ApiKey, str]:
+        """Give a key another secret, for one that leaked: its owner keeps name and jobs.
+
+        Raises:
+            KeyRefused: there is no such key, or it was revoked.
+        """
+        secret = secrets.token_hex(32)
+
+        def rotated(key: ApiKey) -> ApiKey:
+            if key.revoked_at is not None:
+                raise KeyRefused(f"the key of {key.name} was revoked, and that is for good.")
+            return key.model_copy(update={"secret_sha256": _digest(secret)})
+
+        key = self._replace(name_or_id, rotated)
+        return key, _token(key, secret)
 
     def note_use(self, key_id: str) -> None:
         """Remember that the key was used now."""
@@ -145,6 +152,19 @@ class KeyStore:
         """Read when keys were last used, by their ids."""
         found = cast("dict[bytes, bytes]", self._redis.hgetall(keys.API_KEYS_USED))
         return {key.decode(): datetime.fromisoformat(at.decode()) for key, at in found.items()}
+
+    def _replace(self, name_or_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
+        written: list[ApiKey] = []
+
+        def replace(pipe: Pipeline) -> None:
+            found = [each for each in _read_all(pipe) if name_or_id in (each.id, each.name)]
+            if not found:
+                raise KeyRefused(f"there is no key with the name or id {name_or_id!r}.")
+            written[:] = [change(found[0])]
+            _write(pipe, written[0])
+
+        self._change(replace)
+        return written[0]
 
     def _change(self, change: Callable[[Pipeline], None]) -> None:
         """Read and write the keys as one, again from the start if somebody else wrote meanwhile."""
@@ -162,6 +182,10 @@ def proves(secret: str, key: ApiKey | None) -> bool:
     expected = _digest(_NOBODYS_SECRET) if key is None else key.secret_sha256
     same = hmac.compare_digest(_digest(secret), expected)
     return same and key is not None
+
+
+def _token(key: ApiKey, secret: str) -> str:
+    return f"wan_{key.id}_{secret}"
 
 
 def _digest(secret: str) -> str:

@@ -121,9 +121,22 @@ def test_revoked_keys_stay_listed(key_store: KeyStore, by: str) -> None:
     assert key_store.all() == [revoked, other]
 
 
-def test_revoking_nobody_is_refused(key_store: KeyStore) -> None:
-    with pytest.raises(KeyRefused, match="no key with the name or id 'alice'"):
-        key_store.revoke("alice")
+def test_nobodys_key_cannot_be_changed(key_store: KeyStore) -> None:
+    for change in (key_store.revoke, key_store.rotate):
+        with pytest.raises(KeyRefused, match="no key with the name or id 'alice'"):
+            change("alice")
+
+
+def test_a_rotated_key_has_another_secret_and_is_the_same_otherwise(key_store: KeyStore) -> None:
+    made, old = key_store.add("alice", Role.OPS, quota=2)
+    rotated, new = key_store.rotate("alice")
+    assert key_store.all() == [rotated]
+    assert rotated == made.model_copy(update={"secret_sha256": rotated.secret_sha256})
+    assert proves(new.rpartition("_")[2], rotated)
+    assert not proves(old.rpartition("_")[2], rotated)
+    key_store.revoke("alice")
+    with pytest.raises(KeyRefused, match="for good"):
+        key_store.rotate("alice")
 
 
 def test_an_unreadable_key_opens_nothing_and_hides_no_other(
@@ -164,6 +177,10 @@ def test_the_command_line_makes_lists_and_revokes(redis_url: str, key_store: Key
         assert text in listed[1]
     assert parts[1] not in "".join(listed)
 
+    rotated = split(command(redis_url, "rotate", "alice").stdout.removesuffix("\n"))
+    assert rotated is not None
+    assert rotated[0] == parts[0]
+    assert proves(rotated[1], key_store.get(parts[0]))
     assert command(redis_url, "revoke", "alice").returncode == 0
     assert "revoked 20" in command(redis_url, "list").stdout
 
