@@ -58,6 +58,9 @@ RETENTION_LOCK: Final = "wan:retention:lock"
 RETENTION_DONE: Final = "wan:retention:done"
 """When that was last done; not done again as long as it is there."""
 
+RECOVERY: Final = "wan:recovery"
+"""Hash: when somebody last looked for abandoned jobs, and when somebody first did after a gap."""
+
 API_KEYS: Final = "wan:keys"
 """Hash: the id of an API key to its JSON, without the secret. Never expires."""
 

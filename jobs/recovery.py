@@ -29,11 +29,19 @@ MISSING_S: Final = 6.0
 claim what it took; one that was stopped for longer finds the job held, and leaves it."""
 
 
+GAP_S: Final = 9.0
+"""When nobody has looked for this long, Redis was away, and so were the holders of leases."""
+
+GRACE_S: Final = 6.0
+"""How long after such a gap no lease is judged. A worker renews within two or three seconds."""
+
+
 class Recovery:
     """Finds what was abandoned and puts it back. Safe to share between threads."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._look = scripts.load(redis, "look")
         self._put_back = scripts.load(redis, "put_back")
         self._redeliver = scripts.load(redis, "redeliver")
 
@@ -65,11 +73,10 @@ class Recovery:
 
     def _without_lease(self) -> Iterable[JobRecord]:
         """The running jobs whose lease has run out, as far as this process can tell."""
+        clock_ms, judged = self._look(int(GAP_S * 1000), int(GRACE_S * 1000))
         running = self._ids(JobState.RUNNING)
-        if not running:
+        if not judged or not running:
             return
-        second, microsecond = self._redis.time()
-        clock_ms = second * 1000 + microsecond // 1000
         leases = self._fields(running, "lease_ms")
         lapsed = [name for name, lease in leases.items() if int(lease or 0) <= clock_ms]
         yield from self._read(lapsed)

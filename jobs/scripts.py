@@ -53,6 +53,7 @@ _NAMES: Final = {
     "PACE": keys.PACE,
     "RECORD": keys.RECORD_PREFIX,
     "RECORD_TTL_S": keys.RECORD_TTL_S,
+    "RECOVERY": keys.RECOVERY,
     "RQ_FAILED": FailedJobRegistry.key_template.format(""),
     "RQ_FINISHED": FinishedJobRegistry.key_template.format(""),
     "RQ_JOB": Job.redis_job_namespace_prefix,

@@ -1,5 +1,7 @@
 """Attempts that vanish, are given back, or never begin: the job goes on, or is given up."""
 
+import time
+
 import pytest
 from redis import Redis
 from rq import Queue
@@ -160,3 +162,24 @@ def test_priority_goes_before_all_others_and_behind_its_own_kind(
 
     plain, first, late, second = map(create, (False, True, False, True))
     assert queued(redis) == [first, second, plain, late]
+
+
+def test_after_a_gap_holders_get_the_time_to_renew(
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    job_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Redis that was away for longer than a lease brings nobody's job down."""
+    monkeypatch.setattr("jobs.recovery.GRACE_S", 0.2)
+    attempt = take(redis, store, job_id)
+    recovery.run()
+    redis.hset(keys.RECOVERY, "looked_ms", 1)  # as if nobody had looked since
+    let_lease_run_out(redis, job_id)
+    assert recovery.run() == {}
+    assert Recovery(redis).run() == {}  # nor does a process that has just been started judge
+    time.sleep(0.25)
+    assert recovery.run() == {job_id: "queued"}
+    with pytest.raises(StaleAttempt):
+        store.renew(attempt)
