@@ -108,24 +108,27 @@ class Gate:
         parts = split(token)
         if parts is not None:
             key_id, secret = parts
-            key = self._look_up(key_id)
+            key = self._remembered(key_id)
+            if not proves(secret, key):
+                # Unknown, or made or rotated a moment ago.
+                key = self._read_again(key_id)
             if proves(secret, key) and key is not None and key.revoked_at is None:
                 return key
         # One sentence for all of these: who guesses learns nothing.
         raise Unauthenticated("The API key is not one of this service, or it was revoked.")
 
-    def _look_up(self, key_id: str) -> ApiKey | None:
-        now = time.monotonic()
+    def _remembered(self, key_id: str) -> ApiKey | None:
         with self._lock:
             until, key = self._read.get(key_id, (0.0, None))
-        if now < until:
-            return key
+        return key if time.monotonic() < until else None
+
+    def _read_again(self, key_id: str) -> ApiKey | None:
+        until = time.monotonic() + REMEMBERED_S
         key = self._keys.get(key_id)
         with self._lock:
             self._read.pop(key_id, None)
-            # An unknown id is not remembered, so that a new key works at once.
             if key is not None:
-                self._read[key_id] = (now + REMEMBERED_S, key)
+                self._read[key_id] = (until, key)
                 if len(self._read) > MOST_REMEMBERED:
                     self._read.popitem(last=False)
         return key

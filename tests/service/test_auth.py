@@ -72,6 +72,17 @@ def test_a_revoked_key_works_two_seconds_at_most(
     assert client.get("/jobs", headers=alice).status_code == 401
 
 
+def test_a_rotated_key_works_at_once_and_its_old_secret_two_seconds_at_most(
+    client: TestClient, make_key: MakeKey, key_store: KeyStore
+) -> None:
+    old = make_key("alice")
+    assert client.get("/jobs", headers=old).status_code == 200
+    _, token = key_store.rotate("alice")
+    assert client.get("/jobs", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    time.sleep(REMEMBERED_S + 0.1)
+    assert client.get("/jobs", headers=old).status_code == 401
+
+
 def test_missing_wrong_and_revoked_keys_get_the_same_status(
     client: TestClient, make_key: MakeKey, key_store: KeyStore
 ) -> None:
