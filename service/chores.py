@@ -1,13 +1,32 @@
 """The list of what a service process does beside answering requests."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Final
 
 from jobs import recovery
+from service import retention
 from service.deps import Parts
 from service.housekeeping import Task
+from service.retention import Retention
+from service.webhooks.build import courier
+
+DELETIONS_EVERY_S: Final = 5.0
+WEBHOOKS_AGAIN_S: Final = 1.0
+"""After a fault: until then they are under way all the time."""
 
 
 def chores(parts: Parts) -> Sequence[Task]:
     """Name every task; each works on the parts of the application."""
     recover = recovery.Recovery(parts.redis)
-    return (Task("recovery", recovery.EVERY_S, lambda _: recover.run()),)
+    retain = Retention(parts.redis, parts.artifacts, parts.settings.keep)
+    sweep = partial(retention.sweep_deletions, parts.redis, parts.artifacts)
+    tasks = [
+        Task("recovery", recovery.EVERY_S, lambda _: recover.run()),
+        Task("deletion", DELETIONS_EVERY_S, sweep),
+        Task("retention", retention.ASK_EVERY_S, retain.run_if_due),
+    ]
+    webhooks = courier(parts)
+    if webhooks is not None:
+        tasks.append(Task("webhooks", WEBHOOKS_AGAIN_S, webhooks.run))
+    return tasks

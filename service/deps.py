@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from jobs import catalog
 from jobs.artifacts import ArtifactStore
 from jobs.errors import LinkRefused
+from jobs.outbox import Outbox
 from jobs.places import Places
 from jobs.store import JobStore
 from service.auth import LOCAL, Gate, Principal, listed_owner, require_ops
@@ -27,6 +28,7 @@ class Parts:
     settings: ServiceSettings
     redis: Redis
     store: JobStore
+    outbox: Outbox
     places: Places
     artifacts: ArtifactStore
     tokens: TokenCounter
@@ -45,6 +47,10 @@ async def _store(parts: PartsDep) -> JobStore:
     return parts.store
 
 
+async def _outbox(parts: PartsDep) -> Outbox:
+    return parts.outbox
+
+
 async def _artifacts(parts: PartsDep) -> ArtifactStore:
     return parts.artifacts
 
@@ -59,7 +65,7 @@ async def _tokens(parts: PartsDep) -> TokenCounter:
 
 async def _links(request: Request, parts: PartsDep) -> VideoLinks:
     base_url = parts.settings.public_url or str(request.base_url).rstrip("/")
-    return VideoLinks(base_url, parts.signer)
+    return VideoLinks(base_url, parts.signer, parts.settings.keep)
 
 
 _BEARER = HTTPBearer(
@@ -117,6 +123,7 @@ OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]
 ViewerDep = Annotated[Principal | None, Depends(_viewer)]
 StoreDep = Annotated[JobStore, Depends(_store)]
+OutboxDep = Annotated[Outbox, Depends(_outbox)]
 ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[catalog.Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]

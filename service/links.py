@@ -20,6 +20,7 @@ from redis import Redis
 
 from jobs import keys
 from jobs.errors import LinkRefused
+from service.keep import Keep
 
 SECRET_READ_EVERY_S: Final = 10.0
 """How long processes may disagree after Redis has lost the secret and another one was made."""
@@ -82,10 +83,11 @@ class LinkSigner:
 
 @dataclass(frozen=True, slots=True)
 class VideoLinks:
-    """Absolute, signed addresses of videos, as one caller reaches the service."""
+    """Absolute, signed addresses of videos, as one caller reaches the service, and their time."""
 
     base_url: str
     signer: LinkSigner
+    keep: Keep
 
     def to(self, job_id: str) -> str:
         return self.base_url + self.signer.sign(video_path(job_id))

@@ -12,6 +12,17 @@
 - `SERVICE_QUOTA`: how many jobs each key may have waiting and running, by default 20. A key may
   have a rate and a quota of its own.
 - `SERVICE_MAX_WAITING`: how many jobs may wait in a queue, by default 200.
+- `SERVICE_KEEP_VIDEOS_H`: how many hours after its job's end a video is kept, by default 168.
+- `SERVICE_KEEP_JOBS_H`: the same for the job's record, and with it its video; by default 720, which
+  is also the most: Redis drops a record 30 days after the job was created.
+- `SERVICE_KEEP_ORPHANS_H`: from which age on a video that no record names is deleted, by default
+  24.
+- `SERVICE_WEBHOOK_HOSTS` and its like: see `service/webhooks/settings.py`. They need
+  `SERVICE_PUBLIC_URL`, too: what is sent has no caller whose way here could be taken.
+- `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000.
+- `SERVICE_HEARTBEAT_S`: how often a stream without events shows that it is alive, by default 15.
+- `SERVICE_CATALOG_KEPT_S`: how long what the workers offer is taken as it was last read, by
+  default 1.
 - `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
 - `ARTIFACTS_URL`: where finished videos are, the same for service and workers: `file:///folder`, or
   `s3://bucket/prefix?endpoint=https://host:port&region=name` with credentials in AWS_ACCESS_KEY_ID
@@ -20,14 +31,20 @@
 An empty variable counts as absent, as it does for the worker.
 """
 
+from datetime import timedelta
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from jobs.keys import RECORD_TTL_S
+from service.keep import Keep
 from service.loopback import is_loopback
 from service.rate import check_rate
+from service.webhooks.settings import WebhookSettings
+
+Hours = Annotated[float, Field(gt=0, le=RECORD_TTL_S / 3600, allow_inf_nan=False)]
 
 
 class RedisSettings(BaseSettings):
@@ -50,14 +67,16 @@ class RedisSettings(BaseSettings):
         return url
 
 
-class ServiceSettings(RedisSettings):
+class ServiceSettings(WebhookSettings, RedisSettings):
     """The settings by the names the code uses; the environment's names are the aliases."""
 
     host: str = Field(default="127.0.0.1", validation_alias="SERVICE_HOST")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, validation_alias="SERVICE_PORT"
     )
-    public_url: str | None = Field(default=None, validation_alias="SERVICE_PUBLIC_URL")
+    public_url: str | None = Field(
+        default=None, validation_alias="SERVICE_PUBLIC_URL", validate_default=True
+    )
     url_secret: Annotated[SecretStr, Field(min_length=32)] | None = Field(
         default=None, validation_alias="SERVICE_URL_SECRET"
     )
@@ -69,7 +88,29 @@ class ServiceSettings(RedisSettings):
     max_waiting: Annotated[int, Field(ge=1)] = Field(
         default=200, validation_alias="SERVICE_MAX_WAITING"
     )
+    keep_videos_h: Hours = Field(default=168, validation_alias="SERVICE_KEEP_VIDEOS_H")
+    keep_jobs_h: Hours = Field(default=720, validation_alias="SERVICE_KEEP_JOBS_H")
+    keep_orphans_h: Annotated[float, Field(ge=1)] = Field(
+        default=24, validation_alias="SERVICE_KEEP_ORPHANS_H"
+    )
+    max_streams: Annotated[int, Field(ge=1)] = Field(
+        default=1000, validation_alias="SERVICE_MAX_STREAMS"
+    )
+    heartbeat_s: Annotated[float, Field(gt=0, le=300)] = Field(
+        default=15, validation_alias="SERVICE_HEARTBEAT_S"
+    )
+    catalog_kept_s: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=1, validation_alias="SERVICE_CATALOG_KEPT_S"
+    )
     artifacts_url: str = Field(validation_alias="ARTIFACTS_URL")
+
+    @property
+    def keep(self) -> Keep:
+        return Keep(
+            videos=timedelta(hours=self.keep_videos_h),
+            jobs=timedelta(hours=self.keep_jobs_h),
+            orphans=timedelta(hours=self.keep_orphans_h),
+        )
 
     @property
     def is_local(self) -> bool:
@@ -83,8 +124,13 @@ class ServiceSettings(RedisSettings):
 
     @field_validator("public_url")
     @classmethod
-    def _is_web_address(cls, url: str | None) -> str | None:
+    def _is_web_address(cls, url: str | None, info: ValidationInfo) -> str | None:
         if not url:
+            if info.data.get("webhook_hosts"):
+                raise ValueError(
+                    "is required, because SERVICE_WEBHOOK_HOSTS is set: webhooks tell where the "
+                    "video is; write how callers reach this service"
+                )
             return None
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:

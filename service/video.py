@@ -87,6 +87,12 @@ def _stored_video(artifacts: ArtifactStore, job: JobRecord) -> Video:
             job_id=job.id,
             state=job.state.value,
         )
+    if job.video_deleted_at is not None:
+        raise VideoGone(
+            f"The video of job {job.id} was deleted when its time was over, on "
+            f"{job.video_deleted_at:%Y-%m-%d}; generate it again with the same request and seed.",
+            job_id=job.id,
+        )
     if artifacts.size(job.video.key) != job.video.bytes:
         raise VideoGone(
             f"The video of job {job.id} is no longer in the artifact store; generate it again "

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.catalog import Catalog, ModelOffer, ModeOffer
+from jobs.outbox import WebhookStatus
+from jobs.places import Place
 from jobs.record import Failure, JobRecord, Progress, StageTimings
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -15,6 +17,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "id": "01a2039b8ee84d074d36452736a1b6c7",
     "state": "succeeded",
     "owner": "alice",
+    "priority": False,
     "request": {
         "prompt": "a small red circle moving right on a black background",
         "negative_prompt": "",
@@ -30,7 +33,10 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "started_at": "2026-11-22T14:14:16.052Z",
     "finished_at": "2026-11-22T14:14:23.410Z",
     "attempts": 1,
+    "lost": 0,
+    "deadline_s": 825,
     "cancel_requested": False,
+    "queue": None,
     "progress": None,
     "failure": None,
     "video": {
@@ -42,6 +48,8 @@ _JOB_EXAMPLE: dict[str, Any] = {
         "height": 96,
         "num_frames": 17,
         "fps": 8,
+        "expires_at": "2026-11-29T14:14:23.410Z",
+        "deleted_at": None,
     },
     "timings": {
         "queue_s": 0.012,
@@ -51,6 +59,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
         "mp4_s": 0.1,
         "total_s": 7.36,
     },
+    "webhook": None,
 }
 
 QUEUED_EXAMPLE: dict[str, Any] = {
@@ -58,6 +67,7 @@ QUEUED_EXAMPLE: dict[str, Any] = {
     **dict.fromkeys(("started_at", "finished_at", "video", "timings")),
     "state": "queued",
     "attempts": 0,
+    "queue": {"position": 2, "starts_in_s": 14.5},
 }
 
 
@@ -73,6 +83,31 @@ class VideoView(BaseModel):
     height: int
     num_frames: int
     fps: int
+    expires_at: datetime = Field(description="Until when it is kept; then the URL answers 410.")
+    deleted_at: datetime | None = Field(description="When it was deleted, once it was.")
+
+
+class WebhookView(WebhookStatus):
+    """How far the calls of the job's webhook are; the last ones are about the latest try."""
+
+    url: str
+
+
+class QueueView(BaseModel):
+    """Where a queued job stands."""
+
+    position: int = Field(description="How many jobs go before it.")
+    starts_in_s: float | None = Field(
+        description="An estimate from measured jobs; null where none like those before it was "
+        "measured yet."
+    )
+
+    @classmethod
+    def of(cls, place: Place) -> Self:
+        seconds = place.starts_in_s
+        return cls(
+            position=place.position, starts_in_s=None if seconds is None else round(seconds, 1)
+        )
 
 
 class JobView(BaseModel):
@@ -83,24 +118,46 @@ class JobView(BaseModel):
     id: str
     state: JobState
     owner: str = Field(description="The name of the key that asked for it; local without keys.")
+    priority: bool = Field(description="Whether it goes before all jobs without.")
     request: GenerationRequest = Field(description="What is run, with every default filled in.")
     created_at: datetime
     started_at: datetime | None = Field(description="When the latest attempt began.")
     finished_at: datetime | None
     attempts: int = Field(description="How often a worker has begun the job.")
+    lost: int = Field(description="How many of these attempts vanished with their worker.")
+    deadline_s: int = Field(description="The most seconds an attempt may take.")
     cancel_requested: bool
+    queue: QueueView | None = Field(description="Where a queued job stands.")
     progress: Progress | None = Field(description="Where a running job is.")
     failure: Failure | None = Field(description="Why the job failed, if it did.")
     video: VideoView | None = Field(description="The result, once the job has succeeded.")
     timings: StageTimings | None
+    webhook: WebhookView | None = Field(description="Who is told of the end, if asked for.")
 
     @classmethod
-    def of(cls, job: JobRecord, links: VideoLinks) -> Self:
+    def of(
+        cls,
+        job: JobRecord,
+        links: VideoLinks,
+        status: WebhookStatus | None,
+        place: Place | None = None,
+    ) -> Self:
+        """status: that of the job's webhook, from the outbox; place: that in the queue."""
         video = None
         if job.video is not None:
-            video = VideoView(url=links.to(job.id), **job.video.model_dump(exclude={"key"}))
-        shared = {name: getattr(job, name) for name in cls.model_fields if name != "video"}
-        return cls(video=video, **shared)
+            video = VideoView(
+                url=links.to(job.id),
+                expires_at=links.keep.video_until(job),
+                deleted_at=job.video_deleted_at,
+                **job.video.model_dump(exclude={"key"}),
+            )
+        webhook = None
+        if job.webhook_url is not None and status is not None:
+            webhook = WebhookView(url=job.webhook_url, **status.model_dump())
+        queue = None if place is None else QueueView.of(place)
+        made = {"video": video, "webhook": webhook, "queue": queue}
+        shared = {name: getattr(job, name) for name in cls.model_fields if name not in made}
+        return cls(**made, **shared)
 
 
 class JobListView(BaseModel):

@@ -1,0 +1,194 @@
+"""Delete what is past its time: videos, then records, and files that no record names.
+
+Of many service processes one does it, about once an hour. A video is deleted before the record
+that names it, so a round may be cut off anywhere: what it leaves, the next one finds.
+"""
+
+import logging
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from itertools import chain, islice
+from typing import Final, cast
+
+from redis import Redis
+from redis.exceptions import LockError
+
+from jobs import keys, record
+from jobs.aging import PAGE, AgedJob, Aging
+from jobs.artifact_keys import Stored
+from jobs.artifacts import ArtifactStore
+from jobs.errors import ArtifactRefused, ArtifactsUnavailable
+from jobs.state import JobState
+from jobs.store import JobStore
+from jobs.submission import OPEN_OWNER
+from service.deletion import delete_job
+from service.keep import Keep
+from service.keys import KeyStore
+
+logger = logging.getLogger(__name__)
+
+EVERY: Final = timedelta(hours=1)
+ASK_EVERY_S: Final = 300.0
+"""How often a process looks whether it is time: if one has gone, another takes over soon."""
+
+LOCK_S: Final = 300.0
+"""A process that died during a round holds up the others for this long at most."""
+
+MOST_FAULTS: Final = 10
+"""So many files in a row that cannot be deleted mean that none can be; fewer are passed over."""
+
+_NOT_RUNNING = tuple(state for state in JobState if state is not JobState.RUNNING)
+_VIDEOS = "videos"
+_VIDEO = re.compile(_VIDEOS + r"/([A-Za-z0-9_-]{1,64})/[0-9]+\.mp4\Z")
+
+Swept = Counter[str]
+"""How much was deleted, by its kind: videos, jobs, orphans, leftovers."""
+
+
+class RetentionBusy(Exception):
+    """Another process is at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """One thing whose time is over."""
+
+    kind: str
+    name: str
+    delete: Callable[[], object]
+
+
+class Retention:
+    """Rounds of deleting. Safe to share between threads."""
+
+    def __init__(self, redis: Redis, artifacts: ArtifactStore, keep: Keep) -> None:
+        self._redis = redis
+        self._store = JobStore(redis)
+        self._aging = Aging(redis)
+        self._artifacts = artifacts
+        self._keep = keep
+
+    def run_if_due(self, ending: threading.Event) -> None:
+        """Run a round, unless one ended within the last hour or is under way in another process."""
+        if not self._redis.exists(keys.RETENTION_DONE):
+            try:
+                self.run(ending)
+            except RetentionBusy:
+                logger.debug("another process does it")
+
+    def run(self, ending: threading.Event, now: datetime | None = None) -> Swept:
+        """Run a round now; once `ending` is set it ends early, and counts as not done.
+
+        now: what counts as the present.
+
+        Raises:
+            RetentionBusy: another process runs one.
+            ArtifactsUnavailable: too many files cannot be deleted.
+        """
+        lock = self._redis.lock(keys.RETENTION_LOCK, timeout=LOCK_S, blocking=False)
+        if not lock.acquire():
+            raise RetentionBusy
+        swept: Swept = Counter()
+        try:
+            now = now or record.now()
+            # Jobs first: what they leave behind is an orphan, if it is old enough.
+            for page in chain(self._past_jobs(now), self._orphans(now)):
+                lock.extend(LOCK_S, replace_ttl=True)
+                _delete(page, swept, ending)
+                if ending.is_set():
+                    return swept
+            swept["leftovers"] = self._artifacts.remove_leftovers()
+            self._tidy(now)
+            self._redis.set(keys.RETENTION_DONE, now.isoformat(), ex=EVERY)
+        finally:
+            with suppress(LockError):  # it took too long, and another process has begun
+                lock.release()
+            if swept.total():
+                logger.info("deleted what is past its time: %s", told(swept))
+        return swept
+
+    def _past_jobs(self, now: datetime) -> Iterator[list[_Due]]:
+        """The jobs whose time is over, or their videos'; running ones are never among them."""
+        soonest = min(self._keep.videos, self._keep.jobs)
+        for state in _NOT_RUNNING:
+            for page in self._aging.created_before(state, now - soonest):
+                yield [due for job in page if (due := self._past(job, now)) is not None]
+
+    def _past(self, job: AgedJob, now: datetime) -> _Due | None:
+        if now >= self._keep.record_until(job):
+            return _Due("jobs", job.id, partial(delete_job, self._store, self._artifacts, job.id))
+        key = job.video_key
+        if key is not None and now >= self._keep.video_until(job):
+            return _Due("videos", key, partial(self._delete_video, job.id, key))
+        return None
+
+    def _delete_video(self, job_id: str, key: str) -> None:
+        self._artifacts.delete(key)
+        self._aging.video_deleted(job_id)
+
+    def _orphans(self, now: datetime) -> Iterator[list[_Due]]:
+        """Old files that no record names: of lost attempts, or stored a moment before a crash."""
+        oldest_kept = now - self._keep.orphans
+        old = (each for each in self._artifacts.list(_VIDEOS) if each.modified_at < oldest_kept)
+        for page in _pages(old):
+            videos = [(match[1], match[0]) for each in page if (match := _VIDEO.match(each.key))]
+            keys_of_nobody = self._aging.unclaimed(videos)
+            if keys_of_nobody and self._aging.is_empty():
+                # More likely a Redis that lost its data, or a wrong address, than 30 idle days.
+                logger.warning("Redis knows of no job at all, so no video is taken for an orphan")
+                return
+            yield [
+                _Due("orphans", key, partial(self._artifacts.delete, key)) for key in keys_of_nobody
+            ]
+
+    def _tidy(self, now: datetime) -> None:
+        owners = {OPEN_OWNER, *(key.name for key in KeyStore(self._redis).all())}
+        self._aging.forget_names(owners, now - timedelta(seconds=keys.RECORD_TTL_S))
+        self._aging.tidy_registries()
+
+
+def told(swept: Swept) -> str:
+    """Say how much was deleted."""
+    words = {
+        "videos": "videos",
+        "jobs": "jobs with all that belongs to them",
+        "orphans": "files that no job names",
+        "leftovers": "unfinished files",
+    }
+    return ", ".join(f"{swept[kind]} {word}" for kind, word in words.items())
+
+
+def sweep_deletions(redis: Redis, artifacts: ArtifactStore, ending: threading.Event) -> None:
+    """Delete the jobs whose deletion was asked for while they ran, and which have ended since."""
+    store = JobStore(redis)
+    ended = [cast("bytes", each).decode() for each in redis.zrange(keys.DELETIONS, 0, PAGE - 1)]
+    due = [_Due("jobs", name, partial(delete_job, store, artifacts, name)) for name in ended]
+    _delete(due, Counter(), ending)
+
+
+def _delete(page: Sequence[_Due], swept: Swept, ending: threading.Event) -> None:
+    faults = 0
+    for due in page:
+        if ending.is_set():
+            return
+        try:
+            due.delete()
+        except (ArtifactsUnavailable, ArtifactRefused) as error:
+            faults += 1
+            logger.warning("%s is to be deleted and cannot be: %s", due.name, error)
+            if faults >= MOST_FAULTS:
+                raise
+        else:
+            faults = 0
+            swept[due.kind] += 1
+
+
+def _pages(stored: Iterator[Stored]) -> Iterator[list[Stored]]:
+    while page := list(islice(stored, PAGE)):
+        yield page
