@@ -1,4 +1,4 @@
-"""`python -m service` runs the service; `python -m service keys ...` manages its keys."""
+"""`python -m service` runs the service; `keys ...` and `retention` after it are its commands."""
 
 from service.cli import app
 

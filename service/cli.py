@@ -1,10 +1,11 @@
-"""The service's command line: run it, and manage its keys.
+"""The service's command line: run it, manage its keys, and delete what is past its time.
 
 Keys are managed where Redis can be reached, not over HTTP: whoever can write to Redis can do
 everything anyway, and a service without keys has nobody who could ask it for one.
 """
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,13 +15,16 @@ import typer
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
+from jobs.artifacts import open_artifacts
 from jobs.connection import connect
+from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from service.keys import ApiKey, KeyRefused, KeyStore, Role
-from service.settings import RedisSettings
+from service.retention import Retention, RetentionBusy, told
+from service.settings import RedisSettings, ServiceSettings
 from service.start import sentences, start
 
 app = typer.Typer(
-    help="Run the service, configured by the environment, or manage its API keys.",
+    help="Run the service, configured by the environment, or do one of the commands.",
     add_completion=False,
 )
 keys_app = typer.Typer(
@@ -38,6 +42,17 @@ def run(context: typer.Context) -> None:
     """Run the service if nothing else is asked for."""
     if context.invoked_subcommand is None:
         start()
+
+
+@app.command("retention")
+def run_retention() -> None:
+    """Delete now what is past its time; the service itself does it about once an hour."""
+    with _one_line_for_errors():
+        settings = ServiceSettings()
+        artifacts = open_artifacts(settings.artifacts_url)
+        with connect(settings.redis_url.get_secret_value()) as redis:
+            swept = Retention(redis, artifacts, settings.keep).run(threading.Event())
+    print(f"Deleted {told(swept)}.")
 
 
 @keys_app.command()
@@ -89,14 +104,23 @@ def revoke(key: NameOrId) -> None:
 @contextmanager
 def _key_store() -> Iterator[KeyStore]:
     """The keys; errors end the command with one line."""
+    with (
+        _one_line_for_errors(),
+        connect(RedisSettings().redis_url.get_secret_value()) as redis,
+    ):
+        yield KeyStore(redis)
+
+
+@contextmanager
+def _one_line_for_errors() -> Iterator[None]:
     try:
-        settings = RedisSettings()
-        with connect(settings.redis_url.get_secret_value()) as redis:
-            yield KeyStore(redis)
+        yield
     except ValidationError as error:
         sys.exit(sentences(error))
-    except KeyRefused as error:
+    except (KeyRefused, ArtifactRefused, ArtifactsUnavailable) as error:
         sys.exit(f"service: {error}")
+    except RetentionBusy:
+        sys.exit("service: a service process is deleting at this moment; nothing is left to do.")
     except RedisError as error:
         sys.exit(f"service: Redis at REDIS_URL cannot be reached or refuses to work: {error}")
 

@@ -157,11 +157,11 @@ def told(swept: Swept) -> str:
     """Say how much was deleted."""
     words = {
         "videos": "videos",
-        "jobs": "jobs with all that belongs to them",
+        "jobs": "jobs with their videos",
         "orphans": "files that no job names",
         "leftovers": "unfinished files",
     }
-    return ", ".join(f"{swept[kind]} {word}" for kind, word in words.items())
+    return ", ".join(f"{word}: {swept[kind]}" for kind, word in words.items())
 
 
 def sweep_deletions(redis: Redis, artifacts: ArtifactStore, ending: threading.Event) -> None:

@@ -321,4 +321,4 @@ def test_a_round_tells_what_it_deleted(house: House, caplog: pytest.LogCaptureFi
         house.sweep(timedelta())
         assert caplog.text == "", "a round that found nothing says nothing"
         house.sweep(KEEP.videos + MOMENT)
-    assert "1 videos" in caplog.text
+    assert "videos: 1, jobs with their videos: 0" in caplog.text
