@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs.artifacts import open_artifacts
 from jobs.connection import connect
+from jobs.outbox import Outbox
 from jobs.places import Places
 from jobs.store import JobStore
 from service import openapi, problems
@@ -23,7 +24,7 @@ from service.housekeeping import Housekeeping
 from service.keys import KeyStore
 from service.links import LinkSigner
 from service.rate import RateLimiter
-from service.routes import health, jobs, models
+from service.routes import health, jobs, models, videos
 from service.security_headers import SecurityHeaders
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
@@ -34,6 +35,7 @@ MAX_BODY_BYTES = 256 * 1024
 
 _TAGS = [
     {"name": "jobs", "description": "Ask for videos, follow them, cancel them, fetch them."},
+    {"name": "videos", "description": "The same, for clients of OpenAI's Videos API."},
     {"name": "models", "description": "What the live workers offer."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
@@ -72,6 +74,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         settings=settings,
         redis=redis,
         store=JobStore(redis),
+        outbox=Outbox(redis),
         places=Places(redis),
         artifacts=artifacts,
         tokens=TokenCounter(redis),
@@ -80,7 +83,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         ),
         signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    for routes in (jobs, models, health):
+    for routes in (jobs, videos, models, health):
         app.include_router(routes.router)
     problems.install(app)
     openapi.install(app)

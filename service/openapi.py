@@ -11,6 +11,8 @@ from fastapi.openapi.utils import get_openapi
 
 from jobs import errors
 from jobs.spec import GenerationBody
+from service.openai.errors import ErrorAnswer
+from service.openai.views import VideoObject
 from service.problem_document import Problem
 from service.problems import MEDIA_TYPE, from_error, from_status
 from service.views import QUEUED_EXAMPLE, JobListView, JobView
@@ -140,12 +142,12 @@ def _document(app: FastAPI) -> Json:
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for model in (GenerationBody, Problem):
+    for model in (GenerationBody, Problem, ErrorAnswer):
         schema = model.model_json_schema(ref_template=_REF)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
     # FastAPI drops nulls from examples, which would make these invalid.
-    for view in (JobView, JobListView):
+    for view in (JobView, JobListView, VideoObject):
         schemas[view.__name__]["examples"] = view.model_json_schema()["examples"]
     accepted = document["paths"]["/generate"]["post"]["responses"]["202"]
     accepted["content"]["application/json"]["example"] = QUEUED_EXAMPLE

@@ -122,7 +122,11 @@ _PLAIN = {
     416: ("range_not_satisfiable", "The range lies beyond the video"),
     421: ("misdirected_request", "This service is not known by that name"),
 }
-_PARAMETERS = {"limit": LIMIT_BOUND, "state": f"one of {', '.join(JobState)}"}
+_PARAMETERS = {
+    "limit": LIMIT_BOUND,
+    "order": "asc or desc",
+    "state": f"one of {', '.join(JobState)}",
+}
 _SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
 
 

@@ -38,7 +38,7 @@ class ErrorObject(BaseModel):
 
     message: str = Field(examples=["There is no job 01a2."])
     type: str = Field(description="The kind of error.", examples=["not_found_error"])
-    param: str | None = Field(description="The first refused field or parameter.")
+    param: str | None = Field(default=None, description="The first refused field or parameter.")
     code: str = Field(description="Stable, for programs.", examples=["job_not_found"])
 
 

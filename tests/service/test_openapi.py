@@ -10,6 +10,8 @@ from pydantic import TypeAdapter
 
 from jobs.catalog import WorkerOffer
 from jobs.spec import GenerationBody
+from service.openai.errors import ErrorAnswer
+from service.openai.views import VideoObject
 from service.problem_document import Problem
 from service.views import JobView
 
@@ -35,6 +37,11 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /jobs/{job_id}",
         "DELETE /jobs/{job_id}",
         "GET /jobs/{job_id}/video.mp4",
+        "POST /v1/videos",
+        "GET /v1/videos",
+        "GET /v1/videos/{video_id}",
+        "DELETE /v1/videos/{video_id}",
+        "GET /v1/videos/{video_id}/content",
         "GET /models",
         "GET /healthz",
         "GET /readyz",
@@ -42,11 +49,17 @@ def test_all_routes_are_described(document: Any) -> None:
     assert all(each["tags"] and each["summary"] and each["description"] for each in found.values())
 
 
-def test_every_error_is_a_problem_with_a_valid_example(document: Any) -> None:
+def test_every_error_has_its_shape_and_a_valid_example(document: Any) -> None:
     for name, operation in operations(document):
         errors = {int(s): a for s, a in operation["responses"].items() if int(s) >= 400}
         assert errors, name
         for status, answer in errors.items():
+            if " /v1/" in name:
+                assert list(answer["content"]) == ["application/json"], (name, status)
+                content = answer["content"]["application/json"]
+                assert content["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+                ErrorAnswer.model_validate(content["example"])
+                continue
             assert list(answer["content"]) == ["application/problem+json"], (name, status)
             content = answer["content"]["application/problem+json"]
             assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
@@ -66,6 +79,8 @@ def test_examples_are_valid(document: Any) -> None:
     TypeAdapter(JobView).validate_json(json.dumps(queued["content"]["application/json"]["example"]))
     for example in document["components"]["schemas"]["JobView"]["examples"]:
         TypeAdapter(JobView).validate_json(json.dumps(example))
+    for example in document["components"]["schemas"]["VideoObject"]["examples"]:
+        VideoObject.model_validate(example)
 
 
 @pytest.mark.usefixtures("live_worker")
@@ -75,3 +90,18 @@ def test_example_bodies_are_accepted(
     content = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     for example in content["examples"].values():
         assert client.post("/generate", json=example["value"]).status_code == 202
+
+
+@pytest.mark.usefixtures("live_worker")
+def test_example_bodies_are_accepted_in_openais_shape(client: TestClient, document: Any) -> None:
+    content = document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    assert set(content) == {"application/json", "multipart/form-data"}
+    for media_type, described in content.items():
+        for example in described["examples"].values():
+            assert set(example["value"]) <= set(described["schema"]["properties"])
+            if media_type == "application/json":
+                answer = client.post("/v1/videos", json=example["value"])
+            else:
+                parts = {name: (None, str(value)) for name, value in example["value"].items()}
+                answer = client.post("/v1/videos", files=parts)
+            assert answer.status_code == 200, answer.text
