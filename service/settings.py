@@ -32,10 +32,10 @@ An empty variable counts as absent, as it does for the worker.
 """
 
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.keys import RECORD_TTL_S
@@ -74,9 +74,7 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, validation_alias="SERVICE_PORT"
     )
-    public_url: str | None = Field(
-        default=None, validation_alias="SERVICE_PUBLIC_URL", validate_default=True
-    )
+    public_url: str | None = Field(default=None, validation_alias="SERVICE_PUBLIC_URL")
     url_secret: Annotated[SecretStr, Field(min_length=32)] | None = Field(
         default=None, validation_alias="SERVICE_URL_SECRET"
     )
@@ -124,18 +122,22 @@ class ServiceSettings(WebhookSettings, RedisSettings):
 
     @field_validator("public_url")
     @classmethod
-    def _is_web_address(cls, url: str | None, info: ValidationInfo) -> str | None:
+    def _is_web_address(cls, url: str | None) -> str | None:
         if not url:
-            if info.data.get("webhook_hosts"):
-                raise ValueError(
-                    "is required, because SERVICE_WEBHOOK_HOSTS is set: webhooks tell where the "
-                    "video is; write how callers reach this service"
-                )
             return None
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:
             raise ValueError(f"{url} is not a web address; write it as https://host or with a path")
         return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _webhooks_know_the_way_here(self) -> Self:
+        if self.webhook_hosts and self.public_url is None:
+            raise ValueError(
+                "SERVICE_PUBLIC_URL is missing: webhooks (SERVICE_WEBHOOK_HOSTS) say where the "
+                "video is, so write how callers reach this service"
+            )
+        return self
 
     @field_validator("rate")
     @classmethod

@@ -102,4 +102,6 @@ def _listen(host: str, port: int) -> socket.socket:
 def _sentence(error: object) -> str:
     assert isinstance(error, dict), "pydantic's errors are dicts"
     reason = "is required" if error["type"] == "missing" else error["msg"]
-    return f"{error['loc'][0]}: {str(reason).removeprefix('Value error, ')}"
+    # What concerns several variables names them itself.
+    where = f"{error['loc'][0]}: " if error["loc"] else ""
+    return where + str(reason).removeprefix("Value error, ")

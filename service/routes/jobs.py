@@ -19,6 +19,7 @@ from service.deps import (
     JsonBodyDep,
     LinksDep,
     ListedOwnerDep,
+    OutboxDep,
     PartsDep,
     PrincipalDep,
     StoreDep,
@@ -54,17 +55,18 @@ def generate(
     Nothing is rounded: whatever is out of bounds is refused with 422, every field in one answer,
     and nothing is queued.
     """
-    request, queue = resolve_json(body, catalog, parts.tokens.count)
-    terms = submission(principal, parts.settings)
+    check_webhook = parts.settings.webhook_rules.violation
+    request, queue = resolve_json(body, catalog, parts.tokens.count, check_webhook)
+    terms = submission(principal, parts.settings, webhook_url=body.get("webhook_url"))
     job = parts.store.create(request, queue, submission=terms).job
     response.headers["Location"] = f"/jobs/{job.id}"
-    return JobView.of(job, links)
+    return JobView.of(job, links, parts.outbox.status(job))
 
 
 @router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))
 def list_jobs(
     owner: ListedOwnerDep,
-    store: StoreDep,
+    parts: PartsDep,
     links: LinksDep,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     # The store has the sentences for what is out of bounds.
@@ -72,15 +74,19 @@ def list_jobs(
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> JobListView:
     """Page through the jobs of the last 30 days: one's own, or everybody's for ops."""
-    page = store.list(state=state, owner=owner, limit=limit, cursor=cursor)
-    views = [JobView.of(job, links) for job in page.jobs]
+    page = parts.store.list(state=state, owner=owner, limit=limit, cursor=cursor)
+    statuses = parts.outbox.statuses(page.jobs)
+    views = [JobView.of(job, links, s) for job, s in zip(page.jobs, statuses, strict=True)]
     return JobListView(jobs=views, next_cursor=page.next_cursor)
 
 
 @router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
-def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, links: LinksDep) -> JobView:
+def read_job(
+    principal: PrincipalDep, job_id: str, store: StoreDep, links: LinksDep, outbox: OutboxDep
+) -> JobView:
     """Read a job as it stands. A failed job is answered with 200 and its `failure`."""
-    return JobView.of(visible_job(store, principal, job_id), links)
+    job = visible_job(store, principal, job_id)
+    return JobView.of(job, links, outbox.status(job))
 
 
 @router.delete(
@@ -93,7 +99,12 @@ def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, links: Links
     },
 )
 def cancel_job(
-    principal: PrincipalDep, job_id: str, store: StoreDep, links: LinksDep, response: Response
+    principal: PrincipalDep,
+    job_id: str,
+    store: StoreDep,
+    links: LinksDep,
+    outbox: OutboxDep,
+    response: Response,
 ) -> JobView:
     """Cancel a queued job at once, or ask the worker of a running one to stop (202).
 
@@ -103,7 +114,7 @@ def cancel_job(
     job = store.cancel(job_id)
     if not job.state.is_terminal:
         response.status_code = 202
-    return JobView.of(job, links)
+    return JobView.of(job, links, outbox.status(job))
 
 
 @router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)

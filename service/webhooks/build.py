@@ -1,0 +1,36 @@
+"""Put the courier of one service process together."""
+
+from jobs.outbox import WebhookStatus
+from jobs.record import JobRecord
+from service.deps import Parts
+from service.links import VideoLinks
+from service.views import JobView
+from service.webhooks.courier import Courier
+from service.webhooks.delivery import Deliveries, Office
+from service.webhooks.message import Signer
+from service.webhooks.schedule import Schedule
+from service.webhooks.sender import Sender, tls_context
+
+
+def courier(parts: Parts) -> Courier | None:
+    """Build what delivers webhooks; None where no host may be called."""
+    settings = parts.settings
+    rules = settings.webhook_rules
+    if not rules.hosts:
+        return None
+    assert settings.public_url is not None, "the settings demand it where there are hosts"
+    links = VideoLinks(settings.public_url, parts.signer, settings.keep)
+
+    def present(job: JobRecord, status: WebhookStatus) -> JobView:
+        return JobView.of(job, links, status)
+
+    office = Office(
+        store=parts.store,
+        outbox=parts.outbox,
+        present=present,
+        rules=rules,
+        signer=Signer(settings.webhook_secrets),
+        sender=Sender(tls_context(), private=rules.private),
+        schedule=Schedule(),
+    )
+    return Courier(parts.outbox, Deliveries(office).deliver)
