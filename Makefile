@@ -36,7 +36,7 @@ unexport PROMPT MODE SEED STEPS OUT
 generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= STEPS= OUT=]
 	@$(BIN)/python -m deploy.local generate
 
-test: $(VENV)/.dev ## all tests that need no accelerator  [ARGS=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## all tests that need no accelerator  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy, import contracts
@@ -66,3 +66,10 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@sh deploy/compiler.sh "$(VENV)"
 	@$(PIP) -e '.[dev]' -c constraints.txt
 	@touch $(VENV)/.demo $@
+
+# An older client of OpenAI's, beside the current one that .dev brings: the two send requests differently.
+# What it needs besides distro is there already.
+$(VENV)/.openai-2.8.0: | $(VENV)/.dev
+	@rm -rf "$(VENV)/openai-2.8.0"
+	@$(PIP) --quiet --no-deps --target "$(VENV)/openai-2.8.0" openai==2.8.0 distro==1.9.0
+	@touch $@
