@@ -1,31 +1,28 @@
-"""Logging of the worker process: one line per event on stderr, with the id of its job.
-
-Configured once, by `main()`. Prompts are never logged: they belong to the callers.
-"""
+"""The worker's log: the lines of `jobs/logs.py`, with the worker's id and that of its job."""
 
 from __future__ import annotations
 
-import logging
 from contextvars import ContextVar
 
-JOB_ID: ContextVar[str] = ContextVar("job_id", default="-")
+from jobs import logs
+from jobs.logs import LogFormat
+
+JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 
-class JobIdFilter(logging.Filter):
-    """Gives every record the `job_id` of the context it was made in."""
+class WorkerIds:
+    """The ids of every line; `worker_id` is set once the worker has its name."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.job_id = JOB_ID.get()
-        return True
+    def __init__(self) -> None:
+        self.worker_id: str | None = None
+
+    def __call__(self) -> dict[str, str]:
+        named = {"worker_id": self.worker_id, "job_id": JOB_ID.get()}
+        return {name: text for name, text in named.items() if text is not None}
 
 
-def configure_logging() -> None:
-    """Send INFO and above to stderr; of the libraries' own talk only warnings and errors."""
-    handler = logging.StreamHandler()
-    handler.addFilter(JobIdFilter())
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(job_id)s] %(message)s")
-    )
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("rq", "diffusers", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+def configure_logging(log_format: LogFormat) -> WorkerIds:
+    """Set the log up; of the libraries' own talk only warnings and errors are kept."""
+    ids = WorkerIds()
+    logs.configure(log_format, ids, quiet=("rq", "diffusers", "httpx"))
+    return ids

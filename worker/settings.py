@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from jobs.logs import LogFormat
 from worker.devices import DeviceChoice
 
 
@@ -28,3 +29,4 @@ class WorkerSettings(BaseSettings):
         validation_alias="WORKER_THREADS",
         description="CPU threads for the model; all cores this process may use when unset.",
     )
+    log_format: LogFormat = Field(LogFormat.TEXT, validation_alias="LOG_FORMAT")

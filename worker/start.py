@@ -41,11 +41,13 @@ def main(
     ] = None,
 ) -> None:
     """Serve one model, in the modes of a configuration file, to a Redis queue."""
-    configure_logging()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
-        worker = start(WorkerSettings(), config)
+        settings = WorkerSettings()
+        ids = configure_logging(settings.log_format)
+        worker = start(settings, config)
+        ids.worker_id = worker.name
         worker.work(logging_level="WARNING")
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
