@@ -149,6 +149,37 @@ def test_large_bodies_are_refused(
     assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
 
 
+@pytest.mark.usefixtures("live_worker")
+@pytest.mark.parametrize("announced", [True, False])
+def test_large_forms_are_refused_the_same_way(client: TestClient, announced: bool) -> None:
+    head = b'--cut\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+    body = head + b"x" * (10 * 1024 * 1024) + b"\r\n--cut--\r\n"
+    pieces = (body[start : start + 65536] for start in range(0, len(body), 65536))
+    answer = client.post(
+        "/v1/videos",
+        content=body if announced else pieces,
+        headers={"Content-Type": "multipart/form-data; boundary=cut"},
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_refusals_under_v1_are_in_openais_shape(client: TestClient, make_key: MakeKey) -> None:
+    make_key("alice")
+    refused = client.get("/v1/videos", headers={"Authorization": "Bearer sk-1"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthenticated")
+    assert refused.headers["www-authenticate"] == "Bearer"
+    limited = make_key("bob", rate="1/minute")
+    assert client.get("/v1/videos", headers=limited).status_code == 200
+    answer = client.get("/v1/videos", headers=limited)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limited")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.headers["ratelimit-policy"] == '"key";q=1;w=60'
+    foreign = client.post("/v1/videos", headers={"Origin": "http://evil.example"})
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "forbidden")
+    named = client.get("/v1/videos", headers={"Host": "evil.example"})
+    assert (named.status_code, named.json()["error"]["code"]) == (421, "misdirected_request")
+
+
 def test_redis_away_is_the_same_503_with_keys(settings: ServiceSettings, unused_port: int) -> None:
     away = settings.model_copy(
         update={
