@@ -12,7 +12,10 @@ if not known[1] or known[2] then
   return 'missing'
 end
 if outcome == 'retried' or outcome == 'postponed' then
-  redis.call('ZADD', '@WEBHOOKS_DUE@', string.format('%d', clock_ms() + ARGV[4]), id)
+  -- A little later, so that it is never the lease that ends here, nor taken again as the same one.
+  local due = clock_ms() + math.max(1, ARGV[4])
+  if due == tonumber(held) then due = due + 1 end
+  redis.call('ZADD', '@WEBHOOKS_DUE@', string.format('%d', due), id)
 else
   redis.call('ZREM', '@WEBHOOKS_DUE@', id)
 end

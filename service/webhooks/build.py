@@ -14,23 +14,26 @@ from service.webhooks.sender import Sender, tls_context
 
 def courier(parts: Parts) -> Courier | None:
     """Build what delivers webhooks; None where no host may be called."""
-    settings = parts.settings
-    rules = settings.webhook_rules
-    if not rules.hosts:
+    if not parts.settings.webhook_rules.hosts:
         return None
+    return Courier(parts.outbox, Deliveries(office(parts)).deliver)
+
+
+def office(parts: Parts) -> Office:
+    """Gather what deliveries work with."""
+    settings = parts.settings
     assert settings.public_url is not None, "the settings demand it where there are hosts"
     links = VideoLinks(settings.public_url, parts.signer, settings.keep)
 
     def present(job: JobRecord, status: WebhookStatus) -> JobView:
         return JobView.of(job, links, status)
 
-    office = Office(
+    return Office(
         store=parts.store,
         outbox=parts.outbox,
         present=present,
-        rules=rules,
+        rules=settings.webhook_rules,
         signer=Signer(settings.webhook_secrets),
-        sender=Sender(tls_context(), private=rules.private),
+        sender=Sender(tls_context(), private=settings.webhook_private),
         schedule=Schedule(),
     )
-    return Courier(parts.outbox, Deliveries(office).deliver)

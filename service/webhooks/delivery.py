@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MOST_PER_HOST: Final = 4
 """Calls of one host under way in one process, so that a slow one leaves room for the others."""
-HOST_BUSY_S: Final = 5.0
+HOST_BUSY_S: Final = 1.0
 """When a call that found its host busy is due again."""
 FAULT_S: Final = 300.0
 """When to try again what failed for a fault of this program's own."""

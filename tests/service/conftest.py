@@ -47,8 +47,11 @@ def make_job(
 ) -> MakeJob:
     """Makes a job, by default a queued one; one with a video has succeeded."""
 
-    def make(owner: str = "local", *, video: bool = False) -> JobRecord:
-        job = store.create(request_for_video, "q", Submission(owner=owner)).job
+    def make(
+        owner: str = "local", *, video: bool = False, webhook_url: str | None = None
+    ) -> JobRecord:
+        terms = Submission(owner=owner, webhook_url=webhook_url)
+        job = store.create(request_for_video, "q", terms).job
         if not video:
             return job
         attempt = store.claim(job.id, "w")

@@ -40,7 +40,7 @@ def in_turn(*codes: int) -> Answer:
 
 @dataclass
 class Receiver:
-    """What came, and how it is answered. `held` keeps answers back until it is set."""
+    """What came, and how it is answered; `ending` is set once it stops to listen."""
 
     answer: Answer = field(default_factory=lambda: status(204))
     calls: list[Call] = field(default_factory=list)
@@ -73,6 +73,15 @@ class Receiver:
             server.server_close()
             thread.join()
             self.ending.clear()
+
+
+def hold(receiver: Receiver) -> Answer:
+    """Keep every answer back until the receiver ends."""
+
+    def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
+        receiver.ending.wait(60)
+
+    return answer
 
 
 class _Server(ThreadingHTTPServer):

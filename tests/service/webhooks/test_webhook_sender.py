@@ -15,7 +15,7 @@ from service.webhooks.rules import HostRule, Target, WebhookRules
 from service.webhooks.sender import Answer, Sender, TimeLimits, tls_context
 from tests.conftest import free_port
 from tests.service.webhooks.certificates import Authority
-from tests.service.webhooks.receiver import Receiver, status
+from tests.service.webhooks.receiver import Receiver, hold, status
 
 NAME = "hooks.example.com"
 QUICK = TimeLimits(connect_s=1, total_s=1, rest_s=0.5)
@@ -139,7 +139,7 @@ def test_a_resolver_that_hangs_ends_with_the_time() -> None:
 
 
 def test_a_slow_receiver_is_left(receiver: Receiver) -> None:
-    receiver.answer = lambda *_: receiver.ending.wait(30) and None
+    receiver.answer = hold(receiver)
     resolve, _ = names(["127.0.0.1"])
     started = time.monotonic()
     assert post(sender(resolve), f"http://{NAME}:{receiver.port}/").error == "no answer within 1 s"

@@ -1,0 +1,39 @@
+"""A process that leases a webhook and then hangs before it calls anybody, to be killed.
+
+`python -m tests.service.webhooks.stuck_courier LEASE_S`, with the service's environment; says
+"leased" once it holds a lease.
+"""
+
+import asyncio
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jobs.outbox import Outbox
+from service.app import create_app
+from service.settings import ServiceSettings
+from service.webhooks.build import office
+from service.webhooks.courier import Courier
+from service.webhooks.delivery import Deliveries
+from service.webhooks.sender import Sender, tls_context
+
+
+async def hang(host: str, port: int) -> Sequence[str]:
+    """A resolver that is asked after the lease was taken, and never answers."""
+    sys.stdout.write("leased\n")
+    sys.stdout.flush()
+    await asyncio.Event().wait()
+    return []
+
+
+def main() -> None:
+    parts = create_app(ServiceSettings()).state.parts
+    outbox = Outbox(parts.redis, lease_s=float(sys.argv[1]))
+    sender = Sender(tls_context(), private=True, resolve=hang)
+    stuck = replace(office(parts), outbox=outbox, sender=sender)
+    Courier(outbox, Deliveries(stuck).deliver).run(threading.Event())
+
+
+if __name__ == "__main__":
+    main()

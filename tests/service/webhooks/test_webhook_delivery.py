@@ -1,0 +1,331 @@
+"""From the end of a job to its receiver: real couriers, a real Valkey, real sockets."""
+
+import json
+import logging
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+from fastapi.testclient import TestClient
+from redis import Redis
+from redis.exceptions import RedisError
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from jobs import keys
+from jobs.connection import connect
+from jobs.outbox import Outbox, WebhookState
+from jobs.record import Failure
+from jobs.store import JobStore
+from service.app import create_app
+from service.settings import ServiceSettings
+from service.webhooks.courier import MOST_UNDER_WAY, Courier
+from service.webhooks.delivery import MOST_PER_HOST, Deliveries, Office
+from service.webhooks.rules import WebhookRules
+from service.webhooks.schedule import Schedule
+from service.webhooks.sender import Sender, tls_context
+from tests.service.conftest import VIDEO_BYTES, MakeJob
+from tests.service.webhooks.conftest import (
+    NEXT_SECRET,
+    SECRET,
+    MakeEnded,
+    Status,
+    resolve_to_loopback,
+    working,
+)
+from tests.service.webhooks.receiver import Call, Receiver, hold, in_turn
+from tests.service.webhooks.receiver import status as answered
+from tests.service.webhooks.waiting import until
+
+
+def webhook_id(call: Call) -> str:
+    return call.headers["webhook-id"]
+
+
+def test_delivered_once_and_verified(
+    office: Office,
+    receiver: Receiver,
+    hook: str,
+    make_job: MakeJob,
+    webhook_settings: ServiceSettings,
+) -> None:
+    job = make_job(video=True, webhook_url=hook)
+    client = TestClient(create_app(webhook_settings))
+    before = client.get(f"/jobs/{job.id}").json()
+    with working(office):
+        receiver.wait()
+        until(lambda: client.get(f"/jobs/{job.id}").json()["webhook"]["state"] == "delivered")
+    (call,) = receiver.calls
+    assert webhook_id(call) == f"msg_{job.id}"
+    assert call.headers["content-type"] == "application/json"
+    for secret in (SECRET, NEXT_SECRET):
+        told = Webhook(secret).verify(call.body, dict(call.headers))
+    assert told["type"] == "job.succeeded"
+    assert told["timestamp"] == before["finished_at"]
+    data = told["data"]
+    assert data["webhook"] == before["webhook"]
+    # The link holds a time, which may have moved on.
+    assert {**data, "video": {**data["video"], "url": ""}} == {
+        **before,
+        "video": {**before["video"], "url": ""},
+    }
+    link = data["video"]["url"].removeprefix(str(webhook_settings.public_url))
+    assert client.get(link).content == VIDEO_BYTES
+    seen = client.get(f"/jobs/{job.id}").json()["webhook"]
+    assert seen.pop("delivered_at") is not None
+    assert seen == {
+        "url": hook,
+        "state": "delivered",
+        "tries": 1,
+        "last_status": 204,
+        "last_error": None,
+    }
+
+
+def test_what_was_changed_on_the_way_does_not_verify(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+) -> None:
+    make_ended()
+    with working(office):
+        receiver.wait()
+    (call,) = receiver.calls
+    headers = dict(call.headers)
+    assert Webhook(SECRET).verify(call.body, headers)["type"] == "job.cancelled"
+    for body, changed in (
+        (call.body.replace(b"cancelled", b"succeeded", 1), headers),
+        (call.body, {**headers, "webhook-id": "msg_other"}),
+        (call.body, {**headers, "webhook-timestamp": str(int(headers["webhook-timestamp"]) + 1)}),
+    ):
+        with pytest.raises(WebhookVerificationError):
+            Webhook(SECRET).verify(body, changed)
+
+
+def test_a_failure_is_told_of(
+    office: Office, receiver: Receiver, hook: str, make_job: MakeJob, store: JobStore
+) -> None:
+    job = make_job(webhook_url=hook)
+    failure = Failure(code="out_of_device_memory", detail="It did not fit.")
+    store.fail(store.claim(job.id, "w"), failure)
+    with working(office):
+        receiver.wait()
+    told = json.loads(receiver.calls[0].body)
+    assert told["type"] == "job.failed"
+    assert told["data"]["failure"] == failure.model_dump()
+    assert told["data"]["video"] is None
+
+
+def test_a_receiver_that_was_down_is_told_later(
+    office: Office,
+    status: Status,
+    make_ended: MakeEnded,
+    unused_port: int,
+) -> None:
+    url = f"http://hooks.example.com:{unused_port}/"
+    rules = WebhookRules((replace(office.rules.hosts[0], port=unused_port),), http=True)
+    patient = replace(office, rules=rules, schedule=Schedule(pauses_s=(0.2,) * 100))
+    job = make_ended(url)
+    late = Receiver()
+    with working(patient):
+        until(lambda: status(job).tries >= 2)
+        assert status(job).state is WebhookState.PENDING
+        assert status(job).last_error == "no connection"
+        with late.listening(port=unused_port):
+            late.wait()
+            until(lambda: status(job).state is WebhookState.DELIVERED)
+    assert len(late.calls) == 1
+    assert status(job).tries >= 3
+    assert status(job).last_error is None
+
+
+def test_errors_are_repeated_with_the_same_id(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    status: Status,
+    redis: Redis,
+) -> None:
+    receiver.answer = in_turn(500, 503, 204)
+    job = make_ended()
+    with working(office):
+        receiver.wait(3)
+        until(lambda: status(job).state is WebhookState.DELIVERED)
+    assert {webhook_id(call) for call in receiver.calls} == {f"msg_{job.id}"}
+    assert [json.loads(call.body)["data"]["webhook"]["tries"] for call in receiver.calls] == [
+        0,
+        1,
+        2,
+    ]
+    shape = "wan-mini|bf16|96x96|17|1"
+    found = {
+        outcome: redis.hget(keys.METRICS, f"webhook|{shape}|{outcome}")
+        for outcome in ("retried", "delivered")
+    }
+    assert found == {"retried": b"2", "delivered": b"1"}
+
+
+@pytest.mark.parametrize(("code", "tries"), [(500, 4), (307, 4), (404, 4), (410, 1)])
+def test_given_up_in_the_end(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    status: Status,
+    code: int,
+    tries: int,
+) -> None:
+    receiver.answer = answered(code, Location=f"http://127.0.0.1:{receiver.port}/trap")
+    job = make_ended()
+    with working(office):
+        until(lambda: status(job).state is WebhookState.GIVEN_UP)
+    assert (status(job).tries, status(job).last_status) == (tries, code)
+    assert [call.path for call in receiver.calls] == ["/done"] * tries
+
+
+def test_an_allowed_name_that_leads_inside_is_not_called(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    status: Status,
+) -> None:
+    strict = Sender(tls_context(), private=False, resolve=resolve_to_loopback)
+    job = make_ended()
+    with working(replace(office, sender=strict)):
+        until(lambda: status(job).state is WebhookState.GIVEN_UP)
+    assert receiver.calls == []
+    assert status(job).last_error == "the host has an address which may not be called"
+
+
+def test_what_is_no_longer_allowed_is_given_up_at_once(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    status: Status,
+) -> None:
+    job = make_ended()
+    with working(replace(office, rules=replace(office.rules, http=False))):
+        until(lambda: status(job).state is WebhookState.GIVEN_UP)
+    assert receiver.calls == []
+    assert status(job).tries == 1
+    assert "https://" in str(status(job).last_error)
+
+
+def test_deleted_jobs_are_dropped(
+    office: Office,
+    receiver: Receiver,
+    hook: str,
+    make_job: MakeJob,
+    store: JobStore,
+    redis: Redis,
+) -> None:
+    deleted, running = (make_job(webhook_url=hook) for _ in range(2))
+    attempt = store.claim(running.id, "w")
+    store.purge(running.id)
+    store.cancelled(attempt)
+    redis.zadd(keys.WEBHOOKS_DUE, {"nobody": 1, deleted.id: 2})
+    redis.delete(keys.record(deleted.id))
+    assert redis.zcard(keys.WEBHOOKS_DUE) == 3
+    with working(office):
+        until(lambda: redis.zcard(keys.WEBHOOKS_DUE) == 0)
+    assert receiver.calls == []
+
+
+def test_a_record_nobody_can_read_waits_for_another_version(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    redis: Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd, sound = make_ended(), make_ended()
+    redis.hset(keys.record(odd.id), "from_the_future", "1")
+    with working(office):
+        receiver.wait()
+        until(lambda: redis.zcard(keys.WEBHOOKS_DUE) == 1)
+        until(lambda: "cannot be sent now" in caplog.text)
+    assert [webhook_id(call) for call in receiver.calls] == [f"msg_{sound.id}"]
+    assert redis.zscore(keys.WEBHOOKS_DUE, odd.id) is not None
+
+
+def test_a_slow_host_leaves_room_for_others(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+) -> None:
+    """More calls of the slow host are due than one process makes at a time."""
+    slow = Receiver()
+    slow.answer = hold(slow)
+    with slow.listening(port=0):
+        host = replace(office.rules.hosts[0], host="slow.example.com", port=slow.port)
+        rules = replace(office.rules, hosts=(*office.rules.hosts, host))
+        for _ in range(MOST_UNDER_WAY + 10):
+            url = f"http://slow.example.com:{slow.port}/"
+            make_ended(url)
+        quick = [make_ended() for _ in range(3)]
+        patient = Sender(tls_context(), private=True, resolve=resolve_to_loopback)
+        with working(replace(office, rules=rules, sender=patient)):
+            slow.wait()
+            # Each call of the slow host takes 10 s; these have to be through long before.
+            receiver.wait(3, timeout=8)
+            assert len(slow.calls) == MOST_PER_HOST
+    assert sorted(map(webhook_id, receiver.calls)) == sorted(f"msg_{job.id}" for job in quick)
+
+
+def test_processes_share_the_work(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    redis: Redis,
+) -> None:
+    jobs = [make_ended() for _ in range(60)]
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(working(office))
+        receiver.wait(len(jobs), timeout=60)
+        until(lambda: redis.zcard(keys.WEBHOOKS_DUE) == 0)
+    assert sorted(map(webhook_id, receiver.calls)) == sorted(f"msg_{job.id}" for job in jobs)
+
+
+def test_a_call_in_hand_at_the_end_is_given_back(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    status: Status,
+) -> None:
+    receiver.answer = hold(receiver)
+    job = make_ended()
+    with working(office):
+        receiver.wait()
+    assert status(job).tries == 0
+    receiver.answer = in_turn(204)
+    with working(office):
+        # Long before the lease would have run out.
+        receiver.wait(timeout=20)
+        until(lambda: status(job).state is WebhookState.DELIVERED)
+    assert len(receiver.calls) == 2
+
+
+def test_redis_away_is_for_the_housekeeper_to_see(office: Office, unused_port: int) -> None:
+    with connect(f"redis://127.0.0.1:{unused_port}/0") as nobody:
+        outbox = Outbox(nobody)
+        courier = Courier(outbox, Deliveries(replace(office, outbox=outbox)).deliver)
+        with pytest.raises(RedisError):
+            courier.run(threading.Event())
+
+
+def test_addresses_are_not_logged(
+    office: Office,
+    receiver: Receiver,
+    make_ended: MakeEnded,
+    hook: str,
+    status: Status,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They may hold the receiver's own secrets."""
+    caplog.set_level(logging.DEBUG, logger="service")
+    receiver.answer = in_turn(500, 204)
+    job = make_ended(f"{hook}?token=hidden")
+    with working(office):
+        until(lambda: status(job).state is WebhookState.DELIVERED)
+    assert job.id in caplog.text
+    assert "hidden" not in caplog.text
