@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import cast
 
 import pytest
 from redis import Redis
@@ -38,8 +39,12 @@ def make_job(store: JobStore, request_for_video: GenerationRequest) -> MakeJob:
 def counted(redis: Redis) -> dict[str, int]:
     """The outcomes of calls as /metrics has them."""
     prefix = f"webhook|{SHAPE}|"
-    found = {name.decode(): int(value) for name, value in redis.hgetall(keys.METRICS).items()}
-    return {n.removeprefix(prefix): v for n, v in found.items() if n.startswith("webhook|")}
+    found = {}
+    for name, value in redis.hgetall(keys.METRICS).items():
+        field = cast("bytes", name).decode()
+        if field.startswith("webhook|"):
+            found[field.removeprefix(prefix)] = int(value)
+    return found
 
 
 def make_due(redis: Redis, job: JobRecord) -> None:
