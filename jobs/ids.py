@@ -9,6 +9,7 @@ from jobs.errors import InvalidSpec, JobNotFound
 from jobs.spec import shown
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MADE_HERE = re.compile(r"[0-9a-f]{32}")
 
 
 def new_id() -> tuple[str, datetime]:
@@ -23,9 +24,18 @@ def id_at(second: float) -> str:
     return f"{int(second * 1000):012x}"
 
 
+def second_of(job_id: str) -> float | None:
+    """The second an id was made in; None for one that was not made here."""
+    return int(job_id[:12], 16) / 1000 if _MADE_HERE.fullmatch(job_id) else None
+
+
+def is_id(text: str) -> bool:
+    return _JOB_ID.fullmatch(text) is not None
+
+
 def checked(job_id: str) -> str:
     """Refuse what cannot be an id before it becomes part of a key. Raises JobNotFound."""
-    if not _JOB_ID.fullmatch(job_id):
+    if not is_id(job_id):
         raise not_found(job_id)
     return job_id
 

@@ -23,6 +23,7 @@
 - `SERVICE_HEARTBEAT_S`: how often a stream without events shows that it is alive, by default 15.
 - `SERVICE_CATALOG_KEPT_S`: how long what the workers offer is taken as it was last read, by
   default 1.
+- `LOG_FORMAT`: `text`, the default, or `json`: one object per line.
 - `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
 - `ARTIFACTS_URL`: where finished videos are, the same for service and workers: `file:///folder`, or
   `s3://bucket/prefix?endpoint=https://host:port&region=name` with credentials in AWS_ACCESS_KEY_ID
@@ -39,6 +40,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.keys import RECORD_TTL_S
+from jobs.logs import LogFormat
 from service.keep import Keep
 from service.loopback import is_loopback
 from service.rate import check_rate
@@ -101,6 +103,7 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         default=1, validation_alias="SERVICE_CATALOG_KEPT_S"
     )
     artifacts_url: str = Field(validation_alias="ARTIFACTS_URL")
+    log_format: LogFormat = Field(default=LogFormat.TEXT, validation_alias="LOG_FORMAT")
 
     @property
     def keep(self) -> Keep:

@@ -4,7 +4,6 @@ Whatever prevents the start ends the process with one clear line on stderr.
 """
 
 import logging
-import logging.config
 import socket
 import sys
 
@@ -14,26 +13,16 @@ from redis.exceptions import RedisError
 
 from jobs.connection import connect
 from jobs.errors import ArtifactRefused
-from service import access_log
 from service.app import create_app
 from service.keys import KeyStore
 from service.settings import ServiceSettings
+from service.logs import configure_logging
 
 logger = logging.getLogger("service")
 
 GRACE_S = 3
 """How long requests that are still open may take once the service was told to end. Without a bound
 one client that never finishes its request, or never reads its video, keeps the process for ever."""
-
-_LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "filters": {"cut_queries": {"()": access_log.CutQueries}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "loggers": {access_log.LOGGER: {"filters": ["cut_queries"]}},
-    "root": {"level": "INFO", "handlers": ["stderr"]},
-}
 
 
 def start() -> None:
@@ -49,10 +38,14 @@ def start() -> None:
         _demand_a_key(settings)
     listener = _listen(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
-    logging.config.dictConfig(_LOGGING)
+    configure_logging(settings.log_format)
     logger.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
     config = uvicorn.Config(
-        app, log_config=None, timeout_graceful_shutdown=GRACE_S, server_header=False
+        app,
+        log_config=None,
+        access_log=False,  # `service/observed.py` writes it
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
     )
     uvicorn.Server(config).run(sockets=[listener])
 

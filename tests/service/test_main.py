@@ -113,10 +113,10 @@ def test_the_access_log_holds_paths_and_no_secrets(
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     for line in (
-        'POST /generate HTTP/1.1" 202',
-        'POST /generate HTTP/1.1" 422',
-        'GET /jobs HTTP/1.1" 422',
-        f'GET {sent.headers["location"]}/video.mp4 HTTP/1.1" 403',
+        "POST /generate 202",
+        "POST /generate 422",
+        "GET /jobs 422",
+        f"GET {sent.headers['location']}/video.mp4 403",
     ):
         assert line in log
     for secret in ("private", "signature", "f00d", token, token.split("_")[2], "?"):

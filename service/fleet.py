@@ -1,0 +1,72 @@
+"""What waits, what runs, and how the workers are doing, at one moment."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from redis import Redis
+from rq import Queue
+
+from jobs import catalog, ids, keys
+from jobs.catalog import WorkerOffer, WorkerStatus
+from jobs.state import JobState
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """One queue. A queue's name begins with that of its model."""
+
+    name: str
+    waiting: int
+    oldest_age_s: float
+    workers: int
+
+    @property
+    def model(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What one look at Redis shows."""
+
+    queues: Sequence[QueueState]
+    jobs: Mapping[JobState, int]
+    webhooks_due: int
+    workers: Sequence[tuple[WorkerOffer, WorkerStatus | None]]
+
+
+def look(redis: Redis) -> Fleet:
+    """Read what there is now; ages are by Redis' clock."""
+    offers = catalog.read(redis).offers
+    statuses = {status.worker_id: status for status in catalog.read_statuses(redis)}
+    states = list(JobState)
+    with redis.pipeline(transaction=False) as pipe:
+        for state in states:
+            pipe.zcard(keys.index(state))
+        pipe.zcard(keys.WEBHOOKS_DUE)
+        *counts, webhooks_due = pipe.execute()
+    return Fleet(
+        queues=_queues(redis, Counter(offer.queue for offer in offers)),
+        jobs=dict(zip(states, counts, strict=True)),
+        webhooks_due=webhooks_due,
+        workers=[(offer, statuses.get(offer.worker_id)) for offer in offers],
+    )
+
+
+def _queues(redis: Redis, workers: Counter[str]) -> list[QueueState]:
+    """The queues in which a job waits or for which a worker is live."""
+    known = {queue.name for queue in Queue.all(connection=redis)} | set(workers)
+    second, microsecond = redis.time()
+    now_s = second + microsecond / 1e6
+    found = []
+    for name in sorted(known):
+        key = Queue(name, connection=redis).key
+        waiting = [cast("bytes", each).decode() for each in redis.lrange(key, 0, -1)]
+        # Not the first in the list: priority and second attempts go before older jobs.
+        created = [second for each in waiting if (second := ids.second_of(each)) is not None]
+        age_s = max(0.0, now_s - min(created, default=now_s))
+        if waiting or workers[name]:
+            found.append(QueueState(name, len(waiting), age_s, workers[name]))
+    return found

@@ -1,0 +1,96 @@
+"""What Redis counts about jobs, as metrics: see `jobs/measures.py` and `jobs/pace.py`."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from jobs.measures import BOUNDS_S, COUNTERS, HISTOGRAMS, LABELS
+
+_COUNTERS: Final = {
+    "created": ("wan_jobs_created", "Jobs that were accepted."),
+    "ended": ("wan_jobs_ended", "Jobs that ended; `code` says why one failed."),
+    "claimed": ("wan_attempts_started", "Attempts that workers began."),
+    "lost": ("wan_attempts_lost", "Attempts that vanished: their worker crashed, hung or was cut."),
+    "released": ("wan_attempts_released", "Attempts that a worker gave back when it was drained."),
+}
+_HISTOGRAMS: Final = {
+    "wait": ("wan_job_wait_seconds", "From a job's creation to its first attempt."),
+    "service": (
+        "wan_job_service_seconds",
+        "From the start of the attempt that succeeded to the job's end.",
+    ),
+}
+_BOUNDS: Final = (*(str(bound) for bound in BOUNDS_S), "+Inf")
+
+Values = Mapping[tuple[str, ...], float]
+"""The counters of one name by their labels."""
+
+
+def families(counters: Mapping[bytes, bytes], pace: Mapping[bytes, bytes]) -> Iterator[Metric]:
+    """Turn the two hashes into metrics. What another version has left there is passed over."""
+    by_name = _by_name(counters)
+    for name, (metric, text) in _COUNTERS.items():
+        family = CounterMetricFamily(metric, text, labels=(*LABELS, *COUNTERS[name]))
+        for labels, value in by_name[name].items():
+            if len(labels) == len(LABELS) + len(COUNTERS[name]):
+                family.add_metric(labels, value)
+        yield family
+    yield _webhooks(by_name["webhook"])
+    for name in HISTOGRAMS:
+        yield _histogram(*_HISTOGRAMS[name], by_name[name])
+    yield from _pace(pace)
+
+
+def _by_name(counters: Mapping[bytes, bytes]) -> Mapping[str, dict[tuple[str, ...], float]]:
+    found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
+    for field, value in counters.items():
+        name, *labels = field.decode().split("|")
+        found[name][tuple(labels)] = float(value)
+    return found
+
+
+def _webhooks(values: Values) -> Metric:
+    """Whether a webhook arrives has nothing to do with the shape of its job."""
+    outcomes: dict[str, float] = defaultdict(float)
+    for labels, value in values.items():
+        outcomes[labels[-1]] += value
+    family = CounterMetricFamily(
+        "wan_webhook_calls", "Calls of webhooks by their outcome.", labels=COUNTERS["webhook"]
+    )
+    for outcome, value in outcomes.items():
+        family.add_metric((outcome,), value)
+    return family
+
+
+def _histogram(metric: str, text: str, values: Values) -> Metric:
+    family = HistogramMetricFamily(metric, text, labels=LABELS)
+    for shape in sorted({labels[: len(LABELS)] for labels in values if len(labels) > len(LABELS)}):
+        # Redis counts each bucket for itself.
+        below = accumulate(values.get((*shape, bound), 0.0) for bound in _BOUNDS)
+        buckets = [
+            (bound if bound == "+Inf" else str(float(bound)), n)
+            for bound, n in zip(_BOUNDS, below, strict=True)
+        ]
+        family.add_metric(shape, buckets, values.get((*shape, "sum"), 0.0))
+    return family
+
+
+def _pace(pace: Mapping[bytes, bytes]) -> Sequence[Metric]:
+    step = GaugeMetricFamily(
+        "wan_step_seconds", "One denoising step, as last measured, smoothed.", labels=LABELS
+    )
+    rest = GaugeMetricFamily(
+        "wan_job_rest_seconds", "A job without its denoising steps, smoothed.", labels=LABELS
+    )
+    for shape, seconds in pace.items():
+        labels = shape.decode().split("|")
+        if len(labels) != len(LABELS):
+            continue
+        step_s, rest_s = map(float, seconds.split())
+        step.add_metric(labels, step_s)
+        rest.add_metric(labels, rest_s)
+    return step, rest

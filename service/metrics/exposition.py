@@ -1,0 +1,84 @@
+"""Everything that `/metrics` shows, read when it is asked for.
+
+What is about jobs, queues and workers comes from Redis, so every process shows the same, and adds
+what it has measured of its own requests.
+"""
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from anyio import CapacityLimiter, to_thread
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from redis import Redis
+from redis.exceptions import RedisError
+
+from jobs import keys
+from jobs.connection import BRIEF, connect
+from service.fleet import look
+from service.metrics import counted, fleet
+from service.metrics.http import HttpMeasures
+
+
+class Exposition:
+    """The metrics of one process."""
+
+    def __init__(self, redis_url: str) -> None:
+        # They would double the number of series, to say since when this process counts.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._redis = connect(redis_url, BRIEF)
+        self._registry = CollectorRegistry()
+        self.http = HttpMeasures(self._registry)
+        build = Gauge(
+            "wan_build_info",
+            "1; the labels say what runs.",
+            ["version", "python"],
+            registry=self._registry,
+        )
+        build.labels(version("wan-hif8"), platform.python_version()).set(1)
+        ProcessCollector(registry=self._registry)
+        self._registry.register(_FromRedis(self._redis))
+        # A thread of its own: while Redis is away, requests may hold all the others.
+        self._limiter = CapacityLimiter(1)
+
+    async def text(self, accept: str) -> tuple[bytes, str]:
+        """Read all metrics; returns them in the format that suits `accept`, and its media type."""
+        encode, media_type = choose_encoder(accept)
+        text = await to_thread.run_sync(encode, self._registry, limiter=self._limiter)
+        return text, media_type
+
+    async def redis_answers(self) -> bool:
+        """Ask Redis for a sign of life; takes about a second at most."""
+        try:
+            return bool(await to_thread.run_sync(self._redis.ping, limiter=self._limiter))
+        except RedisError:
+            return False
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+class _FromRedis(Collector):
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    def collect(self) -> Iterator[Metric]:
+        up = "Whether Redis answers; without it there is only what this process measures itself."
+        try:
+            found = self._read()
+        except RedisError:
+            yield GaugeMetricFamily("wan_redis_up", up, 0)
+            return
+        yield GaugeMetricFamily("wan_redis_up", up, 1)
+        yield from found
+
+    def _read(self) -> list[Metric]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.METRICS)
+            pipe.hgetall(keys.PACE)
+            counters, pace = pipe.execute()
+        return [*fleet.families(look(self._redis)), *counted.families(counters, pace)]
