@@ -42,14 +42,19 @@ class Exposition:
         build.labels(version("wan-hif8"), platform.python_version()).set(1)
         ProcessCollector(registry=self._registry)
         self._registry.register(_FromRedis(self._redis))
+        self._away = CollectorRegistry()
+        self._away.register(_Away())
         # A thread of its own: while Redis is away, requests may hold all the others.
         self._limiter = CapacityLimiter(1)
 
-    async def text(self, accept: str) -> tuple[bytes, str]:
-        """Read all metrics; returns them in the format that suits `accept`, and its media type."""
+    async def text(self, accept: str, is_known: bool) -> tuple[bytes, str]:
+        """Read all metrics, or only that Redis is away, for a reader who is not known.
+
+        Returns them in the format that suits `accept`, and its media type.
+        """
         encode, media_type = choose_encoder(accept)
-        text = await to_thread.run_sync(encode, self._registry, limiter=self._limiter)
-        return text, media_type
+        registry = self._registry if is_known else self._away
+        return await to_thread.run_sync(encode, registry, limiter=self._limiter), media_type
 
     async def redis_answers(self) -> bool:
         """Ask Redis for a sign of life; takes about a second at most."""
@@ -62,18 +67,30 @@ class Exposition:
         self._redis.close()
 
 
+def _up(value: int) -> Metric:
+    return GaugeMetricFamily(
+        "wan_redis_up",
+        "Whether Redis answers; without it there is only what this process measures itself.",
+        value,
+    )
+
+
+class _Away(Collector):
+    def collect(self) -> Iterator[Metric]:
+        yield _up(0)
+
+
 class _FromRedis(Collector):
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
     def collect(self) -> Iterator[Metric]:
-        up = "Whether Redis answers; without it there is only what this process measures itself."
         try:
             found = self._read()
         except RedisError:
-            yield GaugeMetricFamily("wan_redis_up", up, 0)
+            yield _up(0)
             return
-        yield GaugeMetricFamily("wan_redis_up", up, 1)
+        yield _up(1)
         yield from found
 
     def _read(self) -> list[Metric]:

@@ -1,6 +1,9 @@
 """For those who run the service: its metrics, its workers and its queues."""
 
+from contextlib import suppress
+
 from fastapi import APIRouter, Request, Response
+from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
 from service.deps import BearerDep, OpsDep, PartsDep
@@ -17,18 +20,22 @@ router = APIRouter(tags=["operations"])
     response_class=Response,
     responses={
         200: {"description": "In Prometheus' text format, or OpenMetrics if that is asked for."},
-        **problems(401, 403, 429, 503),
+        **problems(401, 403, 429),
     },
 )
 async def read_metrics(request: Request, parts: PartsDep, bearer: BearerDep) -> Response:
-    """Show the metrics to ops. Without Redis, `wan_redis_up` is 0, and the process shows its own.
+    """Show the metrics to ops.
 
-    Nobody can be asked for then, so whoever could read the metrics a moment before still can.
+    Without Redis nobody can be asked who is ops. Then whoever could read the metrics within the
+    last hour sees what the process measures itself, and others see only that `wan_redis_up` is 0.
     """
     token = None if bearer is None else bearer.credentials
-    if await parts.exposition.redis_answers() or not parts.readers.knows(token):
-        await run_in_threadpool(parts.readers.admit, token)
-    text, media_type = await parts.exposition.text(request.headers.get("accept", ""))
+    is_known = parts.readers.knows(token)
+    if await parts.exposition.redis_answers():
+        with suppress(RedisError):  # it went away just now
+            await run_in_threadpool(parts.readers.admit, token)
+            is_known = True
+    text, media_type = await parts.exposition.text(request.headers.get("accept", ""), is_known)
     return Response(text, media_type=media_type)
 
 

@@ -65,6 +65,8 @@ ROWS: Final[dict[str, Row]] = {
     "GET /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "fetch a video"),
     "HEAD /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "ask whether there is a video"),
     "GET /models": Row(Policy.KEY, "see what is offered"),
+    "GET /metrics": Row(Policy.OPS, "read the metrics"),
+    "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
     "GET /healthz": Row(Policy.PUBLIC, "ask whether the process is alive"),
     "GET /readyz": Row(Policy.PUBLIC, "ask whether jobs can be run"),
     "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),

@@ -43,6 +43,8 @@ def test_all_routes_are_described(document: Any) -> None:
         "DELETE /v1/videos/{video_id}",
         "GET /v1/videos/{video_id}/content",
         "GET /models",
+        "GET /metrics",
+        "GET /workers",
         "GET /healthz",
         "GET /readyz",
     }
