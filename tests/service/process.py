@@ -27,6 +27,13 @@ def address(process: "subprocess.Popen[str]") -> str:
     """Read the log up to the line that says where the service listens."""
     assert process.stderr is not None
     for line in process.stderr:
-        if found := re.search(r"listening on (http://\S+)", line):
-            return found.group(1)
+        if "listening on" in line:
+            return address_in(line)
     raise AssertionError("the service ended without listening")
+
+
+def address_in(line: str) -> str:
+    """Read the line that says where the service listens, in either format."""
+    found = re.search(r'listening on (http://[^\s"]+)', line)
+    assert found, f"no address in {line!r}"
+    return found.group(1)

@@ -1,0 +1,155 @@
+"""No prompt in any log: of a real service and a real worker, whatever goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from redis import Redis
+
+from jobs import keys
+from tests.service.process import address, service
+
+SECRET = "xyzzy-nobody-may-read-this"
+PATIENCE_S = 60.0
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+@contextmanager
+def pattern_worker(log: Path, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker process that fails every job of three steps or more."""
+    arguments = [environment["REDIS_URL"], environment["ARTIFACTS_FOLDER"], "0.01", "oom"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.worker.pattern_engine", *arguments],
+            env={**os.environ, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Caller:
+    """Sends the secret in every way there is."""
+
+    def __init__(self, client: httpx2.Client, redis: Redis) -> None:
+        self._client = client
+        self._redis = redis
+
+    def order(self, **changes: Any) -> httpx2.Response:
+        body = {"prompt": SECRET, "negative_prompt": SECRET, "num_inference_steps": 2}
+        return self._client.post("/generate", json=body | changes)
+
+    def state(self, job_id: str) -> str:
+        return str(self._client.get(f"/jobs/{job_id}").json()["state"])
+
+    def finish(self) -> None:
+        job_id = self.order().json()["id"]
+        wait_for(lambda: self.state(job_id) == "succeeded")
+
+    def fail(self) -> None:
+        job_id = self.order(num_inference_steps=4).json()["id"]
+        wait_for(lambda: self.state(job_id) == "failed")
+
+    def be_refused(self) -> None:
+        statuses = [
+            self.order(seed=-1).status_code,
+            self.order(prompt=SECRET * 50).status_code,
+            self.order(prompt=[SECRET]).status_code,
+            self.order(**{SECRET: SECRET}).status_code,
+            self.order(mode=SECRET).status_code,
+            self.order(webhook_url=f"https://{SECRET}").status_code,
+            self._client.post("/generate", json=SECRET).status_code,
+            self._client.post("/generate", content=f'{{"prompt": "{SECRET}').status_code,
+            self._client.post("/generate", content=SECRET.encode("utf-16")).status_code,
+            self._client.post("/generate", data={"prompt": SECRET}).status_code,
+            self._client.get(f"/jobs?state={SECRET}").status_code,
+            self._client.get(f"/jobs?cursor={SECRET}&limit={SECRET}").status_code,
+            self._client.post(f"/generate?prompt={SECRET}", json={}).status_code,
+            self._client.post("/v1/videos", json={"prompt": SECRET, "size": SECRET}).status_code,
+            self._client.post("/v1/videos", data={"prompt": SECRET, "size": "1x1"}).status_code,
+            self._client.post("/v1/videos", files={"input": (SECRET, SECRET)}).status_code,
+        ]
+        assert {status // 100 for status in statuses} == {4}, statuses
+
+    def meet_a_broken_record(self) -> None:
+        """Written by hand, read by the service, its lists, its housekeeping and the worker."""
+        job_id = self.order(num_inference_steps=2).json()["id"]
+        for text in (f'{{"prompt": "{SECRET}"', f'{{"prompt": "{SECRET}", "seed": "{SECRET}"}}'):
+            self._redis.hset(keys.record(job_id), "request", text)
+            assert self._client.get(f"/jobs/{job_id}").status_code == 500
+            assert self._client.delete(f"/jobs/{job_id}").status_code == 500
+            assert self._client.get("/jobs").status_code == 200
+        self._redis.hset(keys.record(job_id), "lease_ms", 1)
+        self._redis.hset(keys.record(job_id), "state", "queued")
+        self._redis.zadd(keys.index("queued"), {job_id: 0})
+        queue = self._redis.hget(keys.record(job_id), "queue")
+        assert isinstance(queue, bytes)
+        self._redis.rpush(f"rq:queue:{queue.decode()}", job_id)
+
+    def meet_a_redis_that_refuses(self) -> None:
+        index = keys.index("queued")
+        self._redis.delete(index)
+        self._redis.set(index, "not a sorted set")
+        assert self.order().status_code == 503
+        self._redis.delete(index)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_prompt_is_logged(redis_url: str, redis: Redis, tmp_path: Path, log_format: str) -> None:
+    artifacts = tmp_path / "artifacts"
+    environment = {
+        "REDIS_URL": redis_url,
+        "ARTIFACTS_URL": artifacts.as_uri(),
+        "ARTIFACTS_FOLDER": str(artifacts),
+        "SERVICE_PORT": "0",
+        "LOG_FORMAT": log_format,
+    }
+    worker_log = tmp_path / "worker.log"
+    with (
+        service(**environment) as process,
+        pattern_worker(worker_log, **environment),
+        httpx2.Client(base_url=address(process), trust_env=False, timeout=30) as client,
+    ):
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        caller = Caller(client, redis)
+        caller.finish()
+        caller.fail()
+        caller.be_refused()
+        caller.meet_a_broken_record()
+        caller.meet_a_redis_that_refuses()
+        time.sleep(4)  # a round of housekeeping, and the worker's try at the broken record
+        process.send_signal(signal.SIGTERM)
+        _, service_log = process.communicate(timeout=20)
+    said_by_worker = worker_log.read_text()
+    for log, words in (
+        (service_log, ("service.access", "cannot be read", "Redis failed")),
+        (said_by_worker, ("succeeded", "memory")),
+    ):
+        for word in words:
+            assert word in log, f"{word} is missing, so the fault was not met"
+        for secret in (SECRET, SECRET[:12], json.dumps(SECRET * 2)[1:-1]):
+            assert secret not in log
+    if log_format == "json":
+        for line in (service_log + said_by_worker).splitlines():
+            json.loads(line)
