@@ -56,6 +56,7 @@ def test_finished_job(client: TestClient, make_job: MakeJob) -> None:
     assert (video["status"], video["progress"], video["seconds"]) == ("completed", 100, "2")
     assert job.finished_at is not None
     assert video["completed_at"] == int(job.finished_at.timestamp())
+    assert video["expires_at"] == video["completed_at"] + 168 * 3600
     assert (video["error"], video["queue_position"], video["seconds_left"]) == (None, None, None)
 
 

@@ -55,6 +55,22 @@ def test_plain_http_errors(
         assert answer.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/generate", "POST"),
+        ("/jobs/a", "DELETE, GET"),
+        ("/jobs/a/video.mp4", "GET, HEAD"),
+        ("/v1/videos", "GET, POST"),
+        ("/v1/videos/a", "DELETE, GET"),
+    ],
+)
+def test_405_names_every_method_of_the_path(client: TestClient, path: str, allowed: str) -> None:
+    for method in ("PATCH", "OPTIONS"):
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
 def test_unexpected_error_is_logged_and_hidden(
     settings: ServiceSettings, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,9 @@
 
 from jobs.spec import GenerationRequest
 
+FAILING = "fail, please"
+"""The pattern engine does not make a prompt with these words into a video."""
+
 
 def order(**changes: object) -> GenerationRequest:
     """A short one: four steps are enough for everything but a good picture."""
