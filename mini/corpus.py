@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from mini.architecture import LATENT_SHAPE, TEXT_TOKENS
 from mini.causal import encode_clip, whole_clip
 from mini.render import Tracks, layout, render, tracks
-from mini.scenes import Scene, Split, caption, sample_scene
+from mini.scenes import PAIR_SHARE, Scene, Split, caption, sample_scene
 
 WORDINGS = 2
 
 
-def scenes_of(split: Split, count: int, seed: int) -> list[Scene]:
+def scenes_of(split: Split, count: int, seed: int, pair_share: float = PAIR_SHARE) -> list[Scene]:
     """`count` scenes of one split; the same seed gives the same scenes."""
     rng = random.Random(f"{split} scenes {seed}")
-    return [sample_scene(rng, split) for _ in range(count)]
+    return [sample_scene(rng, split, pair_share) for _ in range(count)]
 
 
 def laid_out(scenes: list[Scene], seed: int) -> Tracks:
@@ -71,11 +71,15 @@ class Corpus:
 
 
 def build_corpus(
-    vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, count: int, seed: int
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    count: int,
+    seed: int,
+    pair_share: float = PAIR_SHARE,
 ) -> Corpus:
     """Render, encode and caption `count` training scenes on the VAE's device."""
     device = vae.device
-    scenes = scenes_of(Split.TRAIN, count, seed)
+    scenes = scenes_of(Split.TRAIN, count, seed, pair_share)
     rng = random.Random(f"wordings {seed}")
     said = [caption(scene, rng) for scene in scenes for _ in range(WORDINGS)]
     tokens = tokenize(tokenizer, said).view(count, WORDINGS, TEXT_TOKENS)

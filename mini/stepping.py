@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,11 @@ class Optimizer:
         """Clip, step, and move the average. Safe to capture."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.adam.step()
-        # On the device, so that a captured step follows what `tick` sets.
-        gaps = torch._foreach_sub(self.parameters, self.average)
-        torch._foreach_mul_(gaps, self._decay_gap)
-        torch._foreach_add_(self.average, gaps)
+        with torch.no_grad():  # else the average holds on to every step there was
+            gaps = torch._foreach_sub(self.parameters, self.average)
+            # On the device, so that a captured step follows what `tick` sets.
+            torch._foreach_mul_(gaps, self._decay_gap)
+            torch._foreach_add_(self.average, gaps)
 
     def swap_average(self) -> None:
         """Exchange the weights with their average; call twice around an evaluation."""
@@ -102,9 +104,16 @@ class Optimizer:
 
     def restore(self, state: dict[str, object]) -> None:
         """Go on from `state()`."""
-        self.adam.load_state_dict(state["adam"])  # type: ignore[arg-type]
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr
+        saved_adam: dict[str, Any] = state["adam"]  # type: ignore[assignment]
+        if moments := self.adam.state_dict()["state"]:
+            # In place: a captured step goes on using the tensors it was captured with.
+            for index, values in saved_adam["state"].items():
+                for name, value in values.items():
+                    moments[index][name].copy_(value)
+        else:
+            self.adam.load_state_dict(saved_adam)
+            for group in self.adam.param_groups:
+                group["lr"] = self.lr
         with torch.no_grad():
             for average, saved in zip(self.average, state["average"], strict=True):  # type: ignore[call-overload]
                 average.copy_(saved)

@@ -2,7 +2,7 @@
 
 The work folder keeps the VAE when it is done and the denoiser at every check; a later call goes on
 from there. The result is a diffusers folder with settings and training log beside it. One GPU,
-under 25 minutes; on a CPU the same code runs without graph capture, which is what the tests do.
+about half an hour; on a CPU the same code runs without graph capture, which is what the tests do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from transformers import PreTrainedTokenizerFast
 
 from mini.architecture import (
     Miniature,
@@ -27,7 +28,7 @@ from mini.architecture import (
 from mini.corpus import Corpus, build_corpus
 from mini.evaluate import load_pipeline, oracle_rates, sample
 from mini.scenes import Split, captions_of
-from mini.train_denoiser import DenoiserTraining, initialise
+from mini.train_denoiser import DenoiserTraining, initialise, look_both_ways
 from mini.train_vae import reconstruction_psnr_db, train_vae
 from mini.training_settings import TrainingSettings
 
@@ -45,12 +46,21 @@ class TrainingRun:
         torch.manual_seed(settings.denoiser.seed)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        tokenizer = build_tokenizer(captions_of(Split.TRAIN, TOKENIZER_CAPTIONS, seed=0))
-        self.model = Miniature(tokenizer, build_text_encoder(), build_transformer(), build_vae())
+        self.model = Miniature(
+            self._tokenizer(), build_text_encoder(), build_transformer(), build_vae()
+        )
         initialise(self.model.transformer)
+        look_both_ways(self.model.text_encoder)
         for part in (self.model.text_encoder, self.model.transformer, self.model.vae):
             part.to(self.device)
         self._began = time.monotonic()
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        """Trained once a work folder: another version of tokenizers breaks ties another way."""
+        folder = self.work / "tokenizer"
+        if not (folder / "tokenizer.json").exists():
+            build_tokenizer(captions_of(Split.TRAIN, TOKENIZER_CAPTIONS)).save_pretrained(folder)
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
     def report(self, stage: str, figures: dict[str, float]) -> None:
         """Log figures and append them to the work folder's log."""
@@ -132,7 +142,13 @@ class TrainingRun:
             corpus = Corpus(**torch.load(kept, map_location=self.device, weights_only=True))
             if len(corpus.latents) == settings.corpus:
                 return corpus
-        corpus = build_corpus(self.model.vae, self.model.tokenizer, settings.corpus, settings.seed)
+        corpus = build_corpus(
+            self.model.vae,
+            self.model.tokenizer,
+            settings.corpus,
+            settings.seed,
+            settings.pair_share,
+        )
         torch.save(asdict(corpus), kept)
         return corpus
 

@@ -1,8 +1,9 @@
 """Second stage: transformer and text encoder together, by flow matching on encoded scenes.
 
 x_t = (1 - sigma) * x_0 + sigma * noise, target noise - x_0, sigma logit-normal and shifted as in
-sampling. The transformer is initialised for depth: residual outputs scaled by 1/sqrt(2 * 40), zero
-output projection.
+sampling, for a share of the samples uniform near 1. The transformer is initialised for depth:
+residual outputs scaled by 1/sqrt(2 * 40), zero output projection. The text encoder's heads start
+out looking back or ahead, so that it tells "A left of B" from "B left of A" (docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from mini.stepping import Optimizer, TrainingStep
 from mini.training_settings import DenoiserSettings
 
 LONG_TEXT_TOKENS = 512
+# Added to a head's attention logits in the direction it starts out not to look in.
+LOOKING_AWAY = -4.0
 LOG_EVERY = 500
 Report = Callable[[str, dict[str, float]], None]
 
@@ -42,6 +45,29 @@ def initialise(transformer: WanTransformer3DModel) -> None:
                 linear.weight.mul_(residual)
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
+
+
+def look_both_ways(encoder: UMT5EncoderModel) -> None:
+    """Let even heads of every layer begin by looking back, odd ones by looking ahead.
+
+    UMT5 knows the order of words by its relative position biases alone. They start near zero, and
+    which of two things a relation word is said of is the exclusive or of the word and the order:
+    from such a start neither is of use without the other, and training never found them.
+    """
+    with torch.no_grad():
+        for block in encoder.encoder.block:
+            bias = block.layer[0].SelfAttention.relative_attention_bias.weight
+            ahead = bias.shape[0] // 2  # the first half of the buckets is behind and here
+            bias[ahead:, 0::2] += LOOKING_AWAY
+            bias[:ahead, 1::2] += LOOKING_AWAY
+
+
+def draw_sigma(count: int, settings: DenoiserSettings, device: torch.device) -> Tensor:
+    """[count] noise levels in 0..1. Safe to capture."""
+    sigma = torch.sigmoid(torch.randn(count, device=device))
+    sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
+    noisy = 1 - (1 - settings.noisy_from) * torch.rand(count, device=device)
+    return torch.where(torch.rand(count, device=device) < settings.noisy_share, noisy, sigma)
 
 
 def encode_text(encoder: UMT5EncoderModel, tokens: Tensor) -> Tensor:
@@ -113,8 +139,7 @@ class DenoiserTraining:
         count, device = clean.shape[0], clean.device
         dropped = torch.rand(count, 1, device=device) < self.settings.prompt_dropout
         tokens = torch.where(dropped, self.corpus.empty, tokens)
-        sigma = torch.sigmoid(torch.randn(count, device=device))
-        sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
+        sigma = draw_sigma(count, self.settings, device)
         noise = torch.randn_like(clean)
         mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         with torch.autocast(device.type, torch.bfloat16):

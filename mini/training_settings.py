@@ -30,19 +30,24 @@ class DenoiserSettings:
 
     seconds: training time. corpus: encoded scenes. long_text_share: steps whose text is padded to
     512 tokens, the pipeline's default, instead of the miniature's 64. prompt_dropout: share of
-    empty prompts, for classifier-free guidance. checks: how often the oracle looks at samples from
-    check_prompts captions of the calibration split.
+    empty prompts, for classifier-free guidance. pair_share: scenes of two things. noisy_share:
+    samples whose sigma is drawn uniformly from noisy_from to 1, where it is decided which thing
+    goes where. checks: how often the oracle looks at samples from check_prompts captions of the
+    calibration split.
     """
 
     seed: int = 2
-    seconds: float = 600.0
+    seconds: float = 990.0
     corpus: int = 65_536
     batch: int = 192
     peak_lr: float = 1.2e-3
     prompt_dropout: float = 0.1
     long_text_share: float = 0.08
+    pair_share: float = 0.5
+    noisy_share: float = 0.3
+    noisy_from: float = 0.94
     checks: int = 4
-    check_prompts: int = 64
+    check_prompts: int = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Training at a size that says nothing about quality: it runs, goes on, and saves its weights."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,14 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from torch import nn
+from transformers import UMT5EncoderModel
 
-from mini.corpus import tokenize
+from mini.architecture import build_text_encoder, build_tokenizer
+from mini.corpus import scenes_of, tokenize
 from mini.scenes import Split, captions_of
 from mini.stepping import Optimizer, TrainingStep
 from mini.train import TrainingRun
-from mini.train_denoiser import encode_text
+from mini.train_denoiser import draw_sigma, encode_text, look_both_ways
 from mini.training_settings import DenoiserSettings, TrainingSettings, VaeSettings
 
 # Under autocast torch says that BF16 activations meet FP32 norm weights; that is what autocast is.
@@ -99,6 +102,57 @@ def test_text_is_encoded_as_the_pipeline_encodes_it(run: TrainingRun) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+def test_a_share_of_the_noise_levels_is_where_places_are_decided() -> None:
+    torch.manual_seed(0)
+    usual = draw_sigma(20_000, DenoiserSettings(noisy_share=0.0), torch.device("cpu"))
+    assert 0.02 < (usual > 0.95).float().mean() < 0.04
+    noisy = draw_sigma(
+        20_000, DenoiserSettings(noisy_share=1.0, noisy_from=0.9), torch.device("cpu")
+    )
+    assert 0.9 <= noisy.min() < 0.901
+    assert 0.999 < noisy.max() <= 1.0
+    assert noisy.mean() == pytest.approx(0.95, abs=0.001)
+    mixed = draw_sigma(
+        20_000, DenoiserSettings(noisy_share=0.5, noisy_from=0.9), torch.device("cpu")
+    )
+    expected = 0.5 * (1 + (usual >= 0.9).float().mean())
+    assert (mixed >= 0.9).float().mean() == pytest.approx(float(expected), abs=0.02)
+
+
+def test_pairs_are_as_frequent_as_told() -> None:
+    assert all(s.relation for s in scenes_of(Split.TRAIN, 20, seed=1, pair_share=1.0))
+    assert not any(s.relation for s in scenes_of(Split.TRAIN, 20, seed=1, pair_share=0.0))
+
+
+def test_a_new_text_encoder_tells_before_from_after(run: TrainingRun) -> None:
+    tokens = tokenize(
+        run.model.tokenizer,
+        [
+            "a small red circle above a small blue circle both rising on a black background",
+            "a small blue circle above a small red circle both rising on a black background",
+        ],
+    )
+    red = run.model.tokenizer.convert_tokens_to_ids("Ġred")
+
+    def moved(encoder: UMT5EncoderModel) -> float:
+        """How much of what is said of "red" depends on which thing is named first."""
+        with torch.no_grad():
+            said = encode_text(encoder, tokens)[tokens == red]
+        return float((said[0] - said[1]).norm() / said[0].norm())
+
+    torch.manual_seed(0)
+    encoder = build_text_encoder()
+    before = moved(encoder)
+    look_both_ways(encoder)
+    assert moved(encoder) > 2 * before
+
+
+def test_the_tokenizer_of_a_work_folder_is_kept(tmp_path: Path) -> None:
+    kept = build_tokenizer(captions_of(Split.TRAIN, 20))
+    kept.save_pretrained(tmp_path / "tokenizer")
+    assert TrainingRun(tmp_path, TINY, "cpu").model.tokenizer.get_vocab() == kept.get_vocab()
+
+
 def test_the_learning_rate_follows_the_clock() -> None:
     layer = nn.Linear(4, 4)
     optimizer = Optimizer(layer.parameters(), peak_lr=0.1, seconds=100.0, warm_up_steps=2)
@@ -133,6 +187,7 @@ def test_a_step_lowers_the_loss_and_the_average_follows() -> None:
     optimizer.swap_average()
     assert torch.equal(layer.weight, averaged)
     assert torch.equal(optimizer.average[0], trained)
+    assert not optimizer.average[0].requires_grad
 
 
 def test_a_restored_optimizer_goes_on_with_its_own_learning_rate() -> None:
@@ -146,3 +201,19 @@ def test_a_restored_optimizer_goes_on_with_its_own_learning_rate() -> None:
     second.tick()
     TrainingStep(lambda: layer(torch.ones(1, 4)).square().sum(), second)()
     assert not torch.equal(layer.weight, before)
+
+
+def test_moments_are_restored_where_a_captured_step_looks_for_them() -> None:
+    layer = nn.Linear(4, 1)
+    optimizer = Optimizer(layer.parameters(), peak_lr=0.1, seconds=1e9, warm_up_steps=1)
+    step = TrainingStep(lambda: layer(torch.ones(1, 4)).square().sum(), optimizer)
+    optimizer.tick()
+    step()
+    saved = copy.deepcopy(optimizer.state())
+    used = optimizer.adam.state[layer.weight]["exp_avg"]
+    expected = used.clone()
+    step()
+    assert not torch.equal(used, expected)
+    optimizer.restore(saved)
+    assert optimizer.adam.state[layer.weight]["exp_avg"] is used
+    assert torch.equal(used, expected)
