@@ -1,0 +1,75 @@
+"""`GET /workers`: how the live workers are doing and what waits for them."""
+
+from fastapi.testclient import TestClient
+from redis import Redis
+
+from jobs import catalog
+from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
+from jobs.spec import GenerationRequest
+from jobs.store import JobStore
+
+
+def test_no_worker_is_no_error(client: TestClient) -> None:
+    assert client.get("/workers").json() == {"workers": [], "queues": []}
+
+
+def test_workers_are_shown_with_what_they_say_of_themselves(
+    client: TestClient, redis: Redis, live_worker: WorkerOffer
+) -> None:
+    catalog.publish_status(
+        redis,
+        WorkerStatus(
+            worker_id=live_worker.worker_id,
+            state="busy",
+            job_id="01a2",
+            jobs_done=7,
+            memory_allocated_bytes=3,
+            memory_peak_bytes=4,
+            memory_total_bytes=5,
+            modes={"w8a8": ModeStatus(step_s=0.2, saturated_share=0.001, flushed_share=0.02)},
+        ),
+    )
+    (worker,) = client.get("/workers").json()["workers"]
+    assert worker.pop("started_at")
+    assert worker == {
+        "id": live_worker.worker_id,
+        "model": "wan-mini",
+        "device": "cpu",
+        "queue": live_worker.queue,
+        "modes": {
+            "bf16": {"step_s": None, "saturated_share": None, "flushed_share": None},
+            "w8a8": {"step_s": 0.2, "saturated_share": 0.001, "flushed_share": 0.02},
+        },
+        "state": "busy",
+        "job_id": "01a2",
+        "jobs_done": 7,
+        "memory_allocated_bytes": 3,
+        "memory_peak_bytes": 4,
+        "memory_total_bytes": 5,
+    }
+
+
+def test_a_silent_worker_is_shown_as_such(client: TestClient, live_worker: WorkerOffer) -> None:
+    (worker,) = client.get("/workers").json()["workers"]
+    assert (worker["id"], worker["state"]) == (live_worker.worker_id, "unknown")
+    assert worker["jobs_done"] is None
+
+
+def test_queues_are_shown_also_those_that_nobody_serves(
+    client: TestClient,
+    store: JobStore,
+    live_worker: WorkerOffer,
+    request_for_video: GenerationRequest,
+) -> None:
+    for _ in range(2):
+        store.create(request_for_video, "gone.0123456789ab")
+    gone, served = client.get("/workers").json()["queues"]
+    assert 0 <= gone.pop("oldest_age_s") < 60
+    assert gone == {"name": "gone.0123456789ab", "model": "gone", "waiting": 2, "workers": 0}
+    assert served == {
+        "name": live_worker.queue,
+        "model": "wan-mini",
+        "waiting": 0,
+        "oldest_age_s": 0,
+        "workers": 1,
+    }
