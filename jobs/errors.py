@@ -11,6 +11,7 @@
     │   ├── QueueFull          as many jobs wait as are allowed to
     │   ├── QuotaExceeded      the caller's own jobs are as many as they may be
     │   └── RateLimited        the caller asks too often
+    ├── TooManyStreams         this process has as many event streams open as it may
     ├── Unauthenticated        no key, or none that is known
     ├── Forbidden              known, but not allowed
     │   └── LinkRefused        a video link that is forged, altered or too old
@@ -131,6 +132,11 @@ class QuotaExceeded(TooManyRequests):
 class RateLimited(TooManyRequests):
     code = "rate_limited"
     title = "Too many requests from this key"
+
+
+class TooManyStreams(AppError):
+    code = "too_many_streams"
+    title = "Too many event streams are open"
 
 
 class Unauthenticated(AppError):

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from jobs import catalog
 from jobs.artifacts import open_artifacts
 from jobs.connection import connect
 from jobs.outbox import Outbox
@@ -20,11 +21,15 @@ from service.auth import Gate
 from service.body_limit import BodyLimit
 from service.chores import chores
 from service.deps import Parts
+from service.event_hub import EventHub
 from service.housekeeping import Housekeeping
 from service.keys import KeyStore
 from service.links import LinkSigner
+from service.queue_places import QueuePlaces
 from service.rate import RateLimiter
-from service.routes import health, jobs, models, videos
+from service.readiness import Readiness
+from service.remembered import Remembered
+from service.routes import events, health, jobs, models, videos
 from service.security_headers import SecurityHeaders
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
@@ -48,14 +53,21 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         ArtifactRefused: ARTIFACTS_URL is not an address the service can serve, or its folder
             cannot be made.
     """
-    redis = connect(settings.redis_url.get_secret_value())
+    redis_url = settings.redis_url.get_secret_value()
+    redis = connect(redis_url)
     artifacts = open_artifacts(settings.artifacts_url)
+    offered = Remembered(lambda: catalog.read(redis), settings.catalog_kept_s)
+    places = QueuePlaces(Places(redis), offered)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         housekeeping = Housekeeping(chores(app.state.parts))
         housekeeping.start()
+        parts = app.state.parts
+        parts.hub.start()
         yield
+        await parts.hub.stop()
+        parts.readiness.close()
         # Off the loop: a round in hand may take a moment.
         await run_in_threadpool(housekeeping.stop)
         redis.close()
@@ -75,7 +87,10 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redis=redis,
         store=JobStore(redis),
         outbox=Outbox(redis),
-        places=Places(redis),
+        catalog=offered,
+        places=places,
+        hub=EventHub(redis_url, places, settings.max_streams),
+        readiness=Readiness(redis_url),
         artifacts=artifacts,
         tokens=TokenCounter(redis),
         gate=Gate(
@@ -83,7 +98,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         ),
         signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    for routes in (jobs, videos, models, health):
+    for routes in (jobs, events, videos, models, health):
         app.include_router(routes.router)
     problems.install(app)
     openapi.install(app)

@@ -3,22 +3,26 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
-from jobs import catalog
 from jobs.artifacts import ArtifactStore
+from jobs.catalog import Catalog
 from jobs.errors import LinkRefused
 from jobs.outbox import Outbox
-from jobs.places import Places
 from jobs.store import JobStore
 from service.auth import LOCAL, Gate, Principal, listed_owner, require_ops
+from service.event_hub import EventHub
 from service.json_body import json_body
 from service.links import LinkSigner, VideoLinks, video_path
+from service.queue_places import QueuePlaces
+from service.readiness import Readiness
+from service.remembered import Remembered
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
+from service.views import JobViews
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,10 @@ class Parts:
     redis: Redis
     store: JobStore
     outbox: Outbox
-    places: Places
+    catalog: Remembered[Catalog]
+    places: QueuePlaces
+    hub: EventHub
+    readiness: Readiness
     artifacts: ArtifactStore
     tokens: TokenCounter
     gate: Gate
@@ -55,8 +62,10 @@ async def _artifacts(parts: PartsDep) -> ArtifactStore:
     return parts.artifacts
 
 
-def _catalog(parts: PartsDep) -> catalog.Catalog:
-    return catalog.read(parts.redis)
+async def _catalog(parts: PartsDep) -> Catalog:
+    # Mostly there is nothing to read, and no need for the thread pool.
+    kept = parts.catalog.fresh()
+    return await run_in_threadpool(parts.catalog.get) if kept is None else kept
 
 
 async def _tokens(parts: PartsDep) -> TokenCounter:
@@ -66,6 +75,10 @@ async def _tokens(parts: PartsDep) -> TokenCounter:
 async def _links(request: Request, parts: PartsDep) -> VideoLinks:
     base_url = parts.settings.public_url or str(request.base_url).rstrip("/")
     return VideoLinks(base_url, parts.signer, parts.settings.keep)
+
+
+async def _job_views(links: Annotated[VideoLinks, Depends(_links)], parts: PartsDep) -> JobViews:
+    return JobViews(links, parts.outbox, parts.places)
 
 
 _BEARER = HTTPBearer(
@@ -125,7 +138,18 @@ ViewerDep = Annotated[Principal | None, Depends(_viewer)]
 StoreDep = Annotated[JobStore, Depends(_store)]
 OutboxDep = Annotated[Outbox, Depends(_outbox)]
 ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
-CatalogDep = Annotated[catalog.Catalog, Depends(_catalog)]
+CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]
 TokensDep = Annotated[TokenCounter, Depends(_tokens)]
 LinksDep = Annotated[VideoLinks, Depends(_links)]
+JobViewsDep = Annotated[JobViews, Depends(_job_views)]
+IdempotencyKeyDep = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="The same key with the same body means the same job for a day.",
+        min_length=1,
+        max_length=255,
+        pattern="^[!-~]+$",
+    ),
+]

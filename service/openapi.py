@@ -15,7 +15,7 @@ from service.openai.errors import ErrorAnswer
 from service.openai.views import VideoObject
 from service.problem_document import Problem
 from service.problems import MEDIA_TYPE, from_error, from_status
-from service.views import QUEUED_EXAMPLE, JobListView, JobView
+from service.views import QUEUED_EXAMPLE, EventView, JobListView, JobView
 
 Json = dict[str, Any]
 
@@ -60,8 +60,56 @@ GENERATE_ANSWER: dict[int | str, Json] = {
             "Location": {
                 "description": "The job's address.",
                 "schema": {"type": "string", "examples": ["/jobs/01a2"]},
-            }
+            },
+            "Idempotent-Replayed": {
+                "description": "There, and true, when an earlier request with the same "
+                "Idempotency-Key made the job.",
+                "schema": {"type": "string", "enum": ["true"]},
+            },
         },
+    }
+}
+
+KEY_TAKEN = errors.IdempotencyConflict(
+    "This Idempotency-Key was used for another request, which made job 01a2; use a new key for a "
+    "new request.",
+    job_id="01a2",
+)
+
+EVENT_ANSWER: dict[int | str, Json] = {
+    # FastAPI describes the model; what is made of it is below.
+    200: {"model": EventView, "description": "The events, until the job ends."},
+    204: {"description": "The job has ended, and the caller has seen its last event."},
+}
+_EVENTS_PATH = "/jobs/{job_id}/events"
+_EVENTS: Json = {
+    "text/event-stream": {
+        "schema": {"type": "string"},
+        # As in OpenAPI 3.2, which knows streams.
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string", "enum": ["state", "progress", "queue"]},
+                "id": {"type": "string", "description": "Not with queue."},
+                "retry": {"type": "integer", "minimum": 0},
+                "data": {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "contentSchema": {
+                        "anyOf": [
+                            {"$ref": _REF.format(model="EventView")},
+                            {"$ref": _REF.format(model="QueueView")},
+                        ]
+                    },
+                },
+            },
+        },
+        "example": "event: queue\n"
+        'data: {"position":0,"starts_in_s":3.5}\n\n'
+        "event: progress\n"
+        'data: {"id":"01a2","state":"running","attempts":1,"at":"2026-11-22T14:14:18.040Z",'
+        '"progress":{"stage":"denoise","step":4,"steps":20,"seconds_left":5.9}}\n'
+        "id: 1795360458040-0\n\n",
     }
 }
 
@@ -109,15 +157,25 @@ def _examples() -> dict[int, Problem]:
 def problems(*statuses: int) -> dict[int | str, Json]:
     """Describe a route's error answers; any route may meet an unexpected error, too."""
     examples = _examples()
-    schema = {"$ref": _REF.format(model="Problem")}
     answers: dict[int | str, Json] = {}
     for status in sorted({*statuses, 500}):
-        example = examples[status].model_dump(mode="json", exclude_none=True)
-        answers[status] = {
-            "description": examples[status].title,
-            "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
-        }
+        answers[status] = _answer(examples[status])
     return answers
+
+
+def problem(error: errors.AppError, path: str) -> dict[int | str, Json]:
+    """Describe an error answer by an example other than the usual one of its status."""
+    example = from_error(error, path)
+    return {example.status: _answer(example)}
+
+
+def _answer(problem: Problem) -> Json:
+    example = problem.model_dump(mode="json", exclude_none=True)
+    schema = {"$ref": _REF.format(model="Problem")}
+    return {
+        "description": problem.title,
+        "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
+    }
 
 
 def install(app: FastAPI) -> None:
@@ -149,6 +207,7 @@ def _document(app: FastAPI) -> Json:
     # FastAPI drops nulls from examples, which would make these invalid.
     for view in (JobView, JobListView, VideoObject):
         schemas[view.__name__]["examples"] = view.model_json_schema()["examples"]
+    document["paths"][_EVENTS_PATH]["get"]["responses"]["200"]["content"] = _EVENTS
     accepted = document["paths"]["/generate"]["post"]["responses"]["202"]
     accepted["content"]["application/json"]["example"] = QUEUED_EXAMPLE
     for path in document["paths"].values():

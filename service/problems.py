@@ -45,6 +45,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
         errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
         errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.TooManyStreams: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
         errors.Forbidden: HTTPStatus.FORBIDDEN,
         errors.LinkRefused: HTTPStatus.FORBIDDEN,
@@ -122,10 +123,14 @@ _PLAIN = {
     416: ("range_not_satisfiable", "The range lies beyond the video"),
     421: ("misdirected_request", "This service is not known by that name"),
 }
+EVENT_ID_BOUND: Final = "the id of an event, like 1795360456040-0"
 _PARAMETERS = {
     "limit": LIMIT_BOUND,
     "order": "asc or desc",
     "state": f"one of {', '.join(JobState)}",
+    "Idempotency-Key": "1 to 255 visible ASCII characters",
+    "Last-Event-ID": EVENT_ID_BOUND,
+    "last_event_id": EVENT_ID_BOUND,
 }
 _SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
 

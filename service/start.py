@@ -14,9 +14,10 @@ from redis.exceptions import RedisError
 from jobs.connection import connect
 from jobs.errors import ArtifactRefused
 from service.app import create_app
+from service.event_hub import EventHub
 from service.keys import KeyStore
-from service.settings import ServiceSettings
 from service.logs import configure_logging
+from service.settings import ServiceSettings
 
 logger = logging.getLogger("service")
 
@@ -47,7 +48,19 @@ def start() -> None:
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, app.state.parts.hub).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Ends the event streams when it is told to end; it would wait for them."""
+
+    def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._hub.end_streams()
+        await super().shutdown(sockets)
 
 
 def sentences(error: ValidationError) -> str:
@@ -76,8 +89,8 @@ def _demand_a_key(settings: ServiceSettings) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Take the port before the server starts, so that a taken one is one line and not a log."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named. With 0 each
-    # answer on a kept connection waited 40 ms for the caller's acknowledgement.
+    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named. With 0,
+    # each answer on a kept connection waited 40 ms for the caller's acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,17 +1,20 @@
 """What callers see: the JSON of jobs and models, without queue names, artifact keys and tokens."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.catalog import Catalog, ModelOffer, ModeOffer
-from jobs.outbox import WebhookStatus
+from jobs.outbox import Outbox, WebhookStatus
 from jobs.places import Place
 from jobs.record import Failure, JobRecord, Progress, StageTimings
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from service.links import VideoLinks
+from service.queue_places import QueuePlaces
 
 _JOB_EXAMPLE: dict[str, Any] = {
     "id": "01a2039b8ee84d074d36452736a1b6c7",
@@ -158,6 +161,36 @@ class JobView(BaseModel):
         made = {"video": video, "webhook": webhook, "queue": queue}
         shared = {name: getattr(job, name) for name in cls.model_fields if name not in made}
         return cls(**made, **shared)
+
+
+class EventView(BaseModel):
+    """What happened to a job: a change of its state (or of the wish to cancel), or progress."""
+
+    id: str = Field(description="The job's.")
+    state: JobState
+    attempts: int
+    at: datetime
+    progress: Progress | None
+    job: JobView | None = Field(
+        default=None, description="The whole job; only with the last event, which ends the job."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class JobViews:
+    """Makes the views of jobs for one caller."""
+
+    links: VideoLinks
+    outbox: Outbox
+    places: QueuePlaces
+
+    def of(self, job: JobRecord) -> JobView:
+        return self.all([job])[0]
+
+    def all(self, jobs: Sequence[JobRecord]) -> list[JobView]:
+        places = self.places.of(jobs)
+        pairs = zip(jobs, self.outbox.statuses(jobs), strict=True)
+        return [JobView.of(job, self.links, each, places.get(job.id)) for job, each in pairs]
 
 
 class JobListView(BaseModel):

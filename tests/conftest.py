@@ -142,6 +142,7 @@ def settings(redis_url: str, tmp_path: Path) -> ServiceSettings:
         redis_url=SecretStr(redis_url),
         artifacts_url=(tmp_path / "artifacts").as_uri(),
         public_url="http://testserver",  # what TestClient puts into Host
+        catalog_kept_s=0,  # tests publish offers, and ask at once
     )
 
 

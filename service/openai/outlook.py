@@ -1,11 +1,9 @@
 """What is known of a job beyond its record: its frame rate, its place, the seconds it has left."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from jobs import catalog
 from jobs.pace import Paces
 from jobs.places import Place
 from jobs.record import JobRecord
@@ -38,9 +36,8 @@ def outlooks(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
     """Find the outlook of each job, by its id."""
     if all(job.video is not None for job in jobs):
         return {job.id: Outlook(job.video.fps) for job in jobs if job.video is not None}
-    offers = catalog.read(parts.redis).offers
-    fps = {offer.model.name: offer.model.fps for offer in offers}
-    places = parts.places.of(jobs, Counter(offer.queue for offer in offers))
+    fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
+    places = parts.places.of(jobs)
     paces = Paces(parts.redis)
     found = {}
     for job in jobs:

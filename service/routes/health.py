@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from jobs.errors import NoLiveWorker
-from service.deps import CatalogDep
+from service.deps import PartsDep
 from service.openapi import problems
 from service.views import HealthView, ReadyView
 
@@ -17,8 +17,9 @@ async def healthz() -> HealthView:
 
 
 @router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
-def readyz(catalog: CatalogDep) -> ReadyView:
-    """Answer 200 when Redis is reachable and at least one worker is live."""
-    if not catalog.offers:
+async def readyz(parts: PartsDep) -> ReadyView:
+    """Answer 200 when Redis is reachable and at least one worker is live; within two seconds."""
+    workers = await parts.readiness.workers()
+    if not workers:
         raise NoLiveWorker("Redis is reachable, but no worker is live.")
-    return ReadyView(workers=len(catalog.offers))
+    return ReadyView(workers=workers)

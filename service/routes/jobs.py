@@ -12,20 +12,27 @@ from fastapi import APIRouter, Query, Response
 from jobs.spec import resolve_json
 from jobs.state import JobState
 from jobs.store import MAX_PAGE
+from jobs.submission import Idempotency
 from service.auth import submission, visible_job
 from service.deps import (
     ArtifactsDep,
-    CatalogDep,
+    IdempotencyKeyDep,
+    JobViewsDep,
     JsonBodyDep,
-    LinksDep,
     ListedOwnerDep,
-    OutboxDep,
     PartsDep,
     PrincipalDep,
     StoreDep,
     ViewerDep,
 )
-from service.openapi import GENERATE_ANSWER, GENERATE_BODY, VIDEO_RESPONSES, problems
+from service.openapi import (
+    GENERATE_ANSWER,
+    GENERATE_BODY,
+    KEY_TAKEN,
+    VIDEO_RESPONSES,
+    problem,
+    problems,
+)
 from service.video import VideoResponse, WantedDep, send_video
 from service.views import JobListView, JobView
 
@@ -37,7 +44,11 @@ router = APIRouter(tags=["jobs"])
     status_code=202,
     summary="Ask for a video",
     response_description="The queued job; `Location` is its address.",
-    responses={**GENERATE_ANSWER, **problems(400, 401, 403, 413, 422, 429, 503)},
+    responses={
+        **GENERATE_ANSWER,
+        **problems(400, 401, 403, 413, 422, 429, 503),
+        **problem(KEY_TAKEN, "/generate"),
+    },
     openapi_extra=GENERATE_BODY,
 )
 def generate(
@@ -45,48 +56,53 @@ def generate(
     principal: PrincipalDep,
     # Any JSON: jobs.spec reports malformed fields and broken bounds in one answer.
     body: JsonBodyDep,
-    catalog: CatalogDep,
     parts: PartsDep,
-    links: LinksDep,
+    views: JobViewsDep,
     response: Response,
+    idempotency_key: IdempotencyKeyDep = None,
 ) -> JobView:
     """Check the request against what the live workers offer and queue it.
 
     Nothing is rounded: whatever is out of bounds is refused with 422, every field in one answer,
     and nothing is queued.
     """
-    check_webhook = parts.settings.webhook_rules.violation
-    request, queue = resolve_json(body, catalog, parts.tokens.count, check_webhook)
-    terms = submission(principal, parts.settings, webhook_url=body.get("webhook_url"))
-    job = parts.store.create(request, queue, submission=terms).job
+    key = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
+    # First, because a request that was accepted once is answered even when no worker is live.
+    job = None if key is None else parts.store.replay(principal.owner, key)
+    replayed = job is not None
+    if job is None:
+        check_webhook = parts.settings.webhook_rules.violation
+        offered = parts.catalog.get()
+        request, queue = resolve_json(body, offered, parts.tokens.count, check_webhook)
+        webhook_url = body.get("webhook_url")
+        terms = submission(principal, parts.settings, webhook_url=webhook_url, idempotency=key)
+        created = parts.store.create(request, queue, submission=terms)
+        job, replayed = created.job, created.replayed
     response.headers["Location"] = f"/jobs/{job.id}"
-    return JobView.of(job, links, parts.outbox.status(job))
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return views.of(job)
 
 
 @router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))
 def list_jobs(
     owner: ListedOwnerDep,
-    parts: PartsDep,
-    links: LinksDep,
+    store: StoreDep,
+    views: JobViewsDep,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
     # The store has the sentences for what is out of bounds.
     limit: Annotated[int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> JobListView:
     """Page through the jobs of the last 30 days: one's own, or everybody's for ops."""
-    page = parts.store.list(state=state, owner=owner, limit=limit, cursor=cursor)
-    statuses = parts.outbox.statuses(page.jobs)
-    views = [JobView.of(job, links, s) for job, s in zip(page.jobs, statuses, strict=True)]
-    return JobListView(jobs=views, next_cursor=page.next_cursor)
+    page = store.list(state=state, owner=owner, limit=limit, cursor=cursor)
+    return JobListView(jobs=views.all(page.jobs), next_cursor=page.next_cursor)
 
 
 @router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
-def read_job(
-    principal: PrincipalDep, job_id: str, store: StoreDep, links: LinksDep, outbox: OutboxDep
-) -> JobView:
+def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobViewsDep) -> JobView:
     """Read a job as it stands. A failed job is answered with 200 and its `failure`."""
-    job = visible_job(store, principal, job_id)
-    return JobView.of(job, links, outbox.status(job))
+    return views.of(visible_job(store, principal, job_id))
 
 
 @router.delete(
@@ -102,8 +118,7 @@ def cancel_job(
     principal: PrincipalDep,
     job_id: str,
     store: StoreDep,
-    links: LinksDep,
-    outbox: OutboxDep,
+    views: JobViewsDep,
     response: Response,
 ) -> JobView:
     """Cancel a queued job at once, or ask the worker of a running one to stop (202).
@@ -114,7 +129,7 @@ def cancel_job(
     job = store.cancel(job_id)
     if not job.state.is_terminal:
         response.status_code = 202
-    return JobView.of(job, links, outbox.status(job))
+    return views.of(job)
 
 
 @router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)

@@ -55,6 +55,7 @@ ROWS: Final[dict[str, Row]] = {
     "POST /generate": Row(Policy.KEY, "ask for a video", done=202, json=ASK),
     "GET /jobs": Row(Policy.KEY, "list the jobs one may see", lists=True),
     "GET /jobs/{job_id}": Row(Policy.OWN_JOB, "read a job"),
+    "GET /jobs/{job_id}/events": Row(Policy.OWN_JOB, "follow a job"),
     "DELETE /jobs/{job_id}": Row(Policy.OWN_JOB, "cancel a job", finished=False),
     "GET /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "fetch a video"),
     "HEAD /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "ask whether there is a video"),

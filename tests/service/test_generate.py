@@ -65,7 +65,7 @@ def test_accepted_request_is_queued(
     assert job["video"] is None
     assert redis.lrange(f"rq:queue:{live_worker.queue}", 0, -1) == [job["id"].encode()]
     assert store.get(job["id"]).state is JobState.QUEUED
-    assert "queue" not in job
+    assert job["queue"] == {"position": 0, "starts_in_s": 0}
 
 
 BAD = [

@@ -36,6 +36,7 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /jobs",
         "GET /jobs/{job_id}",
         "DELETE /jobs/{job_id}",
+        "GET /jobs/{job_id}/events",
         "GET /jobs/{job_id}/video.mp4",
         "POST /v1/videos",
         "GET /v1/videos",

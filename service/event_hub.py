@@ -1,0 +1,214 @@
+"""What a service process does for all its event streams together.
+
+One subscription to `keys.EVENTS_CHANNEL` wakes the streams of the job that has news; each then
+reads the job's stream in Redis after the last event it has sent. A message that is missed costs
+nothing but time: streams also look when their heartbeat is due, and whenever the subscription is
+back after Redis was away. So any number of processes serve the same jobs, and none remembers any.
+
+Everything here belongs to the event loop, and none of it is safe to share between threads.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisAway
+from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
+
+from jobs import events, keys
+from jobs.connection import connect_async
+from jobs.errors import TooManyStreams
+from jobs.events import JobEvent
+from jobs.places import Place
+from jobs.record import JobRecord
+from jobs.state import JobState
+from service.queue_places import QueuePlaces
+
+logger = logging.getLogger(__name__)
+
+CONNECTIONS: Final = 16
+FIRST_RETRY_S: Final = 0.1
+LAST_RETRY_S: Final = 2.0
+SILENCE_S: Final = 5.0
+"""A subscription that says nothing for so long is asked for a sign of life, and given up if none
+comes in as long again."""
+
+PLACES_EVERY_S: Final = 1.5
+"""How often the places of the waiting jobs that are followed are looked up, all at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What happened to a job after some event; `state` is None when the job is gone."""
+
+    state: JobState | None
+    events: list[JobEvent]
+
+
+class Follower:
+    """One open stream: `changed` is set whenever there may be something new to send."""
+
+    def __init__(self, job: JobRecord) -> None:
+        self.job = job
+        self.changed = asyncio.Event()
+        self.waits = job.state is JobState.QUEUED
+        self.place: Place | None = None
+
+
+class EventHub:
+    """Runs from `start` to `stop`; `most` streams may be open at a time."""
+
+    def __init__(self, url: str, places: QueuePlaces, most: int) -> None:
+        self._redis: Redis = connect_async(url, CONNECTIONS)
+        self._places = places
+        self._most = most
+        self._followers: dict[str, set[Follower]] = {}
+        self._someone_waits = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.is_closing = False
+
+    @property
+    def followers(self) -> int:
+        return sum(map(len, self._followers.values()))
+
+    def start(self) -> None:
+        self._spawn(self._listen())
+        self._spawn(self._look_up_places())
+
+    def end_streams(self) -> None:
+        """Let every stream end now; their clients come back to another process."""
+        self.is_closing = True
+        self._wake(*self._followers)
+
+    async def stop(self) -> None:
+        self.end_streams()
+        left = set(self._tasks)
+        while left:
+            # Again and again: a client that is just connecting may swallow a cancellation.
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=0.1)
+        await self._redis.aclose()
+
+    @contextmanager
+    def follow(self, job: JobRecord) -> Iterator[Follower]:
+        """Count a stream as open, and wake it when its job has news.
+
+        Raises:
+            TooManyStreams: as many as may be are open.
+        """
+        if self.followers >= self._most:
+            raise TooManyStreams(
+                f"This process has {self._most} event streams open, and that is the most; come "
+                f"back later, or ask for the job now and then."
+            )
+        follower = Follower(job)
+        followers = self._followers.setdefault(job.id, set())
+        followers.add(follower)
+        if follower.waits:
+            self._someone_waits.set()
+        try:
+            yield follower
+        finally:
+            followers.discard(follower)
+            if not followers and self._followers.get(job.id) is followers:
+                del self._followers[job.id]
+
+    def note_state(self, follower: Follower, state: JobState) -> None:
+        """Take notice of whether the job waits for a worker, and its place is of interest."""
+        follower.waits = state is JobState.QUEUED
+        if follower.waits:
+            self._someone_waits.set()
+        else:
+            follower.place = None
+
+    async def read(self, job_id: str, after: str) -> News:
+        """Read what happened after the event `after`. Raises RedisError."""
+        # In a task of its own, because a stream may be cancelled at any moment, over and over, and
+        # the client would then lose connections from its pool.
+        return await asyncio.shield(self._spawn(self._read(job_id, after)))
+
+    async def _read(self, job_id: str, after: str) -> News:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            # The state first: events up to an end that is seen here are seen below.
+            pipe.hmget(keys.record(job_id), ["state", "delete_requested"])
+            pipe.xrange(*events.range_after(job_id, after))
+            (state, deleted), entries = await pipe.execute()
+        if state is None or deleted is not None:
+            return News(None, [])
+        return News(JobState(state.decode()), events.decode(entries))
+
+    async def _listen(self) -> None:
+        """Keep a subscription, for ever."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            try:
+                async with cast("Any", self._redis).pubsub() as subscription:
+                    await subscription.subscribe(keys.EVENTS_CHANNEL)
+                    async for job_id in _messages(subscription):
+                        if job_id is None:
+                            if retry_s > FIRST_RETRY_S:
+                                logger.info("following events again")
+                            retry_s = FIRST_RETRY_S
+                        self._wake(*(self._followers if job_id is None else (job_id,)))
+            except (RedisError, OSError) as error:
+                if retry_s == FIRST_RETRY_S:
+                    logger.warning("Events cannot be followed for now: %r", error)
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _look_up_places(self) -> None:
+        while True:
+            await self._someone_waits.wait()
+            waiting = {
+                f.job.id: f.job for each in self._followers.values() for f in each if f.waits
+            }
+            if not waiting:
+                self._someone_waits.clear()
+                continue
+            queued = [job.model_copy(update={"state": JobState.QUEUED}) for job in waiting.values()]
+            places = await run_in_threadpool(self._places.of, queued)
+            for job_id, place in places.items():
+                for follower in self._followers.get(job_id, ()):
+                    if follower.place != place:
+                        follower.place = place
+                        follower.changed.set()
+            await asyncio.sleep(PLACES_EVERY_S)
+
+    def _wake(self, *job_ids: str) -> None:
+        for job_id in job_ids:
+            for follower in self._followers.get(job_id, ()):
+                follower.changed.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _messages(subscription: Any) -> AsyncIterator[str | None]:
+    """Yield None once the subscription stands, then the ids of jobs with news, for ever.
+
+    Raises:
+        RedisError, OSError: it broke.
+    """
+    asked = False
+    while True:
+        message = await subscription.get_message(timeout=SILENCE_S)
+        if message is None:
+            if asked:
+                raise RedisAway(f"no sign of life for {2 * SILENCE_S:.0f} s")
+            await subscription.ping()
+            asked = True
+            continue
+        asked = False
+        if message["type"] == "subscribe":
+            yield None
+        elif message["type"] == "message":
+            yield message["data"].decode()

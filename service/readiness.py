@@ -1,0 +1,33 @@
+"""Whether the service can do its work now, asked so that the answer comes soon.
+
+A dead Redis keeps every other request waiting, and with them the threads of the pool; so this has
+connections, patience and threads of its own.
+"""
+
+from typing import Final
+
+from anyio import CapacityLimiter, to_thread
+
+from jobs import catalog
+from jobs.connection import BRIEF, connect
+from service.remembered import Remembered
+
+THREADS: Final = 4
+
+
+class Readiness:
+    """Asks Redis who is live. Raises RedisError where there is no quick answer."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis = connect(redis_url, BRIEF)
+        # Not kept; but who asks while another asks shares its answer.
+        self._catalog = Remembered(lambda: catalog.read(self._redis), kept_s=0)
+        self._limiter = CapacityLimiter(THREADS)
+
+    async def workers(self) -> int:
+        """Count the live workers."""
+        found = await to_thread.run_sync(self._catalog.get, limiter=self._limiter)
+        return len(found.offers)
+
+    def close(self) -> None:
+        self._redis.close()
