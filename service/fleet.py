@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from redis import Redis
 from rq import Queue
@@ -28,18 +28,39 @@ class QueueState:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerState:
+    """One worker: without an offer it takes no more jobs, without a status it says nothing."""
+
+    id: str
+    offer: WorkerOffer | None
+    status: WorkerStatus | None
+
+    @property
+    def model(self) -> str:
+        return self.id.rpartition(".")[0] if self.offer is None else self.offer.model.name
+
+    @property
+    def device(self) -> str:
+        return "" if self.offer is None else self.offer.device
+
+    @property
+    def state(self) -> Literal["idle", "busy", "draining", "unknown"]:
+        return "unknown" if self.status is None else self.status.state
+
+
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """What one look at Redis shows."""
 
     queues: Sequence[QueueState]
     jobs: Mapping[JobState, int]
     webhooks_due: int
-    workers: Sequence[tuple[WorkerOffer, WorkerStatus | None]]
+    workers: Sequence[WorkerState]
 
 
 def look(redis: Redis) -> Fleet:
     """Read what there is now; ages are by Redis' clock."""
-    offers = catalog.read(redis).offers
+    offers = {offer.worker_id: offer for offer in catalog.read(redis).offers}
     statuses = {status.worker_id: status for status in catalog.read_statuses(redis)}
     states = list(JobState)
     with redis.pipeline(transaction=False) as pipe:
@@ -48,10 +69,13 @@ def look(redis: Redis) -> Fleet:
         pipe.zcard(keys.WEBHOOKS_DUE)
         *counts, webhooks_due = pipe.execute()
     return Fleet(
-        queues=_queues(redis, Counter(offer.queue for offer in offers)),
+        queues=_queues(redis, Counter(offer.queue for offer in offers.values())),
         jobs=dict(zip(states, counts, strict=True)),
         webhooks_due=webhooks_due,
-        workers=[(offer, statuses.get(offer.worker_id)) for offer in offers],
+        workers=[
+            WorkerState(name, offers.get(name), statuses.get(name))
+            for name in sorted(offers.keys() | statuses.keys())
+        ],
     )
 
 
@@ -65,7 +89,7 @@ def _queues(redis: Redis, workers: Counter[str]) -> list[QueueState]:
         key = Queue(name, connection=redis).key
         waiting = [cast("bytes", each).decode() for each in redis.lrange(key, 0, -1)]
         # Not the first in the list: priority and second attempts go before older jobs.
-        created = [second for each in waiting if (second := ids.second_of(each)) is not None]
+        created = [made for each in waiting if (made := ids.second_of(each)) is not None]
         age_s = max(0.0, now_s - min(created, default=now_s))
         if waiting or workers[name]:
             found.append(QueueState(name, len(waiting), age_s, workers[name]))

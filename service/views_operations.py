@@ -5,9 +5,10 @@ from typing import Final, Literal, Self
 
 from pydantic import BaseModel, Field
 
-from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
-from service.fleet import Fleet
+from jobs.catalog import ModeStatus
+from service.fleet import Fleet, WorkerState
 
+_OFFERED: Final = ("device", "queue", "started_at")
 _SAID: Final = (
     "job_id",
     "jobs_done",
@@ -18,15 +19,17 @@ _SAID: Final = (
 
 
 class WorkerStateView(BaseModel):
-    """A live worker. What it does not say of itself is null."""
+    """A worker. What is not known, or not any more, is null."""
 
     id: str
     model: str
-    device: str
-    queue: str
+    state: Literal["idle", "busy", "draining", "unknown"] = Field(
+        description="draining: it takes no more jobs, and ends its last."
+    )
+    device: str | None
+    queue: str | None
     modes: dict[str, ModeStatus] = Field(description="What was measured in each of its modes.")
-    started_at: datetime
-    state: Literal["idle", "busy", "draining", "unknown"]
+    started_at: datetime | None
     job_id: str | None = Field(description="The job in hand.")
     jobs_done: int | None = Field(description="Jobs it has ended with a video.")
     memory_allocated_bytes: int | None = Field(description="Of the device; null on a CPU.")
@@ -34,17 +37,16 @@ class WorkerStateView(BaseModel):
     memory_total_bytes: int | None
 
     @classmethod
-    def of(cls, offer: WorkerOffer, status: WorkerStatus | None) -> Self:
-        measured = {} if status is None else status.modes
+    def of(cls, worker: WorkerState) -> Self:
+        offered = {} if worker.offer is None else {m.name: ModeStatus() for m in worker.offer.modes}
+        measured = {} if worker.status is None else worker.status.modes
         return cls(
-            id=offer.worker_id,
-            model=offer.model.name,
-            device=offer.device,
-            queue=offer.queue,
-            modes={mode.name: measured.get(mode.name, ModeStatus()) for mode in offer.modes},
-            started_at=offer.started_at,
-            state="unknown" if status is None else status.state,
-            **{name: getattr(status, name, None) for name in _SAID},
+            id=worker.id,
+            model=worker.model,
+            state=worker.state,
+            modes=offered | measured,
+            **{name: getattr(worker.offer, name, None) for name in _OFFERED},
+            **{name: getattr(worker.status, name, None) for name in _SAID},
         )
 
 
@@ -57,7 +59,7 @@ class QueueStateView(BaseModel):
 
 
 class FleetView(BaseModel):
-    """The live workers, and the queues in which something waits or for which one is live."""
+    """The workers, and the queues in which something waits or for which one is live."""
 
     workers: list[WorkerStateView]
     queues: list[QueueStateView]
@@ -65,7 +67,7 @@ class FleetView(BaseModel):
     @classmethod
     def of(cls, fleet: Fleet) -> Self:
         return cls(
-            workers=[WorkerStateView.of(offer, status) for offer, status in fleet.workers],
+            workers=[WorkerStateView.of(worker) for worker in fleet.workers],
             queues=[
                 QueueStateView(
                     name=queue.name,

@@ -7,17 +7,31 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
-from service.fleet import Fleet, QueueState
+from jobs.catalog import WorkerStatus
+from service.fleet import Fleet, QueueState, WorkerState
 
 STATES: Final = ("idle", "busy", "draining", "unknown")
-"""Of workers; `unknown`: it offers its model and says nothing of itself."""
+"""Of workers; `draining`: it takes no more jobs. `unknown`: it says nothing of itself."""
 
 _MEMORY: Final = {
-    "allocated": "Device memory in use.",
-    "peak": "The most device memory that was in use at once.",
-    "total": "The device's memory.",
+    "memory_allocated_bytes": "Device memory in use.",
+    "memory_peak_bytes": "The most device memory that was in use at once.",
+    "memory_total_bytes": "The device's memory.",
 }
+_MEASURED: Final = {
+    "wan_worker_step_seconds": ("step_s", "Median of a worker's latest denoising steps."),
+    "wan_worker_saturated_ratio": (
+        "saturated_share",
+        "Share of activations beyond the format's range, in a sampled step of the latest job.",
+    ),
+    "wan_worker_flushed_ratio": (
+        "flushed_share",
+        "Share of activations too small for the format though not zero, in the same step.",
+    ),
+}
+
+Told = Sequence[tuple[WorkerState, WorkerStatus]]
+"""The workers that say something of themselves, and what they say."""
 
 
 def families(fleet: Fleet) -> Iterator[Metric]:
@@ -52,60 +66,42 @@ def _queue_families(queues: Sequence[QueueState]) -> Sequence[Metric]:
     return waiting, age, workers
 
 
-def _worker_families(workers: Sequence[tuple[WorkerOffer, WorkerStatus | None]]) -> list[Metric]:
-    states = GaugeMetricFamily(
-        "wan_workers", "Live workers by their state.", labels=("model", "state")
-    )
-    numbers = Counter((o.model.name, s.state if s else "unknown") for o, s in workers)
-    for model in sorted({offer.model.name for offer, _ in workers}):
+def _worker_families(workers: Sequence[WorkerState]) -> Iterator[Metric]:
+    states = GaugeMetricFamily("wan_workers", "Workers by their state.", labels=("model", "state"))
+    numbers = Counter((worker.model, worker.state) for worker in workers)
+    for model in sorted({worker.model for worker in workers}):
         for state in STATES:
             states.add_metric((model, state), numbers[model, state])
-    told = [(offer, status) for offer, status in workers if status is not None]
+    yield states
+    told = [(worker, worker.status) for worker in workers if worker.status is not None]
     done = CounterMetricFamily(
         "wan_worker_jobs_done",
         "Jobs that a worker ended with a video since its start.",
         labels=("worker", "model"),
     )
-    for offer, status in told:
-        done.add_metric((status.worker_id, offer.model.name), status.jobs_done)
-    return [states, done, *_memory(told), *_modes(told)]
+    for worker, status in told:
+        done.add_metric((worker.id, worker.model), status.jobs_done)
+    yield done
+    yield from _memory(told)
+    yield from _measured(told)
 
 
-def _memory(told: Sequence[tuple[WorkerOffer, WorkerStatus]]) -> Iterator[Metric]:
-    for kind, text in _MEMORY.items():
-        family = GaugeMetricFamily(
-            f"wan_worker_memory_{kind}_bytes", text, labels=("worker", "model", "device")
-        )
-        for offer, status in told:
-            value: int | None = getattr(status, f"memory_{kind}_bytes")
+def _memory(told: Told) -> Iterator[Metric]:
+    for name, text in _MEMORY.items():
+        family = GaugeMetricFamily(f"wan_worker_{name}", text, labels=("worker", "model", "device"))
+        for worker, status in told:
+            value: int | None = getattr(status, name)
             if value is not None:
-                family.add_metric((status.worker_id, offer.model.name, offer.device), value)
+                family.add_metric((worker.id, worker.model, worker.device), value)
         yield family
 
 
-def _modes(told: Sequence[tuple[WorkerOffer, WorkerStatus]]) -> Iterator[Metric]:
-    for name, field, text in (
-        ("wan_worker_step_seconds", "step_s", "Median of the latest denoising steps of a worker."),
-        (
-            "wan_worker_saturated_ratio",
-            "saturated_share",
-            "Share of activations beyond the format's range, in a sampled step of the latest job.",
-        ),
-        (
-            "wan_worker_flushed_ratio",
-            "flushed_share",
-            "Share of activations too small for the format though not zero, in the same step.",
-        ),
-    ):
+def _measured(told: Told) -> Iterator[Metric]:
+    for name, (field, text) in _MEASURED.items():
         family = GaugeMetricFamily(name, text, labels=("worker", "model", "mode"))
-        for offer, status in told:
-            for mode, measured in status.modes.items():
-                value = _number(measured, field)
+        for worker, status in told:
+            for mode, measures in status.modes.items():
+                value: float | None = getattr(measures, field)
                 if value is not None:
-                    family.add_metric((status.worker_id, offer.model.name, mode), value)
+                    family.add_metric((worker.id, worker.model, mode), value)
         yield family
-
-
-def _number(measured: ModeStatus, field: str) -> float | None:
-    value: float | None = getattr(measured, field)
-    return value

@@ -73,3 +73,19 @@ def test_queues_are_shown_also_those_that_nobody_serves(
         "oldest_age_s": 0,
         "workers": 1,
     }
+
+
+def test_a_worker_that_ends_its_last_job_is_still_shown(
+    client: TestClient, redis: Redis, live_worker: WorkerOffer
+) -> None:
+    name = "wan-mini.0123456789ab"
+    catalog.publish_status(redis, WorkerStatus(worker_id=name, state="draining", job_id="01a2"))
+    answer = client.get("/workers").json()
+    ending, live = answer["workers"]
+    assert (ending["id"], ending["model"], ending["state"]) == (name, "wan-mini", "draining")
+    assert (ending["job_id"], ending["queue"]) == ("01a2", None)
+    assert live["id"] == live_worker.worker_id
+    (queue,) = answer["queues"]
+    assert queue["workers"] == 1, "it takes nothing more from its queue"
+    metrics = client.get("/metrics").text
+    assert 'wan_workers{model="wan-mini",state="draining"} 1.0' in metrics
