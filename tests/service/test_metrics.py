@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import (
@@ -26,6 +27,7 @@ from service.app import create_app
 from service.keys import KeyStore, Role
 from service.settings import ServiceSettings
 
+ALERTS = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "alerts.yml"
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 SHAPE = {"model": "wan-mini", "mode": "bf16", "size": "96x96", "frames": "17", "guided": "1"}
 
@@ -338,3 +340,26 @@ def test_a_process_that_never_saw_redis_says_so(
     away = SecretStr(f"redis://127.0.0.1:{unused_port}/0")
     with TestClient(create_app(settings.model_copy(update={"redis_url": away}))) as client:
         assert Shown(client).value("wan_redis_up") == 0
+
+
+def test_alerts_name_only_what_is_shown(client: TestClient, history: None) -> None:
+    client.get("/healthz")  # so that there is a request to show
+    families = Shown(client).families.values()
+    labels = {each.name: set(each.labels) for family in families for each in family.samples}
+    (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    assert 6 <= len(group["rules"]) <= 10
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert set(rule["annotations"]) == {"summary", "description"}
+        named = re.findall(r"\bwan_\w+", rule["expr"])
+        assert named, rule["alert"]
+        for name in named:
+            assert name in labels, f"{rule['alert']} names {name}, which is not shown"
+        known = set.union(*(labels[name] for name in named)) | {"instance"}
+        used = {
+            label.strip()
+            for listed in re.findall(r"by \(([^)]*)\)", rule["expr"])
+            for label in listed.split(",")
+        } | set(re.findall(r"[{,]\s*(\w+)\s*(?:=~|!=|!~|=)", rule["expr"]))
+        used |= set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        assert used <= known, f"{rule['alert']} uses {used - known}"
