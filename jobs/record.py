@@ -76,7 +76,7 @@ class JobRecord(_Part):
     """One job as it stands.
 
     Attributes:
-        owner: the id of the key that asked for it.
+        owner: the name of the key that asked for it.
         deadline_s: how many seconds an attempt may take; fixed when the job is created.
         started_at: the start of the latest attempt; None again once an attempt has ended without
             an end of the job.

@@ -195,7 +195,13 @@ def test_owners_see_their_own_jobs_and_ops_see_all(
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-@pytest.mark.parametrize("path", ["/jobs/{}", "/jobs/{}/video.mp4"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/jobs/{}", "/jobs/{}/video.mp4", "/jobs/{}/events"),
+        *("/v1/videos/{}", "/v1/videos/{}/content"),
+    ],
+)
 def test_somebody_elses_job_looks_like_none(
     client: TestClient,
     make_key: MakeKey,
@@ -212,7 +218,8 @@ def test_somebody_elses_job_looks_like_none(
     unknown = client.request(method, path.format(purged.id), headers=bob)
     assert foreign.status_code == unknown.status_code
     assert foreign.text.replace(hers.id, "") == unknown.text.replace(purged.id, "")
-    # Dates aside, the headers give nothing away either.
+    # The headers give nothing away either; the request's id is drawn for each.
+    assert foreign.headers.pop("x-request-id") != unknown.headers.pop("x-request-id")
     assert dict(foreign.headers) == dict(unknown.headers)
 
 
