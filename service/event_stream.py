@@ -9,7 +9,7 @@ to learn of the end of the process, which `service/start.py` tells the hub inste
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from redis.exceptions import RedisError
@@ -33,9 +33,6 @@ RECONNECT_MS: Final = 2000
 AGAIN_S: Final = 1.0
 """How long a stream waits to ask again while Redis is away."""
 
-SEND_S: Final = 60.0
-"""A client that takes nothing for so long, though the network's buffers are full, is given up."""
-
 HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -47,6 +44,9 @@ class EventStream(StreamingResponse):
     """
 
     media_type = "text/event-stream"
+
+    send_s: ClassVar = 60.0
+    """A client that takes nothing for so long, though the network's buffers are full, is left."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class EventStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_S):
+            async with asyncio.timeout(self.send_s):
                 await send(message)
 
         chunks = cast("Any", self.body_iterator)

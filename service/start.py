@@ -48,10 +48,10 @@ def start() -> None:
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
     )
-    _Server(config, app.state.parts.hub).run(sockets=[listener])
+    Server(config, app.state.parts.hub).run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends the event streams when it is told to end; it would wait for them."""
 
     def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
