@@ -36,7 +36,7 @@ def unused_port() -> int:
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    """A Valkey of this test run's own, durable as in production."""
+    """A Valkey of this test run's own. Production syncs each write; tests need no such patience."""
     for attempt in range(3):
         server = ValkeyServer(
             port=free_port(),

@@ -20,6 +20,9 @@ def server_command(folder: Path, port: int) -> list[str]:
         "port": str(port),
         "dir": str(folder),
         "appendonly": "yes",
+        # Synced before each answer. With `everysec`, while a sync is under way, the server answers
+        # what it has not even handed to the kernel yet, and a SIGKILL loses it.
+        "appendfsync": "always",
         "save": "",  # the append-only file is the one copy on disk
         "daemonize": "no",
         "set-proc-title": "no",  # so that ps shows which folder this one serves

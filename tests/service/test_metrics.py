@@ -27,7 +27,9 @@ from service.app import create_app
 from service.keys import KeyStore, Role
 from service.settings import ServiceSettings
 
-ALERTS = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "alerts.yml"
+ROOT = Path(__file__).resolve().parents[2]
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
+OPERATIONS = ROOT / "docs" / "operations.md"
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 SHAPE = {"model": "wan-mini", "mode": "bf16", "size": "96x96", "frames": "17", "guided": "1"}
 
@@ -363,3 +365,10 @@ def test_alerts_name_only_what_is_shown(client: TestClient, history: None) -> No
         } | set(re.findall(r"[{,]\s*(\w+)\s*(?:=~|!=|!~|=)", rule["expr"]))
         used |= set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
         assert used <= known, f"{rule['alert']} uses {used - known}"
+
+
+def test_the_documentation_has_every_metric(client: TestClient, history: None) -> None:
+    shown = {name for name in Shown(client).families if name.startswith("wan_")}
+    rows = re.findall(r"^\| (`wan_.*?) \|", OPERATIONS.read_text(encoding="utf-8"), re.M)
+    named = {name.removesuffix("_total") for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == shown

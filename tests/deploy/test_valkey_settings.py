@@ -1,0 +1,51 @@
+"""The embedded Valkey keeps what it has answered, as docs/operations.md asks of any other."""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from redis import Redis
+
+from deploy.local import valkey
+
+OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(valkey.server_command(folder, port), stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not valkey.answers(port):
+            assert time.monotonic() < deadline, "it does not answer"
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_was_answered_outlives_a_kill(tmp_path: Path, unused_port: int) -> None:
+    with server(tmp_path, unused_port) as process, Redis(port=unused_port) as redis:
+        for number in range(300):
+            redis.rpush("answered", number)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with server(tmp_path, unused_port), Redis(port=unused_port) as redis:
+        assert redis.llen("answered") == 300
+
+
+def test_it_has_the_settings_that_the_documentation_asks_for(
+    tmp_path: Path, unused_port: int
+) -> None:
+    documented = dict(
+        re.findall(r"^\| `([a-z-]+) ([a-z]+)` \|", OPERATIONS.read_text(encoding="utf-8"), re.M)
+    )
+    assert set(documented) == {"appendonly", "appendfsync", "maxmemory-policy"}
+    with server(tmp_path, unused_port), Redis(port=unused_port, decode_responses=True) as redis:
+        for name, value in documented.items():
+            assert redis.config_get(name) == {name: value}
