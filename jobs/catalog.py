@@ -215,12 +215,16 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
 
 
 def publish_status(redis: Redis, status: WorkerStatus) -> None:
-    """Make `status` readable for the next 15 seconds; the worker's offer is what makes it live."""
-    redis.set(keys.worker_status(status.worker_id), status.model_dump_json(), ex=keys.OFFER_TTL_S)
+    """Make `status` readable for the next 15 seconds, also of a worker that offers no more."""
+    with redis.pipeline(transaction=True) as pipe:
+        key = keys.worker_status(status.worker_id)
+        pipe.set(key, status.model_dump_json(), ex=keys.OFFER_TTL_S)
+        pipe.zadd(keys.WORKERS, {status.worker_id: time.time()})
+        pipe.execute()
 
 
 def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
-    """Read how the live workers are doing, in the order of their ids."""
+    """Read how the workers are doing that live or end their last job, in the order of their ids."""
     names = sorted(cast("bytes", name).decode() for name in redis.zrange(keys.WORKERS, 0, -1))
     texts = _texts(redis, [keys.worker_status(name) for name in names])
     return _readable(WorkerStatus, "status", names, texts)
@@ -253,8 +257,13 @@ def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
     return text.decode()
 
 
+def close(redis: Redis, worker_id: str) -> None:
+    """End a worker's offer now and leave its status: it takes no more jobs and ends its last."""
+    redis.delete(keys.worker_offer(worker_id))
+
+
 def withdraw(redis: Redis, worker_id: str) -> None:
-    """End a worker's offer now; its modes stay known."""
+    """End a worker's offer and status now; its modes stay known."""
     with redis.pipeline(transaction=True) as pipe:
         pipe.delete(keys.worker_offer(worker_id), keys.worker_status(worker_id))
         pipe.zrem(keys.WORKERS, worker_id)

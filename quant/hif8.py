@@ -18,6 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LARGEST = 32768.0
+"""What lies beyond saturates to it."""
+
+FLUSHED_BELOW = 2.0**-23
+"""Smaller magnitudes become zero; this one is rounded up to the smallest value, twice as large."""
+
 NAN_CODE = 0x80
 INFINITY_CODE = 0x6F
 SIGN_BIT = 0x80

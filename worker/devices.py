@@ -8,6 +8,7 @@ is wanted: importing it claims the process's accelerator. Kernels that differ pe
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from dataclasses import dataclass
@@ -23,6 +24,23 @@ DeviceKind = Literal["cpu", "cuda", "npu"]
 
 # diffusers' fused attention for Ascend; elsewhere torch's own dispatch is the right default.
 _NPU_ATTENTION = "_native_npu"
+
+# Not every allocator raises torch.OutOfMemoryError: torch's CPU allocator raises RuntimeError, and
+# so did torch_npu's until lately, and its allocator of workspaces does still. EL0004 is CANN's code
+# for memory that could not be had; the CUDA lines come from what allocates past torch.
+_FULL = (
+    "DefaultCPUAllocator: ",
+    "std::bad_alloc",
+    "NPU out of memory",
+    "EL0004",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+# torch_npu's queue of tasks stops for good with the first; what is given to it afterwards is not
+# run, and no error says so. The others are a memory fault of the card, and a stop from outside.
+_NPU_LOST = ("The process exits for this inner error", "UCE ERROR", "FORCE STOP")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +78,33 @@ class Device:
         """Wait for the device, so that clocks and progress tell the truth."""
         if self.kind != "cpu":
             _backend(self.kind).synchronize()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether `error` says that memory, the device's or the host's, could not be had."""
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _FULL)
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether after `error` the device can do no more in this process, whatever it is asked.
+
+        On CUDA an error of the runtime (an illegal access, a failed assertion) stays with the
+        process. One that says the memory is full does not.
+        """
+        if self.is_out_of_memory(error):
+            return False
+        if self.kind == "cuda":
+            return isinstance(error, torch.AcceleratorError)
+        return self.kind == "npu" and any(mark in str(error) for mark in _NPU_LOST)
+
+    def empty_cache(self) -> None:
+        """Give back what nobody refers to any more; call it when the failed job's frames are gone.
+
+        torch keeps freed device memory for itself, in pieces that may be too small for what failed.
+        """
+        gc.collect()
+        if self.kind != "cpu":
+            _backend(self.kind).empty_cache()
 
     def memory(self) -> DeviceMemory | None:
         """The device's memory figures; None on the CPU."""

@@ -2,7 +2,7 @@
 
 An engine turns one complete request into frames and reports to a `Watch` while it works. It knows
 no Redis, no queue and no files. The job's side (`worker/tasks.py`, `worker/attempt.py`,
-`worker/watch.py`) knows no model: of torch it has only the exception for a full device.
+`worker/watch.py`) knows no model: of the device it asks what an error means and how full it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from jobs.catalog import ModelOffer, ModeOffer
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
+from worker.devices import Device
+from worker.saturation import ActShares
 
 Frame = NDArray[np.uint8]
 """One picture, [H, W, 3] RGB, C-contiguous."""
@@ -29,7 +31,10 @@ class Watch(Protocol):
         """Report `step` of `steps` done in `stage`. Raises what `check` raises."""
 
     def check(self) -> None:
-        """Raise GenerationCancelled if the job is to stop; cheap enough for every module's run."""
+        """Raise what ends the job if it is to stop; cheap enough for every module's run.
+
+        Each call is a sign of life, too: an engine that makes none for long counts as hung.
+        """
 
 
 @dataclass(slots=True)
@@ -43,11 +48,15 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A video in the making: `frames` yields them in order as they are decoded, once."""
+    """A video in the making: `frames` yields them in order as they are decoded, once.
+
+    `act_shares` is a sample of how its activations fitted a quantized mode, if one was taken.
+    """
 
     frames: Generator[Frame]
     num_frames: int
     seconds: StageSeconds = field(default_factory=StageSeconds)
+    act_shares: ActShares | None = None
 
 
 class Engine(Protocol):
@@ -60,7 +69,7 @@ class Engine(Protocol):
     def modes(self) -> tuple[ModeOffer, ...]: ...
 
     @property
-    def device_name(self) -> str: ...
+    def device(self) -> Device: ...
 
     @property
     def tokenizer_text(self) -> str | None:

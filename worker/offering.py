@@ -1,15 +1,16 @@
-"""Keeps a worker's offer in the catalog alive, from a thread of its own.
+"""Keeps a worker's offer and its status in the catalog, from a thread of its own.
 
-The offer lives 15 seconds in Redis and is repeated every 5, so a worker that dies is gone from the
+Both live 15 seconds in Redis and are repeated every 5, so a worker that dies is gone from the
 catalog soon after, and one that runs a long job is not. When Redis is away the thread goes on
 trying: there is nobody to tell.
 """
 
 from __future__ import annotations
 
-import logging
+import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -17,18 +18,17 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs import catalog
-from jobs.catalog import WorkerOffer
-
-logger = logging.getLogger(__name__)
+from jobs.catalog import WorkerOffer, WorkerStatus
+from worker.outage import Outage
 
 REPEAT_EVERY_S = 5.0
 
 
 class StandingOffer:
-    """A context in which `offer` is in the catalog; `end()` takes it out early.
+    """A context in which `offer` and a status are in the catalog.
 
-    `end()` only sets an event, so a signal handler may call it: the thread does the talking to
-    Redis.
+    `close` takes the offer out and leaves the status, which a worker has until its last job is
+    done. A signal handler may call it: it only rings a bell, and the thread does the talking.
     """
 
     def __init__(
@@ -36,19 +36,25 @@ class StandingOffer:
         redis: Redis,
         offer: WorkerOffer,
         tokenizer: str | None,
+        status: Callable[[], WorkerStatus],
+        outage: Outage,
         repeat_every_s: float = REPEAT_EVERY_S,
     ) -> None:
         """tokenizer: the text that the offer names; it is kept in the catalog with the offer."""
         self._redis = redis
         self._offer = offer
         self._tokenizer = tokenizer
+        self._status = status
+        self._outage = outage
         self._repeat_every_s = repeat_every_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._repeat, name="standing-offer", daemon=True)
+        self._closed = self._ended = False
+        # Not an Event: a handler must not wait for a lock that its own thread may hold.
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="standing-offer", daemon=True)
 
     def __enter__(self) -> Self:
         # The first one from here, so that the worker is in the catalog when it says it is ready.
-        self._publish()
+        self._repeat()
         self._thread.start()
         return self
 
@@ -58,27 +64,37 @@ class StandingOffer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.end()
+        self._ended = True
+        self._bell.put(None)
         self._thread.join()
 
-    def end(self) -> None:
-        """Have the offer withdrawn; returns at once."""
-        self._ended.set()
+    def close(self) -> None:
+        """Take no more jobs; returns at once."""
+        self._closed = True
+        self._bell.put(None)
+
+    def refresh(self) -> None:
+        """Publish the status now: it has changed; returns at once."""
+        self._bell.put(None)
+
+    def _run(self) -> None:
+        while True:
+            with suppress(queue.Empty):
+                self._bell.get(timeout=self._repeat_every_s)
+            if self._ended:
+                break
+            with suppress(RedisError), self._outage.watched():
+                self._repeat()
+        with suppress(RedisError):
+            catalog.withdraw(self._redis, self._offer.worker_id)
 
     def _repeat(self) -> None:
-        while not self._ended.wait(self._repeat_every_s):
-            self._try(self._publish)
-        self._try(lambda: catalog.withdraw(self._redis, self._offer.worker_id))
-
-    def _publish(self) -> None:
-        # The tokenizer first, so that no offer names one that is not there; again with every
-        # repetition, because a Redis that lost its data has lost it too.
-        if self._tokenizer is not None:
-            catalog.publish_tokenizer(self._redis, self._tokenizer)
-        catalog.publish(self._redis, self._offer)
-
-    def _try(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except RedisError as error:
-            logger.warning("the catalog cannot be reached: %s", error)
+        if self._closed:
+            catalog.close(self._redis, self._offer.worker_id)
+        else:
+            # The tokenizer first, so that no offer names one that is not there; again with every
+            # repetition, because a Redis that lost its data has lost it too.
+            if self._tokenizer is not None:
+                catalog.publish_tokenizer(self._redis, self._tokenizer)
+            catalog.publish(self._redis, self._offer)
+        catalog.publish_status(self._redis, self._status())

@@ -9,6 +9,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.logs import LogFormat
 from worker.devices import DeviceChoice
+from worker.drain import DrainChoice
+from worker.steps import StallLimits
 
 
 class WorkerSettings(BaseSettings):
@@ -29,4 +31,25 @@ class WorkerSettings(BaseSettings):
         validation_alias="WORKER_THREADS",
         description="CPU threads for the model; all cores this process may use when unset.",
     )
+    drain: DrainChoice = Field(
+        "finish",
+        validation_alias="WORKER_DRAIN",
+        description="What SIGTERM does to the job in hand: finish it, or give it back.",
+    )
+    stall_floor_s: float = Field(
+        StallLimits.floor_s,
+        gt=0,
+        validation_alias="WORKER_STALL_FLOOR_S",
+        description="A step may take ten times the median of its kind, and always this long.",
+    )
+    first_step_s: float = Field(
+        StallLimits.first_step_s,
+        gt=0,
+        validation_alias="WORKER_FIRST_STEP_S",
+        description="A step of a kind that was not measured yet may take this long.",
+    )
     log_format: LogFormat = Field(LogFormat.TEXT, validation_alias="LOG_FORMAT")
+
+    @property
+    def stall_limits(self) -> StallLimits:
+        return StallLimits(floor_s=self.stall_floor_s, first_step_s=self.first_step_s)

@@ -1,14 +1,17 @@
 """From settings to a serving worker: load the configured model and serve it until told to stop.
 
 What can be wrong is looked for in the order of its cost: settings, configuration, Redis, artifacts,
-device, model. The first fault ends the start with one line on stderr and status 1; so does losing
-Redis for good later.
+device, model. The first fault ends the start with one line on stderr and status 1. Once it serves,
+a worker waits for a Redis that is lost, however long that takes; it ends with a status of its own
+when its device or its memory is beyond help (`worker/journal.py`, `worker/watchdog.py`).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +31,7 @@ from worker.config import load_config
 from worker.devices import pick_device
 from worker.errors import StartError
 from worker.logs import configure_logging
-from worker.resident import ResidentWorker
+from worker.serving import Parts, serve
 from worker.settings import WorkerSettings
 from worker.wan import WanEngine
 
@@ -46,9 +49,9 @@ def main(
     try:
         settings = WorkerSettings()
         ids = configure_logging(settings.log_format)
-        worker = start(settings, config)
-        ids.worker_id = worker.name
-        worker.work(logging_level="WARNING")
+        with ExitStack() as opened:
+            parts = start(settings, config, opened)
+            status = serve(parts, settings, ids)
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         fail(f"The environment is not set up: {'; '.join(problems)}.")
@@ -56,34 +59,40 @@ def main(
         fail(str(error))
     except torch.OutOfMemoryError as error:
         fail(f"The device has too little memory for the model: {error}")
-    except RedisError as error:
-        fail(f"Redis was lost: {error}")
-    if not worker.told_to_stop:
-        fail("Redis was lost; the worker ends so that whatever runs it can start it again.")
+    if status:
+        logger.critical("the process ends with status %d, to be started afresh", status)
+        logging.shutdown()
+        os._exit(status)  # a device that is lost may hang an orderly end
 
 
-def start(settings: WorkerSettings, config_path: Path | None) -> ResidentWorker:
-    """Build the worker and log what an operator wants to know about it."""
+def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> Parts:
+    """Load the model and log what an operator wants to know about it.
+
+    What has to be closed again is left in `opened`, also when the start fails.
+    """
     started = time.perf_counter()
     config = load_config(config_path or settings.config)
-    redis = open_redis(settings.redis_url.get_secret_value())
+    redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
     artifacts = open_artifacts(settings.artifacts_url)
     artifacts.probe()
     device = pick_device(settings.device, settings.threads)
     engine = WanEngine.load(config, device)
-    worker = ResidentWorker(engine, redis, artifacts)
     for line in engine.describe():
         logger.info(line)
     logger.info("seconds to ready: %.1f", time.perf_counter() - started)
-    return worker
+    return Parts(engine, redis, artifacts)
 
 
 def open_redis(url: str) -> Redis:
     """Connect, and make sure that somebody answers before a model is loaded for minutes."""
     try:
         redis = connect(url)
+    except ValueError as error:
+        raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
+    try:
         redis.ping()
-    except (RedisError, ValueError) as error:
+    except RedisError as error:
+        redis.close()
         raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
     return redis
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,7 +30,10 @@ from worker.engine import Frame
 
 # Visually lossless for the eye at any size; the miniature's 17 frames take a few kilobytes.
 CRF = 17
-CLOSE_TIMEOUT_S = 120.0
+STALLED_S = 120.0
+"""ffmpeg hangs when it has taken no byte of a frame for this long, or not finished the file."""
+
+CHECK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +57,18 @@ class EncodedVideo:
 
 
 def encode_mp4(
-    frames: Iterable[Frame], path: Path, video: VideoFormat, title: str, facts: Mapping[str, object]
+    frames: Iterable[Frame],
+    path: Path,
+    video: VideoFormat,
+    title: str,
+    facts: Mapping[str, object],
+    check: Callable[[], None],
 ) -> EncodedVideo:
     """Write `frames` to `path` as they come and return what was written.
 
     `facts` become the file's comment, as JSON. ffmpeg runs beside the producer of the frames, so
     `waited_s` counts only what the producer's own time did not hide: pipe writes that blocked, and
-    closing the file.
+    closing the file. `check` is called while ffmpeg is waited for; what it raises ends the work.
 
     Raises:
         GenerationFailed: ffmpeg ended early or badly, or the number or shape of frames is not
@@ -71,11 +81,13 @@ def encode_mp4(
             for frame in frames:
                 _check_frame(frame, count, video)
                 started = time.perf_counter()
-                _write(process, frame, log)
+                _write(process, frame, log, check)
                 waited_s += time.perf_counter() - started
                 count += 1
+            if count != video.num_frames:
+                raise GenerationFailed(f"{count} frames came; {video.num_frames} were announced.")
             started = time.perf_counter()
-            _finish(process, log, count, video)
+            _finish(process, log, check)
             waited_s += time.perf_counter() - started
         except BaseException:
             # Cancelled, timed out or failed: nothing wants the rest of this file.
@@ -102,7 +114,7 @@ def _ffmpeg(
     # In a process group of its own: Ctrl-C in a terminal lets the worker finish its job, so it must
     # spare ffmpeg too. Unbuffered: a write returns when ffmpeg has taken the bytes, and closing has
     # nothing left to flush.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -110,6 +122,10 @@ def _ffmpeg(
         bufsize=0,
         process_group=0,
     )
+    assert process.stdin is not None, "ffmpeg was started without a pipe"
+    # A write takes what fits into the pipe: a job can be stopped while ffmpeg is busy.
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
 
 
 def _check_frame(frame: Frame, index: int, video: VideoFormat) -> None:
@@ -120,32 +136,44 @@ def _check_frame(frame: Frame, index: int, video: VideoFormat) -> None:
         )
 
 
-def _write(process: subprocess.Popen[bytes], frame: Frame, log: IO[bytes]) -> None:
-    assert process.stdin is not None, "ffmpeg was started without a pipe"
-    left = frame.reshape(-1).data
-    try:
-        while left:
-            left = left[process.stdin.write(left) :]
-    except BrokenPipeError:
-        # No frame can be taken any more, so the rest of the video need not be decoded.
-        raise _ended_badly(process.wait(CLOSE_TIMEOUT_S), log) from None
-
-
-def _finish(
-    process: subprocess.Popen[bytes], log: IO[bytes], count: int, video: VideoFormat
+def _write(
+    process: subprocess.Popen[bytes], frame: Frame, log: IO[bytes], check: Callable[[], None]
 ) -> None:
     assert process.stdin is not None, "ffmpeg was started without a pipe"
-    if count != video.num_frames:
-        raise GenerationFailed(f"{count} frames came; {video.num_frames} were announced.")
-    process.stdin.close()
+    left = frame.reshape(-1).data
+    moved_at = time.monotonic()
     try:
-        code = process.wait(CLOSE_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise GenerationFailed(
-            f"ffmpeg has not finished the file within {CLOSE_TIMEOUT_S:.0f} s of the last frame."
-        ) from None
-    if code != 0:
-        raise _ended_badly(code, log)
+        while left:
+            written = process.stdin.write(left)
+            if written:
+                left, moved_at = left[written:], time.monotonic()
+                continue
+            # The pipe is full.
+            check()
+            if time.monotonic() - moved_at > STALLED_S:
+                raise GenerationFailed(f"ffmpeg has taken no frames for {STALLED_S:.0f} s.")
+            select.select((), (process.stdin,), (), CHECK_EVERY_S)
+    except BrokenPipeError:
+        # No frame can be taken any more, so the rest of the video need not be decoded.
+        raise _ended_badly(process.wait(STALLED_S), log) from None
+
+
+def _finish(process: subprocess.Popen[bytes], log: IO[bytes], check: Callable[[], None]) -> None:
+    assert process.stdin is not None, "ffmpeg was started without a pipe"
+    process.stdin.close()
+    deadline = time.monotonic() + STALLED_S
+    while time.monotonic() < deadline:
+        try:
+            code = process.wait(CHECK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            check()
+            continue
+        if code != 0:
+            raise _ended_badly(code, log)
+        return
+    raise GenerationFailed(
+        f"ffmpeg has not finished the file within {STALLED_S:.0f} s of the last frame."
+    )
 
 
 def _ended_badly(code: int, log: IO[bytes]) -> GenerationFailed:

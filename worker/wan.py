@@ -40,6 +40,7 @@ from worker.loading import (
     load_shared_parts,
     plan_modes,
 )
+from worker.saturation import ActSample
 
 
 class WanEngine:
@@ -60,7 +61,7 @@ class WanEngine:
         modes: tuple[Mode, ...],
     ) -> None:
         self.config = config
-        self._device = device
+        self.device = device
         self.parts = parts
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
@@ -70,7 +71,6 @@ class WanEngine:
             fingerprint, None if text is None else tokenizer_fingerprint(text)
         )
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
-        self.device_name = device.name
 
     @classmethod
     def load(cls, config: WorkerConfig, device: Device) -> Self:
@@ -90,7 +90,7 @@ class WanEngine:
         """The facts of the start log: what was loaded, converted, and how many bytes it takes."""
         lines = [
             f"model: {self.model.name} ({self.model.fingerprint})",
-            f"device: {self.device_name}",
+            f"device: {self.device.name}",
             f"modes: {', '.join(mode.name for mode in self.modes)}",
             f"prompts: at most {self.config.text_tokens} tokens, counted "
             + (f"with tokenizer {self.model.tokenizer}" if self.model.tokenizer else "here only"),
@@ -103,7 +103,7 @@ class WanEngine:
         lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
         rest = quant.weight_bytes(self.parts.text_encoder, self.parts.vae)
         lines.append(f"text encoder and VAE: {_bytes(rest)}")
-        memory = self._device.memory()
+        memory = self.device.memory()
         if memory is not None:
             lines.append(
                 f"device memory: {_bytes(memory.allocated_bytes)} in use, "
@@ -124,10 +124,22 @@ class WanEngine:
         watch.progress(Stage.TEXT_ENCODER, 0, 1)
         with self._timed(seconds, "text_encoder_s"):
             embeddings = self._encode(pipeline, request, watch)
-        watch.progress(Stage.DENOISE, 0, request.num_inference_steps)
-        with self._timed(seconds, "denoise_s"):
-            latents = self._denoise(pipeline, request, embeddings, watch)
-        return Clip(self._frames(latents, seconds, watch), request.num_frames, seconds)
+        sample = ActSample(pipeline.transformer)
+
+        def on_step(done: int) -> None:
+            watch.progress(Stage.DENOISE, done, request.num_inference_steps)
+            if done == request.num_inference_steps // 2:
+                sample.arm()
+
+        on_step(0)
+        try:
+            with self._timed(seconds, "denoise_s"):
+                latents = self._denoise(pipeline, request, embeddings, on_step)
+        finally:
+            sample.disarm()
+            pipeline.scheduler = self.parts.scheduler  # the run's own holds latents
+        frames = self._frames(latents, seconds, watch)
+        return Clip(frames, request.num_frames, seconds, sample.shares())
 
     def _refuse_misfits(self, request: GenerationRequest) -> None:
         """Refuse what the pipeline would round or cut; a job may be older than this worker."""
@@ -166,8 +178,8 @@ class WanEngine:
                 negative_prompt=request.negative_prompt,
                 do_classifier_free_guidance=request.guidance_scale > 1.0,
                 max_sequence_length=self.config.text_tokens,
-                device=self._device.torch_device,
-                dtype=self._device.dtype,
+                device=self.device.torch_device,
+                dtype=self.device.dtype,
             )
         return prompt, negative
 
@@ -176,7 +188,7 @@ class WanEngine:
         pipeline: WanPipeline,
         request: GenerationRequest,
         embeddings: tuple[Tensor, Tensor | None],
-        watch: Watch,
+        on_step: Callable[[int], None],
     ) -> Tensor:
         """Run all steps and return the latents [1, C, F, H, W] in float32."""
 
@@ -185,8 +197,8 @@ class WanEngine:
         ) -> dict[str, Any]:
             # A device runs behind Python: without waiting, progress would be a promise and a cancel
             # would come late.
-            self._device.synchronize()
-            watch.progress(Stage.DENOISE, step + 1, request.num_inference_steps)
+            self.device.synchronize()
+            on_step(step + 1)
             return {}
 
         latents: Tensor = pipeline(
@@ -208,7 +220,7 @@ class WanEngine:
         vae = self.parts.vae
         total = latents.shape[2]
         watch.progress(Stage.VAE, 0, total)
-        latents = denormalize(vae, latents.to(self._device.vae_dtype))
+        latents = denormalize(vae, latents.to(self.device.vae_dtype))
         with _checked(stop_points(vae), watch.check):
             chunks = decode_chunks(vae, latents)
             for done in range(1, total + 1):
@@ -229,7 +241,7 @@ class WanEngine:
     def _timed(self, seconds: StageSeconds, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._device.synchronize()
+        self.device.synchronize()
         setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
 
 

@@ -1,55 +1,70 @@
-"""One running job's line to Redis: progress out, the wish to stop in.
+"""The engine's view of its job: it reports here where it is, and hears here that it is to stop.
 
-The engine asks hundreds of times a second; Redis is asked and told a few times a second. Nothing
-runs beside the job here: everything happens when the engine calls, in the thread that runs the job.
+Nothing here waits: Redis is asked and told by the `Lifeline`'s thread. So the engine may call
+hundreds of times a second, and a Redis that is away does not hold it up.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 
-from jobs.errors import GenerationCancelled
-from jobs.record import Attempt, Progress, Stage
-from jobs.store import JobStore
+from jobs.errors import GenerationCancelled, GenerationTimedOut
+from jobs.record import Progress, Stage
+from worker.drain import Drain, JobInHand
+from worker.lifeline import Lifeline
+from worker.steps import JobClock
+from worker.watchdog import Watchdog
 
-ASK_EVERY_S = 0.05
-"""A cancel is seen at most this much later than the engine's next check."""
 
-TELL_EVERY_S = 0.25
-"""Faster steps are published in part; the first and the last of a stage always are."""
+class GivenBack(Exception):
+    """The worker is told to stop, and this job is to be run by another."""
 
 
 class JobWatch:
     """The `Watch` of one attempt."""
 
-    def __init__(self, store: JobStore, attempt: Attempt, stop: threading.Event) -> None:
-        self._store = store
-        self._attempt = attempt
-        self._stop = stop
-        self._asked = self._told = -float("inf")
+    def __init__(
+        self,
+        lifeline: Lifeline,
+        watchdog: Watchdog,
+        clock: JobClock,
+        wishes: tuple[Drain, JobInHand],
+        deadline_s: float,
+    ) -> None:
+        """deadline_s: from now on; reaching it is the job's failure."""
+        self._lifeline = lifeline
+        self._watchdog = watchdog
+        self._clock = clock
+        self._drain, self._job = wishes
+        self._limit_s = deadline_s
+        self._deadline = time.monotonic() + deadline_s
 
     def check(self) -> None:
-        """Raise if the job is to stop.
+        """Give a sign of life, and raise if the job is to stop.
 
         Raises:
             GenerationCancelled: its caller, or RQ's stop command, wants it to.
             StaleAttempt: another attempt owns the job by now.
+            GivenBack: the worker is to stop at once.
+            GenerationTimedOut: it takes too long.
         """
-        if self._stop.is_set():
+        self._watchdog.alive()
+        stop = self._lifeline.stop
+        if stop is not None:
+            raise stop.with_traceback(None)  # it is raised more than once
+        if self._job.stop:
             raise GenerationCancelled("The job was stopped by RQ's stop command.")
-        now = time.monotonic()
-        if now - self._asked < ASK_EVERY_S:
-            return
-        self._asked = now
-        if self._store.cancel_requested(self._attempt):
-            raise GenerationCancelled("The job was cancelled while it ran.")
+        if self._drain.give_back:
+            raise GivenBack
+        if time.monotonic() > self._deadline:
+            raise GenerationTimedOut(
+                f"The job ran into its time limit of {self._limit_s:.0f} s and was stopped."
+            )
 
     def progress(self, stage: Stage, step: int, steps: int) -> None:
-        """Publish progress unless the last word is too fresh; raises what `check` raises."""
+        """Note where the job is and have it published; raises what `check` raises."""
+        self._clock.at(stage, step, steps)
+        self._watchdog.allow(self._clock.silence_s())
         self.check()
-        now = time.monotonic()
-        if 0 < step < steps and now - self._told < TELL_EVERY_S:
-            return
-        self._told = now
-        self._store.progress(self._attempt, Progress(stage=stage, step=step, steps=steps))
+        left_s = self._clock.seconds_left()
+        self._lifeline.tell(Progress(stage=stage, step=step, steps=steps, seconds_left=left_s))

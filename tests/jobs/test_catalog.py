@@ -145,14 +145,14 @@ def status(worker_id: str = "worker-1") -> WorkerStatus:
     return WorkerStatus(worker_id=worker_id, state="busy", job_id="j", jobs_done=3, modes=modes)
 
 
-def test_the_status_of_a_live_worker_is_read_and_goes_with_its_offer(
-    redis: Redis, offer: WorkerOffer
-) -> None:
+def test_the_status_of_a_worker_is_read_until_it_is_gone(redis: Redis, offer: WorkerOffer) -> None:
     catalog.publish(redis, offer)
     catalog.publish_status(redis, status())
-    catalog.publish_status(redis, status("nobody"))  # has no offer
     assert catalog.read_statuses(redis) == (status(),)
     assert 0 < redis.ttl(keys.worker_status("worker-1")) <= keys.OFFER_TTL_S
+    catalog.close(redis, "worker-1")
+    assert catalog.read(redis).offers == ()
+    assert catalog.read_statuses(redis) == (status(),)
     catalog.withdraw(redis, "worker-1")
     assert catalog.read_statuses(redis) == ()
     assert not redis.exists(keys.worker_status("worker-1"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,21 @@ from quant import (
     run_calibration,
     save_scales,
 )
+from tests.worker.mortal_valkey import MortalValkey
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device
 from worker.wan import WanEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED_SCALES = '"../models/wan-mini/scales/boundary-hif8.safetensors"'
+
+
+@pytest.fixture
+def mortal(tmp_path: Path, unused_port: int) -> Iterator[MortalValkey]:
+    """A Valkey of this test's own, to be killed."""
+    server = MortalValkey(tmp_path / "valkey", unused_port)
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

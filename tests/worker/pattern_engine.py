@@ -1,14 +1,16 @@
 """A second engine: coloured frames at once, no model; what the queue side does with any engine.
 
 Run as a program it is a whole worker process: `python -m tests.worker.pattern_engine REDIS_URL
-ARTIFACTS_FOLDER SECONDS_PER_STEP`.
+ARTIFACTS_FOLDER SECONDS_PER_STEP [FAULT]`, with the worker's other settings from its environment.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,15 @@ import numpy as np
 from jobs.artifact_folder import FolderArtifactStore
 from jobs.catalog import ModelOffer, ModeOffer
 from jobs.connection import connect
+from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
+from tests.worker.orders import FAILING
+from worker.devices import Device
 from worker.engine import Clip, Frame, StageSeconds, Watch
-from worker.resident import ResidentWorker
+from worker.logs import configure_logging
+from worker.serving import Parts, serve
+from worker.settings import WorkerSettings
 
 OnStep = Callable[[int], None]
 
@@ -27,7 +34,7 @@ OnStep = Callable[[int], None]
 class PatternEngine:
     """Every frame has one colour, drawn from the seed. `on_step` may wait or raise."""
 
-    device_name = "none"
+    device = Device("cpu", "none")
     tokenizer_text = None
     model = ModelOffer(
         name="pattern",
@@ -50,7 +57,10 @@ class PatternEngine:
         self._on_step = on_step
 
     def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
+        if FAILING in request.prompt:
+            raise GenerationFailed("The prompt asks for a failure.")
         watch.progress(Stage.TEXT_ENCODER, 1, 1)
+        watch.progress(Stage.DENOISE, 0, request.num_inference_steps)
         for step in range(1, request.num_inference_steps + 1):
             self._on_step(step)
             watch.progress(Stage.DENOISE, step, request.num_inference_steps)
@@ -63,11 +73,32 @@ class PatternEngine:
             yield np.full((request.height, request.width, 3), request.seed % 256, np.uint8)
 
 
+def hang() -> None:
+    """In native code, where Python reaches no thread."""
+    ctypes.CDLL(None).sleep(600)
+
+
+def run_out_of_memory() -> None:
+    raise MemoryError("there is none left")
+
+
+FAULTS = {"hang": hang, "oom": run_out_of_memory}
+
+
 def main() -> None:
-    redis_url, artifacts, seconds = sys.argv[1:]
-    engine = PatternEngine(lambda step: time.sleep(float(seconds)))
-    worker = ResidentWorker(engine, connect(redis_url), FolderArtifactStore(Path(artifacts)))
-    worker.work(logging_level="WARNING")
+    redis_url, artifacts, seconds, *fault = sys.argv[1:]
+
+    def on_step(step: int) -> None:
+        time.sleep(float(seconds))
+        if fault and step == 3:
+            FAULTS[fault[0]]()
+
+    settings = WorkerSettings(artifacts_url=Path(artifacts).resolve().as_uri())
+    ids = configure_logging(settings.log_format)
+    engine, store = PatternEngine(on_step), FolderArtifactStore(Path(artifacts))
+    with closing(connect(redis_url)) as redis:
+        status = serve(Parts(engine, redis, store), settings, ids)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

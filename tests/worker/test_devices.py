@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from worker.devices import DeviceChoice, pick_device, usable_cores
+from worker.devices import Device, DeviceChoice, pick_device, usable_cores
 from worker.errors import DeviceUnavailable
 
 
@@ -52,3 +52,58 @@ def test_auto_takes_what_is_there() -> None:
         if getattr(torch, kind, None) is not None and getattr(torch, kind).is_available()
     ]
     assert pick_device("auto", threads=1).kind == (accelerators or ["cpu"])[0]
+
+
+CPU = Device("cpu", "cpu")
+CUDA = Device("cuda", "a card")
+NPU = Device("npu", "a card")
+
+
+def test_the_cpu_allocators_own_error_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert CPU.is_out_of_memory(caught.value)
+    assert not CPU.is_lost(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("NPU out of memory. Tried to allocate 52.00 MiB (NPU 0; 60.96 GiB total"),
+        RuntimeError("NPU out of memory. NPUWorkspaceAllocator tried to allocate 1.89 GiB(NPU 7"),
+        RuntimeError("EL0004: Failed to allocate memory."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_every_wording_of_a_full_device_is_known_and_the_device_is_not_lost(
+    error: Exception,
+) -> None:
+    for device in (CPU, CUDA, NPU):
+        assert device.is_out_of_memory(error)
+        assert not device.is_lost(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory")])
+def test_other_errors_are_neither(error: Exception) -> None:
+    for device in (CPU, CUDA, NPU):
+        assert not device.is_out_of_memory(error)
+        assert not device.is_lost(error)
+
+
+def test_a_device_that_is_lost_to_the_process() -> None:
+    illegal = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    inner = RuntimeError(
+        "The Inner error is reported as above. The process exits for this inner error, and the "
+        "current working operator name is aclnnMul."
+    )
+    assert CUDA.is_lost(illegal)
+    assert NPU.is_lost(inner)
+    assert not CPU.is_lost(illegal)
+    assert not CUDA.is_lost(inner)
+
+
+def test_the_cpu_has_no_cache_but_garbage() -> None:
+    CPU.empty_cache()

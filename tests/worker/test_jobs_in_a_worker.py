@@ -17,7 +17,7 @@ from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from jobs import catalog
+from jobs import catalog, keys
 from jobs.artifact_folder import FolderArtifactStore
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import JobRecord
@@ -139,13 +139,12 @@ def test_the_time_limit_is_a_failure_of_its_own(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
     job = store.create(ORDER, QUEUE).job
-    queued = rq_job(redis, job.id)
-    queued.timeout = 1
-    queued.save()
-    worker_for(lambda step: time.sleep(5)).work(burst=True, logging_level="WARNING")
+    redis.hset(keys.record(job.id), "deadline_s", 1)
+    worker_for(lambda step: time.sleep(0.4)).work(burst=True, logging_level="WARNING")
     failure = store.get(job.id).failure
     assert failure is not None
     assert failure.code == "generation_timed_out"
+    assert "1 s" in failure.detail
 
 
 def test_a_running_job_is_cancelled_between_two_steps(
@@ -193,20 +192,42 @@ def test_a_job_that_has_ended_is_not_run_again(
     assert store.get(job.id).state is JobState.CANCELLED
 
 
-def test_a_stale_attempt_writes_nothing(
-    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+def overtake(redis: Redis, store: JobStore, job_id: str) -> None:
+    """What becomes of a job whose worker was silent for too long."""
+    redis.hset(keys.record(job_id), "lease_ms", 1)
+    store.claim(job_id, "other")
+
+
+def test_a_stale_attempt_stops_and_writes_nothing(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    steps: list[int] = []
 
-    def overtake(step: int) -> None:
+    def on_step(step: int) -> None:
+        steps.append(step)
+        time.sleep(0.01)
         if step == 1:
-            store.claim(job.id, "w")
+            overtake(redis, store, job.id)
 
-    worker_for(overtake).work(burst=True, logging_level="WARNING")
+    worker_for(on_step).work(burst=True, logging_level="WARNING")
+    assert len(steps) < 30
     record = store.get(job.id)
     assert record.state is JobState.RUNNING
-    assert record.attempts == 2
+    assert (record.attempts, record.worker) == (2, "other")
     assert record.video is None
+    # RQ's hash is the other attempt's now.
+    assert rq_job(redis, job.id).get_status() is not JobStatus.FINISHED
+
+
+def test_a_job_that_another_worker_holds_is_left_to_it(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    held = store.claim(job.id, "other")
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    assert store.renew(held) is False
+    assert store.get(job.id).attempts == 1
 
 
 class OvertakenStore(FolderArtifactStore):
@@ -228,7 +249,7 @@ def test_the_video_of_an_attempt_that_became_stale_is_deleted(
     store: JobStore, redis: Redis, tmp_path: Path
 ) -> None:
     job = store.create(ORDER, QUEUE).job
-    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: store.claim(job.id, "w"))
+    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: overtake(redis, store, job.id))
     ResidentWorker(PatternEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.RUNNING
     assert len(artifacts.stored) == 1
@@ -247,22 +268,6 @@ def test_a_worker_is_offered_while_it_works_and_not_afterwards(
     assert catalog.read(redis).offers == ()
 
 
-def test_heartbeats_keep_a_job_that_outlasts_their_time_to_live(
-    redis: Redis, store: JobStore, artifacts: FolderArtifactStore
-) -> None:
-    job = store.create(ORDER, QUEUE).job
-    beats: list[object] = []
-
-    def on_step(step: int) -> None:
-        time.sleep(0.5)
-        beats.append(redis.hget(f"rq:job:{job.id}", "last_heartbeat"))
-
-    worker = ResidentWorker(PatternEngine(on_step), redis, artifacts, heartbeat_ttl_s=1)
-    worker.work(burst=True, logging_level="WARNING")
-    assert len(set(beats)) > 1
-    assert store.get(job.id).attempts == 1
-
-
 def test_outside_a_job_there_is_no_workplace() -> None:
     with pytest.raises(LookupError):
         WORKPLACE.get()
@@ -278,5 +283,5 @@ def test_names_are_unique_and_equal_workers_share_a_queue(
 
 def test_the_threads_of_a_worker_end_with_it(run: Callable[..., JobRecord]) -> None:
     run()
-    ours = {"heartbeat", "standing-offer"}
+    ours = {"lifeline", "watchdog", "patrol", "standing-offer"}
     assert not ours & {thread.name for thread in threading.enumerate()}

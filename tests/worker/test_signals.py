@@ -1,107 +1,105 @@
-"""Workers as processes: what SIGTERM and SIGKILL do to the job in hand."""
+"""Workers as processes: what SIGTERM does to the job in hand, in both ways to drain."""
 
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
-from jobs import catalog
-from jobs.artifact_folder import FolderArtifactStore
-from jobs.record import JobRecord
+from jobs import catalog, keys
 from jobs.state import JobState
 from jobs.store import JobStore
-from tests.worker.orders import order
-from tests.worker.pattern_engine import PatternEngine
-from worker.resident import ResidentWorker
+from tests.worker.conduct import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
-ORDER = order(model="pattern", mode="plain", size="64x32", num_frames=9)
-QUEUE = catalog.queue_name(PatternEngine.model, PatternEngine.modes)
-REDELIVERED_WITHIN_S = 30
-"""What is promised of the job of a killed worker, as long as another worker is idle."""
-
-Start = Callable[[float], subprocess.Popen[bytes]]
+LONG = ORDER.model_copy(update={"num_inference_steps": 1000})
 
 
 @pytest.fixture
-def start(redis_url: str, tmp_path: Path) -> Iterator[Start]:
-    """Start worker processes with a given time per step; none is left behind."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start_one(seconds_per_step: float) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.worker.pattern_engine"]
-        command += [redis_url, str(tmp_path / "artifacts"), str(seconds_per_step)]
-        started.append(subprocess.Popen(command, cwd=ROOT))
-        return started[-1]
-
-    yield start_one
-    for process in started:
-        process.kill()
-        process.wait()
+def crew(redis_url: str, tmp_path: Path) -> Iterator[Crew]:
+    crew = Crew(redis_url, tmp_path)
+    yield crew
+    crew.dismiss()
 
 
-def wait_for(
-    store: JobStore, job_id: str, reached: Callable[[JobRecord], bool], seconds: float = 60
-) -> JobRecord:
-    deadline = time.monotonic() + seconds
-    while not reached(record := store.get(job_id)):
-        assert time.monotonic() < deadline, f"still {record}"
-        time.sleep(0.05)
-    return record
-
-
-def is_denoising(record: JobRecord) -> bool:
-    return record.progress is not None and record.progress.stage == "denoise"
+def lost(redis: Redis) -> int:
+    found = redis.hscan_iter(keys.METRICS, match="lost|*")
+    return sum(int(count) for _, count in found)
 
 
 def test_sigterm_finishes_the_job_in_hand_and_takes_no_other(
-    start: Start, store: JobStore, redis: Redis
+    crew: Crew, store: JobStore, redis: Redis
 ) -> None:
     first, second = store.create(ORDER, QUEUE).job, store.create(ORDER, QUEUE).job
-    process = start(0.5)
+    process = crew.hire(0.5)
     wait_for(store, first.id, is_denoising)
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.7)
+    assert catalog.read(redis).offers == ()
+    (status,) = catalog.read_statuses(redis)
+    assert (status.state, status.job_id) == ("draining", first.id)
     assert process.wait(30) == 0
     assert store.get(first.id).state is JobState.SUCCEEDED
     assert store.get(second.id).state is JobState.QUEUED
-    assert catalog.read(redis).offers == ()
+    assert catalog.read_statuses(redis) == ()
+    assert lost(redis) == 0
 
 
-def test_sigterm_ends_an_idle_worker(start: Start, redis: Redis) -> None:
-    process = start(0)
+def test_sigterm_gives_the_job_in_hand_back_when_told_so(
+    crew: Crew, store: JobStore, redis: Redis
+) -> None:
+    job, behind = store.create(LONG, QUEUE).job, store.create(LONG, QUEUE).job
+    process = crew.hire(0.1, WORKER_DRAIN="requeue")
+    wait_for(store, job.id, is_denoising)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    record = store.get(job.id)
+    assert (record.state, record.attempts, record.lost) == (JobState.QUEUED, 1, 0)
+    assert redis.lrange(f"rq:queue:{QUEUE}", 0, -1) == [job.id.encode(), behind.id.encode()]
+    assert lost(redis) == 0
+    # Whoever takes it next can: RQ's side of it was not called finished.
+    store.cancel(behind.id)
+    other = crew.hire(0.01)
+    wait_for(store, job.id, is_denoising)
+    assert store.get(job.id).attempts == 2
+    other.kill()
+
+
+def test_a_second_sigterm_gives_back_what_the_first_would_have_finished(
+    crew: Crew, store: JobStore, redis: Redis
+) -> None:
+    job = store.create(LONG, QUEUE).job
+    process = crew.hire(0.1)
+    wait_for(store, job.id, is_denoising)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    record = store.get(job.id)
+    assert (record.state, record.lost, record.failure) == (JobState.QUEUED, 0, None)
+    assert not redis.keys("rq:failed:*")
+
+
+def test_a_job_that_is_to_be_cancelled_is_not_given_back(crew: Crew, store: JobStore) -> None:
+    """A step is under way in native code when both wishes come: the cancel is what is written."""
+    job = store.create(LONG, QUEUE).job
+    process = crew.hire(1.5, WORKER_DRAIN="requeue")
+    wait_for(store, job.id, is_denoising)
+    process.send_signal(signal.SIGTERM)
+    store.cancel(job.id)
+    assert process.wait(10) == 0
+    assert wait_for(store, job.id, has_ended, 1).state is JobState.CANCELLED
+
+
+def test_sigterm_ends_an_idle_worker(crew: Crew, redis: Redis) -> None:
+    process = crew.hire(0)
     deadline = time.monotonic() + 60
     while not catalog.read(redis).offers:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert [status.state for status in catalog.read_statuses(redis)] == ["idle"]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(10) == 0
     assert catalog.read(redis).offers == ()
-
-
-def test_the_job_of_a_killed_worker_is_run_by_another(
-    start: Start, store: JobStore, redis: Redis, tmp_path: Path
-) -> None:
-    """Both workers have production's timing: the bound is the one that is promised."""
-    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
-    process = start(0.1)
-    wait_for(store, job.id, is_denoising)
-    process.kill()
-    process.wait()
-    killed, begun = time.monotonic(), list[float]()
-    rescuer = ResidentWorker(
-        PatternEngine(lambda step: begun.append(time.monotonic())),
-        redis,
-        FolderArtifactStore(tmp_path / "artifacts"),
-    )
-    rescuer.work(max_jobs=1, logging_level="WARNING")
-    assert begun[0] - killed < REDELIVERED_WITHIN_S
-    record = store.get(job.id)
-    assert record.state is JobState.SUCCEEDED
-    assert record.attempts == 2
-    assert record.video is not None
-    assert record.video.key == f"videos/{job.id}/2.mp4"

@@ -1,16 +1,37 @@
-"""Progress goes out and the wish to stop comes in, both at a bearable rate."""
+"""What ends a job at its next check, and what each report means for the threads beside it."""
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from redis import Redis
 
-from jobs.errors import GenerationCancelled, StaleAttempt
+from jobs import keys
+from jobs.errors import GenerationCancelled, GenerationTimedOut, StaleAttempt
+from jobs.pace import Pace
 from jobs.record import Attempt, Progress, Stage
 from jobs.store import JobStore
 from tests.worker.orders import order
-from worker.watch import ASK_EVERY_S, TELL_EVERY_S, JobWatch
+from worker.drain import SAME_WISH_S, Drain, JobInHand
+from worker.lifeline import Lifeline
+from worker.outage import Outage
+from worker.steps import JobClock, StallLimits, StepTimes
+from worker.watch import GivenBack, JobWatch
+from worker.watchdog import Watchdog
+
+
+class Site:
+    """A watch with everything around it."""
+
+    def __init__(self, store: JobStore, attempt: Attempt, deadline_s: float = 60) -> None:
+        self.drain = Drain()
+        self.job = JobInHand(attempt.job_id)
+        self.lifeline = Lifeline(store, attempt, Outage())
+        self.watchdog = Watchdog(60, lambda: None)
+        clock = JobClock(order(), Pace(step_s=2, rest_s=10), StepTimes(), StallLimits())
+        wishes = (self.drain, self.job)
+        self.watch = JobWatch(self.lifeline, self.watchdog, clock, wishes, deadline_s)
 
 
 @pytest.fixture
@@ -19,67 +40,91 @@ def attempt(store: JobStore) -> Attempt:
 
 
 @pytest.fixture
-def stop() -> threading.Event:
-    return threading.Event()
+def site(store: JobStore, attempt: Attempt) -> Iterator[Site]:
+    site = Site(store, attempt)
+    with site.lifeline:
+        yield site
 
 
-@pytest.fixture
-def watch(store: JobStore, attempt: Attempt, stop: threading.Event) -> JobWatch:
-    return JobWatch(store, attempt, stop)
-
-
-def commands(redis: Redis) -> int:
-    return int(redis.info("stats")["total_commands_processed"])
-
-
-def test_progress_reaches_the_record(watch: JobWatch, store: JobStore, attempt: Attempt) -> None:
-    watch.progress(Stage.DENOISE, 0, 4)
-    watch.progress(Stage.DENOISE, 4, 4)
-    expected = Progress(stage=Stage.DENOISE, step=4, steps=4)
-    assert store.get(attempt.job_id).progress == expected
-
-
-def test_fast_steps_are_published_in_part_and_the_last_always(
-    watch: JobWatch, store: JobStore, attempt: Attempt
-) -> None:
-    watch.progress(Stage.DENOISE, 0, 3)
-    watch.progress(Stage.DENOISE, 1, 3)
-    seen = store.get(attempt.job_id).progress
-    assert seen is not None
-    assert seen.step == 0
-    time.sleep(TELL_EVERY_S)
-    watch.progress(Stage.DENOISE, 2, 3)
-    seen = store.get(attempt.job_id).progress
-    assert seen is not None
-    assert seen.step == 2
-
-
-def test_a_thousand_checks_ask_redis_only_now_and_then(watch: JobWatch, redis: Redis) -> None:
-    before, started = commands(redis), time.monotonic()
-    for _ in range(1000):
+def check_until_it_raises(watch: JobWatch, limit_s: float = 5) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
         watch.check()
-    asked = commands(redis) - before - 1
-    assert asked <= 1 + (time.monotonic() - started) / ASK_EVERY_S
+        time.sleep(0.005)
 
 
-def test_a_cancel_is_seen_by_the_next_question(
-    watch: JobWatch, store: JobStore, attempt: Attempt
+def test_progress_reaches_the_record_with_the_seconds_that_are_left(
+    site: Site, store: JobStore, attempt: Attempt
 ) -> None:
-    watch.check()
+    site.watch.progress(Stage.DENOISE, 0, 4)
+    deadline = time.monotonic() + 5
+    while (progress := store.get(attempt.job_id).progress) is None:
+        assert time.monotonic() < deadline
+    assert progress.model_copy(update={"seconds_left": None}) == Progress(
+        stage=Stage.DENOISE, step=0, steps=4
+    )
+    assert progress.seconds_left == pytest.approx(4 * 2 + 10, abs=1)
+
+
+def test_a_cancel_is_raised(site: Site, store: JobStore, attempt: Attempt) -> None:
+    site.watch.check()
     store.cancel(attempt.job_id)
-    time.sleep(ASK_EVERY_S)
     with pytest.raises(GenerationCancelled):
-        watch.check()
+        check_until_it_raises(site.watch)
+    with pytest.raises(GenerationCancelled):  # for whoever has swallowed the first
+        site.watch.check()
 
 
-def test_the_stop_event_is_seen_at_once(watch: JobWatch, stop: threading.Event) -> None:
-    watch.check()
-    stop.set()
+def test_rqs_wish_to_stop_is_seen_at_once(site: Site) -> None:
+    site.watch.check()
+    site.job.stop = True
     with pytest.raises(GenerationCancelled):
-        watch.check()
+        site.watch.check()
 
 
-def test_a_newer_attempt_ends_this_one(watch: JobWatch, store: JobStore, attempt: Attempt) -> None:
-    store.claim(attempt.job_id, "w")
+def test_a_newer_attempt_ends_this_one(
+    site: Site, redis: Redis, store: JobStore, attempt: Attempt
+) -> None:
+    redis.hset(keys.record(attempt.job_id), "lease_ms", 1)
+    store.claim(attempt.job_id, "other")
     with pytest.raises(StaleAttempt):
-        watch.progress(Stage.VAE, 1, 1)
+        check_until_it_raises(site.watch)
+
+
+def test_the_deadline_ends_it(store: JobStore, attempt: Attempt) -> None:
+    site = Site(store, attempt, deadline_s=0.05)
+    site.watch.check()
+    with pytest.raises(GenerationTimedOut, match="time limit of 0 s"):
+        check_until_it_raises(site.watch)
+
+
+def test_a_worker_that_finishes_gives_back_only_when_told_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("worker.drain.time.monotonic", lambda: clock[0])
+    site.drain.tell()
+    site.watch.check()
+    clock[0] += SAME_WISH_S / 2
+    site.drain.tell()  # the same wish, from a terminal and a launcher
+    site.watch.check()
+    clock[0] += SAME_WISH_S
+    site.drain.tell()
+    with pytest.raises(GivenBack):
+        site.watch.check()
+
+
+def test_a_worker_that_requeues_gives_back_at_once(site: Site) -> None:
+    drain = Drain("requeue")
+    drain.tell()
+    assert drain.told
+    assert drain.give_back
+
+
+def test_no_check_ever_asks_redis(site: Site, redis: Redis) -> None:
+    site.lifeline.__exit__(None, None, None)
+    before = int(redis.info("stats")["total_commands_processed"])
+    for _ in range(1000):
+        site.watch.check()
+    assert int(redis.info("stats")["total_commands_processed"]) - before == 1
+    assert not any(thread.name == "lifeline" for thread in threading.enumerate())

@@ -1,0 +1,45 @@
+"""A Valkey that can be killed and started again from its append-only file, at the same address."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from redis import Redis
+
+from deploy.local import valkey
+from deploy.local.ports import LOOPBACK
+from jobs.connection import connect
+
+
+class MortalValkey:
+    """Runs from its construction on."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        folder.mkdir()
+        self.url = f"redis://{LOOPBACK}:{port}/0"
+        self._command = valkey.server_command(folder, port)
+        self._port = port
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not valkey.answers(self._port):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def connect(self) -> Redis:
+        return connect(self.url)

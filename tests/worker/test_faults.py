@@ -1,0 +1,182 @@
+"""Workers as processes that are killed, stopped, hang, run out of memory, or lose their Redis."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from jobs import catalog, keys
+from jobs.artifact_folder import FolderArtifactStore
+from jobs.state import JobState
+from jobs.store import JobStore
+from tests.worker.conduct import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
+from tests.worker.mortal_valkey import MortalValkey
+from tests.worker.pattern_engine import PatternEngine
+from worker.journal import EXIT_OUT_OF_MEMORY
+from worker.resident import ResidentWorker
+from worker.watchdog import EXIT_HUNG
+
+REDELIVERED_WITHIN_S = 30
+"""What is promised of the job of a killed worker, as long as another worker is idle."""
+
+LONG = ORDER.model_copy(update={"num_inference_steps": 1000})
+
+
+@pytest.fixture
+def crew(redis_url: str, tmp_path: Path) -> Iterator[Crew]:
+    crew = Crew(redis_url, tmp_path)
+    yield crew
+    crew.dismiss()
+
+
+def test_the_job_of_a_killed_worker_is_run_by_another_with_the_files_it_left_gone(
+    crew: Crew, store: JobStore, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both workers have production's timing: the bound is the one that is promised."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    job = store.create(LONG, QUEUE).job
+    process = crew.hire(0.1, TMPDIR=str(tmp_path))
+    wait_for(store, job.id, is_denoising)
+    (left,) = tmp_path.glob("wan-worker-*")
+    process.kill()
+    process.wait()
+    killed, begun = time.monotonic(), list[float]()
+    rescuer = ResidentWorker(
+        PatternEngine(lambda step: begun.append(time.monotonic())),
+        redis,
+        FolderArtifactStore(crew.artifacts),
+    )
+    rescuer.work(max_jobs=1, logging_level="WARNING")
+    assert begun[0] - killed < REDELIVERED_WITHIN_S
+    record = store.get(job.id)
+    assert (record.state, record.attempts, record.lost) == (JobState.SUCCEEDED, 2, 1)
+    assert record.video is not None
+    assert record.video.key == f"videos/{job.id}/2.mp4"
+    assert not left.exists()
+    assert not redis.zrange(f"rq:wip:{QUEUE}", 0, time.time(), byscore=True)
+
+
+def test_a_hanging_engine_ends_its_process_and_the_second_time_its_job(
+    crew: Crew, store: JobStore
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    for state in (JobState.QUEUED, JobState.FAILED):
+        process = crew.hire(0.01, "hang", WORKER_STALL_FLOOR_S="1")
+        assert process.wait(30) == EXIT_HUNG
+        assert store.get(job.id).state is state  # given up at once, long before the lease ends
+    record = store.get(job.id)
+    assert (record.attempts, record.lost) == (2, 2)
+    assert record.failure is not None
+    assert record.failure.code == "worker_lost"
+    said = crew.says()
+    assert "no sign of life from the job for 1 s" in said
+    assert 'pattern_engine.py", line' in said  # where it hangs
+    assert f"{job.id}] the job was given up and is queued" in said
+
+
+def test_out_of_memory_fails_the_job_once_and_the_process_the_second_time(
+    crew: Crew, store: JobStore
+) -> None:
+    first, second = store.create(ORDER, QUEUE).job, store.create(ORDER, QUEUE).job
+    process = crew.hire(0.01, "oom")
+    assert process.wait(30) == EXIT_OUT_OF_MEMORY
+    for job in (first, second):
+        record = store.get(job.id)
+        assert (record.state, record.attempts) == (JobState.FAILED, 1)
+        assert record.failure is not None
+        assert record.failure.code == "out_of_device_memory"
+        assert "9 frames of 64x32; ask for fewer frames or a smaller size" in record.failure.detail
+
+
+def test_a_stopped_worker_that_wakes_up_stops_and_takes_its_video_back(
+    crew: Crew, store: JobStore, redis: Redis
+) -> None:
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 8}), QUEUE).job
+    process = crew.hire(0.5)
+    wait_for(store, job.id, is_denoising)
+    process.send_signal(signal.SIGSTOP)
+    redis.hset(keys.record(job.id), "lease_ms", 1)  # as it will be soon
+    try:
+        rescuer = ResidentWorker(PatternEngine(), redis, FolderArtifactStore(crew.artifacts))
+        rescuer.work(max_jobs=1, logging_level="WARNING")
+    finally:
+        process.send_signal(signal.SIGCONT)
+    record = store.get(job.id)
+    assert (record.state, record.attempts, record.lost) == (JobState.SUCCEEDED, 2, 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert store.get(job.id) == record
+    assert [path.name for path in crew.artifacts.rglob("*.mp4")] == ["2.mp4"]
+
+
+@pytest.fixture
+def mortal_crew(mortal: MortalValkey, tmp_path: Path) -> Iterator[Crew]:
+    crew = Crew(mortal.url, tmp_path)
+    yield crew
+    crew.dismiss()
+
+
+def test_a_job_survives_a_redis_that_is_killed_and_away_for_longer_than_its_lease(
+    mortal: MortalValkey, mortal_crew: Crew
+) -> None:
+    """The engine ends while Redis is away; the video waits to be recorded."""
+    with mortal.connect() as redis:
+        store = JobStore(redis)
+        job = store.create(ORDER.model_copy(update={"num_inference_steps": 10}), QUEUE).job
+        process = mortal_crew.hire(0.2)
+        wait_for(store, job.id, is_denoising)
+        # As if it were away for a minute: the lease has run out, and nobody has looked since.
+        redis.hset(keys.record(job.id), "lease_ms", 1)
+        redis.hset(keys.RECOVERY, "looked_ms", 1)
+        mortal.kill()
+        time.sleep(4)
+        mortal.start()
+        record = wait_for(store, job.id, has_ended, 30)
+        assert (record.state, record.attempts) == (JobState.SUCCEEDED, 1)
+        # The same process is there for the next one.
+        again = store.create(ORDER, QUEUE).job
+        assert wait_for(store, again.id, has_ended, 30).state is JobState.SUCCEEDED
+        assert process.poll() is None
+    said = mortal_crew.says()
+    assert said.count("Redis is away") == said.count("Redis is back") == 1, said
+    assert "Traceback" not in said
+
+
+def test_an_idle_worker_waits_for_a_redis_that_is_killed(
+    mortal: MortalValkey, mortal_crew: Crew
+) -> None:
+    with mortal.connect() as redis:
+        store = JobStore(redis)
+        process = mortal_crew.hire(0.01)
+        first = store.create(ORDER, QUEUE).job
+        wait_for(store, first.id, has_ended)
+        mortal.kill()
+        time.sleep(3)
+        mortal.start()
+        job = store.create(ORDER, QUEUE).job
+        record = wait_for(store, job.id, has_ended, 30)
+        assert (record.state, record.attempts) == (JobState.SUCCEEDED, 1)
+        assert len(catalog.read(redis).offers) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert "Traceback" not in mortal_crew.says()
+
+
+def test_a_job_runs_on_while_redis_hangs(mortal: MortalValkey, mortal_crew: Crew) -> None:
+    """The engine's thread waits for nobody: steps go on, and the watchdog keeps quiet."""
+    with mortal.connect() as redis:
+        store = JobStore(redis)
+        job = store.create(ORDER.model_copy(update={"num_inference_steps": 20}), QUEUE).job
+        process = mortal_crew.hire(0.1, WORKER_STALL_FLOOR_S="1.5")
+        wait_for(store, job.id, is_denoising)
+        mortal.freeze()
+        time.sleep(4)
+        mortal.thaw()
+        record = wait_for(store, job.id, has_ended, 30)
+        assert (record.state, record.attempts) == (JobState.SUCCEEDED, 1)
+        assert record.timings is not None
+        assert record.timings.total_s < 4
+        assert process.poll() is None

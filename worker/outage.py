@@ -1,0 +1,89 @@
+"""Redis goes away and comes back; a worker with its model stays.
+
+Every thread of a worker that talks to Redis reports to one `Outage`, so the log says once that
+Redis has gone and once that it is back, however many ask in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from redis.backoff import EqualJitterBackoff
+from redis.exceptions import RedisError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE_S = 600.0
+"""How long what must not be lost is offered to a Redis that is away."""
+
+LONGEST_PAUSE_S = 2.0
+"""Of what jobs wait for. Leases are not judged for longer than this after Redis is back."""
+
+
+class Outage:
+    """What is known of Redis: here, or away since some time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Whatever is asked of Redis inside shows whether it is there; errors pass through."""
+        try:
+            yield
+        except RedisError as error:
+            self.began(error)
+            raise
+        self.ended()
+
+    def began(self, error: RedisError) -> None:
+        with self._lock:
+            if self._since is None:
+                self._since = time.monotonic()
+                logger.warning("Redis is away, which is waited for: %s", error)
+
+    def ended(self) -> None:
+        with self._lock:
+            if self._since is not None:
+                logger.warning("Redis is back after %.1f s", time.monotonic() - self._since)
+                self._since = None
+
+
+class Pauses:
+    """How long to wait after each failure: twice as long each time, up to a limit, with jitter."""
+
+    def __init__(self, longest_s: float = LONGEST_PAUSE_S) -> None:
+        self._backoff = EqualJitterBackoff(cap=longest_s, base=0.05)
+        self._failures = 0
+
+    def next_s(self) -> float:
+        self._failures = min(self._failures + 1, 30)
+        return float(self._backoff.compute(self._failures))
+
+    def reset(self) -> None:
+        self._failures = 0
+
+
+def keep_asking(call: Callable[[], T], outage: Outage, patience_s: float = PATIENCE_S) -> T:
+    """Repeat a call that may be repeated until Redis answers it.
+
+    Raises:
+        RedisError: the last one, when patience has run out; whatever else the call raises, at once.
+    """
+    deadline, pauses = time.monotonic() + patience_s, Pauses()
+    while True:
+        try:
+            with outage.watched():
+                return call()
+        except RedisError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(pauses.next_s())

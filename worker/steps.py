@@ -1,0 +1,130 @@
+"""How long steps take: what a stalled one is, and how many seconds a job has left."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Final
+
+from jobs import pace
+from jobs.pace import Pace
+from jobs.record import Stage
+from jobs.spec import GenerationRequest
+
+KEPT: Final = 50
+"""Of each kind of step, this many of the latest durations are remembered."""
+
+STALLED: Final = 10
+"""A step that takes this many times the median hangs."""
+
+FINISH_S: Final = 600.0
+"""The most silence once the last step of a stage is done, and while the MP4 is finished and stored:
+that depends on a disk or a network, not on the device."""
+
+WEIGHT_OF_PACE: Final = 2
+"""The pace measured in earlier jobs counts as much as this many steps of the job itself."""
+
+
+@dataclass(frozen=True)
+class StallLimits:
+    """How long a job may be silent: at least `floor_s`, and `first_step_s` where no step of its
+    kind was measured yet (kernels are compiled and tuned then)."""
+
+    floor_s: float = 15.0
+    first_step_s: float = 600.0
+
+
+class StepTimes:
+    """The latest durations of steps, by the shape of the request and the stage."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, Stage], deque[float]] = defaultdict(
+            lambda: deque(maxlen=KEPT)
+        )
+
+    def add(self, shape: str, stage: Stage, seconds: float) -> None:
+        self._seconds[shape, stage].append(seconds)
+
+    def median(self, shape: str, stage: Stage) -> float | None:
+        found = self._seconds.get((shape, stage))
+        return statistics.median(found) if found else None
+
+
+class JobClock:
+    """Follows one job from step to step. Used by the thread that runs the job, and no other."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        measured: Pace | None,
+        times: StepTimes,
+        limits: StallLimits,
+    ) -> None:
+        """measured: the pace of jobs of this shape, None where none has run."""
+        self._request = request
+        self._shape = pace.shape(request)
+        self._pace = measured
+        self._times = times
+        self._limits = limits
+        self._start = self._since = time.monotonic()
+        self._stage: Stage | None = None
+        self._step = self._steps = 0
+        self._denoise_s = 0.0
+        self.own_steps: list[float] = []
+
+    def at(self, stage: Stage, step: int, steps: int) -> None:
+        """The job is at this place now."""
+        now = time.monotonic()
+        if self._stage is not None and self._step < self._steps:
+            # Since the last report the job was in the stage of that report: either steps of it
+            # were done, or, for the text encoder, the next stage begins, which is its end.
+            done = step - self._step if stage is self._stage else self._steps - self._step
+            if done > 0:
+                self._add(self._stage, (now - self._since) / done, done)
+        self._stage, self._step, self._steps, self._since = stage, step, steps, now
+
+    def silence_s(self) -> float:
+        """How long the job may be silent from here on."""
+        if self._stage is None or self._stage is Stage.MP4 or self._step == self._steps:
+            return max(FINISH_S, self._limits.floor_s)
+        median = self._times.median(self._shape, self._stage)
+        if median is None:
+            return self._limits.first_step_s
+        return max(STALLED * median, self._limits.floor_s)
+
+    def seconds_left(self) -> float | None:
+        """Until the job's end, as well as it is known; None where nothing is.
+
+        Where jobs of the shape were measured, that is their time for the steps that are left,
+        corrected by how fast this job's own steps were, and what is left of their time for
+        everything else. Where none was, it is known from the first step of the denoising on: the
+        steps of this stage that are left take as long as the ones that were seen. What comes after
+        the stage is then missing from the estimate (of a 50-step job some per cent).
+        """
+        if self._stage is None:
+            return None
+        in_stage = self._steps - self._step
+        if self._pace is None:
+            step_s = self._times.median(self._shape, self._stage)
+            if step_s is None or self._stage not in (Stage.DENOISE, Stage.VAE):
+                return None
+            return in_stage * step_s
+        spent_s = time.monotonic() - self._start - self._denoise_s
+        left_s = max(0.0, self._pace.rest_s - spent_s)
+        if self._stage is Stage.TEXT_ENCODER:
+            return left_s + self._request.num_inference_steps * self._pace.step_s
+        if self._stage is Stage.DENOISE:
+            return left_s + in_stage * self._step_s(self._pace)
+        return left_s
+
+    def _step_s(self, measured: Pace) -> float:
+        total = WEIGHT_OF_PACE * measured.step_s + sum(self.own_steps)
+        return total / (WEIGHT_OF_PACE + len(self.own_steps))
+
+    def _add(self, stage: Stage, seconds: float, count: int) -> None:
+        self._times.add(self._shape, stage, seconds)
+        if stage is Stage.DENOISE:
+            self.own_steps += [seconds] * count
+            self._denoise_s += seconds * count

@@ -1,0 +1,36 @@
+"""What a job needs besides its id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+
+from jobs.artifacts import ArtifactStore
+from jobs.store import JobStore
+from worker.drain import Drain, JobInHand
+from worker.engine import Engine
+from worker.journal import Journal
+from worker.steps import StallLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where one job is run: by which worker, with what, and under which rules.
+
+    Attributes:
+        scratch: a folder for unfinished files.
+        job: the delivery at hand; everything else is the same for every job of the worker.
+    """
+
+    worker: str
+    engine: Engine
+    redis: Redis
+    store: JobStore
+    artifacts: ArtifactStore
+    scratch: Path
+    journal: Journal
+    drain: Drain
+    limits: StallLimits
+    job: JobInHand
