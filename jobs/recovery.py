@@ -44,6 +44,7 @@ class Recovery:
         self._look = scripts.load(redis, "look")
         self._put_back = scripts.load(redis, "put_back")
         self._redeliver = scripts.load(redis, "redeliver")
+        self._unreadable: set[str] = set()
 
     def run(self) -> dict[str, str]:
         """Look once; returns what became of each job that was put back or given up, by its id."""
@@ -108,4 +109,7 @@ class Recovery:
                 if fields:
                     yield record.decode(job_id, fields)
             except RecordUnreadable as error:
-                logger.error("cannot look after a job: %s", error)
+                # Once, and not every few seconds until the record lapses.
+                if job_id not in self._unreadable:
+                    self._unreadable.add(job_id)
+                    logger.error("cannot look after a job: %s", error)

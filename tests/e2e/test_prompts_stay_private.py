@@ -151,5 +151,8 @@ def test_no_prompt_is_logged(redis_url: str, redis: Redis, tmp_path: Path, log_f
         for secret in (SECRET, SECRET[:12], json.dumps(SECRET * 2)[1:-1]):
             assert secret not in log
     if log_format == "json":
-        for line in (service_log + said_by_worker).splitlines():
+        for line in service_log.splitlines():
             json.loads(line)
+        begun = [each for each in map(json.loads, said_by_worker.splitlines()) if "job_id" in each]
+        assert begun
+        assert all(each["worker_id"].startswith("pattern.") for each in begun)

@@ -183,3 +183,23 @@ def test_after_a_gap_holders_get_the_time_to_renew(
     assert recovery.run() == {job_id: "queued"}
     with pytest.raises(StaleAttempt):
         store.renew(attempt)
+
+
+def test_an_unreadable_record_is_left_alone_and_named_once(
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    request_for_video: GenerationRequest,
+    job_id: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recovery.run()
+    other = store.create(request_for_video, QUEUE).job.id
+    for each in (job_id, other):
+        take(redis, store, each)
+        let_lease_run_out(redis, each)
+    redis.hset(keys.record(job_id), "request", '{"prompt": "private"')
+    assert recovery.run() == {other: "queued"}
+    assert recovery.run() == {}
+    assert caplog.text.count(f"record of job {job_id} cannot be read") == 1
+    assert "private" not in caplog.text
