@@ -25,11 +25,14 @@ from service.event_hub import EventHub
 from service.housekeeping import Housekeeping
 from service.keys import KeyStore
 from service.links import LinkSigner
+from service.metrics.exposition import Exposition
+from service.metrics.readers import Readers
+from service.observed import Observed
 from service.queue_places import QueuePlaces
 from service.rate import RateLimiter
 from service.readiness import Readiness
 from service.remembered import Remembered
-from service.routes import events, health, jobs, models, videos
+from service.routes import events, health, jobs, models, operations, videos
 from service.security_headers import SecurityHeaders
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
@@ -42,6 +45,7 @@ _TAGS = [
     {"name": "jobs", "description": "Ask for videos, follow them, cancel them, fetch them."},
     {"name": "videos", "description": "The same, for clients of OpenAI's Videos API."},
     {"name": "models", "description": "What the live workers offer."},
+    {"name": "operations", "description": "Metrics, workers and queues, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
 
@@ -68,6 +72,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         yield
         await parts.hub.stop()
         parts.readiness.close()
+        parts.exposition.close()
         # Off the loop: a round in hand may take a moment.
         await run_in_threadpool(housekeeping.stop)
         redis.close()
@@ -81,7 +86,10 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         openapi_tags=_TAGS,
         lifespan=lifespan,
     )
+    exposition = Exposition(redis_url)
+    gate = Gate(KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local)
     _build_wall(app, settings)
+    app.add_middleware(Observed, measures=exposition.http)
     app.state.parts = Parts(
         settings=settings,
         redis=redis,
@@ -93,12 +101,12 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         readiness=Readiness(redis_url),
         artifacts=artifacts,
         tokens=TokenCounter(redis),
-        gate=Gate(
-            KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local
-        ),
+        gate=gate,
+        exposition=exposition,
+        readers=Readers(gate),
         signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    for routes in (jobs, events, videos, models, health):
+    for routes in (jobs, events, videos, models, operations, health):
         app.include_router(routes.router)
     problems.install(app)
     openapi.install(app)

@@ -17,6 +17,8 @@ from service.auth import LOCAL, Gate, Principal, listed_owner, require_ops
 from service.event_hub import EventHub
 from service.json_body import json_body
 from service.links import LinkSigner, VideoLinks, video_path
+from service.metrics.exposition import Exposition
+from service.metrics.readers import Readers
 from service.queue_places import QueuePlaces
 from service.readiness import Readiness
 from service.remembered import Remembered
@@ -40,6 +42,8 @@ class Parts:
     artifacts: ArtifactStore
     tokens: TokenCounter
     gate: Gate
+    exposition: Exposition
+    readers: Readers
     signer: LinkSigner
 
 
