@@ -23,6 +23,8 @@ from jobs import errors
 from jobs.spec import shown
 from jobs.state import JobState
 from jobs.store import LIMIT_BOUND
+from service.allowed import allowed_methods
+from service.logs import request_headers
 from service.openai import errors as openai_errors
 from service.problem_document import FieldProblem, Problem
 from service.security_headers import security_headers
@@ -199,4 +201,6 @@ async def _on_anything_else(request: Request, error: Exception) -> JSONResponse:
     )
     path = request.url.path
     # Sent from outside of the middleware that puts these on everything else.
-    return response(from_error(hidden, path), security_headers(path, MEDIA_TYPE))
+    return response(
+        from_error(hidden, path), {**security_headers(path, MEDIA_TYPE), **request_headers()}
+    )
