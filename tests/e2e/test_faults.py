@@ -103,7 +103,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     cluster = Cluster(
         folder,
         worker=(sys.executable, "-m", "tests.e2e.faulty_worker", str(faults)),
-        environment={"WORKER_STALL_FLOOR_S": "5", "SERVICE_MAX_WAITING": "50"},
+        environment={
+            "WORKER_STALL_FLOOR_S": "5",
+            "WORKER_FIRST_STEP_S": "15",
+            "SERVICE_MAX_WAITING": "50",
+        },
     )
     try:
         with cluster:
