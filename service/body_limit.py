@@ -16,7 +16,10 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, most_bytes: int) -> None:
         self._app = app
         self._most_bytes = most_bytes
-        self._detail = f"The body is larger than {most_bytes} bytes, the most this service reads."
+        self._detail = (
+            f"The body is larger than {most_bytes} bytes, the most this service reads; it takes "
+            f"text, and no files."
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -173,9 +173,11 @@ async def _on_invalid_request(request: Request, error: Exception) -> JSONRespons
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     error = cast("HTTPException", error)
-    return response(
-        from_status(error.status_code, str(error.detail), request.url.path), error.headers
-    )
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = allowed_methods(request)
+    problem = from_status(error.status_code, str(error.detail), request.url.path)
+    return response(problem, headers)
 
 
 async def _on_redis_error(request: Request, error: Exception) -> JSONResponse:

@@ -6,15 +6,16 @@ from jobs.spec import GenerationBody
 from service.openai.body import FORM
 from service.openai.errors import ErrorAnswer, answer_of, status_of
 from service.openai.order import PASSED_ON, SECONDS_PATTERN
-from service.openapi import problems
+from service.openapi import GENERATE_ANSWER, KEY_TAKEN, problem, problems
 from service.problem_document import Problem
 from service.problems import MEDIA_TYPE
 
 Json = dict[str, Any]
+Answers = dict[int | str, Json]
 
 POLL_HEADER: Final = "openai-poll-after-ms"
 
-VIDEO_ANSWER: Final[dict[int | str, Json]] = {
+VIDEO_ANSWER: Final[Answers] = {
     200: {
         "headers": {
             POLL_HEADER: {
@@ -61,19 +62,20 @@ _EXAMPLES: Final[Json] = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, Json]:
+def errors(*statuses: int) -> Answers:
     """Describe a route's error answers, given as the statuses of `service/problems.py`."""
-    schema = {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}
-    answers: dict[int | str, Json] = {}
-    for described in problems(*statuses).values():
-        problem = Problem.model_validate(described["content"][MEDIA_TYPE]["example"])
-        answers[status_of(problem)] = {
-            "description": described["description"],
-            "content": {
-                "application/json": {"schema": schema, "example": answer_of(problem).model_dump()}
-            },
-        }
-    return answers
+    return _in_shape(problems(*statuses))
+
+
+def create_answers() -> Answers:
+    """Describe what `POST /v1/videos` answers, apart from the object itself."""
+    replayed = "Idempotent-Replayed"
+    headers = {replayed: GENERATE_ANSWER[202]["headers"][replayed]}
+    return {
+        200: {"headers": VIDEO_ANSWER[200]["headers"] | headers},
+        **errors(400, 401, 403, 413, 422, 429, 503),
+        **_in_shape(problem(KEY_TAKEN, "/v1/videos")),
+    }
 
 
 def video_body() -> Json:
@@ -104,3 +106,17 @@ def _without_null(schema: Json) -> Json:
     choices = [each for each in schema.get("anyOf", []) if each != _NULL]
     rest = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
     return rest | (choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {})
+
+
+def _in_shape(described: Answers) -> Answers:
+    schema = {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}
+    answers: Answers = {}
+    for each in described.values():
+        error = Problem.model_validate(each["content"][MEDIA_TYPE]["example"])
+        answers[status_of(error)] = {
+            "description": each["description"],
+            "content": {
+                "application/json": {"schema": schema, "example": answer_of(error).model_dump()}
+            },
+        }
+    return answers

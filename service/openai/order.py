@@ -12,7 +12,14 @@ from typing import Final
 
 from jobs.catalog import Catalog, ModelOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
-from jobs.spec import FRAME_STRIDE, CountTokens, GenerationRequest, resolve_json, shown
+from jobs.spec import (
+    FRAME_STRIDE,
+    CheckWebhook,
+    CountTokens,
+    GenerationRequest,
+    resolve_json,
+    shown,
+)
 
 PASSED_ON: Final = (
     "prompt",
@@ -22,6 +29,7 @@ PASSED_ON: Final = (
     "num_inference_steps",
     "guidance_scale",
     "seed",
+    "webhook_url",
 )
 FIELDS: Final = ("model", "seconds", *PASSED_ON)
 SECONDS_PATTERN: Final = r"^[0-9]{1,6}(\.[0-9]{1,6})?$"
@@ -31,7 +39,7 @@ _ONE_OF_FIELDS: Final = f"one of the fields {', '.join(FIELDS)}"
 
 
 def resolve_video(
-    fields: object, catalog: Catalog, count_tokens: CountTokens
+    fields: object, catalog: Catalog, count_tokens: CountTokens, check_webhook: CheckWebhook
 ) -> tuple[GenerationRequest, str]:
     """Check and complete the request, and choose its queue.
 
@@ -48,7 +56,8 @@ def resolve_video(
     if fields.get("seconds") is not None:
         body["num_frames"] = _frames(fields, _offer_of(model, mode, catalog), violations)
     try:
-        resolved = resolve_json(body | {"model": model, "mode": mode}, catalog, count_tokens)
+        body |= {"model": model, "mode": mode}
+        resolved = resolve_json(body, catalog, count_tokens, check_webhook)
     except ModeNotServed:
         if not violations:
             raise

@@ -1,7 +1,8 @@
-"""What is known of a job beyond its record: its frame rate, its place, the seconds it has left."""
+"""What is known of a job beyond its record: its frame rate, place, seconds left, and time to go."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from jobs.pace import Paces
@@ -19,11 +20,12 @@ POLLS_LEFT: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """`seconds_left` are those until the job's end. None for what is not known, or is over."""
+    """None for what is not known or does not apply. `seconds_left` are those until the end."""
 
     fps: int | None
     place: Place | None = None
     seconds_left: float | None = None
+    expires_at: datetime | None = None
 
     @property
     def poll_after_ms(self) -> int:
@@ -34,16 +36,20 @@ class Outlook:
 
 def outlooks(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
     """Find the outlook of each job, by its id."""
-    if all(job.video is not None for job in jobs):
-        return {job.id: Outlook(job.video.fps) for job in jobs if job.video is not None}
-    fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
+    fps: dict[str, int] = {}
+    if any(job.video is None for job in jobs):
+        fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
     places = parts.places.of(jobs)
     paces = Paces(parts.redis)
     found = {}
     for job in jobs:
-        rate = fps.get(job.request.model) if job.video is None else job.video.fps
+        if job.video is not None:
+            until = parts.settings.keep.video_until(job)
+            found[job.id] = Outlook(job.video.fps, expires_at=until)
+            continue
         place = places.get(job.id)
-        found[job.id] = Outlook(rate, place, _seconds_left(job, place, paces))
+        seconds_left = _seconds_left(job, place, paces)
+        found[job.id] = Outlook(fps.get(job.request.model), place, seconds_left)
     return found
 
 

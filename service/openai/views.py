@@ -68,7 +68,7 @@ class VideoObject(BaseModel):
     progress: int = Field(description="0 to 100, and 100 only when completed.")
     created_at: int = Field(description="Unix seconds, as all times here.")
     completed_at: int | None = Field(description="When the job ended, whatever its end.")
-    expires_at: int | None = Field(description="When the video will be deleted.")
+    expires_at: int | None = Field(description="When the video, if there is one, is deleted.")
     size: str
     seconds: str | None = Field(
         description="How long the video lasts. Null while there is none, if no live worker has the "
@@ -94,9 +94,9 @@ class VideoObject(BaseModel):
             model=f"{request.model}:{request.mode}",
             status=_STATUS[job.state],
             progress=_percent(job),
-            created_at=_second(job.created_at),
-            completed_at=None if job.finished_at is None else _second(job.finished_at),
-            expires_at=None,
+            created_at=int(job.created_at.timestamp()),
+            completed_at=_second(job.finished_at),
+            expires_at=_second(outlook.expires_at),
             seconds=_duration(request.num_frames, outlook.fps),
             error=_error(job),
             queue_position=None if outlook.place is None else outlook.place.position,
@@ -147,8 +147,8 @@ def _error(job: JobRecord) -> VideoError | None:
     return VideoError(code=job.failure.code, message=job.failure.detail)
 
 
-def _second(moment: datetime) -> int:
-    return int(moment.timestamp())
+def _second(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
 
 
 def _duration(num_frames: int, fps: int | None) -> str | None:

@@ -9,11 +9,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from jobs.spec import resolve_json
+from jobs.spec import GenerationRequest, resolve_json
 from jobs.state import JobState
 from jobs.store import MAX_PAGE
-from jobs.submission import Idempotency
-from service.auth import submission, visible_job
+from service.acceptance import REPLAYED_HEADER, accept
+from service.auth import visible_job
 from service.deps import (
     ArtifactsDep,
     IdempotencyKeyDep,
@@ -35,6 +35,7 @@ from service.openapi import (
 )
 from service.video import VideoResponse, WantedDep, send_video
 from service.views import JobListView, JobView
+from service.webhooks.document import callbacks
 
 router = APIRouter(tags=["jobs"])
 
@@ -49,7 +50,7 @@ router = APIRouter(tags=["jobs"])
         **problems(400, 401, 403, 413, 422, 429, 503),
         **problem(KEY_TAKEN, "/generate"),
     },
-    openapi_extra=GENERATE_BODY,
+    openapi_extra={**GENERATE_BODY, **callbacks()},
 )
 def generate(
     # First: a stranger's body is not even read.
@@ -66,22 +67,16 @@ def generate(
     Nothing is rounded: whatever is out of bounds is refused with 422, every field in one answer,
     and nothing is queued.
     """
-    key = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
-    # First, because a request that was accepted once is answered even when no worker is live.
-    job = None if key is None else parts.store.replay(principal.owner, key)
-    replayed = job is not None
-    if job is None:
+
+    def resolve() -> tuple[GenerationRequest, str]:
         check_webhook = parts.settings.webhook_rules.violation
-        offered = parts.catalog.get()
-        request, queue = resolve_json(body, offered, parts.tokens.count, check_webhook)
-        webhook_url = body.get("webhook_url")
-        terms = submission(principal, parts.settings, webhook_url=webhook_url, idempotency=key)
-        created = parts.store.create(request, queue, submission=terms)
-        job, replayed = created.job, created.replayed
-    response.headers["Location"] = f"/jobs/{job.id}"
-    if replayed:
-        response.headers["Idempotent-Replayed"] = "true"
-    return views.of(job)
+        return resolve_json(body, parts.catalog.get(), parts.tokens.count, check_webhook)
+
+    created = accept(parts, principal, body, idempotency_key, resolve)
+    response.headers["Location"] = f"/jobs/{created.job.id}"
+    if created.replayed:
+        response.headers[REPLAYED_HEADER] = "true"
+    return views.of(created.job)
 
 
 @router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))

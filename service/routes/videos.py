@@ -7,13 +7,14 @@ from fastapi import APIRouter, Depends, Query, Response
 from jobs import ids
 from jobs.errors import InvalidSpec, JobNotFound
 from jobs.record import JobRecord
-from jobs.spec import shown
+from jobs.spec import GenerationRequest, shown
 from jobs.store import MAX_PAGE
-from service.auth import listed_owner, submission, visible_job
+from service.acceptance import REPLAYED_HEADER, accept
+from service.auth import listed_owner, visible_job
 from service.deletion import delete_job
-from service.deps import CatalogDep, PartsDep, PrincipalDep
+from service.deps import IdempotencyKeyDep, PartsDep, PrincipalDep
 from service.openai.body import video_fields
-from service.openai.document import POLL_HEADER, VIDEO_ANSWER, errors, video_body
+from service.openai.document import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
 from service.openai.order import resolve_video
 from service.openai.outlook import outlooks
 from service.openai.views import VideoDeleted, VideoList, VideoObject
@@ -31,24 +32,30 @@ FieldsDep = Annotated[Any, Depends(video_fields)]
     "",
     summary="Ask for a video",
     response_description="The queued job.",
-    responses={**VIDEO_ANSWER, **errors(400, 401, 403, 409, 413, 422, 429, 503)},
+    responses=create_answers(),
     openapi_extra=video_body(),
 )
 def create_video(
     # First: a stranger's body is not even read.
     principal: PrincipalDep,
     fields: FieldsDep,
-    catalog: CatalogDep,
     parts: PartsDep,
     response: Response,
+    idempotency_key: IdempotencyKeyDep = None,
 ) -> VideoObject:
     """Check the request against what the live workers offer and queue it.
 
     Nothing is rounded: whatever is out of bounds is refused with 400, and nothing is queued.
     """
-    request, queue = resolve_video(fields, catalog, parts.tokens.count)
-    terms = submission(principal, parts.settings)
-    return _described(parts.store.create(request, queue, submission=terms).job, parts, response)
+
+    def resolve() -> tuple[GenerationRequest, str]:
+        check_webhook = parts.settings.webhook_rules.violation
+        return resolve_video(fields, parts.catalog.get(), parts.tokens.count, check_webhook)
+
+    created = accept(parts, principal, fields, idempotency_key, resolve)
+    if created.replayed:
+        response.headers[REPLAYED_HEADER] = "true"
+    return _described(created.job, parts, response)
 
 
 @router.get("", summary="List videos", responses=errors(401, 422, 429, 503))

@@ -335,3 +335,37 @@ def test_poll_after_follows_what_was_measured(
     answer = client.get(f"/v1/videos/{first.id}")
     assert answer.json()["seconds_left"] == pytest.approx(16)
     assert answer.headers["openai-poll-after-ms"] == "1600"
+
+
+def test_a_key_means_the_same_job_whichever_way_it_is_sent(
+    client: TestClient, redis: Redis, live_worker: WorkerOffer
+) -> None:
+    key = {"Idempotency-Key": "k-1"}
+    body = {"prompt": PROMPT, "seed": 7, "guidance_scale": 2.5}
+    first = client.post("/v1/videos", json=body, headers=key)
+    assert "idempotent-replayed" not in first.headers
+    parts = {name: (None, str(value)) for name, value in body.items()}
+    catalog.withdraw(redis, live_worker.worker_id)
+    again = client.post("/v1/videos", files=parts, headers=key)
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (200, "true")
+    assert again.json()["id"] == first.json()["id"]
+    taken = client.post("/v1/videos", json=body | {"seed": 8}, headers=key)
+    assert (taken.status_code, taken.headers["x-should-retry"]) == (409, "false")
+    error = taken.json()["error"]
+    assert (error["type"], error["code"]) == ("conflict_error", "idempotency_conflict")
+    bad = client.post("/v1/videos", json=body, headers={"Idempotency-Key": "a b"})
+    assert refusal(bad)["param"] == "Idempotency-Key"
+    assert redis.llen(f"rq:queue:{live_worker.queue}") == 1
+
+
+@pytest.mark.usefixtures("live_worker")
+def test_webhooks_are_those_of_the_service(settings: ServiceSettings) -> None:
+    allowed = settings.model_copy(update={"webhook_hosts": "hooks.example"})
+    with TestClient(create_app(allowed)) as client:
+        url = "https://hooks.example/done"
+        parts = {"prompt": (None, PROMPT), "webhook_url": (None, url)}
+        video = client.post("/v1/videos", files=parts)
+        assert video.status_code == 200, video.text
+        assert client.get(f"/jobs/{video.json()['id']}").json()["webhook"]["url"] == url
+        body = {"prompt": PROMPT, "webhook_url": "https://elsewhere.example"}
+        assert refusal(client.post("/v1/videos", json=body))["param"] == "webhook_url"
