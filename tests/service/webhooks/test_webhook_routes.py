@@ -104,3 +104,17 @@ def test_refused_with_everything_else(allowing: TestClient, url: object) -> None
         "seed",
         "webhook_url",
     }
+
+
+def test_the_calls_are_described(allowing: TestClient) -> None:
+    document = allowing.get("/openapi.json").json()
+    calls = document["paths"]["/generate"]["post"]["callbacks"]["job-ended"]
+    operation = calls["{$request.body#/webhook_url}"]["post"]
+    assert [each["name"] for each in operation["parameters"]] == [
+        "webhook-id",
+        "webhook-timestamp",
+        "webhook-signature",
+    ]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["data"]["$ref"] == "#/components/schemas/JobView"
+    assert "webhook_url" in document["components"]["schemas"]["GenerationBody"]["properties"]
