@@ -9,7 +9,7 @@ from typing import Final
 DAY_S: Final = 24 * 60 * 60
 
 RECORD_TTL_S: Final = 30 * DAY_S
-"""A record is kept this long after its creation; its place in the indexes ends with it."""
+"""A record is kept this long after its creation; its places in the indexes are swept after it."""
 
 OFFER_TTL_S: Final = 15
 """A worker that has not repeated its offer for this long is not live. Workers repeat every 5 s."""

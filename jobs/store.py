@@ -119,7 +119,6 @@ class JobStore:
             "" if terms.owner_limit is None else terms.owner_limit,
             "" if key is None else keys.idempotency(terms.owner, key.key),
             "" if key is None else key.body_sha256,
-            ids.id_at(created_at.timestamp() - keys.RECORD_TTL_S),
             len(fields),
             *fields,
             *delivery.rq_fields(self._redis, job),

@@ -1,6 +1,6 @@
 -- ARGV: id, now, owner, priority, queue, most waiting ('' for no limit), the owner's most, key of
--- the idempotency entry ('' for none), hash of the body, the oldest id to keep, number of record
--- fields, record fields and values, RQ's fields and values.
+-- the idempotency entry ('' for none), hash of the body, number of record fields, record fields and
+-- values, RQ's fields and values.
 -- Returns what happened and the id or the number that belongs to it.
 local id, now, owner, priority, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local record, list = record_of(id), '@RQ_QUEUE@' .. queue
@@ -26,17 +26,14 @@ if ARGV[7] ~= '' then
   if active >= tonumber(ARGV[7]) then return { 'owner_full', active } end
 end
 
-local fields = tonumber(ARGV[11])
-redis.call('HSET', record, 'created_ms', clock_ms(), unpack(ARGV, 12, 11 + fields))
+local fields = tonumber(ARGV[10])
+redis.call('HSET', record, 'created_ms', clock_ms(), unpack(ARGV, 11, 10 + fields))
 redis.call('EXPIRE', record, @RECORD_TTL_S@)
-for _, state in ipairs({ 'all', 'queued', 'running', 'succeeded', 'failed', 'cancelled' }) do
-  for _, index in ipairs(indexes(owner, state)) do
-    redis.call('ZREMRANGEBYLEX', index, '-', '(' .. ARGV[10])
-    if state == 'all' or state == 'queued' then redis.call('ZADD', index, 0, id) end
-  end
+for _, state in ipairs({ 'all', 'queued' }) do
+  for _, index in ipairs(indexes(owner, state)) do redis.call('ZADD', index, 0, id) end
 end
 
-redis.call('HSET', '@RQ_JOB@' .. id, unpack(ARGV, 12 + fields))
+redis.call('HSET', '@RQ_JOB@' .. id, unpack(ARGV, 11 + fields))
 redis.call('SADD', '@RQ_QUEUES@', list)
 local behind = nil
 if priority == '1' then

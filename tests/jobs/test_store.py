@@ -376,16 +376,13 @@ def test_foreign_cursor_is_refused(store: JobStore, cursor: str) -> None:
     assert refused.value.violations[0].field == "cursor"
 
 
-def test_expired_records_leave_the_list(
-    store: JobStore, redis: Redis, request_for_video: GenerationRequest
-) -> None:
+def test_expired_records_leave_the_list(store: JobStore, redis: Redis) -> None:
+    """At once; their names in the indexes go with the next retention round."""
     ancient = "000000000001" + "0" * 20
     for index in (keys.index("all"), keys.index("succeeded")):
         redis.zadd(index, {ancient: 0})
     assert store.list().jobs == ()
-    job_id = create(store, request_for_video)
-    assert redis.zrange(keys.index("all"), 0, -1) == [job_id.encode()]
-    assert redis.zrange(keys.index("succeeded"), 0, -1) == []
+    assert store.list(state=JobState.SUCCEEDED).jobs == ()
 
 
 @pytest.mark.parametrize(
