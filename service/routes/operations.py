@@ -19,7 +19,13 @@ router = APIRouter(tags=["operations"])
     summary="Metrics for Prometheus",
     response_class=Response,
     responses={
-        200: {"description": "In Prometheus' text format, or OpenMetrics if that is asked for."},
+        200: {
+            "description": "In Prometheus' text format, or OpenMetrics if that is asked for.",
+            "content": {
+                kind: {"schema": {"type": "string"}}
+                for kind in ("text/plain", "application/openmetrics-text")
+            },
+        },
         **problems(401, 403, 429),
     },
 )
