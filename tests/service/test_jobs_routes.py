@@ -3,8 +3,11 @@
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
+from rq import Queue
 
-from jobs import keys
+from jobs import keys, pace
+from jobs.catalog import WorkerOffer
+from jobs.pace import Pace
 from jobs.record import Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -30,6 +33,47 @@ def test_running_job_shows_its_progress(client: TestClient, store: JobStore, job
     assert (job["state"], job["attempts"]) == ("running", 1)
     assert job["progress"] == {"stage": "denoise", "step": 4, "steps": 20, "seconds_left": None}
     assert attempt.token not in str(job)
+
+
+def test_waiting_jobs_show_their_places_and_no_others_do(
+    client: TestClient,
+    store: JobStore,
+    redis: Redis,
+    live_worker: WorkerOffer,
+    request_for_video: GenerationRequest,
+) -> None:
+    pace.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.04))
+    queue = live_worker.queue
+    running, first, second = (store.create(request_for_video, queue).job.id for _ in range(3))
+    elsewhere = store.create(request_for_video, "nobody-serves-it").job.id
+    redis.lpop(Queue(queue, connection=redis).key)
+    attempt = store.claim(running, "w")
+    progress = Progress(stage=Stage.DENOISE, step=4, steps=20, seconds_left=7.25)
+    store.progress(attempt, progress)
+    expected = {
+        running: None,
+        first: {"position": 0, "starts_in_s": 7.2},
+        second: {"position": 1, "starts_in_s": 52.3},
+        elsewhere: {"position": 0, "starts_in_s": None},
+    }
+    listed = client.get("/jobs").json()["jobs"]
+    assert {job["id"]: job["queue"] for job in listed} == expected
+    for job_id, place in expected.items():
+        assert client.get(f"/jobs/{job_id}").json()["queue"] == place
+    assert client.get(f"/jobs/{running}").json()["progress"]["seconds_left"] == 7.25
+    assert client.delete(f"/jobs/{first}").json()["queue"] is None
+    assert client.get(f"/jobs/{second}").json()["queue"]["position"] == 0
+
+
+def test_what_became_of_attempts_is_shown_and_who_made_them_is_not(
+    client: TestClient, store: JobStore, job_id: str
+) -> None:
+    store.give_up(store.claim(job_id, "worker-of-ours"))
+    job = client.get(f"/jobs/{job_id}").json()
+    assert (job["attempts"], job["lost"], job["priority"]) == (1, 1, False)
+    assert job["deadline_s"] == store.get(job_id).deadline_s > 600
+    store.claim(job_id, "worker-of-ours")
+    assert "worker-of-ours" not in client.get(f"/jobs/{job_id}").text
 
 
 def test_succeeded_job_has_an_absolute_url(

@@ -1,10 +1,15 @@
 """What is served, and whether anything is."""
 
+import time
+
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from redis import Redis
 
 from jobs import catalog
 from jobs.catalog import WorkerOffer
+from service.app import create_app
+from service.settings import ServiceSettings
 
 
 def test_no_worker(client: TestClient) -> None:
@@ -20,6 +25,41 @@ def test_ready_while_a_worker_is_live(
     assert client.get("/readyz").json() == {"status": "ready", "workers": 1}
     catalog.withdraw(redis, live_worker.worker_id)
     assert client.get("/readyz").status_code == 503
+
+
+def test_what_is_offered_is_read_once_in_a_while_and_readiness_is_not(
+    settings: ServiceSettings, redis: Redis, offer: WorkerOffer
+) -> None:
+    kept = settings.model_copy(update={"catalog_kept_s": 10})
+    with TestClient(create_app(kept)) as client:
+        assert client.get("/models").json() == {"models": []}
+        catalog.publish(redis, offer)
+        assert client.get("/models").json() == {"models": []}
+        assert client.post("/generate", json={"prompt": "a circle"}).status_code == 503
+        assert client.get("/readyz").json() == {"status": "ready", "workers": 1}
+
+
+def test_what_is_offered_is_read_again_when_it_is_old(
+    settings: ServiceSettings, redis: Redis, offer: WorkerOffer
+) -> None:
+    kept = settings.model_copy(update={"catalog_kept_s": 0.2})
+    with TestClient(create_app(kept)) as client:
+        assert client.get("/models").json() == {"models": []}
+        catalog.publish(redis, offer)
+        time.sleep(0.3)
+        assert len(client.get("/models").json()["models"]) == 1
+
+
+def test_without_redis_it_is_not_ready(settings: ServiceSettings, unused_port: int) -> None:
+    nowhere = SecretStr(f"redis://127.0.0.1:{unused_port}/0")
+    away = settings.model_copy(update={"redis_url": nowhere})
+    with TestClient(create_app(away), raise_server_exceptions=False) as client:
+        begun = time.monotonic()
+        answer = client.get("/readyz")
+        assert time.monotonic() - begun < 3
+        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+        assert answer.headers["retry-after"] == "5"
+        assert client.get("/healthz").json() == {"status": "ok"}
 
 
 def test_models_show_bounds_modes_and_workers(
