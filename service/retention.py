@@ -64,6 +64,44 @@ class _Due:
     delete: Callable[[], object]
 
 
+class _Sweep:
+    """What a round has deleted, and what it could not.
+
+    One file that cannot be deleted does not keep the others; the round says so at its end.
+    """
+
+    def __init__(self, ending: threading.Event) -> None:
+        self.swept: Swept = Counter()
+        self._ending = ending
+        self._failed: list[str] = []
+        self._in_a_row = 0
+        self._reason = ""
+
+    def delete(self, page: Sequence[_Due]) -> None:
+        for due in page:
+            if self._ending.is_set():
+                return
+            try:
+                due.delete()
+            except (ArtifactsUnavailable, ArtifactRefused) as error:
+                self._failed.append(due.name)
+                self._reason = error.detail
+                self._in_a_row += 1
+                if self._in_a_row >= MOST_FAULTS:
+                    self.end()
+            else:
+                self._in_a_row = 0
+                self.swept[due.kind] += 1
+
+    def end(self) -> None:
+        """Raise ArtifactsUnavailable if something could not be deleted."""
+        if self._failed:
+            raise ArtifactsUnavailable(
+                f"{len(self._failed)} that are due cannot be deleted, {self._failed[-1]} the last "
+                f"of them: {self._reason}"
+            )
+
+
 class Retention:
     """Rounds of deleting. Safe to share between threads."""
 
@@ -89,29 +127,30 @@ class Retention:
 
         Raises:
             RetentionBusy: another process runs one.
-            ArtifactsUnavailable: too many files cannot be deleted.
+            ArtifactsUnavailable: not everything could be deleted; the sentence names one.
         """
         lock = self._redis.lock(keys.RETENTION_LOCK, timeout=LOCK_S, blocking=False)
         if not lock.acquire():
             raise RetentionBusy
-        swept: Swept = Counter()
+        sweep = _Sweep(ending)
         try:
             now = now or record.now()
             # Jobs first: what they leave behind is an orphan, if it is old enough.
             for page in chain(self._past_jobs(now), self._orphans(now)):
                 lock.extend(LOCK_S, replace_ttl=True)
-                _delete(page, swept, ending)
+                sweep.delete(page)
                 if ending.is_set():
-                    return swept
-            swept["leftovers"] = self._artifacts.remove_leftovers()
+                    return sweep.swept
+            sweep.swept["leftovers"] = self._artifacts.remove_leftovers()
             self._tidy(now)
+            sweep.end()
             self._redis.set(keys.RETENTION_DONE, now.isoformat(), ex=EVERY)
         finally:
             with suppress(LockError):  # it took too long, and another process has begun
                 lock.release()
-            if swept.total():
-                logger.info("deleted what is past its time: %s", told(swept))
-        return swept
+            if sweep.swept.total():
+                logger.info("deleted what is past its time: %s", told(sweep.swept))
+        return sweep.swept
 
     def _past_jobs(self, now: datetime) -> Iterator[list[_Due]]:
         """The jobs whose time is over, or their videos'; running ones are never among them."""
@@ -168,25 +207,11 @@ def sweep_deletions(redis: Redis, artifacts: ArtifactStore, ending: threading.Ev
     """Delete the jobs whose deletion was asked for while they ran, and which have ended since."""
     store = JobStore(redis)
     ended = [cast("bytes", each).decode() for each in redis.zrange(keys.DELETIONS, 0, PAGE - 1)]
-    due = [_Due("jobs", name, partial(delete_job, store, artifacts, name)) for name in ended]
-    _delete(due, Counter(), ending)
-
-
-def _delete(page: Sequence[_Due], swept: Swept, ending: threading.Event) -> None:
-    faults = 0
-    for due in page:
-        if ending.is_set():
-            return
-        try:
-            due.delete()
-        except (ArtifactsUnavailable, ArtifactRefused) as error:
-            faults += 1
-            logger.warning("%s is to be deleted and cannot be: %s", due.name, error)
-            if faults >= MOST_FAULTS:
-                raise
-        else:
-            faults = 0
-            swept[due.kind] += 1
+    sweep = _Sweep(ending)
+    sweep.delete(
+        [_Due("jobs", each, partial(delete_job, store, artifacts, each)) for each in ended]
+    )
+    sweep.end()
 
 
 def _pages(stored: Iterator[Stored]) -> Iterator[list[Stored]]:

@@ -322,3 +322,16 @@ def test_a_round_tells_what_it_deleted(house: House, caplog: pytest.LogCaptureFi
         assert caplog.text == "", "a round that found nothing says nothing"
         house.sweep(KEEP.videos + MOMENT)
     assert "videos: 1, jobs with their videos: 0" in caplog.text
+
+
+def test_one_file_that_cannot_be_deleted_does_not_keep_the_others(house: House) -> None:
+    odd, sound = house.succeeded(), house.succeeded()
+    assert odd.video is not None
+    outside = odd.video.model_copy(update={"key": "../outside.mp4"})
+    house.redis.hset(keys.record(odd.id), "video", outside.model_dump_json())
+
+    with pytest.raises(ArtifactsUnavailable, match=r"1 that are due .*\.\./outside\.mp4"):
+        house.sweep(KEEP.videos + MOMENT)
+    assert house.store.get(sound.id).video_deleted_at is not None
+    assert house.store.get(odd.id).video_deleted_at is None
+    assert not house.redis.exists(keys.RETENTION_DONE, keys.RETENTION_LOCK)
