@@ -1,14 +1,19 @@
 """What is known of a job beyond its record: its frame rate, place, seconds left, and time to go."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from redis.exceptions import RedisError
+
 from jobs.pace import Paces
 from jobs.places import Place
 from jobs.record import JobRecord
 from service.deps import Parts
+
+logger = logging.getLogger(__name__)
 
 MIN_POLL_MS: Final = 500
 MAX_POLL_MS: Final = 5000
@@ -35,18 +40,33 @@ class Outlook:
 
 
 def outlooks(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
-    """Find the outlook of each job, by its id."""
-    fps: dict[str, int] = {}
-    if any(job.video is None for job in jobs):
-        fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
+    """Find the outlook of each job, by its id.
+
+    Where Redis does not answer, an unfinished job has none: that is no reason to answer with an
+    error, least of all when the job was just created.
+    """
+    found = {job.id: _of_video(parts, job) for job in jobs}
+    unfinished = [job for job in jobs if job.video is None]
+    if unfinished:
+        try:
+            found |= _of_unfinished(parts, unfinished)
+        except RedisError as error:
+            logger.warning("What jobs have before them cannot be read: %r", error)
+    return found
+
+
+def _of_video(parts: Parts, job: JobRecord) -> Outlook:
+    if job.video is None:
+        return Outlook(None)
+    return Outlook(job.video.fps, expires_at=parts.settings.keep.video_until(job))
+
+
+def _of_unfinished(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
+    fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
     places = parts.places.of(jobs)
     paces = Paces(parts.redis)
     found = {}
     for job in jobs:
-        if job.video is not None:
-            until = parts.settings.keep.video_until(job)
-            found[job.id] = Outlook(job.video.fps, expires_at=until)
-            continue
         place = places.get(job.id)
         seconds_left = _seconds_left(job, place, paces)
         found[job.id] = Outlook(fps.get(job.request.model), place, seconds_left)

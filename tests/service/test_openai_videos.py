@@ -14,6 +14,8 @@ from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
 from jobs.store import JobStore
 from service.app import MAX_BODY_BYTES, create_app
+from service.openai.outlook import Outlook, outlooks
+from service.openai.views import VideoObject
 from service.settings import ServiceSettings
 from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
 
@@ -242,6 +244,19 @@ def test_redis_away_is_a_503_in_the_shape(settings: ServiceSettings, unused_port
     error = error_of(answer, 503)
     assert (error["type"], error["code"]) == ("server_error", "store_unavailable")
     assert answer.headers["retry-after"] == "5"
+
+
+def test_a_job_is_described_though_redis_went_away_meanwhile(
+    settings: ServiceSettings, unused_port: int, make_job: MakeJob
+) -> None:
+    waiting, done = make_job(), make_job(video=True)
+    url = SecretStr(f"redis://127.0.0.1:{unused_port}/0")
+    away = create_app(settings.model_copy(update={"redis_url": url})).state.parts
+    found = outlooks(away, [waiting, done])
+    assert found[waiting.id] == Outlook(None)
+    assert found[waiting.id].poll_after_ms == 1000
+    assert found[done.id].fps == 8
+    assert VideoObject.of(done, found[done.id]).seconds == "2"
 
 
 def test_an_unexpected_error_is_hidden_in_the_shape(settings: ServiceSettings) -> None:
