@@ -192,12 +192,24 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         """Seconds after which RQ's entries of a job lapse."""
         return RQ_TTL_S
 
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """RQ's sign of life. Its wait for jobs begins with it, and begins anew as long as Redis is
+        away, so this is where a worker ends that is told to stop meanwhile."""
+        try:
+            super().heartbeat(timeout, pipeline)
+        except RedisError:
+            if self.drain.told:
+                raise StopRequested from None
+            raise
+
     def _report(self) -> WorkerStatus:
         """How this worker is doing. Called every few seconds from the thread of the offer, which
         keeps RQ's entries alive with it."""
         self._renew_rq_entries()
         job_id = self._place.job.job_id or None
-        memory = self._place.engine.device.memory()
+        memory = None
+        with suppress(RuntimeError):  # a device that is lost cannot even be asked
+            memory = self._place.engine.device.memory()
         return WorkerStatus(
             worker_id=self.name,
             state="draining" if self.drain.told else "busy" if job_id else "idle",

@@ -35,6 +35,13 @@ class MortalValkey:
         self._process.kill()
         self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for_death(self) -> None:
+        self._process.wait(60)
+
     def freeze(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
 

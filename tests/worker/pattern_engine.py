@@ -2,11 +2,14 @@
 
 Run as a program it is a whole worker process: `python -m tests.worker.pattern_engine REDIS_URL
 ARTIFACTS_FOLDER SECONDS_PER_STEP [FAULT]`, with the worker's other settings from its environment.
+A fault is a name in `FAULTS`, or the process id of the Redis that is to be lost before a claim.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -14,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from rq.job import Job
 
 from jobs.artifact_folder import FolderArtifactStore
 from jobs.catalog import ModelOffer, ModeOffer
@@ -22,10 +26,11 @@ from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from tests.worker.orders import FAILING
+from worker import serving
 from worker.devices import Device
 from worker.engine import Clip, Frame, StageSeconds, Watch
 from worker.logs import configure_logging
-from worker.serving import Parts, serve
+from worker.resident import ResidentWorker
 from worker.settings import WorkerSettings
 
 OnStep = Callable[[int], None]
@@ -85,8 +90,23 @@ def run_out_of_memory() -> None:
 FAULTS = {"hang": hang, "oom": run_out_of_memory}
 
 
+class Unlucky(ResidentWorker):
+    """Loses its Redis, once, when it has taken a job and not yet claimed it."""
+
+    redis_pid = 0
+
+    def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
+        super().prepare_job_execution(job, remove_from_intermediate_queue)
+        if Unlucky.redis_pid:
+            os.kill(Unlucky.redis_pid, signal.SIGKILL)
+            Unlucky.redis_pid = 0
+
+
 def main() -> None:
     redis_url, artifacts, seconds, *fault = sys.argv[1:]
+    if fault and fault[0].isdecimal():
+        Unlucky.redis_pid = int(fault.pop())
+        setattr(serving, "ResidentWorker", Unlucky)  # noqa: B010  # a module's, and not its own
 
     def on_step(step: int) -> None:
         time.sleep(float(seconds))
@@ -97,7 +117,7 @@ def main() -> None:
     ids = configure_logging(settings.log_format)
     engine, store = PatternEngine(on_step), FolderArtifactStore(Path(artifacts))
     with closing(connect(redis_url)) as redis:
-        status = serve(Parts(engine, redis, store), settings, ids)
+        status = serving.serve(serving.Parts(engine, redis, store), settings, ids)
     sys.exit(status)
 
 

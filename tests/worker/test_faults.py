@@ -1,5 +1,6 @@
 """Workers as processes that are killed, stopped, hang, run out of memory, or lose their Redis."""
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ def test_an_idle_worker_waits_for_a_redis_that_is_killed(
         first = store.create(ORDER, QUEUE).job
         wait_for(store, first.id, has_ended)
         mortal.kill()
-        time.sleep(3)
+        time.sleep(1.5)
         mortal.start()
         job = store.create(ORDER, QUEUE).job
         record = wait_for(store, job.id, has_ended, 30)
@@ -170,7 +171,7 @@ def test_a_job_runs_on_while_redis_hangs(mortal: MortalValkey, mortal_crew: Crew
     with mortal.connect() as redis:
         store = JobStore(redis)
         job = store.create(ORDER.model_copy(update={"num_inference_steps": 20}), QUEUE).job
-        process = mortal_crew.hire(0.1, WORKER_STALL_FLOOR_S="1.5")
+        process = mortal_crew.hire(0.1, WORKER_STALL_FLOOR_S="1")
         wait_for(store, job.id, is_denoising)
         mortal.freeze()
         time.sleep(4)
@@ -180,3 +181,38 @@ def test_a_job_runs_on_while_redis_hangs(mortal: MortalValkey, mortal_crew: Crew
         assert record.timings is not None
         assert record.timings.total_s < 4
         assert process.poll() is None
+
+
+def test_a_worker_that_loses_redis_before_its_claim_begins_again_and_runs_the_job(
+    mortal: MortalValkey, mortal_crew: Crew
+) -> None:
+    """The job is in no queue and nobody's: it is found, and put back into its queue."""
+    with mortal.connect() as redis:
+        store = JobStore(redis)
+        job = store.create(ORDER, QUEUE).job
+        process = mortal_crew.hire(0.01, str(mortal.pid))
+        mortal.wait_for_death()
+        time.sleep(1.5)
+        mortal.start()
+        record = wait_for(store, job.id, has_ended, 30)
+        assert (record.state, record.attempts, record.lost) == (JobState.SUCCEEDED, 1, 0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    names = set(re.findall(r"ready: (\S+) serves", mortal_crew.says()))
+    assert len(names) == 2, "a fresh worker, around the same engine"
+
+
+def test_a_worker_without_redis_still_ends_when_it_is_told_to(
+    mortal: MortalValkey, mortal_crew: Crew
+) -> None:
+    process = mortal_crew.hire(0.01)
+    with mortal.connect() as redis:
+        deadline = time.monotonic() + 60
+        while not catalog.read(redis).offers:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    mortal.kill()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0

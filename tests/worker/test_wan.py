@@ -247,3 +247,23 @@ def test_the_offer_is_what_was_loaded(engine: WanEngine) -> None:
     assert engine.model.fingerprint == quant.model_fingerprint(engine.config.path)
     assert engine.modes[0].recipe_fingerprint is None
     assert engine.modes[1].recipe_fingerprint == quant.QuantRecipe.load("boundary-hif8").fingerprint
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_each_quantized_job_samples_how_its_activations_fit(engine: WanEngine, steps: int) -> None:
+    wanted: dict[str, Any] = {"num_frames": 1, "num_inference_steps": steps}
+    shares = engine.generate(order(mode="w8a8", **wanted), Notes()).act_shares
+    assert shares is not None
+    assert 0 <= shares.saturated < 0.001
+    assert 0 <= shares.flushed < 0.1
+    assert engine.generate(order(**wanted), Notes()).act_shares is None
+
+
+def test_a_job_that_stops_leaves_neither_hooks_nor_latents_behind(engine: WanEngine) -> None:
+    wanted = order(mode="w8a8", num_frames=1, num_inference_steps=2)
+    with pytest.raises(GenerationCancelled):
+        engine.generate(wanted, StopAtStep(Stage.DENOISE, 1))
+    transformer = engine.loaded["w8a8"].transformer
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in transformer.modules())
+    pipeline = engine._pipelines["w8a8"]
+    assert pipeline.scheduler is engine.parts.scheduler
