@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from redis.asyncio import Redis
@@ -20,13 +19,13 @@ from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
-from jobs import events, keys
+from jobs import keys
 from jobs.connection import connect_async
 from jobs.errors import TooManyStreams
-from jobs.events import JobEvent
 from jobs.places import Place
 from jobs.record import JobRecord
 from jobs.state import JobState
+from service.event_reader import EventReader, News
 from service.queue_places import QueuePlaces
 
 logger = logging.getLogger(__name__)
@@ -38,16 +37,11 @@ SILENCE_S: Final = 5.0
 """A subscription that says nothing for so long is asked for a sign of life, and given up if none
 comes in as long again."""
 
+WOKEN_AT_ONCE: Final = 8
+BETWEEN_S: Final = 0.002
+
 PLACES_EVERY_S: Final = 1.5
 """How often the places of the waiting jobs that are followed are looked up, all at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What happened to a job after some event; `state` is None when the job is gone."""
-
-    state: JobState | None
-    events: list[JobEvent]
 
 
 class Follower:
@@ -65,9 +59,12 @@ class EventHub:
 
     def __init__(self, url: str, places: QueuePlaces, most: int) -> None:
         self._redis: Redis = connect_async(url, CONNECTIONS)
+        self._reader = EventReader(self._redis)
         self._places = places
         self._most = most
         self._followers: dict[str, set[Follower]] = {}
+        self._due: dict[Follower, None] = {}
+        self._someone_is_due = asyncio.Event()
         self._someone_waits = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_closing = False
@@ -78,16 +75,19 @@ class EventHub:
 
     def start(self) -> None:
         self._spawn(self._listen())
+        self._spawn(self._wake_those_due())
         self._spawn(self._look_up_places())
 
     def end_streams(self) -> None:
         """Let every stream end now; their clients come back to another process."""
         self.is_closing = True
-        self._wake(*self._followers)
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.changed.set()
 
     async def stop(self) -> None:
         self.end_streams()
-        left = set(self._tasks)
+        left = self._tasks | self._reader.tasks
         while left:
             # Again and again: a client that is just connecting may swallow a cancellation.
             for task in left:
@@ -116,6 +116,7 @@ class EventHub:
             yield follower
         finally:
             followers.discard(follower)
+            self._due.pop(follower, None)
             if not followers and self._followers.get(job.id) is followers:
                 del self._followers[job.id]
 
@@ -129,19 +130,7 @@ class EventHub:
 
     async def read(self, job_id: str, after: str) -> News:
         """Read what happened after the event `after`. Raises RedisError."""
-        # In a task of its own, because a stream may be cancelled at any moment, over and over, and
-        # the client would then lose connections from its pool.
-        return await asyncio.shield(self._spawn(self._read(job_id, after)))
-
-    async def _read(self, job_id: str, after: str) -> News:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            # The state first: events up to an end that is seen here are seen below.
-            pipe.hmget(keys.record(job_id), ["state", "delete_requested"])
-            pipe.xrange(*events.range_after(job_id, after))
-            (state, deleted), entries = await pipe.execute()
-        if state is None or deleted is not None:
-            return News(None, [])
-        return News(JobState(state.decode()), events.decode(entries))
+        return await self._reader.read(job_id, after)
 
     async def _listen(self) -> None:
         """Keep a subscription, for ever."""
@@ -155,7 +144,9 @@ class EventHub:
                             if retry_s > FIRST_RETRY_S:
                                 logger.info("following events again")
                             retry_s = FIRST_RETRY_S
-                        self._wake(*(self._followers if job_id is None else (job_id,)))
+                        for each in list(self._followers) if job_id is None else (job_id,):
+                            self._reader.forget(each)
+                            self._wake(*self._followers.get(each, ()))
             except (RedisError, OSError) as error:
                 if retry_s == FIRST_RETRY_S:
                     logger.warning("Events cannot be followed for now: %r", error)
@@ -177,19 +168,29 @@ class EventHub:
                 for follower in self._followers.get(job_id, ()):
                     if follower.place != place:
                         follower.place = place
-                        follower.changed.set()
+                        self._wake(follower)
             await asyncio.sleep(PLACES_EVERY_S)
 
-    def _wake(self, *job_ids: str) -> None:
-        for job_id in job_ids:
-            for follower in self._followers.get(job_id, ()):
+    async def _wake_those_due(self) -> None:
+        """Wake a few at a time: requests come in between, however many streams have news."""
+        while True:
+            await self._someone_is_due.wait()
+            for follower in list(self._due)[:WOKEN_AT_ONCE]:
+                del self._due[follower]
                 follower.changed.set()
+            if not self._due:
+                self._someone_is_due.clear()
+            await asyncio.sleep(BETWEEN_S)
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    def _wake(self, *followers: Follower) -> None:
+        self._due.update(dict.fromkeys(followers))
+        if self._due:
+            self._someone_is_due.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
 
 async def _messages(subscription: Any) -> AsyncIterator[str | None]:

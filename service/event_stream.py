@@ -18,12 +18,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from jobs.errors import JobNotFound
-from jobs.events import JobEvent
 from jobs.places import Place
 from jobs.record import JobRecord
 from jobs.state import JobState
 from service.event_hub import EventHub, Follower
-from service.views import EventView, JobView, QueueView
+from service.event_reader import encode
+from service.views import JobView, QueueView
 
 logger = logging.getLogger(__name__)
 
@@ -110,17 +110,16 @@ class EventStream(StreamingResponse):
             return [], True
         self._hub.note_state(self._follower, news.state)
         chunks: list[bytes] = []
-        for event in news.events:
-            ends = event.kind == "state" and event.state.is_terminal
-            try:
-                view = await run_in_threadpool(self._view) if ends else None
-            except JobNotFound:
-                return chunks, True
-            chunks.append(self._encoded(event, view))
-            if ends:
-                return chunks, True
-        if news.events:
-            self._after = news.events[-1].event_id
+        for told in news.told:
+            if told.ends:
+                try:
+                    view = await run_in_threadpool(self._view)
+                except JobNotFound:
+                    return chunks, True
+                return [*chunks, encode(self._job.id, told.event, view)], True
+            chunks.append(told.chunk)
+        if news.told:
+            self._after = news.told[-1].event.event_id
         place = self._follower.place
         if news.state is JobState.QUEUED and place not in (None, self._place):
             assert place is not None, "told apart just now"
@@ -128,15 +127,3 @@ class EventStream(StreamingResponse):
             data = QueueView.of(place).model_dump_json()
             chunks.append(format_sse_event(event="queue", data_str=data))
         return chunks, news.state.is_terminal
-
-    def _encoded(self, event: JobEvent, job: JobView | None) -> bytes:
-        view = EventView(
-            id=self._job.id,
-            state=event.state,
-            attempts=event.attempts,
-            at=event.at,
-            progress=event.progress,
-            job=job,
-        )
-        data = view.model_dump_json(exclude={"job"} if job is None else None)
-        return format_sse_event(event=event.kind, data_str=data, id=event.event_id)

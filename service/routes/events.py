@@ -49,7 +49,7 @@ async def follow_job(
     """
     job = await run_in_threadpool(visible_job, parts.store, principal, job_id)
     after = last_event_id or query_id or events.START
-    if job.state.is_terminal and not (await parts.hub.read(job_id, after)).events:
+    if job.state.is_terminal and not (await parts.hub.read(job_id, after)).told:
         return Response(status_code=204)
     return EventStream(
         parts.hub,
