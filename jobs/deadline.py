@@ -1,4 +1,4 @@
-"""How long one attempt at a job may take before RQ stops it.
+"""How long one attempt at a job may take before its worker stops it.
 
 The rule is generous on purpose: it ends an attempt that would otherwise never end, and leaves slow
 devices alone. (A hung device is noticed much earlier, by the worker itself.)
