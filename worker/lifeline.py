@@ -8,6 +8,7 @@ all.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from jobs.errors import AppError, GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress
 from jobs.store import LEASE_S, JobStore
 from worker.outage import Outage, Pauses
+
+logger = logging.getLogger(__name__)
 
 RENEW_EVERY_S: Final = LEASE_S / 5
 
@@ -81,7 +84,10 @@ class Lifeline:
             except StaleAttempt as error:
                 self.stop = error
                 return
-            except RedisError:
+            except Exception as error:
+                # Whatever it is, a job must not lose its lease to it.
+                if not isinstance(error, RedisError):
+                    logger.exception("the lease is asked for again")
                 self._renew_at = 0
                 pause_s = pauses.next_s()
 

@@ -83,7 +83,7 @@ class StandingOffer:
                 self._bell.get(timeout=self._repeat_every_s)
             if self._ended:
                 break
-            with suppress(RedisError), self._outage.watched():
+            with self._outage.survived():
                 self._repeat()
         with suppress(RedisError):
             catalog.withdraw(self._redis, self._offer.worker_id)

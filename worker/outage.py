@@ -44,6 +44,18 @@ class Outage:
             raise
         self.ended()
 
+    @contextmanager
+    def survived(self) -> Iterator[None]:
+        """For threads that nobody would miss if they ended: whatever goes wrong inside is logged,
+        an outage once, and passed over."""
+        try:
+            with self.watched():
+                yield
+        except RedisError:
+            pass
+        except Exception:
+            logger.exception("a thread beside the job goes on after an error")
+
     def began(self, error: RedisError) -> None:
         with self._lock:
             if self._since is None:

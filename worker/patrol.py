@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from redis import Redis
-from redis.exceptions import RedisError
 
 from jobs.recovery import EVERY_S, Recovery
 from worker.outage import Outage
@@ -39,7 +37,7 @@ class Patrol:
 
     def _run(self) -> None:
         while True:
-            with suppress(RedisError), self._outage.watched():
+            with self._outage.survived():
                 self._recovery.run()
             if self._done.wait(self._every_s):
                 break

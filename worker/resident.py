@@ -272,6 +272,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Note the wish to stop. Runs in a signal handler: no I/O but the log."""
         self.drain.tell()
+        self._stop_requested = True  # ends the wait of a worker that `rq suspend` has put to sleep
         self._standing_offer.close()
         logger.info(
             "told to stop: the job in hand is %s",

@@ -67,4 +67,5 @@ class JobWatch:
         self._watchdog.allow(self._clock.silence_s())
         self.check()
         left_s = self._clock.seconds_left()
-        self._lifeline.tell(Progress(stage=stage, step=step, steps=steps, seconds_left=left_s))
+        rounded_s = None if left_s is None else round(left_s, 1)
+        self._lifeline.tell(Progress(stage=stage, step=step, steps=steps, seconds_left=rounded_s))

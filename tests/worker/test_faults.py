@@ -146,7 +146,7 @@ def test_a_job_survives_a_redis_that_is_killed_and_away_for_longer_than_its_leas
     assert "Traceback" not in said
 
 
-def test_an_idle_worker_waits_for_a_redis_that_is_killed(
+def test_an_idle_worker_waits_for_a_redis_that_is_killed_and_ends_without_one_when_told(
     mortal: MortalValkey, mortal_crew: Crew
 ) -> None:
     with mortal.connect() as redis:
@@ -161,8 +161,10 @@ def test_an_idle_worker_waits_for_a_redis_that_is_killed(
         record = wait_for(store, job.id, has_ended, 30)
         assert (record.state, record.attempts) == (JobState.SUCCEEDED, 1)
         assert len(catalog.read(redis).offers) == 1
+        mortal.kill()
+        time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(20) == 0
     assert "Traceback" not in mortal_crew.says()
 
 
@@ -201,18 +203,3 @@ def test_a_worker_that_loses_redis_before_its_claim_begins_again_and_runs_the_jo
         assert process.wait(10) == 0
     names = set(re.findall(r"ready: (\S+) serves", mortal_crew.says()))
     assert len(names) == 2, "a fresh worker, around the same engine"
-
-
-def test_a_worker_without_redis_still_ends_when_it_is_told_to(
-    mortal: MortalValkey, mortal_crew: Crew
-) -> None:
-    process = mortal_crew.hire(0.01)
-    with mortal.connect() as redis:
-        deadline = time.monotonic() + 60
-        while not catalog.read(redis).offers:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    mortal.kill()
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
