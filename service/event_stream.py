@@ -93,8 +93,8 @@ class EventStream(StreamingResponse):
                 news, is_over = await self._news()
             except (RedisError, OSError):
                 news, is_over, wait_s = [], False, min(wait_s, AGAIN_S)
-            for chunk in news:
-                yield chunk
+            if news:
+                yield b"".join(news)
             if is_over:
                 return
             try:
