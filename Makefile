@@ -15,7 +15,7 @@ PORT   ?= 8000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test lint fix bench
+.PHONY: help install demo generate test lint fuzz fix bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -44,6 +44,9 @@ lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: $(VENV)/.dev ## thousands of requests made from the OpenAPI document, against a real service
+	@FUZZ_EXAMPLES=100 FUZZ_LEAST_CASES=5000 $(BIN)/python -m pytest -s tests/e2e/test_contract.py
 
 fix: $(VENV)/.dev ## let ruff repair and format
 	$(BIN)/ruff check --fix .

@@ -76,6 +76,11 @@ class Places:
                 found[job_id] = Place(position, None if starts is None else starts.of(position))
         return found
 
+    def at(self, queue: str, position: int, workers: int) -> Place:
+        """Describe a place that is known."""
+        starts = self._starts(queue, workers, position)
+        return Place(position, None if starts is None else starts.of(position))
+
     def _positions(self, jobs: Sequence[JobRecord]) -> Sequence[int | None]:
         if not jobs:
             return ()

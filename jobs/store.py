@@ -58,10 +58,16 @@ WORKER_LOST = Failure(
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """The job of a request; `replayed` when an earlier request with the same key made it."""
+    """The job of a request.
+
+    Attributes:
+        replayed: an earlier request with the same key made it.
+        position: how many jobs wait before it; None where that would have to be looked up.
+    """
 
     job: JobRecord
     replayed: bool
+    position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class JobStore:
         )
         fields = [text for field in record.encode_new(job).items() for text in field]
         key = terms.idempotency
-        answer, detail = self._create(
+        answer, detail, position = self._create(
             *_common(job_id),
             terms.owner,
             int(terms.priority),
@@ -125,7 +131,7 @@ class JobStore:
         )
         match answer:
             case b"created":
-                return Created(job, replayed=False)
+                return Created(job, replayed=False, position=position if position >= 0 else None)
             case b"replayed":
                 return Created(self.get(detail.decode()), replayed=True)
             case b"conflict":

@@ -82,9 +82,9 @@ EVENT_ANSWER: dict[int | str, Json] = {
     204: {"description": "The job has ended, and the caller has seen its last event."},
 }
 _EVENTS_PATH = "/jobs/{job_id}/events"
+_VIDEO_PATH = "/jobs/{job_id}/video.mp4"
 _EVENTS: Json = {
     "text/event-stream": {
-        "schema": {"type": "string"},
         # As in OpenAPI 3.2, which knows streams.
         "itemSchema": {
             "type": "object",
@@ -208,6 +208,7 @@ def _document(app: FastAPI) -> Json:
     for view in (JobView, JobListView, VideoObject):
         schemas[view.__name__]["examples"] = view.model_json_schema()["examples"]
     document["paths"][_EVENTS_PATH]["get"]["responses"]["200"]["content"] = _EVENTS
+    _describe_links(document)
     accepted = document["paths"]["/generate"]["post"]["responses"]["202"]
     accepted["content"]["application/json"]["example"] = QUEUED_EXAMPLE
     for path in document["paths"].values():
@@ -216,3 +217,14 @@ def _document(app: FastAPI) -> Json:
             if "application/json" in answer.get("content", {}):
                 del operation["responses"]["422"]
     return document
+
+
+def _describe_links(document: Json) -> None:
+    """A signed link stands for a key, but only for its own video."""
+    document["components"]["securitySchemes"]["link"] = {
+        "type": "apiKey",
+        "in": "query",
+        "name": "signature",
+        "description": "Part of a signed link, as in a job's `video.url`.",
+    }
+    document["paths"][_VIDEO_PATH]["get"]["security"].append({"link": []})

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from redis.exceptions import RedisError
 
@@ -29,9 +30,23 @@ class QueuePlaces:
         """
         if all(job.state is not JobState.QUEUED for job in jobs):
             return {}
-        try:
-            offers = self._catalog.get().offers
-            return self._places.of(jobs, Counter(offer.queue for offer in offers))
-        except RedisError as error:
-            logger.warning("Places in the queues cannot be read: %r", error)
-            return {}
+        with _told_of_redis():
+            return self._places.of(jobs, self._workers())
+        return {}
+
+    def at(self, queue: str, position: int) -> Place:
+        """Describe a place that is known; without its start where Redis does not answer."""
+        with _told_of_redis():
+            return self._places.at(queue, position, self._workers()[queue])
+        return Place(position, None)
+
+    def _workers(self) -> Counter[str]:
+        return Counter(offer.queue for offer in self._catalog.get().offers)
+
+
+@contextmanager
+def _told_of_redis() -> Iterator[None]:
+    try:
+        yield
+    except RedisError as error:
+        logger.warning("Places in the queues cannot be read: %r", error)

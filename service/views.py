@@ -13,6 +13,7 @@ from jobs.places import Place
 from jobs.record import Failure, JobRecord, Progress, StageTimings
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
+from jobs.store import Created
 from service.links import VideoLinks
 from service.queue_places import QueuePlaces
 
@@ -186,6 +187,14 @@ class JobViews:
 
     def of(self, job: JobRecord) -> JobView:
         return self.all([job])[0]
+
+    def created(self, created: Created) -> JobView:
+        """The view of a job that was just asked for; its place need not be looked up."""
+        job = created.job
+        if created.position is None:
+            return self.of(job)
+        (webhook,) = self.outbox.statuses([job])
+        return JobView.of(job, self.links, webhook, self.places.at(job.queue, created.position))
 
     def all(self, jobs: Sequence[JobRecord]) -> list[JobView]:
         places = self.places.of(jobs)

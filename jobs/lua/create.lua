@@ -1,29 +1,29 @@
 -- ARGV: id, now, owner, priority, queue, most waiting ('' for no limit), the owner's most, key of
 -- the idempotency entry ('' for none), hash of the body, number of record fields, record fields and
 -- values, RQ's fields and values.
--- Returns what happened and the id or the number that belongs to it.
+-- Returns what happened, the id or the number that belongs to it, and the place of a new job.
 local id, now, owner, priority, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local record, list = record_of(id), '@RQ_QUEUE@' .. queue
-if redis.call('EXISTS', record) == 1 then return { 'created', id } end
+if redis.call('EXISTS', record) == 1 then return { 'created', id, -1 } end
 
 if ARGV[8] ~= '' then
   local earlier = redis.call('HMGET', ARGV[8], 'job', 'body')
   if earlier[1] then
     local found = redis.call('HMGET', record_of(earlier[1]), 'state', 'delete_requested')
     if found[1] and not found[2] then
-      return { earlier[2] == ARGV[9] and 'replayed' or 'conflict', earlier[1] }
+      return { earlier[2] == ARGV[9] and 'replayed' or 'conflict', earlier[1], -1 }
     end
   end
 end
 
 local waiting = redis.call('LLEN', list)
-if ARGV[6] ~= '' and waiting >= tonumber(ARGV[6]) then return { 'queue_full', waiting } end
+if ARGV[6] ~= '' and waiting >= tonumber(ARGV[6]) then return { 'queue_full', waiting, -1 } end
 if ARGV[7] ~= '' then
   local active = 0
   for _, state in ipairs({ 'queued', 'running' }) do
     active = active + redis.call('ZCARD', indexes(owner, state)[2])
   end
-  if active >= tonumber(ARGV[7]) then return { 'owner_full', active } end
+  if active >= tonumber(ARGV[7]) then return { 'owner_full', active, -1 } end
 end
 
 local fields = tonumber(ARGV[10])
@@ -35,12 +35,12 @@ end
 
 redis.call('HSET', '@RQ_JOB@' .. id, unpack(ARGV, 11 + fields))
 redis.call('SADD', '@RQ_QUEUES@', list)
-local behind = nil
+local behind, place = nil, waiting
 if priority == '1' then
   -- Before the first that has none, so that those with priority keep their own order.
-  for _, other in ipairs(redis.call('LRANGE', list, 0, -1)) do
+  for position, other in ipairs(redis.call('LRANGE', list, 0, -1)) do
     if redis.call('HGET', record_of(other), 'priority') ~= '1' then
-      behind = other
+      behind, place = other, position - 1
       break
     end
   end
@@ -57,4 +57,4 @@ if ARGV[8] ~= '' then
 end
 count('created', redis.call('HGET', record, 'shape'))
 emit(id, 'state', now)
-return { 'created', id }
+return { 'created', id, place }

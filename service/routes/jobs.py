@@ -76,7 +76,7 @@ def generate(
     response.headers["Location"] = f"/jobs/{created.job.id}"
     if created.replayed:
         response.headers[REPLAYED_HEADER] = "true"
-    return views.of(created.job)
+    return views.created(created)
 
 
 @router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))

@@ -46,7 +46,7 @@ class Cluster:
         self.artifacts = folder / "artifacts"
         for each in (self.artifacts, folder / "valkey", folder / "logs"):
             each.mkdir(parents=True, exist_ok=True)
-        self._environment = (
+        self.environment = (
             {k: v for k, v in os.environ.items() if not k.startswith(("SERVICE_", "WORKER_"))}
             | {
                 "REDIS_URL": f"redis://{LOOPBACK}:{self.valkey_port}/0",
@@ -227,7 +227,7 @@ class Cluster:
             self._commands[name],
             log=self.folder / "logs" / f"{name}.log",
             cwd=ROOT,
-            env=self._environment | own,
+            env=self.environment | own,
         )
 
     def _supervise(self) -> None:
