@@ -10,6 +10,7 @@ if not state then
 end
 if state == 'running' then
   redis.call('HSET', record, 'cancel_requested', '1', 'delete_requested', '1')
+  redis.call('PUBLISH', '@CHANNEL@', id)
   return 'marked'
 end
 if state == 'queued' then

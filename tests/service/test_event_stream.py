@@ -188,16 +188,20 @@ def test_a_job_that_is_given_back_has_a_place_again(
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
 def test_a_stream_ends_when_its_job_is_deleted(
-    site: Site, store: JobStore, job_id: str, state: JobState
+    settings: ServiceSettings, store: JobStore, job_id: str, state: JobState
 ) -> None:
     if state is JobState.RUNNING:
         store.claim(job_id, "w")
-    with stream(site.url, job_id) as (_, sent):
+    # At once, and not with the next heartbeat.
+    with (
+        serving(settings.model_copy(update={"heartbeat_s": 300})) as site,
+        stream(site.url, job_id) as (_, sent),
+    ):
         assert next(sent).retry
+        assert next(each for each in sent if each.event == "state").data["state"] == "queued"
         store.purge(job_id)
-        left = [each.told for each in sent if each.event == "state"]
-    assert ("state", "cancelled") not in left
-    wait_until(lambda: site.hub.followers == 0)
+        assert ("state", "cancelled") not in [each.told for each in sent if each.event == "state"]
+        wait_until(lambda: site.hub.followers == 0)
 
 
 def test_no_more_streams_than_allowed(
