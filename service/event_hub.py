@@ -74,6 +74,7 @@ class EventHub:
         return sum(map(len, self._followers.values()))
 
     def start(self) -> None:
+        self._reader.start()
         self._spawn(self._listen())
         self._spawn(self._wake_those_due())
         self._spawn(self._look_up_places())
@@ -81,6 +82,7 @@ class EventHub:
     def end_streams(self) -> None:
         """Let every stream end now; their clients come back to another process."""
         self.is_closing = True
+        self._reader.end()
         for followers in self._followers.values():
             for follower in followers:
                 follower.changed.set()

@@ -6,6 +6,7 @@ from functools import partial
 
 from fastapi.sse import format_sse_event
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisAway
 
 from jobs import events, keys
 from jobs.events import JobEvent
@@ -39,7 +40,16 @@ class EventReader:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._reads: dict[tuple[str, str], asyncio.Task[News]] = {}
+        self._end: asyncio.Future[None]
         self.tasks: set[asyncio.Task[News]] = set()
+
+    def start(self) -> None:
+        self._end = asyncio.get_running_loop().create_future()
+
+    def end(self) -> None:
+        """Let nobody wait for Redis any more."""
+        if not self._end.done():
+            self._end.set_result(None)
 
     async def read(self, job_id: str, after: str) -> News:
         """Read what happened after the event `after`. Raises RedisError."""
@@ -51,7 +61,10 @@ class EventReader:
             read.add_done_callback(partial(self._drop, (job_id, after)))
         # A task of its own is not cancelled with the stream that asked first: others may wait for
         # it, and redis-py loses connections of its pool to cancellations that come over and over.
-        return await asyncio.shield(read)
+        done, _ = await asyncio.wait((read, self._end), return_when=asyncio.FIRST_COMPLETED)
+        if read not in done:
+            raise RedisAway("this process ends and waits for no answer")
+        return read.result()
 
     def forget(self, job_id: str) -> None:
         """There is something new: who asks from now on needs a read that begins now."""
@@ -60,6 +73,8 @@ class EventReader:
 
     def _drop(self, asked: tuple[str, str], read: asyncio.Task[News]) -> None:
         self.tasks.discard(read)
+        if not read.cancelled():
+            read.exception()  # everybody who asked may be gone
         if self._reads.get(asked) is read:
             del self._reads[asked]
 

@@ -200,6 +200,26 @@ def test_open_streams_do_not_keep_a_process_and_go_on_at_another(
 
 
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
+def test_a_process_ends_though_redis_does_not_answer(
+    processes: dict[str, Process],
+    valkey_of_its_own: MortalValkey,
+    own_job: str,
+    fault: str,
+) -> None:
+    url, process = next(iter(processes.items()))
+    sources = [EventSource([url], own_job) for _ in range(20)]
+    for source in sources:
+        source.start()
+    wait_until(lambda: all(source.sent for source in sources))
+    getattr(valkey_of_its_own, fault)()
+    time.sleep(1.5)  # streams have asked in vain by now
+    seconds, log = end(process)
+    assert seconds < 8  # the housekeeping is waited for, too
+    assert "Traceback" not in log
+    assert "Cancel" not in log
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
 def test_a_dead_redis_is_noticed_soon(
     processes: dict[str, Process],
     valkey_of_its_own: MortalValkey,
