@@ -26,7 +26,7 @@ from tests.e2e.stack import describe_video
 RECOVERED_S = 30
 """A job whose worker is gone is being run again within this time."""
 
-DISK_BYTES = 256 * 1024
+DISK_BYTES = 4 * 1024 * 1024  # for the videos of all tests
 LONG = {
     "prompt": "a large blue square moving up on a white background",
     "num_frames": 17,
