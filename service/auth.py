@@ -7,8 +7,11 @@ The service is open as long as it listens on loopback and no key was ever made; 
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
+
+from redis.exceptions import OutOfMemoryError
 
 from jobs.errors import Forbidden, Unauthenticated
 from jobs.ids import not_found
@@ -138,7 +141,8 @@ class Gate:
         if now < self._use_noted.get(key_id, 0.0):
             return
         self._use_noted[key_id] = now + USE_NOTED_EVERY_S
-        self._keys.note_use(key_id)
+        with suppress(OutOfMemoryError):  # nothing that a request should fail for
+            self._keys.note_use(key_id)
 
 
 def visible_job(store: JobStore, principal: Principal, job_id: str) -> JobRecord:

@@ -73,9 +73,12 @@ class LinkSigner:
         if self._configured is not None:
             return self._configured
         if self._found is None or time.monotonic() >= self._found[0]:
-            # The first process to ask makes the secret; from then on this changes nothing.
-            self._redis.set(keys.URL_SECRET, secrets.token_hex(32), nx=True)
+            # Read first: a full Redis still answers, but takes no SET, be it one of nothing.
             secret = self._redis.get(keys.URL_SECRET)
+            if secret is None:
+                # The first process to ask makes it; the others' SET changes nothing.
+                self._redis.set(keys.URL_SECRET, secrets.token_hex(32), nx=True)
+                secret = self._redis.get(keys.URL_SECRET)
             assert isinstance(secret, bytes), "the connection gives bytes, and the key never ends"
             self._found = (time.monotonic() + SECRET_READ_EVERY_S, secret)
         return self._found[1]

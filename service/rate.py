@@ -1,16 +1,20 @@
 """How often a key may ask: a sliding window in Redis, shared by all service processes."""
 
+import logging
 import math
 import time
 from typing import Final
 
-from limits import parse
+from limits import RateLimitItem, parse
 from limits.storage import RedisStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from jobs import keys
 from jobs.errors import RateLimited
+
+logger = logging.getLogger(__name__)
 
 RATE_BOUND: Final = 'like "600/minute" or "5/second"'
 
@@ -25,6 +29,7 @@ class RateLimiter:
             "redis://", connection_pool=redis.connection_pool, key_prefix=keys.RATE_PREFIX
         )
         self._window = SlidingWindowCounterRateLimiter(storage)
+        self._is_full = False
 
     def count(self, key_id: str, rate: str | None) -> None:
         """Count one request of a key, against its own rate if it has one.
@@ -35,7 +40,7 @@ class RateLimiter:
             RateLimited: the key has used up its requests; a refused one does not count.
         """
         item = parse(rate or self._default)
-        if self._window.hit(item, key_id):
+        if self._hit(item, key_id):
             return
         reset_at, _ = self._window.get_window_stats(item, key_id)
         wait_s = max(1, math.ceil(reset_at - time.time()))
@@ -46,6 +51,20 @@ class RateLimiter:
             rate_amount=item.amount,
             rate_window_s=item.get_expiry(),
         )
+
+    def _hit(self, item: RateLimitItem, key_id: str) -> bool:
+        try:
+            may_pass = self._window.hit(item, key_id)
+        except OutOfMemoryError:
+            # What only reads must go on, or nobody could see what there is to delete.
+            if not self._is_full:
+                self._is_full = True
+                logger.error("Redis is full, so requests are not counted until it has room again.")
+            return True
+        if self._is_full:
+            self._is_full = False
+            logger.info("Redis has room again, and requests are counted.")
+        return may_pass
 
 
 def check_rate(rate: str) -> str:
