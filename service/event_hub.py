@@ -10,7 +10,7 @@ Everything here belongs to the event loop, and none of it is safe to share betwe
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, cast
 
@@ -39,6 +39,9 @@ comes in as long again."""
 
 WOKEN_AT_ONCE: Final = 8
 BETWEEN_S: Final = 0.002
+
+AFTER_FAULT_S: Final = 2.0
+"""How long one of the tasks rests after a fault of its own before it goes on."""
 
 PLACES_EVERY_S: Final = 1.5
 """How often the places of the waiting jobs that are followed are looked up, all at once."""
@@ -75,9 +78,8 @@ class EventHub:
 
     def start(self) -> None:
         self._reader.start()
-        self._spawn(self._listen())
-        self._spawn(self._wake_those_due())
-        self._spawn(self._look_up_places())
+        for work in (self._listen, self._wake_those_due, self._look_up_places):
+            self._spawn(work)
 
     def end_streams(self) -> None:
         """Let every stream end now; their clients come back to another process."""
@@ -189,10 +191,20 @@ class EventHub:
         if self._due:
             self._someone_is_due.set()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(keep_doing(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def keep_doing(work: Callable[[], Awaitable[None]]) -> None:
+    """No fault ends it: without any one of its tasks, the streams would be late for good."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            logger.exception("Following events met an unexpected error, and goes on.")
+        await asyncio.sleep(AFTER_FAULT_S)
 
 
 async def _messages(subscription: Any) -> AsyncIterator[str | None]:
@@ -214,4 +226,5 @@ async def _messages(subscription: Any) -> AsyncIterator[str | None]:
         if message["type"] == "subscribe":
             yield None
         elif message["type"] == "message":
-            yield message["data"].decode()
+            # Anybody may publish, so it may be no id at all.
+            yield message["data"].decode(errors="replace")

@@ -19,6 +19,7 @@ from jobs.record import Attempt, Failure, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import JobStore
+from service import event_hub
 from service.event_stream import EventStream
 from service.settings import ServiceSettings
 from tests.service.event_source import EventSource, Sent, read, stream
@@ -312,3 +313,42 @@ def test_sent_is_what_the_standard_says(client: TestClient, store: JobStore, job
     assert Sent().event == ""
     for block in text.rstrip("\n").split("\n\n")[1:]:
         assert [line.partition(": ")[0] for line in block.split("\n")] == ["event", "data", "id"]
+
+
+def test_a_message_that_is_no_id_harms_nobody(
+    site: Site, store: JobStore, redis: Redis, job_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = EventSource([site.url], job_id)
+    source.start()
+    wait_until(lambda: bool(source.sent))
+    redis.publish(keys.EVENTS_CHANNEL, b"\xff")
+    live(store, job_id)
+    assert [each.told for each in source.finish()] == LIFE
+    assert "unexpected" not in caplog.text
+
+
+def test_an_unexpected_error_ends_no_task_for_good(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(event_hub, "AFTER_FAULT_S", 0.01)
+    begun = []
+
+    async def work() -> None:
+        begun.append(len(begun))
+        if len(begun) < 3:
+            raise ValueError("not foreseen")
+        await asyncio.Event().wait()
+
+    async def watch() -> None:
+        task = asyncio.create_task(event_hub.keep_doing(work))
+        while len(begun) < 3:
+            assert not task.done()
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(asyncio.wait_for(watch(), 10))
+    assert [each.message for each in caplog.records] == [
+        "Following events met an unexpected error, and goes on."
+    ] * 2
