@@ -7,7 +7,7 @@ at once), and never rounds.
 
 import secrets
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -25,6 +25,8 @@ FRAME_STRIDE = 4
 MAX_URL_CHARS = 2048
 SHOWN_CHARS = 80
 """How much of an offending string is shown in an error."""
+MOST_UNKNOWN = 20
+"""How many names that are no fields an error lists; a body may hold tens of thousands."""
 
 CountTokens = Callable[[str, str], int | None]
 """Takes a tokenizer's fingerprint and a text; answers None where the tokenizer cannot be had."""
@@ -157,10 +159,18 @@ def resolve_json(
     check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
     """Do the same for a parsed JSON document, reporting every kind of violation together."""
+    more = 0
+    if isinstance(raw, Mapping):
+        unknown = [name for name in raw if name not in GenerationBody.model_fields]
+        more = len(unknown) - MOST_UNKNOWN
+        left_out = set(unknown[MOST_UNKNOWN:])
+        raw = {name: raw[name] for name in raw if name not in left_out}
     try:
         return resolve(GenerationBody.model_validate(raw), catalog, count_tokens, check_webhook)
     except ValidationError as error:
         violations = [_violation(each) for each in error.errors()]
+    if more > 0:
+        violations.append(more_unknown(more, _BOUNDS))
     if not isinstance(raw, Mapping):
         raise InvalidSpec(violations)
     bad = {violation.field for violation in violations}
@@ -323,6 +333,13 @@ def shown(value: object) -> object:
     text = value if isinstance(value, str) else repr(value)
     cut = text[:SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
     return cut if len(text) <= SHOWN_CHARS else f"{cut}… ({len(text)} characters)"
+
+
+def more_unknown(number: int, fields: Iterable[str]) -> Violation:
+    """Stand for the names that are no fields and are not listed one by one."""
+    names = ", ".join(fields)
+    detail = f"{number} more names are not fields; the fields are {names}."
+    return Violation("body", None, f"an object with the fields {names}", detail)
 
 
 def _violation(error: ErrorDetails) -> Violation:

@@ -12,6 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect
 
 from jobs.errors import InvalidSpec
+from jobs.spec import shown
 from service.json_body import json_body
 
 FORM: Final = "multipart/form-data"
@@ -53,7 +54,8 @@ def _fields(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields:
-            raise InvalidSpec.of(name, None, "one value", f"{name} is given twice; give it once.")
+            field = str(shown(name))
+            raise InvalidSpec.of(field, None, "one value", f"{field} is given twice; give it once.")
         fields[name] = FormFile() if isinstance(value, UploadFile) else _read(name, value)
     return fields
 

@@ -14,9 +14,11 @@ from jobs.catalog import Catalog, ModelOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.spec import (
     FRAME_STRIDE,
+    MOST_UNKNOWN,
     CheckWebhook,
     CountTokens,
     GenerationRequest,
+    more_unknown,
     resolve_json,
     shown,
 )
@@ -50,7 +52,10 @@ def resolve_video(
     if not isinstance(fields, Mapping):
         detail = f"The body is not an object; its fields are {', '.join(FIELDS)}."
         raise InvalidSpec.of("body", None, "an object", detail)
-    violations = [_not_taken(name, fields[name]) for name in fields if name not in FIELDS]
+    unknown = [name for name in fields if name not in FIELDS]
+    violations = [_not_taken(name, fields[name]) for name in unknown[:MOST_UNKNOWN]]
+    if len(unknown) > MOST_UNKNOWN:
+        violations.append(more_unknown(len(unknown) - MOST_UNKNOWN, FIELDS))
     model, mode = _chosen(fields.get("model"), catalog, violations)
     body = {name: fields[name] for name in PASSED_ON if name in fields}
     if fields.get("seconds") is not None:

@@ -115,6 +115,16 @@ def test_all_failures_come_in_one_answer(client: TestClient) -> None:
 
 
 @pytest.mark.usefixtures("live_worker", "nothing_enqueued")
+def test_names_beyond_the_twentieth_that_is_no_field_are_counted(client: TestClient) -> None:
+    many = {f"{number:x}": 1 for number in range(20_000)}
+    problem = refused(client, many | {"prompt": "a", "seed": -1}, 422)
+    fields = [error["field"] for error in problem["errors"]]
+    assert sorted(fields) == sorted(["seed", *list(many)[:20], "body"])
+    assert "19980 more names are not fields" in problem["detail"]
+    assert len(json.dumps(problem)) < 30_000
+
+
+@pytest.mark.usefixtures("live_worker", "nothing_enqueued")
 def test_missing_prompt_is_named_with_a_null_value(client: TestClient) -> None:
     (error,) = refused(client, {}, 422)["errors"]
     assert (error["field"], error["value"]) == ("prompt", None)

@@ -236,6 +236,15 @@ def test_a_field_given_twice_is_refused(client: TestClient) -> None:
     assert refusal(client.post("/v1/videos", files=parts))["param"] == "seed"
 
 
+@pytest.mark.usefixtures("live_worker")
+def test_names_beyond_the_twentieth_that_is_no_field_are_counted(client: TestClient) -> None:
+    body = {"prompt": PROMPT, "seed": -1} | {f"{number:x}": 1 for number in range(20_000)}
+    error = refusal(client.post("/v1/videos", json=body))
+    assert "19980 more names are not fields" in error["message"]
+    assert "seed" in error["message"]
+    assert len(error["message"]) < 10_000
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"null", b"7", b"\xff", b"[" * 100_000])
 @pytest.mark.usefixtures("live_worker")
 def test_bodies_that_are_no_object(client: TestClient, body: bytes) -> None:
@@ -258,6 +267,11 @@ def test_bodies_that_are_no_object(client: TestClient, body: bytes) -> None:
         (
             "multipart/form-data; boundary=x; charset=punycode",
             b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xff\xfe-\r\n--x--\r\n',
+        ),
+        (
+            "multipart/form-data; boundary=x; charset=unicode_escape",
+            b'--x\r\nContent-Disposition: form-data; name="\\ud800"\r\n\r\na\r\n' * 2
+            + b"--x--\r\n",
         ),
         (
             "multipart/form-data; boundary=x",
