@@ -10,7 +10,8 @@
     ├── TooManyRequests        come back later
     │   ├── QueueFull          as many jobs wait as are allowed to
     │   ├── QuotaExceeded      the caller's own jobs are as many as they may be
-    │   └── RateLimited        the caller asks too often
+    │   ├── RateLimited        the caller asks too often
+    │   └── TooManyOwnStreams  the caller has as many event streams open as one may
     ├── TooManyStreams         this process has as many event streams open as it may
     ├── Unauthenticated        no key, or none that is known
     ├── Forbidden              known, but not allowed
@@ -132,6 +133,11 @@ class QuotaExceeded(TooManyRequests):
 class RateLimited(TooManyRequests):
     code = "rate_limited"
     title = "Too many requests from this key"
+
+
+class TooManyOwnStreams(TooManyRequests):
+    code = "too_many_own_streams"
+    title = "Too many of your event streams are open"
 
 
 class TooManyStreams(AppError):

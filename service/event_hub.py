@@ -10,6 +10,7 @@ Everything here belongs to the event loop, and none of it is safe to share betwe
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, cast
@@ -21,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs import keys
 from jobs.connection import connect_async
-from jobs.errors import TooManyStreams
+from jobs.errors import TooManyOwnStreams, TooManyStreams
 from jobs.places import Place
 from jobs.record import JobRecord
 from jobs.state import JobState
@@ -40,6 +41,11 @@ comes in as long again."""
 WOKEN_AT_ONCE: Final = 8
 BETWEEN_S: Final = 0.002
 
+SHARES: Final = 10
+"""An owner may have this part of all streams, so that one alone leaves room for others."""
+SMALLEST_SHARE: Final = 10
+RETRY_AFTER_S: Final = 10
+
 AFTER_FAULT_S: Final = 2.0
 """How long one of the tasks rests after a fault of its own before it goes on."""
 
@@ -48,10 +54,14 @@ PLACES_EVERY_S: Final = 1.5
 
 
 class Follower:
-    """One open stream: `changed` is set whenever there may be something new to send."""
+    """One stream: `changed` is set whenever there may be something new to send.
 
-    def __init__(self, job: JobRecord) -> None:
+    `owner` is whose share of the streams it is counted against, if against anybody's.
+    """
+
+    def __init__(self, job: JobRecord, owner: str | None = None) -> None:
         self.job = job
+        self.owner = owner
         self.changed = asyncio.Event()
         self.waits = job.state is JobState.QUEUED
         self.place: Place | None = None
@@ -65,6 +75,8 @@ class EventHub:
         self._reader = EventReader(self._redis)
         self._places = places
         self._most = most
+        self._share = max(SMALLEST_SHARE, most // SHARES)
+        self._of_owner: Counter[str] = Counter()
         self._followers: dict[str, set[Follower]] = {}
         self._due: dict[Follower, None] = {}
         self._someone_is_due = asyncio.Event()
@@ -100,29 +112,44 @@ class EventHub:
         await self._redis.aclose()
 
     @contextmanager
-    def follow(self, job: JobRecord) -> Iterator[Follower]:
+    def follow(self, follower: Follower) -> Iterator[None]:
         """Count a stream as open, and wake it when its job has news.
 
         Raises:
             TooManyStreams: as many as may be are open.
+            TooManyOwnStreams: as many as its owner may have are open.
         """
+        self._check_room(follower.owner)
+        job, owner = follower.job, follower.owner
+        followers = self._followers.setdefault(job.id, set())
+        followers.add(follower)
+        if owner is not None:
+            self._of_owner[owner] += 1
+        if follower.waits:
+            self._someone_waits.set()
+        try:
+            yield
+        finally:
+            followers.discard(follower)
+            if owner is not None:
+                self._of_owner[owner] -= 1
+                self._of_owner += Counter()  # drops what is 0
+            self._due.pop(follower, None)
+            if not followers and self._followers.get(job.id) is followers:
+                del self._followers[job.id]
+
+    def _check_room(self, owner: str | None) -> None:
         if self.followers >= self._most:
             raise TooManyStreams(
                 f"This process has {self._most} event streams open, and that is the most; come "
                 f"back later, or ask for the job now and then."
             )
-        follower = Follower(job)
-        followers = self._followers.setdefault(job.id, set())
-        followers.add(follower)
-        if follower.waits:
-            self._someone_waits.set()
-        try:
-            yield follower
-        finally:
-            followers.discard(follower)
-            self._due.pop(follower, None)
-            if not followers and self._followers.get(job.id) is followers:
-                del self._followers[job.id]
+        if owner is not None and self._of_owner[owner] >= self._share:
+            raise TooManyOwnStreams(
+                f"You have {self._share} event streams open at this process, and that is the most "
+                f"for one key; close one, or ask for the job now and then.",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     def note_state(self, follower: Follower, state: JobState) -> None:
         """Take notice of whether the job waits for a worker, and its place is of interest."""

@@ -19,7 +19,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jobs.errors import JobNotFound
 from jobs.places import Place
-from jobs.record import JobRecord
 from jobs.state import JobState
 from service.event_hub import EventHub, Follower
 from service.event_reader import encode
@@ -37,10 +36,10 @@ HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Sends what happened to `job` after the event `after`, and what happens, until it ends.
+    """Sends what happened to a job after the event `after`, and what happens, until it ends.
 
-    Ends early when the job is deleted or the process ends. Raises TooManyStreams before anything
-    is sent.
+    Ends early when the job is deleted or the process ends. Raises TooManyStreams and
+    TooManyOwnStreams before anything is sent.
     """
 
     media_type = "text/event-stream"
@@ -51,23 +50,23 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         hub: EventHub,
-        job: JobRecord,
+        follower: Follower,
         after: str,
         heartbeat_s: float,
         view: Callable[[], JobView],
     ) -> None:
         super().__init__(self._chunks(), headers=HEADERS)
         self._hub = hub
-        self._job = job
+        self._follower = follower
+        self._job = follower.job
         self._after = after
         self._heartbeat_s = heartbeat_s
         self._view = view
         self._place: Place | None = None
-        self._follower: Follower
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Here and not in the generator, which may be left standing when the client goes away.
-        with self._hub.follow(self._job) as self._follower:
+        with self._hub.follow(self._follower):
             await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:

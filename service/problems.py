@@ -47,6 +47,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
         errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
         errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.TooManyOwnStreams: HTTPStatus.TOO_MANY_REQUESTS,
         errors.TooManyStreams: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
         errors.Forbidden: HTTPStatus.FORBIDDEN,

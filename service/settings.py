@@ -19,7 +19,8 @@
   24.
 - `SERVICE_WEBHOOK_HOSTS` and its like: see `service/webhooks/settings.py`. They need
   `SERVICE_PUBLIC_URL`, too: what is sent has no caller whose way here could be taken.
-- `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000.
+- `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000; one key of
+  role user may have a tenth of them, and at least 10.
 - `SERVICE_HEARTBEAT_S`: how often a stream without events shows that it is alive, by default 15.
 - `SERVICE_CATALOG_KEPT_S`: how long what the workers offer is taken as it was last read, by
   default 1.

@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from jobs import events
 from service.auth import visible_job
 from service.deps import JobViewsDep, PartsDep, PrincipalDep
+from service.event_hub import Follower
 from service.event_stream import EventStream
 from service.openapi import EVENT_ANSWER, problems
 
@@ -53,7 +54,7 @@ async def follow_job(
         return Response(status_code=204)
     return EventStream(
         parts.hub,
-        job,
+        Follower(job, None if principal.sees_all else principal.owner),
         after,
         parts.settings.heartbeat_s,
         lambda: views.of(parts.store.get(job_id)),

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx2
@@ -15,13 +16,16 @@ from starlette.types import Message
 from jobs import events, keys, pace
 from jobs.catalog import WorkerOffer
 from jobs.pace import Pace
-from jobs.record import Attempt, Failure, Progress, Stage
+from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import JobStore
 from service import event_hub
+from service.event_hub import SMALLEST_SHARE, Follower
 from service.event_stream import EventStream
+from service.keys import Role
 from service.settings import ServiceSettings
+from tests.service.conftest import MakeJob, MakeKey
 from tests.service.event_source import EventSource, Sent, read, stream
 from tests.service.serving import Site, serving, wait_until
 
@@ -230,6 +234,34 @@ def test_no_more_streams_than_allowed(
         )
 
 
+def test_one_key_alone_leaves_room_for_others(
+    settings: ServiceSettings, make_key: MakeKey, make_job: MakeJob
+) -> None:
+    alice, bob, ops = make_key("alice"), make_key("bob"), make_key("op", Role.OPS)
+    hers, his = make_job("alice"), make_job("bob")
+    with (
+        serving(settings.model_copy(update={"max_streams": 30})) as site,
+        httpx2.Client(base_url=site.url, trust_env=False) as client,
+        ExitStack() as opened,
+    ):
+
+        def follow(job: JobRecord, key: dict[str, str]) -> httpx2.Response:
+            path = f"/jobs/{job.id}/events"
+            return opened.enter_context(client.stream("GET", path, headers=key))
+
+        for _ in range(SMALLEST_SHARE):
+            assert follow(hers, alice).status_code == 200
+        refused = follow(hers, alice)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        assert b"You have 10 event streams open" in refused.read()
+        assert follow(his, bob).status_code == 200
+        for _ in range(SMALLEST_SHARE + 1):
+            assert follow(hers, ops).status_code == 200
+        opened.close()
+        wait_until(lambda: site.hub.followers == 0)
+        assert follow(hers, alice).status_code == 200
+
+
 def test_clients_that_vanish_leave_nothing_behind(site: Site, store: JobStore, job_id: str) -> None:
     for _ in range(3):
         opened = [stream(site.url, job_id) for _ in range(50)]
@@ -285,7 +317,7 @@ def test_a_client_that_takes_nothing_is_left(
             await asyncio.Event().wait()
 
     async def follow() -> None:
-        answer = Hasty(site.hub, job, events.START, 15, view)
+        answer = Hasty(site.hub, Follower(job), events.START, 15, view)
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
         await asyncio.wait_for(answer(scope, receive, send), 10)
 
@@ -331,7 +363,7 @@ def test_an_unexpected_error_ends_no_task_for_good(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(event_hub, "AFTER_FAULT_S", 0.01)
-    begun = []
+    begun: list[int] = []
 
     async def work() -> None:
         begun.append(len(begun))

@@ -24,7 +24,7 @@ def full(redis: Redis) -> Iterator[None]:
         yield
     finally:
         for name in ("maxmemory", "maxmemory-policy"):
-            redis.config_set(name, before[name])
+            redis.config_set(name, str(before[name]))
 
 
 def test_who_has_a_key_goes_on_reading_and_is_not_counted(
