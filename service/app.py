@@ -17,6 +17,7 @@ from jobs.outbox import Outbox
 from jobs.places import Places
 from jobs.store import JobStore
 from service import openapi, problems
+from service.admission import Admission
 from service.auth import Gate
 from service.body_limit import BodyLimit
 from service.chores import chores
@@ -102,6 +103,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         artifacts=artifacts,
         tokens=TokenCounter(redis),
         gate=gate,
+        admission=Admission(gate),
         exposition=exposition,
         readers=Readers(gate),
         signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),

@@ -7,13 +7,14 @@ The service is open as long as it listens on loopback and no key was ever made; 
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from redis.exceptions import OutOfMemoryError
 
-from jobs.errors import Forbidden, Unauthenticated
+from jobs.errors import Forbidden, RateLimited, Unauthenticated
 from jobs.ids import not_found
 from jobs.record import JobRecord
 from jobs.store import JobStore
@@ -81,19 +82,31 @@ class Gate:
 
         Raises:
             Unauthenticated: it is nobody's, or there is none.
-            RateLimited: see `RateLimiter.count`.
+            RateLimited: the key has used up its requests.
+        """
+        (answer,) = self.admit_all(token, 1)
+        if isinstance(answer, RateLimited):
+            raise answer
+        return answer
+
+    def admit_all(self, token: str | None, requests: int) -> Sequence[Principal | RateLimited]:
+        """Say whose key it is and count so many requests with it; answers for each.
+
+        Raises:
+            Unauthenticated: it is nobody's, or there is none.
         """
         if self._is_open_now():
-            return LOCAL
+            return [LOCAL] * requests
         if token is None:
             raise Unauthenticated(
                 "This needs an API key; send it as `Authorization: Bearer wan_...`. The operators "
                 "of this service make keys with `python -m service keys add NAME`."
             )
         key = self._proven(token)
-        self._rates.count(key.id, key.rate)
+        refusals = self._rates.count_all(key.id, key.rate, requests)
         self._note_use(key.id)
-        return Principal(key.id, key.name, key.role, key.quota)
+        principal = Principal(key.id, key.name, key.role, key.quota)
+        return [principal if refusal is None else refusal for refusal in refusals]
 
     def _is_open_now(self) -> bool:
         if not self._may_be_open:

@@ -13,7 +13,8 @@ from jobs.catalog import Catalog
 from jobs.errors import LinkRefused
 from jobs.outbox import Outbox
 from jobs.store import JobStore
-from service.auth import LOCAL, Gate, Principal, listed_owner, require_ops
+from service.admission import Admission
+from service.auth import Gate, Principal, listed_owner, require_ops
 from service.event_hub import EventHub
 from service.json_body import json_body
 from service.links import LinkSigner, VideoLinks, video_path
@@ -42,6 +43,7 @@ class Parts:
     artifacts: ArtifactStore
     tokens: TokenCounter
     gate: Gate
+    admission: Admission
     exposition: Exposition
     readers: Readers
     signer: LinkSigner
@@ -92,11 +94,7 @@ BearerDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
 async def _principal(parts: PartsDep, bearer: BearerDep) -> Principal:
-    # An open service does without a visit to the thread pool.
-    if parts.gate.is_open:
-        return LOCAL
-    token = None if bearer is None else bearer.credentials
-    return await run_in_threadpool(parts.gate.admit, token)
+    return await parts.admission.admit(None if bearer is None else bearer.credentials)
 
 
 PrincipalDep = Annotated[Principal, Depends(_principal)]

@@ -32,19 +32,28 @@ class RateLimiter:
         self._is_full = False
 
     def count(self, key_id: str, rate: str | None) -> None:
-        """Count one request of a key, against its own rate if it has one.
+        """Count one request of a key. Raises RateLimited: the key has used up its requests."""
+        (refusal,) = self.count_all(key_id, rate, 1)
+        if refusal is not None:
+            raise refusal
 
-        What is left is not read while there is some: it would cost every request another call.
+    def count_all(self, key_id: str, rate: str | None, requests: int) -> list[RateLimited | None]:
+        """Count requests of a key, against its own rate if it has one; answers for each.
 
-        Raises:
-            RateLimited: the key has used up its requests; a refused one does not count.
+        What is left is not read while there is some: it would cost every request another call. A
+        refused request does not count.
         """
         item = parse(rate or self._default)
-        if self._hit(item, key_id):
-            return
+        if self._hit(item, key_id, requests):
+            return [None] * requests
+        # Some may still pass: one by one, the first ones do.
+        passed = [requests > 1 and self._hit(item, key_id) for _ in range(requests)]
+        return [None if may_pass else self._refusal(item, key_id) for may_pass in passed]
+
+    def _refusal(self, item: RateLimitItem, key_id: str) -> RateLimited:
         reset_at, _ = self._window.get_window_stats(item, key_id)
         wait_s = max(1, math.ceil(reset_at - time.time()))
-        raise RateLimited(
+        return RateLimited(
             f"This key may send {item.amount} requests in {item.get_expiry()} s and has sent them; "
             f"come back in {wait_s} s.",
             retry_after_s=wait_s,
@@ -52,9 +61,9 @@ class RateLimiter:
             rate_window_s=item.get_expiry(),
         )
 
-    def _hit(self, item: RateLimitItem, key_id: str) -> bool:
+    def _hit(self, item: RateLimitItem, key_id: str, requests: int = 1) -> bool:
         try:
-            may_pass = self._window.hit(item, key_id)
+            may_pass = self._window.hit(item, key_id, cost=requests)
         except OutOfMemoryError:
             # What only reads must go on, or nobody could see what there is to delete.
             if not self._is_full:
