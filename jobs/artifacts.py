@@ -48,8 +48,8 @@ class ArtifactStore(Protocol):
         """Remove what interrupted puts left behind, a day later; return how many."""
 
 
-def artifact_key(job_id: str, attempt: int) -> str:
-    """Name the video of one attempt, by its number: a stale one cannot overwrite a newer."""
+def artifact_key(job_id: str, attempt: str) -> str:
+    """Name the video of one attempt, by its label: a stale one cannot overwrite a newer."""
     return f"videos/{job_id}/{attempt}.mp4"
 
 

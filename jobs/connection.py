@@ -1,8 +1,9 @@
-"""Open Redis with time limits and a few quick retries.
+"""Open Redis with time limits and a quick retry.
 
 A call that meets a dead server gives up after about ten seconds instead of hanging a request for
-ever. What may be repeated safely is repeated here: every script in `jobs/scripts.py` recognises a
-repeated call by its token or its id.
+ever. A server that has become a replica is asked once more over a new connection, which finds the
+new primary where the address stands for it. What may be repeated safely is repeated here: every
+script in `jobs/scripts.py` recognises a repeated call by its token or its id.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import redis.asyncio
 from redis import Redis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import ReadOnlyError
 from redis.retry import Retry
 
 HEALTH_CHECK_S = 30
@@ -30,7 +32,7 @@ class Patience:
         return {"socket_connect_timeout": self.connect_s, "socket_timeout": self.answer_s}
 
 
-PATIENT: Final = Patience(connect_s=2.0, answer_s=5.0, retries=3)
+PATIENT: Final = Patience(connect_s=2.0, answer_s=5.0, retries=1)
 BRIEF: Final = Patience(connect_s=0.5, answer_s=1.0, retries=0)
 """For questions whose answer is worth nothing when it is late."""
 
@@ -43,6 +45,7 @@ def connect(url: str, patience: Patience = PATIENT) -> Redis:
     return Redis.from_url(
         url,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), patience.retries),
+        retry_on_error=[ReadOnlyError],
         health_check_interval=HEALTH_CHECK_S,
         **patience.limits,
     )

@@ -5,26 +5,31 @@ delivered again stands in our record, so RQ's own retries and registries are not
 """
 
 from datetime import UTC, datetime
+from typing import Final, cast
 
 from redis import Redis
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from jobs import keys
-from jobs.record import JobRecord
 
 TASK = "worker.tasks.generate"
 
+UNKNOWN_DEADLINE_S: Final = 3600
+"""Of a record whose own cannot be read. RQ's limit ends no job here; it only has to have one."""
 
-def rq_fields(redis: Redis, job: JobRecord) -> list[str | bytes]:
+RqFields = list[str | bytes]
+
+
+def rq_fields(redis: Redis, job_id: str, queue: str, deadline_s: int) -> RqFields:
     """The fields and values of RQ's hash of a job that is about to be queued; sends nothing."""
     rq_job = Job.create(
         TASK,
-        args=(job.id,),
+        args=(job_id,),
         connection=redis,
-        id=job.id,
-        origin=job.queue,
-        timeout=job.deadline_s,
+        id=job_id,
+        origin=queue,
+        timeout=deadline_s,
         result_ttl=keys.RQ_RESULT_TTL_S,
         failure_ttl=keys.RQ_FAILURE_TTL_S,
         description=TASK,
@@ -32,9 +37,25 @@ def rq_fields(redis: Redis, job: JobRecord) -> list[str | bytes]:
         serializer=JSONSerializer,
     )
     rq_job.enqueued_at = datetime.now(UTC)
-    fields: list[str | bytes] = []
+    fields: RqFields = []
     for name, value in rq_job.to_dict().items():
         if isinstance(value, JobStatus):
             value = value.value  # noqa: PLW2901
         fields += [name, value if isinstance(value, bytes) else str(value)]
     return fields
+
+
+def rq_fields_again(redis: Redis, job_id: str) -> RqFields | None:
+    """The same for a job that is there already; None if it is not.
+
+    Reads no more of the record than it needs: one of another version has to reach a worker, too,
+    which then ends it.
+    """
+    queue, deadline = cast(
+        "list[bytes | None]", redis.hmget(keys.record(job_id), ["queue", "deadline_s"])
+    )
+    if queue is None:
+        return None
+    known = deadline is not None and deadline.isdigit() and int(deadline) > 0
+    deadline_s = int(deadline or 0) if known else UNKNOWN_DEADLINE_S
+    return rq_fields(redis, job_id, queue.decode(errors="replace"), deadline_s)

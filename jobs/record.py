@@ -116,6 +116,11 @@ class Attempt:
     number: int
     token: str
 
+    @property
+    def label(self) -> str:
+        """Its number and a part of its token: a Redis that lost its latest writes counts anew."""
+        return f"{self.number}-{self.token[:8]}"
+
 
 _NESTED = frozenset({"request", "progress", "failure", "video", "timings"})
 _INTERNAL = (

@@ -7,17 +7,17 @@ seconds; the scripts decide, so it does not matter how many look at the same tim
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, cast
 
 from redis import Redis
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from rq import Queue
 
 from jobs import delivery, keys, record, scripts
-from jobs.errors import RecordUnreadable
-from jobs.record import JobRecord
+from jobs.delivery import RqFields
+from jobs.lost import when_lost
 from jobs.state import JobState
-from jobs.store import MAX_LOST, WORKER_LOST
 
 logger = logging.getLogger(__name__)
 
@@ -37,59 +37,88 @@ GRACE_S: Final = 6.0
 
 
 class Recovery:
-    """Finds what was abandoned and puts it back. Safe to share between threads."""
+    """Finds what was abandoned and puts it back. Safe to share between threads.
+
+    A record that this version cannot read is put back like any other: the worker that gets it ends
+    it with that reason. One that not even the scripts can handle is named once, and then skipped.
+    """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._look = scripts.load(redis, "look")
         self._put_back = scripts.load(redis, "put_back")
         self._redeliver = scripts.load(redis, "redeliver")
-        self._unreadable: set[str] = set()
+        self._beyond_help: set[str] = set()
 
     def run(self) -> dict[str, str]:
         """Look once; returns what became of each job that was put back or given up, by its id."""
         done: dict[str, str] = {}
-        for job in self._without_lease():
-            answer = self._put_back(
-                job.id,
-                record.now().isoformat(),
-                "",
-                1,
-                MAX_LOST,
-                WORKER_LOST.model_dump_json(),
-                WORKER_LOST.code,
-                *delivery.rq_fields(self._redis, job),
-            )
-            if answer in (b"queued", b"failed", b"cancelled"):
-                done[job.id] = answer.decode()
-                logger.warning(
-                    "job %s was abandoned by %s and is now %s", job.id, job.worker, done[job.id]
-                )
-        for job in self._missing():
-            missing_ms = int(MISSING_S * 1000)
-            if self._redeliver(job.id, missing_ms, *delivery.rq_fields(self._redis, job)):
-                done[job.id] = "queued"
-                logger.warning("job %s was in no queue and is put back into its own", job.id)
+        for job_id in self._without_lease():
+            self._helped(job_id, self._end_attempt, done)
+        for job_id in self._missing():
+            self._helped(job_id, self._deliver, done)
         return done
 
-    def _without_lease(self) -> Iterable[JobRecord]:
+    def _helped(
+        self, job_id: str, mend: Callable[[str, RqFields], str | None], done: dict[str, str]
+    ) -> None:
+        """Do what is to be done for one job; a broken record must not keep the others waiting."""
+        try:
+            rq_fields = delivery.rq_fields_again(self._redis, job_id)
+            state = None if rq_fields is None else mend(job_id, rq_fields)
+        except (ReadOnlyError, OutOfMemoryError):
+            raise
+        except ResponseError as error:
+            # Once, and not every few seconds until the record lapses.
+            if job_id not in self._beyond_help:
+                self._beyond_help.add(job_id)
+                logger.error("cannot look after job %s: %s", job_id, error)
+            return
+        if state is not None:
+            done[job_id] = state
+
+    def _end_attempt(self, job_id: str, rq_fields: RqFields) -> str | None:
+        worker = cast("bytes | None", self._redis.hget(keys.record(job_id), "worker")) or b"?"
+        answer: bytes = self._put_back(
+            job_id, record.now().isoformat(), "", 1, *when_lost(), *rq_fields
+        )
+        if answer not in (b"queued", b"failed", b"cancelled"):
+            return None
+        state = answer.decode()
+        logger.warning(
+            "job %s was abandoned by %s and is now %s",
+            job_id,
+            worker.decode(errors="replace"),
+            state,
+        )
+        return state
+
+    def _deliver(self, job_id: str, rq_fields: RqFields) -> str | None:
+        if not self._redeliver(job_id, int(MISSING_S * 1000), *rq_fields):
+            return None
+        logger.warning("job %s was in no queue and is put back into its own", job_id)
+        return "queued"
+
+    def _without_lease(self) -> Iterable[str]:
         """The running jobs whose lease has run out, as far as this process can tell."""
         clock_ms, judged = self._look(int(GAP_S * 1000), int(GRACE_S * 1000))
         running = self._ids(JobState.RUNNING)
         if not judged or not running:
-            return
+            return []
         leases = self._fields(running, "lease_ms")
-        lapsed = [name for name, lease in leases.items() if int(lease or 0) <= clock_ms]
-        yield from self._read(lapsed)
+        # None: it has ended since, or its record has lapsed.
+        return [name for name, ms in leases.items() if ms is not None and _has_passed(ms, clock_ms)]
 
-    def _missing(self) -> Iterable[JobRecord]:
+    def _missing(self) -> Iterable[str]:
         """The queued jobs that are in no queue at this moment."""
         waiting = self._fields(self._ids(JobState.QUEUED), "queue")
         held: set[str] = set()
-        for queue in {name.decode() for name in waiting.values() if name is not None}:
+        for queue in {
+            name.decode(errors="replace") for name in waiting.values() if name is not None
+        }:
             key = Queue(queue, connection=self._redis).key
             held.update(cast("bytes", each).decode() for each in self._redis.lrange(key, 0, -1))
-        yield from self._read([each for each in waiting if each not in held])
+        return [name for name, queue in waiting.items() if queue is not None and name not in held]
 
     def _fields(self, job_ids: list[str], field: str) -> dict[str, bytes | None]:
         """One field of many records, in one exchange."""
@@ -102,14 +131,7 @@ class Recovery:
         found = self._redis.zrange(keys.index(state.value), 0, -1)
         return [cast("bytes", each).decode() for each in found]
 
-    def _read(self, job_ids: list[str]) -> Iterable[JobRecord]:
-        for job_id in job_ids:
-            fields = cast("dict[bytes, bytes]", self._redis.hgetall(keys.record(job_id)))
-            try:
-                if fields:
-                    yield record.decode(job_id, fields)
-            except RecordUnreadable as error:
-                # Once, and not every few seconds until the record lapses.
-                if job_id not in self._unreadable:
-                    self._unreadable.add(job_id)
-                    logger.error("cannot look after a job: %s", error)
+
+def _has_passed(lease_ms: bytes, clock_ms: int) -> bool:
+    """Whether a lease has run out; what is none counts as one, and the script names the record."""
+    return not lease_ms.isdigit() or int(lease_ms) <= clock_ms

@@ -59,6 +59,7 @@ _NAMES: Final = {
     "RQ_JOB": Job.redis_job_namespace_prefix,
     "RQ_QUEUE": Queue.redis_queue_namespace_prefix,
     "RQ_QUEUES": Queue.redis_queues_keys,
+    "RQ_RESULT_TTL_S": keys.RQ_RESULT_TTL_S,
     "RQ_RESULTS": Result.get_key(""),
     "WEBHOOK": keys.WEBHOOK_PREFIX,
     "WEBHOOKS_DUE": keys.WEBHOOKS_DUE,

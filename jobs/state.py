@@ -16,14 +16,12 @@ class JobState(StrEnum):
         return not TRANSITIONS[self]
 
 
-# RUNNING may follow itself: a job whose worker was lost is claimed again as a new attempt. QUEUED
-# follows RUNNING when a worker gives its job back, or was lost and nobody has claimed its job yet.
+# QUEUED follows RUNNING when a worker gives its job back, or was lost.
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(
         {
             JobState.QUEUED,
-            JobState.RUNNING,
             JobState.SUCCEEDED,
             JobState.FAILED,
             JobState.CANCELLED,

@@ -22,12 +22,11 @@ from jobs.errors import (
     JobAlreadyFinished,
     JobHeld,
     JobNotCancellable,
-    QueueFull,
-    QuotaExceeded,
+    JobNotFound,
     RecordUnreadable,
     StaleAttempt,
-    WorkerLost,
 )
+from jobs.lost import when_lost
 from jobs.pace import Paces
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
@@ -36,24 +35,11 @@ from jobs.submission import Idempotency, Submission
 
 logger = logging.getLogger(__name__)
 
-MAX_LOST: Final = 2
-"""A job whose attempts vanished this often (its worker crashed, hung or was killed) is failed."""
-
 LEASE_S: Final = 15.0
 """A running attempt that was not renewed for this long counts as vanished."""
 
-RETRY_AFTER_S: Final = 10
-"""When to come back after a refusal because of too many jobs: about the end of a short one."""
-
 MAX_PAGE = 200
 LIMIT_BOUND = f"a whole number from 1 to {MAX_PAGE}"
-
-WORKER_LOST = Failure(
-    code=WorkerLost.code,
-    detail=f"The worker was lost {MAX_LOST} times while it ran this job, so the job was given up. "
-    "Send it again; if that fails, too, the request itself may be what ends the worker, and its "
-    "log has the reason.",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +88,13 @@ class JobStore:
             QueueFull, QuotaExceeded: a limit of the submission is reached; nothing was written.
         """
         terms = submission or Submission()
+        try:
+            return self._create_or_find(request, queue, terms)
+        except JobNotFound:
+            # The job that the key stood for was deleted between the script and the look at it.
+            return self._create_or_find(request, queue, terms)
+
+    def _create_or_find(self, request: GenerationRequest, queue: str, terms: Submission) -> Created:
         job_id, created_at = ids.new_id()
         job = JobRecord(
             id=job_id,
@@ -125,9 +118,10 @@ class JobStore:
             "" if terms.owner_limit is None else terms.owner_limit,
             "" if key is None else keys.idempotency(terms.owner, key.key),
             "" if key is None else key.body_sha256,
+            ids.id_at(created_at.timestamp() - keys.RECORD_TTL_S),
             len(fields),
             *fields,
-            *delivery.rq_fields(self._redis, job),
+            *delivery.rq_fields(self._redis, job_id, queue, job.deadline_s),
         )
         match answer:
             case b"created":
@@ -136,18 +130,8 @@ class JobStore:
                 return Created(self.get(detail.decode()), replayed=True)
             case b"conflict":
                 raise _conflict(detail.decode())
-            case b"queue_full":
-                raise QueueFull(
-                    f"{detail} jobs are waiting, and {terms.queue_limit} is the most; come back in "
-                    f"{RETRY_AFTER_S} s.",
-                    retry_after_s=RETRY_AFTER_S,
-                )
             case _:
-                raise QuotaExceeded(
-                    f"You have {detail} jobs waiting or running, and {terms.owner_limit} is the "
-                    f"most for this key; wait for one to end, or cancel one.",
-                    retry_after_s=RETRY_AFTER_S,
-                )
+                raise terms.refusal(answer.decode(), detail)
 
     def replay(self, owner: str, idempotency: Idempotency) -> JobRecord | None:
         """Find the job that an earlier request with this key made; None if there is none.
@@ -212,18 +196,20 @@ class JobStore:
         more = len(names) > limit
         return JobPage(self._read_all(page), ids.cursor_after(page[-1]) if more else None)
 
-    def claim(self, job_id: str, worker: str) -> Attempt:
-        """Start an attempt for the next LEASE_S seconds; an earlier one becomes stale.
+    def claim(self, job_id: str, worker: str, token: str | None = None) -> Attempt:
+        """Start an attempt for the next LEASE_S seconds.
+
+        token: `new_token()`, for one who may have to repeat the call: it is the same attempt then.
 
         Raises:
-            JobAlreadyFinished: there is nothing to do: the job has ended, was cancelled, or has
-                just been failed because too many attempts vanished. End the task quietly.
-            JobHeld: an attempt that is alive has the job. End the task quietly.
+            JobAlreadyFinished: there is nothing to do: the job has ended. End the task quietly.
+            JobHeld: another attempt has the job; if that one has vanished, the job will be put
+                back into its queue (`jobs/recovery.py`). End the task quietly.
             JobNotFound: the record has expired or was deleted.
         """
-        token = secrets.token_hex(16)
+        token = token or new_token()
         state, number = self._claim(
-            *_common(ids.checked(job_id)), token, worker, int(LEASE_S * 1000), *_when_lost()
+            *_common(ids.checked(job_id)), token, worker, int(LEASE_S * 1000)
         )
         match state:
             case b"running":
@@ -231,7 +217,7 @@ class JobStore:
             case b"missing":
                 raise ids.not_found(job_id)
             case b"held":
-                raise JobHeld(f"Attempt {number} at job {job_id} is alive.", job_id=job_id)
+                raise JobHeld(f"Attempt {number} has job {job_id}.", job_id=job_id)
             case _:
                 raise JobAlreadyFinished(
                     f"Job {job_id} is {state.decode()}; there is nothing to run.",
@@ -346,13 +332,15 @@ class JobStore:
         return tuple(jobs)
 
     def _end_attempt(self, attempt: Attempt, *, lost: bool) -> JobState:
-        job = self.get_for(attempt)
+        rq_fields = delivery.rq_fields_again(self._redis, attempt.job_id)
+        if rq_fields is None:
+            raise _stale(attempt, "it is gone")
         answer = self._put_back(
             *_common(attempt.job_id),
             attempt.token,
             int(lost),
-            *_when_lost(),
-            *delivery.rq_fields(self._redis, job),
+            *when_lost(),
+            *rq_fields,
         )
         if answer in (b"missing", b"superseded"):
             raise _stale(attempt, f"the record says {answer.decode()}")
@@ -361,7 +349,9 @@ class JobStore:
     def get_for(self, attempt: Attempt) -> JobRecord:
         """Read the record an attempt works on, also while its deletion waits for the attempt.
 
-        Raises StaleAttempt: there is none any more.
+        Raises:
+            StaleAttempt: there is none any more.
+            RecordUnreadable: see `jobs.record.decode`.
         """
         fields = cast("dict[bytes, bytes]", self._redis.hgetall(keys.record(attempt.job_id)))
         if not fields:
@@ -377,14 +367,14 @@ class JobStore:
             raise _stale(attempt, f"the record says {answer.decode()}")
 
 
+def new_token() -> str:
+    """What proves an attempt's right to its job."""
+    return secrets.token_hex(16)
+
+
 def _common(job_id: str) -> tuple[str, str]:
     """The arguments most scripts start with."""
     return job_id, record.now().isoformat()
-
-
-def _when_lost() -> tuple[int, str, str]:
-    """What the scripts need to know about attempts that vanish."""
-    return MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code
 
 
 def _conflict(job_id: str) -> IdempotencyConflict:

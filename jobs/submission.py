@@ -3,9 +3,15 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Final
+
+from jobs.errors import QueueFull, QuotaExceeded, TooManyRequests
 
 OPEN_OWNER = "local"
 """Who owns the jobs of a service that asks for no keys."""
+
+RETRY_AFTER_S: Final = 10
+"""When to come back after a refusal because of too many jobs: about the end of a short one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +44,17 @@ class Submission:
     idempotency: Idempotency | None = None
     queue_limit: int | None = None
     owner_limit: int | None = None
+
+    def refusal(self, limit: str, jobs: int) -> TooManyRequests:
+        """What to raise where `jobs` reach a limit: "queue_full", or the owner's."""
+        if limit == "queue_full":
+            return QueueFull(
+                f"{jobs} jobs are waiting, and {self.queue_limit} is the most; come back in "
+                f"{RETRY_AFTER_S} s.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return QuotaExceeded(
+            f"You have {jobs} jobs waiting or running, and {self.owner_limit} is the most for "
+            f"this key; wait for one to end, or cancel one.",
+            retry_after_s=RETRY_AFTER_S,
+        )

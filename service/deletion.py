@@ -25,6 +25,6 @@ def delete_job(store: JobStore, artifacts: ArtifactStore, job_id: str) -> bool:
 
 def _delete_videos(artifacts: ArtifactStore, job_id: str) -> None:
     """Every attempt's: one that was lost may have left a video that no record names."""
-    folder, _, _ = artifact_key(job_id, 1).rpartition("/")
+    folder, _, _ = artifact_key(job_id, "1").rpartition("/")
     for stored in list(artifacts.list(folder)):
         artifacts.delete(stored.key)

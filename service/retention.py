@@ -45,7 +45,7 @@ MOST_FAULTS: Final = 10
 
 _NOT_RUNNING = tuple(state for state in JobState if state is not JobState.RUNNING)
 _VIDEOS = "videos"
-_VIDEO = re.compile(_VIDEOS + r"/([A-Za-z0-9_-]{1,64})/[0-9]+\.mp4\Z")
+_VIDEO = re.compile(_VIDEOS + r"/([A-Za-z0-9_-]{1,64})/[0-9]+(-[0-9a-f]{8})?\.mp4\Z")
 
 Swept = Counter[str]
 """How much was deleted, by its kind: videos, jobs, orphans, leftovers."""

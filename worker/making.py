@@ -98,7 +98,7 @@ def _encode_and_store(
             check=watch.check,
         )
         watch.progress(Stage.MP4, 1, 1)
-        key = artifact_key(attempt.job_id, attempt.number)
+        key = artifact_key(attempt.job_id, attempt.label)
         place.artifacts.put(key, encoded.path, watch.check)
     video = Video(
         key=key,

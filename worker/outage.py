@@ -14,7 +14,18 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +34,14 @@ T = TypeVar("T")
 PATIENCE_S = 600.0
 """How long what must not be lost is offered to a Redis that is away."""
 
+HURRIED_S = 10.0
+"""The same, once whoever runs the worker wants it gone: the last try may take as long again."""
+
 LONGEST_PAUSE_S = 2.0
 """Of what jobs wait for. Leases are not judged for longer than this after Redis is back."""
+
+END_WAIT_S = 5.0
+"""How long the end of a worker waits for a thread beside its jobs. They are daemons."""
 
 
 class Outage:
@@ -84,18 +101,39 @@ class Pauses:
         self._failures = 0
 
 
-def keep_asking(call: Callable[[], T], outage: Outage, patience_s: float = PATIENCE_S) -> T:
+def keep_asking(
+    call: Callable[[], T],
+    outage: Outage,
+    patience_s: float | None = None,
+    hurried: Callable[[], bool] = lambda: False,
+) -> T:
     """Repeat a call that may be repeated until Redis answers it.
 
+    patience_s: PATIENCE_S if None.
+    hurried: whether patience is HURRIED_S from now on at the most.
+
     Raises:
-        RedisError: the last one, when patience has run out; whatever else the call raises, at once.
+        RedisError: the last one, when patience has run out, and at once one that would come again.
+            Whatever else the call raises, at once.
     """
-    deadline, pauses = time.monotonic() + patience_s, Pauses()
+    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
+    pauses, in_a_hurry = Pauses(), False
     while True:
         try:
             with outage.watched():
                 return call()
-        except RedisError:
-            if time.monotonic() > deadline:
+        except RedisError as error:
+            if not _may_pass(error) or time.monotonic() > deadline:
                 raise
+        if hurried() and not in_a_hurry:
+            in_a_hurry, deadline = True, min(deadline, time.monotonic() + HURRIED_S)
         time.sleep(pauses.next_s())
+
+
+def _may_pass(error: RedisError) -> bool:
+    """Whether Redis is away, or is there and takes nothing for now."""
+    kinds = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
+    refusals = ("MISCONF", "NOREPLICAS", "MASTERDOWN")  # a full disk, a failover
+    return isinstance(error, kinds) or (
+        isinstance(error, ResponseError) and str(error).startswith(refusals)
+    )

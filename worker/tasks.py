@@ -11,15 +11,18 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from typing import Final, TypeVar
 
 from jobs.errors import (
     ArtifactsUnavailable,
     JobAlreadyFinished,
     JobHeld,
     JobNotFound,
+    RecordUnreadable,
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, JobRecord
+from jobs.store import new_token
 from worker.attempt import Cancelled, Outcome, Released, run_attempt
 from worker.lifeline import Lifeline
 from worker.making import Success, remember_pace
@@ -30,29 +33,53 @@ logger = logging.getLogger(__name__)
 
 WORKPLACE: ContextVar[Workplace] = ContextVar("workplace")
 
+CLAIM_PATIENCE_S: Final = 60.0
+"""How long a claim is repeated whose answer did not come: it may have been made, and an attempt
+that nobody begins would count as lost."""
+
+T = TypeVar("T")
+
 
 def generate(job_id: str) -> None:
     """Claim the job, run it, and write its outcome; say nothing where there is nothing to do.
 
     Raises:
-        RedisError: the claim could not be made, or the outcome not be written for ten minutes.
-            RQ may then call its job failed; the record stands, and the job is found abandoned.
+        RedisError: the claim could not be made for a minute, or the outcome not be written for ten;
+            or either for some seconds when the worker was told to stop at once. RQ may then call
+            its job failed; the record stands, and the job is found abandoned.
     """
-    place = WORKPLACE.get()
-    outage = place.journal.outage
+    place, token = WORKPLACE.get(), new_token()
     try:
-        attempt = place.store.claim(job_id, place.worker)
+        attempt = _surely(
+            place, lambda: place.store.claim(job_id, place.worker, token), CLAIM_PATIENCE_S
+        )
         logger.info("attempt %d begins", attempt.number)
         # The lease is held until the outcome is written, however long that takes.
-        with Lifeline(place.store, attempt, outage) as lifeline:
-            record = keep_asking(lambda: place.store.get_for(attempt), outage)
-            outcome = run_attempt(place, attempt, record, lifeline)
-            _write(place, attempt, record, outcome)
+        with Lifeline(place.store, attempt, place.journal.outage) as lifeline:
+            _run(place, attempt, lifeline)
     except (JobAlreadyFinished, JobNotFound) as error:
         logger.info("nothing to do: %s", error)
     except (JobHeld, StaleAttempt) as error:
         place.job.not_ours = True
         logger.info("nothing to do: %s", error)
+
+
+def _run(place: Workplace, attempt: Attempt, lifeline: Lifeline) -> None:
+    """Raises what `_write` raises."""
+    try:
+        record = _surely(place, lambda: place.store.get_for(attempt))
+    except RecordUnreadable as error:
+        # Nobody could run it, and without an end it would count as running for ever.
+        logger.error("failed: %s", error)
+        failure = Failure(code=error.code, detail=error.detail)
+        _surely(place, lambda: place.store.fail(attempt, failure))
+        return
+    _write(place, attempt, record, run_attempt(place, attempt, record, lifeline))
+
+
+def _surely(place: Workplace, call: Callable[[], T], patience_s: float | None = None) -> T:
+    """Repeat a call until Redis answers; not for long once the worker is to be gone."""
+    return keep_asking(call, place.journal.outage, patience_s, lambda: place.drain.give_back)
 
 
 def _write(place: Workplace, attempt: Attempt, record: JobRecord, outcome: Outcome) -> None:
@@ -66,7 +93,7 @@ def _write(place: Workplace, attempt: Attempt, record: JobRecord, outcome: Outco
     store = place.store
 
     def surely(write: Callable[[], object]) -> None:
-        keep_asking(write, place.journal.outage)
+        _surely(place, write)
 
     match outcome:
         case Success(video, timings):

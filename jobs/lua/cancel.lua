@@ -7,8 +7,9 @@ if state == 'queued' then
   redis.call('HSET', record, 'cancel_requested', '1')
   move(id, state, 'cancelled', now)
   -- Still waiting: take it out of the queue. Otherwise a worker has just taken it, needs RQ's
-  -- hash, and will be refused by its claim.
+  -- hash for a moment, and will be refused by its claim; or it died, and nobody else will tidy up.
   local list = '@RQ_QUEUE@' .. redis.call('HGET', record, 'queue')
+  redis.call('LREM', list .. ':intermediate', 0, id)
   if redis.call('LREM', list, 1, id) > 0 then redis.call('DEL', '@RQ_JOB@' .. id) end
   emit(id, 'state', now)
   return 'cancelled'

@@ -1,6 +1,6 @@
 -- ARGV: id, now, owner, priority, queue, most waiting ('' for no limit), the owner's most, key of
--- the idempotency entry ('' for none), hash of the body, number of record fields, record fields and
--- values, RQ's fields and values.
+-- the idempotency entry ('' for none), hash of the body, beginning of the oldest id whose record
+-- can be there, number of record fields, record fields and values, RQ's fields and values.
 -- Returns what happened, the id or the number that belongs to it, and the place of a new job.
 local id, now, owner, priority, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local record, list = record_of(id), '@RQ_QUEUE@' .. queue
@@ -21,19 +21,20 @@ if ARGV[6] ~= '' and waiting >= tonumber(ARGV[6]) then return { 'queue_full', wa
 if ARGV[7] ~= '' then
   local active = 0
   for _, state in ipairs({ 'queued', 'running' }) do
-    active = active + redis.call('ZCARD', indexes(owner, state)[2])
+    -- Names of records that have lapsed are swept later.
+    active = active + redis.call('ZLEXCOUNT', indexes(owner, state)[2], '[' .. ARGV[10], '+')
   end
   if active >= tonumber(ARGV[7]) then return { 'owner_full', active, -1 } end
 end
 
-local fields = tonumber(ARGV[10])
-redis.call('HSET', record, 'created_ms', clock_ms(), unpack(ARGV, 11, 10 + fields))
+local fields = tonumber(ARGV[11])
+redis.call('HSET', record, 'created_ms', clock_ms(), unpack(ARGV, 12, 11 + fields))
 redis.call('EXPIRE', record, @RECORD_TTL_S@)
 for _, state in ipairs({ 'all', 'queued' }) do
   for _, index in ipairs(indexes(owner, state)) do redis.call('ZADD', index, 0, id) end
 end
 
-redis.call('HSET', '@RQ_JOB@' .. id, unpack(ARGV, 11 + fields))
+redis.call('HSET', '@RQ_JOB@' .. id, unpack(ARGV, 12 + fields))
 redis.call('SADD', '@RQ_QUEUES@', list)
 local behind, place = nil, waiting
 if priority == '1' then

@@ -2,7 +2,9 @@
 --
 -- A script is one step to Redis: of two rivals (a cancel and a claim, an old attempt and a new one)
 -- exactly one wins. Each may be repeated after a lost answer: it finds its own token, its own id or
--- its own result, and changes nothing.
+-- its own result, and changes nothing. Two do: a lease (renew, and a repeated claim) runs from the
+-- latest call on, and webhook_take hands out other entries; those of the lost answer are due again
+-- when their lease ends. Progress that is repeated after newer progress counts as news.
 
 local ENDS = { succeeded = true, failed = true, cancelled = true }
 local BOUNDS = { @BOUNDS@ }
@@ -57,6 +59,8 @@ local function move(id, from, to, now, code)
   if ENDS[to] then
     redis.call('HSET', record, 'finished_at', now)
     redis.call('HDEL', record, 'lease_ms')
+    -- RQ does this too when a delivery ends, but not for a worker that vanished.
+    redis.call('EXPIRE', '@RQ_JOB@' .. id, @RQ_RESULT_TTL_S@)
     count('ended', known[2] .. '|' .. to .. '|' .. (code or ''))
     if known[3] then redis.call('ZADD', '@WEBHOOKS_DUE@', clock_ms(), id) end
     if known[4] then redis.call('ZADD', '@DELETIONS@', clock_ms(), id) end

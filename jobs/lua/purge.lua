@@ -15,6 +15,7 @@ if state == 'running' then
 end
 if state == 'queued' then
   redis.call('LREM', '@RQ_QUEUE@' .. known[3], 1, id)
+  redis.call('LREM', '@RQ_QUEUE@' .. known[3] .. ':intermediate', 0, id)
   count('ended', redis.call('HGET', record, 'shape') .. '|cancelled|')
 end
 for _, each in ipairs({ state, 'all' }) do

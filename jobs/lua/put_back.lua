@@ -1,14 +1,15 @@
 -- Ends a running attempt without ending the job: its worker gives it back, or has vanished.
 -- ARGV: id, now, token ('' takes only a job whose lease has run out), whether the attempt counts as
 -- lost, most lost attempts, the failure and its code when they are used up, RQ's fields and values.
--- Returns the state after the call, or 'missing', 'held' or 'superseded'.
+-- Returns the state after the call, or 'missing', 'held', 'superseded', or, to one without a token,
+-- 'settled' when the job does not run any more.
 local id, now, token = ARGV[1], ARGV[2], ARGV[3]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'token', 'lease_ms', 'cancel_requested', 'queue',
   'shape')
 local state = known[1]
 if not state then return 'missing' end
-if state ~= 'running' then return state end
+if state ~= 'running' then return token == '' and 'settled' or state end
 if token ~= '' then
   if known[2] ~= token then return 'superseded' end
 elseif known[3] and clock_ms() < tonumber(known[3]) then

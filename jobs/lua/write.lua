@@ -1,5 +1,5 @@
 -- ARGV: id, now, token, target state, code of a failure, then fields and values.
--- Returns 'ok', 'missing', 'superseded', or the terminal state that forbids the write.
+-- Progress that stands there already is no news. Returns 'ok', 'missing', 'superseded', or the terminal state that forbids the write.
 local id, now, token, target = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'token', 'shape', 'started_ms')
@@ -9,7 +9,11 @@ if known[1] ~= 'running' then
   -- The token outlives an end, so that its own repetition is recognised.
   return known[1] == target and 'ok' or known[1]
 end
-if target ~= 'running' then move(id, 'running', target, now, ARGV[5]) end
+if target == 'running' then
+  if redis.call('HGET', record, ARGV[6]) == ARGV[7] then return 'ok' end
+else
+  move(id, 'running', target, now, ARGV[5])
+end
 if #ARGV > 5 then redis.call('HSET', record, unpack(ARGV, 6)) end
 if target == 'succeeded' then
   observe('service', known[3], (clock_ms() - tonumber(known[4])) / 1000)

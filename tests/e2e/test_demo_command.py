@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 
 from deploy.local import valkey
-from jobs.artifacts import artifact_key
 from jobs.connection import connect
 from jobs.record import JobRecord
 from jobs.state import JobState
@@ -45,8 +44,10 @@ def test_ctrl_c_lets_the_job_in_hand_finish(tmp_path: Path) -> None:
         assert code == 0
         assert "a job in hand is finished first" in rest
         demo.wait_until_nothing_is_left()
-    assert _record(tmp_path, job_id).state is JobState.SUCCEEDED
-    assert (tmp_path / "artifacts" / artifact_key(job_id, 1)).is_file()
+    record = _record(tmp_path, job_id)
+    assert record.state is JobState.SUCCEEDED
+    assert record.video is not None
+    assert (tmp_path / "artifacts" / record.video.key).is_file()
     assert "cold shut down" not in (tmp_path / "logs" / "worker.log").read_text()
 
 

@@ -1,6 +1,7 @@
 """Offers: published, expiring, withdrawn; queue names that follow the configuration."""
 
 import logging
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -133,6 +134,17 @@ def test_contradictory_model_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=named):
         ModelOffer.model_validate(model.model_dump() | change)
+
+
+def test_known_modes_of_another_version_are_left_out(redis: Redis, offer: WorkerOffer) -> None:
+    catalog.publish(redis, offer)
+    known = catalog.read(redis).known
+    odd = (b"junk", b"\xff", b"7", b'["a"]', b'["a", "b", "c"]', b'["a", {}]', b"[" * 5000)
+    redis.zadd(keys.KNOWN_MODES, dict.fromkeys(odd, time.time()))
+    redis.zadd(keys.WORKERS, {b"\xff": time.time()})
+    found = catalog.read(redis)
+    assert (found.known, found.offers) == (known, (offer,))
+    assert catalog.read_statuses(redis) == ()
 
 
 def test_worker_must_serve_its_default_mode(offer: WorkerOffer) -> None:

@@ -9,12 +9,14 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from jobs import keys
+from jobs.delivery import UNKNOWN_DEADLINE_S
 from jobs.errors import JobHeld, StaleAttempt
+from jobs.lost import MAX_LOST
 from jobs.record import Attempt
 from jobs.recovery import Recovery
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import MAX_LOST, JobStore
+from jobs.store import JobStore
 from jobs.submission import Submission
 
 QUEUE = "q"
@@ -147,11 +149,34 @@ def test_a_job_taken_and_never_claimed_is_delivered_again(
 
 
 def test_a_waiting_job_is_never_missing(
-    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    job_id: str,
+    request_for_video: GenerationRequest,
 ) -> None:
-    redis.hset(keys.record(job_id), "missing_ms", 1)
-    recovery.run()
-    assert queued(redis) == [job_id]
+    second = store.create(request_for_video, QUEUE).job.id
+    for each in (job_id, second):
+        redis.hset(keys.record(each), "missing_ms", 1)
+    assert recovery.run() == {}
+    assert queued(redis) == [job_id, second]
+
+
+def test_a_job_that_ends_while_it_is_looked_at_is_not_reported(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = take(redis, store, job_id)
+    let_lease_run_out(redis, job_id)
+    ask = recovery._without_lease
+
+    def just_before_its_end() -> list[str]:
+        found = list(ask())
+        store.cancelled(attempt)
+        return found
+
+    monkeypatch.setattr(recovery, "_without_lease", just_before_its_end)
+    assert recovery.run() == {}
+    assert store.get(job_id).lost == 0
 
 
 def test_priority_goes_before_all_others_and_behind_its_own_kind(
@@ -185,7 +210,26 @@ def test_after_a_gap_holders_get_the_time_to_renew(
         store.renew(attempt)
 
 
-def test_an_unreadable_record_is_left_alone_and_named_once(
+def test_an_unreadable_record_is_put_back_like_any_other(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    """The worker that gets it ends it."""
+    recovery.run()
+    take(redis, store, job_id)
+    let_lease_run_out(redis, job_id)
+    redis.hset(keys.record(job_id), mapping={"request": "{", "deadline_s": "soon"})
+    assert recovery.run() == {job_id: "queued"}
+    assert queued(redis) == [job_id]
+    redis.delete(Queue(QUEUE, connection=redis).key)
+    recovery.run()
+    redis.hset(keys.record(job_id), "missing_ms", 1)
+    assert recovery.run() == {job_id: "queued"}
+    assert queued(redis) == [job_id]
+    rq_job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+    assert (rq_job.args, rq_job.timeout) == ([job_id], UNKNOWN_DEADLINE_S)
+
+
+def test_a_record_beyond_help_is_named_once_and_keeps_no_other_waiting(
     redis: Redis,
     store: JobStore,
     recovery: Recovery,
@@ -193,13 +237,11 @@ def test_an_unreadable_record_is_left_alone_and_named_once(
     job_id: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    recovery.run()
     other = store.create(request_for_video, QUEUE).job.id
     for each in (job_id, other):
         take(redis, store, each)
         let_lease_run_out(redis, each)
-    redis.hset(keys.record(job_id), "request", '{"prompt": "private"')
+    redis.hdel(keys.record(job_id), "shape")
     assert recovery.run() == {other: "queued"}
     assert recovery.run() == {}
-    assert caplog.text.count(f"record of job {job_id} cannot be read") == 1
-    assert "private" not in caplog.text
+    assert caplog.text.count(f"cannot look after job {job_id}") == 1

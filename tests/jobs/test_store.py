@@ -1,6 +1,7 @@
 """The store against a real Valkey: creation, attempts, endings, cancelling, order."""
 
 import json
+from typing import Literal
 
 import pytest
 from redis import Redis
@@ -8,21 +9,23 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import keys
+from jobs import events, keys
 from jobs.deadline import timeout_s
 from jobs.delivery import TASK
 from jobs.errors import (
     InvalidSpec,
     JobAlreadyFinished,
+    JobHeld,
     JobNotCancellable,
     JobNotFound,
     RecordUnreadable,
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, Progress, Stage, StageTimings, Video
+from jobs.recovery import Recovery
 from jobs.spec import GenerationRequest
 from jobs.state import TRANSITIONS, JobState
-from jobs.store import MAX_PAGE, JobStore
+from jobs.store import MAX_PAGE, JobStore, new_token
 
 QUEUE = "wan-mini.test"
 VIDEO = Video(
@@ -111,6 +114,9 @@ def test_second_claim_makes_the_first_stale(
     old = store.claim(job_id, "w")
     store.progress(old, Progress(stage=Stage.VAE, step=1, steps=2))
     let_lease_run_out(redis, job_id)
+    with pytest.raises(JobHeld, match="Attempt 1"):
+        store.claim(job_id, "w")  # whether that lease means anything, recovery judges
+    assert Recovery(redis).run() == {job_id: "queued"}
     new = store.claim(job_id, "w")
     assert new.number == 2
     assert store.get(job_id).progress is None
@@ -160,6 +166,46 @@ def test_repeated_write_of_the_same_end_is_no_error(
     assert store.get(attempt.job_id) == before
 
 
+def test_repeated_progress_is_one_event(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    attempt = store.claim(create(store, request_for_video), "w")
+    for step in (1, 1, 2):
+        store.progress(attempt, Progress(stage=Stage.VAE, step=step, steps=2))
+    found = events.decode(redis.xrange(keys.events(attempt.job_id)))
+    assert [each.progress.step for each in found if each.progress] == [1, 2]
+
+
+def test_a_claim_repeated_with_its_token_is_the_same_attempt_with_a_fresh_lease(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job_id, token = create(store, request_for_video), new_token()
+    first = store.claim(job_id, "w", token)
+    let_lease_run_out(redis, job_id)
+    assert store.claim(job_id, "w", token) == first
+    assert Recovery(redis).run() == {}
+    assert (store.get(job_id).attempts, store.get(job_id).lost) == (1, 0)
+
+
+@pytest.mark.parametrize("last", [*ENDINGS, "lost"])
+def test_what_rq_keeps_of_an_ended_job_lapses(
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+    last: JobState | Literal["lost"],
+) -> None:
+    """Also where no worker is left to say so to RQ."""
+    attempt = store.claim(create(store, request_for_video), "w")
+    assert redis.ttl(Job.key_for(attempt.job_id)) == -1
+    if isinstance(last, JobState):
+        end(store, attempt, last)
+    else:
+        store.give_up(attempt)
+        assert redis.ttl(Job.key_for(attempt.job_id)) == -1
+        store.give_up(store.claim(attempt.job_id, "w"))
+    assert 0 < redis.ttl(Job.key_for(attempt.job_id)) <= keys.RQ_RESULT_TTL_S
+
+
 def test_cancelling_a_queued_job_takes_it_out_of_the_queue(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
@@ -182,7 +228,8 @@ def test_cancelling_what_a_worker_has_just_taken_leaves_rqs_hash(
     queue = Queue(QUEUE, connection=redis)
     redis.lmove(queue.key, queue.intermediate_queue_key)
     assert store.cancel(job_id).state is JobState.CANCELLED
-    assert redis.exists(Job.key_for(job_id))
+    assert 0 < redis.ttl(Job.key_for(job_id)) <= keys.RQ_RESULT_TTL_S
+    assert redis.llen(queue.intermediate_queue_key) == 0
     with pytest.raises(JobAlreadyFinished):
         store.claim(job_id, "w")
 
@@ -206,6 +253,7 @@ def test_cancelled_job_of_a_lost_worker_is_not_run_again(
     lost = store.claim(job_id, "w")
     store.cancel(job_id)
     let_lease_run_out(redis, job_id)
+    assert Recovery(redis).run() == {job_id: "cancelled"}
     with pytest.raises(JobAlreadyFinished):
         store.claim(job_id, "w")
     assert store.get(job_id).state is JobState.CANCELLED
@@ -231,7 +279,7 @@ def test_unknown_and_impossible_ids(store: JobStore, job_id: str) -> None:
 
 
 def test_state_table_is_what_the_scripts_allow(
-    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+    store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     """Every pair: the scripts move a job exactly where the table says it may go."""
     reached: dict[JobState, set[JobState]] = {state: set() for state in JobState}
@@ -244,19 +292,16 @@ def test_state_table_is_what_the_scripts_allow(
             if start.is_terminal:
                 end(store, attempt, start)
             before = store.get(job_id)
-            _try_to_reach(redis, store, attempt, before.state, target)
+            _try_to_reach(store, attempt, before.state, target)
             after = store.get(job_id)
             if after != before and not (after.state is start and target is not start):
                 reached[start].add(after.state)
     assert reached == {state: set(targets) for state, targets in TRANSITIONS.items()}
 
 
-def _try_to_reach(
-    redis: Redis, store: JobStore, attempt: Attempt, start: JobState, target: JobState
-) -> None:
+def _try_to_reach(store: JobStore, attempt: Attempt, start: JobState, target: JobState) -> None:
     try:
         if target is JobState.RUNNING:
-            let_lease_run_out(redis, attempt.job_id)
             store.claim(attempt.job_id, "w")
         elif target is JobState.QUEUED:
             store.release(attempt)
@@ -264,7 +309,7 @@ def _try_to_reach(
             store.cancel(attempt.job_id)
         elif target.is_terminal:
             end(store, attempt, target)
-    except (StaleAttempt, JobAlreadyFinished, JobNotCancellable):
+    except (StaleAttempt, JobAlreadyFinished, JobHeld, JobNotCancellable):
         pass
 
 

@@ -1,18 +1,19 @@
 """What comes with a request: its key, its limits, its owner, its deletion."""
 
+import time
 from typing import Any, cast
 
 import pytest
 from redis import Redis
 from rq import Queue
 
-from jobs import events, keys, pace
+from jobs import events, ids, keys, pace
 from jobs.errors import IdempotencyConflict, JobNotFound, QueueFull, QuotaExceeded
-from jobs.record import Failure, Progress, Stage, StageTimings, Video
+from jobs.record import Failure, JobRecord, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import RETRY_AFTER_S, JobStore
-from jobs.submission import Idempotency, Submission
+from jobs.store import JobStore
+from jobs.submission import RETRY_AFTER_S, Idempotency, Submission
 
 QUEUE = "q"
 VIDEO = Video(key="k", bytes=1, sha256="ab", width=96, height=96, num_frames=17, fps=8)
@@ -84,6 +85,33 @@ def test_a_quota_counts_what_waits_and_what_runs(
     store.create(request_for_video, QUEUE, Submission(owner="bob", owner_limit=2))
     store.succeed(running, VIDEO, TIMINGS)
     store.create(request_for_video, QUEUE, terms)
+
+
+def test_a_quota_does_not_count_names_of_records_that_have_lapsed(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    ancient = ids.id_at(time.time() - keys.RECORD_TTL_S - 60) + "0" * 20
+    redis.zadd(keys.index("queued", "ann"), {ancient: 0})
+    terms = Submission(owner="ann", owner_limit=1)
+    store.create(request_for_video, QUEUE, terms)
+    with pytest.raises(QuotaExceeded, match="You have 1 jobs"):
+        store.create(request_for_video, QUEUE, terms)
+
+
+def test_a_job_deleted_while_its_key_is_looked_up_is_made_anew(
+    store: JobStore, request_for_video: GenerationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = store.create(request_for_video, QUEUE, of("k", {})).job
+    look = store.get
+
+    def just_deleted(job_id: str) -> JobRecord:
+        store.purge(job_id)
+        return look(job_id)
+
+    monkeypatch.setattr(store, "get", just_deleted)
+    again = store.create(request_for_video, QUEUE, of("k", {}))
+    assert not again.replayed
+    assert again.job.id != first.id
 
 
 def test_lists_of_one_owner(store: JobStore, request_for_video: GenerationRequest) -> None:

@@ -29,7 +29,7 @@ def job_id(store: JobStore, request_for_video: GenerationRequest) -> str:
 def put_video(artifacts: ArtifactStore, attempt: Attempt, folder: Path) -> Video:
     made = folder / "made.mp4"
     made.write_bytes(b"0123456789")
-    key = artifact_key(attempt.job_id, attempt.number)
+    key = artifact_key(attempt.job_id, attempt.label)
     artifacts.put(key, made)
     return Video(key=key, bytes=10, sha256="ab", width=96, height=96, num_frames=17, fps=8)
 

@@ -55,7 +55,7 @@ class House:
     def running(self) -> tuple[Attempt, Video]:
         """A running attempt that has stored its video and not said so yet."""
         attempt = self.claimed()
-        key = artifact_key(attempt.job_id, attempt.number)
+        key = artifact_key(attempt.job_id, attempt.label)
         self.put(key)
         return attempt, Video(
             key=key, bytes=3, sha256="ab", width=96, height=96, num_frames=17, fps=8
@@ -102,9 +102,10 @@ def test_a_video_goes_when_its_time_is_over_and_its_record_says_so(
 ) -> None:
     house = make_house(each_artifacts_url)
     job = house.succeeded()
+    assert job.video is not None
 
     assert house.sweep(KEEP.videos - 60 * MOMENT) == {}
-    assert house.stored() == {artifact_key(job.id, 1)}
+    assert house.stored() == {job.video.key}
 
     assert house.sweep(KEEP.videos + 60 * MOMENT) == {"videos": 1}
     assert house.stored() == set()
@@ -160,11 +161,12 @@ def test_neither_running_nor_just_finished_jobs_are_touched_however_old(house: H
     attempt, video = house.running()
     waiting = house.queued()
     late = house.succeeded()
+    assert late.video is not None
     later = now() + 25 * DAY
     house.redis.hset(keys.record(late.id), "finished_at", later.isoformat())
 
     assert house.sweep(25 * DAY + MOMENT) == {}
-    assert house.stored() == {video.key, artifact_key(late.id, 1)}
+    assert house.stored() == {video.key, late.video.key}
     assert house.store.get(waiting.id).state is JobState.QUEUED
     house.store.succeed(attempt, video, TIMINGS)
     assert house.store.get(late.id).video_deleted_at is None
@@ -192,9 +194,9 @@ def test_files_that_no_record_names_go_after_a_day(
     lost, video = house.running()
     house.store.give_up(lost)
     second = house.store.claim(lost.job_id, "w")
-    second_key = artifact_key(second.job_id, second.number)
+    second_key = artifact_key(second.job_id, second.label)
     house.put(second_key)
-    forgotten = artifact_key("0123456789ab0123", 1)
+    forgotten = artifact_key("0123456789ab0123", "1")
     house.put(forgotten)
     foreign = ("videos/readme.txt", "videos/x/1.mp4.bak", "backup/x/1.mp4")
     for key in foreign:
@@ -273,10 +275,11 @@ def test_a_record_that_cannot_be_read_is_left_alone(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, sound = house.succeeded(), house.succeeded()
+    assert broken.video is not None
     house.redis.hset(keys.record(broken.id), "finished_at", "secret nonsense")
     assert house.sweep(KEEP.jobs + MOMENT) == {"jobs": 1}
     assert house.redis.exists(keys.record(broken.id))
-    assert house.stored() == {artifact_key(broken.id, 1)}
+    assert house.stored() == {broken.video.key}
     assert broken.id in caplog.text
     assert sound.id not in caplog.text
     assert "secret" not in caplog.text

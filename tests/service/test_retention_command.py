@@ -45,7 +45,7 @@ def test_deletes_at_once_and_says_what(
     tmp_path: Path,
 ) -> None:
     attempt = store.claim(store.create(request_for_video, "q").job.id, "w")
-    key = artifact_key(attempt.job_id, attempt.number)
+    key = artifact_key(attempt.job_id, attempt.label)
     file = tmp_path / "artifacts" / key
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mp4")

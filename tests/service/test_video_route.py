@@ -45,7 +45,7 @@ def url(
     attempt = store.claim(store.create(request_for_video, "q").job.id, "w")
     made = tmp_path / "made.mp4"
     made.write_bytes(DATA)
-    key = artifact_key(attempt.job_id, attempt.number)
+    key = artifact_key(attempt.job_id, attempt.label)
     artifacts.put(key, made)
     video = Video(
         key=key, bytes=len(DATA), sha256=SHA256, width=96, height=96, num_frames=17, fps=8
