@@ -54,10 +54,20 @@ def run_attempt(
     """
     with _watchdog(place, attempt) as watchdog:
         outcome = _outcome(place, attempt, record, Guards(lifeline, watchdog))
-    if isinstance(outcome, Failure) and outcome.code == OutOfDeviceMemory.code:
-        # Only here are the frames gone that held the job's tensors.
-        place.engine.device.empty_cache()
+        if isinstance(outcome, Failure) and outcome.code == OutOfDeviceMemory.code:
+            # Only here are the frames gone that held the job's tensors.
+            watchdog.alive()
+            _empty_cache(place)
     return outcome
+
+
+def _empty_cache(place: Workplace) -> None:
+    try:
+        place.engine.device.empty_cache()
+    except Exception:
+        # The job has its failure, and is owed it. A device that cannot do this can do nothing.
+        logger.exception("the device cannot give its memory back")
+        place.journal.device_lost()
 
 
 def _outcome(place: Workplace, attempt: Attempt, record: JobRecord, guards: Guards) -> Outcome:

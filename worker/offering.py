@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from jobs import catalog
 from jobs.catalog import WorkerOffer, WorkerStatus
-from worker.outage import Outage
+from worker.outage import END_WAIT_S, Outage
 
 REPEAT_EVERY_S = 5.0
 
@@ -66,7 +66,8 @@ class StandingOffer:
     ) -> None:
         self._ended = True
         self._bell.put(None)
-        self._thread.join()
+        # No longer than this: it may wait for a Redis, or ask a device, that will not answer.
+        self._thread.join(END_WAIT_S)
 
     def close(self) -> None:
         """Take no more jobs; returns at once."""

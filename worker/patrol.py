@@ -9,7 +9,7 @@ from typing import Self
 from redis import Redis
 
 from jobs.recovery import EVERY_S, Recovery
-from worker.outage import Outage
+from worker.outage import END_WAIT_S, Outage
 
 
 class Patrol:
@@ -33,7 +33,8 @@ class Patrol:
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
-        self._thread.join()
+        # No longer than this: it may wait for a Redis, or ask a device, that will not answer.
+        self._thread.join(END_WAIT_S)
 
     def _run(self) -> None:
         while True:

@@ -37,6 +37,7 @@ from jobs import catalog
 from jobs.artifacts import ArtifactStore
 from jobs.catalog import WorkerOffer, WorkerStatus
 from jobs.store import JobStore
+from worker.devices import DeviceMemory
 from worker.drain import Drain, JobInHand
 from worker.engine import Engine
 from worker.journal import Journal
@@ -207,9 +208,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         keeps RQ's entries alive with it."""
         self._renew_rq_entries()
         job_id = self._place.job.job_id or None
-        memory = None
-        with suppress(RuntimeError):  # a device that is lost cannot even be asked
-            memory = self._place.engine.device.memory()
+        memory = self._memory()
         return WorkerStatus(
             worker_id=self.name,
             state="draining" if self.drain.told else "busy" if job_id else "idle",
@@ -220,6 +219,16 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             memory_total_bytes=memory and memory.total_bytes,
             modes=self._journal.modes(),
         )
+
+    def _memory(self) -> DeviceMemory | None:
+        if self._journal.exit_status is not None:
+            return None  # a device that is lost may never answer
+        try:
+            return self._place.engine.device.memory()
+        except Exception:
+            # Of whatever kind a driver's may be: the status is worth more than its figures.
+            logger.warning("the device does not tell its memory", exc_info=True)
+            return None
 
     def _renew_rq_entries(self) -> None:
         if self.birth_date is None:  # not registered yet

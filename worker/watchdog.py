@@ -6,7 +6,8 @@ the process: the stacks of all threads go to the log, the job is given up in Red
 runs the worker starts it again.
 
 Silence is counted in the thread's own ticks, not by the clock: a process that was stopped as a
-whole (SIGSTOP, a suspended machine) has not been silent.
+whole (SIGSTOP, a suspended machine) has not been silent. Only the last resort goes by the clock,
+`NO_THREAD_RUNS_S`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ LAST_WORDS_S: Final = 5.0
 
 NO_THREAD_RUNS_S: Final = 900.0
 """Native code that hangs without letting go of the interpreter stops this thread, too. Then
-`faulthandler`, which needs no interpreter, ends the process with status 1 after this long."""
+`faulthandler`, which needs no interpreter, ends the process with status 1 after this long: of real
+time, unlike the silence above. A process that was stopped for longer than this may end when it is
+continued; its job is another's by then."""
 
 _STDERR = 2
 

@@ -4,6 +4,7 @@ Every job goes the way of production: `JobStore.create`, RQ's queue, `ResidentWo
 """
 
 import hashlib
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.command import send_stop_job_command
 from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
@@ -20,11 +22,14 @@ from rq.serializers import JSONSerializer
 from jobs import catalog, keys
 from jobs.artifact_folder import FolderArtifactStore
 from jobs.errors import GenerationFailed, PromptTooLong
-from jobs.record import JobRecord
+from jobs.record import Attempt, JobRecord
+from jobs.recovery import Recovery
 from jobs.state import JobState
 from jobs.store import JobStore
 from tests.worker.orders import order
 from tests.worker.pattern_engine import OnStep, PatternEngine
+from worker.devices import Device
+from worker.journal import EXIT_DEVICE_LOST, Journal
 from worker.resident import ResidentWorker
 from worker.tasks import WORKPLACE
 
@@ -76,7 +81,7 @@ def test_a_job_becomes_a_stored_video(
     assert record.state is JobState.SUCCEEDED
     assert record.video is not None
     data = artifacts.path(record.video.key).read_bytes()
-    assert record.video.key == f"videos/{record.id}/1.mp4"
+    assert re.fullmatch(rf"videos/{record.id}/1-[0-9a-f]{{8}}\.mp4", record.video.key)
     assert record.video.bytes == len(data)
     assert record.video.sha256 == hashlib.sha256(data).hexdigest()
     assert (record.video.width, record.video.height, record.video.num_frames) == (64, 32, 9)
@@ -195,6 +200,8 @@ def test_a_job_that_has_ended_is_not_run_again(
 def overtake(redis: Redis, store: JobStore, job_id: str) -> None:
     """What becomes of a job whose worker was silent for too long."""
     redis.hset(keys.record(job_id), "lease_ms", 1)
+    Recovery(redis).run()  # or the worker's own patrol, if that is first
+    redis.delete(f"rq:queue:{QUEUE}")  # out of the queue, as a worker takes it
     store.claim(job_id, "other")
 
 
@@ -228,6 +235,94 @@ def test_a_job_that_another_worker_holds_is_left_to_it(
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
     assert store.renew(held) is False
     assert store.get(job.id).attempts == 1
+
+
+def test_a_record_that_cannot_be_read_ends_its_job(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    redis.hset(keys.record(job.id), "field_of_another_version", "1")
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    redis.hdel(keys.record(job.id), "field_of_another_version")
+    record = store.get(job.id)
+    assert record.state is JobState.FAILED
+    assert record.failure is not None
+    assert record.failure.code == "record_unreadable"
+    assert "field_of_another_version" in record.failure.detail
+
+
+def test_a_claim_whose_answer_is_lost_is_made_once_and_its_job_is_run(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    claim, claims = JobStore.claim, list[str | None]()
+
+    def lossy(self: JobStore, job_id: str, worker: str, token: str | None = None) -> Attempt:
+        attempt = claim(self, job_id, worker, token)
+        claims.append(token)
+        if len(claims) == 1:
+            raise RedisConnectionError("cut after it was made")
+        return attempt
+
+    monkeypatch.setattr(JobStore, "claim", lossy)
+    ResidentWorker(PatternEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    assert claims == [claims[0]] * 2
+    record = store.get(job.id)
+    assert (record.state, record.attempts, record.lost) == (JobState.SUCCEEDED, 1, 0)
+
+
+class BrokenDevice(Device):
+    def empty_cache(self) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_device_that_cannot_empty_its_cache_fails_the_job_and_ends_the_process(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore
+) -> None:
+    job, journal = store.create(ORDER, QUEUE).job, Journal()
+    engine = PatternEngine(failing(torch.OutOfMemoryError("2 GiB wanted")))
+    engine.device = BrokenDevice("cpu", "none")
+    ResidentWorker(engine, redis, artifacts, journal).work(burst=True, logging_level="WARNING")
+    failure = store.get(job.id).failure
+    assert failure is not None
+    assert failure.code == "out_of_device_memory"
+    assert journal.exit_status == EXIT_DEVICE_LOST
+
+
+class MuteDevice(Device):
+    """Does not tell its memory: each question hangs, once a job has begun."""
+
+    asked = threading.Event()
+    answers = threading.Event()
+
+    def memory(self) -> None:
+        if self.asked.is_set():
+            self.answers.wait(60)
+
+    def is_lost(self, error: BaseException) -> bool:
+        return True
+
+
+def test_a_lost_device_that_hangs_when_it_is_asked_does_not_keep_the_worker(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore
+) -> None:
+    store.create(ORDER, QUEUE)
+
+    def lose(step: int) -> None:
+        MuteDevice.asked.set()
+        worker._standing_offer.refresh()
+        time.sleep(0.5)  # the thread of the offer asks, and hangs
+        raise RuntimeError("the device is gone")
+
+    engine, journal = PatternEngine(lose), Journal()
+    engine.device = MuteDevice("npu", "none")
+    worker = ResidentWorker(engine, redis, artifacts, journal)
+    began = time.monotonic()
+    worker.work(burst=True, logging_level="WARNING")
+    assert time.monotonic() - began < 30
+    assert journal.exit_status == EXIT_DEVICE_LOST
+    MuteDevice.answers.set()
+    worker._standing_offer._thread.join()
 
 
 class OvertakenStore(FolderArtifactStore):
