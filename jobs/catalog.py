@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar, cast
 
@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -40,6 +41,8 @@ ModelName = Annotated[str, StringConstraints(pattern=MODEL_PATTERN)]
 Size = Annotated[str, StringConstraints(pattern=SIZE_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
+
+_MODEL_AND_MODE = TypeAdapter(tuple[ModelName, ModeName])
 
 _NO_BOUNDS = {
     "tokenizer",
@@ -225,7 +228,8 @@ def publish_status(redis: Redis, status: WorkerStatus) -> None:
 
 def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
     """Read how the workers are doing that live or end their last job, in the order of their ids."""
-    names = sorted(cast("bytes", name).decode() for name in redis.zrange(keys.WORKERS, 0, -1))
+    found = cast("list[bytes]", redis.zrange(keys.WORKERS, 0, -1))
+    names = sorted(name.decode(errors="replace") for name in found)
     texts = _texts(redis, [keys.worker_status(name) for name in names])
     return _readable(WorkerStatus, "status", names, texts)
 
@@ -276,12 +280,21 @@ def read(redis: Redis) -> Catalog:
         pipe.zrange(keys.WORKERS, 0, -1)
         pipe.zrange(keys.KNOWN_MODES, 0, -1)
         worker_ids, known = pipe.execute()
-    offers = _live_offers(redis, sorted(name.decode() for name in worker_ids))
+    offers = _live_offers(redis, sorted(name.decode(errors="replace") for name in worker_ids))
     return Catalog(
         offers=offers,
         waiting=_queue_lengths(redis, {offer.queue for offer in offers}),
-        known=frozenset((model, mode) for model, mode in map(json.loads, known)),
+        known=frozenset(_known_modes(known)),
     )
+
+
+def _known_modes(texts: list[bytes]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        try:
+            yield _MODEL_AND_MODE.validate_json(text)
+        except ValidationError:
+            # Another version's, or somebody's own: the others still count.
+            logger.warning("What %s holds is left out: %r", keys.KNOWN_MODES, text[:80])
 
 
 def _live_offers(redis: Redis, worker_ids: list[str]) -> tuple[WorkerOffer, ...]:

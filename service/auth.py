@@ -77,6 +77,11 @@ class Gate:
         """Whether it was open a moment ago, without asking Redis."""
         return time.monotonic() < self._open_until
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether it is known that everybody needs a key, without asking Redis."""
+        return not self._may_be_open
+
     def admit(self, token: str | None) -> Principal:
         """Say whose key it is and count the request.
 

@@ -48,8 +48,11 @@ def families(counters: Mapping[bytes, bytes], pace: Mapping[bytes, bytes]) -> It
 def _by_name(counters: Mapping[bytes, bytes]) -> Mapping[str, dict[tuple[str, ...], float]]:
     found: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
     for field, value in counters.items():
-        name, *labels = field.decode().split("|")
-        found[name][tuple(labels)] = float(value)
+        try:
+            name, *labels = field.decode().split("|")
+            found[name][tuple(labels)] = float(value)
+        except ValueError:
+            continue
     return found
 
 
@@ -90,7 +93,10 @@ def _pace(pace: Mapping[bytes, bytes]) -> Sequence[Metric]:
         labels = shape.decode().split("|")
         if len(labels) != len(LABELS):
             continue
-        step_s, rest_s = map(float, seconds.split())
+        try:
+            step_s, rest_s = map(float, seconds.split())
+        except ValueError:
+            continue
         step.add_metric(labels, step_s)
         rest.add_metric(labels, rest_s)
     return step, rest

@@ -4,6 +4,7 @@ What is about jobs, queues and workers comes from Redis, so every process shows 
 what it has measured of its own requests.
 """
 
+import asyncio
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -15,7 +16,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
 
 from jobs import keys
 from jobs.connection import BRIEF, connect
@@ -46,6 +49,7 @@ class Exposition:
         self._away.register(_Away())
         # A thread of its own: while Redis is away, requests may hold all the others.
         self._limiter = CapacityLimiter(1)
+        self._asking: asyncio.Future[bool] | None = None
 
     async def text(self, accept: str, is_known: bool) -> tuple[bytes, str]:
         """Read all metrics, or only that Redis is away, for a reader who is not known.
@@ -53,13 +57,22 @@ class Exposition:
         Returns them in the format that suits `accept`, and its media type.
         """
         encode, media_type = choose_encoder(accept)
-        registry = self._registry if is_known else self._away
-        return await to_thread.run_sync(encode, registry, limiter=self._limiter), media_type
+        if not is_known:
+            # One line that reads nothing: it waits for no thread, which strangers could keep busy.
+            return encode(self._away), media_type
+        return await to_thread.run_sync(encode, self._registry, limiter=self._limiter), media_type
 
     async def redis_answers(self) -> bool:
-        """Ask Redis for a sign of life; takes about a second at most."""
+        """Ask Redis for a sign of life, once for all who ask meanwhile; takes about a second."""
+        if self._asking is None or self._asking.done():
+            asked = to_thread.run_sync(self._ping, limiter=self._limiter)
+            self._asking = asyncio.ensure_future(asked)
+        # Shielded: it is not cancelled with the caller who asked first.
+        return await asyncio.shield(self._asking)
+
+    def _ping(self) -> bool:
         try:
-            return bool(await to_thread.run_sync(self._redis.ping, limiter=self._limiter))
+            return bool(self._redis.ping())
         except RedisError:
             return False
 
@@ -87,7 +100,7 @@ class _FromRedis(Collector):
     def collect(self) -> Iterator[Metric]:
         try:
             found = self._read()
-        except RedisError:
+        except (RedisAway, RedisTimeout):
             yield _up(0)
             return
         yield _up(1)

@@ -33,7 +33,12 @@ class Readers:
         self._last = (time.monotonic() + REMEMBERED_S, _digest(token))
 
     def knows(self, token: str | None) -> bool:
-        """Whether it is the reader that was let in last, not too long ago. Does not ask Redis."""
+        """Whether it is the reader that was let in last, not too long ago. Does not ask Redis.
+
+        Who shows no key is nobody, unless the service is open.
+        """
+        if token is None and self._gate.is_locked:
+            return False
         last = self._last
         if last is None or time.monotonic() > last[0]:
             return False

@@ -1,9 +1,9 @@
 """For those who run the service: its metrics, its workers and its queues."""
 
-from contextlib import suppress
-
 from fastapi import APIRouter, Request, Response
+from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
 from starlette.concurrency import run_in_threadpool
 
 from service.deps import BearerDep, OpsDep, PartsDep
@@ -26,7 +26,7 @@ router = APIRouter(tags=["operations"])
                 for kind in ("text/plain", "application/openmetrics-text")
             },
         },
-        **problems(401, 403, 429),
+        **problems(401, 403, 429, 503),
     },
 )
 async def read_metrics(request: Request, parts: PartsDep, bearer: BearerDep) -> Response:
@@ -38,9 +38,15 @@ async def read_metrics(request: Request, parts: PartsDep, bearer: BearerDep) -> 
     token = None if bearer is None else bearer.credentials
     is_known = parts.readers.knows(token)
     if await parts.exposition.redis_answers():
-        with suppress(RedisError):  # it went away just now
+        try:
             await run_in_threadpool(parts.readers.admit, token)
             is_known = True
+        except (RedisAway, RedisTimeout):
+            pass  # it went away just now
+        except RedisError:
+            # It answers, but will not write that somebody has asked.
+            if not is_known:
+                raise
     text, media_type = await parts.exposition.text(request.headers.get("accept", ""), is_known)
     return Response(text, media_type=media_type)
 

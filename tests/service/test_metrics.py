@@ -24,6 +24,7 @@ from jobs.spec import GenerationRequest
 from jobs.store import JobStore
 from jobs.submission import Submission
 from service.app import create_app
+from service.auth import REMEMBERED_S
 from service.keys import KeyStore, Role
 from service.settings import ServiceSettings
 
@@ -334,6 +335,52 @@ def test_without_redis_they_say_so(
         assert scraped.find("wan_jobs") == {}
         for stranger in ({}, {"Authorization": "Bearer wan_0123"}):
             assert set(Shown(client, **stranger).families) == {"wan_redis_up"}
+
+
+def test_who_read_without_a_key_is_a_stranger_once_keys_are_needed(
+    settings: ServiceSettings, tmp_path: Path, unused_port: int
+) -> None:
+    own_valkey = ValkeyServer(port=unused_port, data_dir=tmp_path / "valkey")
+    own_valkey.start()
+    url = SecretStr(f"{own_valkey.connection_url}/0")
+    own = settings.model_copy(update={"redis_url": url})
+    with TestClient(create_app(own)) as client:
+        assert Shown(client).value("wan_redis_up") == 1
+        with Redis.from_url(url.get_secret_value()) as redis:
+            _, ops = KeyStore(redis).add("prometheus", Role.OPS)
+        time.sleep(REMEMBERED_S + 0.1)
+        assert client.get("/jobs", headers={"Authorization": f"Bearer {ops}"}).status_code == 200
+        own_valkey.stop()
+        assert set(Shown(client).families) == {"wan_redis_up"}
+
+
+def test_an_open_service_shows_its_own_metrics_without_redis(
+    settings: ServiceSettings, tmp_path: Path, unused_port: int
+) -> None:
+    own_valkey = ValkeyServer(port=unused_port, data_dir=tmp_path / "valkey")
+    own_valkey.start()
+    url = SecretStr(f"{own_valkey.connection_url}/0")
+    with TestClient(create_app(settings.model_copy(update={"redis_url": url}))) as client:
+        assert Shown(client).value("wan_redis_up") == 1
+        own_valkey.stop()
+        time.sleep(REMEMBERED_S + 0.1)
+        shown = Shown(client)
+        assert shown.value("wan_redis_up") == 0
+        assert shown.value("wan_http_requests_total", route="/metrics") == 1
+
+
+def test_what_another_version_left_is_passed_over(
+    client: TestClient, redis: Redis, history: None, request_for_video: GenerationRequest
+) -> None:
+    redis.hset(keys.PACE, "a|b|c|d|e", "1")
+    redis.hset(keys.PACE, pace.shape(request_for_video), "1")
+    assert client.post("/generate", json={"prompt": "a"}).status_code == 202
+    redis.hset(keys.METRICS, "created|m|bf16|96x96|17|1", "many")
+    redis.hset(keys.METRICS, b"\xff", "1")
+    redis.zadd(keys.WORKERS, {b"\xff": time.time()})
+    shown = Shown(client)
+    assert shown.value("wan_redis_up") == 1
+    assert shown.value("wan_jobs_created_total", **SHAPE) == 7
 
 
 def test_a_process_that_never_saw_redis_says_so(
