@@ -9,6 +9,7 @@ from redis import Redis
 from jobs import events, keys
 from jobs.errors import GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress, Stage
+from jobs.recovery import Recovery
 from jobs.store import JobStore
 from tests.worker.mortal_valkey import MortalValkey
 from tests.worker.orders import order
@@ -84,6 +85,7 @@ def test_a_newer_attempt_ends_this_one(
     lifeline: Lifeline, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
     redis.hset(keys.record(attempt.job_id), "lease_ms", 1)
+    assert Recovery(redis).run() == {attempt.job_id: "queued"}
     store.claim(attempt.job_id, "other")
     wait_until(lambda: isinstance(lifeline.stop, StaleAttempt))
 

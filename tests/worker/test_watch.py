@@ -11,6 +11,7 @@ from jobs import keys
 from jobs.errors import GenerationCancelled, GenerationTimedOut, StaleAttempt
 from jobs.pace import Pace
 from jobs.record import Attempt, Progress, Stage
+from jobs.recovery import Recovery
 from jobs.store import JobStore
 from tests.worker.orders import order
 from worker.drain import SAME_WISH_S, Drain, JobInHand
@@ -86,6 +87,7 @@ def test_a_newer_attempt_ends_this_one(
     site: Site, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
     redis.hset(keys.record(attempt.job_id), "lease_ms", 1)
+    assert Recovery(redis).run() == {attempt.job_id: "queued"}
     store.claim(attempt.job_id, "other")
     with pytest.raises(StaleAttempt):
         check_until_it_raises(site.watch)
