@@ -116,6 +116,11 @@ class Outbox:
                     found[job_id] = _decode(fields)
         return [found.get(job.id) for job in jobs]
 
+    def tries(self, job_id: str) -> int:
+        """How often a job's webhook was tried, for who cannot read the job."""
+        found = self._redis.hget(keys.webhook(job_id), "tries")
+        return 0 if found is None else int(cast("bytes", found))
+
     def _end(self, lease: Lease, word: str, seconds: float, *pairs: str) -> bool:
         answer = self._settle(lease.job_id, lease.until_ms, word, int(seconds * 1000), *pairs)
         return bool(answer == b"ok")

@@ -179,6 +179,7 @@ def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
             f"The record of job {job_id} cannot be read: {_reason(error)}. It was written by "
             f"another version or by hand; delete it, or run the version that wrote it.",
             job_id=job_id,
+            owner=fields.get(b"owner", b"").decode(errors="replace"),
         ) from error
 
 

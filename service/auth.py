@@ -14,7 +14,7 @@ from typing import Final
 
 from redis.exceptions import OutOfMemoryError
 
-from jobs.errors import Forbidden, RateLimited, Unauthenticated
+from jobs.errors import Forbidden, RateLimited, RecordUnreadable, Unauthenticated
 from jobs.ids import not_found
 from jobs.record import JobRecord
 from jobs.store import JobStore
@@ -168,12 +168,22 @@ def visible_job(store: JobStore, principal: Principal, job_id: str) -> JobRecord
 
     Raises:
         JobNotFound: there is none, or it is somebody else's; the two look the same.
-        RecordUnreadable: see `jobs.record.decode`.
+        RecordUnreadable: see `jobs.record.decode`; the sentence says how to be rid of it.
     """
-    job = store.get(job_id)
-    if not (principal.sees_all or job.owner == principal.owner):
+    try:
+        job = store.get(job_id)
+    except RecordUnreadable as error:
+        if not _may_see(principal, error.context.get("owner")):
+            raise not_found(job_id) from error
+        detail = f"{error.detail} `DELETE /v1/videos/{job_id}` deletes it."
+        raise RecordUnreadable(detail, **error.context) from error
+    if not _may_see(principal, job.owner):
         raise not_found(job_id)
     return job
+
+
+def _may_see(principal: Principal, owner: object) -> bool:
+    return principal.sees_all or owner == principal.owner
 
 
 def listed_owner(principal: Principal, wanted: str | None) -> str | None:

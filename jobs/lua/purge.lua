@@ -3,7 +3,8 @@
 local id, now = ARGV[1], ARGV[2]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'owner', 'queue')
-local state = known[1]
+-- Also of a record of another version, which may lack some of it.
+local state, owner, queue = known[1], known[2] or '', known[3] or ''
 if not state then
   redis.call('ZREM', '@DELETIONS@', id)
   return 'missing'
@@ -14,12 +15,12 @@ if state == 'running' then
   return 'marked'
 end
 if state == 'queued' then
-  redis.call('LREM', '@RQ_QUEUE@' .. known[3], 1, id)
-  redis.call('LREM', '@RQ_QUEUE@' .. known[3] .. ':intermediate', 0, id)
-  count('ended', redis.call('HGET', record, 'shape') .. '|cancelled|')
+  redis.call('LREM', '@RQ_QUEUE@' .. queue, 1, id)
+  redis.call('LREM', '@RQ_QUEUE@' .. queue .. ':intermediate', 0, id)
+  count('ended', (redis.call('HGET', record, 'shape') or '') .. '|cancelled|')
 end
 for _, each in ipairs({ state, 'all' }) do
-  for _, index in ipairs(indexes(known[2], each)) do redis.call('ZREM', index, id) end
+  for _, index in ipairs(indexes(owner, each)) do redis.call('ZREM', index, id) end
 end
 redis.call('ZREM', '@DELETIONS@', id)
 redis.call('ZREM', '@WEBHOOKS_DUE@', id)
@@ -27,7 +28,7 @@ redis.call('DEL', record, '@EVENTS@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
 -- What RQ keeps of deliveries that ended: a traceback would outlive the job it is of.
 redis.call('DEL', '@RQ_RESULTS@' .. id)
 for _, registry in ipairs({ '@RQ_FINISHED@', '@RQ_FAILED@' }) do
-  redis.call('ZREM', registry .. known[3], id)
+  redis.call('ZREM', registry .. queue, id)
 end
 redis.call('PUBLISH', '@CHANNEL@', id)
 return 'purged'

@@ -1,11 +1,12 @@
 """`/v1/videos`: the same jobs as everywhere, for the clients of OpenAI's Videos API."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
 
 from jobs import ids
-from jobs.errors import InvalidSpec, JobNotFound
+from jobs.errors import InvalidSpec, JobNotFound, RecordUnreadable
 from jobs.record import JobRecord
 from jobs.spec import GenerationRequest, shown
 from jobs.store import MAX_PAGE
@@ -130,7 +131,8 @@ def delete_video(principal: PrincipalDep, video_id: str, parts: PartsDep) -> Vid
 
     A queued job will not run; a running one is stopped. Nobody can read it from now on.
     """
-    visible_job(parts.store, principal, video_id)
+    with suppress(RecordUnreadable):  # deleting is the way to be rid of it
+        visible_job(parts.store, principal, video_id)
     delete_job(parts.store, parts.artifacts, video_id)
     return VideoDeleted(id=video_id)
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from jobs.errors import JobNotFound
+from jobs.errors import JobNotFound, RecordUnreadable
 from jobs.outbox import Lease, Outbox, Outcome, WebhookStatus
 from jobs.record import JobRecord
 from jobs.store import JobStore
@@ -20,7 +20,7 @@ from service.views import JobView
 from service.webhooks.message import Signer, WebhookMessage
 from service.webhooks.rules import Target, TargetRefused, WebhookRules
 from service.webhooks.schedule import Schedule
-from service.webhooks.sender import Sender
+from service.webhooks.sender import Answer, Sender
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,11 @@ class Deliveries:
         except TargetRefused as error:
             # What is allowed has changed since the request came.
             await self._settle(lease, Outcome(error=f"the address {error}"))
+        except RecordUnreadable as error:
+            # Another process may be of the version that wrote it; but not for ever.
+            tries = await asyncio.to_thread(self._office.outbox.tries, lease.job_id)
+            answer = Answer(error=error.detail)
+            await self._settle(lease, self._office.schedule.outcome(answer, tries))
         except RedisError:
             raise
         except Exception:

@@ -12,6 +12,7 @@ from jobs.record import Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import JobStore
+from tests.service.conftest import MakeJob, MakeKey
 
 VIDEO = Video(
     key="videos/x/1.mp4", bytes=10, sha256="ab", width=96, height=96, num_frames=17, fps=8
@@ -213,3 +214,29 @@ def test_unreadable_record_is_a_clear_500_without_its_prompt(
     assert (answer.status_code, answer.json()["code"]) == (500, "record_unreadable")
     assert job_id in caplog.text
     assert "a secret" not in answer.text + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("attempts", "x"), ("queue", None), ("shape", None), ("request", "{}")]
+)
+def test_unreadable_record_is_its_owners_to_delete(
+    client: TestClient,
+    redis: Redis,
+    make_key: MakeKey,
+    make_job: MakeJob,
+    field: str,
+    value: str | None,
+) -> None:
+    alice, bob = make_key("alice"), make_key("bob")
+    for job in (make_job("alice"), make_job("alice", video=True)):
+        record = keys.record(job.id)
+        redis.hset(record, field, value) if value is not None else redis.hdel(record, field)
+        redis.hset(record, "lost", "many")
+        for method, path in (("GET", f"/jobs/{job.id}"), ("DELETE", f"/v1/videos/{job.id}")):
+            assert client.request(method, path, headers=bob).status_code == 404
+        told = client.delete(f"/jobs/{job.id}", headers=alice).json()
+        assert f"`DELETE /v1/videos/{job.id}` deletes it." in told["detail"]
+        assert client.delete(f"/v1/videos/{job.id}", headers=alice).status_code == 200
+        assert client.get(f"/jobs/{job.id}", headers=alice).status_code == 404
+        assert not redis.exists(record)
+    assert redis.zcard(keys.index("all")) == 0
