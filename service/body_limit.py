@@ -31,14 +31,23 @@ class BodyLimit:
             await problems.response(problem)(scope, receive, send)
             return
         read = 0
+        answering = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
 
         async def receive_counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._most_bytes:
+                if answering:
+                    # Too late to say anything but that nobody listens to more.
+                    return {"type": "http.disconnect"}
                 # FastAPI's class: it passes through where the body is read.
                 raise HTTPException(413, self._detail)
             return message
 
-        await self._app(scope, receive_counted, send)
+        await self._app(scope, receive_counted, send_noted)
