@@ -26,6 +26,8 @@ from service.start import sentences, start
 app = typer.Typer(
     help="Run the service, configured by the environment, or do one of the commands.",
     add_completion=False,
+    # What such a traceback shows of local variables may be a password.
+    pretty_exceptions_enable=False,
 )
 keys_app = typer.Typer(
     help="API keys, in the Redis at REDIS_URL.", no_args_is_help=True, add_completion=False

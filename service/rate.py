@@ -16,7 +16,8 @@ from jobs.errors import RateLimited
 
 logger = logging.getLogger(__name__)
 
-RATE_BOUND: Final = 'like "600/minute" or "5/second"'
+RATE_BOUND: Final = 'like "600/minute" or "5/second", for a second to a day'
+LONGEST_WINDOW_S: Final = 24 * 60 * 60
 
 
 class RateLimiter:
@@ -83,8 +84,9 @@ def check_rate(rate: str) -> str:
         ValueError: it is none.
     """
     try:
-        sound = parse(rate).amount > 0 and ";" not in rate
-    except ValueError:
+        item = parse(rate)
+        sound = item.amount > 0 and ";" not in rate and 1 <= item.get_expiry() <= LONGEST_WINDOW_S
+    except (ValueError, OverflowError):
         sound = False
     if not sound:
         raise ValueError(f"{rate!r} is not a rate; write it {RATE_BOUND}")

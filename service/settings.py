@@ -39,6 +39,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.connection import parse_url
 
 from jobs.keys import RECORD_TTL_S
 from jobs.logs import LogFormat
@@ -65,8 +66,17 @@ class RedisSettings(BaseSettings):
     @classmethod
     def _is_redis_address(cls, url: SecretStr) -> SecretStr:
         # The value may hold a password, so it is not repeated.
-        if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+        text = url.get_secret_value()
+        if not text.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("it does not start with redis://, rediss:// or unix://")
+        try:
+            parse_url(text)  # type: ignore[no-untyped-call]
+        except ValueError:
+            # Said anew, and without what was read: a part of a password may be taken for the port.
+            raise ValueError(
+                "it cannot be read as redis://:password@host:port/number; write what is special in "
+                "a password, like / or @, as %2F or %40"
+            ) from None
         return url
 
 
@@ -124,13 +134,17 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         """Hosts the service may be asked for under, besides those of loopback."""
         return frozenset({urlsplit(self.public_url).hostname or ""} if self.public_url else ())
 
+    @property
+    def public_path(self) -> str:
+        """What callers' paths begin with, where a proxy takes it off; mostly nothing."""
+        return urlsplit(self.public_url or "").path
+
     @field_validator("public_url")
     @classmethod
     def _is_web_address(cls, url: str | None) -> str | None:
         if not url:
             return None
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query:
+        if not _is_web_address(url):
             raise ValueError(f"{url} is not a web address; write it as https://host or with a path")
         return url.rstrip("/")
 
@@ -147,3 +161,13 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     @classmethod
     def _is_rate(cls, rate: str) -> str:
         return check_rate(rate)
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port != 0  # and raises for what is no port
+    except ValueError:
+        return False
+    is_bare = not (parts.query or parts.fragment or "?" in url or "#" in url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and has_port and is_bare

@@ -73,7 +73,7 @@ def generate(
         return resolve_json(body, parts.catalog.get(), parts.tokens.count, check_webhook)
 
     created = accept(parts, principal, body, idempotency_key, resolve)
-    response.headers["Location"] = f"/jobs/{created.job.id}"
+    response.headers["Location"] = f"{parts.settings.public_path}/jobs/{created.job.id}"
     if created.replayed:
         response.headers[REPLAYED_HEADER] = "true"
     return views.created(created)

@@ -67,8 +67,10 @@ class WebhookSettings(BaseSettings):
     @field_validator("webhook_secret")
     @classmethod
     def _are_secrets(cls, secret: SecretStr) -> SecretStr:
-        for each in _split(secret.get_secret_value()):
-            if not _is_secret(each):
+        text = secret.get_secret_value()
+        # Where something is written, there has to be one: a lone comma would sign nothing.
+        for each in _split(text) or [text]:
+            if text and not _is_secret(each):
                 raise ValueError(
                     f"it is not {SECRET_PREFIX} and the base64 of {SECRET_BYTES[0]} to "
                     f"{SECRET_BYTES[-1]} random bytes; {HOW_TO_MAKE_ONE}"

@@ -14,7 +14,8 @@ from jobs.catalog import WorkerOffer
 from jobs.spec import MAX_SEED
 from jobs.state import JobState
 from jobs.store import JobStore
-from service.app import MAX_BODY_BYTES
+from service.app import MAX_BODY_BYTES, create_app
+from service.settings import ServiceSettings
 
 PROMPT = "a small red circle moving right"
 
@@ -112,6 +113,14 @@ def test_all_failures_come_in_one_answer(client: TestClient) -> None:
     bad = {"prompt": "", "num_frames": 4, "seed": -1, "mode": "int4", "extra": None}
     problem = refused(client, bad, 422)
     assert sorted(error["field"] for error in problem["errors"]) == sorted(bad)
+
+
+@pytest.mark.usefixtures("live_worker")
+def test_location_is_where_callers_find_it(settings: ServiceSettings) -> None:
+    behind = settings.model_copy(update={"public_url": "http://testserver/video"})
+    with TestClient(create_app(behind)) as client:
+        answer = client.post("/generate", json={"prompt": PROMPT})
+    assert answer.headers["location"] == f"/video/jobs/{answer.json()['id']}"
 
 
 @pytest.mark.usefixtures("live_worker", "nothing_enqueued")

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.settings import ServiceSettings
+from service.start import sentences
 
 NAMES = (
     *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL", "ARTIFACTS_URL"),
@@ -69,6 +70,14 @@ def test_which_hosts_are_this_machine(
         ("SERVICE_PORT", "http", "integer"),
         ("SERVICE_PUBLIC_URL", "video.example", "web address"),
         ("SERVICE_PUBLIC_URL", "ftp://video.example", "web address"),
+        ("SERVICE_PUBLIC_URL", "https://video.example/#top", "web address"),
+        ("SERVICE_PUBLIC_URL", "https://video.example/?", "web address"),
+        ("SERVICE_PUBLIC_URL", "https://video.example:http", "web address"),
+        ("SERVICE_PUBLIC_URL", "https://video.example:70000", "web address"),
+        ("SERVICE_PUBLIC_URL", "https://:443", "web address"),
+        ("SERVICE_PUBLIC_URL", "https://[video", "web address"),
+        ("SERVICE_RATE", "10 per 2 day", "for a second to a day"),
+        ("SERVICE_RATE", "1/99999999999999 year", "for a second to a day"),
         ("REDIS_URL", "localhost:6379", "redis://"),
         ("REDIS_URL", "http://localhost", "redis://"),
     ],
@@ -78,6 +87,27 @@ def test_bad_values(monkeypatch: pytest.MonkeyPatch, name: str, value: str, reas
     with pytest.raises(ValidationError, match=reason) as refused:
         ServiceSettings()
     assert refused.value.errors()[0]["loc"] == (name,)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:s3cr/et@localhost:6379/0", "redis://localhost:s3cret", "redis://[s3cret"]
+)
+def test_a_redis_url_that_cannot_be_read_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(ValidationError) as refused:
+        ServiceSettings()
+    (line,) = sentences(refused.value).splitlines()
+    assert line.startswith("service: REDIS_URL: it cannot be read as redis://")
+    assert "s3c" not in line
+
+
+def test_a_lone_comma_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in (",", " , ", " "):
+        monkeypatch.setenv("SERVICE_WEBHOOK_SECRET", text)
+        with pytest.raises(ValidationError, match="it is not whsec_"):
+            ServiceSettings()
 
 
 def test_empty_variables_count_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
