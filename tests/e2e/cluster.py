@@ -125,11 +125,11 @@ class Cluster:
     def resume(self, *names: str) -> None:
         self._held.difference_update(names)
 
-    def worker_of(self, worker_id: str) -> str:
-        """The name of the process which runs as `worker_id`, found through RQ's entry of it."""
+    def worker_of(self, worker_id: str | None) -> str | None:
+        """The name of the live process which runs as `worker_id`, found through RQ's entry of it."""
         pid = self.redis.hget(f"rq:worker:{worker_id}", "pid")
-        assert pid is not None, f"RQ knows no worker {worker_id}"
-        return next(name for name, child in self.children.items() if child.pid == int(pid))
+        children = self.children.items()
+        return next((name for name, child in children if pid and child.pid == int(pid)), None)
 
     def pids(self, kind: str) -> dict[str, int]:
         return {n: child.pid for n, child in self.children.items() if n.startswith(kind)}
@@ -189,15 +189,20 @@ class Cluster:
 
     def wait_for_step(self, job_id: str, step: int, limit_s: float = 60) -> str:
         """Until the job has done `step` denoising steps; returns its worker's process name."""
+        found: list[str] = []
 
         def reached() -> bool:
             job = self.job(job_id)
             assert job["state"] in ("queued", "running"), job
             progress = job["progress"] or {"stage": "", "step": 0}
-            return progress["stage"] == "denoise" and progress["step"] >= step
+            if progress["stage"] != "denoise" or progress["step"] < step:
+                return False
+            worker = self.worker_of(self.record(job_id).get("worker"))
+            found.extend([worker] if worker else [])
+            return worker is not None
 
         wait_until(reached, limit_s, f"job {job_id} is at step {step}", self.logs)
-        return self.worker_of(self.record(job_id)["worker"])
+        return found[-1]
 
     def wait_for_end(self, job_id: str, limit_s: float = 120) -> dict[str, Any]:
         wait_until(
