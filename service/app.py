@@ -20,10 +20,8 @@ from service import openapi, problems
 from service.admission import Admission
 from service.auth import Gate
 from service.body_limit import BodyLimit
-from service.chores import chores
 from service.deps import Parts
-from service.event_hub import EventHub
-from service.housekeeping import Housekeeping
+from service.events.hub import EventHub
 from service.keys import KeyStore
 from service.links import LinkSigner
 from service.metrics.exposition import Exposition
@@ -37,6 +35,8 @@ from service.routes import events, health, jobs, models, operations, videos
 from service.security_headers import SecurityHeaders
 from service.settings import ServiceSettings
 from service.tokens import TokenCounter
+from service.upkeep.chores import chores
+from service.upkeep.housekeeping import Housekeeping
 from service.wall import HostCheck, OriginCheck
 
 MAX_BODY_BYTES = 256 * 1024

@@ -19,9 +19,9 @@ from jobs.artifacts import open_artifacts
 from jobs.connection import connect
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from service.keys import ApiKey, KeyRefused, KeyStore, Role
-from service.retention import Retention, RetentionBusy, told
 from service.settings import RedisSettings, ServiceSettings
 from service.start import sentences, start
+from service.upkeep.retention import Retention, RetentionBusy, told
 
 app = typer.Typer(
     help="Run the service, configured by the environment, or do one of the commands.",

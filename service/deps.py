@@ -15,7 +15,7 @@ from jobs.outbox import Outbox
 from jobs.store import JobStore
 from service.admission import Admission
 from service.auth import Gate, Principal, listed_owner, require_ops
-from service.event_hub import EventHub
+from service.events.hub import EventHub
 from service.json_body import json_body
 from service.links import LinkSigner, VideoLinks, video_path
 from service.metrics.exposition import Exposition

@@ -20,7 +20,7 @@ from redis import Redis
 
 from jobs import keys
 from jobs.errors import LinkRefused
-from service.keep import Keep
+from service.upkeep.keep import Keep
 
 SECRET_READ_EVERY_S: Final = 10.0
 """How long processes may disagree after Redis has lost the secret and another one was made."""

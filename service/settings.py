@@ -43,9 +43,9 @@ from redis.connection import parse_url
 
 from jobs.keys import RECORD_TTL_S
 from jobs.logs import LogFormat
-from service.keep import Keep
 from service.loopback import is_loopback
 from service.rate import check_rate
+from service.upkeep.keep import Keep
 from service.webhooks.settings import WebhookSettings
 
 Hours = Annotated[float, Field(gt=0, le=RECORD_TTL_S / 3600, allow_inf_nan=False)]

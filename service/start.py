@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from jobs.connection import connect
 from jobs.errors import ArtifactRefused
 from service.app import create_app
-from service.event_hub import EventHub
+from service.events.hub import EventHub
 from service.keys import KeyStore
 from service.logs import configure_logging
 from service.settings import ServiceSettings

@@ -8,8 +8,8 @@ from starlette.concurrency import run_in_threadpool
 from jobs import events
 from service.auth import visible_job
 from service.deps import JobViewsDep, PartsDep, PrincipalDep
-from service.event_hub import Follower
-from service.event_stream import EventStream
+from service.events.hub import Follower
+from service.events.stream import EventStream
 from service.openapi import EVENT_ANSWER, problems
 
 router = APIRouter(tags=["jobs"])

@@ -12,7 +12,6 @@ from jobs.spec import GenerationRequest, shown
 from jobs.store import MAX_PAGE
 from service.acceptance import REPLAYED_HEADER, accept
 from service.auth import listed_owner, visible_job
-from service.deletion import delete_job
 from service.deps import IdempotencyKeyDep, PartsDep, PrincipalDep
 from service.openai.body import video_fields
 from service.openai.document import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
@@ -20,6 +19,7 @@ from service.openai.order import resolve_video
 from service.openai.outlook import outlooks
 from service.openai.views import VideoDeleted, VideoList, VideoObject
 from service.openapi import VIDEO_RESPONSES
+from service.upkeep.deletion import delete_job
 from service.video import VideoResponse, WantedDep, send_video
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from service.app import create_app
-from service.event_hub import EventHub
+from service.events.hub import EventHub
 from service.settings import ServiceSettings
 from service.start import Server
 

@@ -11,7 +11,7 @@ from jobs.errors import JobNotFound
 from jobs.record import Attempt, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store import JobStore
-from service.deletion import delete_job
+from service.upkeep.deletion import delete_job
 
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 

@@ -21,10 +21,10 @@ from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import JobStore
-from service import event_hub
 from service.app import MAX_BODY_BYTES
-from service.event_hub import SMALLEST_SHARE, Follower
-from service.event_stream import EventStream
+from service.events import hub
+from service.events.hub import SMALLEST_SHARE, Follower
+from service.events.stream import EventStream
 from service.keys import Role
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey
@@ -364,7 +364,7 @@ def test_a_message_that_is_no_id_harms_nobody(
 def test_an_unexpected_error_ends_no_task_for_good(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(event_hub, "AFTER_FAULT_S", 0.01)
+    monkeypatch.setattr(hub, "AFTER_FAULT_S", 0.01)
     begun: list[int] = []
 
     async def work() -> None:
@@ -374,7 +374,7 @@ def test_an_unexpected_error_ends_no_task_for_good(
         await asyncio.Event().wait()
 
     async def watch() -> None:
-        task = asyncio.create_task(event_hub.keep_doing(work))
+        task = asyncio.create_task(hub.keep_doing(work))
         while len(begun) < 3:
             assert not task.done()
             await asyncio.sleep(0.01)

@@ -26,7 +26,7 @@ from jobs.errors import TooManyOwnStreams, TooManyStreams
 from jobs.places import Place
 from jobs.record import JobRecord
 from jobs.state import JobState
-from service.event_reader import EventReader, News
+from service.events.reader import EventReader, News
 from service.queue_places import QueuePlaces
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from starlette.types import Message, Receive, Scope, Send
 from jobs.errors import JobNotFound
 from jobs.places import Place
 from jobs.state import JobState
-from service.event_hub import EventHub, Follower
-from service.event_reader import encode
+from service.events.hub import EventHub, Follower
+from service.events.reader import encode
 from service.views import JobView, QueueView
 
 logger = logging.getLogger(__name__)

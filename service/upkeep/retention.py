@@ -27,9 +27,9 @@ from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.state import JobState
 from jobs.store import JobStore
 from jobs.submission import OPEN_OWNER
-from service.deletion import delete_job
-from service.keep import Keep
 from service.keys import KeyStore
+from service.upkeep.deletion import delete_job
+from service.upkeep.keep import Keep
 
 logger = logging.getLogger(__name__)
 

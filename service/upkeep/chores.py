@@ -5,10 +5,10 @@ from functools import partial
 from typing import Final
 
 from jobs import recovery
-from service import retention
 from service.deps import Parts
-from service.housekeeping import Task
-from service.retention import Retention
+from service.upkeep import retention
+from service.upkeep.housekeeping import Task
+from service.upkeep.retention import Retention
 from service.webhooks.build import courier
 
 DELETIONS_EVERY_S: Final = 5.0
