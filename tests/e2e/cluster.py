@@ -126,7 +126,7 @@ class Cluster:
         self._held.difference_update(names)
 
     def worker_of(self, worker_id: str | None) -> str | None:
-        """The name of the live process which runs as `worker_id`, found through RQ's entry of it."""
+        """The name of the live process that runs as `worker_id`, through RQ's entry of it."""
         pid = self.redis.hget(f"rq:worker:{worker_id}", "pid")
         children = self.children.items()
         return next((name for name, child in children if pid and child.pid == int(pid)), None)
