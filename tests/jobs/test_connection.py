@@ -1,15 +1,22 @@
 """Broken connections: what is repeated, what is not, and what it does to a job."""
 
+import select
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError
 from rq import Queue
 
+from deploy.local import valkey
+from deploy.local.ports import LOOPBACK
 from jobs.connection import connect
 from jobs.record import StageTimings, Video
 from jobs.spec import GenerationRequest
@@ -62,16 +69,23 @@ class LosingProxy:
             thread.join()
 
     def _serve(self, client: socket.socket) -> None:
-        """One request, one answer: the store's clients never send ahead."""
+        """Both ways at once: a large request, such as a script's text, comes in several pieces."""
+        losing = False
         with client, socket.create_connection(self._upstream) as server:
-            while data := client.recv(1 << 20):
-                losing = self._word is not None and self._word in data
-                server.sendall(data)
-                answer = server.recv(1 << 20)
-                if losing:
-                    self._word = None
-                    return
-                client.sendall(answer)
+            while True:
+                ready, _, _ = select.select([client, server], [], [])
+                if client in ready:
+                    if not (data := client.recv(1 << 20)):
+                        return
+                    losing = losing or (self._word is not None and self._word in data)
+                    server.sendall(data)
+                if server in ready:
+                    if not (answer := server.recv(1 << 20)):
+                        return
+                    if losing:
+                        self._word = None
+                        return
+                    client.sendall(answer)
 
 
 @pytest.fixture
@@ -130,3 +144,24 @@ def test_nobody_there(unused_port: int) -> None:
     with pytest.raises(RedisConnectionError):
         nobody.ping()
     nobody.close()
+
+
+def test_a_server_that_has_become_a_replica_is_asked_again_over_a_new_connection(
+    tmp_path: Path, unused_port: int
+) -> None:
+    command = valkey.server_command(tmp_path, unused_port)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            while not valkey.answers(unused_port):
+                assert server.poll() is None
+                time.sleep(0.02)
+            with connect(f"redis://{LOOPBACK}:{unused_port}/0") as redis:
+                before = redis.client_id()
+                redis.replicaof(LOOPBACK, 1)
+                with pytest.raises(ReadOnlyError):
+                    redis.set("key", "value")
+                assert redis.client_id() != before
+                asked = redis.info("commandstats")["cmdstat_set"]
+                assert asked["calls"] + asked["rejected_calls"] == 2
+        finally:
+            server.kill()
