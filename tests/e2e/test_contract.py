@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.cluster import Cluster
 from tests.e2e.stack import ROOT
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 """Generated requests per operation and phase."""
 
 LEAST_CASES = int(os.environ.get("FUZZ_LEAST_CASES", "1000"))
