@@ -60,4 +60,14 @@ def test_a_prompt_in_the_environment_arrives_unchanged(project: Path, prompt: st
 
 def test_help_lists_every_target(project: Path) -> None:
     targets = [line.split()[1] for line in make(project).splitlines()]
-    assert targets == ["help", "install", "demo", "generate", "test", "lint", "fix", "bench"]
+    assert targets == [
+        "help",
+        "install",
+        "demo",
+        "generate",
+        "test",
+        "lint",
+        "fuzz",
+        "fix",
+        "bench",
+    ]
