@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 import httpx2
 
 PATIENCE = httpx2.Timeout(30, connect=10)
+PAUSE_S = 0.1
+MOST_BROKEN = 100
 
 
 @dataclass
@@ -80,6 +83,7 @@ class EventSource(threading.Thread):
         self._job_id = job_id
         self._cut_after = cut_after
         self._last_id: str | None = None
+        self._broken = 0
         self.connections = 0
         self.comments = 0
         self.queue: list[dict[str, Any]] = []
@@ -110,9 +114,16 @@ class EventSource(threading.Thread):
                     return False
                 assert answer.status_code == 200, answer.read()
                 self._take(sent)
-        except httpx2.TransportError:
-            # The connection broke, or nobody listens there any more.
-            pass
+        except httpx2.TransportError as error:
+            # The connection broke, or nobody listens there any more. One whose server has gone for
+            # good must not go on asking beside all later tests.
+            self._broken += 1
+            time.sleep(PAUSE_S)
+            if self._broken > MOST_BROKEN:
+                self.fault = error
+                return False
+        else:
+            self._broken = 0
         return True
 
     def _take(self, stream: Iterator[Sent]) -> None:
