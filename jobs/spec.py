@@ -6,7 +6,6 @@ at once), and never rounds.
 """
 
 import secrets
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
+from jobs.texts import is_visible, strange_in
 
 MAX_SEED = 2**32 - 1
 MIN_GUIDANCE_SCALE = 1.0
@@ -33,9 +33,6 @@ CountTokens = Callable[[str, str], int | None]
 CheckWebhook = Callable[[str], Violation | None]
 """Takes a webhook's address; answers what is wrong with it, if something is."""
 
-_BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters and a symbol to Unicode, but blank: the Hangul fillers and the empty Braille pattern."""
-_ALLOWED_CONTROLS = frozenset("\t\n\r")
 _BOUNDS = {
     "prompt": "text with at least one visible character",
     "negative_prompt": "text",
@@ -237,7 +234,7 @@ def _offers_for(
 
 def _text_violations(body: GenerationBody) -> Iterator[Violation]:
     """What is wrong with the texts, whatever the model."""
-    if not any(map(_is_visible, body.prompt)):
+    if not any(map(is_visible, body.prompt)):
         yield Violation(
             "prompt",
             shown(body.prompt),
@@ -246,7 +243,7 @@ def _text_violations(body: GenerationBody) -> Iterator[Violation]:
         )
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
-        strange = _strange_in(text or "")
+        strange = strange_in(text or "")
         if strange is not None:
             yield Violation(
                 field,
@@ -300,7 +297,7 @@ def _length_violations(
             continue
         bound, tokenizer = model.max_prompt_tokens, model.tokenizer
         # A text that is none, which is refused anyway, may be more than a tokenizer can read.
-        if count_tokens is None or bound is None or tokenizer is None or _strange_in(text):
+        if count_tokens is None or bound is None or tokenizer is None or strange_in(text):
             continue
         tokens = count_tokens(tokenizer, text)
         if tokens is not None and tokens > bound:
@@ -384,22 +381,3 @@ def _not_served(model: str | None, mode: str | None, catalog: Catalog) -> ModeNo
         f"No live worker serves mode {mode or 'default'} of model {model}. Served now: {served}.",
         served=catalog.served(),
     )
-
-
-def _is_visible(character: str) -> bool:
-    """Whether a reader sees something; marks alone change nothing without a letter to stand on."""
-    return not (
-        character.isspace()
-        or character in _BLANKS
-        or unicodedata.category(character) in ("Cf", "Mn", "Me")
-    )
-
-
-def _strange_in(text: str) -> str | None:
-    """The first character which no text holds: a control character or half of a surrogate pair."""
-    return next((c for c in text if _is_strange(c)), None)
-
-
-def _is_strange(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category == "Cs" or (category == "Cc" and character not in _ALLOWED_CONTROLS)

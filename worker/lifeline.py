@@ -12,14 +12,14 @@ import logging
 import threading
 import time
 from collections import deque
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from redis.exceptions import RedisError
 
 from jobs.errors import AppError, GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress
 from jobs.store import LEASE_S, JobStore
+from worker.companion import Companion
 from worker.outage import Outage, Pauses
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ TELL_EVERY_S: Final = 0.25
 """Faster steps are published in part; the first and the last of a stage always are."""
 
 
-class Lifeline:
+class Lifeline(Companion):
     """A context in which `attempt` stays alive in Redis.
 
     Attributes:
@@ -41,29 +41,15 @@ class Lifeline:
     """
 
     def __init__(self, store: JobStore, attempt: Attempt, outage: Outage) -> None:
+        super().__init__("lifeline")
         self.stop: AppError | None = None
         self._store = store
         self._attempt = attempt
         self._outage = outage
         self._untold: deque[Progress] = deque()
         self._lock = threading.Lock()
-        self._done = threading.Event()
         self._renew_at = time.monotonic() + RENEW_EVERY_S
         self._told_at = -float("inf")
-        self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
 
     def tell(self, progress: Progress) -> None:
         """Have progress published; what is overtaken before its turn is left out."""

@@ -8,7 +8,6 @@ trying: there is nobody to tell.
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -19,12 +18,13 @@ from redis.exceptions import RedisError
 
 from jobs import catalog
 from jobs.catalog import WorkerOffer, WorkerStatus
+from worker.companion import Companion
 from worker.outage import END_WAIT_S, Outage
 
 REPEAT_EVERY_S = 5.0
 
 
-class StandingOffer:
+class StandingOffer(Companion):
     """A context in which `offer` and a status are in the catalog.
 
     `close` takes the offer out and leaves the status, which a worker has until its last job is
@@ -41,22 +41,21 @@ class StandingOffer:
         repeat_every_s: float = REPEAT_EVERY_S,
     ) -> None:
         """tokenizer: the text that the offer names; it is kept in the catalog with the offer."""
+        super().__init__("standing-offer", END_WAIT_S)
         self._redis = redis
         self._offer = offer
         self._tokenizer = tokenizer
         self._status = status
         self._outage = outage
         self._repeat_every_s = repeat_every_s
-        self._closed = self._ended = False
+        self._closed = False
         # Not an Event: a handler must not wait for a lock that its own thread may hold.
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="standing-offer", daemon=True)
 
     def __enter__(self) -> Self:
         # The first one from here, so that the worker is in the catalog when it says it is ready.
         self._repeat()
-        self._thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(
         self,
@@ -64,10 +63,9 @@ class StandingOffer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ended = True
+        self._done.set()
         self._bell.put(None)
-        # No longer than this: it may wait for a Redis, or ask a device, that will not answer.
-        self._thread.join(END_WAIT_S)
+        super().__exit__(kind, error, trace)
 
     def close(self) -> None:
         """Take no more jobs; returns at once."""
@@ -82,7 +80,7 @@ class StandingOffer:
         while True:
             with suppress(queue.Empty):
                 self._bell.get(timeout=self._repeat_every_s)
-            if self._ended:
+            if self._done.is_set():
                 break
             with self._outage.survived():
                 self._repeat()

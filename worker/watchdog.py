@@ -18,8 +18,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
+
+from worker.companion import Companion
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ continued; its job is another's by then."""
 _STDERR = 2
 
 
-class Watchdog:
+class Watchdog(Companion):
     """A context in which the job's thread has to call `alive` every now and then."""
 
     def __init__(
@@ -50,25 +51,11 @@ class Watchdog:
         end: Callable[[int], object] = os._exit,
     ) -> None:
         """last_words: is called when the limit is passed; it may fail, hang, or take long."""
+        super().__init__("watchdog")
         self._limit_s = limit_s
         self._last_words = last_words
         self._end = end
         self._signs = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
 
     def alive(self) -> None:
         """Give a sign of life; as cheap as can be."""
