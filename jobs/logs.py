@@ -27,6 +27,9 @@ def configure(log_format: LogFormat, ids: Ids, quiet: Collection[str] = ()) -> N
     handler = logging.StreamHandler()
     handler.addFilter(_WithIds(ids))
     handler.setFormatter(_FORMATTERS[log_format]())
+    # Not shown, and gathered for every line all the same unless told otherwise.
+    logging.logMultiprocessing = False
+    logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # from Python 3.12 on
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

@@ -317,9 +317,10 @@ def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
         "num_frames": model.default_frames,
         "num_inference_steps": model.default_steps,
         "guidance_scale": model.default_guidance_scale,
-        "seed": secrets.randbelow(MAX_SEED + 1),
     }
     choices |= body.model_dump(exclude_none=True, exclude={"webhook_url"})
+    if body.seed is None:
+        choices["seed"] = secrets.randbelow(MAX_SEED + 1)
     return GenerationRequest.model_validate(choices | {"model": model.name})
 
 

@@ -1,9 +1,10 @@
 """What a service process does for all its event streams together.
 
-One subscription to `keys.EVENTS_CHANNEL` wakes the streams of the job that has news; each then
-reads the job's stream in Redis after the last event it has sent. A message that is missed costs
-nothing but time: streams also look when their heartbeat is due, and whenever the subscription is
-back after Redis was away. So any number of processes serve the same jobs, and none remembers any.
+While there are streams, one subscription to `keys.EVENTS_CHANNEL` wakes those of the job that has
+news; each then reads the job's stream in Redis after the last event it has sent. A message that is
+missed costs nothing but time: streams also look when their heartbeat is due, and whenever the
+subscription is back after Redis was away. So any number of processes serve the same jobs, and none
+remembers any.
 
 Everything here belongs to the event loop, and none of it is safe to share between threads.
 """
@@ -79,6 +80,7 @@ class EventHub:
         self._of_owner: Counter[str] = Counter()
         self._followers: dict[str, set[Follower]] = {}
         self._due: dict[Follower, None] = {}
+        self._someone_follows = asyncio.Event()
         self._someone_is_due = asyncio.Event()
         self._someone_waits = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -123,6 +125,7 @@ class EventHub:
         job, owner = follower.job, follower.owner
         followers = self._followers.setdefault(job.id, set())
         followers.add(follower)
+        self._someone_follows.set()
         if owner is not None:
             self._of_owner[owner] += 1
         if follower.waits:
@@ -137,6 +140,8 @@ class EventHub:
             self._due.pop(follower, None)
             if not followers and self._followers.get(job.id) is followers:
                 del self._followers[job.id]
+            if not self._followers:
+                self._someone_follows.clear()
 
     def _check_room(self, owner: str | None) -> None:
         if self.followers >= self._most:
@@ -164,9 +169,10 @@ class EventHub:
         return await self._reader.read(job_id, after)
 
     async def _listen(self) -> None:
-        """Keep a subscription, for ever."""
+        """Keep a subscription as long as somebody follows: without, news only costs time."""
         retry_s = FIRST_RETRY_S
         while True:
+            await self._someone_follows.wait()
             try:
                 async with cast("Any", self._redis).pubsub() as subscription:
                     await subscription.subscribe(keys.EVENTS_CHANNEL)
@@ -178,6 +184,8 @@ class EventHub:
                         for each in list(self._followers) if job_id is None else (job_id,):
                             self._reader.forget(each)
                             self._wake(*self._followers.get(each, ()))
+                        if not self._followers:
+                            break
             except (RedisError, OSError) as error:
                 if retry_s == FIRST_RETRY_S:
                     logger.warning("Events cannot be followed for now: %r", error)
