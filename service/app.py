@@ -64,20 +64,6 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     offered = Remembered(lambda: catalog.read(redis), settings.catalog_kept_s)
     places = QueuePlaces(Places(redis), offered)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        housekeeping = Housekeeping(chores(app.state.parts))
-        housekeeping.start()
-        parts = app.state.parts
-        parts.hub.start()
-        yield
-        await parts.hub.stop()
-        parts.readiness.close()
-        parts.exposition.close()
-        # Off the loop: a round in hand may take a moment.
-        await run_in_threadpool(housekeeping.stop)
-        redis.close()
-
     app = FastAPI(
         redirect_slashes=False,
         title="Text to video with Wan2.1",
@@ -85,7 +71,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         description="Asks resident workers for videos in `bf16` or `w8a8` (HiFloat8) and serves "
         "the results. Errors are problem documents (RFC 9457).",
         openapi_tags=_TAGS,
-        lifespan=lifespan,
+        lifespan=_lifespan,
     )
     exposition = Exposition(redis_url)
     gate = Gate(KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local)
@@ -113,6 +99,21 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     problems.install(app)
     openapi.install(app)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    parts: Parts = app.state.parts
+    housekeeping = Housekeeping(chores(parts))
+    housekeeping.start()
+    parts.hub.start()
+    yield
+    await parts.hub.stop()
+    parts.readiness.close()
+    parts.exposition.close()
+    # Off the loop: a round in hand may take a moment.
+    await run_in_threadpool(housekeeping.stop)
+    parts.redis.close()
 
 
 def _build_wall(app: FastAPI, settings: ServiceSettings) -> None:
