@@ -69,7 +69,7 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     worker: tuple[subprocess.Popen[bytes], Path], redis: Redis, store: JobStore
 ) -> None:
     process, log = worker
-    wait_for_line(process, log, "ready: .*$")
+    wait_for_line(process, log, r"ready: wan-mini\.")
     (offer,) = catalog.read(redis).offers
     assert [mode.name for mode in offer.modes] == ["bf16", "w8a8"]
     assert offer.model.tokenizer is not None
