@@ -121,7 +121,7 @@ class JobStore:
             ids.id_at(created_at.timestamp() - keys.RECORD_TTL_S),
             len(fields),
             *fields,
-            *delivery.rq_fields(self._redis, job_id, queue, job.deadline_s),
+            *delivery.rq_fields(job_id, queue, job.deadline_s),
         )
         match answer:
             case b"created":
