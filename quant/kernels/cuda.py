@@ -1,0 +1,170 @@
+"""A Wan block on an NVIDIA card with FP8 tensor cores (compute capability 8.9 and later).
+
+Weights are E4M3 codes of HiFloat8 values, shifted up as far as E4M3 reaches: HiFloat8 never has
+more than three mantissa bits, so the shift makes nearly all of them exact (`E4m3Linear.flushed`
+counts the rest). Activations come as E4M3 codes from `quant.kernels.fused`. Products are
+`torch._scaled_mm` with power-of-two scales, one per tensor; attention is cuDNN's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from quant import hif8
+from quant.kernels import fused
+from quant.kernels.cudnn_fp8 import Fp8Attention
+from quant.kernels.eager import shared_act_scale
+from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
+from quant.linear import Hif8Linear
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+
+class CudaKernels:
+    """Implements `quant.kernels.interface.Kernels`."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._fp8_attention = Fp8Attention()
+
+    def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
+        return E4m3Linear(linears)
+
+    def add_norm(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        gate: Tensor | None,
+        norm: Norm,
+        act_scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        return fused.add_norm(x, delta, gate, norm, act_scale)
+
+    def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
+        return fused.add_gated(x, delta, gate)
+
+    def norm_rope(
+        self,
+        x: Tensor,
+        q_norm: nn.RMSNorm,
+        k_norm: nn.RMSNorm | None,
+        rope: Rope | None,
+        heads: int,
+        scales: AttentionScales | None,
+    ) -> tuple[Tensor, ...]:
+        return fused.norm_rope(x, q_norm, k_norm, rope, heads, scales)
+
+    def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
+        return fused.gelu(x, act_scale)
+
+    def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
+        return x if act_scale is None else fused.round_act(x, act_scale)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None) -> Tensor:
+        if scales is not None:
+            return self._fp8_attention(q, k, v, scales).flatten(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        with sdpa_kernel(
+            [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True
+        ):
+            out = scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).flatten(2)
+
+
+class E4m3Linear(nn.Module):
+    """Quantized linears that share their input, as one FP8 product.
+
+    Buffers:
+        weight: [N, K] E4M3.
+        weight_scale: [] float32, a power of two; [1, N] where a recipe has scales per channel.
+
+    Attributes:
+        flushed: the share of weights that E4M3 cannot hold exactly.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+
+    def __init__(self, linears: Sequence[Hif8Linear]) -> None:
+        super().__init__()
+        self.act_scale = shared_act_scale(linears)
+        device = linears[0].weight_qdata.device
+        parts = [each.weight_scale.float() for each in linears]
+        if all(part.numel() == 1 for part in parts):
+            scale = torch.stack(parts).min()
+        else:
+            rows = [each.out_features for each in linears]
+            scale = torch.cat([p.expand(n, 1) for p, n in zip(parts, rows, strict=True)])
+        scale = scale * 2.0 ** -_headroom(linears, scale)
+        codes, inexact = [], 0
+        start = 0
+        for each, part in zip(linears, parts, strict=True):
+            own = scale if scale.dim() == 0 else scale[start : start + each.out_features]
+            start += each.out_features
+            code, wrong = _as_e4m3(each.weight_qdata, part / own)
+            codes.append(code)
+            inexact += wrong
+        weight = torch.cat(codes)
+        self.flushed = inexact / weight.numel()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale.t().contiguous() if scale.dim() else scale)
+        self.register_buffer("input_scale", torch.tensor(self.act_scale, device=device))
+        biases = [each.bias.detach() for each in linears if each.bias is not None]
+        self.bias = torch.cat(biases) if len(biases) == len(linears) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        input_scale = self.input_scale
+        if self.weight_scale.dim():
+            input_scale = input_scale.expand(rows.shape[0], 1).contiguous()
+        out = torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=input_scale,
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return out.view(*x.shape[:-1], -1)
+
+
+def _headroom(linears: Sequence[Hif8Linear], scale: Tensor) -> int:
+    """How many binades all codes can be shifted up, relative to `scale`, and still fit E4M3."""
+    largest = 0.0
+    for each in linears:
+        ratio = (each.weight_scale.float() / scale.min()).max().item()
+        largest = max(largest, _largest_value(each.weight_qdata) * ratio)
+    if largest == 0:
+        return 0
+    return math.floor(math.log2(E4M3_MAX / largest))
+
+
+def _largest_value(qdata: Tensor) -> float:
+    # Without the sign, codes are not in the order of their values: look at the few there are.
+    present = torch.bincount(qdata.reshape(-1).to(torch.int32), minlength=256).cpu() > 0
+    values = hif8.code_values().abs()
+    return values[present & values.isfinite()].max().item() if present.any() else 0.0
+
+
+def _as_e4m3(qdata: Tensor, factor: Tensor) -> tuple[Tensor, int]:
+    """Codes times a power of two (or one per row) as E4M3, and how many are not exact."""
+    out = torch.empty(qdata.shape, dtype=E4M3, device=qdata.device)
+    wrong = 0
+    rows = max(1, (1 << 26) // qdata.shape[1])
+    for start in range(0, qdata.shape[0], rows):
+        part = slice(start, start + rows)
+        value = hif8.decode(qdata[part], torch.float32)
+        value = value * (factor[part] if factor.dim() else factor)
+        out[part] = value.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        wrong += int((out[part].float() != value).sum())
+    return out, wrong

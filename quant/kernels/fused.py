@@ -1,0 +1,286 @@
+"""What stands between two matrix products of a Wan block, each as one trip through memory.
+
+Triton kernels for CUDA. Each reads BF16, computes in float32, rounds to BF16 wherever the unfused
+block of diffusers does, and writes either BF16 or, when it is given `act_scale`, HiFloat8 values in
+E4M3 codes: x / act_scale rounded to HiFloat8's grid, on which the next product runs
+(`quant.kernels.cuda`). One program handles one row.
+
+Every value of HiFloat8 from 2**-8 to 384, and 2**-9, is an E4M3 value. Larger ones saturate to 448,
+smaller ones go to the nearest of E4M3's subnormals.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from quant.kernels.interface import AttentionScales, Norm, Rope
+
+E4M3 = torch.float8_e4m3fn
+_ELEMENTS = 2048  # of an elementwise program
+_WARPS = 4
+
+
+@triton.jit
+def _to_hif8(x):
+    """Round float32 to HiFloat8's grid, half away from zero; E4M3 saturates what is beyond it."""
+    bits = x.to(tl.int32, bitcast=True)
+    distance = tl.abs(((bits >> 23) & 0xFF) - 127)
+    # 3 mantissa bits within three binades of 1, 2 within seven, then 1.
+    coarser = tl.minimum(distance >> 2, 2)
+    half = (1 << 19) << coarser
+    rounded = ((bits + half) & (-2 * half)).to(tl.float32, bitcast=True)
+    # The largest NaN would be carried over into a zero.
+    return tl.where(x == x, rounded, x)  # noqa: PLR0124
+
+
+@triton.jit
+def _put(ptr, x, inverse_scale, mask, ROUND: tl.constexpr):
+    """Write x as BF16, or rounded to HiFloat8 from there."""
+    x = x.to(tl.bfloat16)
+    if ROUND:
+        tl.store(ptr, _to_hif8(x.to(tl.float32) * inverse_scale).to(tl.float8e4nv), mask=mask)
+    else:
+        tl.store(ptr, x, mask=mask)
+
+
+@triton.jit
+def _sum_gated(x_ptr, delta_ptr, gate_ptr, columns, mask, HAS_GATE: tl.constexpr):
+    """x + delta * gate in BF16's precision."""
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.load(delta_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        delta *= tl.load(gate_ptr + columns, mask=mask, other=0.0)
+    return (x + delta).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_norm(
+    x_ptr, delta_ptr, gate_ptr, factor_ptr, shift_ptr, sum_ptr, out_ptr,
+    rows_per_batch, gate_stride, factor_stride, inverse_scale, eps,
+    K: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // rows_per_batch
+    x_ptr += row * K
+    out_ptr += row * K
+    factor_ptr += batch * factor_stride
+    shift_ptr += batch * factor_stride
+    a = tl.arange(0, A)
+    b = A + tl.arange(0, B)
+    in_a, in_b = a < K, b < K
+    if HAS_DELTA:
+        delta_ptr += row * K
+        gate_ptr += batch * gate_stride
+        sum_a = _sum_gated(x_ptr, delta_ptr, gate_ptr, a, in_a, HAS_GATE)
+        sum_b = _sum_gated(x_ptr, delta_ptr, gate_ptr, b, in_b, HAS_GATE)
+        sum_ptr += row * K
+        tl.store(sum_ptr + a, sum_a, mask=in_a)
+        tl.store(sum_ptr + b, sum_b, mask=in_b)
+        x_a, x_b = sum_a.to(tl.float32), sum_b.to(tl.float32)
+    else:
+        x_a = tl.load(x_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+        x_b = tl.load(x_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+    mean = (tl.sum(x_a) + tl.sum(x_b)) / K
+    x_a = tl.where(in_a, x_a - mean, 0.0)
+    x_b = tl.where(in_b, x_b - mean, 0.0)
+    scale = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
+    factor_a = tl.load(factor_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+    factor_b = tl.load(factor_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        factor_a += 1.0
+        factor_b += 1.0
+    shift_a = tl.load(shift_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+    shift_b = tl.load(shift_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+    _put(out_ptr + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
+    _put(out_ptr + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
+
+
+@triton.jit
+def _add_gated(
+    x_ptr, delta_ptr, gate_ptr, out_ptr, rows_per_batch, gate_stride,
+    K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    gate_ptr += row // rows_per_batch * gate_stride
+    a = tl.arange(0, A)
+    b = A + tl.arange(0, B)
+    in_a, in_b = a < K, b < K
+    x_ptr, delta_ptr, out_ptr = x_ptr + row * K, delta_ptr + row * K, out_ptr + row * K
+    tl.store(out_ptr + a, _sum_gated(x_ptr, delta_ptr, gate_ptr, a, in_a, HAS_GATE), mask=in_a)
+    tl.store(out_ptr + b, _sum_gated(x_ptr, delta_ptr, gate_ptr, b, in_b, HAS_GATE), mask=in_b)
+
+
+@triton.jit
+def _square_sum(ptr, columns, mask):
+    x = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(x * x)
+
+
+@triton.jit
+def _turned(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, start, rms, inverse_scale,
+    K: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, ROPE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Normalise N columns from `start` on, turn neighbouring pairs, write them."""
+    columns = start + tl.arange(0, N)
+    mask = columns < K
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    x = (x * rms * weight).to(tl.bfloat16).to(tl.float32)
+    if ROPE:
+        first, second = tl.split(tl.reshape(x, (N // 2, 2)))
+        even = (start + 2 * tl.arange(0, N // 2)) % HEAD
+        # diffusers keeps each angle twice; its own pick is the even cosine and the odd sine.
+        cos = tl.load(cos_ptr + even)
+        sin = tl.load(sin_ptr + even + 1)
+        turned = tl.join(first * cos - second * sin, first * sin + second * cos)
+        x = tl.reshape(turned, (N,))
+    _put(out_ptr + columns, x, inverse_scale, mask, ROUND)
+
+
+@triton.jit
+def _norm_rope(
+    x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
+    row_stride, tokens, eps, q_inverse, k_inverse, v_inverse,
+    K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HEAD: tl.constexpr,
+    ROPE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    a = tl.arange(0, A)
+    b = A + tl.arange(0, B)
+    x_ptr += row * row_stride + part * K
+    if part == 2:
+        v_ptr += row * K
+        v_a = tl.load(x_ptr + a, mask=a < K, other=0.0).to(tl.float32)
+        v_b = tl.load(x_ptr + b, mask=b < K, other=0.0).to(tl.float32)
+        _put(v_ptr + a, v_a, v_inverse, a < K, ROUND)
+        _put(v_ptr + b, v_b, v_inverse, b < K, ROUND)
+    else:
+        weight_ptr, out_ptr, inverse_scale = q_weight_ptr, q_ptr, q_inverse
+        if part == 1:
+            weight_ptr, out_ptr, inverse_scale = k_weight_ptr, k_ptr, k_inverse
+        out_ptr += row * K
+        token = row % tokens
+        cos_ptr += token * HEAD
+        sin_ptr += token * HEAD
+        square = _square_sum(x_ptr, a, a < K) + _square_sum(x_ptr, b, b < K)
+        rms = tl.rsqrt(square / K + eps)
+        _turned(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, 0, rms, inverse_scale,
+                K, A, HEAD, ROPE, ROUND)  # fmt: skip
+        _turned(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, A, rms, inverse_scale,
+                K, B, HEAD, ROPE, ROUND)  # fmt: skip
+
+
+@triton.jit
+def _elementwise(x_ptr, out_ptr, count, inverse_scale, GELU: tl.constexpr, ROUND: tl.constexpr,
+                 N: tl.constexpr):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    mask = place < count
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x³)
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x / (1.0 + tl.exp(-2.0 * u))
+    _put(out_ptr + place, x, inverse_scale, mask, ROUND)
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, act_scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`Kernels.add_norm`; the rows of gate, factor and shift have to be contiguous."""
+    batch, tokens, width = x.shape
+    out = torch.empty_like(x, dtype=x.dtype if act_scale is None else E4M3)
+    total = x if delta is None else torch.empty_like(x)
+    high, low = _parts(width)
+    _add_norm[(batch * tokens,)](
+        x, x if delta is None else delta, norm.factor if gate is None else gate,
+        norm.factor, norm.shift, total, out,
+        tokens, _batch_stride(gate), _batch_stride(norm.factor), _inverse(act_scale), norm.eps,
+        K=width, A=high, B=low, HAS_DELTA=delta is not None, HAS_GATE=gate is not None,
+        PLUS_ONE=norm.plus_one, ROUND=act_scale is not None, num_warps=_WARPS,
+    )  # fmt: skip
+    return total, out
+
+
+def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
+    """x + delta * gate as a new tensor: x, delta [B, S, K] bf16, gate [B or 1, K] float32."""
+    batch, tokens, width = x.shape
+    out = torch.empty_like(x)
+    high, low = _parts(width)
+    _add_gated[(batch * tokens,)](
+        x, delta, x if gate is None else gate, out, tokens, _batch_stride(gate),
+        K=width, A=high, B=low, HAS_GATE=gate is not None, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def norm_rope(
+    x: Tensor,
+    q_norm: nn.RMSNorm,
+    k_norm: nn.RMSNorm | None,
+    rope: Rope | None,
+    heads: int,
+    scales: AttentionScales | None,
+) -> tuple[Tensor, ...]:
+    """`Kernels.norm_rope`; under `scales` the parts are E4M3."""
+    batch, tokens, columns = x.shape
+    width = q_norm.weight.shape[0]
+    parts = columns // width
+    outs = [
+        torch.empty(
+            (batch, tokens, heads, width // heads),
+            dtype=x.dtype if scales is None else E4M3,
+            device=x.device,
+        )
+        for _ in range(parts)
+    ]
+    q, k, v = (outs[min(index, parts - 1)] for index in range(3))
+    cos, sin = (q_norm.weight, q_norm.weight) if rope is None else rope
+    each_scale = (None, None, None) if scales is None else (scales.q, scales.k, scales.v)
+    high, low = _parts(width)
+    _norm_rope[(batch * tokens, parts)](
+        x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
+        x.stride(1), tokens, q_norm.eps, *map(_inverse, each_scale),
+        K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
+        ROUND=scales is not None, num_warps=_WARPS,
+    )  # fmt: skip
+    return tuple(outs)
+
+
+def gelu(x: Tensor, act_scale: float | None) -> Tensor:
+    """GELU in its tanh form: x [...] bf16 contiguous → [...]."""
+    return _map(x, act_scale, gelu=True)
+
+
+def round_act(x: Tensor, act_scale: float) -> Tensor:
+    """Round to HiFloat8: x [...] bf16 contiguous → [...] E4M3."""
+    return _map(x, act_scale, gelu=False)
+
+
+def _map(x: Tensor, act_scale: float | None, *, gelu: bool) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=x.dtype if act_scale is None else E4M3)
+    _elementwise[(triton.cdiv(x.numel(), _ELEMENTS),)](
+        x, out, x.numel(), _inverse(act_scale), GELU=gelu, ROUND=act_scale is not None,
+        N=_ELEMENTS, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Two powers of two that cover a width: 5120 is exactly 4096 + 1024."""
+    high = 1 << (width.bit_length() - 1)
+    return high, triton.next_power_of_2(max(width - high, 2))
+
+
+def _batch_stride(x: Tensor | None) -> int:
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+def _inverse(scale: float | None) -> float:
+    return 1.0 if scale is None else 1.0 / scale

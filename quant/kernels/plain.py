@@ -1,0 +1,48 @@
+"""BF16 linears of a block that share their input, as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PlainLinear(nn.Module):
+    """Linears that share an input as one BF16 product; their weights become views of its own."""
+
+    act_scale: float | None = None
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = _joined([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.bias = _joined(biases) if len(biases) == len(linears) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
+    """Put parameters one after the other into one, of which they become views.
+
+    They keep their identity, so whoever shares them sees the views, too.
+    """
+    base = tensors[0]
+    if len(tensors) == 1:
+        return nn.Parameter(base.data, requires_grad=False)
+    step = base.numel() * base.element_size()
+    storage = base.untyped_storage().data_ptr()
+    if all(
+        each.untyped_storage().data_ptr() == storage
+        and each.data_ptr() == base.data_ptr() + index * step
+        for index, each in enumerate(tensors)
+    ):
+        shape = (sum(each.shape[0] for each in tensors), *base.shape[1:])
+        return nn.Parameter(base.data.as_strided(shape, base.stride()), requires_grad=False)
+    whole = nn.Parameter(torch.cat([each.data for each in tensors]), requires_grad=False)
+    rows = [each.shape[0] for each in tensors]
+    for each, view in zip(tensors, torch.split(whole.data, rows), strict=True):
+        each.data = view
+    return whole
