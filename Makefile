@@ -46,7 +46,7 @@ lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(BIN)/lint-imports
 
 fuzz: $(VENV)/.dev ## thousands of requests made from the OpenAPI document, against a real service
-	@FUZZ_EXAMPLES=320 FUZZ_LEAST_CASES=5000 $(BIN)/python -m pytest -s tests/e2e/test_contract.py
+	@FUZZ_EXAMPLES=400 FUZZ_LEAST_CASES=5000 $(BIN)/python -m pytest -s tests/e2e/test_contract.py
 
 fix: $(VENV)/.dev ## let ruff repair and format
 	$(BIN)/ruff check --fix .
