@@ -29,6 +29,8 @@ from quant.scaling import ScalePolicy, scale_policy
 FORMAT_VERSION = 1
 DEFAULT_RECIPE = "boundary-hif8"
 _FORMATS = ("hif8",)
+_ATTENTIONS = ("bf16", "fp8")
+_ATTENTION_OUT = "attn1.to_out.0"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class QuantRecipe:
         linears_per_block: how many linears the patterns must match in each quantized block.
         linears: name patterns (shell wildcards) inside a block.
         kept_linears: full names or patterns of linears that stay in BF16 all the same.
+        attention: in what the self-attention of quantized blocks multiplies, "bf16" or "fp8".
         source: the name or path it was loaded from, for messages; never written.
     """
 
@@ -57,6 +60,7 @@ class QuantRecipe:
     act_policy: ScalePolicy
     kept_linears: tuple[str, ...] = ()
     format: str = "hif8"
+    attention: str = "bf16"
     description: str = ""
     source: str = field(default="", compare=False)
 
@@ -87,6 +91,7 @@ class QuantRecipe:
                 f"act policy {self.act_policy.name!r} needs calibration statistics, so it cannot "
                 "go with granularity 'per_token': use 'per_tensor' or another policy"
             )
+        self._check_attention()
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self:
@@ -183,9 +188,34 @@ class QuantRecipe:
         """Whether `kept_linears` names this linear (by its full name, `blocks.2.ffn.net.2`)."""
         return any(fnmatchcase(linear_name, pattern) for pattern in self.kept_linears)
 
+    def _check_attention(self) -> None:
+        if self.attention not in _ATTENTIONS:
+            raise RecipeError(
+                f"attention {self.attention!r} is not one of {', '.join(_ATTENTIONS)}"
+            )
+        if self.attention == "bf16":
+            return
+        # What FP8 attention writes goes straight into the output projection, under its scale.
+        if isinstance(self.act_granularity, PerToken):
+            raise RecipeError(
+                "attention 'fp8' writes under a static scale, so it cannot go with act granularity "
+                "'per_token': use 'per_tensor' or attention 'bf16'"
+            )
+        names = [f"blocks.{block}.{_ATTENTION_OUT}" for block in self.quantized_blocks]
+        kept = [name for name in names if self.keeps(name)]
+        if kept or not any(fnmatchcase(_ATTENTION_OUT, each) for each in self.linears):
+            raise RecipeError(
+                f"attention 'fp8' needs {_ATTENTION_OUT} quantized in every quantized block, but "
+                f"{kept[0] + ' is kept' if kept else 'no pattern in `linears` matches it'}: "
+                "quantize it or use attention 'bf16'"
+            )
+
     def _numerics(self) -> dict[str, Any]:
+        # Left out at its default: recipes are older than the option, and so are their fingerprints.
+        attention = {} if self.attention == "bf16" else {"attention": self.attention}
         return {
             "format": self.format,
+            **attention,
             "total_blocks": self.total_blocks,
             "protected_blocks": list(self.protected_blocks),
             "linears_per_block": self.linears_per_block,
@@ -209,6 +239,7 @@ _SCALARS: dict[str, type] = {
     "name": str,
     "description": str,
     "format": str,
+    "attention": str,
     "total_blocks": int,
     "linears_per_block": int,
 }

@@ -24,6 +24,22 @@ def test_the_default_recipe_is_the_papers():
     assert recipe.weight_policy == recipe.act_policy == POLICIES["pow2"]
 
 
+def test_fp8_attention_is_one_word_more_than_the_default_recipe():
+    plain, fp8 = (QuantRecipe.load(f"boundary-hif8{end}") for end in ("", "-fp8attn"))
+    assert (plain.attention, fp8.attention) == ("bf16", "fp8")
+    assert "attention" not in plain.to_dict()
+    assert fp8.fingerprint != plain.fingerprint
+    same = dataclasses.replace(fp8, attention="bf16")
+    assert same.fingerprint == plain.fingerprint
+    assert QuantRecipe.from_json(fp8.to_json()) == fp8
+
+
+def test_fingerprints_of_recipes_without_the_option_are_what_they_were():
+    """Scales files in people's hands name it."""
+    shipped = "sha256:15a92fcc65460ef99ba29fbe981975e6f8595db5d0ac23ec1a28b7487e6f0f3e"
+    assert QuantRecipe.load("boundary-hif8").fingerprint == shipped
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads_under_its_own_name(name: str):
     assert QuantRecipe.load(name).name == name
@@ -82,6 +98,20 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
         ({"act": {"granularity": "per_channel", "policy": "pow2"}}, "act granularity"),
         ({"act": {"granularity": "per_tensor", "policy": "max"}}, "scale policy 'max'"),
         ({"act": {"granularity": "per_token", "policy": "sqnr"}}, "needs calibration statistics"),
+        ({"attention": "fp4"}, "attention 'fp4' is not one of bf16, fp8"),
+        ({"attention": 8}, "attention must be str, not 8"),
+        (
+            {"attention": "fp8", "act": {"granularity": "per_token", "policy": "pow2"}},
+            "static scale, so it cannot go with act granularity 'per_token'",
+        ),
+        (
+            {"attention": "fp8", "kept_linears": ["blocks.2.attn1.*"]},
+            r"blocks\.2\.attn1\.to_out\.0 is kept: quantize it or use attention 'bf16'",
+        ),
+        (
+            {"attention": "fp8", "linears": ["ffn.net.2"], "linears_per_block": 1},
+            "no pattern in `linears` matches it",
+        ),
     ],
 )
 def test_bad_values_are_named(recipe_dict, changes, message):
