@@ -1,23 +1,74 @@
-"""Watch the inputs of linears while a pipeline runs, and keep what scales are chosen from.
+"""Watch tensors inside a model while a pipeline runs, and keep what scales are chosen from.
 
-Per linear, timestep group and prompt: the largest magnitude and the mean square. Per linear and
+Per tensor, timestep group and prompt: the largest magnitude and the mean square. Per tensor and
 timestep group, over all prompts: a histogram of binades. Everything accumulates on the device the
 model runs on; nothing of the activations themselves is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quant.scaling import NUM_BINADES, binade_histogram
 
+Record = Callable[[Tensor], None]
+
+
+class Point(Protocol):
+    """A place in a model where a tensor passes by."""
+
+    def watch(self, record: Record) -> RemovableHandle:
+        """Have `record` called with every tensor that passes, until the handle is removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputOf:
+    """What goes into a module."""
+
+    module: nn.Module
+
+    def watch(self, record: Record) -> RemovableHandle:
+        return self.module.register_forward_pre_hook(lambda _, inputs: record(inputs[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOf:
+    """What a module gives out."""
+
+    module: nn.Module
+
+    def watch(self, record: Record) -> RemovableHandle:
+        return self.module.register_forward_hook(lambda _, inputs, output: record(output))
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryPairsOf:
+    """The lengths of the neighbouring pairs in what a module gives out, [..., K] → [..., K / 2].
+
+    A rotary embedding turns each pair; its length is the most either half can become at any
+    position, so what is seen here holds for longer videos, too.
+    """
+
+    module: nn.Module
+
+    def watch(self, record: Record) -> RemovableHandle:
+        def of_pairs(output: Tensor) -> None:
+            pairs = output.float().unflatten(-1, (-1, 2))
+            record(pairs.norm(dim=-1))
+
+        return OutputOf(self.module).watch(of_pairs)
+
 
 class ActivationStatistics:
-    """Statistics of the inputs of M linears over G timestep groups and P prompts.
+    """Statistics of the tensors at M points over G timestep groups and P prompts.
 
     Attributes:
         amax: [M, G, P] float32.
@@ -25,12 +76,13 @@ class ActivationStatistics:
         binades: [M, G, NUM_BINADES] float32.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], groups: int, prompts: int) -> None:
-        device = next(iter(linears.values())).weight.device
-        self._linears = linears
+    def __init__(
+        self, points: Sequence[Point], groups: int, prompts: int, device: torch.device
+    ) -> None:
+        self._points = points
         self._prompt = 0
         self._group = 0
-        shape = (len(linears), groups, prompts)
+        shape = (len(points), groups, prompts)
         self.amax = torch.zeros(shape, device=device)
         self.binades = torch.zeros(*shape[:2], NUM_BINADES, device=device)
         self._square_sum = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -43,7 +95,7 @@ class ActivationStatistics:
 
     @property
     def seen(self) -> Tensor:
-        """[M, G, P] bool: where a linear ran at all."""
+        """[M, G, P] bool: where anything passed at all."""
         return self._count > 0
 
     def begin(self, prompt: int) -> None:
@@ -56,10 +108,9 @@ class ActivationStatistics:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Record the input of every linear while the context lasts."""
+        """Record what passes every point while the context lasts."""
         handles = [
-            linear.register_forward_pre_hook(self._recorder(index))
-            for index, linear in enumerate(self._linears.values())
+            point.watch(partial(self._record, index)) for index, point in enumerate(self._points)
         ]
         try:
             yield
@@ -67,13 +118,9 @@ class ActivationStatistics:
             for handle in handles:
                 handle.remove()
 
-    def _recorder(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            (x,) = inputs
-            place = index, self._group, self._prompt
-            self.amax[place] = torch.maximum(self.amax[place], x.abs().amax().float())
-            self._square_sum[place] += x.float().square().sum(dtype=torch.float64)
-            self._count[place] += x.numel()
-            self.binades[index, self._group] += binade_histogram(x.reshape(1, -1))[0]
-
-        return record
+    def _record(self, index: int, x: Tensor) -> None:
+        place = index, self._group, self._prompt
+        self.amax[place] = torch.maximum(self.amax[place], x.abs().amax().float())
+        self._square_sum[place] += x.float().square().sum(dtype=torch.float64)
+        self._count[place] += x.numel()
+        self.binades[index, self._group] += binade_histogram(x.reshape(1, -1))[0]

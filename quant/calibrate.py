@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.act_statistics import ActivationStatistics
+from quant.act_statistics import ActivationStatistics, InputOf, OutputOf, Point, RotaryPairsOf
 from quant.apply import select_linears
 from quant.errors import CalibrationError
 from quant.granularity import PerChannel, PerToken
@@ -79,34 +79,21 @@ def run_calibration(
     """
     _check_prompt_lengths(pipe, plan)
     linears = select_linears(pipe.transformer, plan.recipe)
+    points = _points(pipe.transformer, linears, plan.recipe)
     statistics = ActivationStatistics(
-        linears, plan.sampler.timestep_groups, len(plan.prompts.prompts)
+        list(points.values()),
+        plan.sampler.timestep_groups,
+        len(plan.prompts.prompts),
+        pipe.transformer.device,
     )
     pipe.set_progress_bar_config(disable=True)
     with statistics.watching(), torch.no_grad():
         for index, prompt in enumerate(plan.prompts.prompts):
             statistics.begin(index)
             _run_prompt(pipe, plan.sampler, index, prompt, statistics)
-            _check_finite(statistics, index, list(linears), prompt)
+            _check_finite(statistics, index, list(points), prompt)
             on_prompt(index + 1, len(plan.prompts.prompts))
-    return Scales(
-        model_fingerprint=plan.model_fingerprint,
-        recipe=plan.recipe,
-        prompts_sha256=plan.prompts.sha256,
-        prompts_file=plan.prompts.file,
-        sampler=plan.sampler,
-        tool_version=tool_version(),
-        linears=tuple(linears),
-        weight_scale={
-            name: _weight_scale(linear.weight.detach(), plan.recipe).cpu()
-            for name, linear in linears.items()
-        },
-        act_scale=_act_scales(linears, statistics, plan.recipe),
-        weight_amax=torch.stack([_amax(linear) for linear in linears.values()]).cpu(),
-        act_amax=statistics.amax.cpu(),
-        act_mean_square=statistics.mean_square,
-        act_binades=statistics.binades.cpu(),
-    )
+    return _scales(plan, linears, statistics)
 
 
 def tool_version() -> str:
@@ -115,6 +102,56 @@ def tool_version() -> str:
         return version("wan-hif8")
     except PackageNotFoundError:
         return "not installed"
+
+
+def _points(
+    transformer: Any, linears: Mapping[str, nn.Linear], recipe: QuantRecipe
+) -> dict[str, Point]:
+    """What is watched, by name: the inputs of the linears, then what FP8 attention takes."""
+    points: dict[str, Point] = {name: InputOf(linear) for name, linear in linears.items()}
+    for name in recipe.attention_inputs:
+        module, _, part = name.rpartition(".")
+        attention = transformer.get_submodule(module)
+        points[name] = {
+            "q": RotaryPairsOf(attention.norm_q),
+            "k": RotaryPairsOf(attention.norm_k),
+            "v": OutputOf(attention.to_v),
+        }[part]
+    return points
+
+
+def _scales(
+    plan: CalibrationPlan, linears: Mapping[str, nn.Linear], statistics: ActivationStatistics
+) -> Scales:
+    """Choose the scales; the rows of the statistics are as `_points` names them."""
+    recipe, count = plan.recipe, len(linears)
+    amax, binades = statistics.amax.cpu(), statistics.binades.cpu()
+    chosen = choose_scale(recipe.act_policy, amax.amax((1, 2)), binades.sum(1))
+    # Clones: safetensors refuses tensors that share one storage.
+    act_scale = dict(zip(linears, (scale.clone() for scale in chosen[:count]), strict=True))
+    attention = zip(recipe.attention_inputs, (x.clone() for x in chosen[count:]), strict=True)
+    return Scales(
+        model_fingerprint=plan.model_fingerprint,
+        recipe=recipe,
+        prompts_sha256=plan.prompts.sha256,
+        prompts_file=plan.prompts.file,
+        sampler=plan.sampler,
+        tool_version=tool_version(),
+        linears=tuple(linears),
+        weight_scale={
+            name: _weight_scale(linear.weight.detach(), recipe).cpu()
+            for name, linear in linears.items()
+        },
+        act_scale={} if isinstance(recipe.act_granularity, PerToken) else act_scale,
+        weight_amax=torch.stack([_amax(linear) for linear in linears.values()]).cpu(),
+        act_amax=amax[:count].clone(),
+        act_mean_square=statistics.mean_square[:count].clone(),
+        act_binades=binades[:count].clone(),
+        attention_scale=dict(attention),
+        attention_amax=amax[count:].clone(),
+        attention_mean_square=statistics.mean_square[count:].clone(),
+        attention_binades=binades[count:].clone(),
+    )
 
 
 def _run_prompt(
@@ -167,8 +204,8 @@ def _check_finite(
     if not finite.all():
         name = names[int((~finite).nonzero()[0])]
         raise CalibrationError(
-            f"the input of {name} held NaN or infinity on prompt {prompt!r}: no scale describes "
-            "that; check the model's weights"
+            f"{name} saw NaN or infinity on prompt {prompt!r}: no scale describes that; check the "
+            "model's weights"
         )
 
 
@@ -183,14 +220,3 @@ def _weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
     binades = binade_histogram(rows) if recipe.weight_policy.needs_binades else None
     scale = choose_scale(recipe.weight_policy, rows.abs().amax(1), binades)
     return scale.unsqueeze(1) if per_channel else scale.squeeze(0)
-
-
-def _act_scales(
-    linears: Mapping[str, nn.Linear], statistics: ActivationStatistics, recipe: QuantRecipe
-) -> dict[str, Tensor]:
-    if isinstance(recipe.act_granularity, PerToken):
-        return {}
-    amax = statistics.amax.amax((1, 2))
-    scales = choose_scale(recipe.act_policy, amax, statistics.binades.sum(1)).cpu()
-    # Clones: safetensors refuses tensors that share one storage.
-    return {name: scale.clone() for name, scale in zip(linears, scales, strict=True)}

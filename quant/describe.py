@@ -21,6 +21,7 @@ def describe_scales(scales: Scales, path: Path) -> str:
         f"linears {', '.join(recipe.kept_linears) or 'none'}",
         "weights": f"{recipe.weight_granularity.name}, {recipe.weight_policy.summary}",
         "activations": f"{recipe.act_granularity.name}, {recipe.act_policy.summary}",
+        "attention": _attention(scales),
         "calibrated on": f"{scales.num_prompts} prompts of {scales.prompts_file} "
         f"(sha256:{scales.prompts_sha256})",
         "sampler": f"{sampler.size_text}, {sampler.num_frames} frames, "
@@ -32,6 +33,17 @@ def describe_scales(scales: Scales, path: Path) -> str:
     width = max(map(len, facts))
     header = "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
     return f"{header}\n\n{_table(scales)}"
+
+
+def _attention(scales: Scales) -> str:
+    """In what self-attention multiplies, and for FP8 the ranges of its scales."""
+    if not scales.attention_scale:
+        return scales.recipe.attention
+    by_part: dict[str, list[float]] = {}
+    for name, scale in scales.attention_scale.items():
+        by_part.setdefault(name[-1], []).append(scale.item())
+    ranges = (f"{part} {span(by_part[part])}" for part in "qkv")
+    return f"{scales.recipe.attention}, scales {', '.join(ranges)}"
 
 
 def _table(scales: Scales) -> str:

@@ -184,6 +184,16 @@ class QuantRecipe:
         """The blocks that are not protected, ascending."""
         return tuple(b for b in range(self.total_blocks) if b not in self.protected_blocks)
 
+    @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """What FP8 attention rounds under scales of its own, `blocks.2.attn1.q` and so on.
+
+        Queries, keys and values, block by block; nothing where attention is BF16.
+        """
+        if self.attention == "bf16":
+            return ()
+        return tuple(f"blocks.{b}.attn1.{part}" for b in self.quantized_blocks for part in "qkv")
+
     def keeps(self, linear_name: str) -> bool:
         """Whether `kept_linears` names this linear (by its full name, `blocks.2.ffn.net.2`)."""
         return any(fnmatchcase(linear_name, pattern) for pattern in self.kept_linears)

@@ -1,9 +1,10 @@
 """The scales file: what calibration found out, and for what it holds.
 
 One safetensors file with the scales a quantized model is built with (`<linear>.weight_scale`,
-`<linear>.act_scale`), the statistics they were chosen from, and metadata that says which model,
-which recipe, which prompts and which sampler they belong to. Loading never trusts a file's name: a
-worker calls `check_scales` before it builds anything.
+`<linear>.act_scale`, and for FP8 attention `blocks.2.attn1.q.attention_scale` and so on), the
+statistics they were chosen from, and metadata that says which model, which recipe, which prompts
+and which sampler they belong to. Loading never trusts a file's name: a worker calls `check_scales`
+before it builds anything.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ FORMAT_VERSION = "1"
 class Scales:
     """A loaded scales file. P prompts, G timestep groups (noisiest first), M linears.
 
+    With FP8 attention there are A more tensors, `recipe.attention_inputs`; without, A is 0.
+
     Attributes:
         model_fingerprint: of the model they were calibrated on (`quant.fingerprint`).
         prompts_file: the name of the prompt file, for people; `prompts_sha256` is what counts.
@@ -43,6 +46,10 @@ class Scales:
         act_amax: [M, G, P] float32, largest magnitude a linear's input had.
         act_mean_square: [M, G, P] float32, mean square of that input.
         act_binades: [M, G, NUM_BINADES] float32, counts per binade (`quant.scaling`), all prompts.
+        attention_scale: per query, key and value, [] float32; empty for BF16 attention.
+        attention_amax: [A, G, P] float32; of queries and keys by length of the rotary pairs.
+        attention_mean_square: [A, G, P] float32.
+        attention_binades: [A, G, NUM_BINADES] float32.
     """
 
     model_fingerprint: str
@@ -58,6 +65,10 @@ class Scales:
     act_amax: Tensor
     act_mean_square: Tensor
     act_binades: Tensor
+    attention_scale: dict[str, Tensor]
+    attention_amax: Tensor
+    attention_mean_square: Tensor
+    attention_binades: Tensor
 
     @property
     def num_prompts(self) -> int:
@@ -66,6 +77,7 @@ class Scales:
 
 
 _STATISTICS = ("weight_amax", "act_amax", "act_mean_square", "act_binades")
+_OF_ATTENTION = ("attention_amax", "attention_mean_square", "attention_binades")
 
 
 def save_scales(scales: Scales, path: Path) -> None:
@@ -74,7 +86,9 @@ def save_scales(scales: Scales, path: Path) -> None:
     Raises:
         ScalesError: the folder does not exist or cannot be written.
     """
-    tensors = {name: getattr(scales, name) for name in _STATISTICS}
+    statistics = _STATISTICS + _OF_ATTENTION if scales.attention_scale else _STATISTICS
+    tensors = {name: getattr(scales, name) for name in statistics}
+    tensors |= {f"{name}.attention_scale": x for name, x in scales.attention_scale.items()}
     tensors |= {f"{name}.weight_scale": scale for name, scale in scales.weight_scale.items()}
     tensors |= {f"{name}.act_scale": scale for name, scale in scales.act_scale.items()}
     metadata = {
@@ -107,12 +121,14 @@ def load_scales(
     """Read a scales file.
 
     Args:
-        model_folder: the model they are wanted for, and
-        recipe: the recipe, both only named in the command an error recommends.
+        model_folder: the model they are wanted for, only named in the command an error recommends.
+        recipe: the recipe they are wanted for, named there, too; `check_scales` looks whether they
+            were made for it.
 
     Raises:
         ScalesError: there is no such file, or it is not a scales file.
-        ScalesMismatch: it has another format version.
+        ScalesMismatch: it has another format version, or not the scales `recipe` needs for FP8
+            attention.
     """
     if not path.is_file():
         raise ScalesError(
@@ -130,9 +146,16 @@ def load_scales(
                     f"{FORMAT_VERSION}; make fitting ones with: {command}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _from_parts(metadata, tensors)
+        scales = _from_parts(metadata, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
+    if recipe is not None and recipe.attention_inputs and not scales.attention_scale:
+        command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
+        raise ScalesMismatch(
+            f"{path} has no scales for the FP8 attention of recipe {recipe.name!r}; "
+            f"make them with: {' '.join([command, *scales.sampler.arguments()])}"
+        )
+    return scales
 
 
 def check_scales(
@@ -193,16 +216,26 @@ def calibrate_command(
 def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     if "format_version" not in metadata:
         raise ValueError("its metadata has no format_version")
+    recipe = QuantRecipe.from_json(metadata["recipe"])
     statistics = {name: tensors.pop(name) for name in _STATISTICS}
-    by_kind: dict[str, dict[str, Tensor]] = {"weight_scale": {}, "act_scale": {}}
+    if recipe.attention_inputs:
+        statistics |= {name: tensors.pop(name) for name in _OF_ATTENTION}
+    else:  # as in every file that is older than FP8 attention
+        for name, like in zip(_OF_ATTENTION, _STATISTICS[1:], strict=True):
+            statistics[name] = statistics[like][:0].clone()
+    kinds = ("weight_scale", "act_scale", "attention_scale")
+    by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for name, tensor in tensors.items():
         linear, _, kind = name.rpartition(".")
         by_kind[kind][linear] = tensor
+    missing = set(recipe.attention_inputs) - set(by_kind["attention_scale"])
+    if missing:
+        raise ValueError(f"it has no attention_scale for {min(missing)}")
     sampler: dict[str, Any] = json.loads(metadata["sampler"])
     sampler["size"] = tuple(sampler["size"])
     return Scales(
         model_fingerprint=metadata["model_fingerprint"],
-        recipe=QuantRecipe.from_json(metadata["recipe"]),
+        recipe=recipe,
         prompts_sha256=metadata["prompts_sha256"],
         prompts_file=metadata["prompts_file"],
         sampler=SamplerSettings(**sampler),
@@ -210,5 +243,6 @@ def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
         linears=tuple(json.loads(metadata["linears"])),
         weight_scale=by_kind["weight_scale"],
         act_scale=by_kind["act_scale"],
+        attention_scale=by_kind["attention_scale"],
         **statistics,
     )
