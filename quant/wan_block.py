@@ -79,7 +79,7 @@ class FusedWanBlock(nn.Module):
         q, k, v = self.kernels.norm_rope(
             self.qkv(normed), self.own_q_norm, self.own_k_norm, rope, self.heads, scales
         )
-        out = self.kernels.attention(q, k, v, scales)
+        out = self.kernels.attention(q, k, v, scales, q.shape[1])
         if scales is None:
             out = self.kernels.round_act(out, self.own_out.act_scale)
         return self.own_out(out)
@@ -90,7 +90,7 @@ class FusedWanBlock(nn.Module):
             self.cross_q(normed), self.cross_q_norm, None, None, self.heads, None
         )
         k, v = self._prompt_kv(prompt)
-        out = kernels.attention(q, k, v, None)
+        out = kernels.attention(q, k, v, None, k.shape[1])
         return self.cross_out(kernels.round_act(out, self.cross_out.act_scale))
 
     def _prompt_kv(self, prompt: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,18 +13,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from quant import hif8
 from quant.kernels import fused
-from quant.kernels.cudnn_fp8 import Fp8Attention
+from quant.kernels.cudnn_attention import CudnnAttention, padded
 from quant.kernels.eager import shared_act_scale
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.linear import Hif8Linear
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+LONG = 1024
+"""Keys from which masked padding pays."""
 
 
 class CudaKernels:
@@ -33,7 +34,7 @@ class CudaKernels:
     name = "cuda"
 
     def __init__(self) -> None:
-        self._fp8_attention = Fp8Attention()
+        self._attention = CudnnAttention()
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return E4m3Linear(linears)
@@ -60,7 +61,8 @@ class CudaKernels:
         heads: int,
         scales: AttentionScales | None,
     ) -> tuple[Tensor, ...]:
-        return fused.norm_rope(x, q_norm, k_norm, rope, heads, scales)
+        room = padded(x.shape[1])
+        return fused.norm_rope(x, q_norm, k_norm, rope, heads, scales, room)
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
         return fused.gelu(x, act_scale)
@@ -68,14 +70,14 @@ class CudaKernels:
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         return x if act_scale is None else fused.round_act(x, act_scale)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None) -> Tensor:
-        if scales is not None:
-            return self._fp8_attention(q, k, v, scales).flatten(2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        with sdpa_kernel(
-            [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True
-        ):
-            out = scaled_dot_product_attention(q, k, v)
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+    ) -> Tensor:
+        if scales is not None or tokens >= LONG:
+            return self._attention(q, k, v, scales, tokens).flatten(2)
+        # Short keys (the prompt): torch's own binding does.
+        q, k, v = (part.transpose(1, 2) for part in (q, k[:, :tokens], v[:, :tokens]))
+        out = scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(2)
 
 

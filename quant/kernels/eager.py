@@ -80,8 +80,10 @@ class EagerKernels:
             return x
         return reference.fake_quantize(x, torch.tensor(act_scale, device=x.device))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+    ) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in (q, k[:, :tokens], v[:, :tokens]))
         if scales is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:

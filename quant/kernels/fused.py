@@ -3,7 +3,7 @@
 Triton kernels for CUDA. Each reads BF16, computes in float32, rounds to BF16 wherever the unfused
 block of diffusers does, and writes either BF16 or, when it is given `act_scale`, HiFloat8 values in
 E4M3 codes: x / act_scale rounded to HiFloat8's grid, on which the next product runs
-(`quant.kernels.cuda`). One program handles one row.
+(`quant.kernels.cuda`). A program handles one row.
 
 Every value of HiFloat8 from 2**-8 to 384, and 2**-9, is an E4M3 value. Larger ones saturate to 448,
 smaller ones go to the nearest of E4M3's subnormals.
@@ -57,46 +57,46 @@ def _sum_gated(x_ptr, delta_ptr, gate_ptr, columns, mask, HAS_GATE: tl.constexpr
 
 
 @triton.jit
+def _factors(factor_ptr, shift_ptr, columns, mask, PLUS_ONE: tl.constexpr):
+    factor = tl.load(factor_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        factor += 1.0
+    return factor, tl.load(shift_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _add_norm(
     x_ptr, delta_ptr, gate_ptr, factor_ptr, shift_ptr, sum_ptr, out_ptr,
-    rows_per_batch, gate_stride, factor_stride, inverse_scale, eps,
+    rows, gate_stride, factor_stride, inverse_scale, eps,
     K: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     HAS_DELTA: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch = row // rows_per_batch
-    x_ptr += row * K
-    out_ptr += row * K
-    factor_ptr += batch * factor_stride
-    shift_ptr += batch * factor_stride
+    batch = tl.program_id(1).to(tl.int64)
+    start = (batch * rows + tl.program_id(0)) * K
     a = tl.arange(0, A)
     b = A + tl.arange(0, B)
     in_a, in_b = a < K, b < K
     if HAS_DELTA:
-        delta_ptr += row * K
         gate_ptr += batch * gate_stride
-        sum_a = _sum_gated(x_ptr, delta_ptr, gate_ptr, a, in_a, HAS_GATE)
-        sum_b = _sum_gated(x_ptr, delta_ptr, gate_ptr, b, in_b, HAS_GATE)
-        sum_ptr += row * K
-        tl.store(sum_ptr + a, sum_a, mask=in_a)
-        tl.store(sum_ptr + b, sum_b, mask=in_b)
+        sum_a = _sum_gated(x_ptr + start, delta_ptr + start, gate_ptr, a, in_a, HAS_GATE)
+        sum_b = _sum_gated(x_ptr + start, delta_ptr + start, gate_ptr, b, in_b, HAS_GATE)
+        tl.store(sum_ptr + start + a, sum_a, mask=in_a)
+        tl.store(sum_ptr + start + b, sum_b, mask=in_b)
         x_a, x_b = sum_a.to(tl.float32), sum_b.to(tl.float32)
     else:
-        x_a = tl.load(x_ptr + a, mask=in_a, other=0.0).to(tl.float32)
-        x_b = tl.load(x_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+        x_a = tl.load(x_ptr + start + a, mask=in_a, other=0.0).to(tl.float32)
+        x_b = tl.load(x_ptr + start + b, mask=in_b, other=0.0).to(tl.float32)
+    # Asked for before the sums, which every warp waits for.
+    factor_ptr += batch * factor_stride
+    shift_ptr += batch * factor_stride
+    factor_a, shift_a = _factors(factor_ptr, shift_ptr, a, in_a, PLUS_ONE)
+    factor_b, shift_b = _factors(factor_ptr, shift_ptr, b, in_b, PLUS_ONE)
     mean = (tl.sum(x_a) + tl.sum(x_b)) / K
     x_a = tl.where(in_a, x_a - mean, 0.0)
     x_b = tl.where(in_b, x_b - mean, 0.0)
     scale = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
-    factor_a = tl.load(factor_ptr + a, mask=in_a, other=0.0).to(tl.float32)
-    factor_b = tl.load(factor_ptr + b, mask=in_b, other=0.0).to(tl.float32)
-    if PLUS_ONE:
-        factor_a += 1.0
-        factor_b += 1.0
-    shift_a = tl.load(shift_ptr + a, mask=in_a, other=0.0).to(tl.float32)
-    shift_b = tl.load(shift_ptr + b, mask=in_b, other=0.0).to(tl.float32)
-    _put(out_ptr + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
-    _put(out_ptr + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
+    _put(out_ptr + start + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
+    _put(out_ptr + start + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
 
 
 @triton.jit
@@ -115,65 +115,63 @@ def _add_gated(
 
 
 @triton.jit
-def _square_sum(ptr, columns, mask):
-    x = tl.load(ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(x * x)
-
-
-@triton.jit
 def _turned(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, start, rms, inverse_scale,
-    K: tl.constexpr, N: tl.constexpr, HEAD: tl.constexpr, ROPE: tl.constexpr, ROUND: tl.constexpr,
+    x, weight, cos_ptr, sin_ptr, start, rms, N: tl.constexpr, HEAD: tl.constexpr,
+    ROPE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise N columns from `start` on, turn neighbouring pairs, write them."""
-    columns = start + tl.arange(0, N)
-    mask = columns < K
-    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    """Normalise N columns from `start` on, and turn neighbouring pairs."""
     x = (x * rms * weight).to(tl.bfloat16).to(tl.float32)
     if ROPE:
-        first, second = tl.split(tl.reshape(x, (N // 2, 2)))
-        even = (start + 2 * tl.arange(0, N // 2)) % HEAD
         # diffusers keeps each angle twice; its own pick is the even cosine and the odd sine.
-        cos = tl.load(cos_ptr + even)
-        sin = tl.load(sin_ptr + even + 1)
+        if N % HEAD == 0 and (HEAD & (HEAD - 1)) == 0:
+            first, second = tl.split(tl.reshape(x, (N // HEAD, HEAD // 2, 2)))
+            even = 2 * tl.arange(0, HEAD // 2)
+            cos = tl.load(cos_ptr + even)[None, :]
+            sin = tl.load(sin_ptr + even + 1)[None, :]
+        else:
+            first, second = tl.split(tl.reshape(x, (N // 2, 2)))
+            even = (start + 2 * tl.arange(0, N // 2)) % HEAD
+            cos = tl.load(cos_ptr + even)
+            sin = tl.load(sin_ptr + even + 1)
         turned = tl.join(first * cos - second * sin, first * sin + second * cos)
         x = tl.reshape(turned, (N,))
-    _put(out_ptr + columns, x, inverse_scale, mask, ROUND)
+    return x
 
 
 @triton.jit
 def _norm_rope(
     x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
-    row_stride, tokens, eps, q_inverse, k_inverse, v_inverse,
+    row_stride, rows, kv_rows, eps, q_inverse, k_inverse, v_inverse,
     K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HEAD: tl.constexpr,
     ROPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    batch = tl.program_id(2)
     a = tl.arange(0, A)
     b = A + tl.arange(0, B)
-    x_ptr += row * row_stride + part * K
+    in_a, in_b = a < K, b < K
+    x_ptr += (batch * rows + row) * row_stride + part * K
+    x_a = tl.load(x_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+    x_b = tl.load(x_ptr + b, mask=in_b, other=0.0).to(tl.float32)
     if part == 2:
-        v_ptr += row * K
-        v_a = tl.load(x_ptr + a, mask=a < K, other=0.0).to(tl.float32)
-        v_b = tl.load(x_ptr + b, mask=b < K, other=0.0).to(tl.float32)
-        _put(v_ptr + a, v_a, v_inverse, a < K, ROUND)
-        _put(v_ptr + b, v_b, v_inverse, b < K, ROUND)
+        v_ptr += (batch * kv_rows + row) * K
+        _put(v_ptr + a, x_a, v_inverse, in_a, ROUND)
+        _put(v_ptr + b, x_b, v_inverse, in_b, ROUND)
     else:
-        weight_ptr, out_ptr, inverse_scale = q_weight_ptr, q_ptr, q_inverse
+        weight_ptr, out_ptr, inverse_scale, out_rows = q_weight_ptr, q_ptr, q_inverse, rows
         if part == 1:
-            weight_ptr, out_ptr, inverse_scale = k_weight_ptr, k_ptr, k_inverse
-        out_ptr += row * K
-        token = row % tokens
-        cos_ptr += token * HEAD
-        sin_ptr += token * HEAD
-        square = _square_sum(x_ptr, a, a < K) + _square_sum(x_ptr, b, b < K)
-        rms = tl.rsqrt(square / K + eps)
-        _turned(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, 0, rms, inverse_scale,
-                K, A, HEAD, ROPE, ROUND)  # fmt: skip
-        _turned(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, A, rms, inverse_scale,
-                K, B, HEAD, ROPE, ROUND)  # fmt: skip
+            weight_ptr, out_ptr, inverse_scale, out_rows = k_weight_ptr, k_ptr, k_inverse, kv_rows
+        weight_a = tl.load(weight_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+        rms = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
+        cos_ptr += row * HEAD
+        sin_ptr += row * HEAD
+        x_a = _turned(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
+        x_b = _turned(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
+        out_ptr += (batch * out_rows + row) * K
+        _put(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
+        _put(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
 
 
 @triton.jit
@@ -183,9 +181,9 @@ def _elementwise(x_ptr, out_ptr, count, inverse_scale, GELU: tl.constexpr, ROUND
     mask = place < count
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if GELU:
-        # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x³)
-        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x / (1.0 + tl.exp(-2.0 * u))
+        # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x³); the
+        # constants hold -2 sqrt(2/pi) / ln(2).
+        x = x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * (x * x))))
     _put(out_ptr + place, x, inverse_scale, mask, ROUND)
 
 
@@ -197,7 +195,7 @@ def add_norm(
     out = torch.empty_like(x, dtype=x.dtype if act_scale is None else E4M3)
     total = x if delta is None else torch.empty_like(x)
     high, low = _parts(width)
-    _add_norm[(batch * tokens,)](
+    _add_norm[(tokens, batch)](
         x, x if delta is None else delta, norm.factor if gate is None else gate,
         norm.factor, norm.shift, total, out,
         tokens, _batch_stride(gate), _batch_stride(norm.factor), _inverse(act_scale), norm.eps,
@@ -226,26 +224,27 @@ def norm_rope(
     rope: Rope | None,
     heads: int,
     scales: AttentionScales | None,
+    room: int,
 ) -> tuple[Tensor, ...]:
-    """`Kernels.norm_rope`; under `scales` the parts are E4M3."""
+    """`Kernels.norm_rope`; under `scales` the parts are E4M3. `room` is for keys and values."""
     batch, tokens, columns = x.shape
     width = q_norm.weight.shape[0]
     parts = columns // width
+    dtype = x.dtype if scales is None else E4M3
+    lengths = (tokens, room, room)
     outs = [
-        torch.empty(
-            (batch, tokens, heads, width // heads),
-            dtype=x.dtype if scales is None else E4M3,
-            device=x.device,
-        )
-        for _ in range(parts)
+        torch.empty(batch, length, heads, width // heads, dtype=dtype, device=x.device)
+        for length in lengths[:parts]
     ]
+    for out in outs:
+        out[:, tokens:] = 0  # what is masked is multiplied all the same, and may not be NaN
     q, k, v = (outs[min(index, parts - 1)] for index in range(3))
     cos, sin = (q_norm.weight, q_norm.weight) if rope is None else rope
     each_scale = (None, None, None) if scales is None else (scales.q, scales.k, scales.v)
     high, low = _parts(width)
-    _norm_rope[(batch * tokens, parts)](
+    _norm_rope[(tokens, parts, batch)](
         x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
-        x.stride(1), tokens, q_norm.eps, *map(_inverse, each_scale),
+        x.stride(1), tokens, room, q_norm.eps, *map(_inverse, each_scale),
         K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
         ROUND=scales is not None, num_warps=_WARPS,
     )  # fmt: skip

@@ -87,7 +87,8 @@ class Kernels(Protocol):
         scales: AttentionScales | None,
     ) -> tuple[Tensor, ...]:
         """Split x [B, S, P*K] into P parts; normalise and turn the first (queries) and second
-        (keys), leave the third. Returns [B, S, heads, D] each, in the form `attention` takes."""
+        (keys), leave the third. Returns [B, S, heads, D] each, in the form `attention` takes; keys
+        and values may be longer, the rest being room."""
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
         """GELU (tanh) of x [..., K] bf16, in the form `act_scale` says."""
@@ -95,6 +96,10 @@ class Kernels(Protocol):
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         """x [..., K] bf16 in the form `act_scale` says."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None) -> Tensor:
-        """Attention over [B, S, heads, D] → [B, S, heads*D]: bf16, or, with scales, the form of
-        `scales.out`."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+    ) -> Tensor:
+        """Attention of q [B, S, heads, D] to the first `tokens` of k and v [B, T, heads, D].
+
+        Returns [B, S, heads*D]: bf16, or, with scales, in the form of `scales.out`.
+        """
