@@ -33,6 +33,8 @@ class FusedWanBlock(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.attention_scales = attention
+        # Apart from cross-attention's, because over several cards it is another one.
+        self.self_attention = kernels.attention
         own, cross = block.attn1, block.attn2
         self.heads = own.heads
         self.qkv = _linear(kernels, [own.to_q, own.to_k, own.to_v])
@@ -79,7 +81,7 @@ class FusedWanBlock(nn.Module):
         q, k, v = self.kernels.norm_rope(
             self.qkv(normed), self.own_q_norm, self.own_k_norm, rope, self.heads, scales
         )
-        out = self.kernels.attention(q, k, v, scales, q.shape[1])
+        out = self.self_attention(q, k, v, scales, q.shape[1])
         if scales is None:
             out = self.kernels.round_act(out, self.own_out.act_scale)
         return self.own_out(out)
