@@ -61,8 +61,8 @@ class RotaryPairsOf:
 
     def watch(self, record: Record) -> RemovableHandle:
         def of_pairs(output: Tensor) -> None:
-            pairs = output.float().unflatten(-1, (-1, 2))
-            record(pairs.norm(dim=-1))
+            first, second = output.float()[..., 0::2], output.float()[..., 1::2]
+            record(torch.hypot(first, second))
 
         return OutputOf(self.module).watch(of_pairs)
 

@@ -112,11 +112,10 @@ def _points(
     for name in recipe.attention_inputs:
         module, _, part = name.rpartition(".")
         attention = transformer.get_submodule(module)
-        points[name] = {
-            "q": RotaryPairsOf(attention.norm_q),
-            "k": RotaryPairsOf(attention.norm_k),
-            "v": OutputOf(attention.to_v),
-        }[part]
+        if part == "v":
+            points[name] = OutputOf(attention.to_v)
+        else:
+            points[name] = RotaryPairsOf(attention.get_submodule(f"norm_{part}"))
     return points
 
 

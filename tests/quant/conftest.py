@@ -1,6 +1,7 @@
 """A four-block Wan pipeline of the real classes, small enough to run in milliseconds."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,15 @@ def tiny_plan(tiny_model: Path, tiny_recipe: QuantRecipe) -> CalibrationPlan:
 @pytest.fixture(scope="session")
 def tiny_scales(tiny_pipe: WanPipeline, tiny_plan: CalibrationPlan) -> Scales:
     return run_calibration(tiny_pipe, tiny_plan)
+
+
+@pytest.fixture(scope="session")
+def fp8_recipe() -> QuantRecipe:
+    return QuantRecipe.from_dict(tiny_recipe_dict() | {"name": "tiny-fp8", "attention": "fp8"})
+
+
+@pytest.fixture(scope="session")
+def fp8_scales(
+    tiny_pipe: WanPipeline, tiny_plan: CalibrationPlan, fp8_recipe: QuantRecipe
+) -> Scales:
+    return run_calibration(tiny_pipe, replace(tiny_plan, recipe=fp8_recipe))

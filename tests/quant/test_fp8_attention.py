@@ -1,0 +1,209 @@
+"""Recipes with FP8 attention: what calibration finds, what the file holds, who refuses what."""
+
+import dataclasses
+import shlex
+import sys
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from quant.calibrate import load_pipeline, run_calibration
+from quant.describe import describe_scales
+from quant.errors import CalibrationError, ConversionError, ScalesError, ScalesMismatch
+from quant.kernels.eager import EagerKernels
+from quant.linear import Hif8Linear
+from quant.metrics import sqnr_db
+from quant.prepare import attention_scales, prepare_transformer
+from quant.recipe import QuantRecipe
+from quant.scales import Scales, check_scales, load_scales, save_scales
+from quant.scaling import NUM_BINADES
+from quant.wan_block import FusedWanBlock
+
+BLOCKS = (1, 2)
+NAMES = tuple(f"blocks.{block}.attn1.{part}" for block in BLOCKS for part in "qkv")
+# Rounding queries, keys, values and what comes out costs far less than other noise would.
+MIN_ATTENTION_SQNR_DB = 20.0
+
+
+@pytest.fixture
+def path(tmp_path, fp8_scales: Scales):
+    save_scales(fp8_scales, tmp_path / "fp8.safetensors")
+    return tmp_path / "fp8.safetensors"
+
+
+class NotingKernels(EagerKernels):
+    """Note the largest magnitudes of q, k and v in the self-attention of every block."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, ...]] = []
+
+    def attention(self, q, k, v, scales, tokens):
+        if q.shape == k.shape:  # the prompt has another length
+            self.seen.append(tuple(part.abs().amax().item() for part in (q, k, v)))
+        return super().attention(q, k, v, scales, tokens)
+
+
+@torch.no_grad()
+def run(transformer) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return transformer(
+        torch.randn(1, 16, 2, 4, 4, generator=generator).to(torch.bfloat16),
+        timestep=torch.tensor([700]),
+        encoder_hidden_states=torch.randn(1, 8, 96, generator=generator).to(torch.bfloat16),
+        return_dict=False,
+    )[0]
+
+
+def sample(pipe: WanPipeline, scales: Scales, seed: int) -> None:
+    sampler = scales.sampler
+    pipe(
+        prompt="a red a",
+        negative_prompt="",
+        width=sampler.size[0],
+        height=sampler.size[1],
+        num_frames=sampler.num_frames,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        max_sequence_length=sampler.text_tokens,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    )
+
+
+def test_scales_hold_what_attention_sees_after_the_rotary_embedding(tiny_model, fp8_scales):
+    """The first prompt again, and what its attention was really given."""
+    pipe = load_pipeline(tiny_model, "cpu")
+    kernels = NotingKernels()
+    pipe.transformer = prepare_transformer(pipe.transformer, kernels).transformer
+    pipe.set_progress_bar_config(disable=True)
+    sample(pipe, fp8_scales, seed=0)
+    assert len(kernels.seen) == 4 * 2 * 4  # steps, with and without the prompt, blocks
+    by_block = torch.tensor(kernels.seen).view(8, 4, 3).amax(0)[list(BLOCKS)].flatten()
+    bounds = fp8_scales.attention_amax[:, :, 0].amax(1)
+    # Queries and keys: no angle exceeds the length of the pair, and some angle comes near it. BF16
+    # rounds what was turned, by half a last bit.
+    assert (by_block <= bounds * (1 + 2**-8)).all()
+    assert (by_block >= bounds / 2).all()
+    values = [index for index, name in enumerate(NAMES) if name.endswith(".v")]
+    assert torch.equal(by_block[values], bounds[values])
+
+
+def test_scales_bring_what_was_seen_into_8_to_16(fp8_scales: Scales):
+    assert tuple(fp8_scales.attention_scale) == NAMES
+    seen = fp8_scales.attention_amax.amax((1, 2))
+    for name, amax in zip(NAMES, seen, strict=True):
+        assert 8 <= amax / fp8_scales.attention_scale[name] < 16
+
+
+def test_statistics_have_the_documented_shapes(fp8_scales: Scales, tiny_scales: Scales):
+    rows = len(NAMES)
+    assert fp8_scales.attention_amax.shape == (rows, 2, 10)
+    assert fp8_scales.attention_mean_square.shape == (rows, 2, 10)
+    assert fp8_scales.attention_binades.shape == (rows, 2, NUM_BINADES)
+    assert tiny_scales.attention_amax.shape == (0, 2, 10)
+    assert tiny_scales.attention_scale == {}
+    # The linears' own do not depend on it.
+    assert torch.equal(fp8_scales.act_amax, tiny_scales.act_amax)
+    assert fp8_scales.act_scale == tiny_scales.act_scale
+
+
+def test_the_file_gives_back_what_was_found(path, fp8_scales: Scales, fp8_recipe: QuantRecipe):
+    loaded = load_scales(path, recipe=fp8_recipe)
+    assert loaded.recipe == fp8_recipe
+    assert loaded.attention_scale == fp8_scales.attention_scale
+    assert torch.equal(loaded.attention_amax, fp8_scales.attention_amax)
+    assert torch.equal(loaded.attention_binades, fp8_scales.attention_binades)
+    assert "attention      fp8, scales q " in describe_scales(loaded, path)
+
+
+def test_a_file_without_them_is_refused_with_the_command(tmp_path, tiny_scales, fp8_recipe):
+    path = tmp_path / "bf16.safetensors"
+    save_scales(tiny_scales, path)
+    assert load_scales(path).attention_scale == {}
+    with pytest.raises(
+        ScalesMismatch, match="no scales for the FP8 attention of recipe 'tiny-fp8'"
+    ) as e:
+        load_scales(path, recipe=fp8_recipe)
+    command = shlex.split(str(e.value).rpartition("with: ")[2])
+    assert command[:4] == [sys.executable, "-m", "quant", "calibrate"]
+    assert command[command.index("--recipe") + 1] == "tiny-fp8"
+    assert command[command.index("--steps") + 1] == "4"
+
+
+def test_scales_of_the_one_attention_do_not_pass_for_the_other(fp8_scales: Scales, tiny_recipe):
+    with pytest.raises(ScalesMismatch, match="scales are for recipe 'tiny-fp8'"):
+        check_scales(fp8_scales, model_fingerprint=fp8_scales.model_fingerprint, recipe=tiny_recipe)
+
+
+def test_a_file_that_lost_one_is_none(path):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del tensors["blocks.2.attn1.k.attention_scale"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(ScalesError, match=r"no attention_scale for blocks\.2\.attn1\.k"):
+        load_scales(path)
+
+
+def test_a_value_that_is_not_finite_stops_calibration(tiny_model, tiny_plan, fp8_recipe):
+    pipe = load_pipeline(tiny_model, "cpu")
+    with torch.no_grad():
+        pipe.transformer.blocks[1].attn1.norm_k.weight[3] = float("inf")
+    with pytest.raises(CalibrationError, match=r"^blocks\.1\.\S+ saw NaN or infinity"):
+        run_calibration(pipe, dataclasses.replace(tiny_plan, recipe=fp8_recipe))
+
+
+def test_each_block_gets_its_scales(fp8_recipe: QuantRecipe, fp8_scales: Scales, tiny_recipe):
+    found = attention_scales(fp8_recipe, fp8_scales)
+    assert tuple(found) == BLOCKS
+    assert found[2].k == fp8_scales.attention_scale["blocks.2.attn1.k"]
+    assert found[2].out == fp8_scales.act_scale["blocks.2.attn1.to_out.0"]
+    assert attention_scales(tiny_recipe, fp8_scales) == {}
+
+
+def test_bf16_on_kernels_computes_the_same_bits(tiny_transformer):
+    before = run(tiny_transformer)
+    prepared = prepare_transformer(tiny_transformer, EagerKernels())
+    assert (prepared.report, prepared.unfused_blocks) == (None, ())
+    assert all(isinstance(block, FusedWanBlock) for block in prepared.transformer.blocks)
+    assert torch.equal(run(prepared.transformer), before)
+    assert torch.equal(run(tiny_transformer), before)
+
+
+def test_quantized_on_kernels_is_near_and_leaves_the_source(
+    tiny_transformer, fp8_recipe, fp8_scales
+):
+    before = run(tiny_transformer)
+    prepared = prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, fp8_scales)
+    assert prepared.report is not None
+    assert prepared.report.linears == 20
+    assert not any(isinstance(module, Hif8Linear) for module in tiny_transformer.modules())
+    with_fp8 = run(prepared.transformer)
+    plain = dataclasses.replace(fp8_recipe, attention="bf16")
+    without = run(
+        prepare_transformer(tiny_transformer, EagerKernels(), plain, fp8_scales).transformer
+    )
+    assert torch.equal(run(tiny_transformer), before)
+    assert not torch.equal(with_fp8, without)
+    assert sqnr_db(without, with_fp8) > MIN_ATTENTION_SQNR_DB
+    assert sqnr_db(before, with_fp8) > MIN_ATTENTION_SQNR_DB
+
+
+def test_only_quantized_blocks_have_fp8_attention(tiny_transformer, fp8_recipe, fp8_scales):
+    prepared = prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, fp8_scales)
+    has = [block.attention_scales is not None for block in prepared.transformer.blocks]
+    assert has == [False, True, True, False]
+
+
+def test_a_block_that_cannot_be_fused_is_refused(tiny_transformer, fp8_recipe, fp8_scales):
+    recipe = dataclasses.replace(fp8_recipe, kept_linears=("blocks.2.attn1.to_v",))
+    with pytest.raises(ConversionError, match=r"needs fused blocks, .* being block 2: "):
+        prepare_transformer(tiny_transformer, EagerKernels(), recipe, fp8_scales)
+
+
+def test_scales_that_lack_attention_are_refused(tiny_transformer, fp8_recipe, tiny_scales):
+    with pytest.raises(ConversionError, match=r"the first being blocks\.1\.attn1\.q"):
+        prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, tiny_scales)
