@@ -8,17 +8,28 @@ and tests.
 
 from quant.apply import quantize_transformer
 from quant.calibrate import CalibrationPlan, run_calibration
+from quant.checkpoint import convert
 from quant.errors import (
     CalibrationError,
     ConversionError,
+    PackedMismatch,
     QuantError,
     RecipeError,
     ScalesError,
     ScalesMismatch,
+    WeightsError,
 )
-from quant.fingerprint import model_fingerprint
+from quant.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
+from quant.kernels.copier import Copier
 from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
+from quant.packed import (
+    PackedCheckpoint,
+    check_packed,
+    load_packed,
+    load_packed_beside,
+    open_packed,
+)
 from quant.prepare import (
     PreparedTransformer,
     attention_scales,
@@ -37,7 +48,10 @@ __all__ = [
     "ConversionError",
     "ConversionReport",
     "ConvertedLinear",
+    "Copier",
     "Hif8Linear",
+    "PackedCheckpoint",
+    "PackedMismatch",
     "PreparedTransformer",
     "PromptSet",
     "QuantError",
@@ -47,11 +61,19 @@ __all__ = [
     "Scales",
     "ScalesError",
     "ScalesMismatch",
+    "WeightsError",
     "attention_scales",
+    "check_packed",
     "check_scales",
+    "convert",
     "fuse_quantized",
+    "has_transformer_weights",
+    "load_packed",
+    "load_packed_beside",
     "load_scales",
     "model_fingerprint",
+    "open_packed",
+    "parts_fingerprint",
     "prepare_transformer",
     "quantize_transformer",
     "run_calibration",

@@ -11,7 +11,7 @@ never a smaller conversion.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -44,15 +44,7 @@ def quantize_transformer(
         ConversionError: the recipe does not fit, a scale is missing, or the tree carries hooks.
     """
     targets = select_linears(transformer, recipe)
-    known = set(scales.weight_scale)
-    if not isinstance(recipe.act_granularity, PerToken):
-        known &= set(scales.act_scale)
-    missing = [name for name in targets if name not in known]
-    if missing:
-        raise ConversionError(
-            f"the scales have none for {len(missing)} of {len(targets)} linears, "
-            f"the first being {missing[0]}: calibrate again with recipe {recipe.name!r}"
-        )
+    require_scales(targets, recipe, scales)
     rows: list[ConvertedLinear] = []
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
@@ -104,6 +96,24 @@ def select_linears(transformer: nn.Module, recipe: QuantRecipe) -> dict[str, nn.
     return {name: linear for name, linear in found.items() if not recipe.keeps(name)}
 
 
+def require_scales(targets: Iterable[str], recipe: QuantRecipe, scales: Scales) -> None:
+    """Make sure that there are scales for every linear a recipe quantizes.
+
+    Raises:
+        ConversionError: naming the first linear that has none.
+    """
+    names = list(targets)
+    known = set(scales.weight_scale)
+    if not isinstance(recipe.act_granularity, PerToken):
+        known &= set(scales.act_scale)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConversionError(
+            f"the scales have none for {len(missing)} of {len(names)} linears, "
+            f"the first being {missing[0]}: calibrate again with recipe {recipe.name!r}"
+        )
+
+
 def twin_tree(root: M, convert: Convert) -> M:
     """Copy a module tree without copying tensors: modules are new, parameters and buffers shared.
 
@@ -113,20 +123,22 @@ def twin_tree(root: M, convert: Convert) -> M:
     Raises:
         ConversionError: a module carries hooks or a patched forward, which a copy would lose.
     """
-    copies: dict[int, nn.Module] = {}
-
-    def twin_of(name: str, module: nn.Module) -> nn.Module:
-        if id(module) not in copies:
-            copies[id(module)] = convert(name, module) or _shallow_copy(name, module)
-            twin = copies[id(module)]
-            for child_name, child in twin._modules.items():
-                if child is not None:
-                    twin._modules[child_name] = twin_of(f"{name}.{child_name}".lstrip("."), child)
-        return copies[id(module)]
-
-    twin = twin_of("", root)
+    twin = _twin_of("", root, convert, {})
     assert isinstance(twin, type(root)), "the root of a tree is never converted"
     return twin
+
+
+def _twin_of(
+    name: str, module: nn.Module, convert: Convert, copies: dict[int, nn.Module]
+) -> nn.Module:
+    # Not a closure: one that calls itself lives on in a cycle, and with it every module it saw.
+    if id(module) not in copies:
+        twin = copies[id(module)] = convert(name, module) or _shallow_copy(name, module)
+        for child_name, child in twin._modules.items():
+            if child is not None:
+                full_name = f"{name}.{child_name}".lstrip(".")
+                twin._modules[child_name] = _twin_of(full_name, child, convert, copies)
+    return copies[id(module)]
 
 
 def _shallow_copy(name: str, module: nn.Module) -> nn.Module:

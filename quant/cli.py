@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
 from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.checkpoint import convert
 from quant.codes import codes_markdown
 from quant.describe import describe_scales
 from quant.errors import QuantError, ScalesError
@@ -71,6 +73,27 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer's way: the signature is 
     typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
 
 
+@app.command("convert")
+def convert_command(
+    model: Folder,
+    scales: Annotated[Path, typer.Option(help="Scales file made for MODEL and RECIPE.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to quantize.")] = "cpu",
+) -> None:
+    """Pack MODEL's transformer, quantized by RECIPE, into OUT, which a worker loads as it is."""
+    with _errors_as_sentences():
+        report = convert(
+            model,
+            QuantRecipe.load(recipe),
+            scales,
+            out,
+            device=torch.device(device),
+            on_tensor=_print_tensors,
+        )
+    typer.echo(f"wrote {out}: {report}")
+
+
 @app.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(help="A scales file.")],
@@ -115,6 +138,11 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, like 832x480", param_hint="--size")
     return int(match[1]), int(match[2])
+
+
+def _print_tensors(done: int, total: int) -> None:
+    if done % 100 == 0:
+        typer.echo(f"tensor {done} of {total}", err=True)
 
 
 def _print_progress(done: int, total: int) -> None:

@@ -4,8 +4,10 @@
     ├── RecipeError         a recipe cannot be read, or one of its values is out of bounds
     ├── ConversionError     a recipe does not fit the transformer it is applied to
     ├── CalibrationError    calibration cannot start or saw something it must not average away
-    └── ScalesError         a scales file cannot be read or written
-        └── ScalesMismatch  a good scales file, made for something else
+    ├── ScalesError         a scales file cannot be read or written
+    │   └── ScalesMismatch  a good scales file, made for something else
+    └── WeightsError        a file of weights cannot be read or written, or lacks a tensor
+        └── PackedMismatch  a good packed checkpoint, made for something else
 
 Each message is one sentence with the value, the bound and the remedy, fit to be printed as it is.
 """
@@ -33,6 +35,17 @@ class ScalesError(QuantError):
 
 class ScalesMismatch(ScalesError):
     """A scales file was made for another model, recipe or format version.
+
+    The message ends with the command that makes a fitting one.
+    """
+
+
+class WeightsError(QuantError):
+    """A file of weights cannot be read or written, or a tensor in it is not as it should be."""
+
+
+class PackedMismatch(WeightsError):
+    """A packed checkpoint was made for another model, recipe or format version.
 
     The message ends with the command that makes a fitting one.
     """

@@ -21,7 +21,9 @@ _CONFIGS = (
     "scheduler/scheduler_config.json",
 )
 _TOKENIZER = "tokenizer/tokenizer.json"
-_WEIGHTS = tuple(f"{part}/*.safetensors" for part in ("transformer", "text_encoder", "vae"))
+_TRANSFORMER_WEIGHTS = "transformer/*.safetensors"
+_OTHER_WEIGHTS = ("text_encoder/*.safetensors", "vae/*.safetensors")
+_WEIGHTS = (_TRANSFORMER_WEIGHTS, *_OTHER_WEIGHTS)
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -46,15 +48,36 @@ def model_fingerprint(folder: Path) -> str:
         QuantError: the folder lacks a part of a pipeline in diffusers format, or a file of it
             cannot be read.
     """
+    return _fingerprint(folder, _WEIGHTS)
+
+
+def parts_fingerprint(folder: Path) -> str:
+    """Fingerprint a pipeline folder but for the transformer's weights, which need not be there.
+
+    Computed as `model_fingerprint`: a packed checkpoint bears both, and this one shows that it
+    meets the text encoder, VAE, tokenizer and scheduler it was made beside.
+
+    Raises:
+        QuantError: as `model_fingerprint`.
+    """
+    return _fingerprint(folder, _OTHER_WEIGHTS)
+
+
+def has_transformer_weights(folder: Path) -> bool:
+    """Whether a pipeline folder holds its transformer, or only what goes with a packed one."""
+    return any(folder.glob(_TRANSFORMER_WEIGHTS))
+
+
+def _fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
     missing = [part for part in (*_CONFIGS, _TOKENIZER) if not (folder / part).is_file()]
-    missing += [pattern for pattern in _WEIGHTS if not any(folder.glob(pattern))]
+    missing += [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing:
         raise _not_a_pipeline(folder, missing)
     digest = hashlib.sha256()
     for config in _CONFIGS:
         values = _without_origin(_read_object(folder / config))
         _update(digest, config, json.dumps(values, sort_keys=True).encode())
-    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    weights = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     try:
         _update(digest, _TOKENIZER, (folder / _TOKENIZER).read_bytes())
         sampled = sum(file.stat().st_size for file in weights) > FULL_HASH_LIMIT_BYTES

@@ -1,0 +1,191 @@
+"""Open a packed checkpoint, refuse it where it does not fit, and make its transformer.
+
+Nothing of the quantized linears ever exists in BF16 on the way, on the host or on the device, and
+nothing is allocated before names, shapes and dtypes of all tensors are found right.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from quant.checkpoint import file_sha256
+from quant.errors import PackedMismatch, RecipeError, WeightsError
+from quant.kernels.copier import Copier
+from quant.packed_format import (
+    FORMAT,
+    FORMAT_VERSION,
+    SCALES_FILE,
+    SHARD_PATTERN,
+    PackedInfo,
+    shard_name,
+)
+from quant.recipe import QuantRecipe
+from quant.safetensors_header import StoredTensor, read_header, stored_tensors
+from quant.scales import Scales, load_scales
+from quant.skeleton import (
+    check_stored,
+    empty_transformer,
+    materialize,
+    quantized_skeleton,
+    stored_state,
+)
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCheckpoint:
+    """A packed checkpoint whose headers have been read.
+
+    Attributes:
+        scales: the scales it was made with, and what else calibration found.
+        stored: its tensors, by name.
+    """
+
+    folder: Path
+    info: PackedInfo
+    scales: Scales
+    stored: dict[str, StoredTensor]
+
+
+def open_packed(
+    folder: Path, *, model_folder: Path | None = None, recipe: QuantRecipe | None = None
+) -> PackedCheckpoint:
+    """Read what a packed checkpoint says of itself and make sure that all of it is there.
+
+    Args:
+        model_folder: the model it is wanted for, and
+        recipe: the recipe, both only named in the command an error recommends.
+
+    Raises:
+        WeightsError: it is none, lacks a file, or a file was cut (then a tensor is named).
+        PackedMismatch: it has another format version.
+        ScalesError: the scales beside it cannot be read.
+    """
+    command = convert_command(folder, model_folder, recipe)
+    files = sorted(folder.glob(SHARD_PATTERN))
+    if not files:
+        raise WeightsError(
+            f"{folder} is not a packed checkpoint: it holds no {SHARD_PATTERN}; make one with: "
+            f"{command}"
+        )
+    info = _read_info(files, command)
+    scales_file = folder / SCALES_FILE
+    scales = load_scales(scales_file, recipe=recipe)
+    if file_sha256(scales_file) != info.scales_sha256:
+        raise WeightsError(
+            f"{scales_file} is not the scales file the checkpoint was made with; make it again "
+            f"with: {command}"
+        )
+    return PackedCheckpoint(folder, info, scales, stored_tensors(files))
+
+
+def check_packed(
+    packed: PackedCheckpoint,
+    *,
+    model_fingerprint: str,
+    recipe: QuantRecipe,
+    model_folder: Path | None = None,
+) -> None:
+    """Refuse a packed checkpoint that was made for something else, or whose tensors do not fit.
+
+    Raises:
+        PackedMismatch: another model or recipe; the message ends with the command to run.
+        WeightsError: naming the tensor that is missing, or has another shape or dtype.
+        ConversionError: its recipe does not fit its transformer.
+    """
+    info, name = packed.info, packed.folder
+    problem = None
+    if info.model_fingerprint != model_fingerprint:
+        problem = (
+            f"the packed checkpoint {name} was made of model {info.model_fingerprint}, "
+            f"this model is {model_fingerprint}"
+        )
+    elif info.recipe.fingerprint != recipe.fingerprint:
+        problem = (
+            f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
+            f"({info.recipe.fingerprint}), this is {recipe.name!r} ({recipe.fingerprint})"
+        )
+    if problem:
+        command = convert_command(name, model_folder, recipe)
+        raise PackedMismatch(f"{problem}; make a fitting one with: {command}")
+    skeleton = quantized_skeleton(empty_transformer(info.transformer_config), info.recipe)
+    check_stored(skeleton.state_dict(), packed.stored, source=str(name), exact=True)
+
+
+def load_packed(packed: PackedCheckpoint, copier: Copier) -> WanTransformer3DModel:
+    """Make the quantized transformer alone, on the copier's device. `check_packed` comes first.
+
+    Raises:
+        WeightsError: a file cannot be read, or has become shorter.
+    """
+    transformer = empty_transformer(packed.info.transformer_config)
+    twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, copier)
+    return twin.to(copier.device)  # what is computed rather than stored
+
+
+def load_packed_beside(packed: PackedCheckpoint, transformer: M, copier: Copier) -> M:
+    """Make the quantized twin of a transformer that is loaded; only its linears are read.
+
+    They share every other tensor, as `quantize_transformer` has it. `check_packed` comes first.
+
+    Raises:
+        ConversionError: the tree carries hooks, or is not of this checkpoint's configuration.
+        WeightsError: a file cannot be read, or has become shorter.
+    """
+    twin = quantized_skeleton(transformer, packed.info.recipe)
+    check_stored(stored_state(twin), packed.stored, source=str(packed.folder), exact=True)
+    return materialize(twin, packed.stored, copier)
+
+
+def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe | None) -> str:
+    """The command line that makes a packed checkpoint; what is not known is in upper case."""
+    arguments = ["--model", str(model_folder or "MODEL_FOLDER"), "--scales", "SCALES_FILE"]
+    if recipe:
+        arguments += ["--recipe", recipe.source or recipe.name]
+    arguments += ["--out", str(folder)]
+    return shlex.join([sys.executable or "python", "-m", "quant", "convert", *arguments])
+
+
+def _read_info(files: list[Path], command: str) -> PackedInfo:
+    """Read the metadata of all files and make sure that they belong together."""
+    infos = []
+    for file in files:
+        metadata = read_header(file).metadata
+        if metadata.get("format") != FORMAT:
+            raise WeightsError(
+                f"{file} is not part of a packed checkpoint; make one with: {command}"
+            )
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise PackedMismatch(
+                f"{file} has packed format {metadata.get('format_version')}, this tool reads "
+                f"{FORMAT_VERSION}; make a fitting one with: {command}"
+            )
+        try:
+            infos.append(PackedInfo.from_metadata(metadata))
+            count = int(metadata["shard"].rpartition(" of ")[2])
+        except (LookupError, ValueError, TypeError, RecipeError) as error:
+            raise WeightsError(
+                f"{file} does not say what it was made of: {error!r}; make it again with: {command}"
+            ) from error
+        missing = {shard_name(n + 1, count) for n in range(count)} - {f.name for f in files}
+        if missing:
+            raise WeightsError(
+                f"{file.parent} lacks {', '.join(sorted(missing))}: copy it again, or make it "
+                f"with: {command}"
+            )
+    if any(info != infos[0] for info in infos):
+        raise WeightsError(
+            f"the files in {files[0].parent} come from different conversions; make them again "
+            f"with: {command}"
+        )
+    return infos[0]

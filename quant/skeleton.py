@@ -1,0 +1,148 @@
+"""Transformers without weights: the real module tree, its parameters on the meta device.
+
+What is to be loaded is known from it before anything is read or allocated: every tensor's name,
+shape and dtype, of the BF16 tree and of the tree a recipe makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from quant.apply import select_linears, twin_tree
+from quant.errors import WeightsError
+from quant.granularity import PerChannel, PerToken
+from quant.kernels.copier import Copier
+from quant.linear import Hif8Linear
+from quant.recipe import QuantRecipe
+from quant.safetensors_header import StoredTensor
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def empty_transformer(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> WanTransformer3DModel:
+    """Build a Wan transformer on the meta device, in the dtypes `from_pretrained` would give it.
+
+    Buffers that are computed rather than stored (rotary frequencies) are real, on the host.
+
+    Raises:
+        WeightsError: no transformer can be built from this configuration.
+    """
+    # Both take seconds to import, so only when a model is really built.
+    from accelerate import init_empty_weights  # noqa: PLC0415
+    from diffusers import WanTransformer3DModel  # noqa: PLC0415
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            transformer = WanTransformer3DModel.from_config(dict(config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"no WanTransformer3DModel can be built from this configuration: {error}"
+        ) from error
+    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    for name, parameter in transformer.named_parameters():
+        wide = kept.intersection(name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+    return transformer.eval()
+
+
+def quantized_skeleton(transformer: M, recipe: QuantRecipe) -> M:
+    """The tree `recipe` makes of a transformer, with quantized linears that are still empty.
+
+    Like `quantize_transformer` it shares everything else with the first tree, be that real or
+    itself without weights.
+
+    Raises:
+        ConversionError: the recipe does not fit the transformer.
+    """
+    targets = select_linears(transformer, recipe)
+
+    def convert(name: str, _module: nn.Module) -> nn.Module | None:
+        return _empty_linear(targets[name], recipe) if name in targets else None
+
+    return twin_tree(transformer, convert)
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a tree that have still to be loaded, by name."""
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_meta}
+
+
+def check_stored(
+    wanted: Mapping[str, Tensor],
+    stored: Mapping[str, StoredTensor],
+    *,
+    source: str,
+    exact: bool,
+) -> None:
+    """Hold what files have against what a tree wants.
+
+    Args:
+        source: what the files are, to be named in a refusal.
+        exact: whether the dtypes have to be the wanted ones; otherwise any floating-point one may
+            stand for another.
+
+    Raises:
+        WeightsError: naming the first tensor that is missing, or has another shape or dtype.
+    """
+    for name, tensor in wanted.items():
+        if name not in stored:
+            count = sum(each not in stored for each in wanted)
+            raise WeightsError(
+                f"{source} lacks tensor {name!r}, and {count - 1} others: it is not whole, or was "
+                "made for another transformer"
+            )
+        found = stored[name]
+        if found.shape != tuple(tensor.shape):
+            raise WeightsError(
+                f"tensor {name!r} in {found.file} has shape {list(found.shape)}, not "
+                f"{list(tensor.shape)} as the transformer's configuration says"
+            )
+        floats = found.dtype.is_floating_point and tensor.is_floating_point()
+        if found.dtype is not tensor.dtype and (exact or not floats):
+            raise WeightsError(
+                f"tensor {name!r} in {found.file} holds {found.dtype}, not {tensor.dtype}"
+            )
+
+
+def materialize(module: M, stored: Mapping[str, StoredTensor], copier: Copier) -> M:
+    """Give a tree on the meta device its weights, straight to where `copier` leads.
+
+    What is real already stays as it is and where it is. Call `check_stored` first.
+
+    Raises:
+        WeightsError: a file cannot be read, or has become shorter.
+    """
+    empty = stored_state(module)
+    order = sorted(empty, key=lambda name: (stored[name].file, stored[name].start))
+    made: dict[str, Tensor] = {}
+
+    def allocated() -> Any:
+        for name in order:
+            wanted = empty[name]
+            made[name] = torch.empty(wanted.shape, dtype=wanted.dtype, device=copier.device)
+            yield stored[name], made[name]
+
+    copier.read(allocated())
+    module.load_state_dict(made, strict=False, assign=True)
+    return module
+
+
+def _empty_linear(linear: nn.Linear, recipe: QuantRecipe) -> Hif8Linear:
+    rows = (linear.out_features, 1) if isinstance(recipe.weight_granularity, PerChannel) else ()
+    per_token = isinstance(recipe.act_granularity, PerToken)
+    return Hif8Linear(
+        torch.empty(linear.weight.shape, dtype=torch.uint8, device="meta"),
+        torch.empty(rows, dtype=torch.float32, device="meta"),
+        act_scale=None if per_token else torch.empty((), dtype=torch.float32, device="meta"),
+        act_policy=recipe.act_policy,
+        bias=linear.bias,
+    )
