@@ -86,15 +86,15 @@ def _add_norm(
     else:
         x_a = tl.load(x_ptr + start + a, mask=in_a, other=0.0).to(tl.float32)
         x_b = tl.load(x_ptr + start + b, mask=in_b, other=0.0).to(tl.float32)
-    # Asked for before the sums, which every warp waits for.
-    factor_ptr += batch * factor_stride
-    shift_ptr += batch * factor_stride
-    factor_a, shift_a = _factors(factor_ptr, shift_ptr, a, in_a, PLUS_ONE)
-    factor_b, shift_b = _factors(factor_ptr, shift_ptr, b, in_b, PLUS_ONE)
     mean = (tl.sum(x_a) + tl.sum(x_b)) / K
     x_a = tl.where(in_a, x_a - mean, 0.0)
     x_b = tl.where(in_b, x_b - mean, 0.0)
     scale = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
+    # Asked for only here: earlier, they cost registers, and those cost programs at work.
+    factor_ptr += batch * factor_stride
+    shift_ptr += batch * factor_stride
+    factor_a, shift_a = _factors(factor_ptr, shift_ptr, a, in_a, PLUS_ONE)
+    factor_b, shift_b = _factors(factor_ptr, shift_ptr, b, in_b, PLUS_ONE)
     _put(out_ptr + start + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
     _put(out_ptr + start + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
 
