@@ -2,7 +2,8 @@
 
 A static scale was calibrated on some prompts; whether it fits what callers ask for shows in how
 many values lie beyond the format, and how many become zero although they are none. Counted over
-one forward pass of each job, before each quantized layer rounds its inputs.
+one forward pass of each job, before each quantized layer rounds its inputs: by hooks on the layers
+where they run as they are, by the kernels where blocks are fused.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from quant.hif8 import FLUSHED_BELOW, LARGEST
+from quant.kernels import reference
+from quant.kernels.counting import CountingKernels
+from quant.kernels.interface import Kernels
 from quant.linear import Hif8Linear
 from quant.scaling import choose_scale
-
-_PIECE = 1 << 24  # elements
+from quant.wan_block import FusedWanBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +39,33 @@ class ActSample:
     def __init__(self, transformer: nn.Module) -> None:
         self._transformer = transformer
         self._linears = [m for m in transformer.modules() if isinstance(m, Hif8Linear)]
+        self._blocks = [
+            m for m in transformer.modules() if isinstance(m, FusedWanBlock) and _rounds(m)
+        ]
         self._handles: list[RemovableHandle] = []
+        self._kernels: list[tuple[FusedWanBlock, Kernels]] = []
         self._counts: Tensor | None = None
         self._total = 0
 
     def arm(self) -> None:
-        """Count during the next forward pass; without quantized layers there is nothing to."""
-        if not self._linears:
+        """Count during the next pass that reaches a quantized layer, if there are any."""
+        if not self._linears and not self._blocks:
             return
+        self.disarm()
         self._handles = [each.register_forward_pre_hook(self._count) for each in self._linears]
-        self._handles.append(self._transformer.register_forward_hook(lambda *_: self.disarm()))
+        self._handles.append(self._transformer.register_forward_hook(self._after_pass))
+        for block in self._blocks:
+            self._kernels.append((block, block.kernels))
+            block.kernels = CountingKernels(block.kernels, self._add)
 
     def disarm(self) -> None:
         """Stop counting; harmless where it has stopped, or never began."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for block, kernels in self._kernels:
+            block.kernels = kernels
+        self._kernels.clear()
 
     def shares(self) -> ActShares | None:
         """What was counted; None if nothing was."""
@@ -61,22 +74,24 @@ class ActSample:
         saturated, flushed = (self._counts.double() / self._total).tolist()
         return ActShares(saturated, flushed)
 
+    def _after_pass(self, *_: object) -> None:
+        # A pass that a step cache cut short may have reached no quantized layer.
+        if self._counts is not None:
+            self.disarm()
+
     @torch.no_grad()
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, Hif8Linear)
-        x = args[0].reshape(-1, args[0].shape[-1])
-        self._total += x.numel()
-        # In pieces: a sample must not be what fills the device's memory.
-        for piece in torch.split(x, max(1, _PIECE // x.shape[-1])):
-            counts = _beyond_and_gone(piece.abs().float(), module)
-            self._counts = counts if self._counts is None else self._counts + counts
+        scale = module.act_scale
+        if scale is None:
+            scale = choose_scale(module.act_policy, args[0].abs().amax(-1, keepdim=True))
+        self._add(reference.misfits(args[0], scale), args[0].numel())
+
+    def _add(self, counts: Tensor, values: int) -> None:
+        self._total += values
+        self._counts = counts if self._counts is None else self._counts + counts
 
 
-def _beyond_and_gone(magnitude: Tensor, module: Hif8Linear) -> Tensor:
-    """Count what saturates and what becomes zero: |x| [R, K] float32 → [2] int64."""
-    scale = module.act_scale
-    if scale is None:
-        scale = choose_scale(module.act_policy, magnitude.amax(-1, keepdim=True))
-    beyond = (magnitude > LARGEST * scale).sum()
-    gone = ((magnitude < FLUSHED_BELOW * scale) & (magnitude > 0)).sum()
-    return torch.stack((beyond, gone))
+def _rounds(block: FusedWanBlock) -> bool:
+    """Whether any product of a block takes rounded activations."""
+    return any(getattr(part, "act_scale", None) is not None for part in block.children())

@@ -24,6 +24,7 @@ from quant.linear import Hif8Linear
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+E4M3_LARGEST_CODE = 0x7E
 LONG = 1024
 """Keys from which masked padding pays."""
 
@@ -69,6 +70,13 @@ class CudaKernels:
 
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         return x if act_scale is None else fused.round_act(x, act_scale)
+
+    def misfits(self, x: Tensor, act_scale: float) -> Tensor:
+        # HiFloat8 has no 448, so that code says that a value lay beyond E4M3.
+        magnitude = fused.round_act(x, act_scale).view(torch.uint8) & 0x7F
+        saturated = (magnitude == E4M3_LARGEST_CODE).sum()
+        flushed = ((magnitude == 0) & (x != 0)).sum()
+        return torch.stack((saturated, flushed))
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int

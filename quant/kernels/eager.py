@@ -80,6 +80,9 @@ class EagerKernels:
             return x
         return reference.fake_quantize(x, torch.tensor(act_scale, device=x.device))
 
+    def misfits(self, x: Tensor, act_scale: float) -> Tensor:
+        return reference.misfits(x, torch.tensor(act_scale, device=x.device))
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
     ) -> Tensor:

@@ -96,6 +96,12 @@ class Kernels(Protocol):
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         """x [..., K] bf16 in the form `act_scale` says."""
 
+    def misfits(self, x: Tensor, act_scale: float) -> Tensor:
+        """Count what the form of `act_scale` cannot hold of x [..., K] bf16: [2] int64.
+
+        First the values that saturate, then those other than zero that become zero.
+        """
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
     ) -> Tensor:

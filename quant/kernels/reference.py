@@ -19,6 +19,8 @@ from torch import Tensor
 from quant import hif8
 from quant.scaling import ScalePolicy, choose_scale, is_power_of_two
 
+_PIECE = 1 << 24  # elements: counting must not be what fills the device's memory
+
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """Codes of x under a scale: x [...], scale broadcastable to x → qdata [...] uint8."""
@@ -52,6 +54,24 @@ def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
 def fake_quantize_per_token(x: Tensor, policy: ScalePolicy) -> Tensor:
     """Fake-quantize each token with a scale from its own amax: x [..., K] → [..., K]."""
     return fake_quantize(x, choose_scale(policy, x.abs().amax(-1, keepdim=True)))
+
+
+def misfits(x: Tensor, scale: Tensor) -> Tensor:
+    """Count what of x [..., K] saturates, and what becomes zero although it is none: [2] int64.
+
+    Args:
+        scale: [] or one for each token, [..., 1].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    scales = scale.reshape(-1, 1).expand(rows.shape[0], 1)
+    counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+    step = max(1, _PIECE // x.shape[-1])
+    for piece, own in zip(torch.split(rows, step), torch.split(scales, step), strict=True):
+        magnitude = piece.abs().float()
+        beyond = magnitude > hif8.LARGEST * own
+        gone = (magnitude < hif8.FLUSHED_BELOW * own) & (magnitude > 0)
+        counts += torch.stack((beyond.sum(), gone.sum()))
+    return counts
 
 
 def linear(x: Tensor, weight_qdata: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,10 +1,19 @@
 """The sample of activations counts what the format cannot hold, in one forward pass."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
 
+from quant import Scales, fuse_quantized, prepare_transformer, quantize_transformer
 from quant.hif8 import FLUSHED_BELOW, LARGEST, round_to_hif8
+from quant.kernels import reference
+from quant.kernels.eager import EagerKernels
+from quant.kernels.interface import AttentionScales
 from quant.linear import Hif8Linear
 from quant.scaling import scale_policy
 from worker.saturation import ActSample, ActShares
@@ -78,4 +87,119 @@ def test_a_model_that_is_not_quantized_has_no_shares() -> None:
     sample = ActSample(model)
     sample.arm()
     model(torch.ones(1, 4))
+    assert sample.shares() is None
+
+
+# Of the linears that share an input, one: fused kernels round it once for all of them.
+ROUNDED_ONCE = (
+    *("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0"),
+    *("ffn.net.0.proj", "ffn.net.2"),
+)
+
+
+@pytest.fixture(scope="module")
+def transformer(model_folder: Path) -> WanTransformer3DModel:
+    return WanTransformer3DModel.from_pretrained(
+        model_folder / "transformer", dtype=torch.bfloat16
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def misfitting(scales: Scales) -> Scales:
+    """Scales under which the values of even blocks saturate, and those of odd ones vanish."""
+    factors = (2.0**-20, 2.0**20)
+    act_scale = {
+        name: scale * factors[int(name.split(".")[1]) % 2]
+        for name, scale in scales.act_scale.items()
+    }
+    return replace(scales, act_scale=act_scale)
+
+
+@torch.no_grad()
+def one_pass(transformer: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    out: Tensor = transformer(
+        torch.randn(1, 16, 1, 12, 12, generator=generator).to(torch.bfloat16),
+        timestep=torch.tensor([700]),
+        encoder_hidden_states=torch.randn(1, 8, 96, generator=generator).to(torch.bfloat16),
+        return_dict=False,
+    )[0]
+    return out
+
+
+def counter(total: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, Hif8Linear)
+        assert module.act_scale is not None
+        counts = reference.misfits(args[0], module.act_scale)
+        total.append(torch.tensor([*counts.tolist(), args[0].numel()]))
+
+    return count
+
+
+def test_fused_blocks_count_what_the_layers_would(
+    transformer: WanTransformer3DModel, misfitting: Scales
+) -> None:
+    unfused, _ = quantize_transformer(transformer, misfitting.recipe, misfitting)
+    counted: list[Tensor] = []
+    for name, module in unfused.named_modules():
+        if name.endswith(ROUNDED_ONCE) and isinstance(module, Hif8Linear):
+            module.register_forward_pre_hook(counter(counted))
+    out = one_pass(unfused)
+    fused = prepare_transformer(transformer, EagerKernels(), misfitting.recipe, misfitting)
+    sample = ActSample(fused.transformer)
+    sample.arm()
+    assert torch.equal(one_pass(fused.transformer), out)
+    saturated, flushed, total = torch.stack(counted).sum(0).tolist()
+    assert saturated > total / 20
+    assert flushed > total / 20
+    assert sample.shares() == ActShares(saturated / total, flushed / total)
+
+
+def test_fused_blocks_have_their_kernels_back_after_the_pass(
+    transformer: WanTransformer3DModel, scales: Scales
+) -> None:
+    kernels = EagerKernels()
+    fused = prepare_transformer(transformer, kernels, scales.recipe, scales).transformer
+    sample = ActSample(fused)
+    for _ in range(2):
+        sample.arm()
+    assert fused.blocks[2].kernels is not kernels
+    one_pass(fused)
+    assert all(block.kernels is kernels for block in fused.blocks)
+    once = sample.shares()
+    one_pass(fused)
+    assert sample.shares() == once
+    sample.arm()
+    sample.disarm()
+    assert all(block.kernels is kernels for block in fused.blocks)
+
+
+def test_what_fp8_attention_takes_is_counted(
+    transformer: WanTransformer3DModel, scales: Scales
+) -> None:
+    fit = AttentionScales(1.0, 1.0, 1.0, scales.act_scale["blocks.2.attn1.to_out.0"].item())
+
+    def shares(attention: AttentionScales) -> ActShares:
+        twin, _ = quantize_transformer(transformer, scales.recipe, scales)
+        fuse_quantized(twin, EagerKernels(), {2: attention})
+        out = one_pass(twin)
+        sample = ActSample(twin)
+        sample.arm()
+        assert torch.equal(one_pass(twin), out)
+        counted = sample.shares()
+        assert counted is not None
+        return counted
+
+    assert shares(replace(fit, k=2.0**-40)).saturated > shares(fit).saturated
+    assert shares(replace(fit, v=2.0**40)).flushed > shares(fit).flushed
+
+
+def test_fused_bf16_blocks_have_no_shares(transformer: WanTransformer3DModel) -> None:
+    kernels = EagerKernels()
+    fused = prepare_transformer(transformer, kernels).transformer
+    sample = ActSample(fused)
+    sample.arm()
+    assert fused.blocks[2].kernels is kernels
+    one_pass(fused)
     assert sample.shares() is None
