@@ -80,17 +80,32 @@ class ModelConfig(_Section):
 
 
 class ModeConfig(_Section):
-    """`[[modes]]`: BF16 without a recipe; with one, it needs scales made for it."""
+    """`[[modes]]`: BF16 without a recipe; with one, it needs scales made for it, or is packed."""
 
     name: ModeName
     description: str = Field(min_length=1)
     recipe: str | None = Field(None, description="A recipe shipped with quant, or the path of one.")
-    scales: Path | None = None
+    scales: Path | None = Field(None, description="Quantize at every start, with these scales.")
+    packed: Path | None = Field(
+        None, description="The folder `python -m quant convert` has made; it holds its scales."
+    )
+
+    exact_emulation: bool = Field(
+        default=False,
+        description="Decode weights to BF16 for each product: slow, and the same bits everywhere.",
+    )
 
     @model_validator(mode="after")
     def _recipe_and_scales_come_together(self) -> Self:
-        if (self.recipe is None) != (self.scales is None):
-            raise ValueError(f"mode {self.name!r} needs both recipe and scales, or neither")
+        if self.scales is not None and self.packed is not None:
+            raise ValueError(
+                f"mode {self.name!r} names both scales and a packed checkpoint, which has its own: "
+                "leave one out"
+            )
+        if (self.recipe is None) != (self.scales is None and self.packed is None):
+            raise ValueError(
+                f"mode {self.name!r} needs both recipe and scales (or packed), or neither"
+            )
         return self
 
 
@@ -154,8 +169,10 @@ def _resolve_paths(config: WorkerConfig, folder: Path) -> WorkerConfig:
 
 def _resolve_mode(mode: ModeConfig, folder: Path) -> ModeConfig:
     paths: dict[str, object] = {}
-    if mode.scales is not None:
-        paths["scales"] = (folder / mode.scales).resolve()
+    for key in ("scales", "packed"):
+        path = getattr(mode, key)
+        if path is not None:
+            paths[key] = (folder / path).resolve()
     # A recipe is a path if it looks like one; otherwise it is the name of a shipped recipe.
     if mode.recipe is not None and Path(mode.recipe).suffix in (".toml", ".json"):
         paths["recipe"] = str((folder / mode.recipe).resolve())

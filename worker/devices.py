@@ -17,7 +17,9 @@ from typing import Literal
 
 import torch
 
-from worker.errors import DeviceUnavailable
+from quant.kernels.choice import KernelChoice, pick_kernels
+from quant.kernels.eager import EagerKernels
+from worker.errors import CardsLost, DeviceUnavailable
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
@@ -70,9 +72,26 @@ class Device:
         return torch.device(self.kind)
 
     @property
+    def collectives(self) -> str:
+        """What `torch.distributed` calls the library that exchanges tensors between such cards."""
+        return {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[self.kind]
+
+    @property
     def attention_backend(self) -> str | None:
         """The diffusers attention backend this device wants; None keeps diffusers' default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
+
+    def pick_kernels(self, *, quantized: bool, emulate: bool = False) -> KernelChoice | None:
+        """The kernels for a mode's blocks; None where they stay as diffusers has them.
+
+        Args:
+            emulate: run quantized products in plain torch, bit-true on every device.
+        """
+        if self.kind == "npu":
+            return None  # diffusers' blocks with the attention of `attention_backend`
+        if emulate and quantized:
+            return KernelChoice(EagerKernels())
+        return pick_kernels(self.torch_device, quantized=quantized)
 
     def synchronize(self) -> None:
         """Wait for the device, so that clocks and progress tell the truth."""
@@ -93,6 +112,8 @@ class Device:
         """
         if self.is_out_of_memory(error):
             return False
+        if isinstance(error, CardsLost):
+            return True
         if self.kind == "cuda":
             return isinstance(error, torch.AcceleratorError)
         return self.kind == "npu" and any(mark in str(error) for mark in _NPU_LOST)
@@ -118,13 +139,16 @@ class Device:
         )
 
 
-def pick_device(wanted: DeviceChoice, threads: int | None = None) -> Device:
+def pick_device(wanted: DeviceChoice, threads: int | None = None, card: int = 0) -> Device:
     """Resolve `wanted`, and have torch use `threads` CPU threads (default: every usable core).
 
     "auto" is npu if `torch_npu` imports and finds a card, else cuda if there is one, else cpu.
 
+    Args:
+        card: which of several, counted from 0; the process works on it from here on.
+
     Raises:
-        DeviceUnavailable: `wanted` names a device that is not usable here.
+        DeviceUnavailable: `wanted` names a device that is not usable here, or `card` is none.
     """
     torch.set_num_threads(threads or usable_cores())
     kind: DeviceKind
@@ -143,7 +167,14 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None) -> Device:
         # The private layouts trade precision for speed in strided views (`torch_npu` warns of it
         # itself).
         _backend("npu").config.allow_internal_format = False
-    return Device(kind, str(_backend(kind).get_device_name(0)))
+    count = _backend(kind).device_count()
+    if card >= count:
+        raise DeviceUnavailable(
+            f"This process is to work on {kind} card {card}, and there are {count} here, counted "
+            "from 0; start as many processes as there are cards (torchrun --nproc-per-node)."
+        )
+    _backend(kind).set_device(card)
+    return Device(kind, str(_backend(kind).get_device_name(card)))
 
 
 def usable_cores() -> int:
