@@ -1,9 +1,11 @@
-"""Why a worker cannot start.
+"""Why a worker cannot start, and what other cards bring a job to.
 
     StartError
     ├── ConfigError         the configuration file is missing, malformed or contradicts itself
     ├── DeviceUnavailable   the device asked for is not there
     └── ModelUnusable       the model folder lacks a part, or a part cannot be read
+    CardsLost               a process that runs the same jobs on another card is gone
+    CardFailed              another card could not do its part of a job
 
 Each message is one sentence or two for an operator: the value, the bound, the remedy.
 `worker/start.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
@@ -24,3 +26,11 @@ class DeviceUnavailable(StartError):
 
 class ModelUnusable(StartError):
     """The model folder cannot be loaded."""
+
+
+class CardsLost(Exception):
+    """Of several cards that run jobs together one can do nothing more, so none can."""
+
+
+class CardFailed(Exception):
+    """The job has ended on another card; this one, and that one, are fit for the next."""

@@ -48,6 +48,10 @@ class WorkerSettings(BaseSettings):
         validation_alias="WORKER_FIRST_STEP_S",
         description="A step of a kind that was not measured yet may take this long.",
     )
+    # Set by torchrun, for several cards on one job.
+    rank: int = Field(0, ge=0, validation_alias="RANK")
+    world_size: int = Field(1, ge=1, validation_alias="WORLD_SIZE")
+    local_rank: int = Field(0, ge=0, validation_alias="LOCAL_RANK")
     log_format: LogFormat = Field(LogFormat.TEXT, validation_alias="LOG_FORMAT")
 
     @property

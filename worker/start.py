@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +29,13 @@ from jobs.artifacts import open_artifacts
 from jobs.connection import connect
 from jobs.errors import AppError
 from quant import QuantError
-from worker.config import load_config
-from worker.devices import pick_device
-from worker.errors import StartError
+from worker.card_layout import check_cards
+from worker.cards import Cards, meet
+from worker.config import WorkerConfig, load_config
+from worker.devices import Device, pick_device, usable_cores
+from worker.errors import CardsLost, StartError
+from worker.following import follow, load_follower
+from worker.loading import check_folder
 from worker.logs import configure_logging
 from worker.serving import Parts, serve
 from worker.settings import WorkerSettings
@@ -50,12 +56,16 @@ def main(
         settings = WorkerSettings()
         ids = configure_logging(settings.log_format)
         with ExitStack() as opened:
-            parts = start(settings, config, opened)
-            status = serve(parts, settings, ids)
+            if settings.rank > 0:
+                ids.worker_id = f"card-{settings.rank}"
+                status = start_follower(settings, config, opened)
+            else:
+                parts = start(settings, config, opened)
+                status = serve(parts, settings, ids)
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         fail(f"The environment is not set up: {'; '.join(problems)}.")
-    except (StartError, QuantError, AppError) as error:
+    except (StartError, QuantError, AppError, CardsLost) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
         fail(f"The device has too little memory for the model: {error}")
@@ -75,12 +85,41 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
     redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
     artifacts = open_artifacts(settings.artifacts_url)
     artifacts.probe()
-    device = pick_device(settings.device, settings.threads)
-    engine = WanEngine.load(config, device)
+    device, cards = opened.enter_context(pick_cards(settings, config))
+    engine = WanEngine.load(config, device, cards)
     for line in engine.describe():
         logger.info(line)
     logger.info("seconds to ready: %.1f", time.perf_counter() - started)
     return Parts(engine, redis, artifacts)
+
+
+def start_follower(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> int:
+    """Load the model and follow the leading card until it ends; returns the status to end with."""
+    config = load_config(config_path or settings.config)
+    _, cards = opened.enter_context(pick_cards(settings, config))
+    assert cards is not None, "a follower is one of several"
+    return follow(cards, load_follower(config, cards))
+
+
+@contextmanager
+def pick_cards(
+    settings: WorkerSettings, config: WorkerConfig
+) -> Iterator[tuple[Device, Cards | None]]:
+    """Take this process' device and, where there are several processes, meet the others.
+
+    The leader's end, unless it is an error, is the followers' end, too.
+    """
+    world = settings.world_size
+    threads = settings.threads or max(1, usable_cores() // world)
+    device = pick_device(settings.device, threads, settings.local_rank)
+    if world == 1:
+        yield device, None
+        return
+    check_folder(config.model.path)
+    check_cards(world, config.model.path, config.model.sizes)
+    device = replace(device, name=f"{world} x {device.name}")
+    with meet(device) as cards:
+        yield device, cards
 
 
 def open_redis(url: str) -> Redis:

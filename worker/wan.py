@@ -28,10 +28,13 @@ from jobs.catalog import ModelOffer, ModeOffer, tokenizer_fingerprint
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
+from worker.cards import Cards
 from worker.config import ModelConfig, WorkerConfig
 from worker.decoding import decode_chunks, denormalize, stop_points, to_frames
+from worker.denoising import Denoise, Embeddings, denoise_on
 from worker.devices import Device
 from worker.engine import Clip, Frame, StageSeconds, Watch
+from worker.following import lead
 from worker.loading import (
     Mode,
     SharedParts,
@@ -59,10 +62,13 @@ class WanEngine:
         device: Device,
         parts: SharedParts,
         modes: tuple[Mode, ...],
+        denoise: Denoise | None = None,
     ) -> None:
+        """denoise: how; by default all of it on `device`."""
         self.config = config
         self.device = device
         self.parts = parts
+        self._denoise = denoise or denoise_on(device)
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
         self.tokenizer_text = tokenizer_text(parts.tokenizer)
@@ -73,8 +79,11 @@ class WanEngine:
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
 
     @classmethod
-    def load(cls, config: WorkerConfig, device: Device) -> Self:
+    def load(cls, config: WorkerConfig, device: Device, cards: Cards | None = None) -> Self:
         """Load the configured model and modes onto `device`, after checking that everything fits.
+
+        Args:
+            cards: those that run each job together with this one, which leads them.
 
         Raises:
             StartError, quant.QuantError: with a sentence for the operator.
@@ -82,9 +91,13 @@ class WanEngine:
         path = config.model.path
         check_folder(path)
         fingerprint = quant.model_fingerprint(path)
+        if cards is not None:
+            cards.tell(fingerprint)
         plans = plan_modes(config, fingerprint)
         modes = load_modes(path, plans, device)
-        return cls(config.model, fingerprint, device, load_shared_parts(path, device), modes)
+        denoise = None if cards is None else lead(cards, modes)
+        parts = load_shared_parts(path, device)
+        return cls(config.model, fingerprint, device, parts, modes, denoise)
 
     def describe(self) -> list[str]:
         """The facts of the start log: what was loaded, converted, and how many bytes it takes."""
@@ -170,8 +183,8 @@ class WanEngine:
     @torch.no_grad()
     def _encode(
         self, pipeline: WanPipeline, request: GenerationRequest, watch: Watch
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embed both prompts, [1, L, D] each; the negative one is None where guidance is off."""
+    ) -> Embeddings:
+        """Embed both prompts."""
         with _checked(self.parts.text_encoder.encoder.block, watch.check):
             prompt, negative = pipeline.encode_prompt(
                 prompt=request.prompt,
@@ -182,38 +195,6 @@ class WanEngine:
                 dtype=self.device.dtype,
             )
         return prompt, negative
-
-    def _denoise(
-        self,
-        pipeline: WanPipeline,
-        request: GenerationRequest,
-        embeddings: tuple[Tensor, Tensor | None],
-        on_step: Callable[[int], None],
-    ) -> Tensor:
-        """Run all steps and return the latents [1, C, F, H, W] in float32."""
-
-        def on_step_end(
-            _: WanPipeline, step: int, __: Tensor, ___: dict[str, Any]
-        ) -> dict[str, Any]:
-            # A device runs behind Python: without waiting, progress would be a promise and a cancel
-            # would come late.
-            self.device.synchronize()
-            on_step(step + 1)
-            return {}
-
-        latents: Tensor = pipeline(
-            prompt_embeds=embeddings[0],
-            negative_prompt_embeds=embeddings[1],
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-        ).frames
-        return latents
 
     def _frames(self, latents: Tensor, seconds: StageSeconds, watch: Watch) -> Generator[Frame]:
         """Decode frame by frame; only the time inside the VAE counts."""
