@@ -27,6 +27,7 @@ from quant.packed import (
     PackedCheckpoint,
     check_packed,
     load_packed,
+    load_packed_base,
     load_packed_beside,
     open_packed,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "fuse_quantized",
     "has_transformer_weights",
     "load_packed",
+    "load_packed_base",
     "load_packed_beside",
     "load_scales",
     "model_fingerprint",

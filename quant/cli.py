@@ -15,7 +15,7 @@ from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
 from quant.checkpoint import convert
 from quant.codes import codes_markdown
 from quant.describe import describe_scales
-from quant.errors import QuantError, ScalesError
+from quant.errors import QuantError, ScalesError, WeightsError
 from quant.fingerprint import model_fingerprint, read_transformer_config
 from quant.prompts import PromptSet
 from quant.recipe import DEFAULT_RECIPE, QuantRecipe
@@ -83,6 +83,8 @@ def convert_command(
 ) -> None:
     """Pack MODEL's transformer, quantized by RECIPE, into OUT, which a worker loads as it is."""
     with _errors_as_sentences():
+        if device == "cuda" and not torch.cuda.is_available():
+            raise WeightsError("device cuda is not available here: use --device cpu")
         report = convert(
             model,
             QuantRecipe.load(recipe),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -55,6 +56,11 @@ class PackedCheckpoint:
     info: PackedInfo
     scales: Scales
     stored: dict[str, StoredTensor]
+
+    @property
+    def linears(self) -> int:
+        """How many linears it holds packed."""
+        return sum(name.endswith(".weight_qdata") for name in self.stored)
 
 
 def open_packed(
@@ -131,6 +137,26 @@ def load_packed(packed: PackedCheckpoint, copier: Copier) -> WanTransformer3DMod
     transformer = empty_transformer(packed.info.transformer_config)
     twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, copier)
     return twin.to(copier.device)  # what is computed rather than stored
+
+
+def load_packed_base(packed: Sequence[PackedCheckpoint], copier: Copier) -> WanTransformer3DModel:
+    """Make what several packed checkpoints of one model share; the rest stays without weights.
+
+    Their transformers are made beside it, with `load_packed_beside`.
+
+    Raises:
+        WeightsError: a file cannot be read, or has become shorter.
+    """
+    base = empty_transformer(packed[0].info.transformer_config)
+    for each in packed:
+        twin = quantized_skeleton(base, each.info.recipe)
+        shared = stored_state(twin).keys() & stored_state(base).keys()
+        materialize(base, each.stored, copier, shared)
+    for module in base.modules():  # what is computed rather than stored
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(copier.device)
+    return base
 
 
 def load_packed_beside(packed: PackedCheckpoint, transformer: M, copier: Copier) -> M:

@@ -6,7 +6,7 @@ shape and dtype, of the BF16 tree and of the tree a recipe makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant.apply import select_linears, twin_tree
 from quant.errors import WeightsError
 from quant.granularity import PerChannel, PerToken
-from quant.kernels.copier import Copier
+from quant.kernels.copier import Copier, Wanted
 from quant.linear import Hif8Linear
 from quant.recipe import QuantRecipe
 from quant.safetensors_header import StoredTensor
@@ -113,26 +113,44 @@ def check_stored(
             )
 
 
-def materialize(module: M, stored: Mapping[str, StoredTensor], copier: Copier) -> M:
+def materialize(
+    module: M,
+    stored: Mapping[str, StoredTensor],
+    copier: Copier,
+    names: Collection[str] | None = None,
+) -> M:
     """Give a tree on the meta device its weights, straight to where `copier` leads.
 
-    What is real already stays as it is and where it is. Call `check_stored` first.
+    What is real already stays as it is and where it is. A parameter that the tree holds under
+    several names is read once and stays one. Call `check_stored` first.
+
+    Args:
+        names: read these only.
 
     Raises:
         WeightsError: a file cannot be read, or has become shorter.
     """
-    empty = stored_state(module)
-    order = sorted(empty, key=lambda name: (stored[name].file, stored[name].start))
-    made: dict[str, Tensor] = {}
+    wanted = module.state_dict(keep_vars=True)
+    empty = {
+        name: tensor
+        for name, tensor in wanted.items()
+        if tensor.is_meta and name in stored and (names is None or name in names)
+    }
+    made: dict[int, Tensor] = {}
 
-    def allocated() -> Any:
-        for name in order:
-            wanted = empty[name]
-            made[name] = torch.empty(wanted.shape, dtype=wanted.dtype, device=copier.device)
-            yield stored[name], made[name]
+    def allocated() -> Iterator[Wanted]:
+        for name in sorted(empty, key=lambda name: (stored[name].file, stored[name].start)):
+            tensor = empty[name]
+            if id(tensor) not in made:
+                real = torch.empty(tensor.shape, dtype=tensor.dtype, device=copier.device)
+                if isinstance(tensor, nn.Parameter):
+                    real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = real
+                yield stored[name], real
 
     copier.read(allocated())
-    module.load_state_dict(made, strict=False, assign=True)
+    state = {name: made[id(tensor)] for name, tensor in wanted.items() if id(tensor) in made}
+    module.load_state_dict(state, strict=False, assign=True)
     return module
 
 

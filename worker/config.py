@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 from jobs.catalog import ModelName, ModelOffer, ModeName, Size
 from worker.errors import ConfigError
@@ -79,6 +86,31 @@ class ModelConfig(_Section):
         )
 
 
+class FirstBlockCache(_Section):
+    """`[modes.step_cache]`: skip a step's other blocks where its first one does much as before."""
+
+    method: Literal["first_block"]
+    threshold: float = Field(
+        gt=0, description="Of the change in what the first block adds, relative to its size."
+    )
+
+
+class MagCache(_Section):
+    """`[modes.step_cache]`: skip steps by what was measured of the model beforehand."""
+
+    method: Literal["mag"]
+    threshold: float = Field(gt=0, description="Of the error that skipped steps may add up to.")
+    mag_ratios: tuple[PositiveFloat, ...] = Field(
+        min_length=2,
+        description="For each step, the size of what all blocks add over that of the step before.",
+    )
+    max_skipped_steps: int = Field(3, ge=1, description="In a row.")
+    kept_share: float = Field(0.2, ge=0, le=1, description="Of the steps, at the start.")
+
+
+StepCache = Annotated[FirstBlockCache | MagCache, Field(discriminator="method")]
+
+
 class ModeConfig(_Section):
     """`[[modes]]`: BF16 without a recipe; with one, it needs scales made for it, or is packed."""
 
@@ -94,6 +126,9 @@ class ModeConfig(_Section):
         default=False,
         description="Decode weights to BF16 for each product: slow, and the same bits everywhere.",
     )
+    step_cache: StepCache | None = Field(
+        None, description="Leave out parts of steps that resemble earlier ones; costs quality."
+    )
 
     @model_validator(mode="after")
     def _recipe_and_scales_come_together(self) -> Self:
@@ -104,7 +139,8 @@ class ModeConfig(_Section):
             )
         if (self.recipe is None) != (self.scales is None and self.packed is None):
             raise ValueError(
-                f"mode {self.name!r} needs both recipe and scales (or packed), or neither"
+                f"mode {self.name!r} needs both recipe and scales, or neither; packed stands for "
+                "scales"
             )
         return self
 

@@ -3,13 +3,17 @@
 Everything that can be refused is refused before the large tensors are read: the folder's parts, the
 recipes, and whether each scales file was made for this model and recipe.
 
-What is materialised where, with the transformer's bytes as the measure:
+Weights go from their files straight to the device (`quant.kernels.copier`). What is materialised
+where, with the transformer's bytes as the measure:
 - `bf16` alone: the BF16 transformer, on the device.
-- `bf16` with quantized modes, or several quantized ones: the BF16 transformer on the device, then
-  each quantized one beside it, made there. They share every tensor that is not quantized, because
-  neither tree is moved afterwards.
-- One quantized mode alone: the BF16 transformer on the host only, until it is converted; the device
-  sees the quantized one only. The BF16 blocks' memory on the host is then returned.
+- `bf16` with quantized modes, or several quantized ones with scales: the BF16 transformer on the
+  device, then each quantized one beside it, read if it is packed and otherwise made there. They
+  share every tensor that is not quantized, because neither tree is moved afterwards.
+- Packed modes only: their transformers on the device and nothing else, anywhere. Several share what
+  none of them quantizes. The model's own transformer weights need not be there.
+- One quantized mode with scales alone: the BF16 transformer on the host only, until it is
+  converted; the device sees the quantized one only. The BF16 blocks' memory on the host is then
+  returned.
 """
 
 from __future__ import annotations
@@ -22,12 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 import quant
 from jobs.catalog import ModeOffer
+from quant.safetensors_header import stored_tensors
+from quant.skeleton import check_stored, empty_transformer, materialize
 from worker.config import ModeConfig, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
@@ -68,26 +76,60 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One mode's recipe and scales, read and found to fit; both None for BF16."""
+    """One mode's recipe and scales, read and found to fit; both None for BF16.
+
+    `packed` is the checkpoint that has its transformer ready, where there is one.
+    """
 
     config: ModeConfig
     recipe: quant.QuantRecipe | None
     scales: quant.Scales | None
+    packed: quant.PackedCheckpoint | None = None
+
+
+def fingerprint_model(config: WorkerConfig) -> str:
+    """Fingerprint the model, or take it from a packed checkpoint that goes with its other parts.
+
+    The transformer's own weights are wanted only where a mode runs or quantizes them.
+
+    Raises:
+        ModelUnusable: the folder's other parts are not those the checkpoint was packed beside.
+        quant.QuantError: the folder lacks a part, or a packed checkpoint cannot be read.
+    """
+    folder, packed = config.model.path, [mode.packed for mode in config.modes]
+    if quant.has_transformer_weights(folder) or None in packed:
+        return quant.model_fingerprint(folder)
+    assert packed[0] is not None, "a configuration has at least one mode"
+    info = quant.open_packed(packed[0], model_folder=folder).info
+    parts = quant.parts_fingerprint(folder)
+    if parts != info.parts_fingerprint:
+        raise ModelUnusable(
+            f"Tokenizer, text encoder, VAE and scheduler in {folder} ({parts}) are not those that "
+            f"{packed[0]} was packed beside ({info.parts_fingerprint}); give the folder it was "
+            f"made from, or pack this model."
+        )
+    return info.model_fingerprint
 
 
 def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
     """Read every mode's recipe and scales and check that they fit the model.
 
     Raises:
-        quant.ScalesMismatch: its sentence ends with the command that makes fitting scales.
-        quant.QuantError: a recipe or a scales file cannot be read.
+        quant.ScalesMismatch, quant.PackedMismatch: the sentence ends with the command that makes
+            fitting ones.
+        quant.QuantError: a recipe, a scales file or a packed checkpoint cannot be read, or a tensor
+            in it is not as it should be.
     """
     plans = []
     for mode in config.modes:
-        if mode.recipe is None or mode.scales is None:
+        if mode.recipe is None:
             plans.append(_Plan(mode, None, None))
             continue
         recipe = quant.QuantRecipe.load(mode.recipe)
+        if mode.packed is not None:
+            plans.append(_plan_packed(mode, mode.packed, recipe, config.model.path, fingerprint))
+            continue
+        assert mode.scales is not None, "the configuration has checked that"
         scales = quant.load_scales(mode.scales, model_folder=config.model.path, recipe=recipe)
         quant.check_scales(
             scales,
@@ -101,34 +143,63 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
 
 
 def load_modes(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ...]:
-    """Load the transformer below `path` once and make every planned mode of it."""
-    bf16 = _read(WanTransformer3DModel.from_pretrained, path / "transformer", dtype=device.dtype)
-    on_host = len(plans) == 1 and plans[0].recipe is not None
-    if not on_host:
-        bf16 = bf16.to(device.torch_device)
-    modes = tuple(_make_mode(plan, bf16) for plan in plans)
+    """Load or make the transformer of every planned mode; `path` is the model's folder."""
+    copier = quant.Copier(device.torch_device)
+    packed = [plan.packed for plan in plans if plan.packed is not None]
+    base = None
+    if len(packed) < len(plans):
+        convert_first = len(plans) == 1 and plans[0].recipe is not None
+        host = quant.Copier(torch.device("cpu"))
+        base = _load_bf16(path / "transformer", device, host if convert_first else copier)
+    elif len(packed) > 1:
+        base = quant.load_packed_base(packed, copier)
+    modes = tuple(_make_mode(plan, base, copier) for plan in plans)
     for mode in modes:
-        if on_host:
-            mode.transformer.to(device.torch_device)
+        mode.transformer.to(device.torch_device)  # moves one that was converted on the host
         if device.attention_backend is not None:
             mode.transformer.set_attention_backend(device.attention_backend)
     return modes
+
+
+def _load_bf16(folder: Path, device: Device, copier: quant.Copier) -> WanTransformer3DModel:
+    _check_files(folder, _WEIGHTS)
+    transformer = empty_transformer(_read_json(folder / "config.json"), device.dtype)
+    stored = stored_tensors(sorted(folder.glob(_WEIGHTS)))
+    check_stored(transformer.state_dict(), stored, source=str(folder), exact=False)
+    return materialize(transformer, stored, copier).to(copier.device)
 
 
 def load_shared_parts(path: Path, device: Device) -> SharedParts:
     """Load tokenizer, text encoder, VAE and scheduler from the folder `path`."""
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     scheduler = getattr(diffusers, index["scheduler"][1])
-    text_encoder = _read(
-        UMT5EncoderModel.from_pretrained, path / "text_encoder", dtype=device.dtype
-    )
+    copier = quant.Copier(device.torch_device)
     vae = _read(AutoencoderKLWan.from_pretrained, path / "vae", dtype=device.vae_dtype)
     return SharedParts(
         tokenizer=_read(AutoTokenizer.from_pretrained, path / "tokenizer", "tokenizer.json"),
-        text_encoder=text_encoder.eval().to(device.torch_device),
+        text_encoder=load_text_encoder(path / "text_encoder", device.dtype, copier),
         vae=vae.eval().to(device.torch_device),
         scheduler=_read(scheduler.from_pretrained, path / "scheduler", _CONFIG),
     )
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype, copier: quant.Copier) -> UMT5EncoderModel:
+    """Load a text encoder from its files straight to the copier's device.
+
+    Raises:
+        ModelUnusable: the folder lacks a file, or one cannot be read.
+        quant.WeightsError: naming the tensor that is not as it should be.
+    """
+    config = _read(UMT5Config.from_pretrained, folder, _WEIGHTS)
+    with init_empty_weights(include_buffers=False):
+        encoder = UMT5EncoderModel(config)
+    encoder.tie_weights()
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.to(dtype)
+    stored = stored_tensors(sorted(folder.glob(_WEIGHTS)))
+    wanted = dict(encoder.named_parameters())  # a parameter under two names counts once
+    check_stored(wanted, stored, source=str(folder), exact=False)
+    return materialize(encoder, stored, copier).eval().to(copier.device)
 
 
 def check_folder(path: Path) -> None:
@@ -159,12 +230,30 @@ def check_folder(path: Path) -> None:
         raise ModelUnusable(f"{path} names the scheduler {scheduler}, which this diffusers lacks.")
 
 
-def _make_mode(plan: _Plan, bf16: WanTransformer3DModel) -> Mode:
-    transformer, report, recipe_fingerprint = bf16, None, None
-    if plan.recipe is not None and plan.scales is not None:
-        transformer, conversion = quant.quantize_transformer(bf16, plan.recipe, plan.scales)
+def _plan_packed(
+    mode: ModeConfig, folder: Path, recipe: quant.QuantRecipe, model: Path, fingerprint: str
+) -> _Plan:
+    packed = quant.open_packed(folder, model_folder=model, recipe=recipe)
+    quant.check_packed(packed, model_fingerprint=fingerprint, recipe=recipe, model_folder=model)
+    return _Plan(mode, recipe, packed.scales, packed)
+
+
+def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, copier: quant.Copier) -> Mode:
+    """Make one mode beside `base`, or from its packed checkpoint alone where there is none."""
+    transformer, report = base, None
+    if plan.packed is not None:
+        transformer = (
+            quant.load_packed(plan.packed, copier)
+            if base is None
+            else quant.load_packed_beside(plan.packed, base, copier)
+        )
+        report = f"packed in {plan.packed.folder}, {plan.packed.linears} linears quantized"
+    elif base is not None and plan.recipe is not None and plan.scales is not None:
+        transformer, conversion = quant.quantize_transformer(base, plan.recipe, plan.scales)
         logger.debug("mode %s:\n%s", plan.config.name, conversion.table())
-        report, recipe_fingerprint = str(conversion).splitlines()[0], plan.recipe.fingerprint
+        report = str(conversion).splitlines()[0]
+    assert transformer is not None, "a mode that is not packed has a BF16 transformer to go with"
+    recipe_fingerprint = None if plan.recipe is None else plan.recipe.fingerprint
     offer = ModeOffer(
         name=plan.config.name,
         description=plan.config.description,
@@ -186,6 +275,11 @@ def _read(load: Callable[..., Any], folder: Path, needed: str = _WEIGHTS, **opti
     except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelUnusable(f"The model part {folder} cannot be loaded: {reason}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
 
 
 def _check_files(folder: Path, needed: str) -> None:

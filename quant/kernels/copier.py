@@ -74,8 +74,12 @@ class Copier:
             staged: whether data passes through buffers; by default wherever the device is not the
                 host itself.
         """
+        if device.type != "cpu" and device.index is None:
+            # Which card is the current one is known to each thread for itself.
+            index = torch.get_device_module(device).current_device()
+            device = torch.device(device.type, index)
         self.device = device
-        self.threads = threads or min(MAX_THREADS, os.cpu_count() or 1)
+        self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self.buffer_bytes = buffer_bytes
         self.staged = device.type != "cpu" if staged is None else staged
 
@@ -160,6 +164,8 @@ class _Lane:
         self._sent: Any = None
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         pin = self._backend is not None
+        if self._backend is not None:
+            self._backend.set_device(device)
         buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
         self._landing = torch.empty(buffer_bytes, dtype=torch.uint8, device=device)
         if self._backend is None:
