@@ -151,10 +151,12 @@ def _shallow_copy(name: str, module: nn.Module) -> nn.Module:
         )
     twin = module.__class__.__new__(module.__class__)
     # nn.Module's own dictionaries are copied one level deep: the tensors in them stay shared, but
-    # what is later swapped or hooked in one tree stays out of the other.
+    # what is later swapped or hooked in one tree stays out of the other. So does diffusers' list of
+    # its own hooks, which is empty here or there would be a patched forward.
     twin.__dict__ = {
         key: copy(value) if key in _REGISTRIES or "_hooks" in key else value
         for key, value in state.items()
+        if key != "_diffusers_hook"
     }
     return twin
 

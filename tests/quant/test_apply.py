@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
 from torch import nn
 
 from quant.apply import quantize_transformer, select_linears, twin_tree
@@ -174,6 +175,16 @@ def test_hooked_or_patched_modules_are_refused(tiny_transformer):
     tiny_transformer.blocks[1].forward = lambda *_: None
     with pytest.raises(ConversionError, match="a patched forward"):
         twin_tree(tiny_transformer, lambda *_: None)
+
+
+def test_a_tree_that_a_pipeline_has_run_gives_a_twin_that_can_be_cached(tiny_transformer):
+    """A pipeline leaves diffusers' registry of hooks on its transformer, which names its owner."""
+    with tiny_transformer.cache_context("cond"):
+        before = run(tiny_transformer)
+    twin = twin_tree(tiny_transformer, lambda *_: None)
+    twin.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    with twin.cache_context("cond"):
+        assert torch.equal(run(twin), before)
 
 
 def test_a_module_used_twice_stays_one_module():

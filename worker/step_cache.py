@@ -1,0 +1,62 @@
+"""Leave out parts of denoising steps that resemble earlier ones, by diffusers' own hooks.
+
+What a step may leave out is judged anew in every job: the hooks are put on when a job's denoising
+begins and taken off when it ends, however it ends, so nothing of one job is there in the next. The
+prompt's passes and the negative prompt's are judged and kept apart (the pipeline's
+`cache_context`). While a job runs, residuals of the size of the hidden states are kept on the
+device: three for each kind of pass with the first block's cache, one with MagCache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+from quant.wan_block import FusedWanBlock
+from worker.config import FirstBlockCache, StepCache
+
+
+@contextmanager
+def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterator[None]:
+    """Cache across the steps of one job while the context lasts.
+
+    Args:
+        transformer: a `WanTransformer3DModel`; its blocks may be fused.
+        config: None to compute every step in full.
+        steps: how many the job has.
+    """
+    if config is None:
+        yield
+        return
+    _make_known()
+    transformer.enable_cache(_for_diffusers(config, steps))
+    try:
+        yield
+    finally:
+        transformer.disable_cache()
+
+
+def _for_diffusers(config: StepCache, steps: int) -> FirstBlockCacheConfig | MagCacheConfig:
+    if isinstance(config, FirstBlockCache):
+        return FirstBlockCacheConfig(threshold=config.threshold)
+    return MagCacheConfig(
+        threshold=config.threshold,
+        max_skip_steps=config.max_skipped_steps,
+        retention_ratio=config.kept_share,
+        num_inference_steps=steps,
+        mag_ratios=list(config.mag_ratios),
+    )
+
+
+def _make_known() -> None:
+    """Tell diffusers' hooks what a fused block takes and gives: as the block it stands for."""
+    TransformerBlockRegistry.register(
+        FusedWanBlock,
+        TransformerBlockMetadata(
+            return_hidden_states_index=0, return_encoder_hidden_states_index=None
+        ),
+    )
