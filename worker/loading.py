@@ -36,7 +36,7 @@ import quant
 from jobs.catalog import ModeOffer
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import check_stored, empty_transformer, materialize
-from worker.config import ModeConfig, WorkerConfig
+from worker.config import ModeConfig, StepCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
 
@@ -72,6 +72,7 @@ class Mode:
     transformer: WanTransformer3DModel
     report: str | None
     weight_bytes: int
+    step_cache: StepCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +260,8 @@ def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, copier: quant.Co
         description=plan.config.description,
         recipe_fingerprint=recipe_fingerprint,
     )
-    return Mode(offer, transformer.eval(), report, quant.weight_bytes(transformer))
+    weight_bytes = quant.weight_bytes(transformer)
+    return Mode(offer, transformer.eval(), report, weight_bytes, plan.config.step_cache)
 
 
 def _read(load: Callable[..., Any], folder: Path, needed: str = _WEIGHTS, **options: Any) -> Any:

@@ -39,6 +39,7 @@ from worker.loading import check_folder
 from worker.logs import configure_logging
 from worker.serving import Parts, serve
 from worker.settings import WorkerSettings
+from worker.step_cache import check_one_card
 from worker.wan import WanEngine
 
 logger = logging.getLogger("worker")
@@ -117,6 +118,7 @@ def pick_cards(
         return
     check_folder(config.model.path)
     check_cards(world, config.model.path, config.model.sizes)
+    check_one_card(config)
     device = replace(device, name=f"{world} x {device.name}")
     with meet(device) as cards:
         yield device, cards

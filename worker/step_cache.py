@@ -17,7 +17,8 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from quant.wan_block import FusedWanBlock
-from worker.config import FirstBlockCache, StepCache
+from worker.config import FirstBlockCache, StepCache, WorkerConfig
+from worker.errors import ConfigError
 
 
 @contextmanager
@@ -38,6 +39,23 @@ def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterat
         yield
     finally:
         transformer.disable_cache()
+
+
+def check_one_card(config: WorkerConfig) -> None:
+    """Refuse step caches where a job runs on several cards.
+
+    Each card would judge by its own part of the tokens what a step may leave out, and wait for
+    others that judged otherwise.
+
+    Raises:
+        ConfigError: naming the modes.
+    """
+    cached = [mode.name for mode in config.modes if mode.step_cache is not None]
+    if cached:
+        raise ConfigError(
+            f"Modes {', '.join(cached)} have a step_cache, which works on one card only: start the "
+            "worker without torchrun, or take it out of the configuration."
+        )
 
 
 def _for_diffusers(config: StepCache, steps: int) -> FirstBlockCacheConfig | MagCacheConfig:

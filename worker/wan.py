@@ -44,6 +44,7 @@ from worker.loading import (
     plan_modes,
 )
 from worker.saturation import ActSample
+from worker.step_cache import step_cache
 
 
 class WanEngine:
@@ -111,6 +112,9 @@ class WanEngine:
         for name, mode in self.loaded.items():
             if mode.report is not None:
                 lines.append(f"mode {name}: {mode.report}")
+            if mode.step_cache is not None:
+                cache = mode.step_cache
+                lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
         lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
@@ -145,8 +149,13 @@ class WanEngine:
                 sample.arm()
 
         on_step(0)
+        caching = self.loaded[request.mode].step_cache
+        steps = request.num_inference_steps
         try:
-            with self._timed(seconds, "denoise_s"):
+            with (
+                self._timed(seconds, "denoise_s"),
+                step_cache(pipeline.transformer, caching, steps),
+            ):
                 latents = self._denoise(pipeline, request, embeddings, on_step)
         finally:
             sample.disarm()
