@@ -50,9 +50,9 @@ _CURRENT: ContextVar[RequestFacts | None] = ContextVar("request", default=None)
 
 def begin_request(scope: Scope, given_id: str | None) -> RequestFacts:
     """Name the request at hand; a caller's own id is kept if it is harmless."""
-    is_sane = given_id is not None and _SANE.fullmatch(given_id)
-    request_id = given_id if given_id and is_sane else f"{_NAMES.getrandbits(64):016x}"
-    facts = RequestFacts(request_id, scope)
+    if given_id is None or not _SANE.fullmatch(given_id):
+        given_id = f"{_NAMES.getrandbits(64):016x}"
+    facts = RequestFacts(given_id, scope)
     # Never reset: every request has a task of its own, and the handler of unexpected errors, which
     # stands outside of all middleware, logs last.
     _CURRENT.set(facts)

@@ -9,14 +9,14 @@ from typing import Self
 
 
 class Companion(ABC):
-    """A context while which `_run` runs in a thread.
+    """A context in which `_run` runs in a thread of its own.
 
     `_run` has to return soon after `_done` is set.
     """
 
     def __init__(self, name: str, end_wait_s: float | None = None) -> None:
-        """end_wait_s: how long the context's end waits for the thread, which is daemon; None for
-        as long as it takes. For threads that may hang in a Redis or a device.
+        """end_wait_s: how long the end of the context waits for a thread that may hang in a Redis
+        or a device; None for as long as it takes.
         """
         self._done = threading.Event()
         self._end_wait_s = end_wait_s

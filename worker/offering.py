@@ -49,7 +49,7 @@ class StandingOffer(Companion):
         self._outage = outage
         self._repeat_every_s = repeat_every_s
         self._closed = False
-        # Not an Event: a handler must not wait for a lock that its own thread may hold.
+        # No Event rings it: a handler must not wait for a lock that its own thread may hold.
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:

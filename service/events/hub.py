@@ -172,7 +172,9 @@ class EventHub:
         """Keep a subscription as long as somebody follows: without, news only costs time."""
         retry_s = FIRST_RETRY_S
         while True:
-            await self._someone_follows.wait()
+            if not self._followers:
+                retry_s = FIRST_RETRY_S
+                await self._someone_follows.wait()
             try:
                 async with cast("Any", self._redis).pubsub() as subscription:
                     await subscription.subscribe(keys.EVENTS_CHANNEL)
@@ -185,7 +187,7 @@ class EventHub:
                             self._reader.forget(each)
                             self._wake(*self._followers.get(each, ()))
                         if not self._followers:
-                            break
+                            break  # heard of at the next message, which is soon enough
             except (RedisError, OSError) as error:
                 if retry_s == FIRST_RETRY_S:
                     logger.warning("Events cannot be followed for now: %r", error)

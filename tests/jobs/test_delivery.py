@@ -25,6 +25,15 @@ def test_rq_reads_its_own_job_from_the_fields(redis: Redis) -> None:
         assert now - timedelta(seconds=5) < at.replace(tzinfo=UTC) <= now + timedelta(seconds=1)
 
 
-def test_jobs_that_share_a_pattern_keep_their_own_ids() -> None:
-    assert rq_fields("a", "q", 60) != rq_fields("b", "q", 60)
-    assert dict(zip(*[iter(rq_fields("a", "q", 61))] * 2, strict=True))["timeout"] == "61"
+def test_jobs_that_share_a_pattern_keep_their_own_ids(redis: Redis) -> None:
+    for name in ("a", "b"):
+        fields = rq_fields(name, "q", 60)
+        redis.hset(Job.key_for(name), mapping=dict(zip(fields[::2], fields[1::2], strict=True)))
+    jobs = Job.fetch_many(["a", "b"], connection=redis, serializer=JSONSerializer)
+    assert [job.args for job in jobs if job is not None] == [["a"], ["b"]]
+
+
+def test_another_deadline_is_another_pattern() -> None:
+    by_deadline = [rq_fields("a", "q", deadline) for deadline in (60, 61)]
+    found = [dict(zip(fields[::2], fields[1::2], strict=True)) for fields in by_deadline]
+    assert [fields["timeout"] for fields in found] == ["60", "61"]

@@ -361,6 +361,30 @@ def test_a_message_that_is_no_id_harms_nobody(
     assert "unexpected" not in caplog.text
 
 
+def test_nobody_listens_for_nobody_and_the_next_stream_is_woken_again(
+    settings: ServiceSettings,
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+) -> None:
+    def listeners() -> int:
+        return int(redis.pubsub_numsub(keys.EVENTS_CHANNEL)[0][1])
+
+    # No heartbeat comes to the rescue: news has to arrive by the subscription.
+    with serving(settings.model_copy(update={"heartbeat_s": 120})) as site:
+        for _ in range(2):
+            job_id = store.create(request_for_video, "q").job.id
+            assert listeners() == 0
+            source = EventSource([site.url], job_id)
+            source.start()
+            wait_until(lambda: listeners() == 1)
+            live(store, job_id)
+            assert [each.told for each in source.finish()] == LIFE
+            wait_until(lambda: site.hub.followers == 0)
+            redis.publish(keys.EVENTS_CHANNEL, job_id)
+            wait_until(lambda: listeners() == 0)
+
+
 def test_an_unexpected_error_ends_no_task_for_good(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
