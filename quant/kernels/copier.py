@@ -46,7 +46,7 @@ class _Run:
     def add(self, stored: StoredTensor, first_byte: int, target: Tensor) -> None:
         """Append flat elements of `stored`, of which the first lies at `first_byte`."""
         self.pieces.append((stored, first_byte, target))
-        self.end = first_byte + target.numel() * stored.dtype.itemsize
+        self.end = first_byte + _size(stored, target)
 
     @property
     def in_place(self) -> Tensor | None:
@@ -243,7 +243,7 @@ def _part(buffer: Tensor, run: _Run) -> None:
     """Give each piece of a run its elements, in the dtype it is wanted in."""
     for stored, first_byte, target in run.pieces:
         start = first_byte - run.start
-        data = buffer[start : start + target.numel() * stored.dtype.itemsize]
+        data = buffer[start : start + _size(stored, target)]
         if start % stored.dtype.itemsize:
             data = data.clone()  # a view of another dtype has to begin at a multiple of its size
         target.copy_(data.view(stored.dtype), non_blocking=True)
@@ -255,12 +255,18 @@ def _read_whole(file: int, run: _Run, buffer: Tensor) -> None:
     while done < len(view):
         count = os.preadv(file, [view[done:]], run.start + done)
         if count == 0:
-            names = ", ".join(stored.name for stored, _, _ in run.pieces[:3])
+            end = run.start + done
+            cut = next(each for each, first, to in run.pieces if first + _size(each, to) > end)
             raise WeightsError(
-                f"{run.file} ends after {run.start + done:,} bytes, within tensor {names}: "
-                "the file was cut; copy or convert it again"
+                f"{run.file} ends after {end:,} bytes, within tensor {cut.name!r}: the file was "
+                "cut; copy or convert it again"
             )
         done += count
+
+
+def _size(stored: StoredTensor, target: Tensor) -> int:
+    """The bytes in a file that fill `target`."""
+    return target.numel() * stored.dtype.itemsize
 
 
 def _as_bytes(flat: Tensor) -> Tensor:

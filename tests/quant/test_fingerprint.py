@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from quant import fingerprint
 from quant.errors import QuantError
-from quant.fingerprint import model_fingerprint
+from quant.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 
 CONFIGS = (
     "model_index.json",
@@ -139,3 +139,21 @@ def test_a_folder_that_is_no_pipeline_is_refused(model, missing):
         file.unlink()
     with pytest.raises(QuantError, match=re.escape(f"diffusers format: it lacks {missing};")):
         model_fingerprint(model)
+
+
+def test_the_parts_fingerprint_is_blind_to_the_transformers_weights_alone(model):
+    before = parts_fingerprint(model)
+    for weights in WEIGHTS[:2]:
+        (model / weights).unlink()
+    assert parts_fingerprint(model) == before
+    assert not has_transformer_weights(model)
+    with pytest.raises(QuantError, match="transformer"):
+        model_fingerprint(model)
+    for other in (*WEIGHTS[2:], "tokenizer/tokenizer.json", *CONFIGS):
+        data = (model / other).read_bytes()
+        (model / other).write_bytes(
+            data.replace(b"4", b"5") + b" " if b"4" in data else data + b"x"
+        )
+        assert parts_fingerprint(model) != before, other
+        (model / other).write_bytes(data)
+    assert parts_fingerprint(model) == before
