@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
-from quant.kernels.plain import PlainLinear
 from quant.linear import Hif8Linear
 
 
@@ -144,7 +143,7 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     quantized = [each for each in linears if isinstance(each, Hif8Linear)]
     if quantized:
         return kernels.quantized(quantized)
-    return PlainLinear([each for each in linears if isinstance(each, nn.Linear)])
+    return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 
 class _KeptText(nn.Module):

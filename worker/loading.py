@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,21 @@ class SharedParts:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One transformer, ready to run. `report` says what was converted, None where nothing was."""
+    """One transformer, ready to run.
+
+    Attributes:
+        report: what was converted; None where nothing was.
+        kernels: what its blocks run on: the name of `quant.kernels`, or "diffusers".
+        warning: why these are not the fastest of the device, if they are not.
+    """
 
     offer: ModeOffer
     transformer: WanTransformer3DModel
     report: str | None
     weight_bytes: int
     step_cache: StepCache | None = None
+    kernels: str = "diffusers"
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +163,33 @@ def load_modes(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ..
     elif len(packed) > 1:
         base = quant.load_packed_base(packed, copier)
     modes = tuple(_make_mode(plan, base, copier) for plan in plans)
+    del base
     for mode in modes:
         mode.transformer.to(device.torch_device)  # moves one that was converted on the host
+    return tuple(
+        _put_on_kernels(mode, plan, device) for mode, plan in zip(modes, plans, strict=True)
+    )
+
+
+def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
+    """Have a mode's blocks run on the device's kernels; after all modes are made, which share."""
+    quantized = plan.recipe is not None
+    choice = device.pick_kernels(
+        quantized=quantized, emulate=plan.config.exact_emulation and quantized
+    )
+    if choice is None:
         if device.attention_backend is not None:
             mode.transformer.set_attention_backend(device.attention_backend)
-    return modes
+        return mode
+    if choice.warning is not None:
+        logger.warning("mode %s: %s", mode.offer.name, choice.warning)
+    attention = {}
+    if plan.recipe is not None and plan.scales is not None:
+        attention = quant.attention_scales(plan.recipe, plan.scales)
+    left = quant.fuse_quantized(mode.transformer, choice.kernels, attention)
+    if left:
+        logger.info("mode %s: blocks %s run unfused", mode.offer.name, list(left))
+    return replace(mode, kernels=choice.kernels.name, warning=choice.warning)
 
 
 def _load_bf16(folder: Path, device: Device, copier: quant.Copier) -> WanTransformer3DModel:

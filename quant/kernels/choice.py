@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm
-from quant.kernels.plain import PlainLinear
 from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
 from quant.scaling import scale_policy
@@ -139,7 +138,7 @@ class _Trial:
 
     def _product(self, on: Kernels) -> BlockLinear:
         if self.act_scale is None:
-            return PlainLinear([self.linear])
+            return on.plain([self.linear])
         scale = torch.tensor(SCALE, device=self._device)
         quantized = Hif8Linear.from_linear(
             self.linear, scale, act_scale=scale, act_policy=scale_policy("pow2")

@@ -24,6 +24,9 @@ class CountingKernels:
         self._kernels = kernels
         self._add = add
 
+    def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
+        return self._kernels.plain(linears)
+
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return self._kernels.quantized(linears)
 

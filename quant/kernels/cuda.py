@@ -20,6 +20,7 @@ from quant.kernels import fused
 from quant.kernels.cudnn_attention import CudnnAttention, padded
 from quant.kernels.eager import shared_act_scale
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
+from quant.kernels.plain import JoinedLinear
 from quant.linear import Hif8Linear
 
 E4M3 = torch.float8_e4m3fn
@@ -36,6 +37,9 @@ class CudaKernels:
 
     def __init__(self) -> None:
         self._attention = CudnnAttention()
+
+    def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
+        return JoinedLinear(linears)
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return E4m3Linear(linears)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quant.kernels import reference
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
+from quant.kernels.plain import SeparateLinears
 from quant.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
@@ -24,6 +25,9 @@ class EagerKernels:
     """Implements `quant.kernels.interface.Kernels`."""
 
     name = "eager"
+
+    def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
+        return SeparateLinears(linears)
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return _DecodedLinear(linears)
@@ -38,11 +42,14 @@ class EagerKernels:
     ) -> tuple[Tensor, Tensor]:
         if delta is not None:
             x = self.add_gated(x, delta, gate)
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps)
-        factor, shift = norm.factor.float().unsqueeze(1), norm.shift.float().unsqueeze(1)
+        factor, shift = norm.factor.float(), norm.shift.float()
         if norm.plus_one:
-            factor = 1 + factor
-        return x, self.round_act((normed * factor + shift).type_as(x), act_scale)
+            normed = F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps)
+            normed = normed * (1 + factor.unsqueeze(1)) + shift.unsqueeze(1)
+        else:
+            # As one call, which is not the same in the last bit.
+            normed = F.layer_norm(x.float(), x.shape[-1:], factor[0], shift[0], norm.eps)
+        return x, self.round_act(normed.type_as(x), act_scale)
 
     def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:

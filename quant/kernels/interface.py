@@ -33,7 +33,8 @@ class AttentionScales:
 class Norm:
     """A layer norm of each token and what follows it: norm(x) * factor + shift.
 
-    factor and shift are [B or 1, K]; with `plus_one` the factor is 1 + factor.
+    With `plus_one` factor and shift are [B, K], and the factor is 1 + factor; without, they are the
+    norm's own weights, [1, K].
     """
 
     factor: Tensor
@@ -57,6 +58,9 @@ class Kernels(Protocol):
     """One way to run a block. B batch, S tokens, K width; tensors are contiguous."""
 
     name: str
+
+    def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
+        """Prepare BF16 linears that share their input; a module."""
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         """Prepare quantized linears that share their input; a module."""

@@ -1,4 +1,4 @@
-"""BF16 linears of a block that share their input, as one product."""
+"""BF16 linears of a block that share their input: one by one, or as one product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class PlainLinear(nn.Module):
+class SeparateLinears(nn.Module):
+    """The linears one by one: the bits are theirs, on every device."""
+
+    act_scale: float | None = None
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [linear(x) for linear in self.linears]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class JoinedLinear(nn.Module):
     """Linears that share an input as one BF16 product; their weights become views of its own."""
 
     act_scale: float | None = None
