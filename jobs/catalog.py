@@ -63,11 +63,17 @@ _Kind = TypeVar("_Kind", bound=_Offer)
 
 
 class ModeOffer(_Offer):
-    """One way of running a model. Without a recipe fingerprint it is the unquantized one."""
+    """One way of running a model. Without a recipe fingerprint it is the unquantized one.
+
+    `kernels` and `warning` are for operators: what this worker runs it on, and why that is not the
+    device's fastest, if it is not.
+    """
 
     name: ModeName
     description: str
     recipe_fingerprint: str | None = None
+    kernels: str | None = None
+    warning: str | None = None
 
 
 class ModelOffer(_Offer):

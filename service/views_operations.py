@@ -5,7 +5,7 @@ from typing import Final, Literal, Self
 
 from pydantic import BaseModel, Field
 
-from jobs.catalog import ModeStatus
+from jobs.catalog import ModeOffer, ModeStatus
 from service.fleet import Fleet, WorkerState
 
 _OFFERED: Final = ("device", "queue", "started_at")
@@ -18,6 +18,22 @@ _SAID: Final = (
 )
 
 
+class WorkerModeView(ModeStatus):
+    """One of a worker's modes: how it runs there, and what was measured."""
+
+    kernels: str | None = Field(default=None, description="What it runs on.")
+    warning: str | None = Field(
+        default=None, description="Why that is not the device's fastest, if it is not."
+    )
+
+    @classmethod
+    def of(cls, offer: ModeOffer | None, status: ModeStatus | None) -> Self:
+        measured = {} if status is None else status.model_dump()
+        if offer is not None:
+            measured |= {"kernels": offer.kernels, "warning": offer.warning}
+        return cls(**measured)
+
+
 class WorkerStateView(BaseModel):
     """A worker. What is not known, or not any more, is null."""
 
@@ -28,7 +44,7 @@ class WorkerStateView(BaseModel):
     )
     device: str | None
     queue: str | None
-    modes: dict[str, ModeStatus] = Field(description="What was measured in each of its modes.")
+    modes: dict[str, WorkerModeView]
     started_at: datetime | None
     job_id: str | None = Field(description="The job in hand.")
     jobs_done: int | None = Field(description="Jobs it has ended with a video.")
@@ -38,13 +54,16 @@ class WorkerStateView(BaseModel):
 
     @classmethod
     def of(cls, worker: WorkerState) -> Self:
-        offered = {} if worker.offer is None else {m.name: ModeStatus() for m in worker.offer.modes}
+        offered = {} if worker.offer is None else {m.name: m for m in worker.offer.modes}
         measured = {} if worker.status is None else worker.status.modes
         return cls(
             id=worker.id,
             model=worker.model,
             state=worker.state,
-            modes=offered | measured,
+            modes={
+                name: WorkerModeView.of(offered.get(name), measured.get(name))
+                for name in (offered | measured)
+            },
             **{name: getattr(worker.offer, name, None) for name in _OFFERED},
             **{name: getattr(worker.status, name, None) for name in _SAID},
         )

@@ -100,8 +100,14 @@ def model() -> ModelOffer:
 def offer(model: ModelOffer) -> WorkerOffer:
     """The offer of a worker with both modes; not published."""
     modes = (
-        ModeOffer(name="bf16", description="the model as trained"),
-        ModeOffer(name="w8a8", description="HiFloat8", recipe_fingerprint="sha256:11"),
+        ModeOffer(name="bf16", description="the model as trained", kernels="cuda"),
+        ModeOffer(
+            name="w8a8",
+            description="HiFloat8",
+            recipe_fingerprint="sha256:11",
+            kernels="eager",
+            warning="This card has no FP8 tensor cores.",
+        ),
     )
     return WorkerOffer(
         worker_id="worker-1",

@@ -70,8 +70,6 @@ class Mode:
 
     Attributes:
         report: what was converted; None where nothing was.
-        kernels: what its blocks run on: the name of `quant.kernels`, or "diffusers".
-        warning: why these are not the fastest of the device, if they are not.
     """
 
     offer: ModeOffer
@@ -79,8 +77,6 @@ class Mode:
     report: str | None
     weight_bytes: int
     step_cache: StepCache | None = None
-    kernels: str = "diffusers"
-    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +185,10 @@ def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
     left = quant.fuse_quantized(mode.transformer, choice.kernels, attention)
     if left:
         logger.info("mode %s: blocks %s run unfused", mode.offer.name, list(left))
-    return replace(mode, kernels=choice.kernels.name, warning=choice.warning)
+    offer = mode.offer.model_copy(
+        update={"kernels": choice.kernels.name, "warning": choice.warning}
+    )
+    return replace(mode, offer=offer)
 
 
 def _load_bf16(folder: Path, device: Device, copier: quant.Copier) -> WanTransformer3DModel:
@@ -200,11 +199,17 @@ def _load_bf16(folder: Path, device: Device, copier: quant.Copier) -> WanTransfo
     return materialize(transformer, stored, copier).to(copier.device)
 
 
-def load_shared_parts(path: Path, device: Device) -> SharedParts:
-    """Load tokenizer, text encoder, VAE and scheduler from the folder `path`."""
+def load_shared_parts(
+    path: Path, device: Device, text_encoder_on: torch.device | None = None
+) -> SharedParts:
+    """Load tokenizer, text encoder, VAE and scheduler from the folder `path`.
+
+    Args:
+        text_encoder_on: where the text encoder goes; by default to the device.
+    """
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     scheduler = getattr(diffusers, index["scheduler"][1])
-    copier = quant.Copier(device.torch_device)
+    copier = quant.Copier(text_encoder_on or device.torch_device)
     vae = _read(AutoencoderKLWan.from_pretrained, path / "vae", dtype=device.vae_dtype)
     return SharedParts(
         tokenizer=_read(AutoTokenizer.from_pretrained, path / "tokenizer", "tokenizer.json"),

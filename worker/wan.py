@@ -116,7 +116,7 @@ class WanEngine:
                 cache = mode.step_cache
                 lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
-            lines.append(f"mode {name}: runs on {mode.kernels} kernels")
+            lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
         lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
         rest = quant.weight_bytes(self.parts.text_encoder, self.parts.vae)

@@ -37,8 +37,20 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
         "device": "cpu",
         "queue": live_worker.queue,
         "modes": {
-            "bf16": {"step_s": None, "saturated_share": None, "flushed_share": None},
-            "w8a8": {"step_s": 0.2, "saturated_share": 0.001, "flushed_share": 0.02},
+            "bf16": {
+                "kernels": "cuda",
+                "warning": None,
+                "step_s": None,
+                "saturated_share": None,
+                "flushed_share": None,
+            },
+            "w8a8": {
+                "kernels": "eager",
+                "warning": "This card has no FP8 tensor cores.",
+                "step_s": 0.2,
+                "saturated_share": 0.001,
+                "flushed_share": 0.02,
+            },
         },
         "state": "busy",
         "job_id": "01a2",
