@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,8 @@ KEYS_MULTIPLE = 128
 """Keys and values come back with room up to a multiple of this, as fast kernels want them."""
 
 
-class Attention(Protocol):
-    """`quant.kernels.interface.Kernels.attention`."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
-    ) -> Tensor: ...
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, int], Tensor]
+"""`quant.kernels.interface.Kernels.attention`."""
 
 
 class Ulysses:

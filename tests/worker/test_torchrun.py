@@ -1,0 +1,120 @@
+"""`torchrun -m worker`: two cards serve jobs as one worker, and end as one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from jobs import catalog
+from jobs.state import JobState
+from jobs.store import JobStore
+from tests.worker.conduct import has_ended, is_denoising, wait_for
+from tests.worker.orders import order
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Torchrun:
+    """torchrun with two cards, and what they log."""
+
+    def __init__(self, config: Path, log: Path, **variables: str) -> None:
+        self._log = log
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "--shutdown-timeout", "60"]
+        command += ["-m", "worker", "--config", str(config)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | variables,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def says(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def wait_for_line(self, pattern: str) -> str:
+        deadline = time.monotonic() + 150
+        while not (found := re.search(pattern, self.says(), re.MULTILINE)):
+            assert self.process.poll() is None, self.says()
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.says()}"
+            time.sleep(0.1)
+        return found.group()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def torchrun(redis_url: str, config_file: Path, tmp_path: Path) -> Iterator[Torchrun]:
+    run = Torchrun(
+        config_file,
+        tmp_path / "log",
+        REDIS_URL=redis_url,
+        ARTIFACTS_URL=(tmp_path / "artifacts").as_uri(),
+        WORKER_DEVICE="cpu",
+        WORKER_THREADS="1",
+        OMP_NUM_THREADS="1",
+    )
+    yield run
+    run.kill()
+
+
+def test_two_cards_are_one_worker(torchrun: Torchrun, redis: Redis, store: JobStore) -> None:
+    torchrun.wait_for_line(r"ready: wan-mini\.")
+    (offer,) = catalog.read(redis).offers
+    assert offer.device == "2 x cpu, 1 threads"
+
+    short = order(mode="w8a8", num_frames=5, num_inference_steps=1)
+    done = store.create(short, offer.queue).job
+    long = order(num_frames=1, num_inference_steps=50)
+    cancelled = store.create(long, offer.queue).job
+    assert wait_for(store, done.id, has_ended).state is JobState.SUCCEEDED
+    wait_for(store, cancelled.id, is_denoising)
+    store.cancel(cancelled.id)
+    assert wait_for(store, cancelled.id, has_ended, 10).state is JobState.CANCELLED
+    # The follower names the job, too, and why it ended.
+    torchrun.wait_for_line(rf"\[card-1 {cancelled.id}\].*card 0: GenerationCancelled")
+
+    last = store.create(order(num_frames=1, num_inference_steps=8), offer.queue).job
+    wait_for(store, last.id, is_denoising)
+    torchrun.process.send_signal(signal.SIGTERM)
+    torchrun.process.wait(60)
+    assert store.get(last.id).state is JobState.SUCCEEDED, "a drain finishes the job in hand"
+    assert catalog.read(redis).offers == ()
+    said = torchrun.says()
+    assert "the process ends" not in said, "the follower was told to end, and not left"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(torchrun.process.pid, 0)
+
+
+def test_a_number_of_cards_that_does_not_divide_ends_the_start(
+    config_file: Path, redis_url: str, tmp_path: Path
+) -> None:
+    """Without torchrun: it is refused before anybody is waited for."""
+    environment = os.environ | {
+        "REDIS_URL": redis_url,
+        "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
+        "WORKER_DEVICE": "cpu",
+        "WORLD_SIZE": "3",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+    }
+    command = [sys.executable, "-m", "worker", "--config", str(config_file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert re.match(r"worker: 3 cards share .* 4 attention heads", done.stderr.decode())
