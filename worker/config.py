@@ -29,6 +29,11 @@ SIZE_MULTIPLE_PX = 16
 FRAMES_STRIDE = 4
 
 
+TextEncoderPlace = Literal["auto", "device", "host", "encode"]
+VaeTiling = Literal["auto", "on", "off"]
+_OWN = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling"}  # not for callers
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +62,10 @@ class ModelConfig(_Section):
         default_factory=dict,
         description="The scheduler's shift by size, where it is not the model's own.",
     )
+    text_encoder: TextEncoderPlace = Field(
+        "auto", description="On the device, on the host, or on the device while it encodes."
+    )
+    vae_tiling: VaeTiling = Field("auto", description="Whether the VAE decodes in tiles.")
 
     @model_validator(mode="after")
     def _bounds_are_possible(self) -> Self:
@@ -77,7 +86,7 @@ class ModelConfig(_Section):
 
         Raises ValueError where a default lies outside its bounds.
         """
-        own = self.model_dump(exclude={"path", "text_tokens", "flow_shift"})
+        own = self.model_dump(exclude=_OWN)
         return ModelOffer(
             fingerprint=fingerprint,
             tokenizer=tokenizer,

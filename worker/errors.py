@@ -3,7 +3,8 @@
     StartError
     ├── ConfigError         the configuration file is missing, malformed or contradicts itself
     ├── DeviceUnavailable   the device asked for is not there
-    └── ModelUnusable       the model folder lacks a part, or a part cannot be read
+    ├── ModelUnusable       the model folder lacks a part, or a part cannot be read
+    └── TooLittleMemory     the device cannot hold what the configuration asks for
     CardsLost               a process that runs the same jobs on another card is gone
     CardFailed              another card could not do its part of a job
 
@@ -26,6 +27,10 @@ class DeviceUnavailable(StartError):
 
 class ModelUnusable(StartError):
     """The model folder cannot be loaded."""
+
+
+class TooLittleMemory(StartError):
+    """The model in its modes does not fit onto the device; nothing was loaded."""
 
 
 class CardsLost(Exception):

@@ -1,0 +1,179 @@
+"""The sum is right, the choice follows from it, and what does not fit is refused with it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from quant import QuantRecipe
+from worker.config import ModeConfig, ModelConfig, WorkerConfig
+from worker.devices import Device
+from worker.errors import TooLittleMemory
+from worker.memory import GIB, RESERVE_BYTES, ModelBytes, Placement, measure_model, place_model
+from worker.wan import WanEngine
+
+LARGE = {
+    "num_layers": 40,
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "ffn_dim": 13824,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "in_channels": 16,
+    "out_channels": 16,
+    "qk_norm": "rms_norm_across_heads",
+}
+RECIPE = QuantRecipe.load("boundary-hif8")
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory) -> Path:
+    """The 14B as far as the sum looks: configurations, and files of the right sizes with holes."""
+    folder = tmp_path_factory.mktemp("large")
+    for part in ("transformer", "text_encoder", "vae"):
+        (folder / part).mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(LARGE))
+    (folder / "vae" / "config.json").write_text("{}")
+    for part, count in (("text_encoder", 5_680_910_336), ("vae", 126_892_531)):
+        sparse_weights(folder / part / "model.safetensors", count)
+    return folder
+
+
+def sparse_weights(file: Path, count: int) -> None:
+    """A safetensors file with one FP32 tensor of `count` elements, of which none is written."""
+    text = f'{{"w":{{"dtype":"F32","shape":[{count}],"data_offsets":[0,{4 * count}]}}}}'.encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + 4 * count)
+
+
+@pytest.fixture
+def large(config: WorkerConfig, large_folder: Path) -> WorkerConfig:
+    changes = {
+        "path": large_folder,
+        "sizes": ("832x480", "1280x720"),
+        "default_size": "832x480",
+        "max_frames": 81,
+    }
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def with_model(config: WorkerConfig, **changes: str) -> WorkerConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def place(config: WorkerConfig, gib: float | None, device: Device) -> Placement:
+    recipes = [None if mode.recipe is None else RECIPE for mode in config.modes]
+    available = None if gib is None else int(gib * GIB)
+    return place_model(config, recipes, device, available)
+
+
+def test_the_sum_of_the_large_model(large, device):
+    size = measure_model(large, [None, RECIPE], device)
+    assert size.transformer / GIB == pytest.approx(38.1, abs=0.1)
+    assert size.text_encoder / GIB == pytest.approx(10.6, abs=0.1)
+    assert size.vae / GIB == pytest.approx(0.47, abs=0.01)
+    # What an H100 took at 32,760 tokens was 3.5 GiB; the estimate is for 75,600, and not below.
+    assert size.denoising / GIB * 32_760 / 75_600 == pytest.approx(3.5, abs=0.3)
+    assert size.decoding / GIB == pytest.approx(16.8, abs=0.1)
+    assert size.decoding_tiled < size.decoding / 4
+
+
+def test_each_mode_by_itself(large, device):
+    bf16 = large.model_copy(update={"modes": large.modes[:1]})
+    w8a8 = large.model_copy(update={"modes": large.modes[1:]})
+    assert measure_model(bf16, [None], device).transformer / GIB == pytest.approx(26.7, abs=0.1)
+    assert measure_model(w8a8, [RECIPE], device).transformer / GIB == pytest.approx(15.2, abs=0.1)
+
+
+def test_quantizing_beside_bf16_that_is_not_served_counts(large, device):
+    quantized = large.modes[1]
+    two = large.model_copy(update={"modes": (quantized, quantized)})
+    size = measure_model(two, [RECIPE, RECIPE], device)
+    assert size.transformer_loading - size.transformer == pytest.approx(22.9 * GIB, rel=0.01)
+    packed = quantized.model_copy(update={"scales": None, "packed": Path("packed")})
+    two = large.model_copy(update={"modes": (packed, packed)})
+    size = measure_model(two, [RECIPE, RECIPE], device)
+    assert size.transformer_loading == size.transformer
+
+
+CHOICES = {
+    80.0: ("device", False),  # all of it
+    60.0: ("encode", False),  # the text encoder only while nothing else needs the room
+    52.0: ("encode", True),
+}
+
+
+@pytest.mark.parametrize("gib", CHOICES)
+def test_what_stays_where_follows_from_the_sum(large, device, gib):
+    placement = place(large, gib, device)
+    assert (placement.text_encoder, placement.vae_tiling) == CHOICES[gib]
+    assert placement.need.total <= gib * GIB
+    assert place(large, placement.need.total / GIB, device).need == placement.need
+
+
+def test_a_choice_of_the_operator_stands(large, device):
+    chosen = with_model(large, text_encoder="host", vae_tiling="on")
+    placement = place(chosen, 80.0, device)
+    assert (placement.text_encoder, placement.vae_tiling) == ("host", True)
+    assert "text encoder" not in {*placement.need.resident, *placement.need.passing}
+
+
+def test_jobs_overlap_where_both_stages_fit(large, device):
+    assert not place(large, 70.0, device).overlaps
+    assert place(large, 90.0, device).overlaps
+
+
+def test_without_a_bound_nothing_is_moved_or_cut(large, device):
+    placement = place(large, None, device)
+    assert (placement.text_encoder, placement.vae_tiling) == ("device", False)
+
+
+def test_what_does_not_fit_is_refused_with_sum_and_remedies(large, device):
+    fixed = with_model(large, text_encoder="device", vae_tiling="off")
+    with pytest.raises(TooLittleMemory) as caught:
+        place(fixed, 40.0, device)
+    message = str(caught.value)
+    for part in (
+        r"wan-mini with bf16, w8a8 at up to 1280x720 and 81 frames",
+        r"needs 68\.\d GiB \(transformer 38\.1, VAE 0\.5, reserve 2\.0, text encoder 10\.6",
+        r"largest of: denoising 8\.7, decoding 16\.8\)",
+        r"device, which has 40\.0 GiB",
+        "serve fewer modes",
+        "python -m quant convert",
+        'text_encoder = "host"',
+        'vae_tiling = "on"',
+        "smaller sizes",
+    ):
+        assert re.search(part, message), (part, message)
+    with pytest.raises(TooLittleMemory) as caught:
+        place(large, 40.0, device)
+    assert "text_encoder =" not in str(caught.value), "it was tried on the host already"
+
+
+def test_the_estimate_of_weights_is_what_the_miniature_takes(
+    config: WorkerConfig, engine: WanEngine, device: Device
+):
+    size = measure_model(config, [None, RECIPE], device)
+    parts = engine.parts
+    assert size.text_encoder == sum(p.nbytes for p in parts.text_encoder.parameters())
+    assert size.vae == sum(p.nbytes for p in parts.vae.parameters())
+    modes = [mode.weight_bytes for mode in engine.loaded.values()]
+    assert max(modes) <= size.transformer <= sum(modes)
+
+
+def test_settings_come_from_the_file(config: WorkerConfig):
+    assert (config.model.text_encoder, config.model.vae_tiling) == ("auto", "auto")
+    assert "text_encoder" not in config.model.offer("sha256:00").model_dump()
+    with pytest.raises(ValueError, match="'device', 'host' or 'encode'"):
+        ModelConfig.model_validate(config.model.model_dump() | {"text_encoder": "disk"})
+    both = {"name": "m", "description": "d", "recipe": "r", "scales": "s", "packed": "p"}
+    with pytest.raises(ValueError, match="both scales and a packed checkpoint"):
+        ModeConfig.model_validate(both)
+
+
+def test_the_reserve_is_part_of_every_sum():
+    size = ModelBytes(1, 1, 1, 1, 1, 1, 1)
+    assert size.need("host", False).total == 3 + RESERVE_BYTES
