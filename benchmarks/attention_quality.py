@@ -30,6 +30,7 @@ from mini.evaluate import (
 from mini.oracle import ATTRIBUTES, Frames
 from mini.scenes import Split, captions_of
 from quant.kernels.eager import EagerKernels
+from quant.kernels.interface import Kernels
 
 RECIPES = {"bf16": None, "w8a8": "boundary-hif8", "w8a8-fp8attn": "boundary-hif8-fp8attn"}
 PAIRS = (("w8a8", "bf16"), ("w8a8-fp8attn", "bf16"), ("w8a8-fp8attn", "w8a8"))
@@ -69,18 +70,20 @@ def main(
 def mode_videos(mode: str, texts: list[str], batch: int, device: str) -> list[Frames]:
     """The videos of one mode; an interrupted run goes on where it was."""
     pipeline = load_pipeline(MODEL, device)
-    pipeline.transformer = emulated(pipeline.transformer, RECIPES[mode])
+    pipeline.transformer = prepared(pipeline.transformer, RECIPES[mode], EagerKernels())
     return videos(pipeline, kept_under(mode, device, texts), texts, batch)
 
 
-def emulated(transformer: WanTransformer3DModel, name: str | None) -> WanTransformer3DModel:
-    """A transformer under a shipped recipe, or in BF16, on the kernels that emulate."""
+def prepared(
+    transformer: WanTransformer3DModel, name: str | None, kernels: Kernels
+) -> WanTransformer3DModel:
+    """A transformer of the miniature under a shipped recipe, or in BF16, on some kernels."""
     if name is None:
-        return quant.prepare_transformer(transformer, EagerKernels()).transformer
+        return quant.prepare_transformer(transformer, kernels).transformer
     recipe = quant.QuantRecipe.load(name)
     scales = quant.load_scales(scales_file(name), model_folder=MODEL, recipe=recipe)
     quant.check_scales(scales, model_fingerprint=quant.model_fingerprint(MODEL), recipe=recipe)
-    return quant.prepare_transformer(transformer, EagerKernels(), recipe, scales).transformer
+    return quant.prepare_transformer(transformer, kernels, recipe, scales).transformer
 
 
 def scales_file(recipe: str) -> Path:

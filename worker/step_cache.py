@@ -33,7 +33,7 @@ def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterat
     if config is None:
         yield
         return
-    _make_known()
+    register_fused_blocks()
     transformer.enable_cache(_for_diffusers(config, steps))
     try:
         yield
@@ -70,8 +70,8 @@ def _for_diffusers(config: StepCache, steps: int) -> FirstBlockCacheConfig | Mag
     )
 
 
-def _make_known() -> None:
-    """Tell diffusers' hooks what a fused block takes and gives: as the block it stands for."""
+def register_fused_blocks() -> None:
+    """Tell diffusers' hooks what a fused block takes and gives: what the one it stands for does."""
     TransformerBlockRegistry.register(
         FusedWanBlock,
         TransformerBlockMetadata(
