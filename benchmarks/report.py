@@ -1,6 +1,7 @@
 """What every benchmark leaves behind: a table on stdout, a JSON file in benchmarks/results/."""
 
 import json
+import os
 import re
 import subprocess
 from dataclasses import asdict, dataclass
@@ -72,12 +73,15 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """What was measured; an unpacked archive has no commit. Other results do not make it dirty."""
+    """What was measured. Other results do not make it dirty.
+
+    An unpacked archive has no commit; who unpacks one may say which it is of in BENCHMARK_COMMIT.
+    """
     try:
         commit = _git("describe", "--always")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCHMARK_COMMIT", "unknown")
     return f"{commit}-dirty" if changed else commit
 
 

@@ -78,21 +78,40 @@ def run_calibration(
         ConversionError: the recipe does not fit the transformer.
     """
     _check_prompt_lengths(pipe, plan)
-    linears = select_linears(pipe.transformer, plan.recipe)
-    points = _points(pipe.transformer, linears, plan.recipe)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(index: int, statistics: ActivationStatistics) -> None:
+        _run_prompt(pipe, plan.sampler, index, plan.prompts.prompts[index], statistics)
+        on_prompt(index + 1, len(plan.prompts.prompts))
+
+    return calibrate_transformer(pipe.transformer, plan, run)
+
+
+def calibrate_transformer(
+    transformer: Any, plan: CalibrationPlan, run: Callable[[int, ActivationStatistics], None]
+) -> Scales:
+    """Choose scales from what a BF16 transformer sees while `run` runs each prompt through it.
+
+    Args:
+        run: is given the prompt's number; it tells the statistics of each timestep group it enters.
+
+    Raises:
+        CalibrationError: a linear saw a value that is not finite.
+        ConversionError: the recipe does not fit the transformer.
+    """
+    linears = select_linears(transformer, plan.recipe)
+    points = _points(transformer, linears, plan.recipe)
     statistics = ActivationStatistics(
         list(points.values()),
         plan.sampler.timestep_groups,
         len(plan.prompts.prompts),
-        pipe.transformer.device,
+        transformer.device,
     )
-    pipe.set_progress_bar_config(disable=True)
     with statistics.watching(), torch.no_grad():
         for index, prompt in enumerate(plan.prompts.prompts):
             statistics.begin(index)
-            _run_prompt(pipe, plan.sampler, index, prompt, statistics)
+            run(index, statistics)
             _check_finite(statistics, index, list(points), prompt)
-            on_prompt(index + 1, len(plan.prompts.prompts))
     return _scales(plan, linears, statistics)
 
 

@@ -1,0 +1,35 @@
+"""Seconds on a device: the median of some runs after some that do not count."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def median_ms(
+    run: Callable[[], object], device: torch.device, rounds: int = 5, warm_up: int = 2
+) -> float:
+    """Milliseconds of one run, measured from outside, with the device done before and after."""
+    for _ in range(warm_up):
+        run()
+    seconds = []
+    for _ in range(rounds):
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """As results are labelled."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
