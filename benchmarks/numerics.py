@@ -5,7 +5,9 @@ once on those that emulate (`quant.kernels.eager`), in bf16, in w8a8 and in w8a8
 
 - per block, given the same input: the error of what the block adds, relative to that;
 - the whole forward pass: SQNR of the kernels' output against the emulation's;
-- whole videos of the same seeds: PSNR. The goal is 40 dB in every mode.
+- whole videos of the same seeds: PSNR. The goal is 40 dB in every mode;
+- the shares of activations that saturate and that become zero, which E4M3 and HiFloat8 have each
+  their own of (baseline: the emulation's), and that counting them changes no bit.
 
 The baselines compare the emulation on the device with the emulation on the CPU: the same roundings,
 only sums in another order. What the kernels add to that is their own. On a CPU everything is
@@ -32,6 +34,7 @@ from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
 from quant.wan_block import FusedWanBlock
+from worker.saturation import ActSample, ActShares
 
 STEPS_LOOKED_AT = (0, 5, 10, 15, 19)
 GOAL_DB = 40.0
@@ -128,7 +131,7 @@ def compare_tensors(
     if inexact := [m.flushed for m in ours.transformer.modules() if hasattr(m, "flushed")]:
         what = f"{mode}, weights E4M3 cannot hold, largest of any product"
         rows.append(report.Row(what, max(inexact), "share"))
-    return rows
+    return rows + share_rows(mode, ours, emulated, inputs[len(inputs) // 2])
 
 
 @torch.no_grad()
@@ -179,6 +182,31 @@ def pass_sqnr_db(reference: Way, other: Way, inputs: Inputs) -> list[float]:
         mine = reference.transformer(**each)[0]
         found.append(min(SAME_DB, quant.sqnr_db(mine, theirs.to(mine.device))))
     return found
+
+
+def share_rows(mode: str, ours: Way, emulated: Way, inputs: dict[str, Any]) -> list[report.Row]:
+    """What operators see of one pass, by the kernels' own count and by the emulation's."""
+    counted = [shares(each, inputs) for each in (ours, emulated)]
+    if None in counted:
+        return []
+    own, other = (each for each in counted if each is not None)
+    what = f"{mode}, activations that"
+    return [
+        report.Row(f"{what} saturate", own.saturated, "share", other.saturated),
+        report.Row(f"{what} become zero", own.flushed, "share", other.flushed),
+    ]
+
+
+@torch.no_grad()
+def shares(one: Way, inputs: dict[str, Any]) -> ActShares | None:
+    """Count during one pass, which has to give what it gives without."""
+    given = {name: moved(x, one.device) for name, x in inputs.items()}
+    out = one.transformer(**given)[0]
+    counting = ActSample(one.transformer)
+    counting.arm()
+    if not torch.equal(one.transformer(**given)[0], out):
+        raise SystemExit("counting what roundings lose changes what the kernels compute")
+    return counting.shares()
 
 
 def compare_videos(
