@@ -48,11 +48,14 @@ def write_safetensors(
     specs: Sequence[Spec],
     metadata: Mapping[str, str],
     make: Callable[[str], Tensor],
+    *,
+    sync: bool = True,
 ) -> int:
-    """Write one file, sync it, and return its size in bytes.
+    """Write one file and return its size in bytes.
 
     Args:
         make: called once for every name, in order; the tensor has to be as its spec says.
+        sync: whether to wait until it is on disk.
 
     Raises:
         OSError: as the system says.
@@ -65,7 +68,8 @@ def write_safetensors(
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             stream.write(data.numpy().data)
         stream.flush()
-        os.fsync(stream.fileno())
+        if sync:
+            os.fsync(stream.fileno())
         return stream.tell()
 
 

@@ -9,15 +9,16 @@ from quant.kernels.visitor import Visitor
 
 def test_a_visitor_is_home_again_after_each_visit():
     module = nn.Linear(4, 4)
-    module.again = module.weight
+    module.again = module.weight  # under a second name
     x = torch.ones(1, 4)
     y = module(x)
     home = module.weight.data_ptr()
     visitor = Visitor(module, torch.device("cpu"))
     with visitor.on_device() as guest:
-        assert guest.weight.data_ptr() != home
-        assert torch.equal(guest(x), y)
-        assert guest.again is guest.weight
+        assert guest is module
+        assert module.weight.data_ptr() != home
+        assert torch.equal(module(x), y)
+        assert module.again is module.weight
     assert module.weight.data_ptr() == home
     with pytest.raises(KeyboardInterrupt), visitor.on_device():
         raise KeyboardInterrupt

@@ -1,0 +1,93 @@
+"""A fabricated folder is one to whatever reads such folders, and the same for the same seed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from benchmarks.fabricate import FABRICATED, Plan, calibrate_briefly, fabricate
+from benchmarks.fabricated_weights import LOUD_FROM, LOUD_TO, Fabricator
+from quant import QuantRecipe, check_scales, load_scales, model_fingerprint
+
+CPU = torch.device("cpu")
+PLAN = Plan("mini", layers=40, seed=7, threads=2, device=CPU, shard_bytes=400_000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("fabricated") / "mini"
+    fabricate(out, PLAN)
+    return out
+
+
+def test_the_libraries_load_it_and_it_runs(folder):
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    frames = pipe(
+        "a box", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt"
+    ).frames
+    assert frames.shape == (1, 5, 3, 32, 32)
+    assert frames.isfinite().all()
+    assert frames.std() > 0
+
+
+def test_large_parts_are_sharded_as_the_libraries_do(folder):
+    files = sorted(file.name for file in (folder / "transformer").iterdir())
+    assert "diffusion_pytorch_model.safetensors.index.json" in files
+    assert files[1].startswith("diffusion_pytorch_model-00001-of-0000")
+    assert {file.name for file in (folder / "text_encoder").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_the_same_seed_gives_the_same_model_whatever_the_threads(folder, tmp_path):
+    again = tmp_path / "again"
+    fabricate(again, Plan("mini", 40, seed=7, threads=1, device=CPU, shard_bytes=400_000))
+    assert model_fingerprint(again) == model_fingerprint(folder)
+    fabricate(tmp_path / "other", Plan("mini", 2, seed=8, threads=1, device=CPU))
+    ours, theirs = (
+        load_file(each / "text_encoder" / "model.safetensors")["shared.weight"]
+        for each in (tmp_path / "other", folder)
+    )
+    assert not torch.equal(ours, theirs)
+
+
+def test_files_say_that_they_are_fabricated(folder):
+    for file in folder.glob("*/*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata()["fabricated"] == "seed 7, benchmarks.fabricate"
+
+
+def test_a_few_channels_are_loud_where_norms_hand_them_on():
+    maker = Fabricator("transformer", 0, 40, CPU)
+    table = maker.make(("blocks.3.scale_shift_table", torch.float32, (1, 6, 1280)))
+    factors = 1 + table[0, 1]
+    loud = factors.abs() > LOUD_FROM - 0.01
+    assert loud.sum() == 2
+    assert factors[loud].max() <= LOUD_TO
+    weight = maker.make(("blocks.3.attn1.to_q.weight", torch.float32, (64, 1280)))
+    rest = weight[:, ~loud].std()
+    assert weight[:, loud].std() < rest / 5
+    assert weight.abs().max() > 8 * rest, "no heavy tail"
+    cross = maker.make(("blocks.3.attn2.to_k.weight", torch.float32, (64, 1280)))
+    assert cross[:, loud].std() > rest / 2, "cross-attention's keys see the prompt instead"
+
+
+def test_scales_are_calibrated_and_say_on_what(folder, tmp_path):
+    recipe = QuantRecipe.load("boundary-hif8")
+    out = tmp_path / "scales.safetensors"
+    calibrate_briefly(folder, "mini", recipe, out, "cpu")
+    scales = load_scales(out)
+    check_scales(scales, model_fingerprint=model_fingerprint(folder), recipe=recipe)
+    assert scales.prompts_file == FABRICATED
+    assert len(scales.act_scale) == 350
+
+
+def test_half_a_folder_is_removed(tmp_path):
+    with pytest.raises(RuntimeError):
+        fabricate(tmp_path / "out", Plan("mini", 1, 0, 1, torch.device("meta")))  # has no numbers
+    assert list(tmp_path.iterdir()) == []
