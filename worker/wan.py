@@ -39,6 +39,7 @@ from worker.loading import (
     Mode,
     SharedParts,
     check_folder,
+    fingerprint_model,
     load_modes,
     load_shared_parts,
     plan_modes,
@@ -91,7 +92,7 @@ class WanEngine:
         """
         path = config.model.path
         check_folder(path)
-        fingerprint = quant.model_fingerprint(path)
+        fingerprint = fingerprint_model(config)
         if cards is not None:
             cards.tell(fingerprint)
         plans = plan_modes(config, fingerprint)
