@@ -67,9 +67,13 @@ class Device:
     dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float32
 
+    # Which of several cards; named wherever it matters, because what a thread that was not told
+    # works on is the first.
+    card: int = 0
+
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.kind)
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.card)
 
     @property
     def collectives(self) -> str:
@@ -96,7 +100,7 @@ class Device:
     def synchronize(self) -> None:
         """Wait for the device, so that clocks and progress tell the truth."""
         if self.kind != "cpu":
-            _backend(self.kind).synchronize()
+            _backend(self.kind).synchronize(self.card)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` says that memory, the device's or the host's, could not be had."""
@@ -133,9 +137,9 @@ class Device:
             return None
         backend = _backend(self.kind)
         return DeviceMemory(
-            allocated_bytes=int(backend.memory_allocated()),
-            peak_bytes=int(backend.max_memory_allocated()),
-            total_bytes=int(backend.mem_get_info()[1]),
+            allocated_bytes=int(backend.memory_allocated(self.card)),
+            peak_bytes=int(backend.max_memory_allocated(self.card)),
+            total_bytes=int(backend.mem_get_info(self.card)[1]),
         )
 
 
@@ -174,7 +178,7 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, card: int = 0)
             "from 0; start as many processes as there are cards (torchrun --nproc-per-node)."
         )
     _backend(kind).set_device(card)
-    return Device(kind, str(_backend(kind).get_device_name(card)))
+    return Device(kind, str(_backend(kind).get_device_name(card)), card=card)
 
 
 def usable_cores() -> int:
