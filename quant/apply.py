@@ -12,7 +12,6 @@ never a smaller conversion.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from copy import copy
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -154,7 +153,7 @@ def _shallow_copy(name: str, module: nn.Module) -> nn.Module:
     # what is later swapped or hooked in one tree stays out of the other. So does diffusers' list of
     # its own hooks, which is empty here or there would be a patched forward.
     twin.__dict__ = {
-        key: copy(value) if key in _REGISTRIES or "_hooks" in key else value
+        key: value.copy() if key in _REGISTRIES or "_hooks" in key else value
         for key, value in state.items()
         if key != "_diffusers_hook"
     }

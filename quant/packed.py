@@ -34,6 +34,7 @@ from quant.skeleton import (
     empty_transformer,
     materialize,
     quantized_skeleton,
+    shared_skeleton,
     stored_state,
 )
 
@@ -124,7 +125,7 @@ def check_packed(
     if problem:
         command = convert_command(name, model_folder, recipe)
         raise PackedMismatch(f"{problem}; make a fitting one with: {command}")
-    skeleton = quantized_skeleton(empty_transformer(info.transformer_config), info.recipe)
+    skeleton = quantized_skeleton(shared_skeleton(info.transformer_config), info.recipe)
     check_stored(skeleton.state_dict(), packed.stored, source=str(name), exact=True)
 
 
@@ -134,7 +135,7 @@ def load_packed(packed: PackedCheckpoint, copier: Copier) -> WanTransformer3DMod
     Raises:
         WeightsError: a file cannot be read, or has become shorter.
     """
-    transformer = empty_transformer(packed.info.transformer_config)
+    transformer = shared_skeleton(packed.info.transformer_config)
     twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, copier)
     return twin.to(copier.device)  # what is computed rather than stored
 

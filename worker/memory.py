@@ -26,7 +26,7 @@ from torch import nn
 from quant import QuantRecipe
 from quant.fingerprint import read_transformer_config
 from quant.safetensors_header import stored_tensors
-from quant.skeleton import empty_transformer, quantized_skeleton
+from quant.skeleton import quantized_skeleton, shared_skeleton
 from worker.config import ModelConfig, WorkerConfig, split_size
 from worker.devices import Device
 from worker.errors import ModelUnusable, TooLittleMemory
@@ -160,7 +160,7 @@ def measure_model(
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
     folder = config.model.path
-    base = empty_transformer(read_transformer_config(folder), device.dtype)
+    base = shared_skeleton(read_transformer_config(folder), device.dtype)
     trees: list[nn.Module] = [
         base if recipe is None else quantized_skeleton(base, recipe) for recipe in recipes
     ]

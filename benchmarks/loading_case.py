@@ -1,0 +1,124 @@
+"""One start, measured in a process of its own; `benchmarks.loading` runs it and reads its JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import quant
+from worker.config import load_config
+from worker.devices import Device, pick_device
+from worker.loading import (
+    check_folder,
+    fingerprint_model,
+    load_modes,
+    load_shared_parts,
+    plan_modes,
+)
+from worker.wan import WanEngine
+
+COPY_BYTES = 1 << 30
+COPY_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Seconds of one start, and bytes. `copy_bytes_per_s` is what pinned memory reaches here.
+
+    Attributes:
+        imports_s: from the process' start until torch and the worker were there.
+        device_s: until the device answered.
+        checks_s: fingerprint, recipes, scales and headers.
+        transformer_s: the modes, on the kernels of the device.
+        parts_s: tokenizer, text encoder, VAE and scheduler.
+        transformer_bytes: of all modes together.
+    """
+
+    device: str
+    imports_s: float
+    device_s: float
+    checks_s: float
+    transformer_s: float
+    parts_s: float
+    transformer_bytes: int
+    parts_bytes: int
+    peak_bytes: int
+    copy_bytes_per_s: float
+
+    @property
+    def loading_s(self) -> float:
+        """From a running process with a live device to a worker that is ready."""
+        return self.checks_s + self.transformer_s + self.parts_s
+
+
+def main(
+    config_file: Path,
+    started: Annotated[float, typer.Option(help="When the process was started, UNIX time.")],
+    wanted: Annotated[str, typer.Option("--device")] = "cuda",
+) -> None:
+    """Load what the configuration says as a worker does, and print what it took as JSON."""
+    imported = time.time()
+    device = pick_device("cpu" if wanted == "cpu" else "cuda")
+    torch.zeros(1, device=device.torch_device)
+    device.synchronize()
+    laps = [imported, time.time()]
+    config = load_config(config_file)
+    path = config.model.path
+
+    def lap() -> None:
+        device.synchronize()
+        laps.append(time.time())
+
+    check_folder(path)
+    fingerprint = fingerprint_model(config)
+    plans = plan_modes(config, fingerprint)
+    lap()
+    modes = load_modes(path, plans, device)
+    lap()
+    parts = load_shared_parts(path, device)
+    engine = WanEngine(config.model, fingerprint, device, parts, modes)
+    lap()
+    seconds = [after - before for before, after in pairwise(laps)]
+    memory = device.memory()
+    peak = 0 if memory is None else memory.peak_bytes
+    trees = [mode.transformer for mode in engine.loaded.values()]
+    start = Start(
+        device=device.name,
+        imports_s=imported - started,
+        device_s=seconds[0],
+        checks_s=seconds[1],
+        transformer_s=seconds[2],
+        parts_s=seconds[3],
+        transformer_bytes=quant.weight_bytes(*trees),
+        parts_bytes=quant.weight_bytes(parts.text_encoder, parts.vae),
+        peak_bytes=peak,
+        copy_bytes_per_s=copy_rate(device),
+    )
+    print(json.dumps(asdict(start)))
+
+
+def copy_rate(device: Device) -> float:
+    """Bytes a second from pinned memory to the device, in one large copy: the best of a few."""
+    on_card = device.memory() is not None
+    size = COPY_BYTES if on_card else COPY_BYTES >> 4
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=on_card).fill_(1)
+    target = torch.empty(size, dtype=torch.uint8, device=device.torch_device)
+    rates = []
+    for _ in range(COPY_ROUNDS):
+        device.synchronize()
+        started = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        device.synchronize()
+        rates.append(size / (time.perf_counter() - started))
+    return max(rates)
+
+
+if __name__ == "__main__":
+    typer.run(main)
