@@ -121,16 +121,16 @@ def compare_tensors(
     ):
         if blocks:
             what = f"{mode}, {name}, relative error"
-            mine, other = own[:, blocks], order[:, blocks]
+            mine, other = 100 * own[:, blocks], 100 * order[:, blocks]
             rows += [
-                report.Row(f"{what}, median", mine.median().item(), "", other.median().item()),
-                report.Row(f"{what}, largest", mine.max().item(), "", other.max().item()),
+                report.Row(f"{what}, median", mine.median().item(), "%", other.median().item()),
+                report.Row(f"{what}, largest", mine.max().item(), "%", other.max().item()),
             ]
     own_db, order_db = (pass_sqnr_db(emulated, other, inputs) for other in (ours, elsewhere))
     rows.append(report.Row(f"{mode}, forward SQNR, lowest", min(own_db), "dB", min(order_db)))
     if inexact := [m.flushed for m in ours.transformer.modules() if hasattr(m, "flushed")]:
         what = f"{mode}, weights E4M3 cannot hold, largest of any product"
-        rows.append(report.Row(what, max(inexact), "share"))
+        rows.append(report.Row(what, 100 * max(inexact), "%"))
     return rows + share_rows(mode, ours, emulated, inputs[len(inputs) // 2])
 
 
@@ -192,8 +192,8 @@ def share_rows(mode: str, ours: Way, emulated: Way, inputs: dict[str, Any]) -> l
     own, other = (each for each in counted if each is not None)
     what = f"{mode}, activations that"
     return [
-        report.Row(f"{what} saturate", own.saturated, "share", other.saturated),
-        report.Row(f"{what} become zero", own.flushed, "share", other.flushed),
+        report.Row(f"{what} saturate", 100 * own.saturated, "%", 100 * other.saturated),
+        report.Row(f"{what} become zero", 100 * own.flushed, "%", 100 * other.flushed),
     ]
 
 

@@ -35,6 +35,7 @@ from worker.decoding import decode_chunks, denormalize, to_frames
 from worker.step_cache import register_fused_blocks, step_cache
 
 RECIPE = "boundary-hif8"
+BASELINE = "no cache"
 FIRST_BLOCK_THRESHOLDS = (0.05, 0.1, 0.2)
 MAG_THRESHOLDS = (0.06, 0.12, 0.24)
 PASSES = 2 * SAMPLING_STEPS  # with the prompt and without
@@ -57,12 +58,8 @@ def main(
     pipeline = w8a8_pipeline()
     ratios = measure_ratios(pipeline, captions_of(Split.CALIBRATION, calibration))
     texts = captions_of(Split.EVALUATION, count)
-    without = make(pipeline, texts, None)
-    rows = setting_rows("no cache", without, without, texts)
-    for name, setting in settings(ratios).items():
-        made = make(pipeline, texts, setting)
-        rows += setting_rows(name, made, without, texts)
-        print(f"{name}: done", flush=True)
+    made = make(pipeline, texts, {BASELINE: None} | settings(ratios))
+    rows = [row for name in made for row in setting_rows(name, made, texts)]
     report.print_table(rows)
     document = {
         "captions": count,
@@ -121,17 +118,21 @@ def measure_ratios(pipeline: WanPipeline, texts: list[str]) -> tuple[float, ...]
     return tuple(round(each, 5) for each in np.mean(found, axis=0).tolist())
 
 
-def make(pipeline: WanPipeline, texts: list[str], setting: StepCache | None) -> Made:
-    """A video for every caption, one after the other."""
-    made = Made()
+def make(
+    pipeline: WanPipeline, texts: list[str], compared: dict[str, StepCache | None]
+) -> dict[str, Made]:
+    """A video for every caption in every setting, in turn, so that all see the same machine."""
+    made = {name: Made() for name in compared}
     for seed, text in enumerate(texts):
-        with counted(pipeline) as calls:
-            started = time.perf_counter()
-            with step_cache(pipeline.transformer, setting, SAMPLING_STEPS):
-                latents = denoise(pipeline, text, seed)
-            made.seconds.append(time.perf_counter() - started)
-        made.full_passes.append(len(calls))
-        made.videos.append(decode(pipeline, latents))
+        for name, setting in compared.items():
+            with counted(pipeline) as calls:
+                started = time.perf_counter()
+                with step_cache(pipeline.transformer, setting, SAMPLING_STEPS):
+                    latents = denoise(pipeline, text, seed)
+                made[name].seconds.append(time.perf_counter() - started)
+            made[name].full_passes.append(len(calls))
+            made[name].videos.append(decode(pipeline, latents))
+        print(f"caption {seed + 1} of {len(texts)}: done", flush=True)
     return made
 
 
@@ -171,8 +172,9 @@ def counted(pipeline: WanPipeline) -> Iterator[list[int]]:
         handle.remove()
 
 
-def setting_rows(name: str, made: Made, without: Made, texts: list[str]) -> list[report.Row]:
+def setting_rows(name: str, all_made: dict[str, Made], texts: list[str]) -> list[report.Row]:
     """One setting: what it left out, how long it took, and what that cost."""
+    made, without = all_made[name], all_made[BASELINE]
     psnr = [psnr_db(a, b) for a, b in zip(made.videos, without.videos, strict=True)]
     low, high = bootstrap(np.array(psnr))
     judged = [
