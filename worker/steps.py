@@ -19,6 +19,10 @@ KEPT: Final = 50
 STALLED: Final = 10
 """A step that takes this many times the median hangs."""
 
+STALLED_SLOW: Final = 3
+"""Nor does one hang before this many times what only one step in ten exceeds: under a step cache
+most steps may be short, and a full one comes all the same."""
+
 FINISH_S: Final = 600.0
 """The most silence once the last step of a stage is done, and while the MP4 is finished and stored:
 that depends on a disk or a network, not on the device."""
@@ -50,6 +54,11 @@ class StepTimes:
     def median(self, shape: str, stage: Stage) -> float | None:
         found = self._seconds.get((shape, stage))
         return statistics.median(found) if found else None
+
+    def slow(self, shape: str, stage: Stage) -> float | None:
+        """What one step in ten exceeds; of fewer than ten the longest."""
+        found = sorted(self._seconds.get((shape, stage), ()))
+        return found[(9 * len(found) - 1) // 10] if found else None
 
 
 class JobClock:
@@ -90,9 +99,10 @@ class JobClock:
         if self._stage is None or self._stage is Stage.MP4 or self._step == self._steps:
             return max(FINISH_S, self._limits.floor_s)
         median = self._times.median(self._shape, self._stage)
-        if median is None:
+        slow = self._times.slow(self._shape, self._stage)
+        if median is None or slow is None:
             return self._limits.first_step_s
-        return max(STALLED * median, self._limits.floor_s)
+        return max(STALLED * median, STALLED_SLOW * slow, self._limits.floor_s)
 
     def seconds_left(self) -> float | None:
         """Until the job's end, as well as it is known; None where nothing is.

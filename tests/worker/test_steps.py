@@ -51,6 +51,16 @@ def test_the_silence_allowed_follows_the_steps_of_the_kind(wait: Callable[[float
     assert clock.own_steps == pytest.approx([0.1, 20, 20, 20])
 
 
+def test_short_steps_of_a_cache_do_not_make_a_full_one_a_stall(
+    wait: Callable[[float], None],
+) -> None:
+    clock = JobClock(order(num_inference_steps=50), None, StepTimes(), LIMITS)
+    for step in range(41):
+        clock.at(Stage.DENOISE, step, 50)
+        wait(0.1 if step % 4 else 17)  # three of four steps are left out
+    assert clock.silence_s() == pytest.approx(3 * 17)
+
+
 def test_the_next_job_of_the_shape_knows_and_one_of_another_does_not(
     wait: Callable[[float], None],
 ) -> None:
