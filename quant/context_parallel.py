@@ -5,7 +5,7 @@ for its length cards trade, so that each has all tokens of some of the heads
 (https://arxiv.org/abs/2309.14509). One transformer runs so whenever a group of cards is set, and
 as ever while there is none; it can be another group from one forward to the next.
 
-diffusers' own context parallelism is for its own attention: docs/decisions/012 says why it is not
+diffusers' own context parallelism is for its own attention: docs/decisions/010 says why it is not
 used here.
 """
 
