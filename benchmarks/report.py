@@ -75,13 +75,15 @@ def _row(row: Row) -> dict[str, Any]:
 def _commit() -> str:
     """What was measured. Other results do not make it dirty.
 
-    An unpacked archive has no commit; who unpacks one may say which it is of in BENCHMARK_COMMIT.
+    A copy without its history cannot know; who makes one says it in BENCHMARK_COMMIT.
     """
+    if told := os.environ.get("BENCHMARK_COMMIT"):
+        return told
     try:
         commit = _git("describe", "--always")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCHMARK_COMMIT", "unknown")
+        return "unknown"
     return f"{commit}-dirty" if changed else commit
 
 

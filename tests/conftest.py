@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a real Valkey, a clean database per test, and a service over it."""
 
+import os
 import socket
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from jobs.store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
 from tests.s3_server import make_bucket, s3_server
+
+# Read when Triton is imported, which other libraries do: its kernels are interpreted, without a
+# card. Tests that have one (`-m cuda`) are run with TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def free_port() -> int:

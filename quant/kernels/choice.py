@@ -8,6 +8,7 @@ before it is trusted. What fails is said once, and plain torch runs instead.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,8 @@ def check_kernels(kernels: Kernels, device: torch.device, *, quantized: bool) ->
         ConversionError: one of them computes something else.
         Exception: whatever a kernel that does not compile or run raises.
     """
+    if quantized:
+        _check_edges(kernels, device)
     trial = _Trial(device, quantized)
     expected = trial.run(EagerKernels())
     for name, found in trial.run(kernels).items():
@@ -93,6 +96,14 @@ def check_kernels(kernels: Kernels, device: torch.device, *, quantized: bool) ->
                 f"its {name} agrees with plain torch to {agreement:.0f} dB only, where "
                 f"{AGREEMENT_DB:.0f} are wanted"
             )
+
+
+def _check_edges(kernels: Kernels, device: torch.device) -> None:
+    """NaN has to stay NaN, and what is too large the largest there is, with its sign."""
+    edges = torch.tensor([float("nan"), float("inf"), -1e30], dtype=torch.bfloat16, device=device)
+    nan, high, low = _value(kernels.round_act(edges, SCALE)).tolist()
+    if not (math.isnan(nan) and high >= 384 * SCALE and low == -high):
+        raise ConversionError(f"its rounding makes {[nan, high, low]} of NaN, infinity and -1e30")
 
 
 class _Trial:

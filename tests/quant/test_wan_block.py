@@ -1,0 +1,123 @@
+"""A fused block is diffusers' own to the last bit, in BF16 and quantized, and keeps its prompts."""
+
+import gc
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+import quant
+from quant.apply import twin_tree
+from quant.kernels.choice import check_kernels, pick_kernels
+from quant.kernels.eager import EagerKernels
+from quant.kernels.plain import JoinedLinear, SeparateLinears
+from quant.wan_block import FusedWanBlock, fuse_blocks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def transformer() -> WanTransformer3DModel:
+    """Three blocks, small, with norms that are not all ones; in the types diffusers loads."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=32,
+        ffn_dim=128,
+        num_layers=3,
+        freq_dim=32,
+    )
+    kept = set(model._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        if not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    return randn(1, 16, 3, 8, 8), torch.tensor([500.0]), randn(1, 7, 32)
+
+
+def run(model: WanTransformer3DModel, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(*given, return_dict=False)[0]
+    return out
+
+
+def test_fused_is_diffusers_to_the_last_bit(transformer: WanTransformer3DModel) -> None:
+    fused = twin_tree(transformer, lambda name, module: None)
+    assert fuse_blocks(fused, EagerKernels()) == ()
+    assert all(isinstance(block, FusedWanBlock) for block in fused.blocks)
+    for seed in (0, 1, 0):  # another prompt in between: none is taken for the other
+        assert torch.equal(run(fused, inputs(seed)), run(transformer, inputs(seed)))
+
+
+def test_a_prompt_is_kept_while_it_lives_and_no_longer(transformer: WanTransformer3DModel) -> None:
+    fuse_blocks(transformer, EagerKernels())
+    embedder = transformer.condition_embedder.text_embedder
+    seen: list[Tensor] = []
+    embedder.embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    given = inputs()
+    first, second = run(transformer, given), run(transformer, given)
+    assert torch.equal(first, second)
+    assert len(seen) == 1
+    blocks = transformer.blocks
+    assert [len(block._prompts) for block in blocks] == [1, 1, 1]
+    del given
+    gc.collect()
+    assert [len(block._prompts) for block in blocks] == [0, 0, 0]
+
+
+def test_joined_linears_compute_the_same_and_take_no_memory_twice(
+    transformer: WanTransformer3DModel,
+) -> None:
+    attention = transformer.blocks[0].attn1
+    linears = [attention.to_q, attention.to_k, attention.to_v]
+    x = inputs()[0].reshape(-1, 48)[:5]
+    separate = SeparateLinears(linears)(x)
+    before = quant.weight_bytes(transformer)
+    joined = JoinedLinear(linears)
+    assert quant.sqnr_db(separate, joined(x)) > 40
+    assert quant.weight_bytes(transformer, joined) == before
+    again = JoinedLinear(linears)  # of a tree that shares them
+    assert again.weight.data_ptr() == joined.weight.data_ptr()
+    assert torch.equal(again(x), joined(x))
+
+
+def test_on_a_cpu_blocks_run_in_plain_torch() -> None:
+    for quantized in (False, True):
+        choice = pick_kernels(CPU, quantized=quantized)
+        assert isinstance(choice.kernels, EagerKernels)
+        assert choice.warning is None
+
+
+class WrongKernels(EagerKernels):
+    """Forgets the gate."""
+
+    def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
+        return x + delta
+
+
+class DeafKernels(EagerKernels):
+    """Makes a number of NaN."""
+
+    def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
+        return super().round_act(x, act_scale).nan_to_num()
+
+
+def test_kernels_that_compute_something_else_are_not_trusted() -> None:
+    for quantized in (False, True):
+        check_kernels(EagerKernels(), CPU, quantized=quantized)
+        with pytest.raises(quant.ConversionError, match=r"its (gated )?sum agrees .* to -?\d+ dB"):
+            check_kernels(WrongKernels(), CPU, quantized=quantized)
+    with pytest.raises(quant.ConversionError, match="of NaN, infinity"):
+        check_kernels(DeafKernels(), CPU, quantized=True)
