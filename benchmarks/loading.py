@@ -103,13 +103,10 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         return statistics.median(float(getattr(start, attribute)) for start in starts)
 
     transformer, parts = median("transformer_bytes"), median("parts_bytes")
-    copied, copied_all = transformer / rate(starts), (transformer + parts) / rate(starts)
-    ready = statistics.median(start.checks_s + start.transformer_s for start in starts)
+    copied = (transformer + parts) / rate(starts)
     return [
-        Row(f"{name}: transformer, from files to kernels", round(ready, 3), "s", round(copied, 3)),
-        Row(f"{name}: ready to serve", round(median("loading_s"), 3), "s", round(copied_all, 3)),
+        Row(f"{name}: ready to serve", round(median("loading_s"), 3), "s", round(copied, 3)),
         Row(f"{name}: of it checks before loading", round(median("checks_s"), 3), "s"),
-        Row(f"{name}: of it text encoder, VAE, rest", round(median("parts_s"), 3), "s"),
         Row(f"{name}: imports before", round(median("imports_s"), 3), "s"),
         Row(f"{name}: the device's first answer", round(median("device_s"), 3), "s"),
         Row(f"{name}: transformer on the device", round(transformer / GIB, 3), "GiB"),

@@ -15,13 +15,7 @@ import typer
 import quant
 from worker.config import load_config
 from worker.devices import Device, pick_device
-from worker.loading import (
-    check_folder,
-    fingerprint_model,
-    load_modes,
-    load_shared_parts,
-    plan_modes,
-)
+from worker.loading import check_folder, fingerprint_model, load_model, plan_modes
 from worker.wan import WanEngine
 
 COPY_BYTES = 1 << 30
@@ -36,8 +30,7 @@ class Start:
         imports_s: from the process' start until torch and the worker were there.
         device_s: until the device answered.
         checks_s: fingerprint, recipes, scales and headers.
-        transformer_s: the modes, on the kernels of the device.
-        parts_s: tokenizer, text encoder, VAE and scheduler.
+        model_s: the modes, on the kernels of the device, and at the same time what they share.
         transformer_bytes: of all modes together.
     """
 
@@ -45,8 +38,7 @@ class Start:
     imports_s: float
     device_s: float
     checks_s: float
-    transformer_s: float
-    parts_s: float
+    model_s: float
     transformer_bytes: int
     parts_bytes: int
     peak_bytes: int
@@ -55,7 +47,7 @@ class Start:
     @property
     def loading_s(self) -> float:
         """From a running process with a live device to a worker that is ready."""
-        return self.checks_s + self.transformer_s + self.parts_s
+        return self.checks_s + self.model_s
 
 
 def main(
@@ -80,9 +72,7 @@ def main(
     fingerprint = fingerprint_model(config)
     plans = plan_modes(config, fingerprint)
     lap()
-    modes = load_modes(path, plans, device)
-    lap()
-    parts = load_shared_parts(path, device)
+    modes, parts = load_model(path, plans, device)
     engine = WanEngine(config.model, fingerprint, device, parts, modes)
     lap()
     seconds = [after - before for before, after in pairwise(laps)]
@@ -94,8 +84,7 @@ def main(
         imports_s=imported - started,
         device_s=seconds[0],
         checks_s=seconds[1],
-        transformer_s=seconds[2],
-        parts_s=seconds[3],
+        model_s=seconds[2],
         transformer_bytes=quant.weight_bytes(*trees),
         parts_bytes=quant.weight_bytes(parts.text_encoder, parts.vae),
         peak_bytes=peak,

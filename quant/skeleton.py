@@ -157,14 +157,28 @@ def materialize(
 ) -> M:
     """Give a tree on the meta device its weights, straight to where `copier` leads.
 
-    What is real already stays as it is and where it is. A parameter that the tree holds under
-    several names is read once and stays one. Call `check_stored` first.
+    What is real already stays as it is and where it is. Call `check_stored` first.
 
     Args:
         names: read these only.
 
     Raises:
         WeightsError: a file cannot be read, or has become shorter.
+    """
+    copier.read(allocate(module, stored, copier.device, names))
+    return module
+
+
+def allocate(
+    module: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+    names: Collection[str] | None = None,
+) -> Iterator[Wanted]:
+    """Make room for a tree's weights, one by one in the order of the files, for `Copier.read`.
+
+    When the last was taken, the tree holds them. A parameter that it has under several names is
+    made once and stays one.
     """
     wanted = module.state_dict(keep_vars=True)
     empty = {
@@ -173,24 +187,19 @@ def materialize(
         if tensor.is_meta and name in stored and (names is None or name in names)
     }
     made: dict[int, Tensor] = {}
-
-    def allocated() -> Iterator[Wanted]:
-        for name in sorted(empty, key=lambda name: (stored[name].file, stored[name].start)):
-            tensor = empty[name]
-            if id(tensor) not in made:
-                real = torch.empty(tensor.shape, dtype=tensor.dtype, device=copier.device)
-                if isinstance(tensor, nn.Parameter):
-                    real = nn.Parameter(real, requires_grad=tensor.requires_grad)
-                made[id(tensor)] = real
-                yield stored[name], real
-
-    copier.read(allocated())
+    for name in sorted(empty, key=lambda name: (stored[name].file, stored[name].start)):
+        tensor = empty[name]
+        if id(tensor) not in made:
+            real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = real
+            yield stored[name], real
     for each in module.modules():
         for own in (each._parameters, each._buffers):
-            for name, tensor in own.items():
-                if id(tensor) in made:
-                    own[name] = made[id(tensor)]  # type: ignore[assignment]
-    return module
+            for name, held in own.items():
+                if id(held) in made:
+                    own[name] = made[id(held)]  # type: ignore[assignment]
 
 
 def _empty_linear(linear: nn.Linear, recipe: QuantRecipe) -> Hif8Linear:

@@ -20,17 +20,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from diffusers import WanTransformer3DModel
 
 import quant
 from jobs.catalog import ModeOffer
@@ -39,6 +35,8 @@ from quant.skeleton import check_stored, empty_transformer, materialize
 from worker.config import ModeConfig, StepCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
+from worker.part_files import WEIGHTS, check_files, read_json
+from worker.shared_parts import ComingParts, SharedParts
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +48,6 @@ _PARTS = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
-_CONFIG = "*config.json"
-_WEIGHTS = "*.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class SharedParts:
-    """What all modes use. `scheduler` is a pattern: a run makes its own from its configuration."""
-
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: UMT5EncoderModel
-    vae: AutoencoderKLWan
-    scheduler: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +153,28 @@ def load_modes(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ..
     )
 
 
+def load_model(
+    path: Path, plans: list[_Plan], device: Device, text_encoder_on: torch.device | None = None
+) -> tuple[tuple[Mode, ...], SharedParts]:
+    """Load the modes and, at the same time, what they share: either leaves the way to the device
+    idle now and then.
+
+    Args:
+        text_encoder_on: where the text encoder goes; by default to the device.
+
+    Raises:
+        ModelUnusable, quant.QuantError: a part is missing, or a file or tensor is not as it should
+            be.
+    """
+    shared = ComingParts(path, device, text_encoder_on)
+    with ThreadPoolExecutor(1, "shared-parts") as beside:
+        copied = beside.submit(shared.copy)
+        modes = load_modes(path, plans, device)
+        parts = shared.finish()
+        copied.result()
+    return modes, parts
+
+
 def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
     """Have a mode's blocks run on the device's kernels; after all modes are made, which share."""
     quantized = plan.recipe is not None
@@ -192,50 +200,11 @@ def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
 
 
 def _load_bf16(folder: Path, device: Device, copier: quant.Copier) -> WanTransformer3DModel:
-    _check_files(folder, _WEIGHTS)
-    transformer = empty_transformer(_read_json(folder / "config.json"), device.dtype)
-    stored = stored_tensors(sorted(folder.glob(_WEIGHTS)))
+    check_files(folder, WEIGHTS)
+    transformer = empty_transformer(read_json(folder / "config.json"), device.dtype)
+    stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
     check_stored(transformer.state_dict(), stored, source=str(folder), exact=False)
     return materialize(transformer, stored, copier).to(copier.device)
-
-
-def load_shared_parts(
-    path: Path, device: Device, text_encoder_on: torch.device | None = None
-) -> SharedParts:
-    """Load tokenizer, text encoder, VAE and scheduler from the folder `path`.
-
-    Args:
-        text_encoder_on: where the text encoder goes; by default to the device.
-    """
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    scheduler = getattr(diffusers, index["scheduler"][1])
-    copier = quant.Copier(text_encoder_on or device.torch_device)
-    vae = _read(AutoencoderKLWan.from_pretrained, path / "vae", dtype=device.vae_dtype)
-    return SharedParts(
-        tokenizer=_read(AutoTokenizer.from_pretrained, path / "tokenizer", "tokenizer.json"),
-        text_encoder=load_text_encoder(path / "text_encoder", device.dtype, copier),
-        vae=vae.eval().to(device.torch_device),
-        scheduler=_read(scheduler.from_pretrained, path / "scheduler", _CONFIG),
-    )
-
-
-def load_text_encoder(folder: Path, dtype: torch.dtype, copier: quant.Copier) -> UMT5EncoderModel:
-    """Load a text encoder from its files straight to the copier's device.
-
-    Raises:
-        ModelUnusable: the folder lacks a file, or one cannot be read.
-        quant.WeightsError: naming the tensor that is not as it should be.
-    """
-    config = _read(UMT5Config.from_pretrained, folder, _WEIGHTS)
-    with init_empty_weights(include_buffers=False):
-        encoder = UMT5EncoderModel(config)
-    encoder.tie_weights()
-    for parameter in encoder.parameters():
-        parameter.data = parameter.data.to(dtype)
-    stored = stored_tensors(sorted(folder.glob(_WEIGHTS)))
-    wanted = dict(encoder.named_parameters())  # a parameter under two names counts once
-    check_stored(wanted, stored, source=str(folder), exact=False)
-    return materialize(encoder, stored, copier).eval().to(copier.device)
 
 
 def check_folder(path: Path) -> None:
@@ -297,40 +266,3 @@ def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, copier: quant.Co
     )
     weight_bytes = quant.weight_bytes(transformer)
     return Mode(offer, transformer.eval(), report, weight_bytes, plan.config.step_cache)
-
-
-def _read(load: Callable[..., Any], folder: Path, needed: str = _WEIGHTS, **options: Any) -> Any:
-    """Call a `from_pretrained` on a local folder; nothing is downloaded or unpickled.
-
-    `needed` is the pattern of the files that it cannot do without, beside a configuration.
-    """
-    if needed == _WEIGHTS:
-        options["use_safetensors"] = True
-    _check_files(folder, needed)
-    try:
-        return load(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ModelUnusable(f"The model part {folder} cannot be loaded: {reason}") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return values
-
-
-def _check_files(folder: Path, needed: str) -> None:
-    """Name the file that is missing or broken: the libraries call that a failed download."""
-    for pattern in (_CONFIG, needed):
-        if not any(folder.glob(pattern)):
-            raise ModelUnusable(f"The model part {folder} lacks a file {pattern}.")
-    for file in sorted(folder.iterdir()):
-        try:
-            if file.suffix == ".json":
-                if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-                    raise ValueError("it holds no JSON object")
-            elif file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):  # reads the header, checks the size
-                    pass
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelUnusable(f"The model file {file} cannot be read: {error}") from error

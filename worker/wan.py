@@ -37,14 +37,13 @@ from worker.engine import Clip, Frame, StageSeconds, Watch
 from worker.following import lead
 from worker.loading import (
     Mode,
-    SharedParts,
     check_folder,
     fingerprint_model,
-    load_modes,
-    load_shared_parts,
+    load_model,
     plan_modes,
 )
 from worker.saturation import ActSample
+from worker.shared_parts import SharedParts
 from worker.step_cache import step_cache
 
 
@@ -96,9 +95,8 @@ class WanEngine:
         if cards is not None:
             cards.tell(fingerprint)
         plans = plan_modes(config, fingerprint)
-        modes = load_modes(path, plans, device)
+        modes, parts = load_model(path, plans, device)
         denoise = None if cards is None else lead(cards, modes)
-        parts = load_shared_parts(path, device)
         return cls(config.model, fingerprint, device, parts, modes, denoise)
 
     def describe(self) -> list[str]:

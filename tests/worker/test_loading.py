@@ -17,7 +17,8 @@ from quant import QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
 from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
-from worker.loading import check_folder, load_shared_parts, plan_modes
+from worker.loading import check_folder, plan_modes
+from worker.shared_parts import load_shared_parts
 from worker.wan import WanEngine
 
 

@@ -17,7 +17,8 @@ from tests.worker.orders import order
 from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.engine import Frame
-from worker.loading import load_modes, load_shared_parts, plan_modes
+from worker.loading import load_modes, plan_modes
+from worker.shared_parts import load_shared_parts
 from worker.wan import WanEngine
 
 # Short clips where the length does not matter: 5 frames are two latent ones.

@@ -1,0 +1,52 @@
+"""The files of a model's parts: read with the libraries, or named where they are broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from worker.errors import ModelUnusable
+
+CONFIG = "*config.json"
+WEIGHTS = "*.safetensors"
+
+
+def read_part(load: Callable[..., Any], folder: Path, needed: str = WEIGHTS, **options: Any) -> Any:
+    """Call a `from_pretrained` on a local folder; nothing is downloaded or unpickled.
+
+    `needed` is the pattern of the files that it cannot do without, beside a configuration.
+    """
+    if needed == WEIGHTS:
+        options["use_safetensors"] = True
+    check_files(folder, needed)
+    try:
+        return load(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelUnusable(f"The model part {folder} cannot be loaded: {reason}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
+def check_files(folder: Path, needed: str) -> None:
+    """Name the file that is missing or broken: the libraries call that a failed download."""
+    for pattern in (CONFIG, needed):
+        if not any(folder.glob(pattern)):
+            raise ModelUnusable(f"The model part {folder} lacks a file {pattern}.")
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+                    raise ValueError("it holds no JSON object")
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # reads the header, checks the size
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelUnusable(f"The model file {file} cannot be read: {error}") from error

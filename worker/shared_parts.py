@@ -1,0 +1,118 @@
+"""What all modes of a model share: tokenizer, text encoder, VAE and scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from quant import Copier
+from quant.kernels.copier import Wanted
+from quant.safetensors_header import stored_tensors
+from quant.skeleton import allocate, check_stored
+from worker.devices import Device
+from worker.part_files import CONFIG, WEIGHTS, check_files, read_json, read_part
+
+
+@dataclass(frozen=True, slots=True)
+class SharedParts:
+    """What all modes use. `scheduler` is a pattern: a run makes its own from its configuration."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: UMT5EncoderModel
+    vae: AutoencoderKLWan
+    scheduler: Any
+
+
+class ComingParts:
+    """Shared parts on their way: checked, then copied, by another thread if one likes, then there.
+
+    Everything that torch's and the libraries' global switches could get into the way of happens
+    where the object is made; `copy` only copies.
+    """
+
+    def __init__(
+        self, path: Path, device: Device, text_encoder_on: torch.device | None = None
+    ) -> None:
+        """Check the weights of text encoder and VAE in the folder `path` and make room for them.
+
+        Args:
+            text_encoder_on: where the text encoder goes; by default to the device.
+
+        Raises:
+            ModelUnusable: a part lacks a file, or one cannot be read.
+            quant.WeightsError: naming the tensor that is not as it should be.
+        """
+        self._path = path
+        encoder = read_part(UMT5Config.from_pretrained, path / "text_encoder", WEIGHTS)
+        check_files(path / "vae", WEIGHTS)
+        with init_empty_weights(include_buffers=False):
+            self.text_encoder = UMT5EncoderModel(encoder)
+            self.vae = AutoencoderKLWan.from_config(read_json(path / "vae" / "config.json"))
+        self.text_encoder.tie_weights()
+        self._copies: list[tuple[Copier, list[Wanted]]] = []
+        place = text_encoder_on or device.torch_device
+        self._expect(self.text_encoder, path / "text_encoder", device.dtype, place)
+        self._expect(self.vae, path / "vae", device.vae_dtype, device.torch_device)
+
+    def copy(self) -> None:
+        """Copy the weights.
+
+        Raises:
+            quant.WeightsError: a file cannot be read, or has become shorter.
+        """
+        for copier, wanted in self._copies:
+            copier.read(wanted)
+
+    def finish(self) -> SharedParts:
+        """Read what is left, which is small; `copy` may still be under way.
+
+        Raises:
+            ModelUnusable: a part lacks a file, or one cannot be read.
+        """
+        index: Mapping[str, Any] = read_json(self._path / "model_index.json")
+        scheduler = getattr(diffusers, index["scheduler"][1])
+        return SharedParts(
+            tokenizer=read_part(
+                AutoTokenizer.from_pretrained, self._path / "tokenizer", "tokenizer.json"
+            ),
+            text_encoder=self.text_encoder.eval(),
+            vae=self.vae.eval(),
+            scheduler=read_part(scheduler.from_pretrained, self._path / "scheduler", CONFIG),
+        )
+
+    def _expect(
+        self, module: nn.Module, folder: Path, dtype: torch.dtype, place: torch.device
+    ) -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+        stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
+        wanted = dict(module.named_parameters())  # a parameter under two names counts once
+        check_stored(wanted, stored, source=str(folder), exact=False)
+        copier = Copier(place)
+        # All room is made now: memory that is freed under work still running must not be among it.
+        self._copies.append((copier, list(allocate(module, stored, copier.device))))
+
+
+def load_shared_parts(
+    path: Path, device: Device, text_encoder_on: torch.device | None = None
+) -> SharedParts:
+    """Load tokenizer, text encoder, VAE and scheduler from the folder `path`.
+
+    Args:
+        text_encoder_on: where the text encoder goes; by default to the device.
+
+    Raises:
+        ModelUnusable, quant.WeightsError: as `ComingParts`.
+    """
+    parts = ComingParts(path, device, text_encoder_on)
+    parts.copy()
+    return parts.finish()
