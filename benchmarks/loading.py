@@ -1,10 +1,10 @@
 """How long a worker takes to be ready: `python -m benchmarks.loading --model DIR --packed DIR`
 
-Packed w8a8 alone, both modes, and BF16 alone, each start in a process of its own, with all files in
-the page cache (a round before is not counted). The baseline is what copying the same bytes from
-pinned memory to the device takes, in the same processes. `--model` and `--packed` are what
-`benchmarks.fabricate` and `python -m quant convert` have written. Prints a table, then the result
-as one line of JSON, and keeps it in benchmarks/results/.
+Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone, each start in a
+process of its own, with all files in the page cache (a round before is not counted). The baseline
+is what copying the same bytes from pinned memory to the device takes, in the same processes.
+`--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
+Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from quant.recipe import DEFAULT_RECIPE
 
 GIB = 2**30
 TEMPLATE = report.ROOT / "deploy" / "wan-14b.toml"
-CASES = {"packed w8a8": ("w8a8",), "both modes": ("bf16", "w8a8"), "bf16": ("bf16",)}
+TRANSFORMER = "packed w8a8, transformer only"
+CASES = {
+    TRANSFORMER: ("w8a8",),
+    "packed w8a8": ("w8a8",),
+    "both modes": ("bf16", "w8a8"),
+    "bf16": ("bf16",),
+}
 
 
 def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)
@@ -36,16 +42,16 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     recipe: Annotated[str, typer.Option(help="The recipe it is packed with.")] = DEFAULT_RECIPE,
     device: str = "cuda",
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each kind that count.")] = 3,
-    only: Annotated[str, typer.Option(help="Kinds, by comma.")] = ",".join(CASES),
+    only: Annotated[str, typer.Option(help="Kinds, by semicolon.")] = ";".join(CASES),
     keep: Annotated[bool, typer.Option(help="Write into benchmarks/results/.")] = True,
 ) -> None:
     """Start each kind of worker and compare with the bare copy."""
-    measured: dict[str, list[Start]] = {name: [] for name in only.split(",")}
+    measured: dict[str, list[Start]] = {name: [] for name in only.split(";")}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
             for name, starts in measured.items():
                 config = write_config(Path(folder), CASES[name], model, packed, recipe)
-                start = run_case(config, device)
+                start = run_case(config, device, name == TRANSFORMER)
                 if number:
                     starts.append(start)
                 print(f"round {number} of {rounds}, {name}: {start.loading_s:.2f} s", flush=True)
@@ -82,10 +88,11 @@ def write_config(
     return file
 
 
-def run_case(config: Path, device: str) -> Start:
+def run_case(config: Path, device: str, only_modes: bool) -> Start:
     """One start in a new process; what it says on stderr stays visible."""
     command = [sys.executable, "-m", "benchmarks.loading_case", str(config)]
     command += ["--device", device, "--started", str(time.time())]
+    command += ["--only-modes"] if only_modes else []
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=report.ROOT)
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return Start(**values)

@@ -15,7 +15,7 @@ import typer
 import quant
 from worker.config import load_config
 from worker.devices import Device, pick_device
-from worker.loading import check_folder, fingerprint_model, load_model, plan_modes
+from worker.loading import check_folder, fingerprint_model, load_model, load_modes, plan_modes
 from worker.wan import WanEngine
 
 COPY_BYTES = 1 << 30
@@ -54,6 +54,7 @@ def main(
     config_file: Path,
     started: Annotated[float, typer.Option(help="When the process was started, UNIX time.")],
     wanted: Annotated[str, typer.Option("--device")] = "cuda",
+    only_modes: Annotated[bool, typer.Option(help="Leave out what the modes share.")] = False,
 ) -> None:
     """Load what the configuration says as a worker does, and print what it took as JSON."""
     imported = time.time()
@@ -72,13 +73,18 @@ def main(
     fingerprint = fingerprint_model(config)
     plans = plan_modes(config, fingerprint)
     lap()
-    modes, parts = load_model(path, plans, device)
-    engine = WanEngine(config.model, fingerprint, device, parts, modes)
+    shared_bytes = 0
+    if only_modes:
+        modes = load_modes(path, plans, device)
+    else:
+        modes, parts = load_model(path, plans, device)
+        WanEngine(config.model, fingerprint, device, parts, modes)
+        shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
     lap()
     seconds = [after - before for before, after in pairwise(laps)]
     memory = device.memory()
     peak = 0 if memory is None else memory.peak_bytes
-    trees = [mode.transformer for mode in engine.loaded.values()]
+    trees = [mode.transformer for mode in modes]
     start = Start(
         device=device.name,
         imports_s=imported - started,
@@ -86,7 +92,7 @@ def main(
         checks_s=seconds[1],
         model_s=seconds[2],
         transformer_bytes=quant.weight_bytes(*trees),
-        parts_bytes=quant.weight_bytes(parts.text_encoder, parts.vae),
+        parts_bytes=shared_bytes,
         peak_bytes=peak,
         copy_bytes_per_s=copy_rate(device),
     )

@@ -1,0 +1,51 @@
+"""A rehearsal of the loading benchmark with a fabricated miniature, on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import loading
+from benchmarks.fabricate import Plan, calibrate_briefly, fabricate
+from quant import QuantRecipe, convert
+from quant.packed_format import SHARD_PATTERN
+from quant.safetensors_header import stored_tensors
+from worker.config import load_config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("loading")
+    model, packed, scales = folder / "model", folder / "packed", folder / "scales.safetensors"
+    fabricate(model, Plan("mini", 40, 0, 2, torch.device("cpu")))
+    recipe = QuantRecipe.load("boundary-hif8")
+    calibrate_briefly(model, "mini", recipe, scales, "cpu")
+    convert(model, recipe, scales, packed)
+    return model, packed
+
+
+def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path):
+    model, packed = made
+    config = loading.write_config(tmp_path, ("w8a8",), model, packed, "boundary-hif8")
+    start = loading.run_case(config, "cpu", only_modes=False)
+    assert start.loading_s == start.checks_s + start.model_s > 0
+    frequencies = 2 * 1024 * 16 * 4  # of the rotary embedding: computed, not stored
+    assert start.transformer_bytes == packed_bytes(packed) + frequencies
+    rows = {row.what: row for row in loading.rows_of("packed w8a8", [start])}
+    ready = rows["packed w8a8: ready to serve"]
+    assert ready.value == round(start.loading_s, 3)
+    copied = (start.transformer_bytes + start.parts_bytes) / start.copy_bytes_per_s
+    assert ready.baseline == round(copied, 3)
+
+
+def packed_bytes(packed: Path) -> int:
+    return sum(each.nbytes for each in stored_tensors(packed.glob(SHARD_PATTERN)).values())
+
+
+def test_every_kind_of_worker_has_a_configuration_that_loads(made, tmp_path):
+    model, packed = made
+    for modes in loading.CASES.values():
+        config = load_config(loading.write_config(tmp_path, modes, model, packed, "boundary-hif8"))
+        assert tuple(mode.name for mode in config.modes) == modes
+        assert config.model.path == model.resolve()
+        assert {mode.packed for mode in config.modes} <= {None, packed.resolve()}
