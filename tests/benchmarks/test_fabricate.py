@@ -1,30 +1,20 @@
 """A fabricated folder is one to whatever reads such folders, and the same for the same seed."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.fabricate import FABRICATED, Plan, calibrate_briefly, fabricate
+from benchmarks.fabricate import FABRICATED, Plan, fabricate
 from benchmarks.fabricated_weights import LOUD_FROM, LOUD_TO, Fabricator
 from quant import QuantRecipe, check_scales, load_scales, model_fingerprint
 
 CPU = torch.device("cpu")
-PLAN = Plan("mini", layers=40, seed=7, threads=2, device=CPU, shard_bytes=400_000)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("fabricated") / "mini"
-    fabricate(out, PLAN)
-    return out
-
-
-def test_the_libraries_load_it_and_it_runs(folder):
-    pipe = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+def test_the_libraries_load_it_and_it_runs(fabricated):
+    pipe = WanPipeline.from_pretrained(fabricated, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     frames = pipe(
         "a box", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt"
@@ -34,30 +24,30 @@ def test_the_libraries_load_it_and_it_runs(folder):
     assert frames.std() > 0
 
 
-def test_large_parts_are_sharded_as_the_libraries_do(folder):
-    files = sorted(file.name for file in (folder / "transformer").iterdir())
+def test_large_parts_are_sharded_as_the_libraries_do(fabricated):
+    files = sorted(file.name for file in (fabricated / "transformer").iterdir())
     assert "diffusion_pytorch_model.safetensors.index.json" in files
     assert files[1].startswith("diffusion_pytorch_model-00001-of-0000")
-    assert {file.name for file in (folder / "text_encoder").iterdir()} == {
+    assert {file.name for file in (fabricated / "text_encoder").iterdir()} == {
         "config.json",
         "model.safetensors",
     }
 
 
-def test_the_same_seed_gives_the_same_model_whatever_the_threads(folder, tmp_path):
+def test_the_same_seed_gives_the_same_model_whatever_the_threads(fabricated, tmp_path):
     again = tmp_path / "again"
     fabricate(again, Plan("mini", 40, seed=7, threads=1, device=CPU, shard_bytes=400_000))
-    assert model_fingerprint(again) == model_fingerprint(folder)
+    assert model_fingerprint(again) == model_fingerprint(fabricated)
     fabricate(tmp_path / "other", Plan("mini", 2, seed=8, threads=1, device=CPU))
     ours, theirs = (
         load_file(each / "text_encoder" / "model.safetensors")["shared.weight"]
-        for each in (tmp_path / "other", folder)
+        for each in (tmp_path / "other", fabricated)
     )
     assert not torch.equal(ours, theirs)
 
 
-def test_files_say_that_they_are_fabricated(folder):
-    for file in folder.glob("*/*.safetensors"):
+def test_files_say_that_they_are_fabricated(fabricated):
+    for file in fabricated.glob("*/*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             assert opened.metadata()["fabricated"] == "seed 7, benchmarks.fabricate"
 
@@ -77,12 +67,10 @@ def test_a_few_channels_are_loud_where_norms_hand_them_on():
     assert cross[:, loud].std() > rest / 2, "cross-attention's keys see the prompt instead"
 
 
-def test_scales_are_calibrated_and_say_on_what(folder, tmp_path):
+def test_scales_are_calibrated_and_say_on_what(fabricated, fabricated_scales):
+    scales = load_scales(fabricated_scales)
     recipe = QuantRecipe.load("boundary-hif8")
-    out = tmp_path / "scales.safetensors"
-    calibrate_briefly(folder, "mini", recipe, out, "cpu")
-    scales = load_scales(out)
-    check_scales(scales, model_fingerprint=model_fingerprint(folder), recipe=recipe)
+    check_scales(scales, model_fingerprint=model_fingerprint(fabricated), recipe=recipe)
     assert scales.prompts_file == FABRICATED
     assert len(scales.act_scale) == 350
 

@@ -1,12 +1,13 @@
 """A rehearsal of the loading benchmark with a fabricated miniature, on the CPU."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import loading
-from benchmarks.fabricate import Plan, calibrate_briefly, fabricate
+from benchmarks import loading, loading_case
+from benchmarks.loading_case import Start
 from quant import QuantRecipe, convert
 from quant.packed_format import SHARD_PATTERN
 from quant.safetensors_header import stored_tensors
@@ -14,20 +15,17 @@ from worker.config import load_config
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("loading")
-    model, packed, scales = folder / "model", folder / "packed", folder / "scales.safetensors"
-    fabricate(model, Plan("mini", 40, 0, 2, torch.device("cpu")))
-    recipe = QuantRecipe.load("boundary-hif8")
-    calibrate_briefly(model, "mini", recipe, scales, "cpu")
-    convert(model, recipe, scales, packed)
-    return model, packed
+def made(tmp_path_factory, fabricated, fabricated_scales) -> tuple[Path, Path]:
+    packed = tmp_path_factory.mktemp("loading") / "packed"
+    convert(fabricated, QuantRecipe.load("boundary-hif8"), fabricated_scales, packed)
+    return fabricated, packed
 
 
-def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path):
+def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path, capsys):
     model, packed = made
     config = loading.write_config(tmp_path, ("w8a8",), model, packed, "boundary-hif8")
-    start = loading.run_case(config, "cpu", only_modes=False)
+    loading_case.main(config, started=time.time(), wanted="cpu")
+    start = Start(**json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert start.loading_s == start.checks_s + start.model_s > 0
     frequencies = 2 * 1024 * 16 * 4  # of the rotary embedding: computed, not stored
     assert start.transformer_bytes == packed_bytes(packed) + frequencies

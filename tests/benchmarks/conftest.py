@@ -1,0 +1,25 @@
+"""One fabricated miniature for all tests of benchmarks, and scales made for it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.fabricate import Plan, calibrate_briefly, fabricate
+from quant import QuantRecipe
+
+SEED = 7
+
+
+@pytest.fixture(scope="session")
+def fabricated(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("fabricated") / "mini"
+    fabricate(out, Plan("mini", 40, SEED, 2, torch.device("cpu"), shard_bytes=400_000))
+    return out
+
+
+@pytest.fixture(scope="session")
+def fabricated_scales(fabricated) -> Path:
+    out = fabricated.parent / "scales.safetensors"
+    calibrate_briefly(fabricated, "mini", QuantRecipe.load("boundary-hif8"), out, "cpu")
+    return out
