@@ -47,6 +47,7 @@ FAULTS = {
     "the leader's memory is full": (0, "full"),
     "a follower fails": (1, "fail"),
 }
+FULL = "a follower's memory is full"
 LAST = "a follower dies"
 
 
@@ -109,12 +110,18 @@ def may_fail(transformer: Any, rank: int, folder: Path) -> None:
     transformer.blocks[20].register_forward_pre_hook(look)
 
 
+def faults_of(world: int) -> dict[str, tuple[int, str]]:
+    """All of them with two cards; with four, where all steps are the same, one."""
+    return FAULTS if world == 2 else {FULL: FAULTS[FULL]}
+
+
 def lead_team(engine: WanEngine, world: int, folder: Path) -> None:
     latents_of = record(engine)
     for name, wanted in JOBS.items():
         np.save(folder / f"{name}.npy", latents_of(Calm(), **wanted))
     ended = {}
-    for name, (rank, fault) in [*FAULTS.items(), (LAST, (world - 1, "die"))]:
+    faults = faults_of(world) | {LAST: (world - 1, "die")}
+    for name, (rank, fault) in faults.items():
         watch = StopAfterStep() if fault == "stop" else Calm()
         if fault != "stop":
             (folder / f"fault-{rank}").write_text(fault)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.worker.card_crew import FAULTS, JOBS, LAST, TEAMS
+from tests.worker.card_crew import JOBS, LAST, TEAMS, faults_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {
@@ -58,8 +58,9 @@ def test_the_latents_are_those_of_one_card_to_the_last_bit(
     assert np.array_equal(latents(made, cards, job), latents(made, 1, job))
 
 
-@pytest.mark.parametrize("cards", TEAMS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("cards", "fault"), [(cards, fault) for cards in TEAMS for fault in faults_of(cards)]
+)
 def test_a_job_ends_on_all_cards_and_the_next_one_is_whole(
     made: Path, cards: int, fault: str
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worker.devices import Device, DeviceChoice, pick_device, usable_cores
-from worker.errors import DeviceUnavailable
+from worker.errors import CardsLost, DeviceUnavailable
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +57,24 @@ def test_auto_takes_what_is_there() -> None:
 CPU = Device("cpu", "cpu")
 CUDA = Device("cuda", "a card")
 NPU = Device("npu", "a card")
+
+
+def test_a_card_is_named_by_its_number_and_its_library() -> None:
+    assert Device("cuda", "a card", card=3).torch_device == torch.device("cuda", 3)
+    assert Device("cpu", "cpu", card=3).torch_device == torch.device("cpu")
+    assert [each.collectives for each in (CPU, CUDA, NPU)] == ["gloo", "nccl", "hccl"]
+
+
+def test_a_card_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceUnavailable, match="cuda card 2, and there are 2 here"):
+        pick_device("cuda", threads=1, card=2)
+
+
+def test_without_the_other_cards_a_device_is_of_no_use() -> None:
+    error = CardsLost("A card can do nothing more.")
+    assert all(each.is_lost(error) for each in (CPU, CUDA, NPU))
 
 
 def test_the_cpu_allocators_own_error_is_out_of_memory() -> None:

@@ -20,6 +20,10 @@ from jobs.state import JobState
 from jobs.store import JobStore
 from tests.worker.conduct import has_ended, is_denoising, wait_for
 from tests.worker.orders import order
+from worker.config import WorkerConfig
+from worker.errors import ConfigError
+from worker.settings import WorkerSettings
+from worker.start import pick_cards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,19 +106,14 @@ def test_two_cards_are_one_worker(torchrun: Torchrun, redis: Redis, store: JobSt
         os.killpg(torchrun.process.pid, 0)
 
 
-def test_a_number_of_cards_that_does_not_divide_ends_the_start(
-    config_file: Path, redis_url: str, tmp_path: Path
+def test_a_number_of_cards_that_does_not_divide_is_refused_before_anybody_is_waited_for(
+    config: WorkerConfig,
 ) -> None:
-    """Without torchrun: it is refused before anybody is waited for."""
-    environment = os.environ | {
-        "REDIS_URL": redis_url,
-        "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
-        "WORKER_DEVICE": "cpu",
-        "WORLD_SIZE": "3",
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-    }
-    command = [sys.executable, "-m", "worker", "--config", str(config_file)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert done.returncode == 1
-    assert re.match(r"worker: 3 cards share .* 4 attention heads", done.stderr.decode())
+    settings = WorkerSettings(
+        artifacts_url="file:///none", device="cpu", threads=1, world_size=3, rank=1, local_rank=1
+    )
+    with (
+        pytest.raises(ConfigError, match=r"3 cards share .* 4 attention heads"),
+        pick_cards(settings, config),
+    ):
+        pass
