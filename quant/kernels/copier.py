@@ -70,7 +70,7 @@ class Copier:
         """Prepare to copy; buffers are made when something is copied.
 
         Args:
-            threads: readers; by default one per core, eight at most.
+            threads: readers; by default as many as torch computes with, eight at most.
             staged: whether data passes through buffers; by default wherever the device is not the
                 host itself.
         """
@@ -79,7 +79,7 @@ class Copier:
             index = torch.get_device_module(device).current_device()
             device = torch.device(device.type, index)
         self.device = device
-        self.threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self.threads = threads or min(MAX_THREADS, torch.get_num_threads())
         self.buffer_bytes = buffer_bytes
         self.staged = device.type != "cpu" if staged is None else staged
 
