@@ -20,6 +20,9 @@ from quant.linear import Hif8Linear
 P_SCALE = 2.0**-8
 """Of the softmax's numerators, which are at most 1: they reach 256, and E4M3 goes to 448."""
 
+MOST_SCORES = 1 << 26
+"""Of an emulated FP8 attention held at a time, a quarter of a GiB in float32, a few times over."""
+
 
 class EagerKernels:
     """Implements `quant.kernels.interface.Kernels`."""
@@ -97,7 +100,7 @@ class EagerKernels:
         if scales is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            out = _fp8_attention(q, k, v, scales.out)
+            out = fp8_attention(q, k, v, scales.out)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -129,12 +132,22 @@ def _turn(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
 
 
-def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, out_scale: float) -> Tensor:
-    """What a fused FP8 kernel computes, for short sequences: the whole matrix is held."""
-    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    rounded = (weights / P_SCALE).to(torch.float8_e4m3fn).float() * P_SCALE
-    out = rounded @ v.float() / weights.sum(-1, keepdim=True)
+def fp8_attention(
+    q: Tensor, k: Tensor, v: Tensor, out_scale: float, most_scores: int = MOST_SCORES
+) -> Tensor:
+    """What a fused FP8 kernel computes: q, k, v [B, heads, S or T, D] bf16, rounded → as q.
+
+    Args:
+        most_scores: how many are held at a time; queries are taken in pieces for that.
+    """
+    keys, values = k.float().transpose(-1, -2), v.float()
     limit = torch.finfo(torch.float8_e4m3fn).max
-    codes: Tensor = (out / out_scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
-    return (codes.float() * out_scale).to(q.dtype)
+    pieces = []
+    for piece in torch.split(q, max(1, most_scores // k[..., 0].numel()), dim=-2):
+        scores = piece.float() @ keys * q.shape[-1] ** -0.5
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        rounded = (weights / P_SCALE).to(torch.float8_e4m3fn).float() * P_SCALE
+        out = rounded @ values / weights.sum(-1, keepdim=True)
+        codes = (out / out_scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
+        pieces.append((codes.float() * out_scale).to(q.dtype))
+    return torch.cat(pieces, dim=-2)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from quant.calibrate import load_pipeline, run_calibration
 from quant.describe import describe_scales
 from quant.errors import CalibrationError, ConversionError, ScalesError, ScalesMismatch
-from quant.kernels.eager import EagerKernels
+from quant.kernels.eager import EagerKernels, fp8_attention
 from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
 from quant.prepare import attention_scales, prepare_transformer
@@ -207,3 +207,20 @@ def test_a_block_that_cannot_be_fused_is_refused(tiny_transformer, fp8_recipe, f
 def test_scales_that_lack_attention_are_refused(tiny_transformer, fp8_recipe, tiny_scales):
     with pytest.raises(ConversionError, match=r"the first being blocks\.1\.attn1\.q"):
         prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, tiny_scales)
+
+
+def test_emulated_attention_is_attention_and_its_pieces_are_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, tokens, 16, generator=generator).to(torch.bfloat16)
+        for tokens in (50, 70, 70)
+    )
+    whole = fp8_attention(q, k, v, out_scale=2.0**-6)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert whole.shape == exact.shape
+    assert sqnr_db(exact, whole) > 28  # three mantissa bits, twice
+    # 420 scores for a query: eight pieces, the last of them one query; sums differ in last bits.
+    for most_scores in (7 * 420, 1):
+        assert sqnr_db(whole, fp8_attention(q, k, v, 2.0**-6, most_scores)) > 40
+    beyond = fp8_attention(q, k, 100 * v, out_scale=2.0**-6)
+    assert beyond.abs().max() == 448 * 2.0**-6
