@@ -23,7 +23,7 @@ from quant.context_parallel import split_tokens
 from worker.cards import Cards
 from worker.config import WorkerConfig
 from worker.denoising import Denoise, Embeddings, OnStep, denoise_among
-from worker.errors import CardsLost
+from worker.errors import CardFailed, CardsLost
 from worker.journal import EXIT_DEVICE_LOST
 from worker.loading import Mode, check_folder, load_modes, plan_modes
 from worker.logs import JOB_ID
@@ -125,8 +125,10 @@ def _survives(
         if cards.device.is_lost(error):
             logger.exception("the device is lost to this process")
             return False
-        logger.warning("the job ended here with %s: %s", type(error).__name__, error)
-        logger.debug("where it came from", exc_info=True)
+        if isinstance(error, CardFailed) or cards.device.is_out_of_memory(error):
+            logger.warning("the job ended here with %s: %s", type(error).__name__, error)
+        else:
+            logger.exception("failed with an unexpected error")
         traceback.clear_frames(error.__traceback__)
     else:
         return True

@@ -63,6 +63,10 @@ def main(
             else:
                 parts = start(settings, config, opened)
                 status = serve(parts, settings, ids)
+            if status:
+                logger.critical("the process ends with status %d, to be started afresh", status)
+                logging.shutdown()
+                os._exit(status)  # a device that is lost may hang an orderly end
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         fail(f"The environment is not set up: {'; '.join(problems)}.")
@@ -70,10 +74,6 @@ def main(
         fail(str(error))
     except torch.OutOfMemoryError as error:
         fail(f"The device has too little memory for the model: {error}")
-    if status:
-        logger.critical("the process ends with status %d, to be started afresh", status)
-        logging.shutdown()
-        os._exit(status)  # a device that is lost may hang an orderly end
 
 
 def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> Parts:
