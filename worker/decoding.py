@@ -54,6 +54,20 @@ def decode_chunks(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
         yield torch.clamp(chunk, min=-1.0, max=1.0)
 
 
+@torch.no_grad()
+def decode_tiled(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
+    """Decode as `decode_chunks` does, but in tiles: slower, with far less memory, not bit-equal.
+
+    diffusers decodes each tile for all frames before the next, so the first chunk comes last of all
+    work. The chunks joined equal `vae.tiled_decode(latents).sample`.
+    """
+    video = vae.tiled_decode(latents, return_dict=False)[0]
+    yield video[:, :, :1]
+    stride = vae.config.scale_factor_temporal
+    for start in range(1, video.shape[2], stride):
+        yield video[:, :, start : start + stride]
+
+
 def to_frames(chunk: Tensor) -> list[Frame]:
     """Turn pictures [1, 3, f, H, W] in -1..1 into f frames, rounding before bytes are copied."""
     pictures = ((chunk[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

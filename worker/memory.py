@@ -5,7 +5,9 @@ and number of frames on offer:
 - Denoising: 12 BF16 values of the transformer's width for each token. A diffusers forward of the
   14B on an H100 took 11.3 (3.5 GiB at 32,760 tokens); adding up live tensors gives 11.1.
 - VAE: 204 bytes for each pixel and each of the decoder's base channels, in FP32: live tensors of
-  `worker.decoding` added up, the same at 480p and 720p. With tiling it is a tile's, and the video.
+  `worker.decoding` added up, the same at 480p and 720p. With tiling it is a tile's, and three and
+  a half times the whole video, which diffusers puts together from its tiles (added up: 3.3 at 720p
+  with 81 frames, less for smaller ones).
 Whatever cannot be known beforehand (the runtime's context, workspaces, fragments) has to fit into
 the reserve.
 """
@@ -175,7 +177,7 @@ def measure_model(
         vae=_part_bytes(folder / "vae", device.vae_dtype),
         denoising=_denoising_bytes(config.model, pixels, base.config),
         decoding=pixels * per_px,
-        decoding_tiled=min(pixels, TILE_PX) * per_px + 2 * video,
+        decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
     )
 
 

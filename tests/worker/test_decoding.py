@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from worker.decoding import decode_chunks, denormalize, stop_points, to_frames
+from worker.decoding import decode_chunks, decode_tiled, denormalize, stop_points, to_frames
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,20 @@ def test_chunks_equal_the_whole_decoding(vae: AutoencoderKLWan, latents: torch.T
     chunks = list(decode_chunks(vae, latents))
     assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
     assert torch.equal(torch.cat(chunks, dim=2), vae.decode(latents).sample)
+
+
+@torch.no_grad()
+def test_tiles_give_the_chunks_that_diffusers_tiles_would(
+    model_folder: Path, latents: torch.Tensor
+) -> None:
+    tiled = AutoencoderKLWan.from_pretrained(model_folder / "vae", dtype=torch.float32).eval()
+    tiled.enable_tiling(24, 24, 16, 16)  # 32 px are more than one tile then
+    chunks = list(decode_tiled(tiled, latents))
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4]
+    whole = tiled.decode(latents).sample
+    assert torch.equal(torch.cat(chunks, dim=2), whole)
+    tiled.disable_tiling()
+    assert not torch.equal(tiled.decode(latents).sample, whole), "there was one tile only"
 
 
 @torch.no_grad()
