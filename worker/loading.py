@@ -77,6 +77,14 @@ class _Plan:
     scales: quant.Scales | None
     packed: quant.PackedCheckpoint | None = None
 
+    @property
+    def made_with(self) -> tuple[object, ...]:
+        """All that decides what the mode's transformer is."""
+        mode = self.config
+        if mode.recipe is None:
+            return ()
+        return (mode.recipe, mode.scales, mode.packed, mode.exact_emulation)
+
 
 def fingerprint_model(config: WorkerConfig) -> str:
     """Fingerprint the model, or take it from a packed checkpoint that goes with its other parts.
@@ -134,7 +142,23 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
 
 
 def load_modes(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ...]:
-    """Load or make the transformer of every planned mode; `path` is the model's folder."""
+    """Load or make the transformer of every planned mode; `path` is the model's folder.
+
+    Modes that differ in nothing a transformer is made with share one.
+
+    Raises:
+        ModelUnusable: a recipe wants what the device does not run.
+        quant.QuantError: a recipe does not fit, or a tensor is not as it should be.
+    """
+    _refuse_fp8_attention(plans, device)
+    first: dict[tuple[object, ...], _Plan] = {}
+    for plan in plans:
+        first.setdefault(plan.made_with, plan)
+    made = dict(zip(first, _load_distinct(path, list(first.values()), device), strict=True))
+    return tuple(_as_mode(plan, made[plan.made_with]) for plan in plans)
+
+
+def _load_distinct(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ...]:
     copier = quant.Copier(device.torch_device)
     packed = [plan.packed for plan in plans if plan.packed is not None]
     base = None
@@ -173,6 +197,17 @@ def load_model(
         parts = shared.finish()
         copied.result()
     return modes, parts
+
+
+def _refuse_fp8_attention(plans: list[_Plan], device: Device) -> None:
+    """Refuse FP8 attention where blocks run as diffusers has them: it would silently be BF16."""
+    wanting = [p for p in plans if p.recipe is not None and p.recipe.attention_inputs]
+    # Emulated, every device with kernels runs it.
+    if wanting and device.pick_kernels(quantized=True, emulate=True) is None:
+        raise ModelUnusable(
+            f"Mode {wanting[0].config.name!r} has the recipe {wanting[0].config.recipe!r} with FP8 "
+            f"attention, which {device.name} does not run; take a recipe with BF16 attention."
+        )
 
 
 def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
@@ -265,4 +300,10 @@ def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, copier: quant.Co
         recipe_fingerprint=recipe_fingerprint,
     )
     weight_bytes = quant.weight_bytes(transformer)
-    return Mode(offer, transformer.eval(), report, weight_bytes, plan.config.step_cache)
+    return Mode(offer, transformer.eval(), report, weight_bytes)
+
+
+def _as_mode(plan: _Plan, made: Mode) -> Mode:
+    """The planned mode, whose transformer was made for the first of its kind."""
+    own = {"name": plan.config.name, "description": plan.config.description}
+    return replace(made, offer=made.offer.model_copy(update=own), step_cache=plan.config.step_cache)

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from quant import QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
-from worker.config import WorkerConfig
+from worker.config import FirstBlockCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
-from worker.loading import check_folder, plan_modes
+from worker.loading import check_folder, load_modes, plan_modes
 from worker.shared_parts import load_shared_parts
 from worker.wan import WanEngine
 
@@ -183,3 +183,33 @@ def says_file_and_fault(message: str, path: Path, damage: str) -> bool:
     """One line that names the file (a missing one by its kind), and no talk of downloads."""
     named = "lacks" in message if damage == "missing" else str(path) in message
     return named and "huggingface" not in message and "\n" not in message
+
+
+def test_modes_that_differ_only_in_their_step_cache_share_a_transformer(
+    config: WorkerConfig, scales: Scales, device: Device
+) -> None:
+    cache = FirstBlockCache(method="first_block", threshold=0.1)
+    cached = tuple(
+        mode.model_copy(update={"name": f"{mode.name}-cached", "step_cache": cache})
+        for mode in config.modes
+    )
+    four = config.model_copy(update={"modes": (*config.modes, *cached)})
+    modes = load_modes(config.model.path, plan_modes(four, scales.model_fingerprint), device)
+    assert [mode.offer.name for mode in modes] == ["bf16", "w8a8", "bf16-cached", "w8a8-cached"]
+    assert [mode.step_cache for mode in modes] == [None, None, cache, cache]
+    bf16, w8a8, *others = (mode.transformer for mode in modes)
+    assert others == [bf16, w8a8]
+    assert bf16 is not w8a8
+
+
+def test_fp8_attention_is_refused_where_no_kernels_run_it(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    recipe = QuantRecipe.load("boundary-hif8-fp8attn")
+    fit = {name: torch.tensor(1.0) for name in recipe.attention_inputs}
+    path = tmp_path / "fp8.safetensors"
+    save_scales(replace(scales, recipe=recipe, attention_scale=fit), path)
+    mode = config.modes[1].model_copy(update={"recipe": recipe.name, "scales": path})
+    plans = plan_modes(config.model_copy(update={"modes": (mode,)}), scales.model_fingerprint)
+    with pytest.raises(ModelUnusable, match=r"FP8 attention, which Ascend 910B does not run"):
+        load_modes(config.model.path, plans, Device("npu", "Ascend 910B"))
