@@ -163,10 +163,14 @@ def measure_model(
     """
     folder = config.model.path
     base = shared_skeleton(read_transformer_config(folder), device.dtype)
+    distinct = {  # as `worker.loading`: modes that differ in nothing of this share a transformer
+        (mode.recipe, mode.scales, mode.packed): recipe
+        for mode, recipe in zip(config.modes, recipes, strict=True)
+    }
     trees: list[nn.Module] = [
-        base if recipe is None else quantized_skeleton(base, recipe) for recipe in recipes
+        base if recipe is None else quantized_skeleton(base, recipe) for recipe in distinct.values()
     ]
-    made_of_bf16 = any(mode.packed is None for mode in config.modes) and len(recipes) > 1
+    made_of_bf16 = len(distinct) > 1 and any(packed is None for _, _, packed in distinct)
     pixels = max(width * height for width, height in map(split_size, config.model.sizes))
     per_px = VAE_BYTES_PER_PX_AND_CHANNEL * _vae_channels(folder) * device.vae_dtype.itemsize // 4
     video = pixels * 3 * config.model.max_frames * device.vae_dtype.itemsize

@@ -90,13 +90,26 @@ def test_each_mode_by_itself(large, device):
 
 def test_quantizing_beside_bf16_that_is_not_served_counts(large, device):
     quantized = large.modes[1]
-    two = large.model_copy(update={"modes": (quantized, quantized)})
+    other = quantized.model_copy(update={"scales": Path("other")})
+    two = large.model_copy(update={"modes": (quantized, other)})
     size = measure_model(two, [RECIPE, RECIPE], device)
     assert size.transformer_loading - size.transformer == pytest.approx(22.9 * GIB, rel=0.01)
-    packed = quantized.model_copy(update={"scales": None, "packed": Path("packed")})
-    two = large.model_copy(update={"modes": (packed, packed)})
+    packed = [
+        quantized.model_copy(update={"scales": None, "packed": Path(name)}) for name in ("a", "b")
+    ]
+    two = large.model_copy(update={"modes": tuple(packed)})
     size = measure_model(two, [RECIPE, RECIPE], device)
     assert size.transformer_loading == size.transformer
+
+
+def test_modes_with_one_transformer_count_once(large, device):
+    quantized = large.modes[1]
+    again = quantized.model_copy(update={"name": "w8a8-cached"})
+    size = measure_model(
+        large.model_copy(update={"modes": (quantized, again)}), [RECIPE, RECIPE], device
+    )
+    assert size.transformer == size.transformer_loading
+    assert size.transformer / GIB == pytest.approx(15.2, abs=0.1)
 
 
 CHOICES = {
