@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from quant import (
     Copier,
@@ -28,6 +29,7 @@ from quant import (
     quantize_transformer,
     save_scales,
 )
+from quant.cli import app
 from quant.fingerprint import read_transformer_config
 from quant.linear import Hif8Linear
 from quant.packed_format import SHARD_PATTERN
@@ -301,6 +303,22 @@ def test_a_folder_that_exists_is_not_touched(made, tiny_model, tiny_recipe, scal
     with pytest.raises(WeightsError, match=f"{made} exists already"):
         convert(tiny_model, tiny_recipe, scales_file, made)
     assert before == {file: file.stat().st_mtime_ns for file in made.iterdir()}
+
+
+def test_the_command_says_what_it_wrote_and_refuses_in_one_sentence(
+    tmp_path, tiny_model, tiny_recipe, scales_file
+):
+    recipe, out = tmp_path / "tiny.json", tmp_path / "out"
+    recipe.write_text(tiny_recipe.to_json())
+    arguments = ["--model", str(tiny_model), "--scales", str(scales_file), "--out", str(out)]
+    command = ["convert", *arguments, "--recipe", str(recipe)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0
+    assert re.search(rf"wrote {out}: 20 linears packed, .* in 1 files", done.stdout)
+    opened(out, tiny_model, tiny_recipe)
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1
+    assert again.stderr == f"error: {out} exists already: remove it first, or name another folder\n"
 
 
 def test_scales_of_another_recipe_are_not_packed(tmp_path, tiny_model, tiny_recipe, scales_file):
