@@ -9,7 +9,8 @@ benchmarks/results/.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -20,10 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import quant
 from benchmarks import report
 from benchmarks.report import Row
-from benchmarks.timing import device_name, median_ms
+from benchmarks.timing import device_name, medians_ms
 from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import AttentionScales, Kernels, Norm
+from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm
 from quant.scaling import choose_scale, scale_policy
 
 WIDTH, WIDE, HEADS = 5120, 13824, 40
@@ -35,7 +36,7 @@ QUARTERS = AttentionScales(SCALE, SCALE, SCALE, SCALE)
 
 def main(
     device: str = "cuda",
-    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
     divide: Annotated[int, typer.Option(min=1, help="Divide all sizes, for a rehearsal.")] = 1,
 ) -> None:
     """Measure them."""
@@ -64,8 +65,8 @@ class Pieces:
         self.width, self.wide = self.heads * 128, max(128, WIDE // divide // 128 * 128)
         self.eager = EagerKernels()
 
-    def ms(self, run: Any) -> float:
-        return round(median_ms(run, self.device, self.rounds), 3)
+    def ms(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+        return medians_ms(runs, self.device, self.rounds)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
@@ -89,32 +90,41 @@ class Pieces:
                 act_policy=policy,
             )
             product = self.kernels.quantized([quantized])
-            scale = product.act_scale
-            rounded = self.kernels.round_act(x, scale)
-            bf16_ms = self.ms(lambda linear=linear, x=x: linear(x))
+            rounded = self.kernels.round_act(x, product.act_scale)
             flop = 2 * self.tokens * width * out
-            e4m3_ms = self.ms(lambda product=product, rounded=rounded: product(rounded))
-            both_ms = self.ms(
-                lambda product=product, x=x, scale=scale: product(self.kernels.round_act(x, scale))
+            ms = self.ms(
+                {
+                    "bf16": partial(linear, x),
+                    "hif8": partial(product, rounded),
+                    "both": partial(self._round_and_multiply, product, x),
+                }
             )
             where = f"{name} [{self.tokens},{width}]x[{width},{out}]"
-            yield Row(f"{where}: HiF8 with its rounding", both_ms, "ms", baseline=bf16_ms)
-            yield Row(f"{where}: HiF8 alone", e4m3_ms, "ms", baseline=bf16_ms)
-            yield Row(f"{where}: HiF8 alone", round(flop / e4m3_ms / 1e9), "TFLOP/s")
+            yield Row(f"{where}: HiF8 with its rounding", ms["both"], "ms", baseline=ms["bf16"])
+            yield Row(f"{where}: HiF8 alone", ms["hif8"], "ms", baseline=ms["bf16"])
+            yield Row(f"{where}: HiF8 alone", round(flop / ms["hif8"] / 1e9), "TFLOP/s")
+
+    def _round_and_multiply(self, product: BlockLinear, x: Tensor) -> Tensor:
+        return product(self.kernels.round_act(x, product.act_scale))
 
     def attention(self) -> Iterator[Row]:
         """Self-attention beside torch's default for the same tensors."""
         q, k, v = (self.randn(1, self.tokens, self.heads, 128) for _ in range(3))
         q2, k2, v2 = (x.transpose(1, 2) for x in (q, k, v))
-        torch_ms = self.ms(lambda: scaled_dot_product_attention(q2, k2, v2))
-        bf16_ms = self.ms(lambda: self.kernels.attention(q, k, v, None, self.tokens))
         q8, k8, v8 = (self.kernels.round_act(x, SCALE) for x in (q, k, v))
-        fp8_ms = self.ms(lambda: self.kernels.attention(q8, k8, v8, QUARTERS, self.tokens))
+        attend, tokens = self.kernels.attention, self.tokens
+        ms = self.ms(
+            {
+                "torch": partial(scaled_dot_product_attention, q2, k2, v2),
+                "BF16": partial(attend, q, k, v, None, tokens),
+                "FP8": partial(attend, q8, k8, v8, QUARTERS, tokens),
+            }
+        )
         flop = 4 * self.tokens**2 * self.width
-        for name, ms in (("BF16", bf16_ms), ("FP8", fp8_ms)):
-            where = f"attention over {self.tokens} tokens, {name}"
-            yield Row(f"{where} (baseline: torch's, BF16)", ms, "ms", baseline=torch_ms)
-            yield Row(where, round(flop / ms / 1e9), "TFLOP/s")
+        for name in ("BF16", "FP8"):
+            where = f"attention over {tokens} tokens, {name}"
+            yield Row(f"{where} (baseline: torch's, BF16)", ms[name], "ms", baseline=ms["torch"])
+            yield Row(where, round(flop / ms[name] / 1e9), "TFLOP/s")
 
     def between(self) -> Iterator[Row]:
         """The kernels between the products, beside the same steps in plain torch."""
@@ -136,10 +146,9 @@ class Pieces:
             ),
         }
         for name, run in pieces.items():
-            eager_ms = self.ms(lambda run=run: run(self.eager))
-            ms = self.ms(lambda run=run: run(self.kernels))
+            ms = self.ms({"eager": partial(run, self.eager), "ours": partial(run, self.kernels)})
             what = f"{name}, {self.tokens} tokens (baseline: plain torch)"
-            yield Row(what, ms, "ms", baseline=eager_ms)
+            yield Row(what, ms["ours"], "ms", baseline=ms["eager"])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -23,6 +23,22 @@ def median_ms(
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 1000 * statistics.median(seconds)
+
+
+def medians_ms(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """The same for several that take turns: a card that grows hot slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, run in runs.items():
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: round(1000 * statistics.median(found), 3) for name, found in seconds.items()}
 
 
 def synchronize(device: torch.device) -> None:
