@@ -84,6 +84,14 @@ class Placement:
     need: Need
     available_bytes: int | None
 
+    def text_encoder_home(self, device: Device) -> torch.device:
+        """Where the text encoder is loaded to; with "encode" it visits the device from there."""
+        return device.torch_device if self.text_encoder == "device" else torch.device("cpu")
+
+    def __str__(self) -> str:
+        tiles = "in tiles" if self.vae_tiling else "whole"
+        return f"text encoder: {self.text_encoder}, VAE decodes {tiles}, at most {self.need} needed"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelBytes:

@@ -124,6 +124,9 @@ def test_what_stays_where_follows_from_the_sum(large, device, gib):
     placement = place(large, gib, device)
     assert (placement.text_encoder, placement.vae_tiling) == CHOICES[gib]
     assert placement.need.total <= gib * GIB
+    card = Device("cuda", "a card")
+    at_home = placement.text_encoder == "device"
+    assert placement.text_encoder_home(card).type == ("cuda" if at_home else "cpu")
     assert place(large, placement.need.total / GIB, device).need == placement.need
 
 
@@ -131,6 +134,7 @@ def test_a_choice_of_the_operator_stands(large, device):
     chosen = with_model(large, text_encoder="host", vae_tiling="on")
     placement = place(chosen, 80.0, device)
     assert (placement.text_encoder, placement.vae_tiling) == ("host", True)
+    assert str(placement).startswith("text encoder: host, VAE decodes in tiles, at most 49.2 GiB")
     assert "text encoder" not in {*placement.need.resident, *placement.need.passing}
 
 
