@@ -60,20 +60,21 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Videos per mode.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 4,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    mode: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
 ) -> None:
     """Compare in every mode and write the result."""
     texts = captions_of(Split.EVALUATION, count)
     rows: list[report.Row] = []
     kernels: dict[str, str] = {}
-    for mode in RECIPES:
-        chosen = device_kernels(device, quantized=RECIPES[mode] is not None)
-        kernels[mode] = chosen.name
-        ours = way(mode, chosen, device)
-        emulated = way(mode, EagerKernels(), device)
-        elsewhere = way(mode, EagerKernels(), "cpu")
-        rows += compare_tensors(mode, ours, emulated, elsewhere, texts[0])
-        rows += compare_videos(mode, (ours, emulated, elsewhere), texts, batch)
-        print(f"{mode}: done", flush=True)
+    for name in mode or RECIPES:
+        chosen = device_kernels(device, quantized=RECIPES[name] is not None)
+        kernels[name] = chosen.name
+        ours = way(name, chosen, device)
+        emulated = way(name, EagerKernels(), device)
+        elsewhere = way(name, EagerKernels(), "cpu")
+        rows += compare_tensors(name, ours, emulated, elsewhere, texts[0])
+        rows += compare_videos(name, (ours, emulated, elsewhere), texts, batch)
+        print(f"{name}: done", flush=True)
     report.print_table(rows)
     settings = {
         "captions": count,
@@ -84,8 +85,8 @@ def main(
         "model": quant.model_fingerprint(MODEL),
         "kernels": kernels,
     }
-    name = device if device == "cpu" else torch.cuda.get_device_name(0)
-    report.keep(report.result("numerics", name, settings, rows))
+    where = device if device == "cpu" else torch.cuda.get_device_name(0)
+    report.keep(report.result("numerics", where, settings, rows))
     missed = [row.what for row in rows if "mean PSNR" in row.what and row.value < GOAL_DB]
     print(f"goal of {GOAL_DB:g} dB: {'missed by ' + ', '.join(missed) if missed else 'reached'}")
 
