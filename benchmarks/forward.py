@@ -73,7 +73,9 @@ class _Bench:
     tiny: bool
 
     def __post_init__(self) -> None:
-        self.kernels: Kernels = pick_kernels(self.device, quantized=True).kernels
+        self.kernels: Kernels = pick_kernels(
+            self.device, quantized=True, fp8_attention=True
+        ).kernels
         self.inputs = {s: random_inputs(self.device, s, self.frames) for s in self.sizes}
         self.baseline: dict[str, float] = {}
         self.profiles: dict[str, dict[str, float]] = {}

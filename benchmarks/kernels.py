@@ -41,7 +41,7 @@ def main(
 ) -> None:
     """Measure them."""
     on = torch.device(device)
-    kernels = pick_kernels(on, quantized=True).kernels
+    kernels = pick_kernels(on, quantized=True, fp8_attention=True).kernels
     rows: list[Row] = []
     with torch.no_grad():
         for tokens in TOKENS:

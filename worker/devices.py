@@ -85,7 +85,9 @@ class Device:
         """The diffusers attention backend this device wants; None keeps diffusers' default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
 
-    def pick_kernels(self, *, quantized: bool, emulate: bool = False) -> KernelChoice | None:
+    def pick_kernels(
+        self, *, quantized: bool, fp8_attention: bool = False, emulate: bool = False
+    ) -> KernelChoice | None:
         """The kernels for a mode's blocks; None where they stay as diffusers has them.
 
         Args:
@@ -95,7 +97,7 @@ class Device:
             return None  # diffusers' blocks with the attention of `attention_backend`
         if emulate and quantized:
             return KernelChoice(EagerKernels())
-        return pick_kernels(self.torch_device, quantized=quantized)
+        return pick_kernels(self.torch_device, quantized=quantized, fp8_attention=fp8_attention)
 
     def synchronize(self) -> None:
         """Wait for the device, so that clocks and progress tell the truth."""

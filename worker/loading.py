@@ -213,8 +213,13 @@ def _refuse_fp8_attention(plans: list[_Plan], device: Device) -> None:
 def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
     """Have a mode's blocks run on the device's kernels; after all modes are made, which share."""
     quantized = plan.recipe is not None
+    attention = {}
+    if plan.recipe is not None and plan.scales is not None:
+        attention = quant.attention_scales(plan.recipe, plan.scales)
     choice = device.pick_kernels(
-        quantized=quantized, emulate=plan.config.exact_emulation and quantized
+        quantized=quantized,
+        fp8_attention=bool(attention),
+        emulate=plan.config.exact_emulation and quantized,
     )
     if choice is None:
         if device.attention_backend is not None:
@@ -222,9 +227,6 @@ def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
         return mode
     if choice.warning is not None:
         logger.warning("mode %s: %s", mode.offer.name, choice.warning)
-    attention = {}
-    if plan.recipe is not None and plan.scales is not None:
-        attention = quant.attention_scales(plan.recipe, plan.scales)
     left = quant.fuse_quantized(mode.transformer, choice.kernels, attention)
     if left:
         logger.info("mode %s: blocks %s run unfused", mode.offer.name, list(left))

@@ -42,11 +42,14 @@ class KernelChoice:
     warning: str | None = None
 
 
-def pick_kernels(device: torch.device, *, quantized: bool) -> KernelChoice:
+def pick_kernels(
+    device: torch.device, *, quantized: bool, fp8_attention: bool = False
+) -> KernelChoice:
     """Choose for a mode on `device`: plain torch where nothing better runs.
 
     Args:
         quantized: whether the mode multiplies in 8 bits, which not every card can.
+        fp8_attention: whether its self-attention does, too, which needs `nvidia-cudnn-frontend`.
     """
     if device.type != "cuda":
         return KernelChoice(EagerKernels())
@@ -64,7 +67,7 @@ def pick_kernels(device: torch.device, *, quantized: bool) -> KernelChoice:
         from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
         kernels = CudaKernels()
-        check_kernels(kernels, device, quantized=quantized)
+        check_kernels(kernels, device, quantized=quantized, fp8_attention=fp8_attention)
     except Exception as error:
         # Compilers and drivers fail in every way there is; whichever it is, the model can run.
         logger.debug("kernels for %s do not run", device, exc_info=True)
@@ -78,7 +81,9 @@ def pick_kernels(device: torch.device, *, quantized: bool) -> KernelChoice:
 
 
 @torch.no_grad()
-def check_kernels(kernels: Kernels, device: torch.device, *, quantized: bool) -> None:
+def check_kernels(
+    kernels: Kernels, device: torch.device, *, quantized: bool, fp8_attention: bool = False
+) -> None:
     """Run every kernel once on small tensors and compare it with plain torch.
 
     Raises:
@@ -87,7 +92,7 @@ def check_kernels(kernels: Kernels, device: torch.device, *, quantized: bool) ->
     """
     if quantized:
         _check_edges(kernels, device)
-    trial = _Trial(device, quantized)
+    trial = _Trial(device, quantized, fp8_attention)
     expected = trial.run(EagerKernels())
     for name, found in trial.run(kernels).items():
         agreement = sqnr_db(expected[name], found)
@@ -112,7 +117,7 @@ class _Trial:
 
     heads, width, tokens = 2, 256, 1100
 
-    def __init__(self, device: torch.device, quantized: bool) -> None:
+    def __init__(self, device: torch.device, quantized: bool, fp8_attention: bool) -> None:
         self._generator = torch.Generator().manual_seed(0)
         self._device = device
         self.x, self.delta = (self._randn(1, self.tokens, self.width) for _ in range(2))
@@ -125,7 +130,7 @@ class _Trial:
         self.linear = nn.Linear(self.width, 3 * self.width, bias=True).to(device, torch.bfloat16)
         self.linear.weight.data = self._randn(3 * self.width, self.width) / 16
         self.act_scale = SCALE if quantized else None
-        self.scales = AttentionScales(SCALE, SCALE, SCALE, SCALE) if quantized else None
+        self.scales = AttentionScales(SCALE, SCALE, SCALE, SCALE) if fp8_attention else None
 
     def run(self, on: Kernels) -> dict[str, Tensor]:
         """What `on` computes, in values."""

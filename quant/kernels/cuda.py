@@ -3,13 +3,16 @@
 Weights are E4M3 codes of HiFloat8 values, shifted up as far as E4M3 reaches: HiFloat8 never has
 more than three mantissa bits, so the shift makes nearly all of them exact (`E4m3Linear.flushed`
 counts the rest). Activations come as E4M3 codes from `quant.kernels.fused`. Products are
-`torch._scaled_mm` with power-of-two scales, one per tensor; attention is cuDNN's.
+`torch._scaled_mm` with power-of-two scales, one per tensor. Attention is torch's own in BF16 and
+cuDNN's in FP8 (`quant.kernels.cudnn_fp8`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +20,23 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quant import hif8
 from quant.kernels import fused
-from quant.kernels.cudnn_attention import CudnnAttention, padded
 from quant.kernels.eager import shared_act_scale
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.plain import JoinedLinear
 from quant.linear import Hif8Linear
 
+if TYPE_CHECKING:
+    from quant.kernels.cudnn_fp8 import Fp8Attention
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E4M3_LARGEST_CODE = 0x7E
-LONG = 1024
-"""Keys from which masked padding pays."""
 
 
 class CudaKernels:
     """Implements `quant.kernels.interface.Kernels`."""
 
     name = "cuda"
-
-    def __init__(self) -> None:
-        self._attention = CudnnAttention()
 
     def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
         return JoinedLinear(linears)
@@ -66,8 +66,7 @@ class CudaKernels:
         heads: int,
         scales: AttentionScales | None,
     ) -> tuple[Tensor, ...]:
-        room = padded(x.shape[1])
-        return fused.norm_rope(x, q_norm, k_norm, rope, heads, scales, room)
+        return fused.norm_rope(x, q_norm, k_norm, rope, heads, scales)
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
         return fused.gelu(x, act_scale)
@@ -85,12 +84,18 @@ class CudaKernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
     ) -> Tensor:
-        if scales is not None or tokens >= LONG:
-            return self._attention(q, k, v, scales, tokens).flatten(2)
-        # Short keys (the prompt): torch's own binding does.
+        if scales is not None:
+            return self._fp8_attention(q, k, v, scales, tokens).flatten(2)
         q, k, v = (part.transpose(1, 2) for part in (q, k[:, :tokens], v[:, :tokens]))
         out = scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(2)
+
+    @cached_property
+    def _fp8_attention(self) -> Fp8Attention:
+        # Only where a recipe wants it: it needs `nvidia-cudnn-frontend`, which not everybody has.
+        from quant.kernels.cudnn_fp8 import Fp8Attention  # noqa: PLC0415
+
+        return Fp8Attention()
 
 
 class E4m3Linear(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quant.kernels.interface import AttentionScales, Norm, Rope
 
 E4M3 = torch.float8_e4m3fn
+KEYS_MULTIPLE = 128
 _ELEMENTS = 2048  # of an elementwise program
 _WARPS = 4
 
@@ -217,6 +218,11 @@ def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
     return out
 
 
+def with_room(tokens: int) -> int:
+    """How many keys FP8 attention is given where `tokens` count (`quant.kernels.cudnn_fp8`)."""
+    return -(-tokens // KEYS_MULTIPLE) * KEYS_MULTIPLE
+
+
 def norm_rope(
     x: Tensor,
     q_norm: nn.RMSNorm,
@@ -224,13 +230,13 @@ def norm_rope(
     rope: Rope | None,
     heads: int,
     scales: AttentionScales | None,
-    room: int,
 ) -> tuple[Tensor, ...]:
-    """`Kernels.norm_rope`; under `scales` the parts are E4M3. `room` is for keys and values."""
+    """`Kernels.norm_rope`; under `scales` the parts are E4M3, keys and values with room."""
     batch, tokens, columns = x.shape
     width = q_norm.weight.shape[0]
     parts = columns // width
     dtype = x.dtype if scales is None else E4M3
+    room = tokens if scales is None else with_room(tokens)
     lengths = (tokens, room, room)
     outs = [
         torch.empty(batch, length, heads, width // heads, dtype=dtype, device=x.device)

@@ -1,6 +1,7 @@
 """A fused block is diffusers' own to the last bit, in BF16 and quantized, and keeps its prompts."""
 
 import gc
+import re
 
 import pytest
 import torch
@@ -98,6 +99,35 @@ def test_on_a_cpu_blocks_run_in_plain_torch() -> None:
         choice = pick_kernels(CPU, quantized=quantized)
         assert isinstance(choice.kernels, EagerKernels)
         assert choice.warning is None
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A card as torch would speak of it, of a generation with FP8; there is none to run on."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda", 0)
+
+
+def test_a_card_without_fp8_emulates_quantized_modes_and_says_what_that_costs(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    choice = pick_kernels(card, quantized=True)
+    assert isinstance(choice.kernels, EagerKernels)
+    assert choice.warning is not None
+    assert re.search(r"Some Card \(compute capability 8\.0\) has no FP8", choice.warning)
+    assert "longer than bf16" in choice.warning
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_kernels_that_do_not_run_are_replaced_with_a_warning(
+    card: torch.device, quantized: bool
+) -> None:
+    choice = pick_kernels(card, quantized=quantized)
+    assert isinstance(choice.kernels, EagerKernels)
+    assert choice.warning is not None
+    assert re.search(r"kernels for Some Card do not run \(.+\); plain torch", choice.warning)
 
 
 class WrongKernels(EagerKernels):

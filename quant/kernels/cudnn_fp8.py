@@ -1,12 +1,12 @@
-"""Self-attention through cuDNN's graph interface, on BF16 or on E4M3 with static scales.
+"""Self-attention on E4M3 through cuDNN's graph interface, with static scales.
 
-torch's own binding to cuDNN cannot say that some keys are padding, and that costs a tenth: cuDNN's
-kernels are faster on a multiple of 128 keys, of which the last few are masked, than on a number
-that is none (H100, cuDNN 9.19: 23.4 ms against 26.4 ms for 32,760 tokens in E4M3, 35 against 38 in
-BF16). So keys and values come with room, and the graph is told how many count.
+cuDNN's kernels are faster on a multiple of 128 keys, of which the last few are masked, than on a
+number that is none (H100, cuDNN 9.19: 23.4 ms against 26.4 ms for 32,760 tokens). So keys and
+values come with room, and the graph is told how many count. (In BF16, where the card's power is the
+bound, that gains nothing, and torch's own binding to cuDNN does.)
 
-On E4M3 the softmax's numerators, at most 1, are rounded to E4M3 too, times 256. A graph is built
-once for each shape and kept.
+The softmax's numerators, at most 1, are rounded to E4M3 too, times 256. A graph is built once for
+each shape and kept.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ import torch
 from torch import Tensor
 
 from quant.kernels.eager import P_SCALE
+from quant.kernels.fused import with_room
 from quant.kernels.interface import AttentionScales
 
-KEYS_MULTIPLE = 128
-
 _FLOAT = cudnn.data_type.FLOAT
-_TYPES = {
-    torch.bfloat16: cudnn.data_type.BFLOAT16,
-    torch.float8_e4m3fn: cudnn.data_type.FP8_E4M3,
-}
+_FP8 = cudnn.data_type.FP8_E4M3
 _DESCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
 
 
-class CudnnAttention:
-    """Callable on q [B, S, heads, D] and k, v [B, T, heads, D], of which `tokens` count."""
+class Fp8Attention:
+    """Callable on q [B, S, heads, D] and k, v [B, T, heads, D] in E4M3, of which `tokens` count."""
 
     def __init__(self) -> None:
         self._handles: dict[torch.device, Any] = {}
@@ -40,19 +36,17 @@ class CudnnAttention:
         self._scalars: dict[tuple[torch.device, float], Tensor] = {}
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, tokens: int
     ) -> Tensor:
-        """Returns [B, S, heads, D] of q's type; under `scales` everything is E4M3."""
+        """Returns [B, S, heads, D] in E4M3, under `scales.out`."""
         k, v = _with_room(k), _with_room(v)
         handle = self._handle(q.device)
-        key = (q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), tokens)
+        key = (q.device, q.shape, q.stride(), k.shape, k.stride(), tokens)
         if key not in self._graphs:
             self._graphs[key] = _Graph(handle, q, k, tokens)
         out = torch.empty_like(q)
-        scalars: list[Tensor] = []
-        if scales is not None:
-            values = (scales.q, scales.k, scales.v, P_SCALE, 1 / P_SCALE, 1 / scales.out)
-            scalars = [self._scalar(q.device, value) for value in values]
+        values = (scales.q, scales.k, scales.v, P_SCALE, 1 / P_SCALE, 1 / scales.out)
+        scalars = [self._scalar(q.device, value) for value in values]
         self._graphs[key].run(handle, (q, k, v), scalars, out)
         return out
 
@@ -69,13 +63,8 @@ class CudnnAttention:
         return self._scalars[device, value]
 
 
-def padded(tokens: int) -> int:
-    """How many keys to make room for, where `tokens` count."""
-    return -(-tokens // KEYS_MULTIPLE) * KEYS_MULTIPLE
-
-
 def _with_room(x: Tensor) -> Tensor:
-    room = padded(x.shape[1]) - x.shape[1]
+    room = with_room(x.shape[1]) - x.shape[1]
     if room == 0:
         return x
     whole = x.new_zeros(x.shape[0], x.shape[1] + room, *x.shape[2:])
@@ -85,9 +74,8 @@ def _with_room(x: Tensor) -> Tensor:
 
 class _Graph:
     def __init__(self, handle: Any, q: Tensor, k: Tensor, tokens: int) -> None:
-        kind = _TYPES[q.dtype]
         graph = cudnn.pygraph(
-            io_data_type=kind,
+            io_data_type=_FP8,
             intermediate_data_type=_FLOAT,
             compute_data_type=_FLOAT,
             handle=handle,
@@ -104,18 +92,14 @@ class _Graph:
                 "seq_len_q": self._lengths("seq_len_q", q.shape[0], q.shape[1]),
                 "seq_len_kv": self._lengths("seq_len_kv", q.shape[0], tokens),
             }
-        self._scalars: list[Any] = []
-        if q.dtype is torch.bfloat16:
-            out, _ = graph.sdpa(**options)
-        else:
-            self._scalars = [_scalar(graph, name) for name in _DESCALES]
-            options |= dict(zip(_DESCALES, self._scalars, strict=True))
-            out, _, *largest = graph.sdpa_fp8(**options)
-            for amax in largest:
-                amax.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(_FLOAT)
-                self._extras[amax] = torch.zeros(1, 1, 1, 1, device=q.device)
+        self._scalars = [_scalar(graph, name) for name in _DESCALES]
+        options |= dict(zip(_DESCALES, self._scalars, strict=True))
+        out, _, *largest = graph.sdpa_fp8(**options)
+        for amax in largest:
+            amax.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(_FLOAT)
+            self._extras[amax] = torch.zeros(1, 1, 1, 1, device=q.device)
         dim, stride = _heads_first(torch.empty_like(q, device="meta"))
-        self._out = out.set_output(True).set_dim(dim).set_stride(stride).set_data_type(kind)
+        self._out = out.set_output(True).set_dim(dim).set_stride(stride).set_data_type(_FP8)
         graph.build([cudnn.heur_mode.A])
         size = max(1, graph.get_workspace_size())
         self._workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
@@ -144,7 +128,7 @@ def _scalar(graph: Any, name: str) -> Any:
 
 def _like(graph: Any, name: str, x: Tensor) -> Any:
     dim, stride = _heads_first(x)
-    return graph.tensor(name=name, dim=dim, stride=stride, data_type=_TYPES[x.dtype])
+    return graph.tensor(name=name, dim=dim, stride=stride, data_type=_FP8)
 
 
 def _heads_first(x: Tensor) -> tuple[list[int], list[int]]:
