@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -58,6 +59,7 @@ def main(
 ) -> None:
     """Load what the configuration says as a worker does, and print what it took as JSON."""
     imported = time.time()
+    gc.freeze()  # as `worker.start` does
     device = pick_device("cpu" if wanted == "cpu" else "cuda")
     torch.zeros(1, device=device.torch_device)
     device.synchronize()
