@@ -61,6 +61,7 @@ class FusedWanBlock(nn.Module):
     ) -> Tensor:
         """hidden_states [B, S, K] bf16, encoder_hidden_states [B, T, K], temb [B, 6, K]."""
         kernels = self.kernels
+        hidden_states = hidden_states.contiguous()  # as kernels read it
         modulation = self.scale_shift_table + temb.float()
         shift, factor, gate, ffn_shift, ffn_factor, ffn_gate = modulation.unbind(1)
 
@@ -98,8 +99,9 @@ class FusedWanBlock(nn.Module):
         if prompt not in self._prompts:
             rounded = self.kernels.round_act(prompt, self.cross_kv.act_scale)
             k, v = self.cross_kv(rounded).chunk(2, dim=-1)
-            k = self.cross_k_norm(k)
-            self._prompts[prompt] = tuple(x.unflatten(-1, (self.heads, -1)) for x in (k, v))
+            # Copies: a view of the product would keep all of it.
+            kept = (self.cross_k_norm(k), v.contiguous())
+            self._prompts[prompt] = tuple(x.unflatten(-1, (self.heads, -1)) for x in kept)
         k, v = self._prompts[prompt]
         return k, v
 

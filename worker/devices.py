@@ -133,6 +133,14 @@ class Device:
         if self.kind != "cpu":
             _backend(self.kind).empty_cache()
 
+    def available_bytes(self) -> int | None:
+        """What this process may take of the device's memory; None on the CPU."""
+        if self.kind == "cpu":
+            return None
+        backend = _backend(self.kind)
+        free, _ = backend.mem_get_info(self.card)
+        return int(free) + int(backend.memory_reserved(self.card))
+
     def memory(self) -> DeviceMemory | None:
         """The device's memory figures; None on the CPU."""
         if self.kind == "cpu":

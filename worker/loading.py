@@ -35,6 +35,7 @@ from quant.skeleton import check_stored, empty_transformer, materialize
 from worker.config import ModeConfig, StepCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
+from worker.memory import Placement
 from worker.part_files import WEIGHTS, check_files, read_json
 from worker.shared_parts import ComingParts, SharedParts
 
@@ -178,24 +179,31 @@ def _load_distinct(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode
 
 
 def load_model(
-    path: Path, plans: list[_Plan], device: Device, text_encoder_on: torch.device | None = None
+    path: Path, plans: list[_Plan], device: Device, placement: Placement | None = None
 ) -> tuple[tuple[Mode, ...], SharedParts]:
     """Load the modes and, at the same time, what they share: either leaves the way to the device
     idle now and then.
 
     Args:
-        text_encoder_on: where the text encoder goes; by default to the device.
+        placement: what goes where; by default everything to the device.
 
     Raises:
         ModelUnusable, quant.QuantError: a part is missing, or a file or tensor is not as it should
             be.
     """
-    shared = ComingParts(path, device, text_encoder_on)
+    home = None if placement is None else placement.text_encoder_home(device)
+    shared = ComingParts(path, device, home)
     with ThreadPoolExecutor(1, "shared-parts") as beside:
         copied = beside.submit(shared.copy)
         modes = load_modes(path, plans, device)
         parts = shared.finish()
         copied.result()
+    if placement is not None:
+        parts = replace(
+            parts,
+            text_encoder_place=placement.text_encoder,
+            vae_tiling=placement.vae_tiling,
+        )
     return modes, parts
 
 

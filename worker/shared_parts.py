@@ -24,12 +24,20 @@ from worker.part_files import CONFIG, WEIGHTS, check_files, read_json, read_part
 
 @dataclass(frozen=True, slots=True)
 class SharedParts:
-    """What all modes use. `scheduler` is a pattern: a run makes its own from its configuration."""
+    """What all modes use.
+
+    Attributes:
+        scheduler: a pattern: a run makes its own from its configuration.
+        text_encoder_place: as `worker.memory.Placement` has it; on the host but for "device".
+        vae_tiling: whether the VAE decodes in tiles.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     text_encoder: UMT5EncoderModel
     vae: AutoencoderKLWan
     scheduler: Any
+    text_encoder_place: str = "device"
+    vae_tiling: bool = False
 
 
 class ComingParts:

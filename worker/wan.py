@@ -11,27 +11,24 @@ device, and each run has a scheduler of its own. Never here: queues, files, Redi
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-import torch
 from diffusers import WanPipeline
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 import quant
 from jobs.catalog import ModelOffer, ModeOffer, tokenizer_fingerprint
-from jobs.errors import GenerationFailed, PromptTooLong
+from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from worker.cards import Cards
 from worker.config import ModelConfig, WorkerConfig
-from worker.decoding import decode_chunks, denormalize, stop_points, to_frames
-from worker.denoising import Denoise, Embeddings, denoise_on
+from worker.decoding import decode_chunks, decode_tiled, denormalize, stop_points, to_frames
+from worker.denoising import Denoise, denoise_on
 from worker.devices import Device
 from worker.engine import Clip, Frame, StageSeconds, Watch
 from worker.following import lead
@@ -42,9 +39,13 @@ from worker.loading import (
     load_model,
     plan_modes,
 )
+from worker.memory import place_model
+from worker.prompts import PromptEncoder, checked, tokenizer_text
 from worker.saturation import ActSample
 from worker.shared_parts import SharedParts
 from worker.step_cache import step_cache
+
+logger = logging.getLogger(__name__)
 
 
 class WanEngine:
@@ -72,6 +73,7 @@ class WanEngine:
         self._denoise = denoise or denoise_on(device)
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
+        self.prompts = PromptEncoder(parts, device, config.text_tokens)
         self.tokenizer_text = tokenizer_text(parts.tokenizer)
         text = self.tokenizer_text
         self.model: ModelOffer = config.offer(
@@ -95,7 +97,10 @@ class WanEngine:
         if cards is not None:
             cards.tell(fingerprint)
         plans = plan_modes(config, fingerprint)
-        modes, parts = load_model(path, plans, device)
+        recipes = [plan.recipe for plan in plans]
+        placement = place_model(config, recipes, device, device.available_bytes())
+        logger.info("%s", placement)
+        modes, parts = load_model(path, plans, device, placement)
         denoise = None if cards is None else lead(cards, modes)
         return cls(config.model, fingerprint, device, parts, modes, denoise)
 
@@ -140,7 +145,7 @@ class WanEngine:
         seconds = StageSeconds()
         watch.progress(Stage.TEXT_ENCODER, 0, 1)
         with self._timed(seconds, "text_encoder_s"):
-            embeddings = self._encode(pipeline, request, watch)
+            embeddings = self.prompts.encode(request, watch.check)
         sample = ActSample(pipeline.transformer)
 
         def on_step(done: int) -> None:
@@ -174,36 +179,7 @@ class WanEngine:
             raise GenerationFailed(
                 f"num_frames is {request.num_frames}, not 4k+1 up to {self.config.max_frames}."
             )
-        bound = self.config.text_tokens
-        for name in ("prompt", "negative_prompt"):
-            tokens = self.count_tokens(getattr(request, name))
-            if tokens > bound:
-                raise PromptTooLong(
-                    f"{name} has {tokens} tokens, more than {bound}; shorten it.",
-                    field=name,
-                    tokens=tokens,
-                    bound=bound,
-                )
-
-    def count_tokens(self, text: str) -> int:
-        """Count a prompt's tokens as the pipeline would: cleaned, and with the closing one."""
-        return len(self.parts.tokenizer(prompt_clean(text)).input_ids)
-
-    @torch.no_grad()
-    def _encode(
-        self, pipeline: WanPipeline, request: GenerationRequest, watch: Watch
-    ) -> Embeddings:
-        """Embed both prompts."""
-        with _checked(self.parts.text_encoder.encoder.block, watch.check):
-            prompt, negative = pipeline.encode_prompt(
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                do_classifier_free_guidance=request.guidance_scale > 1.0,
-                max_sequence_length=self.config.text_tokens,
-                device=self.device.torch_device,
-                dtype=self.device.dtype,
-            )
-        return prompt, negative
+        self.prompts.refuse_too_long(request)
 
     def _frames(self, latents: Tensor, seconds: StageSeconds, watch: Watch) -> Generator[Frame]:
         """Decode frame by frame; only the time inside the VAE counts."""
@@ -211,8 +187,9 @@ class WanEngine:
         total = latents.shape[2]
         watch.progress(Stage.VAE, 0, total)
         latents = denormalize(vae, latents.to(self.device.vae_dtype))
-        with _checked(stop_points(vae), watch.check):
-            chunks = decode_chunks(vae, latents)
+        decode = decode_tiled if self.parts.vae_tiling else decode_chunks
+        with checked(stop_points(vae), watch.check):
+            chunks = decode(vae, latents)
             for done in range(1, total + 1):
                 with self._timed(seconds, "vae_s"):
                     frames = to_frames(next(chunks))
@@ -235,42 +212,16 @@ class WanEngine:
         setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
 
 
-def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Write a tokenizer as `tokenizer.json` text, the same whatever it was last used for.
-
-    None for one that is written in Python and has no such text.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    # A copy: cutting and padding are state, which every call of the original sets anew.
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return str(copy.to_str())
-
-
 def _pipeline(parts: SharedParts, mode: Mode) -> WanPipeline:
     pipeline = WanPipeline(
-        tokenizer=parts.tokenizer,
-        text_encoder=parts.text_encoder,
+        tokenizer=None,  # prompts come embedded
+        text_encoder=None,
         vae=parts.vae,
         scheduler=parts.scheduler,
         transformer=mode.transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextmanager
-def _checked(modules: Iterable[nn.Module], check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before each of `modules` runs; what it raises ends the forward pass there."""
-    handles = [module.register_forward_pre_hook(lambda *_: check()) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _bytes(count: int) -> str:

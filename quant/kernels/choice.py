@@ -62,22 +62,46 @@ def pick_kernels(
             "emulated. They save memory, and take longer than bf16, because every weight is "
             "decoded to BF16 for every product.",
         )
+    name = torch.cuda.get_device_name(device)
     try:
         # Needs Triton, which machines without a card do not have.
         from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
         kernels = CudaKernels()
-        check_kernels(kernels, device, quantized=quantized, fp8_attention=fp8_attention)
+        check_kernels(kernels, device, quantized=quantized)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # says nothing of the kernels
     except Exception as error:
         # Compilers and drivers fail in every way there is; whichever it is, the model can run.
-        logger.debug("kernels for %s do not run", device, exc_info=True)
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+        logger.warning("kernels for %s do not run", name, exc_info=True)
         return KernelChoice(
             EagerKernels(),
-            f"The kernels for {torch.cuda.get_device_name(device)} do not run ({reason}); plain "
-            "torch runs instead, which is slower, in quantized modes slower than bf16.",
+            f"The kernels for {name} do not run ({_reason(error)}); plain torch runs instead, "
+            "which is slower, in quantized modes slower than bf16.",
         )
+    if fp8_attention:
+        _check_fp8_attention(kernels, device, name)
     return KernelChoice(kernels)
+
+
+def _check_fp8_attention(kernels: Kernels, device: torch.device, name: str) -> None:
+    """Nothing stands in for it: emulated, it would take minutes for one step of the full size."""
+    try:
+        check_kernels(kernels, device, quantized=True, fp8_attention=True)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"FP8 attention does not run on {name} ({_reason(error)}): it needs the package "
+            "nvidia-cudnn-frontend (the extra `cuda`) and a card it supports; install it, or take "
+            "a recipe with attention 'bf16'"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what it says: compilers begin with where, and end with why."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"[:300]
 
 
 @torch.no_grad()
@@ -112,8 +136,7 @@ def _check_edges(kernels: Kernels, device: torch.device) -> None:
 
 
 class _Trial:
-    """A little of everything that a block asks for; the second head of keys is longer than one
-    tile and no multiple of it."""
+    """A little of everything that a block asks for; as many tokens as no tile is a part of."""
 
     heads, width, tokens = 2, 256, 1100
 
@@ -130,7 +153,7 @@ class _Trial:
         self.linear = nn.Linear(self.width, 3 * self.width, bias=True).to(device, torch.bfloat16)
         self.linear.weight.data = self._randn(3 * self.width, self.width) / 16
         self.act_scale = SCALE if quantized else None
-        self.scales = AttentionScales(SCALE, SCALE, SCALE, SCALE) if fp8_attention else None
+        self.scales = AttentionScales(SCALE / 2, SCALE, 2 * SCALE, SCALE) if fp8_attention else None
 
     def run(self, on: Kernels) -> dict[str, Tensor]:
         """What `on` computes, in values."""
@@ -140,7 +163,6 @@ class _Trial:
         q, k, v = on.norm_rope(qkv, self.q_norm, self.q_norm, self.rope, self.heads, self.scales)
         codes = {
             "norm": normed,
-            "rotary embedding": q,
             "attention": on.attention(q, k, v, self.scales, self.tokens),
             "GELU": on.gelu(self.x, act_scale),
             "rounding": on.round_act(self.x, act_scale),
@@ -149,6 +171,7 @@ class _Trial:
             "sum": total,
             "product": qkv,
             "gated sum": on.add_gated(self.x, self.delta, norm.factor),
+            "rotary embedding": _value(q, SCALE if self.scales is None else self.scales.q),
         }
         return values | {name: _value(code) for name, code in codes.items()}
 
@@ -165,6 +188,6 @@ class _Trial:
         return torch.randn(shape, generator=self._generator).to(self._device, torch.bfloat16)
 
 
-def _value(code: Tensor) -> Tensor:
+def _value(code: Tensor, scale: float = SCALE) -> Tensor:
     """Kernels hand on values, or multiples of the scale in 8 bits."""
-    return code.float() * (SCALE if code.element_size() == 1 else 1.0)
+    return code.float() * (scale if code.element_size() == 1 else 1.0)

@@ -3,8 +3,8 @@
 Weights are E4M3 codes of HiFloat8 values, shifted up as far as E4M3 reaches: HiFloat8 never has
 more than three mantissa bits, so the shift makes nearly all of them exact (`E4m3Linear.flushed`
 counts the rest). Activations come as E4M3 codes from `quant.kernels.fused`. Products are
-`torch._scaled_mm` with power-of-two scales, one per tensor. Attention is torch's own in BF16 and
-cuDNN's in FP8 (`quant.kernels.cudnn_fp8`).
+`torch._scaled_mm`, where the recipe allows with one scale per tensor. Attention is torch's own in
+BF16 and cuDNN's in FP8 (`quant.kernels.cudnn_fp8`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from quant import hif8
 from quant.kernels import fused
 from quant.kernels.eager import shared_act_scale
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
-from quant.kernels.plain import JoinedLinear
+from quant.kernels.plain import JoinedLinear, joined_bias
 from quant.linear import Hif8Linear
+from quant.scaling import is_power_of_two
 
 if TYPE_CHECKING:
     from quant.kernels.cudnn_fp8 import Fp8Attention
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E4M3_LARGEST_CODE = 0x7E
+_AT_ONCE = 1 << 26  # codes: what is between them and E4M3 takes 256 MiB
 
 
 class CudaKernels:
@@ -103,7 +105,8 @@ class E4m3Linear(nn.Module):
 
     Buffers:
         weight: [N, K] E4M3.
-        weight_scale: [] float32, a power of two; [1, N] where a recipe has scales per channel.
+        weight_scale: [] float32; or [1, N], where channels have their own or the linears' scales
+            are not powers of two apart, so that no one scale serves all exactly.
 
     Attributes:
         flushed: the share of weights that E4M3 cannot hold exactly.
@@ -118,12 +121,16 @@ class E4m3Linear(nn.Module):
         self.act_scale = shared_act_scale(linears)
         device = linears[0].weight_qdata.device
         parts = [each.weight_scale.float() for each in linears]
-        if all(part.numel() == 1 for part in parts):
+        if _one_scale_serves(parts):
             scale = torch.stack(parts).min()
+            ratios = [float(part / scale) for part in parts]
         else:
             rows = [each.out_features for each in linears]
             scale = torch.cat([p.expand(n, 1) for p, n in zip(parts, rows, strict=True)])
-        scale = scale * 2.0 ** -_headroom(linears, scale)
+            ratios = [1.0] * len(parts)
+        largest = [_largest_value(each.weight_qdata) for each in linears]
+        shifted = max(value * ratio for value, ratio in zip(largest, ratios, strict=True))
+        scale = scale * 2.0 ** -_headroom(shifted)
         codes, inexact = [], 0
         start = 0
         for each, part in zip(linears, parts, strict=True):
@@ -137,8 +144,7 @@ class E4m3Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale.t().contiguous() if scale.dim() else scale)
         self.register_buffer("input_scale", torch.tensor(self.act_scale, device=device))
-        biases = [each.bias.detach() for each in linears if each.bias is not None]
-        self.bias = torch.cat(biases) if len(biases) == len(linears) else None
+        self.bias = joined_bias(linears)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -157,33 +163,45 @@ class E4m3Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def _headroom(linears: Sequence[Hif8Linear], scale: Tensor) -> int:
-    """How many binades all codes can be shifted up, relative to `scale`, and still fit E4M3."""
-    largest = 0.0
-    for each in linears:
-        ratio = (each.weight_scale.float() / scale.min()).max().item()
-        largest = max(largest, _largest_value(each.weight_qdata) * ratio)
-    if largest == 0:
-        return 0
-    return math.floor(math.log2(E4M3_MAX / largest))
+def _one_scale_serves(scales: Sequence[Tensor]) -> bool:
+    """Whether all are single, and powers of two apart: then codes can be shifted to one of them."""
+    if any(scale.numel() > 1 for scale in scales):
+        return False
+    return all(is_power_of_two(float(scale / scales[0])) for scale in scales)
+
+
+def _headroom(largest: float) -> int:
+    """How many binades values up to `largest` can be shifted up and still fit E4M3."""
+    return math.floor(math.log2(E4M3_MAX / largest)) if largest else 0
 
 
 def _largest_value(qdata: Tensor) -> float:
     # Without the sign, codes are not in the order of their values: look at the few there are.
-    present = torch.bincount(qdata.reshape(-1).to(torch.int32), minlength=256).cpu() > 0
+    present = torch.bincount(qdata.reshape(-1), minlength=256).cpu() > 0
     values = hif8.code_values().abs()
     return values[present & values.isfinite()].max().item() if present.any() else 0.0
 
 
 def _as_e4m3(qdata: Tensor, factor: Tensor) -> tuple[Tensor, int]:
-    """Codes times a power of two (or one per row) as E4M3, and how many are not exact."""
+    """Codes times a factor (or one per row) as E4M3, and how many are not exact.
+
+    A code has 256 values, so with one factor this is a table of bytes and a gather.
+    """
     out = torch.empty(qdata.shape, dtype=E4M3, device=qdata.device)
+    if factor.numel() == 1:
+        values = hif8.code_values().to(qdata.device) * factor.reshape(())
+        table = values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        flat, into = qdata.reshape(-1), out.view(torch.uint8).reshape(-1)
+        for start in range(0, flat.numel(), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            into[part] = table.view(torch.uint8)[flat[part].to(torch.int32)]
+        counts = torch.bincount(flat, minlength=256)
+        return out, int(counts[table.float() != values].sum())
     wrong = 0
-    rows = max(1, (1 << 26) // qdata.shape[1])
+    rows = max(1, _AT_ONCE // qdata.shape[1])
     for start in range(0, qdata.shape[0], rows):
         part = slice(start, start + rows)
-        value = hif8.decode(qdata[part], torch.float32)
-        value = value * (factor[part] if factor.dim() else factor)
+        value = hif8.decode(qdata[part], torch.float32) * factor[part]
         out[part] = value.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
         wrong += int((out[part].float() != value).sum())
     return out, wrong

@@ -31,11 +31,17 @@ class JoinedLinear(nn.Module):
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.weight = _joined([linear.weight for linear in linears])
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.bias = _joined(biases) if len(biases) == len(linears) else None
+        self.bias = joined_bias(linears)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+def joined_bias(linears: Sequence[nn.Module]) -> nn.Parameter | None:
+    """The biases of linears one after the other; None where none has one."""
+    biases = [each.bias for each in linears if isinstance(each.bias, Tensor)]
+    assert len(biases) in (0, len(linears)), "linears of one input have biases, or have none"
+    return _joined(biases) if biases else None
 
 
 def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from jobs import catalog
 from service.tokens import TokenCounter, cleaned
-from worker.wan import WanEngine, tokenizer_text
+from worker.prompts import tokenizer_text
+from worker.wan import WanEngine
 
 AWKWARD = {
     "plain": "a small red circle moving right on a black background",
@@ -44,7 +45,7 @@ def test_service_and_engine_count_alike(
 ) -> None:
     assert cleaned(text) == prompt_clean(text)
     assert engine.model.tokenizer is not None
-    assert counter.count(engine.model.tokenizer, text) == engine.count_tokens(text)
+    assert counter.count(engine.model.tokenizer, text) == engine.prompts.count_tokens(text)
 
 
 def test_the_offer_names_the_published_text_and_the_bound(engine: WanEngine) -> None:

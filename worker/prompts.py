@@ -1,0 +1,104 @@
+"""From prompts to embeddings, wherever the text encoder lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from jobs.errors import PromptTooLong
+from jobs.spec import GenerationRequest
+from quant.kernels.visitor import Visitor
+from worker.denoising import Embeddings
+from worker.devices import Device
+from worker.shared_parts import SharedParts
+
+
+class PromptEncoder:
+    """Counts the tokens of prompts, and embeds them."""
+
+    def __init__(self, parts: SharedParts, device: Device, max_tokens: int) -> None:
+        """max_tokens: what the text encoder sees; a longer text is refused."""
+        self._parts = parts
+        self._device = device
+        self._max_tokens = max_tokens
+        # Of its own: where text encoder and transformer are on different devices, a pipeline of
+        # both would not know which is its own.
+        self._pipeline = WanPipeline(
+            tokenizer=parts.tokenizer,
+            text_encoder=parts.text_encoder,
+            vae=None,
+            scheduler=parts.scheduler,
+        )
+        visits = parts.text_encoder_place == "encode"
+        self._visitor = Visitor(parts.text_encoder, device.torch_device) if visits else None
+
+    def count_tokens(self, text: str) -> int:
+        """Count a prompt's tokens as the pipeline would: cleaned, and with the closing one."""
+        return len(self._parts.tokenizer(prompt_clean(text)).input_ids)
+
+    def refuse_too_long(self, request: GenerationRequest) -> None:
+        """Raise PromptTooLong for a text that the pipeline would cut."""
+        bound = self._max_tokens
+        for name in ("prompt", "negative_prompt"):
+            tokens = self.count_tokens(getattr(request, name))
+            if tokens > bound:
+                raise PromptTooLong(
+                    f"{name} has {tokens} tokens, more than {bound}; shorten it.",
+                    field=name,
+                    tokens=tokens,
+                    bound=bound,
+                )
+
+    @torch.no_grad()
+    def encode(self, request: GenerationRequest, check: Callable[[], None]) -> Embeddings:
+        """Embed both prompts, on the device; `check` is called before each layer."""
+        on_host = self._parts.text_encoder_place == "host"
+        there = torch.device("cpu") if on_host else self._device.torch_device
+        encoder = self._parts.text_encoder
+        visiting = nullcontext() if self._visitor is None else self._visitor.on_device()
+        with visiting, checked(encoder.encoder.block, check):
+            prompt, negative = self._pipeline.encode_prompt(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                do_classifier_free_guidance=request.guidance_scale > 1.0,
+                max_sequence_length=self._max_tokens,
+                device=there,
+                dtype=self._device.dtype,
+            )
+            # The visitor's weights go when the block ends: what they made has to be made by then.
+            self._device.synchronize()
+        home = self._device.torch_device
+        return prompt.to(home), None if negative is None else negative.to(home)
+
+
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Write a tokenizer as `tokenizer.json` text, the same whatever it was last used for.
+
+    None for one that is written in Python and has no such text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # A copy: cutting and padding are state, which every call of the original sets anew.
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return str(copy.to_str())
+
+
+@contextmanager
+def checked(modules: Iterable[nn.Module], check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before each of `modules` runs; what it raises ends the forward pass there."""
+    handles = [module.register_forward_pre_hook(lambda *_: check()) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
