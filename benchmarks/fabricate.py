@@ -122,6 +122,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     seconds = time.perf_counter() - started
     print(f"wrote {out}: {written:,} bytes of weights in {seconds:.1f} s")
     if scales is not None:
+        scales.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         calibrate_briefly(out, size, QuantRecipe.load(recipe), scales, device)
         print(f"wrote {scales} in {time.perf_counter() - started:.1f} s")

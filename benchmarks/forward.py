@@ -82,16 +82,16 @@ class _Bench:
 
     def run(self) -> list[Row]:
         model = random_transformer(self.device, tiny=self.tiny)
-        rows = self._diffusers(model)
+        rows = report.tell(self._diffusers(model))
         recipes = {mode: quant.QuantRecipe.load(name) for mode, name in RECIPES.items()}
         small = random_inputs(self.device, self.sizes[0], 5)
         scales = {mode: scales_from(model, recipe, small) for mode, recipe in recipes.items()}
         emulated, emulation = self._emulate(model, recipes["w8a8"], scales["w8a8"])
         plain = quant.prepare_transformer(model, self.kernels).transformer
-        rows += [*emulation, *self._measure("bf16", plain)]
+        rows += report.tell([*emulation, *self._measure("bf16", plain)])
         for mode, recipe in recipes.items():
             ours = quant.prepare_transformer(model, self.kernels, recipe, scales[mode]).transformer
-            rows += self._measure(mode, ours)
+            rows += report.tell(self._measure(mode, ours))
             sqnr = round(quant.sqnr_db(emulated, self._predict(ours)), 1)
             rows.append(Row(f"{self.sizes[0]}: {mode}, beside the emulation", sqnr, "dB"))
             rows += self._memory(mode, plain, ours)

@@ -46,7 +46,8 @@ def main(
     with torch.no_grad():
         for tokens in TOKENS:
             pieces = Pieces(on, kernels, tokens // divide, divide, rounds)
-            rows += [*pieces.products(), *pieces.attention(), *pieces.between()]
+            for part in (pieces.products(), pieces.attention(), pieces.between()):
+                rows += report.tell(part)
     settings = {"rounds": rounds, "divide": divide, "kernels": kernels.name}
     document = report.result("kernels", device_name(on), settings, rows)
     report.print_table(rows)

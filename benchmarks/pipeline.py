@@ -79,10 +79,10 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
         try:
             for mode in modes:
                 served = [run_served(site, mode, order, keep) for _ in range(rounds + 1)][1:]
-                rows += compare(mode, bare[mode], served)
-            rows += cancel(site, modes[-1], order)
+                rows += report.tell(compare(mode, bare[mode], served))
+            rows += report.tell(cancel(site, modes[-1], order))
             if device == "cuda":
-                rows += run_out_of_memory(site, modes, order, large)
+                rows += report.tell(run_out_of_memory(site, modes, order, large))
         finally:
             shutil.copy(site.folder / "logs" / "worker-0.log", keep / "worker.log")
     settings = order | {"rounds": rounds, "modes": modes, "large": large}

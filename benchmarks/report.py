@@ -4,6 +4,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -54,6 +56,16 @@ def keep(document: dict[str, Any]) -> Path:
     path = RESULTS / f"{document['date']}-{device}-{document['benchmark']}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path
+
+
+def tell(rows: Iterable[Row]) -> list[Row]:
+    """Say each row as soon as it is measured: a long run that is cut short has told them."""
+    told = []
+    for row in rows:
+        beside = "" if row.baseline is None else f" (baseline {row.baseline:g})"
+        print(f"{row.what}: {row.value:g} {row.unit}{beside}", file=sys.stderr, flush=True)
+        told.append(row)
+    return told
 
 
 def print_table(rows: list[Row]) -> None:

@@ -65,13 +65,15 @@ _Kind = TypeVar("_Kind", bound=_Offer)
 class ModeOffer(_Offer):
     """One way of running a model. Without a recipe fingerprint it is the unquantized one.
 
-    `kernels` and `warning` are for operators: what this worker runs it on, and why that is not the
-    device's fastest, if it is not.
+    `variant` names what else changes the pictures, a step cache for instance; None where nothing
+    does. `kernels` and `warning` are for operators: what this worker runs it on, and why that is
+    not the device's fastest, if it is not.
     """
 
     name: ModeName
     description: str
     recipe_fingerprint: str | None = None
+    variant: str | None = None
     kernels: str | None = None
     warning: str | None = None
 
@@ -202,7 +204,10 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
     """
     bounds = model.model_dump(exclude=_NO_BOUNDS)
     bounds["sizes"] = sorted(model.sizes)
-    served = sorted([mode.name, mode.recipe_fingerprint or ""] for mode in modes)
+    served = sorted(
+        [mode.name, mode.recipe_fingerprint or "", *([mode.variant] if mode.variant else [])]
+        for mode in modes
+    )
     digest = hashlib.sha256(json.dumps([bounds, served], sort_keys=True).encode()).hexdigest()
     return f"{model.name}.{digest[:12]}"
 

@@ -8,6 +8,8 @@ decided here but where they are loaded (`worker/loading.py`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -139,8 +141,20 @@ class ModeConfig(_Section):
         None, description="Leave out parts of steps that resemble earlier ones; costs quality."
     )
 
+    @property
+    def variant(self) -> str | None:
+        """What changes the pictures beside recipe and scales; None where nothing does."""
+        parts = ["exact_emulation"] if self.exact_emulation else []
+        if self.step_cache is not None:
+            values = json.dumps(self.step_cache.model_dump(), sort_keys=True)
+            digest = hashlib.sha256(values.encode()).hexdigest()
+            parts.append(f"step_cache:{self.step_cache.method}:{digest[:12]}")
+        return "+".join(parts) or None
+
     @model_validator(mode="after")
     def _recipe_and_scales_come_together(self) -> Self:
+        if self.exact_emulation and self.recipe is None:
+            raise ValueError(f"mode {self.name!r} has no recipe, so there is nothing to emulate")
         if self.scales is not None and self.packed is not None:
             raise ValueError(
                 f"mode {self.name!r} names both scales and a packed checkpoint, which has its own: "

@@ -315,5 +315,6 @@ def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, copier: quant.Co
 
 def _as_mode(plan: _Plan, made: Mode) -> Mode:
     """The planned mode, whose transformer was made for the first of its kind."""
-    own = {"name": plan.config.name, "description": plan.config.description}
+    config = plan.config
+    own = {"name": config.name, "description": config.description, "variant": config.variant}
     return replace(made, offer=made.offer.model_copy(update=own), step_cache=plan.config.step_cache)

@@ -29,13 +29,14 @@ from quant import QuantRecipe
 from quant.fingerprint import read_transformer_config
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import quantized_skeleton, shared_skeleton
-from worker.config import ModelConfig, WorkerConfig, split_size
+from worker.config import WorkerConfig, split_size
 from worker.devices import Device
 from worker.errors import ModelUnusable, TooLittleMemory
 
 GIB = 1 << 30
 RESERVE_BYTES = 2 * GIB
 WIDTHS_PER_TOKEN = 12
+CACHED_PER_TOKEN = 3  # what a step cache keeps, with guidance; 2.0 GB at 32,760 tokens are 2.9
 VAE_BYTES_PER_PX_AND_CHANNEL = 204
 VAE_BASE_CHANNELS = 96  # what AutoencoderKLWan has where its configuration does not say
 TILE_PX = 256 * 256
@@ -172,13 +173,13 @@ def measure_model(
     folder = config.model.path
     base = shared_skeleton(read_transformer_config(folder), device.dtype)
     distinct = {  # as `worker.loading`: modes that differ in nothing of this share a transformer
-        (mode.recipe, mode.scales, mode.packed): recipe
+        (mode.recipe, mode.scales, mode.packed, mode.exact_emulation): recipe
         for mode, recipe in zip(config.modes, recipes, strict=True)
     }
     trees: list[nn.Module] = [
         base if recipe is None else quantized_skeleton(base, recipe) for recipe in distinct.values()
     ]
-    made_of_bf16 = len(distinct) > 1 and any(packed is None for _, _, packed in distinct)
+    made_of_bf16 = len(distinct) > 1 and any(packed is None for _, _, packed, _ in distinct)
     pixels = max(width * height for width, height in map(split_size, config.model.sizes))
     per_px = VAE_BYTES_PER_PX_AND_CHANNEL * _vae_channels(folder) * device.vae_dtype.itemsize // 4
     video = pixels * 3 * config.model.max_frames * device.vae_dtype.itemsize
@@ -187,16 +188,21 @@ def measure_model(
         transformer_loading=_tree_bytes([*trees, base] if made_of_bf16 else trees),
         text_encoder=_part_bytes(folder / "text_encoder", device.dtype),
         vae=_part_bytes(folder / "vae", device.vae_dtype),
-        denoising=_denoising_bytes(config.model, pixels, base.config),
+        denoising=_denoising_bytes(config, pixels, base.config),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
     )
 
 
-def _denoising_bytes(model: ModelConfig, pixels: int, transformer: Any) -> int:
-    tokens = (1 + (model.max_frames - 1) // 4) * math.ceil(pixels / _TOKEN_PX)
+def _denoising_bytes(config: WorkerConfig, pixels: int, transformer: Any) -> int:
+    tokens = (1 + (config.model.max_frames - 1) // 4) * math.ceil(pixels / _TOKEN_PX)
+    widths = WIDTHS_PER_TOKEN
+    if any(mode.step_cache is not None for mode in config.modes):
+        widths += CACHED_PER_TOKEN
+    # What blocks keep of the prompt and the negative one: keys and values.
+    prompts = 2 * 2 * config.model.text_tokens * transformer.num_layers
     width = transformer.num_attention_heads * transformer.attention_head_dim
-    return int(tokens * width * WIDTHS_PER_TOKEN * torch.bfloat16.itemsize)
+    return int((tokens * widths + prompts) * width * torch.bfloat16.itemsize)
 
 
 def _vae_channels(folder: Path) -> int:

@@ -19,6 +19,7 @@ from quant.kernels.copier import Wanted
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import allocate, check_stored
 from worker.devices import Device
+from worker.errors import ModelUnusable
 from worker.part_files import CONFIG, WEIGHTS, check_files, read_json, read_part
 
 
@@ -62,9 +63,14 @@ class ComingParts:
         self._path = path
         encoder = read_part(UMT5Config.from_pretrained, path / "text_encoder", WEIGHTS)
         check_files(path / "vae", WEIGHTS)
-        with init_empty_weights(include_buffers=False):
-            self.text_encoder = UMT5EncoderModel(encoder)
-            self.vae = AutoencoderKLWan.from_config(read_json(path / "vae" / "config.json"))
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.text_encoder = UMT5EncoderModel(encoder)
+                self.vae = AutoencoderKLWan.from_config(read_json(path / "vae" / "config.json"))
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelUnusable(
+                f"The configurations of text encoder and VAE in {path} describe none: {error!r}"
+            ) from error
         self.text_encoder.tie_weights()
         self._copies: list[tuple[Copier, list[Wanted]]] = []
         place = text_encoder_on or device.torch_device

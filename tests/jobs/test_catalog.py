@@ -75,8 +75,11 @@ def test_queue_name_follows_every_part_of_the_offer(model: ModelOffer, offer: Wo
         catalog.queue_name(model, offer.modes[:1]),
         catalog.queue_name(model.model_copy(update={"max_frames": 21}), offer.modes),
         catalog.queue_name(model.model_copy(update={"fingerprint": "sha256:01"}), offer.modes),
+        catalog.queue_name(
+            model, [mode.model_copy(update={"variant": "cached"}) for mode in offer.modes]
+        ),
     ]
-    assert len({name, *others}) == 4
+    assert len({name, *others}) == 5
 
 
 def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: WorkerOffer) -> None:
