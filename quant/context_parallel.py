@@ -21,12 +21,8 @@ from torch import Tensor
 
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import AttentionScales
+from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
 from quant.wan_block import FusedWanBlock, fuse_blocks
-
-KEYS_MULTIPLE = 128
-"""Keys and values come back with room up to a multiple of this, as fast kernels want them."""
-
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, int], Tensor]
 """`quant.kernels.interface.Kernels.attention`."""

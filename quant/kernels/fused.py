@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from quant.kernels.interface import AttentionScales, Norm, Rope
+from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales, Norm, Rope
 
 E4M3 = torch.float8_e4m3fn
-KEYS_MULTIPLE = 128
 _ELEMENTS = 2048  # of an elementwise program
 _WARPS = 4
 

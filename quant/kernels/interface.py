@@ -18,6 +18,10 @@ from quant.linear import Hif8Linear
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines, [1, S, 1, D] float32, every angle twice."""
 
+KEYS_MULTIPLE = 128
+"""FP8 attention is given keys and values with room up to a multiple of this; why is in
+`quant.kernels.cudnn_fp8`."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionScales:
