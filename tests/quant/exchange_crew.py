@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quant.context_parallel import KEYS_MULTIPLE, Ulysses, gather
+from quant.context_parallel import Ulysses, gather
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import AttentionScales
+from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
 
 TOKENS, HEADS, WIDTH = 12, 4, 16
 
