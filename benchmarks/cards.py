@@ -30,7 +30,7 @@ import quant
 from benchmarks import report
 from benchmarks.random_wan import random_inputs, random_transformer, scales_from
 from benchmarks.report import Row
-from benchmarks.timing import device_name, median_ms
+from benchmarks.timing import device_name, medians_ms
 from jobs.spec import GenerationRequest
 from quant.context_parallel import split_tokens
 from worker.card_layout import CardLayout
@@ -199,7 +199,7 @@ def business(cards: Cards, tokens: int, heads: int) -> list[Row]:
 def timed(cards: Cards, run: Callable[[], object]) -> float:
     """The median of some runs, begun together."""
     cards.vote()
-    return round(median_ms(run, cards.device.torch_device, ROUNDS), 4)
+    return medians_ms({"": run}, cards.device.torch_device, ROUNDS)[""]
 
 
 if __name__ == "__main__":

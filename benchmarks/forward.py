@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -24,7 +25,7 @@ import quant
 from benchmarks import report
 from benchmarks.random_wan import Inputs, random_inputs, random_transformer, scales_from
 from benchmarks.report import Row
-from benchmarks.timing import device_name, median_ms, synchronize
+from benchmarks.timing import device_name, medians_ms, synchronize
 from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
@@ -148,9 +149,8 @@ class _Bench:
         ]
 
     def _ms(self, transformer: WanTransformer3DModel, inputs: Inputs) -> float:
-        return round(
-            median_ms(lambda: inputs.run(transformer), self.device, self.rounds, warm_up=1), 1
-        )
+        run = partial(inputs.run, transformer)
+        return round(medians_ms({"": run}, self.device, self.rounds, warm_up=1)[""], 1)
 
     def _profile(self, transformer: WanTransformer3DModel, inputs: Inputs) -> dict[str, float]:
         """Milliseconds of the device by what they were for; nothing on a CPU."""

@@ -9,34 +9,24 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def median_ms(
-    run: Callable[[], object], device: torch.device, rounds: int = 5, warm_up: int = 2
-) -> float:
-    """Milliseconds of one run, measured from outside, with the device done before and after."""
-    for _ in range(warm_up):
-        run()
-    seconds = []
-    for _ in range(rounds):
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds)
-
-
 def medians_ms(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 2,
 ) -> dict[str, float]:
-    """The same for several that take turns: a card that grows hot slows all of them alike."""
+    """Milliseconds of each, measured from outside, with the device done before and after.
+
+    They take turns: a card that grows hot slows all of them alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
+    for number in range(rounds + warm_up):
         for name, run in runs.items():
             synchronize(device)
             started = time.perf_counter()
             run()
             synchronize(device)
-            if number >= 2:
+            if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return {name: round(1000 * statistics.median(found), 3) for name, found in seconds.items()}
 

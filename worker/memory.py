@@ -75,13 +75,11 @@ class Placement:
     Attributes:
         text_encoder: "device", "host", or "encode": on the device only while it encodes.
         vae_tiling: whether the VAE decodes in tiles.
-        overlaps: whether decoding one job beside the denoising of the next fits, too.
         available_bytes: what the device has; None where that does not count.
     """
 
     text_encoder: str
     vae_tiling: bool
-    overlaps: bool
     need: Need
     available_bytes: int | None
 
@@ -154,9 +152,7 @@ def place_model(
     for place, tiled in choices:
         need = size.need(place, tiled)
         if available_bytes is None or need.total <= available_bytes:
-            both = sum(need.resident.values()) + size.denoising + size.decoding
-            overlaps = not tiled and (available_bytes is None or both <= available_bytes)
-            return Placement(place, tiled, overlaps, need, available_bytes)
+            return Placement(place, tiled, need, available_bytes)
     assert available_bytes is not None, "without a bound the first choice fits"
     least = min((size.need(*choice) for choice in choices), key=lambda need: need.total)
     raise TooLittleMemory(_refusal(config, recipes, least, available_bytes))

@@ -1,9 +1,9 @@
 """Wan2.1 text-to-video, resident on one device in one or more modes.
 
 The text encoder, the VAE and the scheduler's configuration exist once; each mode has its own
-transformer, sharing what it can, and its own `WanPipeline` over all of them. The pipeline does the
-denoising; encoding the prompt and decoding the latents are called one by one, so that each stage is
-timed, reports progress, and can be stopped.
+transformer, sharing what it can, and its own `WanPipeline` around it. The pipeline does the
+denoising; encoding the prompt (`worker/prompts.py`) and decoding the latents are called one by
+one, so that each stage is timed, reports progress, and can be stopped.
 
 The same request gives the same frames: the noise is drawn on the CPU from the seed, whatever the
 device, and each run has a scheduler of its own. Never here: queues, files, Redis.

@@ -56,12 +56,8 @@ class CountingKernels:
         parts = self._kernels.norm_rope(x, q_norm, k_norm, rope, heads, None)
         if scales is None:
             return parts
-        tokens = x.shape[1]
-        rounded = []
-        for part, scale in zip(parts, (scales.q, scales.k, scales.v), strict=True):
-            self._count(part[:, :tokens], scale)  # what lies behind is room, with anything in it
-            rounded.append(self._kernels.round_act(part, scale))
-        return tuple(rounded)
+        each_scale = (scales.q, scales.k, scales.v)
+        return tuple(self.round_act(*each) for each in zip(parts, each_scale, strict=True))
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
         return self.round_act(self._kernels.gelu(x, None), act_scale)

@@ -21,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from quant import hif8
 from quant.kernels import fused
 from quant.kernels.eager import shared_act_scale
-from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
+from quant.kernels.fused import E4M3
+from quant.kernels.interface import AttentionScales, BlockLinear
 from quant.kernels.plain import JoinedLinear, joined_bias
 from quant.linear import Hif8Linear
 from quant.scaling import is_power_of_two
@@ -29,7 +30,6 @@ from quant.scaling import is_power_of_two
 if TYPE_CHECKING:
     from quant.kernels.cudnn_fp8 import Fp8Attention
 
-E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E4M3_LARGEST_CODE = 0x7E
 _AT_ONCE = 1 << 26  # codes: what is between them and E4M3 takes 256 MiB
@@ -46,32 +46,10 @@ class CudaKernels:
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return E4m3Linear(linears)
 
-    def add_norm(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        gate: Tensor | None,
-        norm: Norm,
-        act_scale: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        return fused.add_norm(x, delta, gate, norm, act_scale)
-
-    def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
-        return fused.add_gated(x, delta, gate)
-
-    def norm_rope(
-        self,
-        x: Tensor,
-        q_norm: nn.RMSNorm,
-        k_norm: nn.RMSNorm | None,
-        rope: Rope | None,
-        heads: int,
-        scales: AttentionScales | None,
-    ) -> tuple[Tensor, ...]:
-        return fused.norm_rope(x, q_norm, k_norm, rope, heads, scales)
-
-    def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
-        return fused.gelu(x, act_scale)
+    add_norm = staticmethod(fused.add_norm)
+    add_gated = staticmethod(fused.add_gated)
+    norm_rope = staticmethod(fused.norm_rope)
+    gelu = staticmethod(fused.gelu)
 
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         return x if act_scale is None else fused.round_act(x, act_scale)

@@ -138,11 +138,6 @@ def test_a_choice_of_the_operator_stands(large, device):
     assert "text encoder" not in {*placement.need.resident, *placement.need.passing}
 
 
-def test_jobs_overlap_where_both_stages_fit(large, device):
-    assert not place(large, 70.0, device).overlaps
-    assert place(large, 90.0, device).overlaps
-
-
 def test_without_a_bound_nothing_is_moved_or_cut(large, device):
     placement = place(large, None, device)
     assert (placement.text_encoder, placement.vae_tiling) == ("device", False)
