@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,7 +46,7 @@ def result(
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "device": device,
-        "versions": {n: version(n) for n in ("torch", "diffusers", "transformers", "rq")},
+        "versions": _versions(),
         "settings": settings,
         "rows": [_row(row) for row in rows],
     }
@@ -77,6 +80,18 @@ def print_table(rows: list[Row]) -> None:
         ratio = f"{row.ratio:.3f}" if row.ratio is not None else "-"
         spread = f"{row.low:.3f} .. {row.high:.3f}" if row.low is not None else ""
         print(f"{row.what:<{width}}{row.value:>10.3f}{baseline:>10}{ratio:>8}  {spread} {row.unit}")
+
+
+def _versions() -> dict[str, str]:
+    """Of what figures depend on; the libraries of a card only where there is one."""
+    found = {name: version(name) for name in ("torch", "diffusers", "transformers", "rq")}
+    if not torch.cuda.is_available():
+        return found
+    found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+    for name in ("triton", "nvidia-cudnn-frontend"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _row(row: Row) -> dict[str, Any]:
