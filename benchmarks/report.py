@@ -87,7 +87,8 @@ def _versions() -> dict[str, str]:
     found = {name: version(name) for name in ("torch", "diffusers", "transformers", "rq")}
     if not torch.cuda.is_available():
         return found
-    found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(cudnn)}
     for name in ("triton", "nvidia-cudnn-frontend"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
