@@ -2,7 +2,9 @@
 
 Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone, each start in a
 process of its own, with all files in the page cache (a round before is not counted). The baseline
-is what copying the same bytes from pinned memory to the device takes, in the same processes.
+is what copying the same bytes from pinned memory to the device takes, in the same processes. What a
+process does whatever it loads (imports, the device's first answer, trying its kernels) has rows of
+its own.
 `--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
@@ -116,6 +118,8 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         Row(f"{name}: of it checks before loading", round(median("checks_s"), 3), "s"),
         Row(f"{name}: imports before", round(median("imports_s"), 3), "s"),
         Row(f"{name}: the device's first answer", round(median("device_s"), 3), "s"),
+        Row(f"{name}: its kernels tried", round(median("kernels_s"), 3), "s"),
+        Row(f"{name}: all of that, from the process' start", round(median("whole_s"), 3), "s"),
         Row(f"{name}: transformer on the device", round(transformer / GIB, 3), "GiB"),
         Row(f"{name}: text encoder and VAE there", round(parts / GIB, 3), "GiB"),
         Row(f"{name}: peak while loading", round(median("peak_bytes") / GIB, 3), "GiB"),

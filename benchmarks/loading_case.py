@@ -16,7 +16,14 @@ import typer
 import quant
 from worker.config import load_config
 from worker.devices import Device, pick_device
-from worker.loading import check_folder, fingerprint_model, load_model, load_modes, plan_modes
+from worker.loading import (
+    check_folder,
+    choose_kernels,
+    fingerprint_model,
+    load_model,
+    load_modes,
+    plan_modes,
+)
 from worker.wan import WanEngine
 
 COPY_BYTES = 1 << 30
@@ -30,6 +37,8 @@ class Start:
     Attributes:
         imports_s: from the process' start until torch and the worker were there.
         device_s: until the device answered.
+        kernels_s: until the device's kernels had been tried, which is once per process and has
+            nothing to do with the checkpoint.
         checks_s: fingerprint, recipes, scales and headers.
         model_s: the modes, on the kernels of the device, and at the same time what they share.
         transformer_bytes: of all modes together.
@@ -39,6 +48,7 @@ class Start:
     imports_s: float
     device_s: float
     checks_s: float
+    kernels_s: float
     model_s: float
     transformer_bytes: int
     parts_bytes: int
@@ -47,8 +57,13 @@ class Start:
 
     @property
     def loading_s(self) -> float:
-        """From a running process with a live device to a worker that is ready."""
+        """From a process whose device and kernels have been tried to a worker that is ready."""
         return self.checks_s + self.model_s
+
+    @property
+    def whole_s(self) -> float:
+        """From the process' start to a worker that is ready."""
+        return self.imports_s + self.device_s + self.kernels_s + self.loading_s
 
 
 def main(
@@ -75,11 +90,13 @@ def main(
     fingerprint = fingerprint_model(config)
     plans = plan_modes(config, fingerprint)
     lap()
+    choices = choose_kernels(plans, device)
+    lap()
     shared_bytes = 0
     if only_modes:
-        modes = load_modes(path, plans, device)
+        modes = load_modes(path, plans, device, choices)
     else:
-        modes, parts = load_model(path, plans, device)
+        modes, parts = load_model(path, plans, device, choices=choices)
         WanEngine(config.model, fingerprint, device, parts, modes)
         shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
     lap()
@@ -92,7 +109,8 @@ def main(
         imports_s=imported - started,
         device_s=seconds[0],
         checks_s=seconds[1],
-        model_s=seconds[2],
+        kernels_s=seconds[2],
+        model_s=seconds[3],
         transformer_bytes=quant.weight_bytes(*trees),
         parts_bytes=shared_bytes,
         peak_bytes=peak,

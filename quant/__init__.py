@@ -20,7 +20,7 @@ from quant.errors import (
     WeightsError,
 )
 from quant.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
-from quant.kernels.copier import Copier
+from quant.kernels.copier import Copier, CopierBeside, Reader
 from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
 from quant.packed import (
@@ -50,6 +50,7 @@ __all__ = [
     "ConversionReport",
     "ConvertedLinear",
     "Copier",
+    "CopierBeside",
     "Hif8Linear",
     "PackedCheckpoint",
     "PackedMismatch",
@@ -57,6 +58,7 @@ __all__ = [
     "PromptSet",
     "QuantError",
     "QuantRecipe",
+    "Reader",
     "RecipeError",
     "SamplerSettings",
     "Scales",

@@ -17,7 +17,7 @@ from torch import nn
 
 from quant.checkpoint import file_sha256
 from quant.errors import PackedMismatch, RecipeError, WeightsError
-from quant.kernels.copier import Copier
+from quant.kernels.copier import Reader
 from quant.packed_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -129,18 +129,18 @@ def check_packed(
     check_stored(skeleton.state_dict(), packed.stored, source=str(name), exact=True)
 
 
-def load_packed(packed: PackedCheckpoint, copier: Copier) -> WanTransformer3DModel:
-    """Make the quantized transformer alone, on the copier's device. `check_packed` comes first.
+def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DModel:
+    """Make the quantized transformer alone, on the reader's device. `check_packed` comes first.
 
     Raises:
         WeightsError: a file cannot be read, or has become shorter.
     """
     transformer = shared_skeleton(packed.info.transformer_config)
-    twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, copier)
-    return twin.to(copier.device)  # what is computed rather than stored
+    twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, reader)
+    return twin.to(reader.device)  # what is computed rather than stored
 
 
-def load_packed_base(packed: Sequence[PackedCheckpoint], copier: Copier) -> WanTransformer3DModel:
+def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanTransformer3DModel:
     """Make what several packed checkpoints of one model share; the rest stays without weights.
 
     Their transformers are made beside it, with `load_packed_beside`.
@@ -152,15 +152,15 @@ def load_packed_base(packed: Sequence[PackedCheckpoint], copier: Copier) -> WanT
     for each in packed:
         twin = quantized_skeleton(base, each.info.recipe)
         shared = stored_state(twin).keys() & stored_state(base).keys()
-        materialize(base, each.stored, copier, shared)
+        materialize(base, each.stored, reader, shared)
     for module in base.modules():  # what is computed rather than stored
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(copier.device)
+                module._buffers[name] = buffer.to(reader.device)
     return base
 
 
-def load_packed_beside(packed: PackedCheckpoint, transformer: M, copier: Copier) -> M:
+def load_packed_beside(packed: PackedCheckpoint, transformer: M, reader: Reader) -> M:
     """Make the quantized twin of a transformer that is loaded; only its linears are read.
 
     They share every other tensor, as `quantize_transformer` has it. `check_packed` comes first.
@@ -171,7 +171,7 @@ def load_packed_beside(packed: PackedCheckpoint, transformer: M, copier: Copier)
     """
     twin = quantized_skeleton(transformer, packed.info.recipe)
     check_stored(stored_state(twin), packed.stored, source=str(packed.folder), exact=True)
-    return materialize(twin, packed.stored, copier)
+    return materialize(twin, packed.stored, reader)
 
 
 def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe | None) -> str:

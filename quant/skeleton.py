@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quant.apply import select_linears, twin_tree
 from quant.errors import WeightsError
 from quant.granularity import PerChannel, PerToken
-from quant.kernels.copier import Copier, Wanted
+from quant.kernels.copier import Reader, Wanted
 from quant.linear import Hif8Linear
 from quant.recipe import QuantRecipe
 from quant.safetensors_header import StoredTensor
@@ -134,10 +134,10 @@ def check_stored(
 def materialize(
     module: M,
     stored: Mapping[str, StoredTensor],
-    copier: Copier,
+    reader: Reader,
     names: Collection[str] | None = None,
 ) -> M:
-    """Give a tree on the meta device its weights, straight to where `copier` leads.
+    """Give a tree on the meta device its weights, straight to where `reader` leads.
 
     What is real already stays as it is and where it is. Call `check_stored` first.
 
@@ -147,7 +147,7 @@ def materialize(
     Raises:
         WeightsError: a file cannot be read, or has become shorter.
     """
-    copier.read(allocate(module, stored, copier.device, names))
+    reader.read(allocate(module, stored, reader.device, names))
     return module
 
 
@@ -157,7 +157,7 @@ def allocate(
     device: torch.device,
     names: Collection[str] | None = None,
 ) -> Iterator[Wanted]:
-    """Make room for a tree's weights, one by one in the order of the files, for `Copier.read`.
+    """Make room for a tree's weights, one by one in the order of the files, for `Reader.read`.
 
     When the last was taken, the tree holds them. A parameter that it has under several names is
     made once and stays one.

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from diffusers import WanTransformer3DModel
 
 import quant
 from jobs.catalog import ModeOffer
+from quant.kernels.choice import KernelChoice
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import check_stored, empty_transformer, materialize
 from worker.config import ModeConfig, StepCache, WorkerConfig
@@ -49,6 +49,10 @@ _PARTS = (
     "vae/config.json",
     "scheduler/scheduler_config.json",
 )
+
+
+Choices = dict[tuple[object, ...], KernelChoice | None]
+"""The kernels of each distinct mode, by what it is made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,61 +146,63 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
     return plans
 
 
-def load_modes(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ...]:
+def choose_kernels(plans: list[_Plan], device: Device) -> Choices:
+    """Try which kernels the modes run on here, before anything is read.
+
+    Raises:
+        ModelUnusable, quant.QuantError: a recipe wants what the device does not run.
+    """
+    _refuse_fp8_attention(plans, device)
+    return {plan.made_with: _kernels_of(plan, device) for plan in _distinct(plans)}
+
+
+def load_modes(
+    path: Path, plans: list[_Plan], device: Device, choices: Choices | None = None
+) -> tuple[Mode, ...]:
     """Load or make the transformer of every planned mode; `path` is the model's folder.
 
     Modes that differ in nothing a transformer is made with share one.
+
+    Args:
+        choices: of `choose_kernels`, by default made here.
 
     Raises:
         ModelUnusable: a recipe wants what the device does not run.
         quant.QuantError: a recipe does not fit, or a tensor is not as it should be.
     """
-    _refuse_fp8_attention(plans, device)
-    first: dict[tuple[object, ...], _Plan] = {}
-    for plan in plans:
-        first.setdefault(plan.made_with, plan)
-    made = dict(zip(first, _load_distinct(path, list(first.values()), device), strict=True))
-    return tuple(_as_mode(plan, made[plan.made_with]) for plan in plans)
-
-
-def _load_distinct(path: Path, plans: list[_Plan], device: Device) -> tuple[Mode, ...]:
-    copier = quant.Copier(device.torch_device)
-    packed = [plan.packed for plan in plans if plan.packed is not None]
-    base = None
-    if len(packed) < len(plans):
-        convert_first = len(plans) == 1 and plans[0].recipe is not None
-        host = quant.Copier(torch.device("cpu"))
-        base = _load_bf16(path / "transformer", device, host if convert_first else copier)
-    elif len(packed) > 1:
-        base = quant.load_packed_base(packed, copier)
-    modes = tuple(_make_mode(plan, base, copier) for plan in plans)
-    del base
-    for mode in modes:
-        mode.transformer.to(device.torch_device)  # moves one that was converted on the host
-    return tuple(
-        _put_on_kernels(mode, plan, device) for mode, plan in zip(modes, plans, strict=True)
-    )
+    choices = choices or choose_kernels(plans, device)
+    with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
+        begun = _begin_modes(path, plans, device, beside)
+        beside.wait()
+        return _finish_modes(begun, plans, choices, device)
 
 
 def load_model(
-    path: Path, plans: list[_Plan], device: Device, placement: Placement | None = None
+    path: Path,
+    plans: list[_Plan],
+    device: Device,
+    placement: Placement | None = None,
+    choices: Choices | None = None,
 ) -> tuple[tuple[Mode, ...], SharedParts]:
-    """Load the modes and, at the same time, what they share: either leaves the way to the device
-    idle now and then.
+    """Load the modes and what they share: a thread copies, while this one makes modules.
 
     Args:
         placement: what goes where; by default everything to the device.
+        choices: of `choose_kernels`, by default made here.
 
     Raises:
         ModelUnusable, quant.QuantError: a part is missing, or a file or tensor is not as it should
             be.
     """
+    choices = choices or choose_kernels(plans, device)
     home = None if placement is None else placement.text_encoder_home(device)
-    shared = ComingParts(path, device, home)
-    with ThreadPoolExecutor(1, "shared-parts") as beside:
+    with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
+        begun = _begin_modes(path, plans, device, beside)
+        shared = ComingParts(path, device, home)
         copied = beside.submit(shared.copy)
-        modes = load_modes(path, plans, device)
         parts = shared.finish()
+        beside.wait()
+        modes = _finish_modes(begun, plans, choices, device)
         copied.result()
     if placement is not None:
         parts = replace(
@@ -205,6 +211,43 @@ def load_model(
             vae_tiling=placement.vae_tiling,
         )
     return modes, parts
+
+
+def _distinct(plans: list[_Plan]) -> list[_Plan]:
+    """The first of each kind."""
+    first: dict[tuple[object, ...], _Plan] = {}
+    for plan in plans:
+        first.setdefault(plan.made_with, plan)
+    return list(first.values())
+
+
+def _begin_modes(
+    path: Path, plans: list[_Plan], device: Device, reader: quant.CopierBeside
+) -> tuple[Mode, ...]:
+    """Make the distinct modes' trees; what is in them may still be on its way."""
+    plans = _distinct(plans)
+    packed = [plan.packed for plan in plans if plan.packed is not None]
+    base = None
+    if len(packed) < len(plans):
+        convert_first = len(plans) == 1 and plans[0].recipe is not None
+        host = quant.Copier(torch.device("cpu"))
+        base = _load_bf16(path / "transformer", device, host if convert_first else reader)
+    elif len(packed) > 1:
+        base = quant.load_packed_base(packed, reader)
+    return tuple(_make_mode(plan, base, reader) for plan in plans)
+
+
+def _finish_modes(
+    begun: tuple[Mode, ...], plans: list[_Plan], choices: Choices, device: Device
+) -> tuple[Mode, ...]:
+    """Put modes whose weights have arrived on their kernels: after all are there, as they share."""
+    for mode in begun:
+        mode.transformer.to(device.torch_device)  # moves one that was converted on the host
+    made = {
+        plan.made_with: _put_on_kernels(mode, plan, choices[plan.made_with], device)
+        for mode, plan in zip(begun, _distinct(plans), strict=True)
+    }
+    return tuple(_as_mode(plan, made[plan.made_with]) for plan in plans)
 
 
 def _refuse_fp8_attention(plans: list[_Plan], device: Device) -> None:
@@ -218,23 +261,27 @@ def _refuse_fp8_attention(plans: list[_Plan], device: Device) -> None:
         )
 
 
-def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
-    """Have a mode's blocks run on the device's kernels; after all modes are made, which share."""
+def _kernels_of(plan: _Plan, device: Device) -> KernelChoice | None:
     quantized = plan.recipe is not None
-    attention = {}
-    if plan.recipe is not None and plan.scales is not None:
-        attention = quant.attention_scales(plan.recipe, plan.scales)
     choice = device.pick_kernels(
         quantized=quantized,
-        fp8_attention=bool(attention),
+        fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
         emulate=plan.config.exact_emulation and quantized,
     )
+    if choice is not None and choice.warning is not None:
+        logger.warning("mode %s: %s", plan.config.name, choice.warning)
+    return choice
+
+
+def _put_on_kernels(mode: Mode, plan: _Plan, choice: KernelChoice | None, device: Device) -> Mode:
+    """Have a mode's blocks run on the kernels that were chosen for it."""
     if choice is None:
         if device.attention_backend is not None:
             mode.transformer.set_attention_backend(device.attention_backend)
         return mode
-    if choice.warning is not None:
-        logger.warning("mode %s: %s", mode.offer.name, choice.warning)
+    attention = {}
+    if plan.recipe is not None and plan.scales is not None:
+        attention = quant.attention_scales(plan.recipe, plan.scales)
     left = quant.fuse_quantized(mode.transformer, choice.kernels, attention)
     if left:
         logger.info("mode %s: blocks %s run unfused", mode.offer.name, list(left))
@@ -244,12 +291,12 @@ def _put_on_kernels(mode: Mode, plan: _Plan, device: Device) -> Mode:
     return replace(mode, offer=offer)
 
 
-def _load_bf16(folder: Path, device: Device, copier: quant.Copier) -> WanTransformer3DModel:
+def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransformer3DModel:
     check_files(folder, WEIGHTS)
     transformer = empty_transformer(read_json(folder / "config.json"), device.dtype)
     stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
     check_stored(transformer.state_dict(), stored, source=str(folder), exact=False)
-    return materialize(transformer, stored, copier).to(copier.device)
+    return materialize(transformer, stored, reader).to(reader.device)
 
 
 def check_folder(path: Path) -> None:
@@ -288,17 +335,18 @@ def _plan_packed(
     return _Plan(mode, recipe, packed.scales, packed)
 
 
-def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, copier: quant.Copier) -> Mode:
+def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, reader: quant.CopierBeside) -> Mode:
     """Make one mode beside `base`, or from its packed checkpoint alone where there is none."""
     transformer, report = base, None
     if plan.packed is not None:
         transformer = (
-            quant.load_packed(plan.packed, copier)
+            quant.load_packed(plan.packed, reader)
             if base is None
-            else quant.load_packed_beside(plan.packed, base, copier)
+            else quant.load_packed_beside(plan.packed, base, reader)
         )
         report = f"packed in {plan.packed.folder}, {plan.packed.linears} linears quantized"
     elif base is not None and plan.recipe is not None and plan.scales is not None:
+        reader.wait()  # what is quantized has to be there
         transformer, conversion = quant.quantize_transformer(base, plan.recipe, plan.scales)
         logger.debug("mode %s:\n%s", plan.config.name, conversion.table())
         report = str(conversion).splitlines()[0]

@@ -35,6 +35,7 @@ from worker.following import lead
 from worker.loading import (
     Mode,
     check_folder,
+    choose_kernels,
     fingerprint_model,
     load_model,
     plan_modes,
@@ -100,7 +101,8 @@ class WanEngine:
         recipes = [plan.recipe for plan in plans]
         placement = place_model(config, recipes, device, device.available_bytes())
         logger.info("%s", placement)
-        modes, parts = load_model(path, plans, device, placement)
+        choices = choose_kernels(plans, device)
+        modes, parts = load_model(path, plans, device, placement, choices)
         denoise = None if cards is None else lead(cards, modes)
         return cls(config.model, fingerprint, device, parts, modes, denoise)
 

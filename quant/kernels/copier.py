@@ -1,23 +1,25 @@
 """Copies tensors from files to where they are wanted, as fast as the way there allows.
 
-A device reads host memory at full speed only where it is pinned, and pages of a mapped file are
-not. So a few threads read pieces of the files into small pinned buffers of their own, two each, and
-send one off while they fill the other. To the CPU they read in place. Tensors much smaller than a
-buffer travel together and are parted at their destination; what is stored in another dtype than
-wanted is converted there. No whole tensor is ever held on the host on its way to a device.
+A device reads host memory at full speed only where it is pinned, and pages of a file are not. So a
+piece of the mapped file is copied into a pinned buffer, by all the threads that torch computes
+with, and sent off while the next is copied. To the CPU tensors go straight from the mapping.
+Tensors much smaller than a buffer travel together and are parted at their destination; what is
+stored in another dtype than wanted is converted there. No whole tensor is ever held on the host on
+its way to a device.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, cycle
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,13 +27,22 @@ from torch import Tensor
 from quant.errors import WeightsError
 from quant.safetensors_header import StoredTensor
 
-BUFFER_BYTES = 8 << 20
-MAX_THREADS = 8
+BUFFER_BYTES = 32 << 20
+BUFFERS = 3
 _ALIGNMENT = 16  # what any dtype's view of a buffer may ask for
 _GAP_BYTES = 64 << 10  # what is read in vain rather than asked for in two pieces
 
 Wanted = tuple[StoredTensor, Tensor]
 """A tensor in a file, and the contiguous tensor of the same shape that is to hold it."""
+
+
+class Reader(Protocol):
+    """Fills tensors of one device from files: at once (`Copier`) or soon (`CopierBeside`)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def read(self, wanted: Iterable[Wanted]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -63,14 +74,12 @@ class Copier:
         self,
         device: torch.device,
         *,
-        threads: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         staged: bool | None = None,
     ) -> None:
         """Prepare to copy; buffers are made when something is copied.
 
         Args:
-            threads: readers; by default as many as torch computes with, eight at most.
             staged: whether data passes through buffers; by default wherever the device is not the
                 host itself.
         """
@@ -79,132 +88,160 @@ class Copier:
             index = torch.get_device_module(device).current_device()
             device = torch.device(device.type, index)
         self.device = device
-        self.threads = threads or min(MAX_THREADS, torch.get_num_threads())
         self.buffer_bytes = buffer_bytes
         self.staged = device.type != "cpu" if staged is None else staged
 
-    def read(self, wanted: Iterable[Wanted]) -> int:
-        """Fill every wanted tensor and return the number of bytes read, when all have arrived.
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        """Fill every wanted tensor; when it returns, all have arrived.
 
         `wanted` is taken little by little, so that tensors may be allocated meanwhile. In the order
         of the files it goes fastest.
 
         Raises:
-            WeightsError: a file cannot be read or ends early; it names the tensor.
+            WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
-        runs = _Shared(_runs(wanted, self.buffer_bytes))
-        with ThreadPoolExecutor(self.threads, "weights") as pool:
-            done = [pool.submit(self._work, runs) for _ in range(self.threads)]
-        return sum(each.result() for each in done)
-
-    def _work(self, runs: _Shared) -> int:
-        total = 0
-        with ExitStack() as opened:
-            files: dict[Path, int] = {}
-            lane = _Lane(self.device, self.buffer_bytes) if self.staged else None
-            try:
-                for run in runs:
-                    if run.file not in files:
-                        files[run.file] = os.open(run.file, os.O_RDONLY)
-                        opened.callback(os.close, files[run.file])
-                    total += self._copy(run, files[run.file], lane)
-            except OSError as error:
-                runs.stop()
-                raise WeightsError(
-                    f"{run.file} cannot be read: {error.strerror or error}"
-                ) from error
-            except BaseException:
-                runs.stop()
-                raise
-            finally:
+        lane = _Lane(self.device, self.buffer_bytes) if self.staged else None
+        maps = _Maps()
+        try:
+            for run in _runs(wanted, self.buffer_bytes):
+                data = maps.bytes_of(run)
                 if lane is not None:
-                    lane.finish()
-        return total
-
-    def _copy(self, run: _Run, file: int, lane: _Lane | None) -> int:
-        target = run.in_place
-        if lane is not None:
-            buffer = lane.free_buffer()[: run.end - run.start]
-            _read_whole(file, run, buffer)
-            lane.send(buffer, run)
-        elif target is not None:
-            _read_whole(file, run, _as_bytes(target))
-        else:
-            buffer = torch.empty(run.end - run.start, dtype=torch.uint8)
-            _read_whole(file, run, buffer)
-            _part(buffer, run)
-        return run.end - run.start
+                    lane.send(data, run)
+                else:
+                    _deliver(data, run)
+        finally:
+            if lane is not None:
+                lane.finish()
 
 
-class _Shared:
-    """One iterator for several threads, which any of them may end for all."""
+class CopierBeside:
+    """A copier in a thread of its own: `read` returns at once, and `wait` when all has arrived.
 
-    def __init__(self, runs: Iterator[_Run]) -> None:
-        self._runs = runs
-        self._lock = threading.Lock()
+    A context, which waits for its thread when it is left.
+    """
 
-    def __iter__(self) -> Iterator[_Run]:
-        while True:
-            with self._lock:
-                run = next(self._runs, None)
-            if run is None:
-                return
-            yield run
+    def __init__(self, copier: Copier) -> None:
+        self._copier = copier
+        self._pool = ThreadPoolExecutor(1, "weights")
+        self._begun: list[Future[None]] = []
 
-    def stop(self) -> None:
-        with self._lock:
-            self._runs = iter(())
+    @property
+    def device(self) -> torch.device:
+        return self._copier.device
+
+    def read(self, wanted: Iterable[Wanted]) -> None:
+        """Take what is wanted, all of it now, and fill it after what was wanted before."""
+        self._begun.append(self.submit(partial(self._copier.read, list(wanted))))
+
+    def submit(self, task: Callable[[], None]) -> Future[None]:
+        """Have the thread do something else when it is its turn."""
+        return self._pool.submit(task)
+
+    def wait(self) -> None:
+        """Wait for all that is to be read.
+
+        Raises:
+            WeightsError: as `Copier.read`.
+        """
+        while self._begun:
+            self._begun.pop(0).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=error is not None)
+
+
+class _Maps:
+    """Files in memory, as tensors of bytes; the last one stays open, as they come in order."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._whole = torch.empty(0, dtype=torch.uint8)
+
+    def bytes_of(self, run: _Run) -> Tensor:
+        """A view of a run's bytes in its file."""
+        if run.file != self._path:
+            try:
+                self._whole = _mapped(run.file)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise WeightsError(f"{run.file} cannot be read: {reason}") from error
+            self._path = run.file
+        size = self._whole.numel()
+        if run.end > size:
+            cut = next(each for each, first, to in run.pieces if first + _size(each, to) > size)
+            raise WeightsError(
+                f"{run.file} ends after {size:,} bytes, within tensor {cut.name!r}: the file was "
+                "cut; copy or convert it again"
+            )
+        return self._whole[run.start : run.end]
+
+
+def _mapped(path: Path) -> Tensor:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        if not os.fstat(number).st_size:
+            return torch.empty(0, dtype=torch.uint8)
+        # Writable, because torch asks for that, but never written to.
+        memory = mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(number)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class _Lane:
-    """One thread's way to a device: two pinned buffers, a stream, and a buffer on the device."""
+    """The way to a device: pinned buffers, a stream, and a buffer on the device."""
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
-        self._buffers: Iterator[tuple[Tensor, Any]]
-        self._sent: Any = None
+        self._device, self._buffer_bytes = device, buffer_bytes
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
-        pin = self._backend is not None
-        if self._backend is not None:
-            self._backend.set_device(device)
-        buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        self._buffers: list[tuple[Tensor, Any]] = []
         self._landing = torch.empty(buffer_bytes, dtype=torch.uint8, device=device)
         if self._backend is None:
-            self._buffers = cycle([(buffer, None) for buffer in buffers])
             return
+        self._backend.set_device(device)
         self._stream = self._backend.Stream(device)
         # Memory that tensors were given may have been freed under work that still runs.
         self._stream.wait_stream(self._backend.current_stream(device))
-        self._buffers = cycle([(buffer, self._backend.Event()) for buffer in buffers])
 
-    def free_buffer(self) -> Tensor:
-        """The buffer whose last load has arrived."""
-        buffer, self._sent = next(self._buffers)
-        if self._sent is not None:
-            self._sent.synchronize()
-        return buffer
-
-    def send(self, buffer: Tensor, run: _Run) -> None:
-        """Send the buffer that `free_buffer` gave; it is busy until its event has come."""
+    def send(self, data: Tensor, run: _Run) -> None:
+        """Send bytes of a file to their tensors."""
+        buffer, sent = self._free_buffer()
+        filled = buffer[: data.numel()]
+        filled.copy_(data)
         if self._backend is None:
-            self._deliver(buffer, run)
+            _deliver(filled, run)
             return
         with self._backend.stream(self._stream):
-            self._deliver(buffer, run)
-            self._sent.record(self._stream)
+            if run.in_place is None:
+                landed = self._landing[: data.numel()]
+                filled = landed.copy_(filled, non_blocking=True)
+            _deliver(filled, run)
+            sent.record(self._stream)
 
     def finish(self) -> None:
         """Wait until all has arrived."""
         if self._backend is not None:
             self._stream.synchronize()
 
-    def _deliver(self, buffer: Tensor, run: _Run) -> None:
-        target = run.in_place
-        if target is not None:
-            target.view(torch.uint8).copy_(buffer, non_blocking=True)
-            return
-        landed = self._landing[: buffer.numel()]
-        landed.copy_(buffer, non_blocking=True)
-        _part(landed, run)
+    def _free_buffer(self) -> tuple[Tensor, Any]:
+        """A new buffer, or the one that was sent off first, and the event of its arrival."""
+        pin = self._backend is not None
+        if len(self._buffers) < BUFFERS:
+            made = torch.empty(self._buffer_bytes, dtype=torch.uint8, pin_memory=pin)
+            self._buffers.append((made, self._backend.Event() if pin else None))
+        else:
+            self._buffers.append(self._buffers.pop(0))
+            if pin:
+                self._buffers[-1][1].synchronize()
+        return self._buffers[-1]
 
 
 def _runs(wanted: Iterable[Wanted], limit: int) -> Iterator[_Run]:
@@ -239,35 +276,20 @@ def _fits(run: _Run, stored: StoredTensor, limit: int) -> bool:
     return near and stored.start + stored.nbytes - run.start <= limit
 
 
-def _part(buffer: Tensor, run: _Run) -> None:
+def _deliver(data: Tensor, run: _Run) -> None:
     """Give each piece of a run its elements, in the dtype it is wanted in."""
+    target = run.in_place
+    if target is not None:
+        target.view(torch.uint8).copy_(data, non_blocking=True)
+        return
     for stored, first_byte, target in run.pieces:
         start = first_byte - run.start
-        data = buffer[start : start + _size(stored, target)]
+        part = data[start : start + _size(stored, target)]
         if start % stored.dtype.itemsize:
-            data = data.clone()  # a view of another dtype has to begin at a multiple of its size
-        target.copy_(data.view(stored.dtype), non_blocking=True)
-
-
-def _read_whole(file: int, run: _Run, buffer: Tensor) -> None:
-    view = _as_bytes(buffer).numpy().data
-    done = 0
-    while done < len(view):
-        count = os.preadv(file, [view[done:]], run.start + done)
-        if count == 0:
-            end = run.start + done
-            cut = next(each for each, first, to in run.pieces if first + _size(each, to) > end)
-            raise WeightsError(
-                f"{run.file} ends after {end:,} bytes, within tensor {cut.name!r}: the file was "
-                "cut; copy or convert it again"
-            )
-        done += count
+            part = part.clone()  # a view of another dtype has to begin at a multiple of its size
+        target.copy_(part.view(stored.dtype), non_blocking=True)
 
 
 def _size(stored: StoredTensor, target: Tensor) -> int:
     """The bytes in a file that fill `target`."""
     return target.numel() * stored.dtype.itemsize
-
-
-def _as_bytes(flat: Tensor) -> Tensor:
-    return flat.view(torch.uint8)

@@ -18,21 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from quant import hif8
-from quant.kernels import fused
+from quant.kernels import fused, recode
 from quant.kernels.eager import shared_act_scale
 from quant.kernels.fused import E4M3
 from quant.kernels.interface import AttentionScales, BlockLinear
 from quant.kernels.plain import JoinedLinear, joined_bias
+from quant.kernels.recode import E4M3_MAX
 from quant.linear import Hif8Linear
 from quant.scaling import is_power_of_two
 
 if TYPE_CHECKING:
     from quant.kernels.cudnn_fp8 import Fp8Attention
 
-E4M3_MAX = 448.0
 E4M3_LARGEST_CODE = 0x7E
-_AT_ONCE = 1 << 26  # codes: what is between them and E4M3 takes 256 MiB
 
 
 class CudaKernels:
@@ -85,9 +83,6 @@ class E4m3Linear(nn.Module):
         weight: [N, K] E4M3.
         weight_scale: [] float32; or [1, N], where channels have their own or the linears' scales
             are not powers of two apart, so that no one scale serves all exactly.
-
-    Attributes:
-        flushed: the share of weights that E4M3 cannot hold exactly.
     """
 
     weight: Tensor
@@ -97,32 +92,36 @@ class E4m3Linear(nn.Module):
     def __init__(self, linears: Sequence[Hif8Linear]) -> None:
         super().__init__()
         self.act_scale = shared_act_scale(linears)
-        device = linears[0].weight_qdata.device
-        parts = [each.weight_scale.float() for each in linears]
-        if _one_scale_serves(parts):
-            scale = torch.stack(parts).min()
-            ratios = [float(part / scale) for part in parts]
+        qdata = [each.weight_qdata for each in linears]
+        device = qdata[0].device
+        rows = [part.shape[0] for part in qdata]
+        weight = torch.empty(sum(rows), qdata[0].shape[1], dtype=E4M3, device=device)
+        self._wrong = torch.zeros(1, dtype=torch.int32, device=device)
+        outs = torch.split(weight, rows)
+        largest = recode.largest_magnitudes(qdata)
+        if (shared := _shared_scale(linears)) is not None:
+            each_scale, whole = shared
+            ratios = [scale / whole for scale in each_scale]
+            shift = _headroom([value * ratio for value, ratio in zip(largest, ratios, strict=True)])
+            for part, ratio, out in zip(qdata, ratios, outs, strict=True):
+                recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
+            scale = torch.tensor(whole * 2.0**-shift, device=device)
         else:
-            rows = [each.out_features for each in linears]
-            scale = torch.cat([p.expand(n, 1) for p, n in zip(parts, rows, strict=True)])
-            ratios = [1.0] * len(parts)
-        largest = [_largest_value(each.weight_qdata) for each in linears]
-        shifted = max(value * ratio for value, ratio in zip(largest, ratios, strict=True))
-        scale = scale * 2.0 ** -_headroom(shifted)
-        codes, inexact = [], 0
-        start = 0
-        for each, part in zip(linears, parts, strict=True):
-            own = scale if scale.dim() == 0 else scale[start : start + each.out_features]
-            start += each.out_features
-            code, wrong = _as_e4m3(each.weight_qdata, part / own)
-            codes.append(code)
-            inexact += wrong
-        weight = torch.cat(codes)
-        self.flushed = inexact / weight.numel()
+            shift = _headroom(largest)
+            for part, out in zip(qdata, outs, strict=True):
+                recode.to_e4m3(part, 2.0**shift, out, self._wrong)
+            own = [each.weight_scale.float() for each in linears]
+            by_row = torch.cat([each.expand(n, 1) for each, n in zip(own, rows, strict=True)])
+            scale = (by_row * 2.0**-shift).t().contiguous()
         self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale.t().contiguous() if scale.dim() else scale)
+        self.register_buffer("weight_scale", scale)
         self.register_buffer("input_scale", torch.tensor(self.act_scale, device=device))
         self.bias = joined_bias(linears)
+
+    @property
+    def flushed(self) -> float:
+        """The share of weights that E4M3 cannot hold exactly."""
+        return self._wrong.item() / self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -141,45 +140,20 @@ class E4m3Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def _one_scale_serves(scales: Sequence[Tensor]) -> bool:
-    """Whether all are single, and powers of two apart: then codes can be shifted to one of them."""
+def _shared_scale(linears: Sequence[Hif8Linear]) -> tuple[list[float], float] | None:
+    """Each linear's scale and the smallest, if codes can be shifted to it: if each has a single
+    one, and they are powers of two apart."""
+    scales = [each.weight_scale.float() for each in linears]
     if any(scale.numel() > 1 for scale in scales):
-        return False
-    return all(is_power_of_two(float(scale / scales[0])) for scale in scales)
+        return None
+    values: list[float] = torch.stack([scale.reshape(()) for scale in scales]).tolist()
+    smallest = min(values)
+    if all(is_power_of_two(value / smallest) for value in values):
+        return values, smallest
+    return None
 
 
-def _headroom(largest: float) -> int:
-    """How many binades values up to `largest` can be shifted up and still fit E4M3."""
+def _headroom(magnitudes: Sequence[float]) -> int:
+    """How many binades values can be shifted up and still fit E4M3."""
+    largest = max(magnitudes)
     return math.floor(math.log2(E4M3_MAX / largest)) if largest else 0
-
-
-def _largest_value(qdata: Tensor) -> float:
-    # Without the sign, codes are not in the order of their values: look at the few there are.
-    present = torch.bincount(qdata.reshape(-1), minlength=256).cpu() > 0
-    values = hif8.code_values().abs()
-    return values[present & values.isfinite()].max().item() if present.any() else 0.0
-
-
-def _as_e4m3(qdata: Tensor, factor: Tensor) -> tuple[Tensor, int]:
-    """Codes times a factor (or one per row) as E4M3, and how many are not exact.
-
-    A code has 256 values, so with one factor this is a table of bytes and a gather.
-    """
-    out = torch.empty(qdata.shape, dtype=E4M3, device=qdata.device)
-    if factor.numel() == 1:
-        values = hif8.code_values().to(qdata.device) * factor.reshape(())
-        table = values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        flat, into = qdata.reshape(-1), out.view(torch.uint8).reshape(-1)
-        for start in range(0, flat.numel(), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            into[part] = table.view(torch.uint8)[flat[part].to(torch.int32)]
-        counts = torch.bincount(flat, minlength=256)
-        return out, int(counts[table.float() != values].sum())
-    wrong = 0
-    rows = max(1, _AT_ONCE // qdata.shape[1])
-    for start in range(0, qdata.shape[0], rows):
-        part = slice(start, start + rows)
-        value = hif8.decode(qdata[part], torch.float32) * factor[part]
-        out[part] = value.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        wrong += int((out[part].float() != value).sum())
-    return out, wrong

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from quant import hif8
+from quant.kernels import recode
 from quant.kernels.cuda import E4m3Linear
 from quant.linear import Hif8Linear
 from quant.scaling import choose_scale, scale_policy
@@ -42,6 +44,26 @@ def test_the_weights_stay_what_they_were(policy: str, per_channel: bool) -> None
     assert joined.flushed == pytest.approx(1 - exact.float().mean().item(), abs=2e-3)
     # What is not exact is small beside the largest.
     assert (found - expected).abs().max() <= 2**-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 64.0, 0.3])
+def test_every_code_becomes_the_nearest_of_e4m3(factor: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(40)  # more than one program
+    out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn)
+    wrong = torch.zeros(1, dtype=torch.int32)
+    recode.to_e4m3(codes, factor, out, wrong)
+    values = hif8.code_values() * factor
+    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(out.view(torch.uint8).view(40, 256), expected.expand(40, -1))
+    assert wrong.item() == 40 * (expected.view(torch.float8_e4m3fn).float() != values).sum()
+
+
+def test_the_largest_magnitude_is_found_whatever_its_sign() -> None:
+    finite = hif8.code_values().abs().nan_to_num(0, 0)
+    order = finite.argsort()
+    parts = [order[:size].to(torch.uint8).repeat(50) for size in (1, 77, 200, 256)]
+    expected = [finite[part.long()].max().item() for part in parts]
+    assert recode.largest_magnitudes(parts) == expected
 
 
 def test_one_scale_is_kept_where_it_serves_all() -> None:

@@ -36,7 +36,7 @@ from quant.packed_format import SHARD_PATTERN
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import empty_transformer, materialize, quantized_skeleton
 
-CPU = Copier(torch.device("cpu"), threads=1)
+CPU = Copier(torch.device("cpu"))
 NO_HEADERS = [b"", b"\x00" * 7, b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"[1,2,3] "]
 QDATA = "blocks.1.attn1.to_q.weight_qdata"
 
