@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from quant.context_parallel import Ulysses
+from quant.context_parallel import Ulysses, gather
 from worker.card_layout import CardLayout
 from worker.devices import Device
 from worker.errors import CardFailed, CardsLost
@@ -137,7 +137,9 @@ class Cards:
                 token = torch.zeros(len(ranks), device=self.device.torch_device)
                 self.vote()
                 dist.all_to_all_single(torch.empty_like(token), token, group=group)
+                gather(token, group, self.vote)
             else:
+                self.vote()
                 self.vote()
         self.device.synchronize()
 
