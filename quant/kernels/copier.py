@@ -1,19 +1,19 @@
 """Copies tensors from files to where they are wanted, as fast as the way there allows.
 
 A device reads host memory at full speed only where it is pinned, and pages of a file are not. So a
-piece of the mapped file is copied into a pinned buffer, by all the threads that torch computes
-with, and sent off while the next is copied. To the CPU tensors go straight from the mapping.
-Tensors much smaller than a buffer travel together and are parted at their destination; what is
-stored in another dtype than wanted is converted there. No whole tensor is ever held on the host on
-its way to a device.
+few threads read a piece of a file into a pinned buffer, which is sent off while they read the next.
+To the CPU they read in place. Tensors much smaller than a buffer travel together and are parted at
+their destination; what is stored in another dtype than wanted is converted there. No whole tensor
+is ever held on the host on its way to a device.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -27,8 +27,11 @@ from torch import Tensor
 from quant.errors import WeightsError
 from quant.safetensors_header import StoredTensor
 
-BUFFER_BYTES = 32 << 20
-BUFFERS = 3
+BUFFER_BYTES = 16 << 20
+BUFFERS = 6
+SLICE_BYTES = 4 << 20
+"""What a thread reads at once: little enough to stay in its core's cache on the way."""
+MAX_THREADS = 12
 _ALIGNMENT = 16  # what any dtype's view of a buffer may ask for
 _GAP_BYTES = 64 << 10  # what is read in vain rather than asked for in two pieces
 
@@ -74,12 +77,14 @@ class Copier:
         self,
         device: torch.device,
         *,
+        threads: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         staged: bool | None = None,
     ) -> None:
         """Prepare to copy; buffers are made when something is copied.
 
         Args:
+            threads: readers; by default as many as torch computes with, 12 at most.
             staged: whether data passes through buffers; by default wherever the device is not the
                 host itself.
         """
@@ -88,6 +93,7 @@ class Copier:
             index = torch.get_device_module(device).current_device()
             device = torch.device(device.type, index)
         self.device = device
+        self.threads = threads or min(MAX_THREADS, torch.get_num_threads())
         self.buffer_bytes = buffer_bytes
         self.staged = device.type != "cpu" if staged is None else staged
 
@@ -101,17 +107,21 @@ class Copier:
             WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
         lane = _Lane(self.device, self.buffer_bytes) if self.staged else None
-        maps = _Maps()
-        try:
-            for run in _runs(wanted, self.buffer_bytes):
-                data = maps.bytes_of(run)
+        with ExitStack() as opened, ThreadPoolExecutor(self.threads, "reader") as pool:
+            files = _Files(opened, pool)
+            reading: deque[_Piece] = deque()
+            try:
+                for run in _runs(wanted, self.buffer_bytes):
+                    piece = _Piece(run) if lane is None else lane.piece(run)
+                    files.begin(piece)
+                    reading.append(piece)
+                    if len(reading) == BUFFERS - 1:  # one is on its way
+                        _hand_on(reading.popleft(), lane)
+                while reading:
+                    _hand_on(reading.popleft(), lane)
+            finally:
                 if lane is not None:
-                    lane.send(data, run)
-                else:
-                    _deliver(data, run)
-        finally:
-            if lane is not None:
-                lane.finish()
+                    lane.finish()
 
 
 class CopierBeside:
@@ -158,42 +168,73 @@ class CopierBeside:
         self._pool.shutdown(cancel_futures=error is not None)
 
 
-class _Maps:
-    """Files in memory, as tensors of bytes; the last one stays open, as they come in order."""
+class _Piece:
+    """A run on its way, and the host's memory that it is read into."""
 
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._whole = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, run: _Run, buffer: Tensor | None = None, sent: Any = None) -> None:
+        """sent: the event of the buffer's arrival on a device."""
+        self.run, self.sent = run, sent
+        self.reads: list[Future[None]] = []
+        size = run.end - run.start
+        if buffer is not None:
+            self.data = buffer[:size]
+        elif run.in_place is not None:
+            self.data = run.in_place.view(torch.uint8)
+        else:
+            self.data = torch.empty(size, dtype=torch.uint8)
 
-    def bytes_of(self, run: _Run) -> Tensor:
-        """A view of a run's bytes in its file."""
-        if run.file != self._path:
+
+def _hand_on(piece: _Piece, lane: _Lane | None) -> None:
+    """Wait until a piece is read, and send it on."""
+    for each in piece.reads:
+        each.result()
+    if lane is not None:
+        lane.send(piece)
+    elif piece.run.in_place is None:
+        _deliver(piece.data, piece.run)
+
+
+class _Files:
+    """Open files, read by a pool's threads."""
+
+    def __init__(self, opened: ExitStack, pool: ThreadPoolExecutor) -> None:
+        self._opened, self._pool = opened, pool
+        self._numbers: dict[Path, int] = {}
+
+    def begin(self, piece: _Piece) -> None:
+        """Have a piece read."""
+        run, view = piece.run, piece.data.numpy().data
+        if run.file not in self._numbers:
             try:
-                self._whole = _mapped(run.file)
+                self._numbers[run.file] = os.open(run.file, os.O_RDONLY)
             except OSError as error:
-                reason = error.strerror or str(error)
-                raise WeightsError(f"{run.file} cannot be read: {reason}") from error
-            self._path = run.file
-        size = self._whole.numel()
-        if run.end > size:
-            cut = next(each for each, first, to in run.pieces if first + _size(each, to) > size)
+                raise _unreadable(run.file, error) from error
+            self._opened.callback(os.close, self._numbers[run.file])
+        number = self._numbers[run.file]
+        for start in range(0, len(view), SLICE_BYTES):
+            part = view[start : start + SLICE_BYTES]
+            piece.reads.append(self._pool.submit(_read_slice, number, run, part, start))
+
+
+def _read_slice(number: int, run: _Run, view: memoryview, first: int) -> None:
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(number, [view[done:]], run.start + first + done)
+        except OSError as error:
+            raise _unreadable(run.file, error) from error
+        if count == 0:
+            end = run.start + first + done
+            cut = next(each for each, at, to in run.pieces if at + _size(each, to) > end)
             raise WeightsError(
-                f"{run.file} ends after {size:,} bytes, within tensor {cut.name!r}: the file was "
+                f"{run.file} ends after {end:,} bytes, within tensor {cut.name!r}: the file was "
                 "cut; copy or convert it again"
             )
-        return self._whole[run.start : run.end]
+        done += count
 
 
-def _mapped(path: Path) -> Tensor:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        if not os.fstat(number).st_size:
-            return torch.empty(0, dtype=torch.uint8)
-        # Writable, because torch asks for that, but never written to.
-        memory = mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
-    finally:
-        os.close(number)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+def _unreadable(file: Path, error: OSError) -> WeightsError:
+    return WeightsError(f"{file} cannot be read: {error.strerror or error}")
 
 
 class _Lane:
@@ -211,28 +252,8 @@ class _Lane:
         # Memory that tensors were given may have been freed under work that still runs.
         self._stream.wait_stream(self._backend.current_stream(device))
 
-    def send(self, data: Tensor, run: _Run) -> None:
-        """Send bytes of a file to their tensors."""
-        buffer, sent = self._free_buffer()
-        filled = buffer[: data.numel()]
-        filled.copy_(data)
-        if self._backend is None:
-            _deliver(filled, run)
-            return
-        with self._backend.stream(self._stream):
-            if run.in_place is None:
-                landed = self._landing[: data.numel()]
-                filled = landed.copy_(filled, non_blocking=True)
-            _deliver(filled, run)
-            sent.record(self._stream)
-
-    def finish(self) -> None:
-        """Wait until all has arrived."""
-        if self._backend is not None:
-            self._stream.synchronize()
-
-    def _free_buffer(self) -> tuple[Tensor, Any]:
-        """A new buffer, or the one that was sent off first, and the event of its arrival."""
+    def piece(self, run: _Run) -> _Piece:
+        """A run with a new buffer, or with the one that was sent off first, once it has arrived."""
         pin = self._backend is not None
         if len(self._buffers) < BUFFERS:
             made = torch.empty(self._buffer_bytes, dtype=torch.uint8, pin_memory=pin)
@@ -241,7 +262,24 @@ class _Lane:
             self._buffers.append(self._buffers.pop(0))
             if pin:
                 self._buffers[-1][1].synchronize()
-        return self._buffers[-1]
+        return _Piece(run, *self._buffers[-1])
+
+    def send(self, piece: _Piece) -> None:
+        """Send a piece, which has been read, to its tensors."""
+        data = piece.data
+        if self._backend is None:
+            _deliver(data, piece.run)
+            return
+        with self._backend.stream(self._stream):
+            if piece.run.in_place is None:
+                data = self._landing[: data.numel()].copy_(data, non_blocking=True)
+            _deliver(data, piece.run)
+            piece.sent.record(self._stream)
+
+    def finish(self) -> None:
+        """Wait until all has arrived."""
+        if self._backend is not None:
+            self._stream.synchronize()
 
 
 def _runs(wanted: Iterable[Wanted], limit: int) -> Iterator[_Run]:
