@@ -67,7 +67,7 @@ class Pieces:
         self.eager = EagerKernels()
 
     def ms(self, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-        return medians_ms(runs, self.device, self.rounds)
+        return medians_ms(runs, self.device, self.rounds, queued=True)
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=torch.bfloat16)

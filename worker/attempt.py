@@ -86,7 +86,9 @@ def _outcome(place: Workplace, attempt: Attempt, record: JobRecord, guards: Guar
         # The one broad clause of the worker. Whatever a model, a driver or a full disk throws, the
         # caller is owed an end and the next job a worker; the operator gets the traceback. What
         # must pass (lost attempts, SystemExit) was handled above or is no Exception.
-        logger.exception("failed with an unexpected error")
+        full = place.engine.device.is_out_of_memory(error)
+        what = "the device ran out of memory" if full else "failed with an unexpected error"
+        logger.exception(what)
         return _of_unexpected(place, record, error)
 
 
