@@ -141,6 +141,11 @@ class WorkerOffer(_Offer):
     def serves(self, mode: str) -> bool:
         return any(offered.name == mode for offered in self.modes)
 
+    @property
+    def is_degraded(self) -> bool:
+        """Whether it runs a mode slower than its device could."""
+        return any(mode.warning is not None for mode in self.modes)
+
 
 class ModeStatus(_Offer):
     """What a worker has measured in one mode; None where it has not yet.

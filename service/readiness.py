@@ -24,10 +24,10 @@ class Readiness:
         self._catalog = Remembered(lambda: catalog.read(self._redis), kept_s=0)
         self._limiter = CapacityLimiter(THREADS)
 
-    async def workers(self) -> int:
-        """Count the live workers."""
+    async def workers(self) -> tuple[int, int]:
+        """Count the live workers, and those of them that run a mode on less than their best."""
         found = await to_thread.run_sync(self._catalog.get, limiter=self._limiter)
-        return len(found.offers)
+        return len(found.offers), sum(offer.is_degraded for offer in found.offers)
 
     def close(self) -> None:
         self._redis.close()

@@ -251,6 +251,10 @@ class HealthView(BaseModel):
 class ReadyView(BaseModel):
     status: Literal["ready"] = "ready"
     workers: int = Field(description="Live workers.")
+    degraded: int = Field(
+        description="Those of them that run a mode slower than their device could; "
+        "`GET /workers` says why."
+    )
 
 
 def _model_view(model: ModelOffer, catalog: Catalog) -> ModelView:

@@ -82,8 +82,21 @@ def _worker_families(workers: Sequence[WorkerState]) -> Iterator[Metric]:
     for worker, status in told:
         done.add_metric((worker.id, worker.model), status.jobs_done)
     yield done
+    yield _degraded(workers)
     yield from _memory(told)
     yield from _measured(told)
+
+
+def _degraded(workers: Sequence[WorkerState]) -> Metric:
+    family = GaugeMetricFamily(
+        "wan_worker_degraded",
+        "1 where a worker runs a mode slower than its device could; its log says why.",
+        labels=("worker", "model", "mode"),
+    )
+    for worker in workers:
+        for mode in () if worker.offer is None else worker.offer.modes:
+            family.add_metric((worker.id, worker.model, mode.name), mode.warning is not None)
+    return family
 
 
 def _memory(told: Told) -> Iterator[Metric]:

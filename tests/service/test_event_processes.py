@@ -233,7 +233,7 @@ def test_a_dead_redis_is_noticed_soon(
     with client, ThreadPoolExecutor(60) as pool:
         assert client.get("/readyz").json()["code"] == "no_live_worker"
         catalog.publish(own_redis, offer)
-        assert client.get("/readyz").json() == {"status": "ready", "workers": 1}
+        assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}
         assert client.get(f"/jobs/{own_job}").status_code == 200
         getattr(valkey_of_its_own, fault)()
         # More than there are threads for requests: all of them wait for Redis.
@@ -250,4 +250,4 @@ def test_a_dead_redis_is_noticed_soon(
             valkey_of_its_own.thaw()
         assert {each.result(60).status_code for each in stuck} <= {200, 503}
         catalog.publish(own_redis, offer)
-        assert client.get("/readyz").json() == {"status": "ready", "workers": 1}
+        assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}

@@ -22,9 +22,24 @@ def test_no_worker(client: TestClient) -> None:
 def test_ready_while_a_worker_is_live(
     client: TestClient, redis: Redis, live_worker: WorkerOffer
 ) -> None:
-    assert client.get("/readyz").json() == {"status": "ready", "workers": 1}
+    assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}
     catalog.withdraw(redis, live_worker.worker_id)
     assert client.get("/readyz").status_code == 503
+
+
+def test_readiness_says_whether_a_mode_runs_slower_than_it_could(
+    client: TestClient, redis: Redis, offer: WorkerOffer
+) -> None:
+    first, *others = (mode.model_copy(update={"warning": None}) for mode in offer.modes)
+    slow = first.model_copy(update={"warning": "The kernels do not run."})
+    for modes, degraded in (((first, *others), 0), ((slow, *others), 1)):
+        catalog.publish(redis, offer.model_copy(update={"modes": modes}))
+        answer = client.get("/readyz").json()
+        assert answer == {"status": "ready", "workers": 1, "degraded": degraded}
+        metrics = client.get("/metrics").text
+        for mode, value in ((first, degraded), (others[0], 0)):
+            labels = f'mode="{mode.name}",model="wan-mini",worker="{offer.worker_id}"'
+            assert f"wan_worker_degraded{{{labels}}} {value}.0" in metrics
 
 
 def test_what_is_offered_is_read_once_in_a_while_and_readiness_is_not(
@@ -36,7 +51,7 @@ def test_what_is_offered_is_read_once_in_a_while_and_readiness_is_not(
         catalog.publish(redis, offer)
         assert client.get("/models").json() == {"models": []}
         assert client.post("/generate", json={"prompt": "a circle"}).status_code == 503
-        assert client.get("/readyz").json() == {"status": "ready", "workers": 1}
+        assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}
 
 
 def test_what_is_offered_is_read_again_when_it_is_old(
