@@ -1,9 +1,10 @@
 """How long a worker takes to be ready: `python -m benchmarks.loading --model DIR --packed DIR`
 
 Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone, each start in a
-process of its own, with all files in the page cache (a round before is not counted). The baseline
-is what copying the same bytes from pinned memory to the device takes, in the same processes. What a
-process does whatever it loads (imports, the device's first answer, trying its kernels) has rows of
+process of its own, with all files in the page cache (a round before is not counted). Two baselines,
+in the same processes: what the safetensors library takes to get as many bytes of the same files
+onto the device, and what their copy from pinned memory takes, which no file is in. What a process
+does whatever it loads (imports, the device's first answer, trying its kernels) has rows of
 its own.
 `--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
@@ -64,7 +65,6 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
         "rounds": rounds,
         "statistic": "median",
         "files": "in the page cache",
-        "copy_gib_per_s": {name: round(rate(starts) / GIB, 2) for name, starts in measured.items()},
     }
     device_name = next(iter(measured.values()))[0].device
     document = report.result("loading", device_name, settings, rows)
@@ -100,11 +100,6 @@ def run_case(config: Path, device: str, only_modes: bool) -> Start:
     return Start(**values)
 
 
-def rate(starts: list[Start]) -> float:
-    """Bytes a second of the bare copy."""
-    return statistics.median(start.copy_bytes_per_s for start in starts)
-
-
 def rows_of(name: str, starts: list[Start]) -> list[Row]:
     """The figures of one kind of worker: the transformer, the whole, and what is beside them."""
 
@@ -112,9 +107,15 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         return statistics.median(float(getattr(start, attribute)) for start in starts)
 
     transformer, parts = median("transformer_bytes"), median("parts_bytes")
-    copied = (transformer + parts) / rate(starts)
+    ready, size = round(median("loading_s"), 3), transformer + parts
+    library, pinned = (median(f"{way}_bytes_per_s") for way in ("library", "pinned"))
     return [
-        Row(f"{name}: ready to serve", round(median("loading_s"), 3), "s", round(copied, 3)),
+        Row(
+            f"{name}: ready to serve (baseline: safetensors)", ready, "s", round(size / library, 3)
+        ),
+        Row(f"{name}: ready to serve (baseline: pinned)", ready, "s", round(size / pinned, 3)),
+        Row(f"{name}: safetensors", round(library / GIB, 2), "GiB/s"),
+        Row(f"{name}: pinned", round(pinned / GIB, 2), "GiB/s"),
         Row(f"{name}: of it checks before loading", round(median("checks_s"), 3), "s"),
         Row(f"{name}: imports before", round(median("imports_s"), 3), "s"),
         Row(f"{name}: the device's first answer", round(median("device_s"), 3), "s"),

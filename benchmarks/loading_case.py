@@ -12,9 +12,11 @@ from typing import Annotated
 
 import torch
 import typer
+from safetensors.torch import load_file
 
 import quant
-from worker.config import load_config
+from quant.packed_format import SCALES_FILE
+from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device
 from worker.loading import (
     check_folder,
@@ -32,7 +34,7 @@ COPY_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Seconds of one start, and bytes. `copy_bytes_per_s` is what pinned memory reaches here.
+    """Seconds of one start, and bytes.
 
     Attributes:
         imports_s: from the process' start until torch and the worker were there.
@@ -42,6 +44,8 @@ class Start:
         checks_s: fingerprint, recipes, scales and headers.
         model_s: the modes, on the kernels of the device, and at the same time what they share.
         transformer_bytes: of all modes together.
+        pinned_bytes_per_s: what a copy from pinned memory to the device reaches here.
+        library_bytes_per_s: what the safetensors library reaches with the same files.
     """
 
     device: str
@@ -53,7 +57,8 @@ class Start:
     transformer_bytes: int
     parts_bytes: int
     peak_bytes: int
-    copy_bytes_per_s: float
+    pinned_bytes_per_s: float
+    library_bytes_per_s: float
 
     @property
     def loading_s(self) -> float:
@@ -114,9 +119,32 @@ def main(
         transformer_bytes=quant.weight_bytes(*trees),
         parts_bytes=shared_bytes,
         peak_bytes=peak,
-        copy_bytes_per_s=copy_rate(device),
+        pinned_bytes_per_s=copy_rate(device),
+        library_bytes_per_s=library_rate(files_of(path, config, only_modes), device),
     )
     print(json.dumps(asdict(start)))
+
+
+def files_of(model: Path, config: WorkerConfig, only_modes: bool) -> list[Path]:
+    """The files of weights that a start reads."""
+    folders = {mode.packed or model / "transformer" for mode in config.modes}
+    if not only_modes:
+        folders |= {model / "text_encoder", model / "vae"}
+    found = [file for folder in sorted(folders) for file in sorted(folder.glob("*.safetensors"))]
+    return [file for file in found if file.name != SCALES_FILE]
+
+
+def library_rate(files: list[Path], device: Device) -> float:
+    """Bytes a second from files to the device as the safetensors library reads them."""
+    seconds = 0.0
+    for file in files:
+        device.synchronize()
+        started = time.perf_counter()
+        tensors = load_file(file, device=str(device.torch_device))
+        device.synchronize()
+        seconds += time.perf_counter() - started
+        del tensors
+    return sum(file.stat().st_size for file in files) / seconds
 
 
 def copy_rate(device: Device) -> float:

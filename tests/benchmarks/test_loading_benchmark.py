@@ -30,10 +30,23 @@ def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path, capsys):
     frequencies = 2 * 1024 * 16 * 4  # of the rotary embedding: computed, not stored
     assert start.transformer_bytes == packed_bytes(packed) + frequencies
     rows = {row.what: row for row in loading.rows_of("packed w8a8", [start])}
-    ready = rows["packed w8a8: ready to serve"]
-    assert ready.value == round(start.loading_s, 3)
-    copied = (start.transformer_bytes + start.parts_bytes) / start.copy_bytes_per_s
-    assert ready.baseline == round(copied, 3)
+    size = start.transformer_bytes + start.parts_bytes
+    for way, speed in (
+        ("safetensors", start.library_bytes_per_s),
+        ("pinned", start.pinned_bytes_per_s),
+    ):
+        ready = rows[f"packed w8a8: ready to serve (baseline: {way})"]
+        assert ready.value == round(start.loading_s, 3)
+        assert ready.baseline == round(size / speed, 3)
+
+
+def test_the_files_that_a_start_reads_are_those_of_its_modes(made, tmp_path):
+    model, packed = made
+    config = load_config(loading.write_config(tmp_path, ("w8a8",), model, packed, "boundary-hif8"))
+    alone = loading_case.files_of(model, config, only_modes=True)
+    assert alone == sorted(packed.glob(SHARD_PATTERN))
+    whole = loading_case.files_of(model, config, only_modes=False)
+    assert {file.parent.name for file in whole} == {packed.name, "text_encoder", "vae"}
 
 
 def packed_bytes(packed: Path) -> int:
