@@ -41,7 +41,6 @@ from worker.devices import DeviceChoice, pick_device
 RECIPES = {"bf16": None, "w8a8": "boundary-hif8", "w8a8-fp8attn": "boundary-hif8-fp8attn"}
 GUIDANCE = {"guided": 5.0, "unguided": 1.0}
 CALIBRATION_FRAMES = 9
-SAME_DB = 200.0  # stands for the infinite SQNR of equal tensors, which JSON cannot hold
 ROUNDS = 10
 
 
@@ -167,7 +166,7 @@ def compare(
     if alone is None:
         return []
     same = torch.equal(alone[0], latents)
-    agreement = SAME_DB if same else quant.sqnr_db(alone[0], latents)
+    agreement = report.SAME_DB if same else quant.sqnr_db(alone[0], latents)
     together = f"{cards.world} cards"
     return [
         Row(f"{what}: a step on {together} (baseline: 1 card)", ms, "ms", baseline=alone[1]),

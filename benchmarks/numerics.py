@@ -38,7 +38,6 @@ from worker.saturation import ActSample, ActShares
 
 STEPS_LOOKED_AT = (0, 5, 10, 15, 19)
 GOAL_DB = 40.0
-SAME_DB = 200.0  # stands for the infinite SQNR of equal tensors, which JSON cannot hold
 
 Inputs = list[dict[str, Any]]
 """What a pipeline gives its transformer, step by step."""
@@ -181,7 +180,7 @@ def pass_sqnr_db(reference: Way, other: Way, inputs: Inputs) -> list[float]:
     for each in inputs:
         theirs = other.transformer(**{k: moved(x, other.device) for k, x in each.items()})[0]
         mine = reference.transformer(**each)[0]
-        found.append(min(SAME_DB, quant.sqnr_db(mine, theirs.to(mine.device))))
+        found.append(min(report.SAME_DB, quant.sqnr_db(mine, theirs.to(mine.device))))
     return found
 
 

@@ -36,8 +36,14 @@ class Inputs:
     def tokens(self) -> int:
         return self.latents.shape[2] * self.latents.shape[3] // 2 * self.latents.shape[4] // 2
 
+    def twice(self) -> Inputs:
+        """Both branches of guidance as one batch, the second with another prompt."""
+        latents = torch.cat((self.latents, self.latents))
+        prompt = torch.cat((self.prompt, -self.prompt))
+        return Inputs(latents, self.timestep.repeat(2), prompt)
+
     def run(self, transformer: WanTransformer3DModel) -> Tensor:
-        """[1, 16, F, H, W], what the transformer predicts."""
+        """[B, 16, F, H, W], what the transformer predicts."""
         with torch.no_grad():
             out: Tensor = transformer(self.latents, self.timestep, self.prompt, return_dict=False)[
                 0

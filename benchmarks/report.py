@@ -18,6 +18,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+SAME_DB = 200.0  # stands for the infinite SQNR of equal tensors, which JSON cannot hold
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
