@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import diffusers
 import torch
 import typer
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -33,6 +32,7 @@ from quant.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.safetensors_writer import spec_of, split_into_shards, write_safetensors
 from quant.sampler import SamplerSettings
 from quant.scales import save_scales
+from quant.skeleton import without_weights
 
 SHARD_BYTES = 5_000_000_000
 FABRICATED = "fabricated model, prompts of benchmarks.fabricate"
@@ -131,7 +131,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
 def fabricate(out: Path, plan: Plan) -> int:
     """Write a pipeline folder and return the bytes of its weights; half a folder is removed."""
     shape = SHAPES[plan.size]
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         transformer = WanTransformer3DModel(
             **shape.transformer,
             num_layers=plan.layers,

@@ -33,6 +33,7 @@ from quant.skeleton import (
     check_stored,
     empty_transformer,
     materialize,
+    move_buffers,
     quantized_skeleton,
     shared_skeleton,
     stored_state,
@@ -137,7 +138,7 @@ def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DMod
     """
     transformer = shared_skeleton(packed.info.transformer_config)
     twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, reader)
-    return twin.to(reader.device)  # what is computed rather than stored
+    return move_buffers(twin, reader.device)
 
 
 def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanTransformer3DModel:
@@ -153,11 +154,7 @@ def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanT
         twin = quantized_skeleton(base, each.info.recipe)
         shared = stored_state(twin).keys() & stored_state(base).keys()
         materialize(base, each.stored, reader, shared)
-    for module in base.modules():  # what is computed rather than stored
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(reader.device)
-    return base
+    return move_buffers(base, reader.device)
 
 
 def load_packed_beside(packed: PackedCheckpoint, transformer: M, reader: Reader) -> M:

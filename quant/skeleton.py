@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 M = TypeVar("M", bound=nn.Module)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Have modules made within on the meta device, but for buffers, and with nothing drawn.
+
+    It switches torch and the libraries for the whole process: no module may be made elsewhere
+    meanwhile.
+    """
+    # Both take seconds to import, so only when a model is really built.
+    from accelerate import init_empty_weights  # noqa: PLC0415
+    from transformers.initialization import no_init_weights  # noqa: PLC0415
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield
 
 
 def empty_transformer(
@@ -54,12 +70,11 @@ def shared_skeleton(
 
 @lru_cache(maxsize=2)
 def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    # Both take seconds to import, so only when a model is really built.
-    from accelerate import init_empty_weights  # noqa: PLC0415
+    # Takes seconds to import, so only when a model is really built.
     from diffusers import WanTransformer3DModel  # noqa: PLC0415
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             transformer = WanTransformer3DModel.from_config(json.loads(config))
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
@@ -148,6 +163,18 @@ def materialize(
         WeightsError: a file cannot be read, or has become shorter.
     """
     reader.read(allocate(module, stored, reader.device, names))
+    return module
+
+
+def move_buffers(module: M, device: torch.device) -> M:
+    """Move what is computed rather than stored, in place; what has still to be loaded stays meta.
+
+    `Module.to` does the same where everything is there, and looks at every tensor for it.
+    """
+    for each in module.modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                each._buffers[name] = buffer.to(device)
     return module
 
 

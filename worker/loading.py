@@ -31,7 +31,7 @@ import quant
 from jobs.catalog import ModeOffer
 from quant.kernels.choice import KernelChoice
 from quant.safetensors_header import stored_tensors
-from quant.skeleton import check_stored, empty_transformer, materialize
+from quant.skeleton import check_stored, empty_transformer, materialize, move_buffers
 from worker.config import ModeConfig, StepCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
@@ -242,7 +242,8 @@ def _finish_modes(
 ) -> tuple[Mode, ...]:
     """Put modes whose weights have arrived on their kernels: after all are there, as they share."""
     for mode in begun:
-        mode.transformer.to(device.torch_device)  # moves one that was converted on the host
+        if mode.transformer.device != device.torch_device:  # it was quantized on the host
+            mode.transformer.to(device.torch_device)
     made = {
         plan.made_with: _put_on_kernels(mode, plan, choices[plan.made_with], device)
         for mode, plan in zip(begun, _distinct(plans), strict=True)
@@ -296,7 +297,7 @@ def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransfo
     transformer = empty_transformer(read_json(folder / "config.json"), device.dtype)
     stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
     check_stored(transformer.state_dict(), stored, source=str(folder), exact=False)
-    return materialize(transformer, stored, reader).to(reader.device)
+    return move_buffers(materialize(transformer, stored, reader), reader.device)
 
 
 def check_folder(path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 from quant import Copier
 from quant.kernels.copier import Wanted
 from quant.safetensors_header import stored_tensors
-from quant.skeleton import allocate, check_stored
+from quant.skeleton import allocate, check_stored, without_weights
 from worker.devices import Device
 from worker.errors import ModelUnusable
 from worker.part_files import CONFIG, WEIGHTS, check_files, read_json, read_part
@@ -64,7 +63,7 @@ class ComingParts:
         encoder = read_part(UMT5Config.from_pretrained, path / "text_encoder", WEIGHTS)
         check_files(path / "vae", WEIGHTS)
         try:
-            with init_empty_weights(include_buffers=False):
+            with without_weights():
                 self.text_encoder = UMT5EncoderModel(encoder)
                 self.vae = AutoencoderKLWan.from_config(read_json(path / "vae" / "config.json"))
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
