@@ -85,7 +85,8 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
                 rows += report.tell(run_out_of_memory(site, modes, order, large))
         finally:
             shutil.copy(site.folder / "logs" / "worker-0.log", keep / "worker.log")
-    settings = order | {"rounds": rounds, "modes": modes, "large": large}
+    recipes = {mode.name: mode.recipe for mode in load_config(config).modes}
+    settings = order | {"rounds": rounds, "modes": recipes, "large": large}
     document = report.result("pipeline", name, settings, rows)
     report.print_table(rows)
     report.keep(document)

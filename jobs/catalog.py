@@ -143,7 +143,7 @@ class WorkerOffer(_Offer):
 
     @property
     def is_degraded(self) -> bool:
-        """Whether it runs a mode slower than its device could."""
+        """Whether it runs a mode slower than it was made for."""
         return any(mode.warning is not None for mode in self.modes)
 
 

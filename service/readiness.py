@@ -4,7 +4,7 @@ A dead Redis keeps every other request waiting, and with them the threads of the
 connections, patience and threads of its own.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 
@@ -13,6 +13,13 @@ from jobs.connection import BRIEF, connect
 from service.remembered import Remembered
 
 THREADS: Final = 4
+
+
+class LiveWorkers(NamedTuple):
+    """How many there are, and how many of them run a mode slower than it was made for."""
+
+    live: int
+    degraded: int
 
 
 class Readiness:
@@ -24,10 +31,10 @@ class Readiness:
         self._catalog = Remembered(lambda: catalog.read(self._redis), kept_s=0)
         self._limiter = CapacityLimiter(THREADS)
 
-    async def workers(self) -> tuple[int, int]:
-        """Count the live workers, and those of them that run a mode on less than their best."""
+    async def workers(self) -> LiveWorkers:
+        """Count them."""
         found = await to_thread.run_sync(self._catalog.get, limiter=self._limiter)
-        return len(found.offers), sum(offer.is_degraded for offer in found.offers)
+        return LiveWorkers(len(found.offers), sum(each.is_degraded for each in found.offers))
 
     def close(self) -> None:
         self._redis.close()

@@ -252,7 +252,7 @@ class ReadyView(BaseModel):
     status: Literal["ready"] = "ready"
     workers: int = Field(description="Live workers.")
     degraded: int = Field(
-        description="Those of them that run a mode slower than their device could; "
+        description="Those of them that run a mode slower than it was made for; "
         "`GET /workers` says why."
     )
 

@@ -87,7 +87,7 @@ def _outcome(place: Workplace, attempt: Attempt, record: JobRecord, guards: Guar
         # caller is owed an end and the next job a worker; the operator gets the traceback. What
         # must pass (lost attempts, SystemExit) was handled above or is no Exception.
         full = place.engine.device.is_out_of_memory(error)
-        what = "the device ran out of memory" if full else "failed with an unexpected error"
+        what = "out of memory" if full else "failed with an unexpected error"
         logger.exception(what)
         return _of_unexpected(place, record, error)
 

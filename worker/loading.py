@@ -147,7 +147,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
 
 
 def choose_kernels(plans: list[_Plan], device: Device) -> Choices:
-    """Try which kernels the modes run on here, before anything is read.
+    """Try which kernels the modes run on here, before any weights are read.
 
     Raises:
         ModelUnusable, quant.QuantError: a recipe wants what the device does not run.
@@ -170,7 +170,8 @@ def load_modes(
         ModelUnusable: a recipe wants what the device does not run.
         quant.QuantError: a recipe does not fit, or a tensor is not as it should be.
     """
-    choices = choices or choose_kernels(plans, device)
+    if choices is None:
+        choices = choose_kernels(plans, device)
     with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
         begun = _begin_modes(path, plans, device, beside)
         beside.wait()
@@ -194,16 +195,16 @@ def load_model(
         ModelUnusable, quant.QuantError: a part is missing, or a file or tensor is not as it should
             be.
     """
-    choices = choices or choose_kernels(plans, device)
+    if choices is None:
+        choices = choose_kernels(plans, device)
     home = None if placement is None else placement.text_encoder_home(device)
+    shared = ComingParts(path, device, home)
     with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
+        beside.run(shared.copy)
         begun = _begin_modes(path, plans, device, beside)
-        shared = ComingParts(path, device, home)
-        copied = beside.submit(shared.copy)
         parts = shared.finish()
         beside.wait()
         modes = _finish_modes(begun, plans, choices, device)
-        copied.result()
     if placement is not None:
         parts = replace(
             parts,

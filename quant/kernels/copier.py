@@ -40,7 +40,11 @@ Wanted = tuple[StoredTensor, Tensor]
 
 
 class Reader(Protocol):
-    """Fills tensors of one device from files: at once (`Copier`) or soon (`CopierBeside`)."""
+    """Fills tensors of one device from files: at once (`Copier`) or soon (`CopierBeside`).
+
+    What `read` can raise (`WeightsError`: a file cannot be read, or has become shorter) comes from
+    it in the first case, and from `CopierBeside.wait` in the second: until then there is no data.
+    """
 
     @property
     def device(self) -> torch.device: ...
@@ -77,14 +81,12 @@ class Copier:
         self,
         device: torch.device,
         *,
-        threads: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         staged: bool | None = None,
     ) -> None:
         """Prepare to copy; buffers are made when something is copied.
 
         Args:
-            threads: readers; by default as many as torch computes with, 12 at most.
             staged: whether data passes through buffers; by default wherever the device is not the
                 host itself.
         """
@@ -93,7 +95,6 @@ class Copier:
             index = torch.get_device_module(device).current_device()
             device = torch.device(device.type, index)
         self.device = device
-        self.threads = threads or min(MAX_THREADS, torch.get_num_threads())
         self.buffer_bytes = buffer_bytes
         self.staged = device.type != "cpu" if staged is None else staged
 
@@ -106,8 +107,12 @@ class Copier:
         Raises:
             WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
-        lane = _Lane(self.device, self.buffer_bytes) if self.staged else None
-        with ExitStack() as opened, ThreadPoolExecutor(self.threads, "reader") as pool:
+        threads = min(MAX_THREADS, torch.get_num_threads())
+        with ExitStack() as opened, ThreadPoolExecutor(threads, "reader") as pool:
+            if self.device.type != "cpu":  # memory is pinned for the current one
+                backend = torch.get_device_module(self.device)
+                opened.enter_context(backend.device(self.device))
+            lane = _Lane(self.device, self.buffer_bytes) if self.staged else None
             files = _Files(opened, pool)
             reading: deque[_Piece] = deque()
             try:
@@ -127,13 +132,14 @@ class Copier:
 class CopierBeside:
     """A copier in a thread of its own: `read` returns at once, and `wait` when all has arrived.
 
-    A context, which waits for its thread when it is left.
+    A context: left in order it waits, too; left by an error, for no more than what is under way.
     """
 
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
         self._pool = ThreadPoolExecutor(1, "weights")
         self._begun: list[Future[None]] = []
+        self._failed = False
 
     @property
     def device(self) -> torch.device:
@@ -141,14 +147,14 @@ class CopierBeside:
 
     def read(self, wanted: Iterable[Wanted]) -> None:
         """Take what is wanted, all of it now, and fill it after what was wanted before."""
-        self._begun.append(self.submit(partial(self._copier.read, list(wanted))))
+        self.run(partial(self._copier.read, list(wanted)))
 
-    def submit(self, task: Callable[[], None]) -> Future[None]:
+    def run(self, task: Callable[[], None]) -> None:
         """Have the thread do something else when it is its turn."""
-        return self._pool.submit(task)
+        self._begun.append(self._pool.submit(self._unless_failed, task))
 
     def wait(self) -> None:
-        """Wait for all that is to be read.
+        """Wait for all that is to be done; after the first error nothing more is.
 
         Raises:
             WeightsError: as `Copier.read`.
@@ -166,6 +172,17 @@ class CopierBeside:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=error is not None)
+        if error is None:
+            self.wait()
+
+    def _unless_failed(self, task: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            task()
+        except BaseException:
+            self._failed = True
+            raise
 
 
 class _Piece:
@@ -241,13 +258,12 @@ class _Lane:
     """The way to a device: pinned buffers, a stream, and a buffer on the device."""
 
     def __init__(self, device: torch.device, buffer_bytes: int) -> None:
-        self._device, self._buffer_bytes = device, buffer_bytes
+        self._buffer_bytes = buffer_bytes
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._buffers: list[tuple[Tensor, Any]] = []
         self._landing = torch.empty(buffer_bytes, dtype=torch.uint8, device=device)
         if self._backend is None:
             return
-        self._backend.set_device(device)
         self._stream = self._backend.Stream(device)
         # Memory that tensors were given may have been freed under work that still runs.
         self._stream.wait_stream(self._backend.current_stream(device))

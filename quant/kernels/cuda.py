@@ -105,7 +105,7 @@ class E4m3Linear(nn.Module):
             shift = _headroom([value * ratio for value, ratio in zip(largest, ratios, strict=True)])
             for part, ratio, out in zip(qdata, ratios, outs, strict=True):
                 recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
-            scale = torch.tensor(whole * 2.0**-shift, device=device)
+            scale = torch.tensor(whole * 2.0**-shift, dtype=torch.float32, device=device)
         else:
             shift = _headroom(largest)
             for part, out in zip(qdata, outs, strict=True):

@@ -1,4 +1,4 @@
-"""HiFloat8 codes into E4M3 codes on a card, one trip through memory each way.
+"""HiFloat8 codes into E4M3 codes on a card: read twice, written once.
 
 A code has 256 values, so both kernels are tables: which magnitude a code has among all, to find the
 largest there is, and which E4M3 code is nearest to its value times a factor.
@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quant import hif8
+from quant.kernels.fused import E4M3
 
-E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 _CODES = 8192  # of a program
 _WARPS = 8

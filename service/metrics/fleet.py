@@ -90,7 +90,7 @@ def _worker_families(workers: Sequence[WorkerState]) -> Iterator[Metric]:
 def _degraded(workers: Sequence[WorkerState]) -> Metric:
     family = GaugeMetricFamily(
         "wan_worker_degraded",
-        "1 where a worker runs a mode slower than its device could; its log says why.",
+        "1 where a worker runs a mode slower than it was made for; its log says why.",
         labels=("worker", "model", "mode"),
     )
     for worker in workers:

@@ -19,7 +19,7 @@ async def healthz() -> HealthView:
 @router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
 async def readyz(parts: PartsDep) -> ReadyView:
     """Answer 200 when Redis is reachable and at least one worker is live; within two seconds."""
-    workers, degraded = await parts.readiness.workers()
-    if not workers:
+    workers = await parts.readiness.workers()
+    if not workers.live:
         raise NoLiveWorker("Redis is reachable, but no worker is live.")
-    return ReadyView(workers=workers, degraded=degraded)
+    return ReadyView(workers=workers.live, degraded=workers.degraded)

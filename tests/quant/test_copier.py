@@ -1,6 +1,7 @@
 """Whatever the cut, every tensor arrives whole, with and without buffers on the way."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant.errors import WeightsError
+from quant.kernels import copier
 from quant.kernels.copier import Copier, CopierBeside
 from quant.safetensors_header import read_header, stored_tensors
 
@@ -33,11 +35,22 @@ def files(tmp_path_factory) -> list[Path]:
 
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("buffer_bytes", [1024, 5000, 1 << 20])
-def test_every_tensor_arrives(files, staged, buffer_bytes):
+@pytest.mark.parametrize("slice_bytes", [300, copier.SLICE_BYTES])
+def test_every_tensor_arrives(files, staged, buffer_bytes, slice_bytes, monkeypatch):
+    monkeypatch.setattr(copier, "SLICE_BYTES", slice_bytes)
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    copier = Copier(torch.device("cpu"), buffer_bytes=buffer_bytes, staged=staged)
-    copier.read((stored[name], targets[name]) for name in stored)
+    reader = Copier(torch.device("cpu"), buffer_bytes=buffer_bytes, staged=staged)
+    reader.read((stored[name], targets[name]) for name in stored)
+    check(files, targets)
+
+
+def test_reads_that_come_short_are_gone_on_with(files, monkeypatch):
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: whole(file, [views[0][:100]], at))
+    stored = stored_tensors(files)
+    targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
+    Copier(torch.device("cpu"), buffer_bytes=5000).read((stored[n], targets[n]) for n in stored)
     check(files, targets)
 
 
@@ -45,8 +58,8 @@ def test_every_tensor_arrives(files, staged, buffer_bytes):
 def test_what_is_stored_in_another_dtype_is_converted(files, staged):
     stored = {n: s for n, s in stored_tensors(files).items() if s.dtype is torch.float32}
     targets = {name: torch.empty(s.shape, dtype=torch.bfloat16) for name, s in stored.items()}
-    copier = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
-    copier.read((stored[name], targets[name]) for name in stored)
+    reader = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
+    reader.read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
 
@@ -55,8 +68,8 @@ def test_any_choice_of_tensors_can_be_read(files, staged):
     stored = stored_tensors(files)
     chosen = list(stored)[::3][::-1]
     targets = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for name in chosen}
-    copier = Copier(torch.device("cpu"), buffer_bytes=2048, staged=staged)
-    copier.read((stored[name], targets[name]) for name in chosen)
+    reader = Copier(torch.device("cpu"), buffer_bytes=2048, staged=staged)
+    reader.read((stored[name], targets[name]) for name in chosen)
     check(files, targets)
 
 
@@ -89,10 +102,10 @@ def test_a_file_that_is_gone_is_named(files, tmp_path, staged):
     gone.write_bytes(files[0].read_bytes())
     stored = stored_tensors([gone, files[1]])
     gone.unlink()
-    copier = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
+    reader = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match=r"gone\.safetensors cannot be read: No such file"):
-        copier.read(wanted)
+        reader.read(wanted)
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -102,36 +115,78 @@ def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, sta
     stored = stored_tensors([cut])
     last = max(stored.values(), key=lambda each: each.start)
     os.truncate(cut, last.start + last.nbytes - 1)
-    copier = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
+    reader = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match=rf"cut\.safetensors ends after .*{last.name}"):
-        copier.read(wanted)
+        reader.read(wanted)
+
+
+class Held(Copier):
+    """Reads when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), buffer_bytes=1024)
+        self.let = threading.Event()
+
+    def read(self, wanted):
+        assert self.let.wait(10)
+        super().read(wanted)
 
 
 def test_beside_everything_arrives_in_turn(files):
     stored = stored_tensors(files)
-    targets = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
-    taken = []
-    with CopierBeside(Copier(torch.device("cpu"), buffer_bytes=1024)) as beside:
+    targets = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in stored.items()}
+    held, taken = Held(), []
+    with CopierBeside(held) as beside:
         for number in range(2):
             names = [name for name in stored if name.startswith(f"{number}.")]
             beside.read((stored[name], targets[name]) for name in names)
-        after = beside.submit(lambda: taken.append(targets["1.scalar"].item()))
+        beside.run(lambda: taken.append(targets["1.scalar"].item()))
+        assert not any(target.any() for target in targets.values()), "read returns at once"
+        held.let.set()
         beside.wait()
-        after.result()
-    assert taken == [4.5]
+        assert taken == [4.5]
     check(files, targets)
 
 
-def test_beside_a_fault_comes_with_the_waiting(files, tmp_path):
+def test_leaving_it_waits(files):
+    stored = stored_tensors(files)
+    targets = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in stored.items()}
+    held = Held()
+    with CopierBeside(held) as beside:
+        beside.read((stored[name], targets[name]) for name in stored)
+        threading.Timer(0.1, held.let.set).start()
+    check(files, targets)
+
+
+def test_an_error_elsewhere_ends_what_has_not_begun():
+    held, done = Held(), []
+    with pytest.raises(KeyError), CopierBeside(held) as beside:  # noqa: PT012
+        beside.read([])
+        beside.run(lambda: done.append(1))
+        threading.Timer(0.1, held.let.set).start()
+        raise KeyError
+    assert not done
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_beside_a_fault_ends_the_rest_and_is_told(files, tmp_path, waiting):
     gone = tmp_path / "gone.safetensors"
     gone.write_bytes(files[0].read_bytes())
     stored = stored_tensors([gone])
     gone.unlink()
-    with CopierBeside(Copier(torch.device("cpu"))) as beside:
-        beside.read((s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values())
-        with pytest.raises(WeightsError, match="No such file"):
-            beside.wait()
+    done = []
+
+    def read_and_leave() -> None:
+        with CopierBeside(Copier(torch.device("cpu"))) as beside:
+            beside.read((s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values())
+            beside.run(lambda: done.append(1))
+            if waiting:
+                beside.wait()
+
+    with pytest.raises(WeightsError, match="No such file"):
+        read_and_leave()
+    assert not done
 
 
 def test_a_name_in_two_files_is_refused(files, tmp_path):

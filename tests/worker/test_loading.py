@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from quant import QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
+from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
 from quant.kernels.interface import AttentionScales
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
-from worker.loading import check_folder, load_modes, plan_modes
+from worker.loading import (
+    check_folder,
+    fingerprint_model,
+    load_model,
+    load_modes,
+    plan_modes,
+)
 from worker.shared_parts import load_shared_parts
 from worker.wan import WanEngine
 
@@ -154,6 +160,24 @@ def test_a_damaged_part_is_named(folder: Path, device: Device, part: str, damage
     with pytest.raises(ModelUnusable, match=part.partition("/")[0]) as caught:
         load_shared_parts(folder, device)
     assert says_file_and_fault(str(caught.value), folder / part, damage)
+
+
+@pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
+def test_a_part_that_lacks_a_tensor_is_refused_before_weights_are_read(
+    folder: Path, config: WorkerConfig, device: Device, modes: slice, monkeypatch
+) -> None:
+    model = config.model.model_copy(update={"path": folder})
+    broken = config.model_copy(update={"model": model, "modes": config.modes[modes]})
+    plans = plan_modes(broken, fingerprint_model(config))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    save_file(tensors, file)
+    read: list[object] = []
+    monkeypatch.setattr(Copier, "read", lambda self, wanted: read.extend(wanted))
+    with pytest.raises(QuantError, match=r"text_encoder.* lacks tensor .*SelfAttention\.q"):
+        load_model(folder, plans, device)
+    assert not read
 
 
 @pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
