@@ -1,0 +1,78 @@
+"""What only a card can show: `TRITON_INTERPRET=0 pytest -m cuda tests/quant/test_on_a_card.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from quant import hif8
+from quant.kernels.choice import pick_kernels
+from quant.kernels.copier import BUFFERS, Copier, CopierBeside
+from quant.safetensors_header import stored_tensors
+
+pytestmark = pytest.mark.cuda
+
+CARD = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Elsewhere Triton's interpreter stands in for its compiler."""
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "run it with TRITON_INTERPRET=0"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """Tensors of many sizes and types, together far more than all buffers of the test hold."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{size}.{dtype}": torch.randn(size, generator=generator).to(dtype)
+        for size in (0, 1, 7, 511, 9001, 70_001)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    path: Path = tmp_path_factory.mktemp("weights") / "many.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_every_tensor_arrives_on_the_card(file, dtype):
+    stored = stored_tensors([file])
+    assert file.stat().st_size > 4 * BUFFERS * 8192
+    targets = {
+        name: torch.full(s.shape, 77, dtype=dtype or s.dtype, device=CARD)
+        for name, s in stored.items()
+    }
+    with CopierBeside(Copier(CARD, buffer_bytes=8192)) as beside:
+        beside.read((stored[name], targets[name]) for name in stored)
+    elsewhere = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
+    Copier(torch.device("cpu")).read((stored[name], elsewhere[name]) for name in stored)
+    for name, target in targets.items():
+        assert torch.equal(target.cpu(), elsewhere[name].to(target.dtype)), name
+
+
+def test_the_card_runs_its_own_kernels():
+    choice = pick_kernels(CARD, quantized=True, fp8_attention=True)
+    assert (choice.kernels.name, choice.warning) == ("cuda", None)
+
+
+def test_codes_become_the_same_e4m3_on_card_and_host():
+    from quant.kernels import recode  # noqa: PLC0415 (needs Triton's compiler)
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 70_001), dtype=torch.uint8, generator=generator)
+    codes[hif8.code_values()[codes.long()].isnan()] = 0
+    values = hif8.code_values()[codes.long()]
+    on_card = codes.to(CARD)
+    out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn, device=CARD)
+    wrong = torch.zeros(1, dtype=torch.int32, device=CARD)
+    recode.to_e4m3(on_card, 4.0, out, wrong)
+    expected = (values * 4).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8))
+    assert wrong.item() == (expected.float() != values * 4).sum()
+    finite = values.abs().nan_to_num(0, 0)
+    assert recode.largest_magnitudes(list(on_card)) == finite.amax(1).tolist()
