@@ -1,7 +1,7 @@
 """What the pieces of a block cost on this card: `python -m benchmarks.kernels`.
 
-Products in E4M3 with the rounding before them beside `F.linear` in BF16; attention on cuDNN with
-masked padding, in BF16 and in E4M3, beside torch's; each fused kernel beside the same
+Products in E4M3 with the rounding before them beside `F.linear` in BF16; attention as the
+kernels do it, in BF16 and in E4M3, beside torch's; each fused kernel beside the same
 arithmetic in plain torch. Prints a table, then the result as one line of JSON, and keeps it in
 benchmarks/results/.
 """

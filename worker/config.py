@@ -142,6 +142,13 @@ class ModeConfig(_Section):
     )
 
     @property
+    def made_with(self) -> tuple[object, ...]:
+        """All that decides what the mode's transformer is: modes of which it is equal share one."""
+        if self.recipe is None:
+            return ()
+        return (self.recipe, self.scales, self.packed, self.exact_emulation)
+
+    @property
     def variant(self) -> str | None:
         """What changes the pictures beside recipe and scales; None where nothing does."""
         parts = ["exact_emulation"] if self.exact_emulation else []

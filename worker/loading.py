@@ -82,14 +82,6 @@ class _Plan:
     scales: quant.Scales | None
     packed: quant.PackedCheckpoint | None = None
 
-    @property
-    def made_with(self) -> tuple[object, ...]:
-        """All that decides what the mode's transformer is."""
-        mode = self.config
-        if mode.recipe is None:
-            return ()
-        return (mode.recipe, mode.scales, mode.packed, mode.exact_emulation)
-
 
 def fingerprint_model(config: WorkerConfig) -> str:
     """Fingerprint the model, or take it from a packed checkpoint that goes with its other parts.
@@ -153,7 +145,7 @@ def choose_kernels(plans: list[_Plan], device: Device) -> Choices:
         ModelUnusable, quant.QuantError: a recipe wants what the device does not run.
     """
     _refuse_fp8_attention(plans, device)
-    return {plan.made_with: _kernels_of(plan, device) for plan in _distinct(plans)}
+    return {plan.config.made_with: _kernels_of(plan, device) for plan in _distinct(plans)}
 
 
 def load_modes(
@@ -218,7 +210,7 @@ def _distinct(plans: list[_Plan]) -> list[_Plan]:
     """The first of each kind."""
     first: dict[tuple[object, ...], _Plan] = {}
     for plan in plans:
-        first.setdefault(plan.made_with, plan)
+        first.setdefault(plan.config.made_with, plan)
     return list(first.values())
 
 
@@ -246,10 +238,10 @@ def _finish_modes(
         if mode.transformer.device != device.torch_device:  # it was quantized on the host
             mode.transformer.to(device.torch_device)
     made = {
-        plan.made_with: _put_on_kernels(mode, plan, choices[plan.made_with], device)
+        plan.config.made_with: _put_on_kernels(mode, plan, choices[plan.config.made_with], device)
         for mode, plan in zip(begun, _distinct(plans), strict=True)
     }
-    return tuple(_as_mode(plan, made[plan.made_with]) for plan in plans)
+    return tuple(_as_mode(plan, made[plan.config.made_with]) for plan in plans)
 
 
 def _refuse_fp8_attention(plans: list[_Plan], device: Device) -> None:

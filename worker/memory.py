@@ -168,14 +168,13 @@ def measure_model(
     """
     folder = config.model.path
     base = shared_skeleton(read_transformer_config(folder), device.dtype)
-    distinct = {  # as `worker.loading`: modes that differ in nothing of this share a transformer
-        (mode.recipe, mode.scales, mode.packed, mode.exact_emulation): recipe
-        for mode, recipe in zip(config.modes, recipes, strict=True)
-    }
+    distinct = {
+        mode.made_with: (mode, recipe) for mode, recipe in zip(config.modes, recipes, strict=True)
+    }.values()
     trees: list[nn.Module] = [
-        base if recipe is None else quantized_skeleton(base, recipe) for recipe in distinct.values()
+        base if recipe is None else quantized_skeleton(base, recipe) for _, recipe in distinct
     ]
-    made_of_bf16 = len(distinct) > 1 and any(packed is None for _, _, packed, _ in distinct)
+    made_of_bf16 = len(distinct) > 1 and any(mode.packed is None for mode, _ in distinct)
     pixels = max(width * height for width, height in map(split_size, config.model.sizes))
     per_px = VAE_BYTES_PER_PX_AND_CHANNEL * _vae_channels(folder) * device.vae_dtype.itemsize // 4
     video = pixels * 3 * config.model.max_frames * device.vae_dtype.itemsize

@@ -261,9 +261,9 @@ class _Lane:
         self._buffer_bytes = buffer_bytes
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._buffers: list[tuple[Tensor, Any]] = []
-        self._landing = torch.empty(buffer_bytes, dtype=torch.uint8, device=device)
         if self._backend is None:
             return
+        self._landing = torch.empty(buffer_bytes, dtype=torch.uint8, device=device)
         self._stream = self._backend.Stream(device)
         # Memory that tensors were given may have been freed under work that still runs.
         self._stream.wait_stream(self._backend.current_stream(device))
