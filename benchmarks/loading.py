@@ -54,7 +54,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
         for number in range(rounds + 1):
             for name, starts in measured.items():
                 config = write_config(Path(folder), CASES[name], model, packed, recipe)
-                start = run_case(config, device, name == TRANSFORMER)
+                start = run_case(config, device, name == TRANSFORMER, number > 0)
                 if number:
                     starts.append(start)
                 print(f"round {number} of {rounds}, {name}: {start.loading_s:.2f} s", flush=True)
@@ -90,11 +90,12 @@ def write_config(
     return file
 
 
-def run_case(config: Path, device: str, only_modes: bool) -> Start:
+def run_case(config: Path, device: str, only_modes: bool, baselines: bool) -> Start:
     """One start in a new process; what it says on stderr stays visible."""
     command = [sys.executable, "-m", "benchmarks.loading_case", str(config)]
     command += ["--device", device, "--started", str(time.time())]
     command += ["--only-modes"] if only_modes else []
+    command += [] if baselines else ["--no-baselines"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, cwd=report.ROOT)
     values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return Start(**values)

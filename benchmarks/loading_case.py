@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -40,12 +41,13 @@ class Start:
         imports_s: from the process' start until torch and the worker were there.
         device_s: until the device answered.
         kernels_s: until the device's kernels had been tried, which is once per process and has
-            nothing to do with the checkpoint.
+            nothing to do with the checkpoint; beside, what reads weights is made ready.
         checks_s: fingerprint, recipes, scales and headers.
         model_s: the modes, on the kernels of the device, and at the same time what they share.
         transformer_bytes: of all modes together.
-        pinned_bytes_per_s: what a copy from pinned memory to the device reaches here.
-        library_bytes_per_s: what the safetensors library reaches with the same files.
+        pinned_bytes_per_s: what a copy from pinned memory to the device reaches here, and
+        library_bytes_per_s: what the safetensors library reaches with the same files; NaN where
+            they were not asked for.
     """
 
     device: str
@@ -76,6 +78,7 @@ def main(
     started: Annotated[float, typer.Option(help="When the process was started, UNIX time.")],
     wanted: Annotated[str, typer.Option("--device")] = "cuda",
     only_modes: Annotated[bool, typer.Option(help="Leave out what the modes share.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Measure them, too.")] = True,
 ) -> None:
     """Load what the configuration says as a worker does, and print what it took as JSON."""
     imported = time.time()
@@ -119,8 +122,10 @@ def main(
         transformer_bytes=quant.weight_bytes(*trees),
         parts_bytes=shared_bytes,
         peak_bytes=peak,
-        pinned_bytes_per_s=copy_rate(device),
-        library_bytes_per_s=library_rate(files_of(path, config, only_modes), device),
+        pinned_bytes_per_s=copy_rate(device) if baselines else math.nan,
+        library_bytes_per_s=(
+            library_rate(files_of(path, config, only_modes), device) if baselines else math.nan
+        ),
     )
     print(json.dumps(asdict(start)))
 

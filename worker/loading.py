@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,11 +142,17 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
 def choose_kernels(plans: list[_Plan], device: Device) -> Choices:
     """Try which kernels the modes run on here, before any weights are read.
 
+    Beside, what will read them is made ready.
+
     Raises:
         ModelUnusable, quant.QuantError: a recipe wants what the device does not run.
     """
     _refuse_fp8_attention(plans, device)
-    return {plan.config.made_with: _kernels_of(plan, device) for plan in _distinct(plans)}
+    with ThreadPoolExecutor(1) as beside:
+        ready = beside.submit(quant.Copier(device.torch_device).prepare)
+        choices = {plan.config.made_with: _kernels_of(plan, device) for plan in _distinct(plans)}
+    ready.result()
+    return choices
 
 
 def load_modes(

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from quant import Copier
-from quant.kernels.copier import Wanted
+from quant.kernels.runs import Wanted
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import allocate, check_stored, without_weights
 from worker.devices import Device

@@ -105,7 +105,7 @@ class E4m3Linear(nn.Module):
             shift = _headroom([value * ratio for value, ratio in zip(largest, ratios, strict=True)])
             for part, ratio, out in zip(qdata, ratios, outs, strict=True):
                 recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
-            scale = torch.tensor(whole * 2.0**-shift, dtype=torch.float32, device=device)
+            scale = _scalar(whole * 2.0**-shift, device)
         else:
             shift = _headroom(largest)
             for part, out in zip(qdata, outs, strict=True):
@@ -115,7 +115,7 @@ class E4m3Linear(nn.Module):
             scale = (by_row * 2.0**-shift).t().contiguous()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("input_scale", torch.tensor(self.act_scale, device=device))
+        self.register_buffer("input_scale", _scalar(self.act_scale, device))
         self.bias = joined_bias(linears)
 
     @property
@@ -151,6 +151,11 @@ def _shared_scale(linears: Sequence[Hif8Linear]) -> tuple[list[float], float] | 
     if all(is_power_of_two(value / smallest) for value in values):
         return values, smallest
     return None
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    """[] float32, written on the device: nothing has to wait for a copy."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _headroom(magnitudes: Sequence[float]) -> int:

@@ -121,8 +121,8 @@ class _DecodedLinear(nn.Module):
 
 def shared_act_scale(linears: Sequence[Hif8Linear]) -> float:
     """The scale of the one input that linears share: the largest, which saturates for none."""
-    scales = [linear.act_scale for linear in linears]
-    return max(scale.item() for scale in scales if scale is not None)
+    scales = [linear.act_scale for linear in linears if linear.act_scale is not None]
+    return float(torch.stack(scales).max())  # one answer of the device for all of them
 
 
 def _turn(x: Tensor, rope: Rope) -> Tensor:

@@ -1,7 +1,10 @@
 """Whatever the cut, every tensor arrives whole, with and without buffers on the way."""
 
 import os
+import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from quant.errors import WeightsError
-from quant.kernels import copier
+from quant.kernels import ways
 from quant.kernels.copier import Copier, CopierBeside
+from quant.kernels.file_reader import FileReader, file_reader
+from quant.kernels.ways import ByFileReader, ByPinnedBuffers, InPlace, Way
 from quant.safetensors_header import read_header, stored_tensors
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float16)
 
 
@@ -33,14 +39,34 @@ def files(tmp_path_factory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-@pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("buffer_bytes", [1024, 5000, 1 << 20])
-@pytest.mark.parametrize("slice_bytes", [300, copier.SLICE_BYTES])
-def test_every_tensor_arrives(files, staged, buffer_bytes, slice_bytes, monkeypatch):
-    monkeypatch.setattr(copier, "SLICE_BYTES", slice_bytes)
+@pytest.fixture(scope="module")
+def library() -> FileReader:
+    """The library's own threads, which on a CPU copy into its memory."""
+    return FileReader(CPU)
+
+
+@pytest.fixture(params=["in place", "by pinned buffers", "by file reader"])
+def copier(request, library):
+    """Makes a copier to the host that takes one of the ways, in runs of so many bytes."""
+
+    def make(run_bytes: int) -> Copier:
+        way: dict[str, Callable[[], Way]] = {
+            "in place": partial(InPlace, run_bytes=run_bytes),
+            "by pinned buffers": partial(ByPinnedBuffers, CPU, run_bytes=run_bytes),
+            "by file reader": partial(ByFileReader, CPU, library, run_bytes=run_bytes),
+        }
+        return Copier(CPU, way[request.param])
+
+    return make
+
+
+@pytest.mark.parametrize("run_bytes", [1024, 5000, 1 << 20])
+@pytest.mark.parametrize("slice_bytes", [300, ways.SLICE_BYTES])
+def test_every_tensor_arrives(files, copier, run_bytes, slice_bytes, monkeypatch):
+    monkeypatch.setattr(ways, "SLICE_BYTES", slice_bytes)
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    reader = Copier(torch.device("cpu"), buffer_bytes=buffer_bytes, staged=staged)
+    reader = copier(run_bytes)
     reader.read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
@@ -50,25 +76,23 @@ def test_reads_that_come_short_are_gone_on_with(files, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda file, views, at: whole(file, [views[0][:100]], at))
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    Copier(torch.device("cpu"), buffer_bytes=5000).read((stored[n], targets[n]) for n in stored)
+    Copier(CPU).read((stored[n], targets[n]) for n in stored)
     check(files, targets)
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_what_is_stored_in_another_dtype_is_converted(files, staged):
+def test_what_is_stored_in_another_dtype_is_converted(files, copier):
     stored = {n: s for n, s in stored_tensors(files).items() if s.dtype is torch.float32}
     targets = {name: torch.empty(s.shape, dtype=torch.bfloat16) for name, s in stored.items()}
-    reader = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
+    reader = copier(1024)
     reader.read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_any_choice_of_tensors_can_be_read(files, staged):
+def test_any_choice_of_tensors_can_be_read(files, copier):
     stored = stored_tensors(files)
     chosen = list(stored)[::3][::-1]
     targets = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for name in chosen}
-    reader = Copier(torch.device("cpu"), buffer_bytes=2048, staged=staged)
+    reader = copier(2048)
     reader.read((stored[name], targets[name]) for name in chosen)
     check(files, targets)
 
@@ -96,26 +120,24 @@ def test_places_are_those_the_library_reads(files):
                 assert raw[each.start : each.start + each.nbytes] == data
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_file_that_is_gone_is_named(files, tmp_path, staged):
+def test_a_file_that_is_gone_is_named(files, tmp_path, copier):
     gone = tmp_path / "gone.safetensors"
     gone.write_bytes(files[0].read_bytes())
     stored = stored_tensors([gone, files[1]])
     gone.unlink()
-    reader = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
+    reader = copier(1024)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match=r"gone\.safetensors cannot be read: No such file"):
         reader.read(wanted)
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, staged):
+def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, copier):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(files[0].read_bytes())
     stored = stored_tensors([cut])
     last = max(stored.values(), key=lambda each: each.start)
     os.truncate(cut, last.start + last.nbytes - 1)
-    reader = Copier(torch.device("cpu"), buffer_bytes=1024, staged=staged)
+    reader = copier(1024)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match=rf"cut\.safetensors ends after .*{last.name}"):
         reader.read(wanted)
@@ -125,12 +147,30 @@ class Held(Copier):
     """Reads when it is let."""
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), buffer_bytes=1024)
+        super().__init__(CPU, partial(InPlace, run_bytes=1024))
         self.let = threading.Event()
 
     def read(self, wanted):
         assert self.let.wait(10)
         super().read(wanted)
+
+
+def test_beside_threads_take_turns_more_often_and_as_before_afterwards():
+    before = sys.getswitchinterval()
+    with CopierBeside(Copier(CPU)):
+        assert sys.getswitchinterval() < before
+    assert sys.getswitchinterval() == before
+
+
+def test_without_the_library_python_reads(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fastsafetensors", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    file_reader.cache_clear()
+    with caplog.at_level("INFO"):
+        assert file_reader(torch.device("cuda", 0)) is None
+    file_reader.cache_clear()
+    assert "fastsafetensors" in caplog.text
+    assert "takes longer" in caplog.text
 
 
 def test_beside_everything_arrives_in_turn(files):
@@ -178,7 +218,7 @@ def test_beside_a_fault_ends_the_rest_and_is_told(files, tmp_path, waiting):
     done = []
 
     def read_and_leave() -> None:
-        with CopierBeside(Copier(torch.device("cpu"))) as beside:
+        with CopierBeside(Copier(CPU)) as beside:
             beside.read((s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values())
             beside.run(lambda: done.append(1))
             if waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from safetensors.torch import save_file
 
 from quant import hif8
 from quant.kernels.choice import pick_kernels
-from quant.kernels.copier import BUFFERS, Copier, CopierBeside
+from quant.kernels.copier import Copier, CopierBeside
+from quant.kernels.file_reader import file_reader
+from quant.kernels.ways import BUFFERS, ByFileReader, ByPinnedBuffers
 from quant.safetensors_header import stored_tensors
 
 pytestmark = pytest.mark.cuda
 
-CARD = torch.device("cuda")
+CARD = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,15 +42,24 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
+def by_file_reader() -> ByFileReader:
+    reader = file_reader(CARD)
+    assert reader is not None, "the extra `cuda` has fastsafetensors"
+    return ByFileReader(CARD, reader, run_bytes=8192)
+
+
+@pytest.mark.parametrize(
+    "way", [by_file_reader, partial(ByPinnedBuffers, CARD, run_bytes=8192), None]
+)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
-def test_every_tensor_arrives_on_the_card(file, dtype):
+def test_every_tensor_arrives_on_the_card(file, dtype, way):
     stored = stored_tensors([file])
     assert file.stat().st_size > 4 * BUFFERS * 8192
     targets = {
         name: torch.full(s.shape, 77, dtype=dtype or s.dtype, device=CARD)
         for name, s in stored.items()
     }
-    with CopierBeside(Copier(CARD, buffer_bytes=8192)) as beside:
+    with CopierBeside(Copier(CARD, way)) as beside:
         beside.read((stored[name], targets[name]) for name in stored)
     elsewhere = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
     Copier(torch.device("cpu")).read((stored[name], elsewhere[name]) for name in stored)

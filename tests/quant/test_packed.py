@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -59,6 +60,24 @@ def made(tmp_path_factory, tiny_model, tiny_recipe, scales_file) -> Path:
 def folder(made, tmp_path) -> Path:
     """A copy that a test may break."""
     return Path(shutil.copytree(made, tmp_path / "packed"))
+
+
+def test_an_empty_transformer_is_the_one_diffusers_makes(tiny_model):
+    """Its blocks, too, of which only one is constructed."""
+    config = read_transformer_config(tiny_model)
+    theirs = WanTransformer3DModel.from_pretrained(
+        tiny_model, subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+    ours = empty_transformer(config)
+
+    def described(transformer):
+        state = transformer.state_dict(keep_vars=True)
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+
+    assert described(ours) == described(theirs)
+    assert [type(module) for module in ours.modules()] == [type(m) for m in theirs.modules()]
+    assert len({id(parameter) for parameter in ours.parameters()}) == len(described(theirs))
+    assert {key: ours.config[key] for key in config} == config
 
 
 @pytest.fixture

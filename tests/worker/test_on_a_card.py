@@ -1,0 +1,74 @@
+"""What only a card can show: `TRITON_INTERPRET=0 pytest -m cuda tests/worker/test_on_a_card.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.record import Stage
+from tests.worker.orders import order
+from worker.config import WorkerConfig, load_config
+from worker.devices import Device, pick_device
+from worker.wan import WanEngine
+
+pytestmark = pytest.mark.cuda
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "wan-mini.toml"
+
+
+class Nobody:
+    """Watches a job and lets it go on."""
+
+    def progress(self, stage: Stage, step: int, steps: int) -> None: ...
+
+    def check(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return pick_device("cuda")
+
+
+@pytest.fixture(scope="module")
+def engine(device) -> WanEngine:
+    return WanEngine.load(with_encoder("device"), device)
+
+
+def with_encoder(place: str) -> WorkerConfig:
+    config = load_config(CONFIG)
+    model = config.model.model_copy(update={"text_encoder": place})
+    return config.model_copy(update={"model": model})
+
+
+def encoded(engine: WanEngine) -> Iterator[torch.Tensor]:
+    for prompt in engine.prompts.encode(order(), lambda: None):
+        assert prompt is not None
+        yield prompt
+
+
+@pytest.mark.parametrize("place", ["encode", "host"])
+def test_the_text_encoder_gives_the_same_wherever_it_lives(engine, device, place):
+    other = WanEngine.load(with_encoder(place), device)
+    assert other.parts.text_encoder_place == place
+    for _ in range(2):  # also after it has been away
+        assert {each.device.type for each in other.parts.text_encoder.parameters()} == {"cpu"}
+        for ours, theirs in zip(encoded(other), encoded(engine), strict=True):
+            assert ours.device.type == "cuda"
+            if place == "encode":
+                assert torch.equal(ours, theirs)
+            else:  # another device's BF16
+                error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+                assert error < 0.02
+
+
+@pytest.mark.parametrize("mode", ["bf16", "w8a8"])
+def test_a_job_gives_the_same_video_twice(engine, mode):
+    request = order(mode=mode, num_frames=5, num_inference_steps=2)
+    first, second = (list(engine.generate(request, Nobody()).frames) for _ in range(2))
+    assert len(first) == 5
+    assert np.stack(first).std() > 0
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
