@@ -20,7 +20,7 @@ from quant.kernels.file_reader import file_reader
 from quant.kernels.runs import Wanted, cut_into_runs
 from quant.kernels.ways import ByFileReader, ByPinnedBuffers, InPlace, Way
 
-SWITCH_INTERVAL_S = 1e-4
+SWITCH_INTERVAL_S = 5e-5
 
 
 class Reader(Protocol):

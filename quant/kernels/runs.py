@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from quant.safetensors_header import StoredTensor
@@ -20,7 +20,12 @@ Wanted = tuple[StoredTensor, Tensor]
 
 @dataclass(slots=True)
 class Run:
-    """Bytes that are read at once, and the elements in them: first of each, and where it goes."""
+    """Bytes that are read at once, and the tensors in them.
+
+    Attributes:
+        pieces: of each tensor, where in the file it begins, and what is to hold it: all of it, or
+            the part of its elements, flat, that begins there.
+    """
 
     file: Path
     start: int
@@ -28,42 +33,42 @@ class Run:
     end: int = 0
 
     def add(self, stored: StoredTensor, first_byte: int, target: Tensor) -> None:
-        """Append flat elements of `stored`, of which the first lies at `first_byte`."""
+        """Append a piece of `stored` that begins at `first_byte`."""
         self.pieces.append((stored, first_byte, target))
         self.end = first_byte + size_in_file(stored, target)
 
     @property
     def in_place(self) -> Tensor | None:
-        """The destination, if these are elements of one tensor and need no conversion."""
-        stored, _, target = self.pieces[0]
-        alone = len(self.pieces) == 1 and self.pieces[0][1] == self.start
-        return target if alone and target.dtype is stored.dtype else None
+        """The destination, flat, if it is one that begins here and needs no conversion."""
+        stored, first_byte, target = self.pieces[0]
+        if len(self.pieces) > 1 or first_byte != self.start or target.dtype is not stored.dtype:
+            return None
+        return target.detach().reshape(-1)
 
 
 def cut_into_runs(wanted: Iterable[Wanted], limit: int) -> Iterator[Run]:
-    """Cut large tensors into runs of up to `limit` bytes; put small neighbours into one."""
+    """Put neighbours into runs of up to `limit` bytes, and cut what is larger by itself."""
     run: Run | None = None
     for stored, target in wanted:
-        flat = target.detach().reshape(-1)
         if run is not None and not _fits(run, stored, limit):
             yield run
             run = None
-        if run is not None:
-            run.add(stored, stored.start, flat)
-            continue
         step = limit // _ALIGNMENT * _ALIGNMENT // stored.dtype.itemsize
         step -= _ALIGNMENT  # room for the bytes before the first one's alignment
-        for first in range(0, max(1, flat.numel()), step):
-            part = flat[first : first + step]
-            start = stored.start + first * stored.dtype.itemsize
-            if len(part) < flat.numel():
-                whole = Run(stored.file, start)
-                whole.add(stored, start, part)
-                yield whole
-            elif part.numel():
-                run = Run(stored.file, start // _ALIGNMENT * _ALIGNMENT)
-                run.add(stored, start, part)
-    yield from chain([run] if run is not None else [])
+        if run is not None:
+            run.add(stored, stored.start, target)
+        elif target.numel() <= step:
+            run = Run(stored.file, stored.start // _ALIGNMENT * _ALIGNMENT)
+            run.add(stored, stored.start, target)
+        else:
+            flat = target.detach().reshape(-1)
+            for first in range(0, flat.numel(), step):
+                start = stored.start + first * stored.dtype.itemsize
+                part = Run(stored.file, start)
+                part.add(stored, start, flat[first : first + step])
+                yield part
+    if run is not None:
+        yield run
 
 
 def _fits(run: Run, stored: StoredTensor, limit: int) -> bool:
@@ -72,18 +77,30 @@ def _fits(run: Run, stored: StoredTensor, limit: int) -> bool:
     return near and stored.start + stored.nbytes - run.start <= limit
 
 
+@torch.no_grad()
 def deliver(data: Tensor, run: Run) -> None:
-    """Give each piece of a run its elements, in the dtype it is wanted in."""
-    target = run.in_place
-    if target is not None:
-        target.view(data.dtype).copy_(data, non_blocking=True)
-        return
+    """Give each piece of a run its elements, in the dtype it is wanted in.
+
+    Args:
+        data: [bytes] uint8, the run's.
+    """
+    # Each of torch's functions lets go of the interpreter's lock and has to get it back, so there
+    # are as few here as can be: a view for each piece, and one function that copies all.
+    typed: dict[torch.dtype, Tensor] = {}
+    sources = []
     for stored, first_byte, target in run.pieces:
-        start = first_byte - run.start
-        part = data[start : start + size_in_file(stored, target)]
-        if start % stored.dtype.itemsize:
-            part = part.clone()  # a view of another dtype has to begin at a multiple of its size
-        target.copy_(part.view(stored.dtype), non_blocking=True)
+        start, size = first_byte - run.start, stored.dtype.itemsize
+        if start % size:  # a view of another dtype has to begin at a multiple of its size
+            part = data[start : start + size_in_file(stored, target)].clone()
+            sources.append(part.view(stored.dtype).view(target.shape))
+            continue
+        if stored.dtype not in typed:
+            typed[stored.dtype] = data[: data.numel() // size * size].view(stored.dtype)
+        whole = typed[stored.dtype]
+        offset = whole.storage_offset() + start // size
+        sources.append(whole.as_strided(target.shape, target.stride(), offset))
+    targets = [target for _, _, target in run.pieces]
+    torch._foreach_copy_(targets, sources, non_blocking=True)
 
 
 def size_in_file(stored: StoredTensor, target: Tensor) -> int:
