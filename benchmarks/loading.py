@@ -2,10 +2,10 @@
 
 Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone, each start in a
 process of its own, with all files in the page cache: they are read before, and one start (Triton
-compiles in it) is not counted. Two baselines, in the same processes: what the safetensors library takes to get as many bytes of the same files
-onto the device, and what their copy from pinned memory takes, which no file is in. What a process
-does whatever it loads (imports, the device's first answer, trying its kernels) has rows of
-its own.
+compiles in it) is not counted. Two baselines, in the same processes: what the safetensors library
+takes to get as many bytes of the same files onto the device, and what their copy from pinned memory
+takes, which no file is in. What a process does whatever it loads (imports, the device's first
+answer, trying its kernels) has rows of its own.
 `--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
