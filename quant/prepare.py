@@ -6,7 +6,7 @@ mode does not quantize stays shared with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -66,14 +66,20 @@ def prepare_transformer(
 
 
 def fuse_quantized(
-    transformer: nn.Module, kernels: Kernels, attention: Mapping[int, AttentionScales]
+    transformer: nn.Module,
+    kernels: Kernels,
+    attention: Mapping[int, AttentionScales],
+    wait_for: Callable[[nn.Module], None] | None = None,
 ) -> tuple[int, ...]:
     """Put a quantized transformer on `kernels`, in place; returns the blocks left unfused.
+
+    Args:
+        wait_for: as `fuse_blocks` has it.
 
     Raises:
         ConversionError: a block with FP8 attention cannot be fused.
     """
-    left = fuse_blocks(transformer, kernels, attention)
+    left = fuse_blocks(transformer, kernels, attention, wait_for)
     unmet = sorted(set(left) & set(attention))
     if unmet:
         raise ConversionError(

@@ -7,7 +7,7 @@ and what cross-attention makes of the prompt is kept for as long as the prompt's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -107,7 +107,10 @@ class FusedWanBlock(nn.Module):
 
 
 def fuse_blocks(
-    transformer: Any, kernels: Kernels, attention: Mapping[int, AttentionScales] | None = None
+    transformer: Any,
+    kernels: Kernels,
+    attention: Mapping[int, AttentionScales] | None = None,
+    wait_for: Callable[[nn.Module], None] | None = None,
 ) -> tuple[int, ...]:
     """Replace the blocks of a `WanTransformer3DModel`, in place, and let it keep prompts.
 
@@ -116,12 +119,15 @@ def fuse_blocks(
 
     Args:
         attention: scales of FP8 self-attention by block; the others run it in BF16.
+        wait_for: returns when a block's weights are there, if they may still be on their way.
 
     Returns:
         the blocks that were left.
     """
     left = []
     for index, block in enumerate(transformer.blocks):
+        if wait_for is not None:
+            wait_for(block)
         if _fits(block):
             scales = (attention or {}).get(index)
             transformer.blocks[index] = FusedWanBlock(block, kernels, scales)

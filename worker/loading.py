@@ -27,6 +27,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import WanTransformer3DModel
+from torch import nn
 
 import quant
 from jobs.catalog import ModeOffer
@@ -173,8 +174,7 @@ def load_modes(
         choices = choose_kernels(plans, device)
     with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
         begun = _begin_modes(path, plans, device, beside)
-        beside.wait()
-        return _finish_modes(begun, plans, choices, device)
+        return _finish_modes(begun, plans, choices, device, beside)
 
 
 def load_model(
@@ -202,8 +202,7 @@ def load_model(
         beside.run(shared.copy)
         begun = _begin_modes(path, plans, device, beside)
         parts = shared.finish()
-        beside.wait()
-        modes = _finish_modes(begun, plans, choices, device)
+        modes = _finish_modes(begun, plans, choices, device, beside)
     if placement is not None:
         parts = replace(
             parts,
@@ -238,14 +237,23 @@ def _begin_modes(
 
 
 def _finish_modes(
-    begun: tuple[Mode, ...], plans: list[_Plan], choices: Choices, device: Device
+    begun: tuple[Mode, ...],
+    plans: list[_Plan],
+    choices: Choices,
+    device: Device,
+    reader: quant.CopierBeside,
 ) -> tuple[Mode, ...]:
-    """Put modes whose weights have arrived on their kernels: after all are there, as they share."""
+    """Put modes on their kernels, block by block as their weights arrive.
+
+    It comes after all trees have been made, as they share.
+    """
     for mode in begun:
         if mode.transformer.device != device.torch_device:  # it was quantized on the host
             mode.transformer.to(device.torch_device)
     made = {
-        plan.config.made_with: _put_on_kernels(mode, plan, choices[plan.config.made_with], device)
+        plan.config.made_with: _put_on_kernels(
+            mode, plan, choices[plan.config.made_with], device, reader
+        )
         for mode, plan in zip(begun, _distinct(plans), strict=True)
     }
     return tuple(_as_mode(plan, made[plan.config.made_with]) for plan in plans)
@@ -274,7 +282,13 @@ def _kernels_of(plan: _Plan, device: Device) -> KernelChoice | None:
     return choice
 
 
-def _put_on_kernels(mode: Mode, plan: _Plan, choice: KernelChoice | None, device: Device) -> Mode:
+def _put_on_kernels(
+    mode: Mode,
+    plan: _Plan,
+    choice: KernelChoice | None,
+    device: Device,
+    reader: quant.CopierBeside,
+) -> Mode:
     """Have a mode's blocks run on the kernels that were chosen for it."""
     if choice is None:
         if device.attention_backend is not None:
@@ -283,7 +297,11 @@ def _put_on_kernels(mode: Mode, plan: _Plan, choice: KernelChoice | None, device
     attention = {}
     if plan.recipe is not None and plan.scales is not None:
         attention = quant.attention_scales(plan.recipe, plan.scales)
-    left = quant.fuse_quantized(mode.transformer, choice.kernels, attention)
+
+    def wait_for(block: nn.Module) -> None:
+        reader.wait_for(block.state_dict(keep_vars=True).values())
+
+    left = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
     if left:
         logger.info("mode %s: blocks %s run unfused", mode.offer.name, list(left))
     offer = mode.offer.model_copy(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from threading import Condition
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from quant.kernels.file_reader import file_reader
 from quant.kernels.runs import Wanted, cut_into_runs
@@ -56,23 +58,35 @@ class Copier:
         """Make what the first `read` to this device would otherwise have to wait for."""
         file_reader(self.device)
 
-    def read(self, wanted: Iterable[Wanted]) -> None:
+    def read(
+        self, wanted: Iterable[Wanted], arrived: Callable[[list[Tensor]], None] | None = None
+    ) -> None:
         """Fill every wanted tensor; when it returns, all have arrived.
 
         `wanted` is taken little by little, so that tensors may be allocated meanwhile. In the order
         of the files it goes fastest.
 
+        Args:
+            arrived: is told of tensors that work given to the device from then on will find filled.
+
         Raises:
             WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
-        under_way: deque[Any] = deque()
+        under_way: deque[tuple[list[Tensor], Any]] = deque()
+
+        def end_first() -> None:
+            completes, begun = under_way.popleft()
+            way.end(begun)
+            if arrived is not None:
+                arrived(completes)
+
         with self._way() as way:
             for run in cut_into_runs(wanted, way.run_bytes):
                 if len(under_way) == way.depth:
-                    way.end(under_way.popleft())
-                under_way.append(way.begin(run))
+                    end_first()
+                under_way.append((run.completes, way.begin(run)))
             while under_way:
-                way.end(under_way.popleft())
+                end_first()
 
 
 def best_way(device: torch.device) -> Way:
@@ -95,6 +109,8 @@ class CopierBeside:
         self._copier = copier
         self._pool = ThreadPoolExecutor(1, "weights")
         self._begun: list[Future[None]] = []
+        self._changed = Condition()
+        self._coming: set[int] = set()  # by id: their tensors live until they have arrived
         self._failed = False
 
     @property
@@ -103,7 +119,10 @@ class CopierBeside:
 
     def read(self, wanted: Iterable[Wanted]) -> None:
         """Take what is wanted, all of it now, and fill it after what was wanted before."""
-        self.run(partial(self._copier.read, list(wanted)))
+        coming = deque(wanted)
+        with self._changed:
+            self._coming.update(id(target) for _, target in coming)
+        self.run(partial(self._copier.read, _each_once(coming), self._note_arrival))
 
     def run(self, task: Callable[[], None]) -> None:
         """Have the thread do something else when it is its turn."""
@@ -117,6 +136,20 @@ class CopierBeside:
         """
         while self._begun:
             self._begun.pop(0).result()
+
+    def wait_for(self, tensors: Iterable[Tensor]) -> None:
+        """Wait until those of the tensors that are being read have arrived.
+
+        Work that is given to the device from then on will find them filled.
+
+        Raises:
+            WeightsError: as `Copier.read`.
+        """
+        wanted = {id(tensor) for tensor in tensors}
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or wanted.isdisjoint(self._coming))
+        if self._failed:
+            self.wait()
 
     def __enter__(self) -> Self:
         self._switch_interval = sys.getswitchinterval()
@@ -142,5 +175,18 @@ class CopierBeside:
         try:
             task()
         except BaseException:
-            self._failed = True
+            with self._changed:
+                self._failed = True
+                self._changed.notify_all()
             raise
+
+    def _note_arrival(self, tensors: list[Tensor]) -> None:
+        with self._changed:
+            self._coming.difference_update(id(tensor) for tensor in tensors)
+            self._changed.notify_all()
+
+
+def _each_once(wanted: deque[Wanted]) -> Iterator[Wanted]:
+    """Hand them out and forget them, so that their memory can be given back before the last."""
+    while wanted:
+        yield wanted.popleft()

@@ -25,14 +25,21 @@ class Run:
     Attributes:
         pieces: of each tensor, where in the file it begins, and what is to hold it: all of it, or
             the part of its elements, flat, that begins there.
+        completes: the wanted tensors of which nothing is left to be read after this run.
     """
 
     file: Path
     start: int
     pieces: list[tuple[StoredTensor, int, Tensor]] = field(default_factory=list)
+    completes: list[Tensor] = field(default_factory=list)
     end: int = 0
 
-    def add(self, stored: StoredTensor, first_byte: int, target: Tensor) -> None:
+    def add(self, stored: StoredTensor, target: Tensor) -> None:
+        """Append a whole tensor."""
+        self.add_piece(stored, stored.start, target)
+        self.completes.append(target)
+
+    def add_piece(self, stored: StoredTensor, first_byte: int, target: Tensor) -> None:
         """Append a piece of `stored` that begins at `first_byte`."""
         self.pieces.append((stored, first_byte, target))
         self.end = first_byte + size_in_file(stored, target)
@@ -56,16 +63,18 @@ def cut_into_runs(wanted: Iterable[Wanted], limit: int) -> Iterator[Run]:
         step = limit // _ALIGNMENT * _ALIGNMENT // stored.dtype.itemsize
         step -= _ALIGNMENT  # room for the bytes before the first one's alignment
         if run is not None:
-            run.add(stored, stored.start, target)
+            run.add(stored, target)
         elif target.numel() <= step:
             run = Run(stored.file, stored.start // _ALIGNMENT * _ALIGNMENT)
-            run.add(stored, stored.start, target)
+            run.add(stored, target)
         else:
             flat = target.detach().reshape(-1)
             for first in range(0, flat.numel(), step):
                 start = stored.start + first * stored.dtype.itemsize
                 part = Run(stored.file, start)
-                part.add(stored, start, flat[first : first + step])
+                part.add_piece(stored, start, flat[first : first + step])
+                if first + step >= flat.numel():
+                    part.completes.append(target)
                 yield part
     if run is not None:
         yield run

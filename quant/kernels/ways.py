@@ -62,6 +62,8 @@ class Way(ABC):
     def end(self, begun: Any) -> None:
         """Wait until a run is read, and hand its elements on to their tensors.
 
+        What the device is given to do afterwards, in its current stream, sees them.
+
         Raises:
             WeightsError: it cannot be read, or the file has become shorter.
         """
@@ -131,6 +133,7 @@ class ByPinnedBuffers(Way):
     def __init__(self, device: torch.device, *, run_bytes: int = BUFFER_BYTES) -> None:
         super().__init__()
         self.run_bytes = run_bytes
+        self._device = device
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         if self._backend is not None:  # memory is pinned for the current one
             self._opened.enter_context(self._backend.device(device))
@@ -164,6 +167,7 @@ class ByPinnedBuffers(Way):
                 data = self._landing[: data.numel()].copy_(data, non_blocking=True)
             deliver(data, run)
             sent.record(self._stream)
+        self._backend.current_stream(self._device).wait_event(sent)
 
     def finish(self) -> None:
         self._readers.finish()

@@ -3,6 +3,8 @@
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -150,9 +152,9 @@ class Held(Copier):
         super().__init__(CPU, partial(InPlace, run_bytes=1024))
         self.let = threading.Event()
 
-    def read(self, wanted):
+    def read(self, wanted, arrived=None):
         assert self.let.wait(10)
-        super().read(wanted)
+        super().read(wanted, arrived)
 
 
 def test_beside_threads_take_turns_more_often_and_as_before_afterwards():
@@ -187,6 +189,70 @@ def test_beside_everything_arrives_in_turn(files):
         beside.wait()
         assert taken == [4.5]
     check(files, targets)
+
+
+class Stepwise(InPlace):
+    """Ends a run when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(run_bytes=1024)
+        self.let = threading.Semaphore(0)
+
+    def end(self, begun):
+        assert self.let.acquire(timeout=10)
+        super().end(begun)
+
+
+def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
+    stored = stored_tensors(files[:1])
+    wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored.values()]
+    wanted.sort(key=lambda each: each[0].start)
+    way = Stepwise()
+    with CopierBeside(Copier(CPU, lambda: way)) as beside:
+        beside.read(wanted)
+        for each, target in wanted:
+            waiting = threading.Thread(target=beside.wait_for, args=([target],))
+            waiting.start()
+            while waiting.is_alive():
+                way.let.release()
+                waiting.join(0.005)
+            check(files, {each.name: target})
+        beside.wait_for([torch.zeros(1)])  # nobody reads that
+
+
+def test_beside_what_has_arrived_is_not_kept(files):
+    stored = list(stored_tensors(files).values())
+    wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
+    first, last = weakref.ref(wanted[0][1]), weakref.ref(wanted[-1][1])
+    way = Stepwise()
+    with CopierBeside(Copier(CPU, lambda: way)) as beside:
+        beside.read(wanted)
+        del wanted
+        for _ in range(2 * way.depth):
+            way.let.release()
+        deadline = time.monotonic() + 10
+        while first() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert first() is None
+        assert last() is not None, "it is still coming"
+        way.let.release(1000)
+
+
+def test_whoever_waits_for_a_tensor_is_told_of_a_fault(files, tmp_path):
+    gone = tmp_path / "gone.safetensors"
+    gone.write_bytes(files[0].read_bytes())
+    stored = stored_tensors([gone])
+    gone.unlink()
+    wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
+
+    def read_and_wait() -> None:
+        with CopierBeside(Copier(CPU)) as beside:
+            beside.read(wanted)
+            beside.wait_for([wanted[-1][1]])
+            pytest.fail("it was not told")
+
+    with pytest.raises(WeightsError, match="No such file"):
+        read_and_wait()
 
 
 def test_leaving_it_waits(files):

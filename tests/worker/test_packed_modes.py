@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
-from quant import PackedMismatch, QuantRecipe, WeightsError, convert, weight_bytes
+from quant import PackedMismatch, QuantRecipe, WeightsError, convert, wan_block, weight_bytes
+from quant.kernels import copier
+from quant.kernels.ways import InPlace
 from worker.config import ModeConfig, WorkerConfig, load_config
 from worker.devices import Device
 from worker.errors import ConfigError, ModelUnusable
@@ -92,6 +96,32 @@ def test_beside_bf16_only_quantized_weights_are_added(
 
 def is_code(tensor: torch.Tensor) -> bool:
     return tensor.dtype is torch.uint8
+
+
+def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
+    packed_config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulated = packed_config.modes[1].model_copy(update={"exact_emulation": True})
+    config = packed_config.model_copy(update={"modes": (emulated,)})
+    at_once = frames(WanEngine.load(config, device))
+    happened: list[str] = []
+
+    class Slow(InPlace):
+        def end(self, begun: Any) -> None:
+            time.sleep(0.001)
+            super().end(begun)
+            happened.append("read")
+
+    class Noted(wan_block.FusedWanBlock):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            happened.append("fused")
+
+    monkeypatch.setattr(copier, "best_way", lambda _device: Slow(run_bytes=1 << 16))
+    monkeypatch.setattr(wan_block, "FusedWanBlock", Noted)
+    assert np.array_equal(frames(WanEngine.load(config, device)), at_once)
+    assert happened.count("fused") == 40
+    assert "read" in happened[happened.index("fused") :]
 
 
 def test_packed_alone_needs_no_other_transformer(
