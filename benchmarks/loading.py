@@ -1,11 +1,11 @@
 """How long a worker takes to be ready: `python -m benchmarks.loading --model DIR --packed DIR`
 
 Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone, each start in a
-process of its own, with all files in the page cache: they are read before, and one start (Triton
-compiles in it) is not counted. Two baselines, in the same processes: what the safetensors library
-takes to get as many bytes of the same files onto the device, and what their copy from pinned memory
-takes, which no file is in. What a process does whatever it loads (imports, the device's first
-answer, trying its kernels) has rows of its own.
+process of its own, with all files in the page cache (a start of each before is not counted, in
+which Triton compiles). Two baselines, in the same processes: what the safetensors library takes to
+get as many bytes of the same files onto the device, and what their copy from pinned memory takes,
+which no file is in. What a process does whatever it loads (imports, the device's first answer,
+trying its kernels and making ready what reads weights) has rows of its own.
 `--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
@@ -51,16 +51,13 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     """Start each kind of worker and compare with the bare copy."""
     measured: dict[str, list[Start]] = {name: [] for name in only.split(";")}
     with tempfile.TemporaryDirectory() as folder:
-        first = next(iter(measured))
-        read_all(model, packed)
-        config = write_config(Path(folder), CASES[first], model, packed, recipe)
-        run_case(config, device, first == TRANSFORMER, baselines=False)
-        for number in range(1, rounds + 1):
+        for number in range(rounds + 1):
             for name, starts in measured.items():
                 config = write_config(Path(folder), CASES[name], model, packed, recipe)
-                starts.append(run_case(config, device, name == TRANSFORMER))
-                seconds = starts[-1].loading_s
-                print(f"round {number} of {rounds}, {name}: {seconds:.2f} s", flush=True)
+                start = run_case(config, device, name == TRANSFORMER, baselines=number > 0)
+                if number:
+                    starts.append(start)
+                print(f"round {number} of {rounds}, {name}: {start.loading_s:.2f} s", flush=True)
     rows = [row for name, starts in measured.items() for row in rows_of(name, starts)]
     settings = {
         "model": model.name,
@@ -93,17 +90,7 @@ def write_config(
     return file
 
 
-def read_all(*folders: Path) -> None:
-    """Have the page cache hold whatever weights the folders hold."""
-    buffer = bytearray(16 << 20)
-    for folder in folders:
-        for file in folder.rglob("*.safetensors"):
-            with file.open("rb", buffering=0) as opened:
-                while opened.readinto(buffer):
-                    pass
-
-
-def run_case(config: Path, device: str, only_modes: bool, *, baselines: bool = True) -> Start:
+def run_case(config: Path, device: str, only_modes: bool, *, baselines: bool) -> Start:
     """One start in a new process; what it says on stderr stays visible."""
     command = [sys.executable, "-m", "benchmarks.loading_case", str(config)]
     command += ["--device", device, "--started", str(time.time())]

@@ -91,7 +91,7 @@ def _versions() -> dict[str, str]:
         return found
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(cudnn)}
-    for name in ("triton", "nvidia-cudnn-frontend"):
+    for name in ("triton", "nvidia-cudnn-frontend", "fastsafetensors"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

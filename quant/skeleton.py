@@ -77,10 +77,16 @@ def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
     from diffusers import WanTransformer3DModel  # noqa: PLC0415
 
     settings = json.loads(config)
+    count = settings.get("num_layers")
+    if not isinstance(count, int) or count < 1:
+        raise WeightsError(
+            f"the transformer's configuration has num_layers = {count!r}, not a number from 1 up: "
+            "take the config.json that came with the weights"
+        )
     try:
         with without_weights():
             transformer = WanTransformer3DModel.from_config({**settings, "num_layers": 1})
-        _repeat_block(transformer, settings["num_layers"])
+        _repeat_block(transformer, count)
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
             f"no WanTransformer3DModel can be built from this configuration: {error}"
@@ -214,7 +220,7 @@ def allocate(
         for name, tensor in wanted.items()
         if tensor.is_meta and name in stored and (names is None or name in names)
     }
-    _reserve(empty.values(), device)
+    _reserve({id(tensor): tensor for tensor in empty.values()}.values(), device)
     made: dict[int, Tensor] = {}
     for name in sorted(empty, key=lambda name: (stored[name].file, stored[name].start)):
         tensor = empty[name]

@@ -29,7 +29,8 @@ class Reader(Protocol):
     """Fills tensors of one device from files: at once (`Copier`) or soon (`CopierBeside`).
 
     What `read` can raise (`WeightsError`: a file cannot be read, or has become shorter) comes from
-    it in the first case, and from `CopierBeside.wait` in the second: until then there is no data.
+    it in the first case. In the second it comes from whatever waits: `CopierBeside.wait` and
+    `wait_for`, and the end of its context.
     """
 
     @property
@@ -121,7 +122,7 @@ class CopierBeside:
         """Take what is wanted, all of it now, and fill it after what was wanted before."""
         coming = deque(wanted)
         with self._changed:
-            self._coming.update(id(target) for _, target in coming)
+            self._coming.update(id(target) for _, target in coming if target.numel())
         self.run(partial(self._copier.read, _each_once(coming), self._note_arrival))
 
     def run(self, task: Callable[[], None]) -> None:

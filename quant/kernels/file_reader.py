@@ -63,7 +63,7 @@ class FileReader:
         return number
 
     def wait(self, number: int) -> bool:
-        """Wait until the bytes have arrived; False if not all of them could be read."""
+        """Wait until the bytes have arrived; False if they have not."""
         return bool(self._reader.wait_read(number))
 
 

@@ -54,9 +54,14 @@ class Run:
 
 
 def cut_into_runs(wanted: Iterable[Wanted], limit: int) -> Iterator[Run]:
-    """Put neighbours into runs of up to `limit` bytes, and cut what is larger by itself."""
+    """Put neighbours into runs of up to `limit` bytes, and cut what is larger by itself.
+
+    Tensors without elements are in no run.
+    """
     run: Run | None = None
     for stored, target in wanted:
+        if not target.numel():
+            continue
         if run is not None and not _fits(run, stored, limit):
             yield run
             run = None
@@ -94,22 +99,26 @@ def deliver(data: Tensor, run: Run) -> None:
         data: [bytes] uint8, the run's.
     """
     # Each of torch's functions lets go of the interpreter's lock and has to get it back, so there
-    # are as few here as can be: a view for each piece, and one function that copies all.
+    # are as few here as can be: a view for each piece, and one function that copies all of a kind.
+    # Of one kind, because on a card that function has taken all targets for the first one's dtype.
     typed: dict[torch.dtype, Tensor] = {}
-    sources = []
+    kinds: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for stored, first_byte, target in run.pieces:
         start, size = first_byte - run.start, stored.dtype.itemsize
         if start % size:  # a view of another dtype has to begin at a multiple of its size
             part = data[start : start + size_in_file(stored, target)].clone()
-            sources.append(part.view(stored.dtype).view(target.shape))
-            continue
-        if stored.dtype not in typed:
-            typed[stored.dtype] = data[: data.numel() // size * size].view(stored.dtype)
-        whole = typed[stored.dtype]
-        offset = whole.storage_offset() + start // size
-        sources.append(whole.as_strided(target.shape, target.stride(), offset))
-    targets = [target for _, _, target in run.pieces]
-    torch._foreach_copy_(targets, sources, non_blocking=True)
+            source = part.view(stored.dtype).view(target.shape)
+        else:
+            if stored.dtype not in typed:
+                typed[stored.dtype] = data[: data.numel() // size * size].view(stored.dtype)
+            whole = typed[stored.dtype]
+            offset = whole.storage_offset() + start // size
+            source = whole.as_strided(target.shape, target.stride(), offset)
+        targets, sources = kinds.setdefault((target.dtype, stored.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(targets, sources, non_blocking=True)
 
 
 def size_in_file(stored: StoredTensor, target: Tensor) -> int:

@@ -135,10 +135,9 @@ class ByPinnedBuffers(Way):
         self.run_bytes = run_bytes
         self._device = device
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
-        if self._backend is not None:  # memory is pinned for the current one
-            self._opened.enter_context(self._backend.device(device))
         self._readers = _Readers()
-        self._turns = cycle([self._new_buffer() for _ in range(BUFFERS)])
+        self._buffers: list[tuple[Tensor, Any]] = []
+        self._turn = cycle(range(BUFFERS))
         if self._backend is None:
             return
         self._landing = torch.empty(run_bytes, dtype=torch.uint8, device=device)
@@ -146,10 +145,17 @@ class ByPinnedBuffers(Way):
         # Memory that tensors were given may have been freed under work that still runs.
         self._stream.wait_stream(self._backend.current_stream(device))
 
+    def __enter__(self) -> Self:
+        if self._backend is not None:  # memory is pinned for the current one
+            self._opened.enter_context(self._backend.device(self._device))
+        return self
+
     def begin(self, run: Run) -> tuple[Run, Tensor, Any, list[Future[None]]]:
         """Read into the buffer that was sent off first, once it has arrived."""
-        file = self._open(run.file)
-        buffer, sent = next(self._turns)
+        file, turn = self._open(run.file), next(self._turn)
+        if turn == len(self._buffers):  # while others are being read, as pinning takes its time
+            self._buffers.append(self._new_buffer())
+        buffer, sent = self._buffers[turn]
         if sent is not None:
             sent.synchronize()
         data = buffer[: run.end - run.start]
@@ -210,8 +216,10 @@ class ByFileReader(Way):
         run, number = begun
         arrived = self._reader.wait(number)
         data = self._under_way.pop(number)
-        if not arrived:
-            raise self._reason(run)
+        if not arrived:  # the reader does not tell why, and takes a short read for a failed one
+            again = torch.empty(data.numel(), dtype=torch.uint8)
+            _read_slice(self._files[run.file], run, again.numpy().data, 0)
+            data.copy_(again)
         deliver(data, run)
 
     def finish(self) -> None:
@@ -220,13 +228,6 @@ class ByFileReader(Way):
         self._under_way.clear()
         if self._device.type != "cpu":
             torch.get_device_module(self._device).current_stream(self._device).synchronize()
-
-    def _reason(self, run: Run) -> WeightsError:
-        """Why a run could not be read, of which the reader says on stderr what it knows."""
-        size = os.fstat(self._files[run.file]).st_size
-        if size < run.end:
-            return _cut_off(run, size)
-        return _unreadable(run.file, f"bytes {run.start:,} to {run.end:,} did not arrive")
 
 
 class _Readers:

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +123,40 @@ def test_places_are_those_the_library_reads(files):
                 assert raw[each.start : each.start + each.nbytes] == data
 
 
+def test_what_is_no_file_is_said_so(files, tmp_path, copier):
+    folder = tmp_path / "a folder.safetensors"
+    folder.mkdir()
+    stored = next(iter(stored_tensors(files).values()))
+    wanted = [(replace(stored, file=folder, shape=(4,)), torch.empty(4, dtype=stored.dtype))]
+    with pytest.raises(WeightsError, match=r"a folder\.safetensors cannot be read: Is a directory"):
+        copier(1024).read(wanted)
+
+
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, copier, wide_first):
+    """As a BF16 transformer is stored, some of which runs in FP32."""
+    file = tmp_path / "bf16.safetensors"
+    tensors = {f"{n:02}": torch.randn(100 + n).to(torch.bfloat16) for n in range(12)}
+    save_file(tensors, file)
+    wanted = [
+        (s, torch.full(s.shape, 77.0, dtype=(torch.bfloat16, torch.float32)[(n + wide_first) % 2]))
+        for n, s in enumerate(stored_tensors([file]).values())
+    ]
+    copier(1 << 20).read(wanted)
+    for stored, target in wanted:
+        assert torch.equal(target, tensors[stored.name].to(target.dtype)), stored.name
+
+
+def test_what_the_library_does_not_bring_is_read_again(files, library, monkeypatch):
+    """It takes a short read for a failed one; network file systems have such."""
+    monkeypatch.setattr(library, "wait", lambda number: FileReader.wait(library, number) and False)
+    stored = stored_tensors(files)
+    targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
+    way = partial(ByFileReader, CPU, library, run_bytes=5000)
+    Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
+    check(files, targets)
+
+
 def test_a_file_that_is_gone_is_named(files, tmp_path, copier):
     gone = tmp_path / "gone.safetensors"
     gone.write_bytes(files[0].read_bytes())
@@ -167,10 +202,8 @@ def test_beside_threads_take_turns_more_often_and_as_before_afterwards():
 def test_without_the_library_python_reads(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fastsafetensors", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    file_reader.cache_clear()
-    with caplog.at_level("INFO"):
-        assert file_reader(torch.device("cuda", 0)) is None
-    file_reader.cache_clear()
+    with caplog.at_level("INFO"):  # not the cached function: what it answers here is for here only
+        assert file_reader.__wrapped__(torch.device("cuda", 0)) is None
     assert "fastsafetensors" in caplog.text
     assert "takes longer" in caplog.text
 

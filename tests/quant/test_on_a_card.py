@@ -67,6 +67,25 @@ def test_every_tensor_arrives_on_the_card(file, dtype, way):
         assert torch.equal(target.cpu(), elsewhere[name].to(target.dtype)), name
 
 
+@pytest.mark.parametrize("wide_first", [False, True])
+@pytest.mark.parametrize(
+    "way", [by_file_reader, partial(ByPinnedBuffers, CARD, run_bytes=8192), None]
+)
+def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, way, wide_first):
+    """As a BF16 transformer is stored, some of which runs in FP32."""
+    file = tmp_path / "bf16.safetensors"
+    tensors = {f"{n:02}": torch.randn(100 + n).to(torch.bfloat16) for n in range(40)}
+    save_file(tensors, file)
+    dtypes = (torch.bfloat16, torch.float32)
+    wanted = [
+        (s, torch.full(s.shape, 77.0, dtype=dtypes[(n + wide_first) % 2], device=CARD))
+        for n, s in enumerate(stored_tensors([file]).values())
+    ]
+    Copier(CARD, way).read(wanted)
+    for stored, target in wanted:
+        assert torch.equal(target.cpu(), tensors[stored.name].to(target.dtype)), stored.name
+
+
 def test_the_card_runs_its_own_kernels():
     choice = pick_kernels(CARD, quantized=True, fp8_attention=True)
     assert (choice.kernels.name, choice.warning) == ("cuda", None)

@@ -80,6 +80,13 @@ def test_an_empty_transformer_is_the_one_diffusers_makes(tiny_model):
     assert {key: ours.config[key] for key in config} == config
 
 
+@pytest.mark.parametrize("count", [0, -1, "3", None])
+def test_a_configuration_without_blocks_is_refused(tiny_model, count):
+    config = read_transformer_config(tiny_model) | {"num_layers": count}
+    with pytest.raises(WeightsError, match=rf"num_layers = {count!r}, not a number from 1 up"):
+        empty_transformer(config)
+
+
 @pytest.fixture
 def bf16(tiny_model):
     """The model's transformer, in the dtypes diffusers gives it."""

@@ -174,7 +174,7 @@ def test_a_part_that_lacks_a_tensor_is_refused_before_weights_are_read(
     del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
     save_file(tensors, file)
     read: list[object] = []
-    monkeypatch.setattr(Copier, "read", lambda self, wanted: read.extend(wanted))
+    monkeypatch.setattr(Copier, "read", lambda self, wanted, arrived=None: read.extend(wanted))
     with pytest.raises(QuantError, match=r"text_encoder.* lacks tensor .*SelfAttention\.q"):
         load_model(folder, plans, device)
     assert not read

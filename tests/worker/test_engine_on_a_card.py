@@ -1,4 +1,4 @@
-"""What only a card can show: `TRITON_INTERPRET=0 pytest -m cuda tests/worker/test_on_a_card.py`."""
+"""The engine on a card: `TRITON_INTERPRET=0 pytest -m cuda` and this file."""
 
 from __future__ import annotations
 
