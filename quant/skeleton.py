@@ -240,7 +240,7 @@ def allocate(
 def _reserve(wanted: Iterable[Tensor], device: torch.device) -> None:
     """Have torch ask a device once for the memory of many tensors, which it then makes of it.
 
-    Asking costs a third of a millisecond and more each time, and holds up copies meanwhile.
+    Asking takes some tenths of a millisecond for each large one, and holds up copies meanwhile.
     """
     if device.type != "cpu":
         rounded = (-(-tensor.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES for tensor in wanted)

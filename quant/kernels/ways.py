@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -75,12 +74,7 @@ class Way(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         with self._opened:
             self.finish()
 
@@ -98,7 +92,7 @@ class Way(ABC):
 class InPlace(Way):
     """Into the host's own memory."""
 
-    depth = BUFFERS
+    depth = BUFFERS  # as many as the other way has, though here nothing is buffered
 
     def __init__(self, *, run_bytes: int = BUFFER_BYTES) -> None:
         super().__init__()

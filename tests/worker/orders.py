@@ -1,9 +1,18 @@
-"""Requests for the worker's tests."""
+"""Requests for the worker's tests, and a watch for those that run an engine by itself."""
 
+from jobs.record import Stage
 from jobs.spec import GenerationRequest
 
 FAILING = "fail, please"
 """The pattern engine does not make a prompt with these words into a video."""
+
+
+class Unwatched:
+    """A watch that never stops anything."""
+
+    def progress(self, stage: Stage, step: int, steps: int) -> None: ...
+
+    def check(self) -> None: ...
 
 
 def order(**changes: object) -> GenerationRequest:

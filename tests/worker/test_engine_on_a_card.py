@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.record import Stage
-from tests.worker.orders import order
+from tests.worker.orders import Unwatched, order
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device
 from worker.wan import WanEngine
@@ -18,14 +17,6 @@ from worker.wan import WanEngine
 pytestmark = pytest.mark.cuda
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "wan-mini.toml"
-
-
-class Nobody:
-    """Watches a job and lets it go on."""
-
-    def progress(self, stage: Stage, step: int, steps: int) -> None: ...
-
-    def check(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +59,7 @@ def test_the_text_encoder_gives_the_same_wherever_it_lives(engine, device, place
 @pytest.mark.parametrize("mode", ["bf16", "w8a8"])
 def test_a_job_gives_the_same_video_twice(engine, mode):
     request = order(mode=mode, num_frames=5, num_inference_steps=2)
-    first, second = (list(engine.generate(request, Nobody()).frames) for _ in range(2))
+    first, second = (list(engine.generate(request, Unwatched()).frames) for _ in range(2))
     assert len(first) == 5
     assert np.stack(first).std() > 0
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from quant import PackedMismatch, QuantRecipe, WeightsError, convert, wan_block, weight_bytes
 from quant.kernels import copier
 from quant.kernels.ways import InPlace
+from tests.worker.orders import Unwatched
 from worker.config import ModeConfig, WorkerConfig, load_config
 from worker.devices import Device
 from worker.errors import ConfigError, ModelUnusable
@@ -48,14 +48,6 @@ def alone(config: WorkerConfig) -> WorkerConfig:
 def modes_of(config: WorkerConfig, device: Device):
     plans = plan_modes(config, fingerprint_model(config))
     return load_modes(config.model.path, plans, device)
-
-
-class Unwatched:
-    """A watch that never stops anything."""
-
-    def progress(self, stage: Stage, step: int, steps: int) -> None: ...
-
-    def check(self) -> None: ...
 
 
 def frames(engine: WanEngine) -> np.ndarray:
