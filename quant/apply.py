@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -142,22 +143,32 @@ def _twin_of(
 
 def _shallow_copy(name: str, module: nn.Module) -> nn.Module:
     state = module.__dict__
-    hooked = [key for key, value in state.items() if "_hooks" in key and value]
+    registries, hooks = _own_containers(tuple(state))
+    hooked = [key for key in hooks if state[key]]
     if hooked or "forward" in state:
         raise ConversionError(
             f"module {name or 'root'!r} carries {', '.join(hooked) or 'a patched forward'}: "
             "quantize first, then attach hooks, offloading or compilation"
         )
     twin = module.__class__.__new__(module.__class__)
-    # nn.Module's own dictionaries are copied one level deep: the tensors in them stay shared, but
+    # nn.Module's own containers are copied one level deep: the tensors in them stay shared, but
     # what is later swapped or hooked in one tree stays out of the other. So does diffusers' list of
     # its own hooks, which is empty here or there would be a patched forward.
-    twin.__dict__ = {
-        key: value.copy() if key in _REGISTRIES or "_hooks" in key else value
-        for key, value in state.items()
-        if key != "_diffusers_hook"
-    }
+    own = state.copy()
+    own.pop("_diffusers_hook", None)
+    for key in registries:
+        own[key] = own[key].copy()
+    for key in hooks:  # all empty
+        own[key] = type(own[key])()
+    twin.__dict__ = own
     return twin
+
+
+@lru_cache
+def _own_containers(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of a module's attributes those that hold tensors and modules, and those that hold hooks."""
+    hooks = tuple(key for key in keys if "_hooks" in key)
+    return tuple(key for key in keys if key in _REGISTRIES), hooks
 
 
 def _blocks(transformer: nn.Module) -> nn.ModuleList:

@@ -27,7 +27,7 @@ from quant.packed_format import (
     shard_name,
 )
 from quant.recipe import QuantRecipe
-from quant.safetensors_header import StoredTensor, read_header, stored_tensors
+from quant.safetensors_header import Header, StoredTensor, read_header, tensors_by_name
 from quant.scales import Scales, load_scales
 from quant.skeleton import (
     check_stored,
@@ -86,7 +86,8 @@ def open_packed(
             f"{folder} is not a packed checkpoint: it holds no {SHARD_PATTERN}; make one with: "
             f"{command}"
         )
-    info = _read_info(files, command)
+    headers = {file: read_header(file) for file in files}
+    info = _read_info(headers, command)
     scales_file = folder / SCALES_FILE
     scales = load_scales(scales_file, recipe=recipe)
     if file_sha256(scales_file) != info.scales_sha256:
@@ -94,7 +95,7 @@ def open_packed(
             f"{scales_file} is not the scales file the checkpoint was made with; make it again "
             f"with: {command}"
         )
-    return PackedCheckpoint(folder, info, scales, stored_tensors(files))
+    return PackedCheckpoint(folder, info, scales, tensors_by_name(headers.values()))
 
 
 def check_packed(
@@ -180,11 +181,11 @@ def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe
     return shlex.join([sys.executable or "python", "-m", "quant", "convert", *arguments])
 
 
-def _read_info(files: list[Path], command: str) -> PackedInfo:
-    """Read the metadata of all files and make sure that they belong together."""
+def _read_info(headers: dict[Path, Header], command: str) -> PackedInfo:
+    """Take what all files say of themselves and make sure that they belong together."""
     infos = []
-    for file in files:
-        metadata = read_header(file).metadata
+    for file, header in headers.items():
+        metadata = header.metadata
         if metadata.get("format") != FORMAT:
             raise WeightsError(
                 f"{file} is not part of a packed checkpoint; make one with: {command}"
@@ -201,7 +202,7 @@ def _read_info(files: list[Path], command: str) -> PackedInfo:
             raise WeightsError(
                 f"{file} does not say what it was made of: {error!r}; make it again with: {command}"
             ) from error
-        missing = {shard_name(n + 1, count) for n in range(count)} - {f.name for f in files}
+        missing = {shard_name(n + 1, count) for n in range(count)} - {each.name for each in headers}
         if missing:
             raise WeightsError(
                 f"{file.parent} lacks {', '.join(sorted(missing))}: copy it again, or make it "
@@ -209,7 +210,7 @@ def _read_info(files: list[Path], command: str) -> PackedInfo:
             )
     if any(info != infos[0] for info in infos):
         raise WeightsError(
-            f"the files in {files[0].parent} come from different conversions; make them again "
+            f"the files in {file.parent} come from different conversions; make them again "
             f"with: {command}"
         )
     return infos[0]

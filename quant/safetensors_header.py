@@ -33,6 +33,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SMALL_BYTES = 1 << 20
+"""Tensors below this are more work by their number than by their bytes."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 
@@ -95,9 +97,18 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     Raises:
         WeightsError: as `read_header`; or two files have a tensor of one name.
     """
+    return tensors_by_name(read_header(file) for file in files)
+
+
+def tensors_by_name(headers: Iterable[Header]) -> dict[str, StoredTensor]:
+    """As `stored_tensors`, of headers that have been read.
+
+    Raises:
+        WeightsError: two files have a tensor of one name.
+    """
     found: dict[str, StoredTensor] = {}
-    for file in files:
-        for each in read_header(file).tensors:
+    for header in headers:
+        for each in header.tensors:
             if each.name in found:
                 raise WeightsError(
                     f"tensor {each.name!r} is in {found[each.name].file.name} and in {file.name} "

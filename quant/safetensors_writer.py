@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.safetensors_header import NAMES
+from quant.safetensors_header import NAMES, SMALL_BYTES
 
 _HEADER_MULTIPLE = 64  # a header is filled up with blanks, so that the data begins at one
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
@@ -29,7 +29,8 @@ def spec_of(name: str, tensor: Tensor) -> Spec:
 def split_into_shards(specs: Sequence[Spec], shard_bytes: int) -> Iterator[list[Spec]]:
     """Fill shards one after the other with up to `shard_bytes` each, or one larger tensor.
 
-    Within a shard tensors of a few bytes go last: all others then begin at multiples of 16.
+    Within a shard small tensors go last, so that large ones lie one behind the other and are read
+    at once, and the least of them after those: all others then begin at multiples of 16.
     """
     shard: list[Spec] = []
     size = 0
@@ -91,7 +92,7 @@ def _header(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:
 
 
 def _small_last(shard: list[Spec]) -> list[Spec]:
-    return sorted(shard, key=lambda spec: _nbytes(spec) % 16 != 0)
+    return sorted(shard, key=lambda spec: (_nbytes(spec) < SMALL_BYTES, _nbytes(spec) % 16 != 0))
 
 
 def _nbytes(spec: Spec) -> int:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from quant.kernels.copier import Reader
 from quant.kernels.runs import Wanted
 from quant.linear import Hif8Linear
 from quant.recipe import QuantRecipe
-from quant.safetensors_header import StoredTensor
+from quant.safetensors_header import SMALL_BYTES, StoredTensor
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -211,8 +212,9 @@ def allocate(
 ) -> Iterator[Wanted]:
     """Make room for a tree's weights, one by one in the order of the files, for `Reader.read`.
 
-    When the last was taken, the tree holds them. A parameter that it has under several names is
-    made once and stays one.
+    Of each file the small ones come first: they can be read together, and large ones that lie one
+    behind the other in the file then do so in memory. When the last was taken, the tree holds them.
+    A parameter that it has under several names is made once and stays one.
     """
     wanted = module.state_dict(keep_vars=True)
     empty = {
@@ -222,7 +224,12 @@ def allocate(
     }
     _reserve({id(tensor): tensor for tensor in empty.values()}.values(), device)
     made: dict[int, Tensor] = {}
-    for name in sorted(empty, key=lambda name: (stored[name].file, stored[name].start)):
+
+    def place(name: str) -> tuple[Path, bool, int]:
+        each = stored[name]
+        return each.file, each.nbytes >= SMALL_BYTES, each.start
+
+    for name in sorted(empty, key=place):
         tensor = empty[name]
         if id(tensor) not in made:
             real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -197,10 +197,10 @@ def load_model(
     if choices is None:
         choices = choose_kernels(plans, device)
     home = None if placement is None else placement.text_encoder_home(device)
-    shared = ComingParts(path, device, home)
     with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
+        begun = _begin_modes(path, plans, device, beside)  # first: of it most is to be made
+        shared = ComingParts(path, device, home)
         beside.run(shared.copy)
-        begun = _begin_modes(path, plans, device, beside)
         parts = shared.finish()
         modes = _finish_modes(begun, plans, choices, device, beside)
     if placement is not None:

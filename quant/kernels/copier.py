@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from threading import Condition
+from itertools import islice
+from queue import SimpleQueue
+from threading import Condition, Event
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor
 
 from quant.kernels.file_reader import file_reader
-from quant.kernels.runs import Wanted, cut_into_runs
+from quant.kernels.runs import Run, Wanted, cut_into_runs
 from quant.kernels.ways import ByFileReader, ByPinnedBuffers, InPlace, Way
 
 SWITCH_INTERVAL_S = 5e-5
+BATCH = 64
+"""Tensors that are handed to the reading thread at once: each time it wakes it takes the lock."""
 
 
 class Reader(Protocol):
@@ -73,19 +77,21 @@ class Copier:
         Raises:
             WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
-        under_way: deque[tuple[list[Tensor], Any]] = deque()
+        under_way: deque[Run] = deque()
+        begun: deque[Any] = deque()
 
         def end_first() -> None:
-            completes, begun = under_way.popleft()
-            way.end(begun)
+            way.end(under_way[0], begun.popleft())
+            run = under_way.popleft()
             if arrived is not None:
-                arrived(completes)
+                arrived(run.completes)
 
         with self._way() as way:
-            for run in cut_into_runs(wanted, way.run_bytes):
-                if len(under_way) == way.depth:
+            for run in cut_into_runs(wanted, way.cut):
+                while under_way and not way.has_room(under_way):
                     end_first()
-                under_way.append((run.completes, way.begin(run)))
+                begun.append(way.begin(run))
+                under_way.append(run)
             while under_way:
                 end_first()
 
@@ -119,11 +125,24 @@ class CopierBeside:
         return self._copier.device
 
     def read(self, wanted: Iterable[Wanted]) -> None:
-        """Take what is wanted, all of it now, and fill it after what was wanted before."""
-        coming = deque(wanted)
-        with self._changed:
-            self._coming.update(id(target) for _, target in coming if target.numel())
-        self.run(partial(self._copier.read, _each_once(coming), self._note_arrival))
+        """Take what is wanted, all of it now, and fill it after what was wanted before.
+
+        The first is read while the last is still being taken, which is when memory is made for it.
+        """
+        taken: SimpleQueue[deque[Wanted] | None] = SimpleQueue()
+        given_up = Event()
+        self.run(partial(self._copier.read, _each_once(taken, given_up), self._note_arrival))
+        rest = iter(wanted)
+        try:
+            while batch := deque(islice(rest, BATCH)):
+                with self._changed:
+                    self._coming.update(id(target) for _, target in batch if target.numel())
+                taken.put(batch)
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
+            taken.put(None)
 
     def run(self, task: Callable[[], None]) -> None:
         """Have the thread do something else when it is its turn."""
@@ -187,7 +206,8 @@ class CopierBeside:
             self._changed.notify_all()
 
 
-def _each_once(wanted: deque[Wanted]) -> Iterator[Wanted]:
+def _each_once(taken: SimpleQueue[deque[Wanted] | None], given_up: Event) -> Iterator[Wanted]:
     """Hand them out and forget them, so that their memory can be given back before the last."""
-    while wanted:
-        yield wanted.popleft()
+    while (batch := taken.get()) is not None:
+        while batch and not given_up.is_set():
+            yield batch.popleft()

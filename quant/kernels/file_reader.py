@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +48,16 @@ class FileReader:
         index = device.index if self._on_card else -1
         self._reader = cpp.nogds_file_reader(False, size, THREADS, self._on_card, index)
 
-    def begin(self, file: int, start: int, target: Tensor) -> int:
+    def begin(self, file: int, start: int, nbytes: int, address: int) -> int:
         """Have bytes of an open file read, from `start` on, and return the number to wait for.
 
         Before, whatever the device has to do with the memory so far is waited for.
 
         Args:
-            target: [bytes] uint8, contiguous, to be kept until `wait` has returned.
+            address: of the device's memory for them, to be kept until `wait` has returned.
         """
-        size = target.numel()
-        memory = self._library.gds_device_buffer(target.data_ptr(), size, self._on_card)
-        number: int = self._reader.submit_read(file, memory, start, size, 0)
+        memory = self._library.gds_device_buffer(address, nbytes, self._on_card)
+        number: int = self._reader.submit_read(file, memory, start, nbytes, 0)
         return number
 
     def wait(self, number: int) -> bool:

@@ -4,13 +4,14 @@
 - A device reads host memory at full speed only where it is pinned, and pages of a file are not. So
   threads read a piece of a file into a pinned buffer, which is sent off while they read the next.
 - To an NVIDIA card with fastsafetensors installed, its threads do the same without Python's lock,
-  for large pieces of files whose tensors are parted on the card.
+  for large pieces of files: many tensors at once, where they lie in memory as in the file.
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import cycle
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from quant.errors import WeightsError
 from quant.kernels.file_reader import FileReader
-from quant.kernels.runs import Run, deliver, size_in_file
+from quant.kernels.runs import Cut, Run, deliver
+from quant.safetensors_header import SMALL_BYTES
 
 BUFFER_BYTES = 16 << 20
 BUFFERS = 6
@@ -31,34 +33,38 @@ SLICE_BYTES = 4 << 20
 MAX_THREADS = 12
 CHUNK_BYTES = 256 << 20
 CHUNKS = 3
-"""Pieces under way by a library's threads: with fewer, or smaller ones, they run out of work."""
+"""Pieces that land beside by a library's threads: with fewer, or smaller ones, they run dry."""
+AHEAD_BYTES = 4 << 30
+"""What a library's threads are given ahead: a tenth of a second's work, should Python be busy."""
 
 
 class Way(ABC):
     """A context in which runs are begun in their order, a few at a time, and ended in the same.
 
     Attributes:
-        run_bytes: what a run holds at most.
-        depth: how many are under way at most: begun, and not yet ended.
+        cut: how it likes its runs.
     """
 
-    run_bytes: int
-    depth: int
+    cut: Cut
 
     def __init__(self) -> None:
         self._opened = ExitStack()
         self._files: dict[Path, int] = {}
 
     @abstractmethod
+    def has_room(self, under_way: Collection[Run]) -> bool:
+        """Whether another run can be begun beside those that have not yet been ended."""
+
+    @abstractmethod
     def begin(self, run: Run) -> Any:
         """Have a run read; what is returned goes to `end`.
 
         Raises:
-            WeightsError: its file cannot be opened.
+            WeightsError: its file cannot be opened, or not be read.
         """
 
     @abstractmethod
-    def end(self, begun: Any) -> None:
+    def end(self, run: Run, begun: Any) -> None:
         """Wait until a run is read, and hand its elements on to their tensors.
 
         What the device is given to do afterwards, in its current stream, sees them.
@@ -92,21 +98,25 @@ class Way(ABC):
 class InPlace(Way):
     """Into the host's own memory."""
 
-    depth = BUFFERS  # as many as the other way has, though here nothing is buffered
-
     def __init__(self, *, run_bytes: int = BUFFER_BYTES) -> None:
         super().__init__()
-        self.run_bytes = run_bytes
+        self.cut = Cut(run_bytes)
         self._readers = _Readers()
 
-    def begin(self, run: Run) -> tuple[Run, Tensor, list[Future[None]]]:
-        size = run.end - run.start
-        target = run.in_place
-        data = torch.empty(size, dtype=torch.uint8) if target is None else target.view(torch.uint8)
-        return run, data, self._readers.begin(self._open(run.file), run, data)
+    def has_room(self, under_way: Collection[Run]) -> bool:
+        return len(under_way) < BUFFERS  # as many as the other way has, though nothing is buffered
 
-    def end(self, begun: tuple[Run, Tensor, list[Future[None]]]) -> None:
-        run, data, reads = begun
+    def begin(self, run: Run) -> tuple[Tensor, list[Future[None]]]:
+        target = run.in_place
+        data = (
+            torch.empty(run.nbytes, dtype=torch.uint8)
+            if target is None
+            else target.view(torch.uint8)
+        )
+        return data, self._readers.begin(self._open(run.file), run, data)
+
+    def end(self, run: Run, begun: tuple[Tensor, list[Future[None]]]) -> None:
+        data, reads = begun
         for each in reads:
             each.result()
         if run.in_place is None:
@@ -122,11 +132,9 @@ class ByPinnedBuffers(Way):
     What has to be parted or converted takes a buffer on the device, too.
     """
 
-    depth = BUFFERS - 1  # one is on its way
-
     def __init__(self, device: torch.device, *, run_bytes: int = BUFFER_BYTES) -> None:
         super().__init__()
-        self.run_bytes = run_bytes
+        self.cut = Cut(run_bytes)
         self._device = device
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._readers = _Readers()
@@ -144,7 +152,10 @@ class ByPinnedBuffers(Way):
             self._opened.enter_context(self._backend.device(self._device))
         return self
 
-    def begin(self, run: Run) -> tuple[Run, Tensor, Any, list[Future[None]]]:
+    def has_room(self, under_way: Collection[Run]) -> bool:
+        return len(under_way) < BUFFERS - 1  # one is on its way
+
+    def begin(self, run: Run) -> tuple[Tensor, Any, list[Future[None]]]:
         """Read into the buffer that was sent off first, once it has arrived."""
         file, turn = self._open(run.file), next(self._turn)
         if turn == len(self._buffers):  # while others are being read, as pinning takes its time
@@ -152,11 +163,11 @@ class ByPinnedBuffers(Way):
         buffer, sent = self._buffers[turn]
         if sent is not None:
             sent.synchronize()
-        data = buffer[: run.end - run.start]
-        return run, data, sent, self._readers.begin(file, run, data)
+        data = buffer[: run.nbytes]
+        return data, sent, self._readers.begin(file, run, data)
 
-    def end(self, begun: tuple[Run, Tensor, Any, list[Future[None]]]) -> None:
-        run, data, sent, reads = begun
+    def end(self, run: Run, begun: tuple[Tensor, Any, list[Future[None]]]) -> None:
+        data, sent, reads = begun
         for each in reads:
             each.result()
         if self._backend is None:
@@ -177,44 +188,57 @@ class ByPinnedBuffers(Way):
     def _new_buffer(self) -> tuple[Tensor, Any]:
         """A buffer, and the event of its arrival."""
         pin = self._backend is not None
-        buffer = torch.empty(self.run_bytes, dtype=torch.uint8, pin_memory=pin)
+        buffer = torch.empty(self.cut.run_bytes, dtype=torch.uint8, pin_memory=pin)
         return buffer, self._backend.Event() if pin else None
 
 
 class ByFileReader(Way):
-    """By a library's threads, into memory of the device that tensors are then copied out of.
+    """By a library's threads, large tensors straight to where they are wanted.
 
-    That copy takes a few percent of what the way there takes, and lets all tensors, large and
-    small, be read in pieces that are large.
+    What has to be converted lands beside it first. Small tensors, whose number is what costs, are
+    read by this thread while the others are busy, many at once, and parted on the device.
     """
 
-    depth = CHUNKS
-
     def __init__(
-        self, device: torch.device, reader: FileReader, *, run_bytes: int = CHUNK_BYTES
+        self,
+        device: torch.device,
+        reader: FileReader,
+        *,
+        run_bytes: int = CHUNK_BYTES,
+        gather_bytes: int = SMALL_BYTES,
     ) -> None:
         super().__init__()
-        self.run_bytes = run_bytes
+        self.cut = Cut(run_bytes, gather_bytes, join=True)
         self._device, self._reader = device, reader
-        self._under_way: dict[int, Tensor] = {}
+        self._under_way: dict[int, Tensor | None] = {}
 
-    def begin(self, run: Run) -> tuple[Run, int]:
+    def has_room(self, under_way: Collection[Run]) -> bool:
+        landing = sum(run.address is None and not run.gathered for run in under_way)
+        return landing < CHUNKS and sum(run.nbytes for run in under_way) < AHEAD_BYTES
+
+    def begin(self, run: Run) -> Tensor | int:
         file = self._open(run.file)
+        if run.gathered:
+            return _read_whole(file, run)
+        landing, address = None, run.address
+        if address is None:
+            landing = torch.empty(run.nbytes, dtype=torch.uint8, device=self._device)
+            address = landing.data_ptr()
         # The reader waits for work that may still use this memory if it was someone else's.
-        landing = torch.empty(run.end - run.start, dtype=torch.uint8, device=self._device)
-        number = self._reader.begin(file, run.start, landing)
+        number = self._reader.begin(file, run.spans[0].start, run.nbytes, address)
         self._under_way[number] = landing
-        return run, number
+        return number
 
-    def end(self, begun: tuple[Run, int]) -> None:
-        run, number = begun
-        arrived = self._reader.wait(number)
-        data = self._under_way.pop(number)
+    def end(self, run: Run, begun: Tensor | int) -> None:
+        if isinstance(begun, Tensor):
+            deliver(begun.to(self._device), run)
+            return
+        arrived = self._reader.wait(begun)
+        data = self._under_way.pop(begun)
         if not arrived:  # the reader does not tell why, and takes a short read for a failed one
-            again = torch.empty(data.numel(), dtype=torch.uint8)
-            _read_slice(self._files[run.file], run, again.numpy().data, 0)
-            data.copy_(again)
-        deliver(data, run)
+            data = _read_whole(self._files[run.file], run).to(self._device)
+        if data is not None:
+            deliver(data, run)
 
     def finish(self) -> None:
         for number in self._under_way:
@@ -237,28 +261,39 @@ class _Readers:
     def begin(self, file: int, run: Run, data: Tensor) -> list[Future[None]]:
         view = data.numpy().data
         return [
-            self._pool.submit(_read_slice, file, run, view[start : start + SLICE_BYTES], start)
-            for start in range(0, len(view), SLICE_BYTES)
+            self._pool.submit(_read_slice, file, run, span.start + first, view[at : at + count])
+            for span in run.spans
+            for first in range(0, span.nbytes, SLICE_BYTES)
+            for at, count in [(span.at + first, min(SLICE_BYTES, span.nbytes - first))]
         ]
 
 
-def _read_slice(file: int, run: Run, view: memoryview, first: int) -> None:
+def _read_whole(file: int, run: Run) -> Tensor:
+    """A run's bytes, [bytes] uint8, read by this thread into the host's memory."""
+    data = torch.empty(run.nbytes, dtype=torch.uint8)
+    view = data.numpy().data
+    for span in run.spans:
+        _read_slice(file, run, span.start, view[span.at : span.at + span.nbytes])
+    return data
+
+
+def _read_slice(file: int, run: Run, start: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(file, [view[done:]], run.start + first + done)
+            count = os.preadv(file, [view[done:]], start + done)
         except OSError as error:
             raise _unreadable(run.file, error.strerror or str(error)) from error
         if count == 0:
-            raise _cut_off(run, run.start + first + done)
+            raise _cut_off(run, start + done)
         done += count
 
 
 def _cut_off(run: Run, end: int) -> WeightsError:
-    cut = next(each for each, at, to in run.pieces if at + size_in_file(each, to) > end)
+    first = min((p for p in run.pieces if p.start + p.nbytes > end), key=lambda p: p.start)
     return WeightsError(
-        f"{run.file} ends after {end:,} bytes, within tensor {cut.name!r}: the file was cut; copy "
-        "or convert it again"
+        f"{run.file} ends after {end:,} bytes, within tensor {first.stored.name!r}: the file was "
+        "cut; copy or convert it again"
     )
 
 

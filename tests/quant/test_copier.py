@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from quant.errors import WeightsError
+from quant.kernels import copier as copier_module
 from quant.kernels import ways
 from quant.kernels.copier import Copier, CopierBeside
 from quant.kernels.file_reader import FileReader, file_reader
+from quant.kernels.runs import Cut, cut_into_runs
 from quant.kernels.ways import ByFileReader, ByPinnedBuffers, InPlace, Way
 from quant.safetensors_header import read_header, stored_tensors
 
@@ -56,7 +58,9 @@ def copier(request, library):
         way: dict[str, Callable[[], Way]] = {
             "in place": partial(InPlace, run_bytes=run_bytes),
             "by pinned buffers": partial(ByPinnedBuffers, CPU, run_bytes=run_bytes),
-            "by file reader": partial(ByFileReader, CPU, library, run_bytes=run_bytes),
+            "by file reader": partial(
+                ByFileReader, CPU, library, run_bytes=run_bytes, gather_bytes=400
+            ),
         }
         return Copier(CPU, way[request.param])
 
@@ -98,6 +102,95 @@ def test_any_choice_of_tensors_can_be_read(files, copier):
     reader = copier(2048)
     reader.read((stored[name], targets[name]) for name in chosen)
     check(files, targets)
+
+
+@pytest.fixture
+def submitted(library, monkeypatch) -> list[int]:
+    """How many bytes the library's threads were asked for at a time."""
+    sizes: list[int] = []
+
+    def begin(file: int, start: int, nbytes: int, address: int) -> int:
+        sizes.append(nbytes)
+        return FileReader.begin(library, file, start, nbytes, address)
+
+    monkeypatch.setattr(library, "begin", begin)
+    return sizes
+
+
+def test_what_lies_in_memory_as_in_the_file_is_read_at_once(tmp_path, library, submitted):
+    file = tmp_path / "rows.safetensors"
+    save_file({f"{n}": torch.randn(1000) for n in range(6)}, file)
+    stored = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
+    memory = torch.full((8000,), 77.0)
+    rows = [*memory[:3000].split(1000), *memory[4000:7000].split(1000)]
+    wanted = list(zip(stored, rows, strict=True))
+    way = partial(ByFileReader, CPU, library, gather_bytes=400)
+    Copier(CPU, way).read(wanted)
+    check([file], {each.name: row for each, row in wanted})
+    assert submitted == [12_000, 12_000]
+    assert (memory[3000:4000] == 77).all(), "between them is somebody else's"
+    assert (memory[7000:] == 77).all()
+
+    submitted.clear()
+    memory.fill_(77)
+    Copier(CPU, partial(way, run_bytes=9000)).read(wanted)
+    check([file], {each.name: row for each, row in wanted})
+    assert submitted == [8000, 4000, 8000, 4000]
+
+    submitted.clear()
+    Copier(CPU, way).read(wanted[::-1])
+    assert submitted == [4000] * 6
+
+
+def test_what_is_converted_lands_beside(tmp_path, library, submitted):
+    file = tmp_path / "rows.safetensors"
+    save_file({f"{n}": torch.randn(1000) for n in range(4)}, file)
+    stored = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
+    memory = torch.full((4, 1000), 77.0, dtype=torch.bfloat16)
+    targets = {each.name: row for each, row in zip(stored, memory, strict=True)}
+    way = partial(ByFileReader, CPU, library, gather_bytes=400)
+    Copier(CPU, way).read((each, targets[each.name]) for each in stored)
+    check([file], targets)
+    assert sum(submitted) == pytest.approx(16_000, abs=64)
+
+
+def test_small_tensors_from_anywhere_in_a_file_are_read_together(tmp_path, library, submitted):
+    file, generator = tmp_path / "mixed.safetensors", torch.Generator().manual_seed(0)
+    sizes = [3, 40_000, 5, 7, 40_000, 11, 40_000]
+    tensors = {f"{n}": torch.randn(size, generator=generator) for n, size in enumerate(sizes)}
+    save_file(tensors, file)
+    stored = stored_tensors([file])
+    order = sorted(stored, key=lambda name: stored[name].nbytes)  # small ones first
+    targets = {name: torch.full(stored[name].shape, 77.0) for name in order}
+    runs = list(cut_into_runs(((stored[n], targets[n]) for n in order), Cut(1 << 20, 400, True)))
+    assert [len(run.pieces) for run in runs] == [4, 1, 1, 1]
+    assert [len(run.spans) for run in runs] == [3, 1, 1, 1]
+    way = partial(ByFileReader, CPU, library, gather_bytes=400)
+    Copier(CPU, way).read((stored[name], targets[name]) for name in order)
+    check([file], targets)
+    assert submitted == [160_000] * 3
+
+
+def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
+    """Where large tensors land beside, by their number; else by their bytes."""
+    monkeypatch.setattr(ways, "AHEAD_BYTES", 100_000)
+    most: dict[bool, int] = {True: 0, False: 0}
+
+    class Watched(ByFileReader):
+        def has_room(self, under_way):
+            landing = [run for run in under_way if run.address is None]
+            if len(landing) in (0, len(under_way)):
+                most[bool(landing)] = max(most[bool(landing)], len(under_way))
+            return super().has_room(under_way)
+
+    way = partial(Watched, CPU, library, run_bytes=8192, gather_bytes=1)
+    stored = stored_tensors(files)
+    for dtype in (None, torch.float64):
+        targets = {n: torch.empty(s.shape, dtype=dtype or s.dtype) for n, s in stored.items()}
+        Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
+        check(files, targets)
+    assert most[True] == ways.CHUNKS
+    assert most[False] >= 100_000 // 8192
 
 
 def check(files: list[Path], targets: dict[str, torch.Tensor]) -> None:
@@ -152,7 +245,7 @@ def test_what_the_library_does_not_bring_is_read_again(files, library, monkeypat
     monkeypatch.setattr(library, "wait", lambda number: FileReader.wait(library, number) and False)
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    way = partial(ByFileReader, CPU, library, run_bytes=5000)
+    way = partial(ByFileReader, CPU, library, run_bytes=5000, gather_bytes=400)
     Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
@@ -231,9 +324,9 @@ class Stepwise(InPlace):
         super().__init__(run_bytes=1024)
         self.let = threading.Semaphore(0)
 
-    def end(self, begun):
+    def end(self, run, begun):
         assert self.let.acquire(timeout=10)
-        super().end(begun)
+        super().end(run, begun)
 
 
 def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
@@ -253,6 +346,39 @@ def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
         beside.wait_for([torch.zeros(1)])  # nobody reads that
 
 
+def test_beside_the_first_is_read_while_the_last_is_still_taken(files):
+    stored = [s for s in stored_tensors(files).values() for _ in range(3)]
+    assert len(stored) > 2 * copier_module.BATCH
+    targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored]
+
+    def wanted():
+        for number, each in enumerate(zip(stored, targets, strict=True)):
+            if number > 2 * copier_module.BATCH:
+                beside.wait_for([targets[0]])
+                assert torch.equal(targets[0], targets[1])
+            yield each
+
+    with CopierBeside(Copier(CPU, partial(InPlace, run_bytes=1024))) as beside:
+        beside.read(wanted())
+
+
+def test_beside_a_fault_while_taking_ends_it(files):
+    stored = list(stored_tensors(files).values())
+    targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored * 3]
+    held = Held()
+
+    def wanted():
+        for number, each in enumerate(zip(stored * 3, targets, strict=True)):
+            if number == copier_module.BATCH + 1:
+                threading.Timer(0.1, held.let.set).start()
+                raise MemoryError
+            yield each
+
+    with pytest.raises(MemoryError), CopierBeside(held) as beside:
+        beside.read(wanted())
+    assert not any(target.any() for target in targets), "nothing was under way yet"
+
+
 def test_beside_what_has_arrived_is_not_kept(files):
     stored = list(stored_tensors(files).values())
     wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
@@ -261,7 +387,7 @@ def test_beside_what_has_arrived_is_not_kept(files):
     with CopierBeside(Copier(CPU, lambda: way)) as beside:
         beside.read(wanted)
         del wanted
-        for _ in range(2 * way.depth):
+        for _ in range(2 * ways.BUFFERS):
             way.let.release()
         deadline = time.monotonic() + 10
         while first() is not None and time.monotonic() < deadline:

@@ -45,7 +45,7 @@ def file(tmp_path_factory) -> Path:
 def by_file_reader() -> ByFileReader:
     reader = file_reader(CARD)
     assert reader is not None, "the extra `cuda` has fastsafetensors"
-    return ByFileReader(CARD, reader, run_bytes=8192)
+    return ByFileReader(CARD, reader, run_bytes=8192, gather_bytes=400)
 
 
 @pytest.mark.parametrize(

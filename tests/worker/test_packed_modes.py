@@ -15,6 +15,7 @@ import torch
 from jobs.spec import GenerationRequest
 from quant import PackedMismatch, QuantRecipe, WeightsError, convert, wan_block, weight_bytes
 from quant.kernels import copier
+from quant.kernels.runs import Run
 from quant.kernels.ways import InPlace
 from tests.worker.orders import Unwatched
 from worker.config import ModeConfig, WorkerConfig, load_config
@@ -99,9 +100,9 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
     happened: list[str] = []
 
     class Slow(InPlace):
-        def end(self, begun: Any) -> None:
+        def end(self, run: Run, begun: Any) -> None:
             time.sleep(0.001)
-            super().end(begun)
+            super().end(run, begun)
             happened.append("read")
 
     class Noted(wan_block.FusedWanBlock):
