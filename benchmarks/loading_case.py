@@ -27,6 +27,7 @@ from worker.loading import (
     load_modes,
     plan_modes,
 )
+from worker.memory import place_model
 from worker.wan import WanEngine
 
 COPY_BYTES = 1 << 30
@@ -42,7 +43,7 @@ class Start:
         device_s: until the device answered.
         kernels_s: until the device's kernels had been tried, which is once per process and has
             nothing to do with the checkpoint; beside, what reads weights is made ready.
-        checks_s: fingerprint, recipes, scales and headers.
+        checks_s: fingerprint, recipes, scales, headers, and whether all of it fits.
         model_s: the modes, on the kernels of the device, and at the same time what they share.
         transformer_bytes: of all modes together.
         pinned_bytes_per_s: what a copy from pinned memory to the device reaches here, and
@@ -97,6 +98,8 @@ def main(
     check_folder(path)
     fingerprint = fingerprint_model(config)
     plans = plan_modes(config, fingerprint)
+    recipes = [plan.recipe for plan in plans]
+    placement = place_model(config, recipes, device, device.available_bytes())
     lap()
     choices = choose_kernels(plans, device)
     lap()
@@ -104,7 +107,7 @@ def main(
     if only_modes:
         modes = load_modes(path, plans, device, choices)
     else:
-        modes, parts = load_model(path, plans, device, choices=choices)
+        modes, parts = load_model(path, plans, device, placement, choices)
         WanEngine(config.model, fingerprint, device, parts, modes)
         shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
     lap()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
+from quant.apply import twin_tree
 from quant.checkpoint import file_sha256
 from quant.errors import PackedMismatch, RecipeError, WeightsError
 from quant.kernels.copier import Reader
@@ -35,7 +36,7 @@ from quant.skeleton import (
     materialize,
     move_buffers,
     quantized_skeleton,
-    shared_skeleton,
+    shared_quantized_skeleton,
     stored_state,
 )
 
@@ -127,7 +128,7 @@ def check_packed(
     if problem:
         command = convert_command(name, model_folder, recipe)
         raise PackedMismatch(f"{problem}; make a fitting one with: {command}")
-    skeleton = quantized_skeleton(shared_skeleton(info.transformer_config), info.recipe)
+    skeleton = shared_quantized_skeleton(info.transformer_config, info.recipe)
     check_stored(skeleton.state_dict(), packed.stored, source=str(name), exact=True)
 
 
@@ -137,9 +138,9 @@ def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DMod
     Raises:
         WeightsError: a file cannot be read, or has become shorter.
     """
-    transformer = shared_skeleton(packed.info.transformer_config)
-    twin = materialize(quantized_skeleton(transformer, packed.info.recipe), packed.stored, reader)
-    return move_buffers(twin, reader.device)
+    skeleton = shared_quantized_skeleton(packed.info.transformer_config, packed.info.recipe)
+    transformer = twin_tree(skeleton, lambda _name, _module: None)
+    return move_buffers(materialize(transformer, packed.stored, reader), reader.device)
 
 
 def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanTransformer3DModel:

@@ -111,8 +111,9 @@ def tensors_by_name(headers: Iterable[Header]) -> dict[str, StoredTensor]:
         for each in header.tensors:
             if each.name in found:
                 raise WeightsError(
-                    f"tensor {each.name!r} is in {found[each.name].file.name} and in {file.name} "
-                    f"of {file.parent}: remove the files that do not belong there"
+                    f"tensor {each.name!r} is in {found[each.name].file.name} and in "
+                    f"{each.file.name} of {each.file.parent}: remove the files that do not belong "
+                    "there"
                 )
             found[each.name] = each
     return found

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from quant.errors import RecipeError, ScalesError, ScalesMismatch
@@ -145,8 +145,8 @@ def load_scales(
                     f"{path} has scales format {metadata['format_version']}, this tool reads "
                     f"{FORMAT_VERSION}; make fitting ones with: {command}"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        scales = _from_parts(metadata, tensors)
+        # Not by the open file, which takes three times as long for hundreds of scalars.
+        scales = _from_parts(metadata, load(path.read_bytes()))
     except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
     if recipe is not None and recipe.attention_inputs and not scales.attention_scale:

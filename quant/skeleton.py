@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,10 +70,22 @@ def shared_skeleton(
     Raises:
         WeightsError: as `empty_transformer`.
     """
-    return _build(json.dumps(config, sort_keys=True), dtype)
+    return _skeletons(json.dumps(config, sort_keys=True), dtype).plain
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeletons:
+    """Shared trees of one configuration, kept together as they share parameters."""
+
+    plain: WanTransformer3DModel
+    quantized: dict[QuantRecipe, WanTransformer3DModel]
 
 
 @lru_cache(maxsize=2)
+def _skeletons(config: str, dtype: torch.dtype) -> _Skeletons:
+    return _Skeletons(_build(config, dtype), {})
+
+
 def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
     # Takes seconds to import, so only when a model is really built.
     from diffusers import WanTransformer3DModel  # noqa: PLC0415
@@ -87,7 +100,6 @@ def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
     try:
         with without_weights():
             transformer = WanTransformer3DModel.from_config({**settings, "num_layers": 1})
-        _repeat_block(transformer, count)
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
             f"no WanTransformer3DModel can be built from this configuration: {error}"
@@ -96,7 +108,8 @@ def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
     for name, parameter in transformer.named_parameters():
         wide = kept.intersection(name.split("."))
         parameter.data = parameter.data.to(torch.float32 if wide else dtype)
-    return transformer.eval()
+    _repeat_block(transformer.eval(), count)
+    return transformer
 
 
 def _repeat_block(transformer: WanTransformer3DModel, count: int) -> None:
@@ -106,7 +119,7 @@ def _repeat_block(transformer: WanTransformer3DModel, count: int) -> None:
         block = twin_tree(first, lambda _name, _module: None)
         for module in block.modules():
             module._parameters = {
-                name: None if each is None else nn.Parameter(each.data)
+                name: None if each is None else nn.Parameter(each)
                 for name, each in module._parameters.items()
             }
         transformer.blocks.append(block)
@@ -128,6 +141,20 @@ def quantized_skeleton(transformer: M, recipe: QuantRecipe) -> M:
         return _empty_linear(targets[name], recipe) if name in targets else None
 
     return twin_tree(transformer, convert)
+
+
+def shared_quantized_skeleton(
+    config: Mapping[str, Any], recipe: QuantRecipe, dtype: torch.dtype = torch.bfloat16
+) -> WanTransformer3DModel:
+    """As `quantized_skeleton` of `shared_skeleton`, and like that the same tree each time.
+
+    Raises:
+        WeightsError, ConversionError: as these.
+    """
+    kept = _skeletons(json.dumps(config, sort_keys=True), dtype)
+    if recipe not in kept.quantized:
+        kept.quantized[recipe] = quantized_skeleton(kept.plain, recipe)
+    return kept.quantized[recipe]
 
 
 def stored_state(module: nn.Module) -> dict[str, Tensor]:

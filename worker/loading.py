@@ -1,7 +1,8 @@
 """From a diffusers folder and a configuration to what an engine holds: shared parts and modes.
 
-Everything that can be refused is refused before the large tensors are read: the folder's parts, the
-recipes, and whether each scales file was made for this model and recipe.
+Everything that can be refused is refused before the large tensors are read, or with the first of
+them under way: the recipes, whether each scales file and packed checkpoint was made for this model
+and recipe, whether all of it fits, and the folder's parts.
 
 Weights go from their files straight to the device (`quant.kernels.copier`). What is materialised
 where, with the transformer's bytes as the measure:
@@ -198,10 +199,17 @@ def load_model(
         choices = choose_kernels(plans, device)
     home = None if placement is None else placement.text_encoder_home(device)
     with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
-        begun = _begin_modes(path, plans, device, beside)  # first: of it most is to be made
-        shared = ComingParts(path, device, home)
-        beside.run(shared.copy)
-        parts = shared.finish()
+
+        def begin_shared() -> ComingParts:
+            shared = ComingParts(path, device, home)
+            beside.run(shared.copy)
+            return shared
+
+        # To make their modules takes time in which the transformer can be read already. But where
+        # it is quantized here, that is waited for, and a fault of theirs should not have to.
+        first = begin_shared() if any(map(_quantizes, plans)) else None
+        begun = _begin_modes(path, plans, device, beside)
+        parts = (first or begin_shared()).finish()
         modes = _finish_modes(begun, plans, choices, device, beside)
     if placement is not None:
         parts = replace(
@@ -210,6 +218,11 @@ def load_model(
             vae_tiling=placement.vae_tiling,
         )
     return modes, parts
+
+
+def _quantizes(plan: _Plan) -> bool:
+    """Whether its transformer is quantized here, rather than read as it is."""
+    return plan.packed is None and plan.scales is not None
 
 
 def _distinct(plans: list[_Plan]) -> list[_Plan]:

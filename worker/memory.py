@@ -28,7 +28,7 @@ from torch import nn
 from quant import QuantRecipe
 from quant.fingerprint import read_transformer_config
 from quant.safetensors_header import stored_tensors
-from quant.skeleton import quantized_skeleton, shared_skeleton
+from quant.skeleton import shared_quantized_skeleton, shared_skeleton
 from worker.config import WorkerConfig, split_size
 from worker.devices import Device
 from worker.errors import ModelUnusable, TooLittleMemory
@@ -167,12 +167,14 @@ def measure_model(
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
     folder = config.model.path
-    base = shared_skeleton(read_transformer_config(folder), device.dtype)
+    transformer = read_transformer_config(folder)
+    base = shared_skeleton(transformer, device.dtype)
     distinct = {
         mode.made_with: (mode, recipe) for mode, recipe in zip(config.modes, recipes, strict=True)
     }.values()
     trees: list[nn.Module] = [
-        base if recipe is None else quantized_skeleton(base, recipe) for _, recipe in distinct
+        base if recipe is None else shared_quantized_skeleton(transformer, recipe, device.dtype)
+        for _, recipe in distinct
     ]
     made_of_bf16 = len(distinct) > 1 and any(mode.packed is None for mode, _ in distinct)
     pixels = max(width * height for width, height in map(split_size, config.model.sizes))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from quant.kernels import fused, recode
-from quant.kernels.eager import shared_act_scale
 from quant.kernels.fused import E4M3
 from quant.kernels.interface import AttentionScales, BlockLinear
 from quant.kernels.plain import JoinedLinear, joined_bias
@@ -91,17 +90,16 @@ class E4m3Linear(nn.Module):
 
     def __init__(self, linears: Sequence[Hif8Linear]) -> None:
         super().__init__()
-        self.act_scale = shared_act_scale(linears)
         qdata = [each.weight_qdata for each in linears]
         device = qdata[0].device
         rows = [part.shape[0] for part in qdata]
         weight = torch.empty(sum(rows), qdata[0].shape[1], dtype=E4M3, device=device)
         self._wrong = torch.zeros(1, dtype=torch.int32, device=device)
         outs = torch.split(weight, rows)
-        largest = recode.largest_magnitudes(qdata)
-        if (shared := _shared_scale(linears)) is not None:
-            each_scale, whole = shared
-            ratios = [scale / whole for scale in each_scale]
+        self.act_scale, own_scales, largest = _known_to_the_host(linears)
+        whole = min(own_scales, default=0.0)
+        if own_scales and all(is_power_of_two(own / whole) for own in own_scales):
+            ratios = [own / whole for own in own_scales]
             shift = _headroom([value * ratio for value, ratio in zip(largest, ratios, strict=True)])
             for part, ratio, out in zip(qdata, ratios, outs, strict=True):
                 recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
@@ -140,17 +138,20 @@ class E4m3Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def _shared_scale(linears: Sequence[Hif8Linear]) -> tuple[list[float], float] | None:
-    """Each linear's scale and the smallest, if codes can be shifted to it: if each has a single
-    one, and they are powers of two apart."""
-    scales = [each.weight_scale.float() for each in linears]
-    if any(scale.numel() > 1 for scale in scales):
-        return None
-    values: list[float] = torch.stack([scale.reshape(()) for scale in scales]).tolist()
-    smallest = min(values)
-    if all(is_power_of_two(value / smallest) for value in values):
-        return values, smallest
-    return None
+def _known_to_the_host(linears: Sequence[Hif8Linear]) -> tuple[float, list[float], list[float]]:
+    """The scale of the input that linears share, the scale of each where none has several, and the
+    largest |value| among the codes of each: in one answer of the device."""
+    acts = [each.act_scale.reshape(1) for each in linears if each.act_scale is not None]
+    scales = [
+        each.weight_scale.float().reshape(1) for each in linears if each.weight_scale.numel() == 1
+    ]
+    if len(scales) < len(linears):
+        scales = []
+    ranks = recode.largest_ranks([each.weight_qdata for each in linears])
+    answer: list[float] = torch.cat([*acts, *scales, ranks]).tolist()
+    own, largest = answer[len(acts) : -len(linears)], answer[-len(linears) :]
+    # What saturates for none of them.
+    return max(answer[: len(acts)]), own, [recode.magnitude(int(rank)) for rank in largest]
 
 
 def _scalar(value: float, device: torch.device) -> Tensor:

@@ -39,20 +39,28 @@ def _translate(codes_ptr, table_ptr, out_ptr, wrong_ptr, count, N: tl.constexpr)
     tl.atomic_add(wrong_ptr, tl.sum(wrong, axis=0))
 
 
-def largest_magnitudes(parts: Sequence[Tensor]) -> list[float]:
-    """The largest |value| of each: parts [...] uint8 HiFloat8 codes, on one device.
+def largest_ranks(parts: Sequence[Tensor]) -> Tensor:
+    """Of each part the rank of its largest |value|, for `magnitude`: [parts] int32, not waited for.
 
     NaN and infinity count as nothing.
+
+    Args:
+        parts: [...] uint8 HiFloat8 codes, on one device.
     """
     device = parts[0].device
-    ranks, magnitudes = _ranks(device)
+    ranks = _ranks(device)
     # Four for each, because Triton compiles anew for what is not aligned to 16 bytes.
     found = torch.zeros(len(parts), 4, dtype=torch.int32, device=device)
     for index, part in enumerate(parts):
         flat = part.reshape(-1)
         grid = (triton.cdiv(flat.numel(), _CODES),)
         _largest_rank[grid](flat, ranks, found[index], flat.numel(), N=_CODES, num_warps=_WARPS)
-    return [magnitudes[rank] for rank in found[:, 0].tolist()]
+    return found[:, 0]
+
+
+def magnitude(rank: int) -> float:
+    """The |value| that has a rank."""
+    return _magnitudes()[rank]
 
 
 def to_e4m3(codes: Tensor, factor: float, out: Tensor, wrong: Tensor) -> None:
@@ -70,13 +78,18 @@ def to_e4m3(codes: Tensor, factor: float, out: Tensor, wrong: Tensor) -> None:
     )
 
 
+@lru_cache(maxsize=1)
+def _magnitudes() -> list[float]:
+    """All that codes have, in their order."""
+    return sorted(set(hif8.code_values().abs().nan_to_num(0.0, 0.0).tolist()))
+
+
 @lru_cache(maxsize=8)
-def _ranks(device: torch.device) -> tuple[Tensor, tuple[float, ...]]:
-    """Of every code, where its magnitude stands among all: [256] uint8; and the magnitudes."""
+def _ranks(device: torch.device) -> Tensor:
+    """Of every code, where its magnitude stands among all: [256] uint8."""
     values = hif8.code_values().abs().nan_to_num(0.0, 0.0).tolist()
-    magnitudes = sorted(set(values))
-    ranks = torch.tensor([magnitudes.index(value) for value in values], dtype=torch.uint8)
-    return ranks.to(device), tuple(magnitudes)
+    ranks = torch.tensor([_magnitudes().index(value) for value in values], dtype=torch.uint8)
+    return ranks.to(device)
 
 
 @lru_cache(maxsize=256)

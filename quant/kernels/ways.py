@@ -60,7 +60,7 @@ class Way(ABC):
         """Have a run read; what is returned goes to `end`.
 
         Raises:
-            WeightsError: its file cannot be opened, or not be read.
+            WeightsError: its file cannot be opened.
         """
 
     @abstractmethod
@@ -216,10 +216,10 @@ class ByFileReader(Way):
         landing = sum(run.address is None and not run.gathered for run in under_way)
         return landing < CHUNKS and sum(run.nbytes for run in under_way) < AHEAD_BYTES
 
-    def begin(self, run: Run) -> Tensor | int:
+    def begin(self, run: Run) -> int | None:
         file = self._open(run.file)
         if run.gathered:
-            return _read_whole(file, run)
+            return None  # read by this thread, which had better give the others something first
         landing, address = None, run.address
         if address is None:
             landing = torch.empty(run.nbytes, dtype=torch.uint8, device=self._device)
@@ -229,12 +229,11 @@ class ByFileReader(Way):
         self._under_way[number] = landing
         return number
 
-    def end(self, run: Run, begun: Tensor | int) -> None:
-        if isinstance(begun, Tensor):
-            deliver(begun.to(self._device), run)
-            return
-        arrived = self._reader.wait(begun)
-        data = self._under_way.pop(begun)
+    def end(self, run: Run, begun: int | None) -> None:
+        arrived, data = False, None
+        if begun is not None:
+            arrived = self._reader.wait(begun)
+            data = self._under_way.pop(begun)
         if not arrived:  # the reader does not tell why, and takes a short read for a failed one
             data = _read_whole(self._files[run.file], run).to(self._device)
         if data is not None:
