@@ -92,7 +92,9 @@ def write_config(
 
 def run_case(config: Path, device: str, only_modes: bool, *, baselines: bool) -> Start:
     """One start in a new process; what it says on stderr stays visible."""
-    command = [sys.executable, "-m", "benchmarks.loading_case", str(config)]
+    # As `worker.__main__` does.
+    start = "import gc; gc.disable(); from benchmarks.loading_case import run; run()"
+    command = [sys.executable, "-c", start, str(config)]
     command += ["--device", device, "--started", str(time.time())]
     command += ["--only-modes"] if only_modes else []
     command += [] if baselines else ["--no-baselines"]

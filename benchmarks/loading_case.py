@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import time
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 import quant
 from quant.packed_format import SCALES_FILE
+from worker.collector import resting_collector
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device
 from worker.loading import (
@@ -82,42 +82,41 @@ def main(
     baselines: Annotated[bool, typer.Option(help="Measure them, too.")] = True,
 ) -> None:
     """Load what the configuration says as a worker does, and print what it took as JSON."""
-    imported = time.time()
-    gc.freeze()  # as `worker.start` does
-    device = pick_device("cpu" if wanted == "cpu" else "cuda")
-    torch.zeros(1, device=device.torch_device)
-    device.synchronize()
-    laps = [imported, time.time()]
-    config = load_config(config_file)
-    path = config.model.path
+    laps = [time.time()]
+    with resting_collector():
+        device = pick_device("cpu" if wanted == "cpu" else "cuda")
+        torch.zeros(1, device=device.torch_device)
 
-    def lap() -> None:
-        device.synchronize()
-        laps.append(time.time())
+        def lap() -> None:
+            device.synchronize()
+            laps.append(time.time())
 
-    check_folder(path)
-    fingerprint = fingerprint_model(config)
-    plans = plan_modes(config, fingerprint)
-    recipes = [plan.recipe for plan in plans]
-    placement = place_model(config, recipes, device, device.available_bytes())
-    lap()
-    choices = choose_kernels(plans, device)
-    lap()
-    shared_bytes = 0
-    if only_modes:
-        modes = load_modes(path, plans, device, choices)
-    else:
-        modes, parts = load_model(path, plans, device, placement, choices)
-        WanEngine(config.model, fingerprint, device, parts, modes)
-        shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
-    lap()
+        lap()
+        config = load_config(config_file)
+        path = config.model.path
+        check_folder(path)
+        fingerprint = fingerprint_model(config)
+        plans = plan_modes(config, fingerprint)
+        recipes = [plan.recipe for plan in plans]
+        placement = place_model(config, recipes, device, device.available_bytes())
+        lap()
+        choices = choose_kernels(plans, device)
+        lap()
+        shared_bytes = 0
+        if only_modes:
+            modes = load_modes(path, plans, device, choices)
+        else:
+            modes, parts = load_model(path, plans, device, placement, choices)
+            WanEngine(config.model, fingerprint, device, parts, modes)
+            shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
+        lap()
     seconds = [after - before for before, after in pairwise(laps)]
     memory = device.memory()
     peak = 0 if memory is None else memory.peak_bytes
     trees = [mode.transformer for mode in modes]
     start = Start(
         device=device.name,
-        imports_s=imported - started,
+        imports_s=laps[0] - started,
         device_s=seconds[0],
         checks_s=seconds[1],
         kernels_s=seconds[2],
@@ -171,5 +170,6 @@ def copy_rate(device: Device) -> float:
     return max(rates)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run this module's command line."""
     typer.run(main)

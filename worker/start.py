@@ -8,7 +8,6 @@ when its device or its memory is beyond help (`worker/journal.py`, `worker/watch
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
@@ -32,6 +31,7 @@ from jobs.errors import AppError
 from quant import QuantError
 from worker.card_layout import check_cards
 from worker.cards import Cards, meet
+from worker.collector import resting_collector
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device, usable_cores
 from worker.errors import CardsLost, StartError
@@ -83,15 +83,13 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
     What has to be closed again is left in `opened`, also when the start fails.
     """
     started = time.perf_counter()
-    # What was imported stays. Thousands of new modules set off the garbage collector, which would
-    # walk all of torch each time: more than half of what a packed mode's start took on the host.
-    gc.freeze()
-    config = load_config(config_path or settings.config)
-    redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
-    artifacts = open_artifacts(settings.artifacts_url)
-    artifacts.probe()
-    device, cards = opened.enter_context(pick_cards(settings, config))
-    engine = WanEngine.load(config, device, cards)
+    with resting_collector():
+        config = load_config(config_path or settings.config)
+        redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
+        artifacts = open_artifacts(settings.artifacts_url)
+        artifacts.probe()
+        device, cards = opened.enter_context(pick_cards(settings, config))
+        engine = WanEngine.load(config, device, cards)
     for line in engine.describe():
         logger.info(line)
     logger.info("seconds to ready: %.1f", time.perf_counter() - started)
@@ -100,10 +98,12 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
 
 def start_follower(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> int:
     """Load the model and follow the leading card until it ends; returns the status to end with."""
-    config = load_config(config_path or settings.config)
-    _, cards = opened.enter_context(pick_cards(settings, config))
-    assert cards is not None, "a follower is one of several"
-    return follow(cards, load_follower(config, cards))
+    with resting_collector():
+        config = load_config(config_path or settings.config)
+        _, cards = opened.enter_context(pick_cards(settings, config))
+        assert cards is not None, "a follower is one of several"
+        loaded = load_follower(config, cards)
+    return follow(cards, loaded)
 
 
 @contextmanager

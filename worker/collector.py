@@ -1,0 +1,23 @@
+"""Python's collector of cyclic garbage, and when there is none to look for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def resting_collector() -> Iterator[None]:
+    """Have no garbage looked for within, and what was there before never looked through again.
+
+    What is imported and loaded stays. Hundreds of thousands of new objects would set off the
+    collector time and again, and each time it would walk all of torch: nine tenths of what a
+    transformer's modules take to make, and a quarter of the imports (`worker.__main__`).
+    """
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
