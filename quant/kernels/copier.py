@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from quant.errors import WeightsError
 from quant.kernels.file_reader import file_reader
 from quant.kernels.runs import Run, Wanted, cut_into_runs
 from quant.kernels.ways import ByFileReader, ByPinnedBuffers, InPlace, Way
@@ -119,6 +120,7 @@ class CopierBeside:
         self._changed = Condition()
         self._coming: set[int] = set()  # by id: their tensors live until they have arrived
         self._failed = False
+        self._given_up = Event()
 
     @property
     def device(self) -> torch.device:
@@ -130,16 +132,15 @@ class CopierBeside:
         The first is read while the last is still being taken, which is when memory is made for it.
         """
         taken: SimpleQueue[deque[Wanted] | None] = SimpleQueue()
-        given_up = Event()
-        self.run(partial(self._copier.read, _each_once(taken, given_up), self._note_arrival))
-        rest = iter(wanted)
+        self.run(partial(self._copier.read, self._each_once(taken), self._note_arrival))
         try:
+            rest = iter(wanted)
             while batch := deque(islice(rest, BATCH)):
                 with self._changed:
                     self._coming.update(id(target) for _, target in batch if target.numel())
                 taken.put(batch)
         except BaseException:
-            given_up.set()
+            self._given_up.set()
             raise
         finally:
             taken.put(None)
@@ -182,6 +183,8 @@ class CopierBeside:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._given_up.set()
         try:
             self._pool.shutdown(cancel_futures=error is not None)
             if error is None:
@@ -205,9 +208,14 @@ class CopierBeside:
             self._coming.difference_update(id(tensor) for tensor in tensors)
             self._changed.notify_all()
 
+    def _each_once(self, taken: SimpleQueue[deque[Wanted] | None]) -> Iterator[Wanted]:
+        """Hand them out and forget them, so that their memory can be given back before the last."""
+        while (batch := taken.get()) is not None:
+            while batch:
+                self._unless_given_up()
+                yield batch.popleft()
+        self._unless_given_up()
 
-def _each_once(taken: SimpleQueue[deque[Wanted] | None], given_up: Event) -> Iterator[Wanted]:
-    """Hand them out and forget them, so that their memory can be given back before the last."""
-    while (batch := taken.get()) is not None:
-        while batch and not given_up.is_set():
-            yield batch.popleft()
+    def _unless_given_up(self) -> None:
+        if self._given_up.is_set():
+            raise WeightsError("no more weights are read, because of an error elsewhere")

@@ -98,9 +98,9 @@ class Way(ABC):
 class InPlace(Way):
     """Into the host's own memory."""
 
-    def __init__(self, *, run_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, *, run_bytes: int = BUFFER_BYTES, gather_bytes: int = SMALL_BYTES) -> None:
         super().__init__()
-        self.cut = Cut(run_bytes)
+        self.cut = Cut(run_bytes, gather_bytes)
         self._readers = _Readers()
 
     def has_room(self, under_way: Collection[Run]) -> bool:
@@ -132,9 +132,15 @@ class ByPinnedBuffers(Way):
     What has to be parted or converted takes a buffer on the device, too.
     """
 
-    def __init__(self, device: torch.device, *, run_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        run_bytes: int = BUFFER_BYTES,
+        gather_bytes: int = SMALL_BYTES,
+    ) -> None:
         super().__init__()
-        self.cut = Cut(run_bytes)
+        self.cut = Cut(run_bytes, gather_bytes)
         self._device = device
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._readers = _Readers()
@@ -144,8 +150,6 @@ class ByPinnedBuffers(Way):
             return
         self._landing = torch.empty(run_bytes, dtype=torch.uint8, device=device)
         self._stream = self._backend.Stream(device)
-        # Memory that tensors were given may have been freed under work that still runs.
-        self._stream.wait_stream(self._backend.current_stream(device))
 
     def __enter__(self) -> Self:
         if self._backend is not None:  # memory is pinned for the current one
@@ -173,6 +177,8 @@ class ByPinnedBuffers(Way):
         if self._backend is None:
             deliver(data, run)
             return
+        # Memory that tensors were given may have been freed under work that still runs.
+        self._stream.wait_stream(self._backend.current_stream(self._device))
         with self._backend.stream(self._stream):
             if run.in_place is None:
                 data = self._landing[: data.numel()].copy_(data, non_blocking=True)
@@ -196,7 +202,8 @@ class ByFileReader(Way):
     """By a library's threads, large tensors straight to where they are wanted.
 
     What has to be converted lands beside it first. Small tensors, whose number is what costs, are
-    read by this thread while the others are busy, many at once, and parted on the device.
+    read by this thread while the others are busy, many at once, and parted on the device. Runs are
+    begun far ahead, so that whoever takes what is wanted must not wait for the first to arrive.
     """
 
     def __init__(
@@ -284,15 +291,17 @@ def _read_slice(file: int, run: Run, start: int, view: memoryview) -> None:
         except OSError as error:
             raise _unreadable(run.file, error.strerror or str(error)) from error
         if count == 0:
-            raise _cut_off(run, start + done)
+            raise _cut_off(file, run)
         done += count
 
 
-def _cut_off(run: Run, end: int) -> WeightsError:
-    first = min((p for p in run.pieces if p.start + p.nbytes > end), key=lambda p: p.start)
+def _cut_off(file: int, run: Run) -> WeightsError:
+    size = os.fstat(file).st_size  # and not where this read ended: it may lie far behind
+    lacking = min((p for p in run.pieces if p.start + p.nbytes > size), key=lambda p: p.start)
+    place = "within" if lacking.start < size else "before"
     return WeightsError(
-        f"{run.file} ends after {end:,} bytes, within tensor {first.stored.name!r}: the file was "
-        "cut; copy or convert it again"
+        f"{run.file} ends after {size:,} bytes, {place} tensor {lacking.stored.name!r}: the file "
+        "was cut; copy or convert it again"
     )
 
 

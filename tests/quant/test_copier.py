@@ -55,14 +55,13 @@ def copier(request, library):
     """Makes a copier to the host that takes one of the ways, in runs of so many bytes."""
 
     def make(run_bytes: int) -> Copier:
-        way: dict[str, Callable[[], Way]] = {
-            "in place": partial(InPlace, run_bytes=run_bytes),
-            "by pinned buffers": partial(ByPinnedBuffers, CPU, run_bytes=run_bytes),
-            "by file reader": partial(
-                ByFileReader, CPU, library, run_bytes=run_bytes, gather_bytes=400
-            ),
+        kinds: dict[str, Callable[..., Way]] = {
+            "in place": InPlace,
+            "by pinned buffers": partial(ByPinnedBuffers, CPU),
+            "by file reader": partial(ByFileReader, CPU, library),
         }
-        return Copier(CPU, way[request.param])
+        way = partial(kinds[request.param], run_bytes=run_bytes, gather_bytes=400)
+        return Copier(CPU, way)
 
     return make
 
@@ -142,6 +141,19 @@ def test_what_lies_in_memory_as_in_the_file_is_read_at_once(tmp_path, library, s
     assert submitted == [4000] * 6
 
 
+def test_neighbours_in_memory_only_are_not_read_at_once(tmp_path, library, submitted):
+    file = tmp_path / "rows.safetensors"
+    save_file({f"{n}": torch.randn(1000) for n in range(3)}, file)
+    first, _, last = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
+    memory = torch.full((4000,), 77.0)
+    rows = memory[:2000].split(1000)
+    way = partial(ByFileReader, CPU, library, gather_bytes=400)
+    Copier(CPU, way).read(zip([first, last], rows, strict=True))
+    check([file], {first.name: rows[0], last.name: rows[1]})
+    assert submitted == [4000, 4000]
+    assert (memory[2000:] == 77).all()
+
+
 def test_what_is_converted_lands_beside(tmp_path, library, submitted):
     file = tmp_path / "rows.safetensors"
     save_file({f"{n}": torch.randn(1000) for n in range(4)}, file)
@@ -174,13 +186,15 @@ def test_small_tensors_from_anywhere_in_a_file_are_read_together(tmp_path, libra
 def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
     """Where large tensors land beside, by their number; else by their bytes."""
     monkeypatch.setattr(ways, "AHEAD_BYTES", 100_000)
-    most: dict[bool, int] = {True: 0, False: 0}
+    most = {"landing": 0, "bytes": 0}
 
     class Watched(ByFileReader):
         def has_room(self, under_way):
             landing = [run for run in under_way if run.address is None]
-            if len(landing) in (0, len(under_way)):
-                most[bool(landing)] = max(most[bool(landing)], len(under_way))
+            if len(landing) == len(under_way):
+                most["landing"] = max(most["landing"], len(landing))
+            elif not landing:
+                most["bytes"] = max(most["bytes"], sum(run.nbytes for run in under_way))
             return super().has_room(under_way)
 
     way = partial(Watched, CPU, library, run_bytes=8192, gather_bytes=1)
@@ -189,8 +203,8 @@ def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
         targets = {n: torch.empty(s.shape, dtype=dtype or s.dtype) for n, s in stored.items()}
         Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
         check(files, targets)
-    assert most[True] == ways.CHUNKS
-    assert most[False] >= 100_000 // 8192
+    assert most["landing"] == ways.CHUNKS
+    assert 100_000 <= most["bytes"] < 100_000 + 8192
 
 
 def check(files: list[Path], targets: dict[str, torch.Tensor]) -> None:
@@ -273,6 +287,48 @@ def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, cop
         reader.read(wanted)
 
 
+@pytest.mark.parametrize("left", [0.3, 0.9])
+def test_what_is_told_of_a_cut_file_is_where_it_ends(tmp_path, copier, left):
+    """Small tensors are read first, wherever they lie."""
+    cut = tmp_path / "cut.safetensors"
+    save_file({f"{n}.large": torch.randn(1000) for n in range(5)} | {"small": torch.ones(3)}, cut)
+    stored = stored_tensors([cut])
+    size = int(cut.stat().st_size * left)
+    os.truncate(cut, size)
+    order = sorted(stored.values(), key=lambda each: each.nbytes)
+    wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in order]
+    with pytest.raises(WeightsError, match=rf"ends after {size:,} bytes, ") as caught:
+        copier(1 << 20).read(wanted)
+    lacking = [s for s in order if s.start + s.nbytes > size]
+    named = next(s for s in lacking if repr(s.name) in str(caught.value))
+    assert ("within" in str(caught.value)) == (named.start < size)
+
+
+def test_what_is_under_way_is_waited_for_before_memory_goes(files, tmp_path, library, monkeypatch):
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def begin(*args: int) -> int:
+        begun.append(FileReader.begin(library, *args))
+        return begun[-1]
+
+    def wait(number: int) -> bool:
+        ended.append(number)
+        return FileReader.wait(library, number)
+
+    monkeypatch.setattr(library, "begin", begin)
+    monkeypatch.setattr(library, "wait", wait)
+    gone = tmp_path / "gone.safetensors"
+    gone.write_bytes(files[0].read_bytes())
+    stored = stored_tensors([files[1], gone])
+    gone.unlink()
+    wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
+    with pytest.raises(WeightsError, match="No such file"):
+        Copier(CPU, partial(ByFileReader, CPU, library, gather_bytes=400)).read(wanted)
+    assert begun
+    assert sorted(ended) == begun
+
+
 class Held(Copier):
     """Reads when it is let."""
 
@@ -347,19 +403,55 @@ def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
 
 
 def test_beside_the_first_is_read_while_the_last_is_still_taken(files):
-    stored = [s for s in stored_tensors(files).values() for _ in range(3)]
+    stored = [s for s in stored_tensors(files).values() for _ in range(3) if s.nbytes]
     assert len(stored) > 2 * copier_module.BATCH
     targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored]
 
     def wanted():
         for number, each in enumerate(zip(stored, targets, strict=True)):
-            if number > 2 * copier_module.BATCH:
+            if number == 2 * copier_module.BATCH:
                 beside.wait_for([targets[0]])
-                assert torch.equal(targets[0], targets[1])
+                check(files, {stored[0].name: targets[0]})
             yield each
 
-    with CopierBeside(Copier(CPU, partial(InPlace, run_bytes=1024))) as beside:
+    way = partial(InPlace, run_bytes=1024, gather_bytes=1)
+    with CopierBeside(Copier(CPU, way)) as beside:
         beside.read(wanted())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_beside_an_error_elsewhere_ends_what_is_being_read(files, later):
+    """No more than what is under way is waited for."""
+    stored = list(stored_tensors(files).values())
+    targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored]
+    wanted = list(zip(stored, targets, strict=True))
+    way = Stepwise()
+
+    def read_and_fail() -> None:
+        with CopierBeside(Copier(CPU, lambda: way)) as beside:
+            try:
+                beside.read(_failing(wanted))
+            except MemoryError:
+                way.let.release(1000)
+                if not later:
+                    raise
+            beside.wait_for(targets)
+
+    # Whoever goes on after it is told that not everything is there.
+    expected = WeightsError if later else MemoryError
+    with pytest.raises(expected):
+        read_and_fail()
+    assert not targets[-1].any()
+
+
+def _failing(wanted):
+    yield from wanted[: copier_module.BATCH]
+    raise MemoryError
+
+
+def test_what_cannot_be_taken_leaves_nobody_waiting():
+    with pytest.raises(TypeError, match="iterable"), CopierBeside(Copier(CPU)) as beside:
+        beside.read(5)  # type: ignore[arg-type]
 
 
 def test_beside_a_fault_while_taking_ends_it(files):

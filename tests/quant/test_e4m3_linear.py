@@ -98,3 +98,13 @@ def test_biases_are_joined() -> None:
     assert joined.bias is not None
     biases = [part.bias.detach() for part in parts if part.bias is not None]
     assert torch.equal(joined.bias, torch.cat(biases))
+
+
+@pytest.mark.parametrize("policy", ["pow2", "amax15"])
+def test_linears_of_one_input_take_the_scale_that_saturates_for_none(policy: str) -> None:
+    parts = [linear(policy, size) for size in (0.02, 0.3, 1.7)]
+    for part, scale in zip(parts, (0.5, 2.0, 0.25), strict=True):
+        part.act_scale = torch.tensor(scale)
+    joined = E4m3Linear(parts)
+    assert joined.act_scale == 2.0
+    assert joined.input_scale == 2.0

@@ -30,12 +30,20 @@ from quant import (
     quantize_transformer,
     save_scales,
 )
+from quant.apply import twin_tree
 from quant.cli import app
 from quant.fingerprint import read_transformer_config
 from quant.linear import Hif8Linear
 from quant.packed_format import SHARD_PATTERN
-from quant.safetensors_header import stored_tensors
-from quant.skeleton import empty_transformer, materialize, quantized_skeleton
+from quant.safetensors_header import SMALL_BYTES, stored_tensors
+from quant.safetensors_writer import spec_of, split_into_shards
+from quant.skeleton import (
+    allocate,
+    empty_transformer,
+    materialize,
+    quantized_skeleton,
+    shared_quantized_skeleton,
+)
 
 CPU = Copier(torch.device("cpu"))
 NO_HEADERS = [b"", b"\x00" * 7, b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"[1,2,3] "]
@@ -192,6 +200,46 @@ def test_the_large_model_takes_what_was_promised():
     assert gib(bf16) == pytest.approx(26.67, abs=0.01)
     assert gib(w8a8) == pytest.approx(15.22, abs=0.01)
     assert gib(bf16, w8a8) < 40
+
+
+def test_large_tensors_of_a_shard_lie_one_behind_the_other(tiny_model, tiny_recipe):
+    """So that many are read at once; blocks in their order, so that they go on kernels early."""
+    config = read_transformer_config(tiny_model) | {"num_attention_heads": 8, "ffn_dim": 8192}
+    skeleton = quantized_skeleton(empty_transformer(config), tiny_recipe)
+    specs = [spec_of(name, tensor) for name, tensor in skeleton.state_dict().items()]
+    sizes = {name: tensor.nbytes for name, tensor in skeleton.state_dict().items()}
+    shards = [[name for name, _, _ in shard] for shard in split_into_shards(specs, 6_000_000)]
+    assert len(shards) > 1
+    for shard in shards:
+        large = [name for name in sizes if name in shard and sizes[name] >= SMALL_BYTES]
+        assert shard[: len(large)] == large
+        odd = [sizes[name] % 16 != 0 for name in shard]
+        assert odd == sorted(odd)
+    assert sum(size >= SMALL_BYTES for size in sizes.values()) > 2 * len(shards)
+
+
+def test_small_tensors_of_a_file_are_taken_first(made, tiny_model, tiny_recipe, monkeypatch):
+    monkeypatch.setattr("quant.skeleton.SMALL_BYTES", 500)
+    packed = opened(made, tiny_model, tiny_recipe)
+    skeleton = twin_tree(
+        shared_quantized_skeleton(packed.info.transformer_config, tiny_recipe), lambda *_: None
+    )
+    taken = [stored for stored, _ in allocate(skeleton, packed.stored, torch.device("cpu"))]
+    assert {each.name for each in taken} == packed.stored.keys()
+    places = [(each.file, each.nbytes >= 500, each.start) for each in taken]
+    assert places == sorted(places)
+    assert {large for _, large, _ in places} == {False, True}
+
+
+def test_a_shared_skeleton_stays_one_and_empty(made, tiny_model, tiny_recipe):
+    packed = opened(made, tiny_model, tiny_recipe)
+    config = packed.info.transformer_config
+    before = shared_quantized_skeleton(config, tiny_recipe)
+    first, second = load_packed(packed, CPU), load_packed(packed, CPU)
+    assert shared_quantized_skeleton(config, tiny_recipe) is before
+    assert all(parameter.is_meta for parameter in before.parameters())
+    ours = {id(tensor) for tensor in first.state_dict(keep_vars=True).values()}
+    assert ours.isdisjoint(id(tensor) for tensor in second.state_dict(keep_vars=True).values())
 
 
 def gib(*trees) -> float:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import typer
 
 from worker import __main__ as entry
+from worker import start
 from worker.collector import resting_collector
+from worker.errors import StartError
+from worker.settings import WorkerSettings
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,26 @@ def test_it_is_back_after_a_start_that_failed() -> None:
 
 
 def test_it_rests_while_the_worker_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # or it would be set for other tests
     enabled: list[bool] = []
     monkeypatch.setattr(typer, "run", lambda _main: enabled.append(gc.isenabled()))
     entry.run()
     assert enabled == [False]
+
+
+@pytest.mark.parametrize("begin", [start.start, start.start_follower])
+def test_it_rests_while_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, begin: Callable[..., object]
+) -> None:
+    enabled: list[bool] = []
+
+    def load(_path: Path) -> None:
+        enabled.append(gc.isenabled())
+        raise StartError("enough seen")
+
+    monkeypatch.setattr(start, "load_config", load)
+    monkeypatch.setenv("ARTIFACTS_URL", "file:///nowhere")
+    with pytest.raises(StartError, match="enough seen"), ExitStack() as opened:
+        begin(WorkerSettings(), Path("worker.toml"), opened)
+    assert enabled == [False]
+    assert gc.isenabled()

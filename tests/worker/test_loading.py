@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
 from quant.kernels.interface import AttentionScales
 from quant.kernels.runs import Wanted
+from worker import loading
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
@@ -26,7 +28,7 @@ from worker.loading import (
     load_modes,
     plan_modes,
 )
-from worker.shared_parts import load_shared_parts
+from worker.shared_parts import ComingParts, load_shared_parts
 from worker.wan import WanEngine
 
 
@@ -182,6 +184,31 @@ def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
     quantizes = any(mode.scales is not None for mode in broken.modes)
     expected = set() if quantizes else {folder / "transformer"}
     assert {stored.file.parent for stored, _ in read} <= expected
+
+
+@pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
+def test_the_transformer_comes_first_unless_it_is_waited_for(
+    config: WorkerConfig, device: Device, modes: slice, monkeypatch
+) -> None:
+    chosen = config.model_copy(update={"modes": config.modes[modes]})
+    plans = plan_modes(chosen, fingerprint_model(config))
+    order: list[str] = []
+    begin = loading._begin_modes
+
+    class Noted(ComingParts):
+        def __init__(self, *args: Any) -> None:
+            order.append("shared parts")
+            super().__init__(*args)
+
+    def begin_modes(*args: Any) -> Any:
+        order.append("transformer")
+        return begin(*args)
+
+    monkeypatch.setattr(loading, "ComingParts", Noted)
+    monkeypatch.setattr(loading, "_begin_modes", begin_modes)
+    load_model(config.model.path, plans, device)
+    quantizes = any(mode.scales is not None for mode in chosen.modes)
+    assert order == sorted(["transformer", "shared parts"], reverse=not quantizes)
 
 
 @pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
