@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -444,9 +445,39 @@ def test_beside_an_error_elsewhere_ends_what_is_being_read(files, later):
     assert not targets[-1].any()
 
 
-def _failing(wanted):
+def test_beside_whoever_goes_on_without_the_last_is_told_at_the_end(files):
+    def read_and_go_on() -> None:
+        with CopierBeside(Copier(CPU)) as beside, suppress(MemoryError):
+            beside.read(_failing(wanted, after_s=0.2))  # in which all that was taken is begun
+
+    stored = list(stored_tensors(files).values())
+    wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
+    with pytest.raises(WeightsError, match="no more weights are read"):
+        read_and_go_on()
+
+
+def _failing(wanted, after_s=0.0):
     yield from wanted[: copier_module.BATCH]
+    time.sleep(after_s)
     raise MemoryError
+
+
+def test_beside_an_error_in_its_context_ends_what_is_being_read(files):
+    stored = [each for each in stored_tensors(files).values() for _ in range(20)]
+    wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
+    ended: list[int] = []
+
+    class Slow(InPlace):
+        def end(self, run, begun):
+            time.sleep(0.01)
+            super().end(run, begun)
+            ended.append(1)
+
+    way = partial(Slow, run_bytes=1024, gather_bytes=1)
+    with pytest.raises(KeyError), CopierBeside(Copier(CPU, way)) as beside:  # noqa: PT012
+        beside.read(wanted)
+        raise KeyError
+    assert len(ended) < len(stored) / 2
 
 
 def test_what_cannot_be_taken_leaves_nobody_waiting():
