@@ -12,8 +12,8 @@ def resting_collector() -> Iterator[None]:
     """Have no garbage looked for within, and what was there before never looked through again.
 
     What is imported and loaded stays. Hundreds of thousands of new objects would set off the
-    collector time and again, and each time it would walk all of torch: nine tenths of what a
-    transformer's modules take to make, and a quarter of the imports (`worker.__main__`).
+    collector time and again, and each time it would walk all of torch: a quarter of what the
+    imports take (`worker.__main__`), and most of what a transformer's modules would.
     """
     gc.freeze()
     gc.disable()

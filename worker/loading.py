@@ -1,8 +1,9 @@
 """From a diffusers folder and a configuration to what an engine holds: shared parts and modes.
 
-Everything that can be refused is refused before the large tensors are read, or with the first of
-them under way: the recipes, whether each scales file and packed checkpoint was made for this model
-and recipe, whether all of it fits, and the folder's parts.
+Everything that can be refused is refused before the large tensors are read: the recipes, whether
+each scales file and packed checkpoint was made for this model and recipe, whether all of it fits.
+Only a damaged text encoder or VAE may be found while the transformer's first weights are under way,
+which are then given up.
 
 Weights go from their files straight to the device (`quant.kernels.copier`). What is materialised
 where, with the transformer's bytes as the measure:
