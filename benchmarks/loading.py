@@ -4,8 +4,9 @@ Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone
 process of its own, with all files in the page cache (a start of each before is not counted, in
 which Triton compiles). Two baselines, in the same processes: what the safetensors library takes to
 get as many bytes of the same files onto the device, and what their copy from pinned memory takes,
-which no file is in. What a process does whatever it loads (imports, the device's first answer,
-trying its kernels and making ready what reads weights) has rows of its own.
+which no file is in. What the library reads is held against what a worker loads, bit by bit. What a
+process does whatever it loads (imports, the device's first answer, trying its kernels and making
+ready what reads weights) has rows of its own.
 `--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
@@ -127,6 +128,7 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         Row(f"{name}: transformer on the device", round(transformer / GIB, 3), "GiB"),
         Row(f"{name}: text encoder and VAE there", round(parts / GIB, 3), "GiB"),
         Row(f"{name}: peak while loading", round(median("peak_bytes") / GIB, 3), "GiB"),
+        Row(f"{name}: as the library reads them", median("compared_tensors"), "tensors"),
     ]
 
 

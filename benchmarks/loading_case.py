@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +14,13 @@ from typing import Annotated
 import torch
 import typer
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import quant
+from quant.fingerprint import read_transformer_config
 from quant.packed_format import SCALES_FILE
+from quant.safetensors_header import stored_tensors
+from quant.skeleton import empty_transformer, materialize
 from worker.collector import resting_collector
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device
@@ -28,6 +33,7 @@ from worker.loading import (
     plan_modes,
 )
 from worker.memory import place_model
+from worker.shared_parts import ComingParts
 from worker.wan import WanEngine
 
 COPY_BYTES = 1 << 30
@@ -49,6 +55,7 @@ class Start:
         pinned_bytes_per_s: what a copy from pinned memory to the device reaches here, and
         library_bytes_per_s: what the safetensors library reaches with the same files; NaN where
             they were not asked for.
+        compared_tensors: those that were then found to be the library's.
     """
 
     device: str
@@ -60,8 +67,9 @@ class Start:
     transformer_bytes: int
     parts_bytes: int
     peak_bytes: int
-    pinned_bytes_per_s: float
-    library_bytes_per_s: float
+    pinned_bytes_per_s: float = math.nan
+    library_bytes_per_s: float = math.nan
+    compared_tensors: int = 0
 
     @property
     def loading_s(self) -> float:
@@ -81,55 +89,71 @@ def main(
     only_modes: Annotated[bool, typer.Option(help="Leave out what the modes share.")] = False,
     baselines: Annotated[bool, typer.Option(help="Measure them, too.")] = True,
 ) -> None:
-    """Load what the configuration says as a worker does, and print what it took as JSON."""
-    laps = [time.time()]
+    """Load what the configuration says as a worker does, and print what it took as JSON.
+
+    With the baselines, every tensor is loaded once more and has to be what the library reads.
+    """
+    imported = time.time()
     with resting_collector():
         device = pick_device("cpu" if wanted == "cpu" else "cuda")
-        torch.zeros(1, device=device.torch_device)
-
-        def lap() -> None:
-            device.synchronize()
-            laps.append(time.time())
-
-        lap()
+        start = measure_start(config_file, device, only_modes, started, imported)
+    if baselines:
         config = load_config(config_file)
-        path = config.model.path
-        check_folder(path)
-        fingerprint = fingerprint_model(config)
-        plans = plan_modes(config, fingerprint)
-        recipes = [plan.recipe for plan in plans]
-        placement = place_model(config, recipes, device, device.available_bytes())
-        lap()
-        choices = choose_kernels(plans, device)
-        lap()
-        shared_bytes = 0
-        if only_modes:
-            modes = load_modes(path, plans, device, choices)
-        else:
-            modes, parts = load_model(path, plans, device, placement, choices)
-            WanEngine(config.model, fingerprint, device, parts, modes)
-            shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
-        lap()
+        files = files_of(config.model.path, config, only_modes)
+        device.empty_cache()
+        speed, compared = compare_with_library(files, config, device)
+        start = replace(
+            start,
+            pinned_bytes_per_s=copy_rate(device),
+            library_bytes_per_s=speed,
+            compared_tensors=compared,
+        )
+    print(json.dumps(asdict(start)))
+
+
+def measure_start(
+    config_file: Path, device: Device, only_modes: bool, started: float, imported: float
+) -> Start:
+    """Start as a worker does, note when it had got how far, and give all memory back."""
+    torch.zeros(1, device=device.torch_device)
+    laps = [imported]
+
+    def lap() -> None:
+        device.synchronize()
+        laps.append(time.time())
+
+    lap()
+    config = load_config(config_file)
+    path = config.model.path
+    check_folder(path)
+    fingerprint = fingerprint_model(config)
+    plans = plan_modes(config, fingerprint)
+    recipes = [plan.recipe for plan in plans]
+    placement = place_model(config, recipes, device, device.available_bytes())
+    lap()
+    choices = choose_kernels(plans, device)
+    lap()
+    shared_bytes = 0
+    if only_modes:
+        modes = load_modes(path, plans, device, choices)
+    else:
+        modes, parts = load_model(path, plans, device, placement, choices)
+        WanEngine(config.model, fingerprint, device, parts, modes)
+        shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
+    lap()
     seconds = [after - before for before, after in pairwise(laps)]
     memory = device.memory()
-    peak = 0 if memory is None else memory.peak_bytes
-    trees = [mode.transformer for mode in modes]
-    start = Start(
+    return Start(
         device=device.name,
-        imports_s=laps[0] - started,
+        imports_s=imported - started,
         device_s=seconds[0],
         checks_s=seconds[1],
         kernels_s=seconds[2],
         model_s=seconds[3],
-        transformer_bytes=quant.weight_bytes(*trees),
+        transformer_bytes=quant.weight_bytes(*(mode.transformer for mode in modes)),
         parts_bytes=shared_bytes,
-        peak_bytes=peak,
-        pinned_bytes_per_s=copy_rate(device) if baselines else math.nan,
-        library_bytes_per_s=(
-            library_rate(files_of(path, config, only_modes), device) if baselines else math.nan
-        ),
+        peak_bytes=0 if memory is None else memory.peak_bytes,
     )
-    print(json.dumps(asdict(start)))
 
 
 def files_of(model: Path, config: WorkerConfig, only_modes: bool) -> list[Path]:
@@ -141,17 +165,48 @@ def files_of(model: Path, config: WorkerConfig, only_modes: bool) -> list[Path]:
     return [file for file in found if file.name != SCALES_FILE]
 
 
-def library_rate(files: list[Path], device: Device) -> float:
-    """Bytes a second from files to the device as the safetensors library reads them."""
-    seconds = 0.0
+def compare_with_library(
+    files: list[Path], config: WorkerConfig, device: Device
+) -> tuple[float, int]:
+    """Bytes a second from files to the device as the safetensors library reads them, and how many
+    of their tensors, loaded once more as a worker does, are the same bit by bit.
+
+    Raises:
+        RuntimeError: naming the first tensor that is not.
+    """
+    seconds, compared, folder = 0.0, 0, Path()
+    ours: Mapping[str, Tensor] = {}
     for file in files:
+        if file.parent != folder:
+            ours, folder = {}, file.parent  # there is no room for two
+            ours = load_again(folder, config, device)
         device.synchronize()
         started = time.perf_counter()
         tensors = load_file(file, device=str(device.torch_device))
         device.synchronize()
         seconds += time.perf_counter() - started
-        del tensors
-    return sum(file.stat().st_size for file in files) / seconds
+        for name, tensor in tensors.items():
+            if not torch.equal(ours[name], tensor.to(ours[name].dtype)):
+                raise RuntimeError(f"{name!r} on the device is not what {file} holds")
+        compared += len(tensors)
+        del tensors, tensor
+    return sum(file.stat().st_size for file in files) / seconds, compared
+
+
+def load_again(folder: Path, config: WorkerConfig, device: Device) -> Mapping[str, Tensor]:
+    """A part's tensors by name, loaded as a worker does but not put on kernels."""
+    if folder.name in {"text_encoder", "vae"}:
+        parts = ComingParts(config.model.path, device)
+        parts.copy()
+        module: nn.Module = getattr(parts, folder.name)
+        return module.state_dict()
+    with quant.CopierBeside(quant.Copier(device.torch_device)) as reader:
+        if folder == config.model.path / "transformer":
+            tree: nn.Module = empty_transformer(read_transformer_config(config.model.path))
+            materialize(tree, stored_tensors(sorted(folder.glob("*.safetensors"))), reader)
+        else:
+            tree = quant.load_packed(quant.open_packed(folder), reader)
+    return tree.state_dict()
 
 
 def copy_rate(device: Device) -> float:

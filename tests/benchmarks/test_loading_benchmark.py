@@ -2,16 +2,20 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import loading, loading_case
 from benchmarks.loading_case import Start
 from quant import QuantRecipe, convert
 from quant.packed_format import SHARD_PATTERN
-from quant.safetensors_header import stored_tensors
+from quant.safetensors_header import read_header, stored_tensors
 from worker.config import load_config
+from worker.devices import pick_device
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,8 @@ def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path, capsys):
     frequencies = 2 * 1024 * 16 * 4  # of the rotary embedding: computed, not stored
     assert start.transformer_bytes == packed_bytes(packed) + frequencies
     rows = {row.what: row for row in loading.rows_of("packed w8a8", [start])}
+    files = loading_case.files_of(model, load_config(config), only_modes=False)
+    assert start.compared_tensors == len(stored_names(files)) > 1000
     size = start.transformer_bytes + start.parts_bytes
     for way, speed in (
         ("safetensors", start.library_bytes_per_s),
@@ -47,6 +53,28 @@ def test_the_files_that_a_start_reads_are_those_of_its_modes(made, tmp_path):
     assert alone == sorted(packed.glob(SHARD_PATTERN))
     whole = loading_case.files_of(model, config, only_modes=False)
     assert {file.parent.name for file in whole} == {packed.name, "text_encoder", "vae"}
+
+
+def stored_names(files: list[Path]) -> set[tuple[Path, str]]:
+    return {(file, each.name) for file in files for each in read_header(file).tensors}
+
+
+@pytest.mark.parametrize("part", ["packed", "text_encoder", "vae"])
+def test_a_tensor_that_is_not_the_library_s_is_named(made, tmp_path, monkeypatch, part):
+    model, packed = made
+    config = load_config(loading.write_config(tmp_path, ("w8a8",), model, packed, "boundary-hif8"))
+    files = loading_case.files_of(model, config, only_modes=False)
+    again = loading_case.load_again
+
+    def one_off(folder: Path, *args: Any) -> Mapping[str, torch.Tensor]:
+        tensors = dict(again(folder, *args))
+        if folder.name == part:
+            tensors |= {name: tensor + 1 for name, tensor in tensors.items() if "bias" in name}
+        return tensors
+
+    monkeypatch.setattr(loading_case, "load_again", one_off)
+    with pytest.raises(RuntimeError, match=rf"is not what .*{part}.* holds"):
+        loading_case.compare_with_library(files, config, pick_device("cpu"))
 
 
 def packed_bytes(packed: Path) -> int:

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from quant import hif8
 from quant.kernels.choice import pick_kernels
 from quant.kernels.copier import Copier, CopierBeside
-from quant.kernels.file_reader import file_reader
+from quant.kernels.file_reader import FileReader, file_reader
 from quant.kernels.ways import BUFFERS, ByFileReader, ByPinnedBuffers
-from quant.safetensors_header import stored_tensors
+from quant.safetensors_header import SMALL_BYTES, stored_tensors
+from quant.safetensors_writer import spec_of, split_into_shards, write_safetensors
+from quant.skeleton import materialize
 
 pytestmark = pytest.mark.cuda
 
@@ -84,6 +87,50 @@ def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, way, w
     Copier(CARD, way).read(wanted)
     for stored, target in wanted:
         assert torch.equal(target.cpu(), tensors[stored.name].to(target.dtype)), stored.name
+
+
+class Layers(nn.Module):
+    """Large tensors and small ones between them, without weights."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(1024, 1024 * (1 + number % 3), device="meta", dtype=torch.bfloat16)
+            for number in range(count)
+        )
+
+
+def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch):
+    """As a worker loads them: many at once, into memory that others have used before."""
+    generator = torch.Generator().manual_seed(0)
+    specs = [spec_of(name, tensor) for name, tensor in Layers(60).state_dict().items()]
+    values = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, dtype, shape in specs
+    }
+    for number, shard in enumerate(split_into_shards(specs, 100 << 20)):
+        write_safetensors(tmp_path / f"{number}.safetensors", shard, {}, values.__getitem__)
+    stored = stored_tensors(sorted(tmp_path.iterdir()))
+    sizes: list[int] = []
+    begin = FileReader.begin
+
+    def noted(reader: FileReader, file: int, start: int, nbytes: int, address: int) -> int:
+        sizes.append(nbytes)
+        return begin(reader, file, start, nbytes, address)
+
+    monkeypatch.setattr(FileReader, "begin", noted)
+    torch.cuda.empty_cache()  # or the first would be given what others have left
+    used = [torch.full((1 << 20,), 77.0, device=CARD) for _ in range(50)]
+    at_once = 0
+    for _ in range(3):
+        module = Layers(60)
+        with CopierBeside(Copier(CARD)) as beside:
+            materialize(module, stored, beside)
+            used = [each * 2 for each in used]  # work that memory is given back under
+        at_once = at_once or len(sizes)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor.cpu(), values[name]), name
+    assert sum(sizes) == 3 * sum(s.nbytes for s in stored.values() if s.nbytes >= SMALL_BYTES)
+    assert at_once < 60 / 4, "where memory is whole, most are read with their neighbours"
 
 
 def test_the_card_runs_its_own_kernels():
