@@ -19,6 +19,7 @@ from typing import Any, Self
 from quant.errors import RecipeError
 from quant.granularity import (
     ActGranularity,
+    PerChannel,
     PerToken,
     WeightGranularity,
     act_granularity,
@@ -183,6 +184,14 @@ class QuantRecipe:
     def quantized_blocks(self) -> tuple[int, ...]:
         """The blocks that are not protected, ascending."""
         return tuple(b for b in range(self.total_blocks) if b not in self.protected_blocks)
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether joined weights take a scale for each row: channels have their own, or scales are
+        not powers of two, so that those of linears that share a product differ by any factor."""
+        return isinstance(self.weight_granularity, PerChannel) or (
+            not self.weight_policy.power_of_two
+        )
 
     @property
     def attention_inputs(self) -> tuple[str, ...]:

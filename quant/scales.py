@@ -10,6 +10,7 @@ before it builds anything.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -228,6 +229,7 @@ def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     for name, tensor in tensors.items():
         linear, _, kind = name.rpartition(".")
         by_kind[kind][linear] = tensor
+    _check_scales_themselves(by_kind)
     missing = set(recipe.attention_inputs) - set(by_kind["attention_scale"])
     if missing:
         raise ValueError(f"it has no attention_scale for {min(missing)}")
@@ -246,3 +248,18 @@ def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
         attention_scale=by_kind["attention_scale"],
         **statistics,
     )
+
+
+def _check_scales_themselves(by_kind: dict[str, dict[str, Tensor]]) -> None:
+    found = [tensor.reshape(-1) for scales in by_kind.values() for tensor in scales.values()]
+    if not found or _usable(torch.cat(found)):
+        return
+    for kind, scales in by_kind.items():
+        for name, scale in scales.items():
+            if not _usable(scale):
+                wrong = next(x for x in scale.flatten().tolist() if not 0 < x < math.inf)
+                raise ValueError(f"{name}.{kind} has {wrong}, and scales are positive and finite")
+
+
+def _usable(scale: Tensor) -> bool:
+    return bool(((scale > 0) & scale.isfinite()).all())

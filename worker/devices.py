@@ -86,18 +86,29 @@ class Device:
         return _NPU_ATTENTION if self.kind == "npu" else None
 
     def pick_kernels(
-        self, *, quantized: bool, fp8_attention: bool = False, emulate: bool = False
+        self,
+        *,
+        quantized: bool,
+        scales_rows: bool = False,
+        fp8_attention: bool = False,
+        emulate: bool = False,
     ) -> KernelChoice | None:
         """The kernels for a mode's blocks; None where they stay as diffusers has them.
 
         Args:
+            quantized, scales_rows, fp8_attention: as `quant.kernels.choice.pick_kernels` has them.
             emulate: run quantized products in plain torch, bit-true on every device.
         """
         if self.kind == "npu":
             return None  # diffusers' blocks with the attention of `attention_backend`
         if emulate and quantized:
             return KernelChoice(EagerKernels())
-        return pick_kernels(self.torch_device, quantized=quantized, fp8_attention=fp8_attention)
+        return pick_kernels(
+            self.torch_device,
+            quantized=quantized,
+            scales_rows=scales_rows,
+            fp8_attention=fp8_attention,
+        )
 
     def synchronize(self) -> None:
         """Wait for the device, so that clocks and progress tell the truth."""

@@ -288,6 +288,7 @@ def _kernels_of(plan: _Plan, device: Device) -> KernelChoice | None:
     quantized = plan.recipe is not None
     choice = device.pick_kernels(
         quantized=quantized,
+        scales_rows=plan.recipe is not None and plan.recipe.scales_rows,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
         emulate=plan.config.exact_emulation and quantized,
     )

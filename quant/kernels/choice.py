@@ -43,12 +43,17 @@ class KernelChoice:
 
 
 def pick_kernels(
-    device: torch.device, *, quantized: bool, fp8_attention: bool = False
+    device: torch.device,
+    *,
+    quantized: bool,
+    scales_rows: bool = False,
+    fp8_attention: bool = False,
 ) -> KernelChoice:
     """Choose for a mode on `device`: plain torch where nothing better runs.
 
     Args:
         quantized: whether the mode multiplies in 8 bits, which not every card can.
+        scales_rows: whether its products do with a scale for each row, as `QuantRecipe` has it.
         fp8_attention: whether its self-attention does, too, which needs `nvidia-cudnn-frontend`.
     """
     if device.type != "cuda":
@@ -68,7 +73,7 @@ def pick_kernels(
         from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
         kernels = CudaKernels()
-        check_kernels(kernels, device, quantized=quantized)
+        check_kernels(kernels, device, quantized=quantized, scales_rows=scales_rows)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # says nothing of the kernels
     except Exception as error:
@@ -106,7 +111,12 @@ def _reason(error: Exception) -> str:
 
 @torch.no_grad()
 def check_kernels(
-    kernels: Kernels, device: torch.device, *, quantized: bool, fp8_attention: bool = False
+    kernels: Kernels,
+    device: torch.device,
+    *,
+    quantized: bool,
+    scales_rows: bool = False,
+    fp8_attention: bool = False,
 ) -> None:
     """Run every kernel once on small tensors and compare it with plain torch.
 
@@ -116,7 +126,7 @@ def check_kernels(
     """
     if quantized:
         _check_edges(kernels, device)
-    trial = _Trial(device, quantized, fp8_attention)
+    trial = _Trial(device, quantized, fp8_attention, scales_rows)
     expected = trial.run(EagerKernels())
     for name, found in trial.run(kernels).items():
         agreement = sqnr_db(expected[name], found)
@@ -140,7 +150,9 @@ class _Trial:
 
     heads, width, tokens = 2, 256, 1100
 
-    def __init__(self, device: torch.device, quantized: bool, fp8_attention: bool) -> None:
+    def __init__(
+        self, device: torch.device, quantized: bool, fp8_attention: bool, scales_rows: bool
+    ) -> None:
         self._generator = torch.Generator().manual_seed(0)
         self._device = device
         self.x, self.delta = (self._randn(1, self.tokens, self.width) for _ in range(2))
@@ -153,6 +165,10 @@ class _Trial:
         self.linear = nn.Linear(self.width, 3 * self.width, bias=True).to(device, torch.bfloat16)
         self.linear.weight.data = self._randn(3 * self.width, self.width) / 16
         self.act_scale = SCALE if quantized else None
+        self.weight_scale = torch.tensor(SCALE, device=device)
+        if scales_rows:  # no two the same, and no powers of two
+            rows = torch.arange(3 * self.width, device=device) / self.width
+            self.weight_scale = (SCALE * (1 + rows)).unsqueeze(1)
         self.scales = AttentionScales(SCALE / 2, SCALE, 2 * SCALE, SCALE) if fp8_attention else None
 
     def run(self, on: Kernels) -> dict[str, Tensor]:
@@ -178,9 +194,9 @@ class _Trial:
     def _product(self, on: Kernels) -> BlockLinear:
         if self.act_scale is None:
             return on.plain([self.linear])
-        scale = torch.tensor(SCALE, device=self._device)
+        act_scale = torch.tensor(SCALE, device=self._device)
         quantized = Hif8Linear.from_linear(
-            self.linear, scale, act_scale=scale, act_policy=scale_policy("pow2")
+            self.linear, self.weight_scale, act_scale=act_scale, act_policy=scale_policy("pow2")
         )
         return on.quantized([quantized])
 

@@ -134,8 +134,9 @@ def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch
 
 
 def test_the_card_runs_its_own_kernels():
-    choice = pick_kernels(CARD, quantized=True, fp8_attention=True)
-    assert (choice.kernels.name, choice.warning) == ("cuda", None)
+    for rows in (False, True):
+        choice = pick_kernels(CARD, quantized=True, scales_rows=rows, fp8_attention=True)
+        assert (choice.kernels.name, choice.warning) == ("cuda", None)
 
 
 def test_codes_become_the_same_e4m3_on_card_and_host():

@@ -24,6 +24,21 @@ def test_the_default_recipe_is_the_papers():
     assert recipe.weight_policy == recipe.act_policy == POLICIES["pow2"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "rows"),
+    [
+        ({}, False),
+        ({"weight_policy": POLICIES["sqnr"]}, False),
+        ({"weight_policy": POLICIES["amax15"]}, True),
+        ({"weight_granularity": PerChannel()}, True),
+        ({"act_policy": POLICIES["amax15"]}, False),
+    ],
+)
+def test_a_recipe_says_whether_products_take_a_scale_for_each_row(changed, rows):
+    recipe = QuantRecipe.load("boundary-hif8")
+    assert dataclasses.replace(recipe, **changed).scales_rows is rows
+
+
 def test_fp8_attention_is_one_word_more_than_the_default_recipe():
     plain, fp8 = (QuantRecipe.load(f"boundary-hif8{end}") for end in ("", "-fp8attn"))
     assert (plain.attention, fp8.attention) == ("bf16", "fp8")

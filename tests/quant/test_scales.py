@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_the_metadata_says_where_it_comes_from(path, tiny_scales: Scales):
     assert len(metadata["prompts_sha256"]) == 64
     assert metadata["tool_version"]
     assert json.loads(metadata["sampler"])["num_inference_steps"] == 4
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["weight_scale", "act_scale"])
+def test_a_scale_that_is_none_is_named(tmp_path, tiny_scales: Scales, kind, wrong):
+    scales = dict(getattr(tiny_scales, kind))
+    name = list(scales)[3]
+    scales[name] = torch.full_like(scales[name], wrong)
+    changed: dict[str, Any] = {kind: scales}
+    save_scales(dataclasses.replace(tiny_scales, **changed), tmp_path / "s.safetensors")
+    said = rf"{name}\.{kind} has {wrong}, and scales are positive and finite"
+    with pytest.raises(ScalesError, match=said):
+        load_scales(tmp_path / "s.safetensors")
 
 
 def test_only_the_file_is_left_behind_and_others_may_read_it(path):

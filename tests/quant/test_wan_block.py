@@ -3,6 +3,7 @@
 import gc
 import re
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import quant
 from quant.apply import twin_tree
 from quant.kernels.choice import check_kernels, pick_kernels
 from quant.kernels.eager import EagerKernels
+from quant.kernels.interface import BlockLinear
 from quant.kernels.plain import JoinedLinear, SeparateLinears
+from quant.linear import Hif8Linear
 from quant.wan_block import FusedWanBlock, fuse_blocks
 
 CPU = torch.device("cpu")
@@ -147,6 +150,22 @@ class DeafKernels(EagerKernels):
 
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         return super().round_act(x, act_scale).nan_to_num()
+
+
+class RowBlindKernels(EagerKernels):
+    """Takes the first row's scale for all."""
+
+    def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
+        for linear in linears:
+            linear.weight_scale = linear.weight_scale.reshape(-1)[:1].reshape(())
+        return super().quantized(linears)
+
+
+def test_a_scale_for_each_row_is_tried_where_a_recipe_has_it() -> None:
+    check_kernels(EagerKernels(), CPU, quantized=True, scales_rows=True)
+    check_kernels(RowBlindKernels(), CPU, quantized=True)
+    with pytest.raises(quant.ConversionError, match=r"its product agrees .* dB only"):
+        check_kernels(RowBlindKernels(), CPU, quantized=True, scales_rows=True)
 
 
 def test_kernels_that_compute_something_else_are_not_trusted() -> None:

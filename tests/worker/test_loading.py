@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
 from quant.kernels.interface import AttentionScales
 from quant.kernels.runs import Wanted
+from quant.scaling import POLICIES
 from worker import loading
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
 from worker.loading import (
     check_folder,
+    choose_kernels,
     fingerprint_model,
     load_model,
     load_modes,
@@ -184,6 +186,19 @@ def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
     quantizes = any(mode.scales is not None for mode in broken.modes)
     expected = set() if quantizes else {folder / "transformer"}
     assert {stored.file.parent for stored, _ in read} <= expected
+
+
+@pytest.mark.parametrize(("policy", "rows"), [("pow2", False), ("amax15", True)])
+def test_kernels_are_tried_as_the_recipe_multiplies(
+    config: WorkerConfig, device: Device, monkeypatch, policy: str, rows: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: asked.append(how))
+    plan = plan_modes(config, fingerprint_model(config))[1]
+    assert plan.recipe is not None
+    recipe = replace(plan.recipe, weight_policy=POLICIES[policy])
+    choose_kernels([replace(plan, recipe=recipe)], device)
+    assert [how["scales_rows"] for how in asked] == [rows]
 
 
 @pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
