@@ -186,11 +186,16 @@ def compare_with_library(
         device.synchronize()
         seconds += time.perf_counter() - started
         for name, tensor in tensors.items():
-            if not torch.equal(ours[name], tensor.to(ours[name].dtype)):
+            if not torch.equal(bits(ours[name]), bits(tensor.to(ours[name].dtype))):
                 raise RuntimeError(f"{name!r} on the device is not what {file} holds")
         compared += len(tensors)
         del tensors, tensor
     return sum(file.stat().st_size for file in files) / seconds, compared
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """[bytes] uint8: as numbers, 0 is -0 and NaN is not NaN."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def load_again(folder: Path, config: WorkerConfig, device: Device) -> Mapping[str, Tensor]:

@@ -187,8 +187,9 @@ class QuantRecipe:
 
     @property
     def scales_rows(self) -> bool:
-        """Whether joined weights take a scale for each row: channels have their own, or scales are
-        not powers of two, so that those of linears that share a product differ by any factor."""
+        """Whether products may take a scale for each row of weights: channels have their own, or
+        scales are no powers of two, so that those of linears that share a product (q, k, v, where
+        it quantizes them) differ by any factor."""
         return isinstance(self.weight_granularity, PerChannel) or (
             not self.weight_policy.power_of_two
         )

@@ -251,7 +251,9 @@ def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
 
 
 def _check_scales_themselves(by_kind: dict[str, dict[str, Tensor]]) -> None:
-    found = [tensor.reshape(-1) for scales in by_kind.values() for tensor in scales.values()]
+    found = [
+        tensor.reshape(-1).float() for scales in by_kind.values() for tensor in scales.values()
+    ]
     if not found or _usable(torch.cat(found)):
         return
     for kind, scales in by_kind.items():

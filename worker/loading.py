@@ -2,8 +2,8 @@
 
 Everything that can be refused is refused before the large tensors are read: the recipes, whether
 each scales file and packed checkpoint was made for this model and recipe, whether all of it fits.
-Only a damaged text encoder or VAE may be found while the transformer's first weights are under way,
-which are then given up.
+Only faults of text encoder, VAE, tokenizer and scheduler may be found while first weights are under
+way, and where a mode is quantized here, those of the transformer; the rest is then not read.
 
 Weights go from their files straight to the device (`quant.kernels.copier`). What is materialised
 where, with the transformer's bytes as the measure:
@@ -24,6 +24,7 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -203,7 +204,7 @@ def load_model(
 
         def begin_shared() -> ComingParts:
             shared = ComingParts(path, device, home)
-            beside.run(shared.copy)
+            beside.run(partial(shared.copy, beside.check))
             return shared
 
         # To make their modules takes time in which the transformer can be read already. But where

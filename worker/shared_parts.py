@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,23 @@ class ComingParts:
         self._expect(self.text_encoder, path / "text_encoder", device.dtype, place)
         self._expect(self.vae, path / "vae", device.vae_dtype, device.torch_device)
 
-    def copy(self) -> None:
+    def copy(self, check: Callable[[], None] = lambda: None) -> None:
         """Copy the weights.
+
+        Args:
+            check: called before each tensor; what it raises ends the copy.
 
         Raises:
             quant.WeightsError: a file cannot be read, or has become shorter.
         """
+
+        def checked(wanted: list[Wanted]) -> Iterator[Wanted]:
+            for each in wanted:
+                check()
+                yield each
+
         for copier, wanted in self._copies:
-            copier.read(wanted)
+            copier.read(checked(wanted))
 
     def finish(self) -> SharedParts:
         """Read what is left, which is small; `copy` may still be under way.

@@ -53,7 +53,7 @@ def pick_kernels(
 
     Args:
         quantized: whether the mode multiplies in 8 bits, which not every card can.
-        scales_rows: whether its products do with a scale for each row, as `QuantRecipe` has it.
+        scales_rows: whether products may take a scale for each row, too, as `QuantRecipe` has it.
         fp8_attention: whether its self-attention does, too, which needs `nvidia-cudnn-frontend`.
     """
     if device.type != "cuda":
@@ -165,17 +165,18 @@ class _Trial:
         self.linear = nn.Linear(self.width, 3 * self.width, bias=True).to(device, torch.bfloat16)
         self.linear.weight.data = self._randn(3 * self.width, self.width) / 16
         self.act_scale = SCALE if quantized else None
-        self.weight_scale = torch.tensor(SCALE, device=device)
+        self.weight_scales = {"product": torch.tensor(SCALE, device=device)}
         if scales_rows:  # no two the same, and no powers of two
             rows = torch.arange(3 * self.width, device=device) / self.width
-            self.weight_scale = (SCALE * (1 + rows)).unsqueeze(1)
+            self.weight_scales["product by rows"] = (SCALE * (1.1 + rows)).unsqueeze(1)
         self.scales = AttentionScales(SCALE / 2, SCALE, 2 * SCALE, SCALE) if fp8_attention else None
 
     def run(self, on: Kernels) -> dict[str, Tensor]:
         """What `on` computes, in values."""
         act_scale, norm = self.act_scale, self.norm
         total, normed = on.add_norm(self.x, self.delta, norm.factor, norm, act_scale)
-        qkv = self._product(on)(normed)
+        products = {name: self._product(on, name)(normed) for name in self.weight_scales}
+        qkv = products["product"]
         q, k, v = on.norm_rope(qkv, self.q_norm, self.q_norm, self.rope, self.heads, self.scales)
         codes = {
             "norm": normed,
@@ -185,18 +186,20 @@ class _Trial:
         }
         values = {
             "sum": total,
-            "product": qkv,
             "gated sum": on.add_gated(self.x, self.delta, norm.factor),
             "rotary embedding": _value(q, SCALE if self.scales is None else self.scales.q),
         }
-        return values | {name: _value(code) for name, code in codes.items()}
+        return values | products | {name: _value(code) for name, code in codes.items()}
 
-    def _product(self, on: Kernels) -> BlockLinear:
+    def _product(self, on: Kernels, name: str) -> BlockLinear:
         if self.act_scale is None:
             return on.plain([self.linear])
         act_scale = torch.tensor(SCALE, device=self._device)
         quantized = Hif8Linear.from_linear(
-            self.linear, self.weight_scale, act_scale=act_scale, act_policy=scale_policy("pow2")
+            self.linear,
+            self.weight_scales[name],
+            act_scale=act_scale,
+            act_policy=scale_policy("pow2"),
         )
         return on.quantized([quantized])
 

@@ -145,8 +145,17 @@ class CopierBeside:
         finally:
             taken.put(None)
 
+    def check(self) -> None:
+        """Go on only if there is a use for it: for tasks that are `run`.
+
+        Raises:
+            WeightsError: whoever wanted the weights has had an error meanwhile.
+        """
+        if self._given_up.is_set():
+            raise WeightsError("no more weights are read, because of an error elsewhere")
+
     def run(self, task: Callable[[], None]) -> None:
-        """Have the thread do something else when it is its turn."""
+        """Have the thread do something else when it is its turn, with a `check` now and then."""
         self._begun.append(self._pool.submit(self._unless_failed, task))
 
     def wait(self) -> None:
@@ -212,10 +221,6 @@ class CopierBeside:
         """Hand them out and forget them, so that their memory can be given back before the last."""
         while (batch := taken.get()) is not None:
             while batch:
-                self._unless_given_up()
+                self.check()
                 yield batch.popleft()
-        self._unless_given_up()
-
-    def _unless_given_up(self) -> None:
-        if self._given_up.is_set():
-            raise WeightsError("no more weights are read, because of an error elsewhere")
+        self.check()

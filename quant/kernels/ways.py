@@ -297,11 +297,14 @@ def _read_slice(file: int, run: Run, start: int, view: memoryview) -> None:
 
 def _cut_off(file: int, run: Run) -> WeightsError:
     size = os.fstat(file).st_size  # and not where this read ended: it may lie far behind
-    lacking = min((p for p in run.pieces if p.start + p.nbytes > size), key=lambda p: p.start)
-    place = "within" if lacking.start < size else "before"
+    lacking = [piece for piece in run.pieces if piece.start + piece.nbytes > size]
+    if not lacking:
+        return _unreadable(run.file, "it was being written")
+    first = min(lacking, key=lambda piece: piece.start).stored
+    place = "within" if first.start < size else "before"
     return WeightsError(
-        f"{run.file} ends after {size:,} bytes, {place} tensor {lacking.stored.name!r}: the file "
-        "was cut; copy or convert it again"
+        f"{run.file} ends after {size:,} bytes, {place} tensor {first.name!r}: the file was cut; "
+        "copy or convert it again"
     )
 
 

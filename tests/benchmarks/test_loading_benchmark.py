@@ -59,6 +59,14 @@ def stored_names(files: list[Path]) -> set[tuple[Path, str]]:
     return {(file, each.name) for file in files for each in read_header(file).tensors}
 
 
+def test_the_bf16_transformer_is_compared_too(made, tmp_path):
+    model, packed = made
+    config = load_config(loading.write_config(tmp_path, ("bf16",), model, packed, "boundary-hif8"))
+    files = loading_case.files_of(model, config, only_modes=True)
+    _, compared = loading_case.compare_with_library(files, config, pick_device("cpu"))
+    assert compared == len(stored_names(files)) > 1000
+
+
 @pytest.mark.parametrize("part", ["packed", "text_encoder", "vae"])
 def test_a_tensor_that_is_not_the_library_s_is_named(made, tmp_path, monkeypatch, part):
     model, packed = made

@@ -100,8 +100,9 @@ class Layers(nn.Module):
         )
 
 
-def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch):
-    """As a worker loads them: many at once, into memory that others have used before."""
+@pytest.mark.parametrize("way", [None, partial(ByPinnedBuffers, CARD)])
+def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch, way):
+    """As a worker loads them: many at once, into memory that others' work still writes to."""
     generator = torch.Generator().manual_seed(0)
     specs = [spec_of(name, tensor) for name, tensor in Layers(60).state_dict().items()]
     values = {
@@ -119,16 +120,20 @@ def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch
 
     monkeypatch.setattr(FileReader, "begin", noted)
     torch.cuda.empty_cache()  # or the first would be given what others have left
-    used = [torch.full((1 << 20,), 77.0, device=CARD) for _ in range(50)]
     at_once = 0
     for _ in range(3):
         module = Layers(60)
-        with CopierBeside(Copier(CARD)) as beside:
+        with CopierBeside(Copier(CARD, way)) as beside:
             materialize(module, stored, beside)
-            used = [each * 2 for each in used]  # work that memory is given back under
         at_once = at_once or len(sizes)
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor.cpu(), values[name]), name
+        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+        for tensor in module.state_dict().values():
+            tensor.fill_(77)
+        del module, tensor
+    if way is not None:
+        return
     assert sum(sizes) == 3 * sum(s.nbytes for s in stored.values() if s.nbytes >= SMALL_BYTES)
     assert at_once < 60 / 4, "where memory is whole, most are read with their neighbours"
 

@@ -6,6 +6,8 @@ import json
 import shlex
 import shutil
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,28 @@ def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
     quantizes = any(mode.scales is not None for mode in broken.modes)
     expected = set() if quantizes else {folder / "transformer"}
     assert {stored.file.parent for stored, _ in read} <= expected
+
+
+def test_the_copy_of_shared_parts_ends_when_nobody_wants_it_any_more(
+    config: WorkerConfig, device: Device, monkeypatch
+) -> None:
+    """As where a transformer is damaged that is to be quantized, for which they come first."""
+    read: list[str] = []
+
+    def fail(*_args: object) -> None:
+        raise ModelUnusable("a damaged transformer")
+
+    def slowly(_copier: Copier, wanted: Iterable[Wanted], _arrived: object = None) -> None:
+        for stored, _ in wanted:
+            time.sleep(0.01)
+            read.append(stored.name)
+
+    monkeypatch.setattr(loading, "_begin_modes", fail)
+    monkeypatch.setattr(Copier, "read", slowly)
+    plans = plan_modes(config, fingerprint_model(config))[1:2]
+    with pytest.raises(ModelUnusable, match="a damaged transformer"):
+        load_model(config.model.path, plans, device)
+    assert len(read) < 10
 
 
 @pytest.mark.parametrize(("policy", "rows"), [("pow2", False), ("amax15", True)])
