@@ -24,7 +24,6 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -204,7 +203,7 @@ def load_model(
 
         def begin_shared() -> ComingParts:
             shared = ComingParts(path, device, home)
-            beside.run(partial(shared.copy, beside.check))
+            shared.copy(beside)
             return shared
 
         # To make their modules takes time in which the transformer can be read already. But where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from quant import Copier
+from quant import Copier, CopierBeside
 from quant.kernels.runs import Wanted
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import allocate, check_stored, without_weights
@@ -76,23 +76,17 @@ class ComingParts:
         self._expect(self.text_encoder, path / "text_encoder", device.dtype, place)
         self._expect(self.vae, path / "vae", device.vae_dtype, device.torch_device)
 
-    def copy(self, check: Callable[[], None] = lambda: None) -> None:
-        """Copy the weights.
-
-        Args:
-            check: called before each tensor; what it raises ends the copy.
+    def copy(self, beside: CopierBeside | None = None) -> None:
+        """Copy the weights, at once or by a thread beside.
 
         Raises:
             quant.WeightsError: a file cannot be read, or has become shorter.
         """
-
-        def checked(wanted: list[Wanted]) -> Iterator[Wanted]:
-            for each in wanted:
-                check()
-                yield each
-
         for copier, wanted in self._copies:
-            copier.read(checked(wanted))
+            if beside is None:
+                copier.read(wanted)
+            else:
+                beside.read(wanted, copier)
 
     def finish(self) -> SharedParts:
         """Read what is left, which is small; `copy` may still be under way.

@@ -126,13 +126,18 @@ class CopierBeside:
     def device(self) -> torch.device:
         return self._copier.device
 
-    def read(self, wanted: Iterable[Wanted]) -> None:
+    def read(self, wanted: Iterable[Wanted], copier: Copier | None = None) -> None:
         """Take what is wanted, all of it now, and fill it after what was wanted before.
 
         The first is read while the last is still being taken, which is when memory is made for it.
+
+        Args:
+            copier: another than its own, for tensors of another device.
         """
         taken: SimpleQueue[deque[Wanted] | None] = SimpleQueue()
-        self.run(partial(self._copier.read, self._each_once(taken), self._note_arrival))
+        read = (copier or self._copier).read
+        task = partial(read, self._each_once(taken), self._note_arrival)
+        self._begun.append(self._pool.submit(self._unless_failed, task))
         try:
             rest = iter(wanted)
             while batch := deque(islice(rest, BATCH)):
@@ -144,19 +149,6 @@ class CopierBeside:
             raise
         finally:
             taken.put(None)
-
-    def check(self) -> None:
-        """Go on only if there is a use for it: for tasks that are `run`.
-
-        Raises:
-            WeightsError: whoever wanted the weights has had an error meanwhile.
-        """
-        if self._given_up.is_set():
-            raise WeightsError("no more weights are read, because of an error elsewhere")
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Have the thread do something else when it is its turn, with a `check` now and then."""
-        self._begun.append(self._pool.submit(self._unless_failed, task))
 
     def wait(self) -> None:
         """Wait for all that is to be done; after the first error nothing more is.
@@ -221,6 +213,10 @@ class CopierBeside:
         """Hand them out and forget them, so that their memory can be given back before the last."""
         while (batch := taken.get()) is not None:
             while batch:
-                self.check()
+                self._check()
                 yield batch.popleft()
-        self.check()
+        self._check()
+
+    def _check(self) -> None:
+        if self._given_up.is_set():
+            raise WeightsError("no more weights are read, because of an error elsewhere")

@@ -360,6 +360,18 @@ def test_without_the_library_python_reads(monkeypatch, caplog):
     assert "takes longer" in caplog.text
 
 
+class Other(Copier):
+    """Another copier, which notes when it is its turn."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        super().__init__(CPU)
+        self.note = note
+
+    def read(self, wanted, arrived=None):
+        self.note()
+        super().read(wanted, arrived)
+
+
 def test_beside_everything_arrives_in_turn(files):
     stored = stored_tensors(files)
     targets = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in stored.items()}
@@ -368,7 +380,7 @@ def test_beside_everything_arrives_in_turn(files):
         for number in range(2):
             names = [name for name in stored if name.startswith(f"{number}.")]
             beside.read((stored[name], targets[name]) for name in names)
-        beside.run(lambda: taken.append(targets["1.scalar"].item()))
+        beside.read([], Other(lambda: taken.append(targets["1.scalar"].item())))
         assert not any(target.any() for target in targets.values()), "read returns at once"
         held.let.set()
         beside.wait()
@@ -555,7 +567,7 @@ def test_an_error_elsewhere_ends_what_has_not_begun():
     held, done = Held(), []
     with pytest.raises(KeyError), CopierBeside(held) as beside:  # noqa: PT012
         beside.read([])
-        beside.run(lambda: done.append(1))
+        beside.read([], Other(lambda: done.append(1)))
         threading.Timer(0.1, held.let.set).start()
         raise KeyError
     assert not done
@@ -572,7 +584,7 @@ def test_beside_a_fault_ends_the_rest_and_is_told(files, tmp_path, waiting):
     def read_and_leave() -> None:
         with CopierBeside(Copier(CPU)) as beside:
             beside.read((s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values())
-            beside.run(lambda: done.append(1))
+            beside.read([], Other(lambda: done.append(1)))
             if waiting:
                 beside.wait()
 
