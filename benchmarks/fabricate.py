@@ -2,7 +2,7 @@
 
 Loading, conversion, memory and speed depend on shapes and files, not on what a model has learned.
 This writes what `Wan-AI/Wan2.1-T2V-14B-Diffusers` looks like to everything that reads it: UMT5-XXL,
-VAE, scheduler, sharded weights, and a tokenizer of its own (byte-level, far smaller than UMT5's).
+VAE, scheduler, sharded weights, and a tokenizer of UMT5's size.
 Only its videos are noise. 28.6 GB of transformer, 11.4 GB of text encoder, 0.5 GB of VAE.
 """
 
@@ -22,8 +22,8 @@ import typer
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
+from benchmarks.fabricated_tokenizer import write_tokenizer
 from benchmarks.fabricated_weights import Fabricator, made_ahead
-from mini.architecture import build_tokenizer
 from mini.scenes import Split, captions_of
 from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
 from quant.fingerprint import model_fingerprint
@@ -45,6 +45,7 @@ class Shape:
     """What the parts of one size are built from."""
 
     transformer: dict[str, int]
+    tokens: int
     text_encoder: dict[str, int]
     vae: dict[str, Any]
     calibration_px: int
@@ -59,6 +60,7 @@ SHAPES: dict[Size, Shape] = {
             "text_dim": 4096,
             "freq_dim": 256,
         },
+        tokens=256_300,
         text_encoder={
             "vocab_size": 256384,
             "d_model": 4096,
@@ -78,6 +80,7 @@ SHAPES: dict[Size, Shape] = {
             "text_dim": 32,
             "freq_dim": 32,
         },
+        tokens=500,
         text_encoder={
             "vocab_size": 512,
             "d_model": 32,
@@ -149,6 +152,7 @@ def fabricate(out: Path, plan: Plan) -> int:
         written += _write_part(out / "text_encoder", text_encoder.bfloat16(), plan)
         written += _write_part(out / "vae", vae, plan)
         _write_rest(out, vae)
+        write_tokenizer(out / "tokenizer", shape.tokens, plan.seed)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -166,7 +170,7 @@ def calibrate_briefly(
         model_fingerprint=model_fingerprint(folder),
         recipe=recipe,
         prompts=PromptSet(tuple(captions_of(Split.TRAIN, MIN_PROMPTS)), FABRICATED),
-        sampler=SamplerSettings((side, side), 5, 1, 5.0, 64, timestep_groups=1),
+        sampler=SamplerSettings((side, side), 5, 1, 5.0, 512, timestep_groups=1),
     )
     save_scales(run_calibration(load_pipeline(folder, device), plan), out)
 
@@ -205,11 +209,10 @@ def _write_part(folder: Path, module: Any, plan: Plan) -> int:
 
 
 def _write_rest(out: Path, vae: AutoencoderKLWan) -> None:
-    """Scheduler, tokenizer, and the index that names all parts."""
+    """Scheduler, and the index that names all parts."""
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_config(out / "scheduler")
-    build_tokenizer(captions_of(Split.TRAIN, 1000)).save_pretrained(out / "tokenizer")
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -217,7 +220,7 @@ def _write_rest(out: Path, vae: AutoencoderKLWan) -> None:
         "expand_timesteps": False,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "TokenizersBackend"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "vae": ["diffusers", type(vae).__name__],

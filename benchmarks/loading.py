@@ -6,7 +6,7 @@ which Triton compiles). Two baselines, in the same processes: what the safetenso
 get as many bytes of the same files onto the device, and what their copy from pinned memory takes,
 which no file is in. What the library reads is held against what a worker loads, bit by bit. What a
 process does whatever it loads (imports, the device's first answer, trying its kernels and making
-ready what reads weights) has rows of its own.
+ready what reads weights) has rows of its own, and so has the tokenizer, which is read beside.
 `--model` and `--packed` are what `benchmarks.fabricate` and `python -m quant convert` have written.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
@@ -124,6 +124,7 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         Row(f"{name}: imports before", round(median("imports_s"), 3), "s"),
         Row(f"{name}: the device's first answer", round(median("device_s"), 3), "s"),
         Row(f"{name}: its kernels tried", round(median("kernels_s"), 3), "s"),
+        Row(f"{name}: beside, its tokenizer read", round(median("tokenizer_s"), 3), "s"),
         Row(f"{name}: all of that, from the process' start", round(median("whole_s"), 3), "s"),
         Row(f"{name}: transformer on the device", round(transformer / GIB, 3), "GiB"),
         Row(f"{name}: text encoder and VAE there", round(parts / GIB, 3), "GiB"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -34,10 +35,13 @@ from worker.loading import (
 )
 from worker.memory import place_model
 from worker.shared_parts import ComingParts
+from worker.tokenizer import read_tokenizer
 from worker.wan import WanEngine
 
 COPY_BYTES = 1 << 30
 COPY_ROUNDS = 3
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,10 @@ class Start:
         imports_s: from the process' start until torch and the worker were there.
         device_s: until the device answered.
         kernels_s: until the device's kernels had been tried, which is once per process and has
-            nothing to do with the checkpoint; beside, what reads weights is made ready.
+            nothing to do with the checkpoint; beside, what reads weights is made ready, and a
+            thread reads the tokenizer.
+        tokenizer_s: that thread's own; what is left of it when kernels have been tried is waited
+            for as part of model_s.
         checks_s: fingerprint, recipes, scales, headers, and whether all of it fits.
         model_s: the modes, on the kernels of the device, and at the same time what they share.
         transformer_bytes: of all modes together.
@@ -63,6 +70,7 @@ class Start:
     device_s: float
     checks_s: float
     kernels_s: float
+    tokenizer_s: float
     model_s: float
     transformer_bytes: int
     parts_bytes: int
@@ -131,15 +139,20 @@ def measure_start(
     recipes = [plan.recipe for plan in plans]
     placement = place_model(config, recipes, device, device.available_bytes())
     lap()
-    choices = choose_kernels(plans, device)
-    lap()
-    shared_bytes = 0
-    if only_modes:
-        modes = load_modes(path, plans, device, choices)
-    else:
-        modes, parts = load_model(path, plans, device, placement, choices)
-        WanEngine(config.model, fingerprint, device, parts, modes)
-        shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
+    shared_bytes, tokenizer_s = 0, 0.0
+    with ThreadPoolExecutor(1) as beside:
+        reading = None if only_modes else beside.submit(timed, read_tokenizer, path / "tokenizer")
+        choices = choose_kernels(plans, device)
+        lap()
+        if reading is None:
+            modes = load_modes(path, plans, device, choices)
+        else:
+            modes, parts = load_model(
+                path, plans, device, placement, choices, lambda: reading.result()[0]
+            )
+            WanEngine(config.model, fingerprint, device, parts, modes)
+            shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
+            tokenizer_s = reading.result()[1]
     lap()
     seconds = [after - before for before, after in pairwise(laps)]
     memory = device.memory()
@@ -149,11 +162,19 @@ def measure_start(
         device_s=seconds[0],
         checks_s=seconds[1],
         kernels_s=seconds[2],
+        tokenizer_s=tokenizer_s,
         model_s=seconds[3],
         transformer_bytes=quant.weight_bytes(*(mode.transformer for mode in modes)),
         parts_bytes=shared_bytes,
         peak_bytes=0 if memory is None else memory.peak_bytes,
     )
+
+
+def timed(make: Callable[[Path], T], path: Path) -> tuple[T, float]:
+    """What `make` makes of `path`, and the seconds it took."""
+    started = time.perf_counter()
+    made = make(path)
+    return made, time.perf_counter() - started
 
 
 def files_of(model: Path, config: WorkerConfig, only_modes: bool) -> list[Path]:

@@ -250,17 +250,20 @@ def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
     return _readable(WorkerStatus, "status", names, texts)
 
 
-def tokenizer_fingerprint(text: str) -> str:
-    """The name of a tokenizer: the SHA-256 of its `tokenizer.json` text, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def tokenizer_fingerprint(text: bytes) -> str:
+    """The name of a tokenizer: the SHA-256 of its `tokenizer.json`, in hexadecimal."""
+    return hashlib.sha256(text).hexdigest()
 
 
-def publish_tokenizer(redis: Redis, text: str) -> None:
+def publish_tokenizer(redis: Redis, name: str, text: bytes) -> None:
     """Keep a tokenizer's text for 30 days; it may be megabytes, and is sent only if it is missing.
 
     Call it before an offer that names it, and again with every repetition of the offer.
+
+    Args:
+        name: `tokenizer_fingerprint` of the text, which is not computed again each time.
     """
-    key = keys.tokenizer(tokenizer_fingerprint(text))
+    key = keys.tokenizer(name)
     if not redis.expire(key, keys.TOKENIZER_TTL_S):
         redis.set(key, text, ex=keys.TOKENIZER_TTL_S)
 

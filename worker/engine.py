@@ -72,7 +72,7 @@ class Engine(Protocol):
     def device(self) -> Device: ...
 
     @property
-    def tokenizer_text(self) -> str | None:
+    def tokenizer_text(self) -> bytes | None:
         """What `model.tokenizer` names, as `tokenizer.json`; None where there is no such text."""
 
     def generate(self, request: GenerationRequest, watch: Watch) -> Clip:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from worker.errors import ModelUnusable
 from worker.memory import Placement
 from worker.part_files import WEIGHTS, check_files, read_json
 from worker.shared_parts import ComingParts, SharedParts
+from worker.tokenizer import ModelTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -185,12 +187,14 @@ def load_model(
     device: Device,
     placement: Placement | None = None,
     choices: Choices | None = None,
+    tokenizer: Callable[[], ModelTokenizer] | None = None,
 ) -> tuple[tuple[Mode, ...], SharedParts]:
     """Load the modes and what they share: a thread copies, while this one makes modules.
 
     Args:
         placement: what goes where; by default everything to the device.
         choices: of `choose_kernels`, by default made here.
+        tokenizer: gives the one that somebody else is reading; by default it is read here.
 
     Raises:
         ModelUnusable, quant.QuantError: a part is missing, or a file or tensor is not as it should
@@ -210,7 +214,7 @@ def load_model(
         # it is quantized here, that is waited for, and a fault of theirs should not have to.
         first = begin_shared() if any(map(_quantizes, plans)) else None
         begun = _begin_modes(path, plans, device, beside)
-        parts = (first or begin_shared()).finish()
+        parts = (first or begin_shared()).finish(tokenizer)
         modes = _finish_modes(begun, plans, choices, device, beside)
     if placement is not None:
         parts = replace(

@@ -35,7 +35,7 @@ class StandingOffer(Companion):
         self,
         redis: Redis,
         offer: WorkerOffer,
-        tokenizer: str | None,
+        tokenizer: bytes | None,
         status: Callable[[], WorkerStatus],
         outage: Outage,
         repeat_every_s: float = REPEAT_EVERY_S,
@@ -93,7 +93,8 @@ class StandingOffer(Companion):
         else:
             # The tokenizer first, so that no offer names one that is not there; again with every
             # repetition, because a Redis that lost its data has lost it too.
-            if self._tokenizer is not None:
-                catalog.publish_tokenizer(self._redis, self._tokenizer)
+            name = self._offer.model.tokenizer
+            if name is not None and self._tokenizer is not None:
+                catalog.publish_tokenizer(self._redis, name, self._tokenizer)
             catalog.publish(self._redis, self._offer)
         catalog.publish_status(self._redis, self._status())

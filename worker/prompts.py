@@ -8,9 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from tokenizers import Tokenizer
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from jobs.errors import PromptTooLong
 from jobs.spec import GenerationRequest
@@ -31,7 +29,7 @@ class PromptEncoder:
         # Of its own: where text encoder and transformer are on different devices, a pipeline of
         # both would not know which is its own.
         self._pipeline = WanPipeline(
-            tokenizer=parts.tokenizer,
+            tokenizer=parts.tokenizer.tokenize,
             text_encoder=parts.text_encoder,
             vae=None,
             scheduler=parts.scheduler,
@@ -41,7 +39,7 @@ class PromptEncoder:
 
     def count_tokens(self, text: str) -> int:
         """Count a prompt's tokens as the pipeline would: cleaned, and with the closing one."""
-        return len(self._parts.tokenizer(prompt_clean(text)).input_ids)
+        return len(self._parts.tokenizer.tokenize(prompt_clean(text)).input_ids)
 
     def refuse_too_long(self, request: GenerationRequest) -> None:
         """Raise PromptTooLong for a text that the pipeline would cut."""
@@ -76,21 +74,6 @@ class PromptEncoder:
             self._device.synchronize()
         home = self._device.torch_device
         return prompt.to(home), None if negative is None else negative.to(home)
-
-
-def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Write a tokenizer as `tokenizer.json` text, the same whatever it was last used for.
-
-    None for one that is written in Python and has no such text.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    # A copy: cutting and padding are state, which every call of the original sets anew.
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    return str(copy.to_str())
 
 
 @contextmanager

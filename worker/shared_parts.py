@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from quant import Copier, CopierBeside
 from quant.kernels.runs import Wanted
@@ -20,6 +20,7 @@ from quant.skeleton import allocate, check_stored, without_weights
 from worker.devices import Device
 from worker.errors import ModelUnusable
 from worker.part_files import CONFIG, WEIGHTS, check_files, read_json, read_part
+from worker.tokenizer import ModelTokenizer, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class SharedParts:
         vae_tiling: whether the VAE decodes in tiles.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: ModelTokenizer
     text_encoder: UMT5EncoderModel
     vae: AutoencoderKLWan
     scheduler: Any
@@ -88,8 +89,11 @@ class ComingParts:
             else:
                 beside.read(wanted, copier)
 
-    def finish(self) -> SharedParts:
-        """Read what is left, which is small; `copy` may still be under way.
+    def finish(self, tokenizer: Callable[[], ModelTokenizer] | None = None) -> SharedParts:
+        """Read what is left; `copy` may still be under way.
+
+        Args:
+            tokenizer: gives the one that somebody else is reading; by default it is read here.
 
         Raises:
             ModelUnusable: a part lacks a file, or one cannot be read.
@@ -97,9 +101,7 @@ class ComingParts:
         index: Mapping[str, Any] = read_json(self._path / "model_index.json")
         scheduler = getattr(diffusers, index["scheduler"][1])
         return SharedParts(
-            tokenizer=read_part(
-                AutoTokenizer.from_pretrained, self._path / "tokenizer", "tokenizer.json"
-            ),
+            tokenizer=tokenizer() if tokenizer else read_tokenizer(self._path / "tokenizer"),
             text_encoder=self.text_encoder.eval(),
             vae=self.vae.eval(),
             scheduler=read_part(scheduler.from_pretrained, self._path / "scheduler", CONFIG),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 import quant
-from jobs.catalog import ModelOffer, ModeOffer, tokenizer_fingerprint
+from jobs.catalog import ModelOffer, ModeOffer
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
@@ -41,10 +42,11 @@ from worker.loading import (
     plan_modes,
 )
 from worker.memory import place_model
-from worker.prompts import PromptEncoder, checked, tokenizer_text
+from worker.prompts import PromptEncoder, checked
 from worker.saturation import ActSample
 from worker.shared_parts import SharedParts
 from worker.step_cache import step_cache
+from worker.tokenizer import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,7 @@ class WanEngine:
 
     Attributes:
         loaded: the modes by name, in the order of the configuration.
-        tokenizer_text: the tokenizer as `tokenizer.json` text, which `model.tokenizer` names; None
-            where it has no such text.
+        tokenizer_text: of `tokenizer.json`, which `model.tokenizer` names.
     """
 
     def __init__(
@@ -75,11 +76,8 @@ class WanEngine:
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
         self.prompts = PromptEncoder(parts, device, config.text_tokens)
-        self.tokenizer_text = tokenizer_text(parts.tokenizer)
-        text = self.tokenizer_text
-        self.model: ModelOffer = config.offer(
-            fingerprint, None if text is None else tokenizer_fingerprint(text)
-        )
+        self.tokenizer_text = parts.tokenizer.text
+        self.model: ModelOffer = config.offer(fingerprint, parts.tokenizer.fingerprint)
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
 
     @classmethod
@@ -101,8 +99,10 @@ class WanEngine:
         recipes = [plan.recipe for plan in plans]
         placement = place_model(config, recipes, device, device.available_bytes())
         logger.info("%s", placement)
-        choices = choose_kernels(plans, device)
-        modes, parts = load_model(path, plans, device, placement, choices)
+        with ThreadPoolExecutor(1, "tokenizer") as beside:
+            tokenizer = beside.submit(read_tokenizer, path / "tokenizer").result
+            choices = choose_kernels(plans, device)
+            modes, parts = load_model(path, plans, device, placement, choices, tokenizer)
         denoise = None if cards is None else lead(cards, modes)
         return cls(config.model, fingerprint, device, parts, modes, denoise)
 
@@ -113,7 +113,7 @@ class WanEngine:
             f"device: {self.device.name}",
             f"modes: {', '.join(mode.name for mode in self.modes)}",
             f"prompts: at most {self.config.text_tokens} tokens, counted "
-            + (f"with tokenizer {self.model.tokenizer}" if self.model.tokenizer else "here only"),
+            f"with tokenizer {self.model.tokenizer}",
         ]
         for name, mode in self.loaded.items():
             if mode.report is not None:

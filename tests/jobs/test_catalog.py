@@ -91,19 +91,19 @@ def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: Worker
 
 def test_tokenizer_is_stored_once_and_kept_alive(redis: Redis) -> None:
     text = '{"version": "1.0", "text": "ü"}'
-    name = catalog.tokenizer_fingerprint(text)
+    name = catalog.tokenizer_fingerprint(text.encode())
     assert catalog.read_tokenizer(redis, name) is None
-    catalog.publish_tokenizer(redis, text)
+    catalog.publish_tokenizer(redis, name, text.encode())
     assert catalog.read_tokenizer(redis, name) == text
     redis.expire(keys.tokenizer(name), 60)
-    catalog.publish_tokenizer(redis, text)
+    catalog.publish_tokenizer(redis, name, text.encode())
     assert 60 < redis.ttl(keys.tokenizer(name)) <= keys.TOKENIZER_TTL_S
 
 
 def test_tokenizer_of_another_content_is_none(
     redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = catalog.tokenizer_fingerprint("one")
+    name = catalog.tokenizer_fingerprint(b"one")
     redis.set(keys.tokenizer(name), "another")
     assert catalog.read_tokenizer(redis, name) is None
     assert name in caplog.text

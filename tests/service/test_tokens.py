@@ -16,17 +16,18 @@ BOUND = 64
 
 
 @pytest.fixture
-def text() -> str:
-    return TOKENIZER.read_text(encoding="utf-8")
+def text() -> bytes:
+    return TOKENIZER.read_bytes()
 
 
 @pytest.fixture
-def counting_worker(redis: Redis, offer: WorkerOffer, text: str) -> WorkerOffer:
+def counting_worker(redis: Redis, offer: WorkerOffer, text: bytes) -> WorkerOffer:
     """A live worker that takes 64 tokens and has published its tokenizer."""
-    bounds = {"tokenizer": catalog.tokenizer_fingerprint(text), "max_prompt_tokens": BOUND}
+    name = catalog.tokenizer_fingerprint(text)
+    bounds = {"tokenizer": name, "max_prompt_tokens": BOUND}
     model = offer.model.model_copy(update={**bounds, "max_prompt_chars": 400})
     offer = offer.model_copy(update={"model": model, "queue": queue_name(model, offer.modes)})
-    catalog.publish_tokenizer(redis, text)
+    catalog.publish_tokenizer(redis, name, text)
     catalog.publish(redis, offer)
     return offer
 
@@ -64,33 +65,33 @@ def test_without_the_tokenizer_nothing_is_refused(
 
 
 @pytest.mark.usefixtures("counting_worker")
-def test_the_model_list_names_the_bound(client: TestClient, text: str) -> None:
+def test_the_model_list_names_the_bound(client: TestClient, text: bytes) -> None:
     (model,) = client.get("/models").json()["models"]
     assert model["max_prompt_tokens"] == BOUND
     assert model["tokenizer"] == catalog.tokenizer_fingerprint(text)
 
 
-def test_a_tokenizer_is_read_once(redis: Redis, text: str) -> None:
-    catalog.publish_tokenizer(redis, text)
+def test_a_tokenizer_is_read_once(redis: Redis, text: bytes) -> None:
     name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
+    catalog.publish_tokenizer(redis, name, text)
     assert counter.count(name, "red") == 2
     redis.delete(keys.tokenizer(name))
     assert counter.count(name, "red red") == 3
 
 
-def test_one_that_comes_late_is_found(redis: Redis, text: str) -> None:
+def test_one_that_comes_late_is_found(redis: Redis, text: bytes) -> None:
     name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
     assert counter.count(name, "red") is None
-    catalog.publish_tokenizer(redis, text)
+    catalog.publish_tokenizer(redis, name, text)
     assert counter.count(name, "red") == 2
 
 
-def test_only_the_last_few_are_kept(redis: Redis, text: str) -> None:
+def test_only_the_last_few_are_kept(redis: Redis, text: bytes) -> None:
     # White space makes other texts of the same tokenizer.
-    texts = [text + "\n" * n for n in range(MOST_KEPT + 1)]
+    texts = [text + b"\n" * n for n in range(MOST_KEPT + 1)]
     names, counter = [catalog.tokenizer_fingerprint(each) for each in texts], TokenCounter(redis)
     for name, each in zip(names, texts, strict=True):
-        catalog.publish_tokenizer(redis, each)
+        catalog.publish_tokenizer(redis, name, each)
         assert counter.count(name, "red") == 2
         redis.delete(keys.tokenizer(name))
     assert counter.count(names[0], "red") is None
@@ -100,7 +101,8 @@ def test_only_the_last_few_are_kept(redis: Redis, text: str) -> None:
 def test_an_unreadable_tokenizer_counts_nothing(
     redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    catalog.publish_tokenizer(redis, '{"version": "99"}')
-    name = catalog.tokenizer_fingerprint('{"version": "99"}')
+    text = b'{"version": "99"}'
+    name = catalog.tokenizer_fingerprint(text)
+    catalog.publish_tokenizer(redis, name, text)
     assert TokenCounter(redis).count(name, "red") is None
     assert f"Tokenizer {name} cannot be read" in caplog.text

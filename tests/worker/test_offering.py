@@ -10,7 +10,7 @@ from jobs.catalog import WorkerOffer, WorkerStatus
 from worker.offering import StandingOffer
 from worker.outage import Outage
 
-TEXT = '{"version": "1.0"}'
+TEXT = b'{"version": "1.0"}'
 
 
 def wait_until(what: Callable[[], bool], limit_s: float = 5) -> None:
@@ -28,13 +28,15 @@ def test_offer_tokenizer_and_status_come_back_after_redis_lost_its_data(
     redis: Redis, offer: WorkerOffer
 ) -> None:
     name = catalog.tokenizer_fingerprint(TEXT)
+    model = offer.model.model_copy(update={"tokenizer": name})
+    offer = offer.model_copy(update={"model": model})
     with StandingOffer(redis, offer, TEXT, status, Outage(), repeat_every_s=0.05):
         assert catalog.read(redis).offers == (offer,)
-        assert catalog.read_tokenizer(redis, name) == TEXT
+        assert catalog.read_tokenizer(redis, name) == TEXT.decode()
         redis.flushdb()
         wait_until(lambda: catalog.read(redis).offers == (offer,))
         wait_until(lambda: catalog.read_statuses(redis) == (status(),))
-        assert catalog.read_tokenizer(redis, name) == TEXT
+        assert catalog.read_tokenizer(redis, name) == TEXT.decode()
     assert catalog.read(redis).offers == ()
     assert catalog.read_statuses(redis) == ()
 

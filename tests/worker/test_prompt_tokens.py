@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from redis import Redis
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from jobs import catalog
 from service.tokens import TokenCounter, cleaned
-from worker.prompts import tokenizer_text
 from worker.wan import WanEngine
 
 AWKWARD = {
@@ -34,8 +30,8 @@ AWKWARD = {
 
 @pytest.fixture
 def counter(redis: Redis, engine: WanEngine) -> TokenCounter:
-    assert engine.tokenizer_text is not None
-    catalog.publish_tokenizer(redis, engine.tokenizer_text)
+    assert engine.model.tokenizer is not None
+    catalog.publish_tokenizer(redis, engine.model.tokenizer, engine.tokenizer_text)
     return TokenCounter(redis)
 
 
@@ -49,18 +45,7 @@ def test_service_and_engine_count_alike(
 
 
 def test_the_offer_names_the_published_text_and_the_bound(engine: WanEngine) -> None:
-    assert engine.tokenizer_text is not None
+    assert engine.model.tokenizer is not None
     assert engine.model.tokenizer == catalog.tokenizer_fingerprint(engine.tokenizer_text)
     assert engine.model.max_prompt_tokens == engine.config.text_tokens == 64
     assert engine.model.tokenizer in "\n".join(engine.describe())
-
-
-def test_the_text_does_not_follow_the_tokenizers_last_use(model_folder: Path) -> None:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_folder / "tokenizer")
-    before = tokenizer_text(tokenizer)
-    tokenizer("red", padding="max_length", max_length=9, truncation=True)
-    assert tokenizer_text(tokenizer) == before
-
-
-def test_a_tokenizer_written_in_python_has_no_text() -> None:
-    assert tokenizer_text(ByT5Tokenizer()) is None

@@ -165,7 +165,7 @@ def test_no_hooks_stay_behind(engine: WanEngine) -> None:
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
 def test_a_text_that_would_be_cut_is_refused(engine: WanEngine, field: str) -> None:
     fits = " ".join(["red"] * 63)
-    assert len(engine.parts.tokenizer(fits).input_ids) == 64
+    assert len(engine.parts.tokenizer.tokenize(fits).input_ids) == 64
     assert len(frames(engine, **{**SHORT, field: fits})) == 5
     with pytest.raises(PromptTooLong, match=f"{field} has 65 tokens, more than 64") as caught:
         frames(engine, **{**SHORT, field: fits + " red"})

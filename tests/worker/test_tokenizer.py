@@ -1,0 +1,107 @@
+"""A tokenizer is what its file says, whatever class a configuration names."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from benchmarks.fabricated_tokenizer import write_tokenizer
+from jobs.catalog import tokenizer_fingerprint
+from worker import loading, wan
+from worker.config import WorkerConfig
+from worker.devices import Device
+from worker.errors import ModelUnusable
+from worker.tokenizer import ModelTokenizer, read_tokenizer
+from worker.wan import WanEngine
+
+TEXT = "a red ball <extra_id_3> over the 海 \u20ac"
+
+
+@pytest.fixture
+def umt5(tmp_path: Path) -> Path:
+    """A tokenizer as Wan's folders have it, but small: `<unk>` is its fourth token."""
+    folder = tmp_path / "tokenizer"
+    write_tokenizer(folder, 500, seed=3)
+    return folder
+
+
+def test_it_computes_what_its_file_says(umt5: Path) -> None:
+    read = read_tokenizer(umt5)
+    said = Tokenizer.from_file(str(umt5 / "tokenizer.json")).encode(TEXT).ids
+    assert read.tokenize(TEXT).input_ids == said
+    assert said.count(3) == 2, "both unknown characters, and no other class' unknown token"
+    assert said[-1] == 1
+
+
+def test_it_pads_and_cuts_as_pipelines_ask(umt5: Path) -> None:
+    read = read_tokenizer(umt5)
+    padded = read.tokenize(["red", TEXT], padding="max_length", max_length=12, truncation=True)
+    assert [len(ids) for ids in padded.input_ids] == [12, 12]
+    assert padded.input_ids[0][-1] == read.tokenize.pad_token_id == 0
+    assert padded.attention_mask[0][-1] == 0
+    assert padded.input_ids[1][-1] == 1, "the closing token stays"
+
+
+def test_its_text_is_the_file(umt5: Path) -> None:
+    read = read_tokenizer(umt5)
+    read.tokenize("red", padding="max_length", max_length=9, truncation=True)
+    assert read.text == (umt5 / "tokenizer.json").read_bytes()
+    assert read.fingerprint == tokenizer_fingerprint(read.text)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "99"}'])
+@pytest.mark.parametrize("lists_added_tokens", [True, False])
+def test_a_broken_file_is_named(umt5: Path, text: str, lists_added_tokens: bool) -> None:
+    (umt5 / "tokenizer.json").write_text(text, encoding="utf-8")
+    if not lists_added_tokens:
+        config = json.loads((umt5 / "tokenizer_config.json").read_text(encoding="utf-8"))
+        del config["added_tokens_decoder"]
+        (umt5 / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelUnusable, match=r"tokenizer/tokenizer\.json cannot be read: ") as told:
+        read_tokenizer(umt5)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_missing_file_is_named(umt5: Path, name: str) -> None:
+    (umt5 / name).unlink()
+    with pytest.raises(ModelUnusable, match=r"lacks a file"):
+        read_tokenizer(umt5)
+
+
+def test_it_is_read_while_kernels_are_tried(
+    config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, tried = threading.Event(), threading.Event()
+    choose = loading.choose_kernels
+
+    def read(folder: Path) -> ModelTokenizer:
+        begun.set()
+        assert tried.wait(20), "kernels wait for the tokenizer"
+        return read_tokenizer(folder)
+
+    def choose_kernels(*args):
+        assert begun.wait(20), "nobody reads the tokenizer"
+        choices = choose(*args)
+        tried.set()
+        return choices
+
+    monkeypatch.setattr(wan, "read_tokenizer", read)
+    monkeypatch.setattr(wan, "choose_kernels", choose_kernels)
+    engine = WanEngine.load(config, device)
+    assert engine.tokenizer_text == (config.model.path / "tokenizer/tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_the_start(
+    config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(folder: Path) -> ModelTokenizer:
+        raise ModelUnusable(f"{folder} is no tokenizer")
+
+    monkeypatch.setattr(wan, "read_tokenizer", read)
+    with pytest.raises(ModelUnusable, match="is no tokenizer"):
+        WanEngine.load(config, device)
