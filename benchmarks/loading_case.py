@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -102,10 +103,10 @@ def main(
     With the baselines, every tensor is loaded once more and has to be what the library reads.
     """
     imported = time.time()
-    with resting_collector():
-        device = pick_device("cpu" if wanted == "cpu" else "cuda")
-        start = measure_start(config_file, device, only_modes, started, imported)
+    device = pick_device("cpu" if wanted == "cpu" else "cuda")
+    start = measure_start(config_file, device, only_modes, started, imported)
     if baselines:
+        gc.unfreeze()  # what was loaded has to go
         config = load_config(config_file)
         files = files_of(config.model.path, config, only_modes)
         device.empty_cache()
@@ -131,28 +132,30 @@ def measure_start(
         laps.append(time.time())
 
     lap()
-    config = load_config(config_file)
-    path = config.model.path
-    check_folder(path)
-    fingerprint = fingerprint_model(config)
-    plans = plan_modes(config, fingerprint)
-    recipes = [plan.recipe for plan in plans]
-    placement = place_model(config, recipes, device, device.available_bytes())
-    lap()
-    shared_bytes, tokenizer_s = 0, 0.0
-    with ThreadPoolExecutor(1) as beside:
-        reading = None if only_modes else beside.submit(timed, read_tokenizer, path / "tokenizer")
-        choices = choose_kernels(plans, device)
+    with resting_collector():
+        config = load_config(config_file)
+        path = config.model.path
+        check_folder(path)
+        fingerprint = fingerprint_model(config)
+        plans = plan_modes(config, fingerprint)
+        recipes = [plan.recipe for plan in plans]
+        placement = place_model(config, recipes, device, device.available_bytes())
         lap()
-        if reading is None:
-            modes = load_modes(path, plans, device, choices)
-        else:
-            modes, parts = load_model(
-                path, plans, device, placement, choices, lambda: reading.result()[0]
-            )
-            WanEngine(config.model, fingerprint, device, parts, modes)
-            shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
-            tokenizer_s = reading.result()[1]
+        shared_bytes, tokenizer_s = 0, 0.0
+        with ThreadPoolExecutor(1) as beside:
+            folder = path / "tokenizer"
+            reading = None if only_modes else beside.submit(timed, read_tokenizer, folder)
+            choices = choose_kernels(plans, device)
+            lap()
+            if reading is None:
+                modes = load_modes(path, plans, device, choices)
+            else:
+                modes, parts = load_model(
+                    path, plans, device, placement, choices, lambda: reading.result()[0]
+                )
+                WanEngine(config.model, fingerprint, device, parts, modes)
+                shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
+                tokenizer_s = reading.result()[1]
     lap()
     seconds = [after - before for before, after in pairwise(laps)]
     memory = device.memory()

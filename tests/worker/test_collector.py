@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +30,22 @@ def test_it_rests_until_the_start_is_over() -> None:
         assert not gc.isenabled()
         assert gc.get_freeze_count() > 100_000, "what was imported is not looked through again"
     assert gc.isenabled()
+
+
+def test_what_was_made_within_is_not_looked_through_again_and_its_garbage_is_gone() -> None:
+    class Node:
+        pass
+
+    with resting_collector():
+        kept = [Node() for _ in range(1000)]
+        cycle = Node()
+        cycle.itself = cycle  # type: ignore[attr-defined]
+        gone = weakref.ref(cycle)
+        del cycle
+        assert gone() is not None
+    assert gone() is None
+    looked_at = {id(each) for each in gc.get_objects()}
+    assert looked_at.isdisjoint(map(id, kept))
 
 
 def test_it_is_back_after_a_start_that_failed() -> None:
