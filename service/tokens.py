@@ -9,6 +9,7 @@ import html
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Final
 
 import ftfy
@@ -29,7 +30,19 @@ class TokenCounter:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._kept: OrderedDict[str, Tokenizer | None] = OrderedDict()
+        self._prepared: set[str] = set()
         self._lock = threading.Lock()
+
+    def prepare(self, fingerprints: Iterable[str]) -> None:
+        """Read the tokenizers of live offers before a request waits for one; Redis errors pass.
+
+        The library lets nothing else of the process run while it reads a large one, for a second or
+        more. So each is prepared once: what had to go for another's sake comes back when needed.
+        """
+        for fingerprint in fingerprints:
+            if fingerprint not in self._prepared:
+                self._tokenizer(fingerprint)
+                self._prepared.add(fingerprint)
 
     def count(self, fingerprint: str, text: str) -> int | None:
         """Count the tokens of `text`, the closing one included.

@@ -12,6 +12,7 @@ from service.upkeep.retention import Retention
 from service.webhooks.build import courier
 
 DELETIONS_EVERY_S: Final = 5.0
+TOKENIZERS_EVERY_S: Final = 2.0
 WEBHOOKS_AGAIN_S: Final = 1.0
 """After a fault: until then they are under way all the time."""
 
@@ -25,8 +26,14 @@ def chores(parts: Parts) -> Sequence[Task]:
         Task("recovery", recovery.EVERY_S, lambda _: recover.run()),
         Task("deletion", DELETIONS_EVERY_S, sweep),
         Task("retention", retention.ASK_EVERY_S, retain.run_if_due),
+        Task("tokenizers", TOKENIZERS_EVERY_S, lambda _: _prepare_tokenizers(parts)),
     ]
     webhooks = courier(parts)
     if webhooks is not None:
         tasks.append(Task("webhooks", WEBHOOKS_AGAIN_S, webhooks.run))
     return tasks
+
+
+def _prepare_tokenizers(parts: Parts) -> None:
+    named = (offer.model.tokenizer for offer in parts.catalog.get().offers)
+    parts.tokens.prepare(name for name in named if name is not None)

@@ -1,6 +1,7 @@
 """Prompts are counted in tokens before they are queued, with the tokenizer a worker published."""
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ from redis import Redis
 
 from jobs import catalog, keys
 from jobs.catalog import WorkerOffer, queue_name
+from service.app import create_app
+from service.deps import Parts
+from service.settings import ServiceSettings
 from service.tokens import MOST_KEPT, TokenCounter
+from service.upkeep.chores import chores
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "wan-mini" / "tokenizer" / "tokenizer.json"
 BOUND = 64
@@ -56,9 +61,9 @@ def test_a_text_of_too_many_tokens_is_refused_and_nothing_queued(
 def test_without_the_tokenizer_nothing_is_refused(
     client: TestClient, redis: Redis, counting_worker: WorkerOffer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = counting_worker.model.tokenizer
-    assert name is not None
-    redis.delete(keys.tokenizer(name))
+    name = "0" * 64
+    model = counting_worker.model.model_copy(update={"tokenizer": name})
+    catalog.publish(redis, counting_worker.model_copy(update={"model": model}))
     with caplog.at_level(logging.WARNING):
         assert client.post("/generate", json={"prompt": "red " * 99}).status_code == 202
     assert f"Tokenizer {name} is not in Redis" in caplog.text
@@ -77,6 +82,37 @@ def test_a_tokenizer_is_read_once(redis: Redis, text: bytes) -> None:
     assert counter.count(name, "red") == 2
     redis.delete(keys.tokenizer(name))
     assert counter.count(name, "red red") == 3
+
+
+def test_a_prepared_tokenizer_waits_for_no_request(redis: Redis, text: bytes) -> None:
+    name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
+    catalog.publish_tokenizer(redis, name, text)
+    counter.prepare([name])
+    redis.delete(keys.tokenizer(name))
+    assert counter.count(name, "red") == 2
+
+
+def test_what_had_to_go_is_not_prepared_again(redis: Redis, text: bytes) -> None:
+    texts = [text + b"\n" * n for n in range(MOST_KEPT + 1)]
+    names, counter = [catalog.tokenizer_fingerprint(each) for each in texts], TokenCounter(redis)
+    for name, each in zip(names, texts, strict=True):
+        catalog.publish_tokenizer(redis, name, each)
+    counter.prepare(names)
+    counter.prepare(names)
+    redis.delete(*map(keys.tokenizer, names))
+    counts = [counter.count(name, "red") for name in names]
+    assert counts == [None] + [2] * MOST_KEPT
+
+
+@pytest.mark.usefixtures("counting_worker")
+def test_a_service_prepares_those_of_live_offers(settings: ServiceSettings) -> None:
+    parts: Parts = create_app(settings).state.parts
+    (task,) = (task for task in chores(parts) if task.name == "tokenizers")
+    task.work(threading.Event())
+    name = parts.catalog.get().offers[0].model.tokenizer
+    assert name is not None
+    parts.redis.delete(keys.tokenizer(name))
+    assert parts.tokens.count(name, "red") == 2
 
 
 def test_one_that_comes_late_is_found(redis: Redis, text: bytes) -> None:
