@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.fabricated_tokenizer import write_tokenizer
 from jobs.catalog import tokenizer_fingerprint
@@ -44,6 +45,33 @@ def test_it_pads_and_cuts_as_pipelines_ask(umt5: Path) -> None:
     assert padded.input_ids[0][-1] == read.tokenize.pad_token_id == 0
     assert padded.attention_mask[0][-1] == 0
     assert padded.input_ids[1][-1] == 1, "the closing token stays"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"pad_token": {"__type": "AddedToken", "content": "<pad>", "special": True}},
+        {"pad_token": None, "eos_token": None, "unk_token": None},
+    ],
+    ids=["text", "object", "unnamed"],
+)
+def test_its_special_tokens_are_those_of_the_configuration(
+    umt5: Path, change: dict[str, object]
+) -> None:
+    file = umt5 / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    library = PreTrainedTokenizerFast.from_pretrained(umt5)
+    config = {name: each for name, each in (config | change).items() if each is not None}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    read = read_tokenizer(umt5).tokenize
+    ours, theirs = (
+        each([TEXT, "</s><pad> x"], padding="max_length", max_length=40, truncation=True)
+        for each in (read, library)
+    )
+    assert ours.input_ids == theirs.input_ids
+    assert ours.attention_mask == theirs.attention_mask
+    assert len(read) == len(library), "no token was added"
 
 
 def test_its_text_is_the_file(umt5: Path) -> None:
