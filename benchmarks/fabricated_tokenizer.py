@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPACE = "▁"
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
@@ -33,7 +33,6 @@ def write_tokenizer(folder: Path, tokens: int, seed: int) -> None:
     # The commoner the earlier, as trained ones are.
     vocabulary += [(word, -5.0 - 10.0 * rank / len(words)) for rank, word in enumerate(words)]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>")))
-    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement=SPACE)]
     )

@@ -111,6 +111,7 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         return statistics.median(float(getattr(start, attribute)) for start in starts)
 
     transformer, parts = median("transformer_bytes"), median("parts_bytes")
+    read = round(median("tokenizer_s"), 3)
     ready, size = round(median("loading_s"), 3), transformer + parts
     library, pinned = (median(f"{way}_bytes_per_s") for way in ("library", "pinned"))
     return [
@@ -124,7 +125,7 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         Row(f"{name}: imports before", round(median("imports_s"), 3), "s"),
         Row(f"{name}: the device's first answer", round(median("device_s"), 3), "s"),
         Row(f"{name}: its kernels tried", round(median("kernels_s"), 3), "s"),
-        Row(f"{name}: beside, its tokenizer read", round(median("tokenizer_s"), 3), "s"),
+        *([Row(f"{name}: beside, its tokenizer read", read, "s")] if parts else []),
         Row(f"{name}: all of that, from the process' start", round(median("whole_s"), 3), "s"),
         Row(f"{name}: transformer on the device", round(transformer / GIB, 3), "GiB"),
         Row(f"{name}: text encoder and VAE there", round(parts / GIB, 3), "GiB"),

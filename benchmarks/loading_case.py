@@ -106,7 +106,8 @@ def main(
     device = pick_device("cpu" if wanted == "cpu" else "cuda")
     start = measure_start(config_file, device, only_modes, started, imported)
     if baselines:
-        gc.unfreeze()  # what was loaded has to go
+        gc.unfreeze()
+        gc.collect()  # what was loaded has to go, also where it refers to itself
         config = load_config(config_file)
         files = files_of(config.model.path, config, only_modes)
         device.empty_cache()

@@ -34,6 +34,7 @@ from benchmarks.report import Row
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from tests.e2e.cluster import Cluster
+from worker.collector import resting_collector
 from worker.config import load_config
 from worker.devices import DeviceChoice, pick_device
 from worker.video import VideoFormat, encode_mp4
@@ -104,7 +105,8 @@ def run_bare(
     """Seconds of each run in each mode, without service and queue; and the device's name."""
     choice: DeviceChoice = "cuda" if device == "cuda" else "cpu"
     on = pick_device(choice, 8)
-    engine = WanEngine.load(load_config(config), on)
+    with resting_collector():  # as a worker does
+        engine = WanEngine.load(load_config(config), on)
     found: dict[str, list[Seconds]] = {mode: [] for mode in modes}
     for mode in modes:
         for number in range(rounds + 1):
@@ -112,6 +114,7 @@ def run_bare(
             if number:
                 found[mode].append(seconds)
     del engine
+    gc.unfreeze()
     gc.collect()
     on.empty_cache()
     return on.name, found

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import Final
 
 import ftfy
@@ -34,15 +35,20 @@ class TokenCounter:
         self._lock = threading.Lock()
 
     def prepare(self, fingerprints: Iterable[str]) -> None:
-        """Read the tokenizers of live offers before a request waits for one; Redis errors pass.
+        """Read one of the tokenizers that live offers name, before a request waits for it.
 
         The library lets nothing else of the process run while it reads a large one, for a second or
-        more. So each is prepared once: what had to go for another's sake comes back when needed.
+        more. So it is one at a time, no more than are kept, and each once: what had to go for
+        another's sake comes back when it is needed. Redis errors pass through.
         """
-        for fingerprint in fingerprints:
-            if fingerprint not in self._prepared:
-                self._tokenizer(fingerprint)
+        for fingerprint in islice(dict.fromkeys(fingerprints), MOST_KEPT):
+            if fingerprint in self._prepared:
+                continue
+            with self._lock:
+                there = self._keep(fingerprint)
+            if there:
                 self._prepared.add(fingerprint)
+                return
 
     def count(self, fingerprint: str, text: str) -> int | None:
         """Count the tokens of `text`, the closing one included.
@@ -56,16 +62,22 @@ class TokenCounter:
     def _tokenizer(self, fingerprint: str) -> Tokenizer | None:
         # One reader at a time: reading a large tokenizer takes seconds, and once is enough.
         with self._lock:
-            if fingerprint not in self._kept:
-                text = catalog.read_tokenizer(self._redis, fingerprint)
-                if text is None:
-                    logger.warning("Tokenizer %s is not in Redis: no tokens counted.", fingerprint)
-                    return None
-                self._kept[fingerprint] = _read(fingerprint, text)
-            self._kept.move_to_end(fingerprint)
-            while len(self._kept) > MOST_KEPT:
-                self._kept.popitem(last=False)
+            if not self._keep(fingerprint):
+                logger.warning("Tokenizer %s is not in Redis: no tokens counted.", fingerprint)
+                return None
             return self._kept[fingerprint]
+
+    def _keep(self, fingerprint: str) -> bool:
+        """Have it among those that are kept, the last to go; False if it is not in Redis."""
+        if fingerprint not in self._kept:
+            text = catalog.read_tokenizer(self._redis, fingerprint)
+            if text is None:
+                return False
+            self._kept[fingerprint] = _read(fingerprint, text)
+        self._kept.move_to_end(fingerprint)
+        while len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+        return True
 
 
 def cleaned(text: str) -> str:
@@ -77,7 +89,9 @@ def cleaned(text: str) -> str:
 def _read(fingerprint: str, text: str) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception:  # the library raises nothing narrower
+    except BaseException as error:  # the library's panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         logger.exception("Tokenizer %s cannot be read: no tokens counted.", fingerprint)
         return None
     # A file may ask to cut or to pad what it encodes; here everything counts, and nothing else.

@@ -16,9 +16,9 @@ from jobs.catalog import tokenizer_fingerprint
 from worker.errors import ModelUnusable
 from worker.part_files import TOKENIZER, check_files, read_json
 
-SETTINGS = ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length")
-T5_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-"""What T5's class takes for what a configuration does not name."""
+CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
+SETTINGS = ("model_max_length", "padding_side", "truncation_side")
+T5_PADDING = "<pad>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ModelTokenizer:
     """A tokenizer and where it comes from.
 
     Attributes:
-        tokenize: as diffusers' pipelines call it.
+        tokenize: as diffusers' pipelines call it. Of special tokens it names only the padding.
         text: of its file, UTF-8, by which the service counts the same tokens.
         fingerprint: the text's name in the catalog.
     """
@@ -44,24 +44,41 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
     Nor by a `from_pretrained`, which in some versions reads the file twice.
 
     Raises:
-        ModelUnusable: a file is missing, or cannot be read; it is named.
+        ModelUnusable: a file is missing, or cannot be read; it is named. Or none says which token
+            of the vocabulary pads.
     """
     check_files(folder, TOKENIZER)
-    file = folder / TOKENIZER
+    file, config = folder / TOKENIZER, _read_config(folder)
+    settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
     try:
         text = file.read_bytes()
-        settings = _settings(read_json(folder / "tokenizer_config.json"))
         tokenize = PreTrainedTokenizerFast(tokenizer_file=str(file), **settings)
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library's panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelUnusable(f"The model file {file} cannot be read: {reason}") from error
+    tokenize.pad_token = _padding(tokenize, config, file)
     return ModelTokenizer(tokenize, text, tokenizer_fingerprint(text))
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a configuration what counts for encoding and is not in the tokenizer's file."""
-    named = T5_TOKENS | {name: config[name] for name in SETTINGS if config.get(name) is not None}
-    # Some name a token as text, some as an object around it.
-    return {
-        name: each["content"] if isinstance(each, dict) else each for name, each in named.items()
-    }
+def _read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            config |= read_json(folder / name)
+    return config
+
+
+def _padding(tokenize: PreTrainedTokenizerBase, config: dict[str, Any], file: Path) -> str:
+    """The token that pads. One that the file lacks the library would add, beyond the embedding."""
+    named = config.get("pad_token")
+    if isinstance(named, dict):  # some name it as an object around the text
+        named = named.get("content")
+    token = named or tokenize.pad_token or T5_PADDING
+    if not isinstance(token, str) or tokenize.backend_tokenizer.token_to_id(token) is None:
+        raise ModelUnusable(
+            f"{file} has no token {token!r} to pad with: name one that it has as pad_token in "
+            f"{file.parent / CONFIGS[-1]}"
+        )
+    return token

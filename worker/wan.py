@@ -100,9 +100,11 @@ class WanEngine:
         placement = place_model(config, recipes, device, device.available_bytes())
         logger.info("%s", placement)
         with ThreadPoolExecutor(1, "tokenizer") as beside:
-            tokenizer = beside.submit(read_tokenizer, path / "tokenizer").result
+            reading = beside.submit(read_tokenizer, path / "tokenizer")
             choices = choose_kernels(plans, device)
-            modes, parts = load_model(path, plans, device, placement, choices, tokenizer)
+            if reading.done():
+                reading.result()  # its fault, if it had one, before any weights are read
+            modes, parts = load_model(path, plans, device, placement, choices, reading.result)
         denoise = None if cards is None else lead(cards, modes)
         return cls(config.model, fingerprint, device, parts, modes, denoise)
 

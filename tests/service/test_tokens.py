@@ -1,5 +1,6 @@
 """Prompts are counted in tokens before they are queued, with the tokenizer a worker published."""
 
+import json
 import logging
 import threading
 from pathlib import Path
@@ -59,12 +60,15 @@ def test_a_text_of_too_many_tokens_is_refused_and_nothing_queued(
 
 
 def test_without_the_tokenizer_nothing_is_refused(
-    client: TestClient, redis: Redis, counting_worker: WorkerOffer, caplog: pytest.LogCaptureFixture
+    redis: Redis,
+    counting_worker: WorkerOffer,
+    settings: ServiceSettings,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     name = "0" * 64
     model = counting_worker.model.model_copy(update={"tokenizer": name})
     catalog.publish(redis, counting_worker.model_copy(update={"model": model}))
-    with caplog.at_level(logging.WARNING):
+    with TestClient(create_app(settings)) as client, caplog.at_level(logging.WARNING):
         assert client.post("/generate", json={"prompt": "red " * 99}).status_code == 202
     assert f"Tokenizer {name} is not in Redis" in caplog.text
 
@@ -92,16 +96,60 @@ def test_a_prepared_tokenizer_waits_for_no_request(redis: Redis, text: bytes) ->
     assert counter.count(name, "red") == 2
 
 
-def test_what_had_to_go_is_not_prepared_again(redis: Redis, text: bytes) -> None:
+@pytest.fixture
+def three(redis: Redis, text: bytes) -> list[str]:
+    """Names of as many tokenizers, one more than are kept, in Redis."""
     texts = [text + b"\n" * n for n in range(MOST_KEPT + 1)]
-    names, counter = [catalog.tokenizer_fingerprint(each) for each in texts], TokenCounter(redis)
+    names = [catalog.tokenizer_fingerprint(each) for each in texts]
     for name, each in zip(names, texts, strict=True):
         catalog.publish_tokenizer(redis, name, each)
-    counter.prepare(names)
-    counter.prepare(names)
-    redis.delete(*map(keys.tokenizer, names))
-    counts = [counter.count(name, "red") for name in names]
-    assert counts == [None] + [2] * MOST_KEPT
+    return names
+
+
+def reads_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes the names of the tokenizers that are read from now on."""
+    reads: list[str] = []
+    read = catalog.read_tokenizer
+
+    def noted(redis: Redis, name: str) -> str | None:
+        reads.append(name)
+        return read(redis, name)
+
+    monkeypatch.setattr(catalog, "read_tokenizer", noted)
+    return reads
+
+
+def test_they_are_prepared_one_at_a_time_and_no_more_than_are_kept(
+    redis: Redis, three: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, reads = TokenCounter(redis), reads_of(monkeypatch)
+    for expected in (three[:1], three[:2], three[:2]):
+        counter.prepare(three)
+        assert reads == expected
+
+
+def test_what_had_to_go_is_not_prepared_again(
+    redis: Redis, three: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = TokenCounter(redis)
+    counter.prepare(three[:1])
+    counter.prepare(three[:2])
+    assert counter.count(three[2], "red") == 2  # in the place of the first
+    reads = reads_of(monkeypatch)
+    counter.prepare(three[:2])
+    assert reads == []
+
+
+def test_one_that_is_published_late_is_prepared_then(
+    redis: Redis, text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
+    counter.prepare([name])
+    assert not caplog.records, "said every few seconds, it would fill the log"
+    catalog.publish_tokenizer(redis, name, text)
+    counter.prepare([name])
+    redis.delete(keys.tokenizer(name))
+    assert counter.count(name, "red") == 2
 
 
 @pytest.mark.usefixtures("counting_worker")
@@ -122,22 +170,24 @@ def test_one_that_comes_late_is_found(redis: Redis, text: bytes) -> None:
     assert counter.count(name, "red") == 2
 
 
-def test_only_the_last_few_are_kept(redis: Redis, text: bytes) -> None:
-    # White space makes other texts of the same tokenizer.
-    texts = [text + b"\n" * n for n in range(MOST_KEPT + 1)]
-    names, counter = [catalog.tokenizer_fingerprint(each) for each in texts], TokenCounter(redis)
-    for name, each in zip(names, texts, strict=True):
-        catalog.publish_tokenizer(redis, name, each)
+def test_only_the_last_few_are_kept(redis: Redis, three: list[str]) -> None:
+    counter = TokenCounter(redis)
+    for name in three:
         assert counter.count(name, "red") == 2
         redis.delete(keys.tokenizer(name))
-    assert counter.count(names[0], "red") is None
-    assert counter.count(names[1], "red") == 2
+    assert counter.count(three[0], "red") is None
+    assert counter.count(three[1], "red") == 2
 
 
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+@pytest.mark.parametrize("panics", [False, True])
 def test_an_unreadable_tokenizer_counts_nothing(
-    redis: Redis, caplog: pytest.LogCaptureFixture
+    redis: Redis, text: bytes, caplog: pytest.LogCaptureFixture, panics: bool
 ) -> None:
-    text = b'{"version": "99"}'
+    change = {"normalizer": PANICS} if panics else {"version": "99"}
+    text = json.dumps(json.loads(text) | change).encode()
     name = catalog.tokenizer_fingerprint(text)
     catalog.publish_tokenizer(redis, name, text)
     assert TokenCounter(redis).count(name, "red") is None

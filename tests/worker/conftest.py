@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,14 @@ from worker.wan import WanEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED_SCALES = '"../models/wan-mini/scales/boundary-hif8.safetensors"'
+
+
+@pytest.fixture(autouse=True)
+def collector_as_before() -> Iterator[None]:
+    """What a start in this process has kept from the garbage collector is given back to it."""
+    yield
+    gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,13 +16,6 @@ from worker import start
 from worker.collector import resting_collector
 from worker.errors import StartError
 from worker.settings import WorkerSettings
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    yield
-    gc.unfreeze()
-    gc.enable()
 
 
 def test_it_rests_until_the_start_is_over() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -52,26 +53,62 @@ def test_it_pads_and_cuts_as_pipelines_ask(umt5: Path) -> None:
     [
         {},
         {"pad_token": {"__type": "AddedToken", "content": "<pad>", "special": True}},
-        {"pad_token": None, "eos_token": None, "unk_token": None},
+        {"padding_side": "left"},
+        {"truncation_side": "left"},
     ],
-    ids=["text", "object", "unnamed"],
+    ids=["plain", "an object", "left", "cut left"],
 )
-def test_its_special_tokens_are_those_of_the_configuration(
-    umt5: Path, change: dict[str, object]
-) -> None:
-    file = umt5 / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+def test_it_is_what_the_library_makes_of_the_folder(umt5: Path, change: dict[str, object]) -> None:
+    configure(umt5, change)
     library = PreTrainedTokenizerFast.from_pretrained(umt5)
-    config = {name: each for name, each in (config | change).items() if each is not None}
-    file.write_text(json.dumps(config), encoding="utf-8")
-    read = read_tokenizer(umt5).tokenize
     ours, theirs = (
-        each([TEXT, "</s><pad> x"], padding="max_length", max_length=40, truncation=True)
-        for each in (read, library)
+        each(["</s><pad> x", TEXT], padding="max_length", max_length=12, truncation=True)
+        for each in (read_tokenizer(umt5).tokenize, library)
     )
     assert ours.input_ids == theirs.input_ids
     assert ours.attention_mask == theirs.attention_mask
-    assert len(read) == len(library), "no token was added"
+
+
+def configure(folder: Path, change: dict[str, object]) -> None:
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | change
+    config = {name: each for name, each in config.items() if each is not None}
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def call_padding(folder: Path, name: str) -> None:
+    """Give the token that pads another name, which no configuration says."""
+    configure(folder, {"pad_token": None})
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8").replace('"<pad>"', f'"{name}"')
+    file.write_text(text, encoding="utf-8")
+
+
+def test_padding_unnamed_is_t5s(umt5: Path) -> None:
+    configure(umt5, {"pad_token": None})
+    assert read_tokenizer(umt5).tokenize.pad_token_id == 0
+
+
+def test_padding_may_be_named_by_the_map_of_special_tokens(umt5: Path) -> None:
+    call_padding(umt5, "[PAD]")
+    (umt5 / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}', encoding="utf-8")
+    assert read_tokenizer(umt5).tokenize.pad_token_id == 0
+
+
+def test_padding_may_be_named_by_the_tokenizer_itself(umt5: Path) -> None:
+    call_padding(umt5, "[PAD]")
+    tokenizer = Tokenizer.from_file(str(umt5 / "tokenizer.json"))
+    tokenizer.enable_padding(pad_token="[PAD]", pad_id=0)
+    tokenizer.save(str(umt5 / "tokenizer.json"))
+    assert read_tokenizer(umt5).tokenize.pad_token_id == 0
+
+
+@pytest.mark.parametrize("named", [None, "[PAD]", {"x": 1}])
+def test_padding_that_the_vocabulary_lacks_is_refused(umt5: Path, named: object) -> None:
+    call_padding(umt5, "[FILL]")
+    configure(umt5, {"pad_token": named})
+    with pytest.raises(ModelUnusable, match=r"tokenizer\.json has no token '.*' to pad with"):
+        read_tokenizer(umt5)
 
 
 def test_its_text_is_the_file(umt5: Path) -> None:
@@ -81,14 +118,15 @@ def test_its_text_is_the_file(umt5: Path) -> None:
     assert read.fingerprint == tokenizer_fingerprint(read.text)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "99"}'])
-@pytest.mark.parametrize("lists_added_tokens", [True, False])
-def test_a_broken_file_is_named(umt5: Path, text: str, lists_added_tokens: bool) -> None:
-    (umt5 / "tokenizer.json").write_text(text, encoding="utf-8")
-    if not lists_added_tokens:
-        config = json.loads((umt5 / "tokenizer_config.json").read_text(encoding="utf-8"))
-        del config["added_tokens_decoder"]
-        (umt5 / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "99"}', "a panic"])
+def test_a_broken_file_is_named(umt5: Path, text: str) -> None:
+    file = umt5 / "tokenizer.json"
+    if text == "a panic":
+        text = json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"normalizer": PANICS})
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(ModelUnusable, match=r"tokenizer/tokenizer\.json cannot be read: ") as told:
         read_tokenizer(umt5)
     assert "\n" not in str(told.value)
@@ -124,12 +162,32 @@ def test_it_is_read_while_kernels_are_tried(
     assert engine.tokenizer_text == (config.model.path / "tokenizer/tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("known", ["before weights are read", "meanwhile"])
 def test_a_tokenizer_that_cannot_be_read_ends_the_start(
-    config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
+    failing, loading_begun = threading.Event(), threading.Event()
+    choose, load = loading.choose_kernels, loading.load_model
+
     def read(folder: Path) -> ModelTokenizer:
+        if known == "meanwhile":
+            assert loading_begun.wait(20)
+        failing.set()
         raise ModelUnusable(f"{folder} is no tokenizer")
 
+    def choose_kernels(*args):
+        if known != "meanwhile":
+            assert failing.wait(20)
+            time.sleep(0.1)  # for the thread to end
+        return choose(*args)
+
+    def load_model(*args):
+        loading_begun.set()
+        return load(*args)
+
     monkeypatch.setattr(wan, "read_tokenizer", read)
+    monkeypatch.setattr(wan, "choose_kernels", choose_kernels)
+    monkeypatch.setattr(wan, "load_model", load_model)
     with pytest.raises(ModelUnusable, match="is no tokenizer"):
         WanEngine.load(config, device)
+    assert loading_begun.is_set() == (known == "meanwhile")
