@@ -61,7 +61,11 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     redis_url = settings.redis_url.get_secret_value()
     redis = connect(redis_url)
     artifacts = open_artifacts(settings.artifacts_url)
-    offered = Remembered(lambda: catalog.read(redis), settings.catalog_kept_s)
+    # That nobody offers anything is not kept: whoever saw the first worker come, at /readyz say,
+    # may send it a job at once.
+    offered = Remembered(
+        lambda: catalog.read(redis), settings.catalog_kept_s, lambda found: bool(found.offers)
+    )
     places = QueuePlaces(Places(redis), offered)
 
     app = FastAPI(

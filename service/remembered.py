@@ -13,12 +13,18 @@ class Remembered(Generic[Value]):
     """Reads a value for many threads: at most one of them reads, and the others get what it got.
 
     That goes for errors, too: a Redis that is away is not asked by each of them in turn. Errors are
-    not remembered.
+    not remembered, and no value that is not `worth_keeping`.
     """
 
-    def __init__(self, read: Callable[[], Value], kept_s: float) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Value],
+        kept_s: float,
+        worth_keeping: Callable[[Value], bool] = lambda _: True,
+    ) -> None:
         self._read = read
         self._kept_s = kept_s
+        self._worth_keeping = worth_keeping
         self._lock = threading.Lock()
         self._kept: tuple[float, Value] | None = None
         self._reading: Future[Value] | None = None
@@ -41,7 +47,8 @@ class Remembered(Generic[Value]):
             return reading.result()
         try:
             value = self._read()
-            self._kept = (time.monotonic() + self._kept_s, value)
+            if self._worth_keeping(value):
+                self._kept = (time.monotonic() + self._kept_s, value)
             mine.set_result(value)
             return value
         except BaseException as error:

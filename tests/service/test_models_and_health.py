@@ -46,23 +46,37 @@ def test_what_is_offered_is_read_once_in_a_while_and_readiness_is_not(
     settings: ServiceSettings, redis: Redis, offer: WorkerOffer
 ) -> None:
     kept = settings.model_copy(update={"catalog_kept_s": 10})
+    catalog.publish(redis, offer)
     with TestClient(create_app(kept)) as client:
-        assert client.get("/models").json() == {"models": []}
-        catalog.publish(redis, offer)
-        assert client.get("/models").json() == {"models": []}
-        assert client.post("/generate", json={"prompt": "a circle"}).status_code == 503
-        assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}
+        first = client.get("/models").json()
+        assert len(first["models"]) == 1
+        catalog.withdraw(redis, offer.worker_id)
+        assert client.get("/models").json() == first
+        assert client.get("/readyz").status_code == 503
 
 
 def test_what_is_offered_is_read_again_when_it_is_old(
     settings: ServiceSettings, redis: Redis, offer: WorkerOffer
 ) -> None:
     kept = settings.model_copy(update={"catalog_kept_s": 0.2})
+    catalog.publish(redis, offer)
+    with TestClient(create_app(kept)) as client:
+        assert len(client.get("/models").json()["models"]) == 1
+        catalog.withdraw(redis, offer.worker_id)
+        time.sleep(0.3)
+        assert client.get("/models").json() == {"models": []}
+
+
+def test_the_first_worker_gets_jobs_as_soon_as_the_service_is_ready(
+    settings: ServiceSettings, redis: Redis, offer: WorkerOffer
+) -> None:
+    kept = settings.model_copy(update={"catalog_kept_s": 10})
     with TestClient(create_app(kept)) as client:
         assert client.get("/models").json() == {"models": []}
+        assert client.post("/generate", json={"prompt": "a circle"}).status_code == 503
         catalog.publish(redis, offer)
-        time.sleep(0.3)
-        assert len(client.get("/models").json()["models"]) == 1
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/generate", json={"prompt": "a circle"}).status_code == 202
 
 
 def test_without_redis_it_is_not_ready(settings: ServiceSettings, unused_port: int) -> None:

@@ -42,6 +42,14 @@ def test_nothing_is_kept_for_no_time() -> None:
     assert remembered.fresh() is None
 
 
+def test_what_is_not_worth_it_is_not_kept() -> None:
+    source = Source()
+    source.reads = 1
+    remembered = Remembered(source.read, kept_s=60, worth_keeping=lambda value: value > 2)
+    assert [remembered.get(), remembered.get(), remembered.get()] == [2, 3, 3]
+    assert remembered.fresh() == 3
+
+
 @pytest.mark.parametrize("reads_before", [0, 1])
 def test_those_who_ask_meanwhile_get_what_the_reader_gets(reads_before: int) -> None:
     source = Source()
