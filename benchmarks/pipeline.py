@@ -5,7 +5,8 @@ and no store. Then Valkey, one API process and one worker on the same configurat
 jobs of each mode, whose overhead is what they take longer than the bare ones, stage by stage; a job
 that is cancelled while it denoises; and one that finds the device's memory taken by somebody else
 (this process), after which the worker has to be of use again. The videos and the worker's log are
-left in `--keep`.
+left in `--keep`. Each job that counts has a prompt of its own to embed, as a caller's has; the
+negative prompt is everybody's, and known from the first job.
 
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
@@ -84,8 +85,11 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     ):
         try:
             for mode in modes:
-                served = [run_served(site, mode, order, keep) for _ in range(rounds + 1)][1:]
-                rows += report.tell(compare(mode, bare[mode], served))
+                served = [
+                    run_served(site, mode, order | {"prompt": _prompt(mode, number)}, keep)
+                    for number in range(rounds + 1)
+                ]
+                rows += report.tell(compare(mode, bare[mode], served[1:]))
             rows += report.tell(cancel(site, modes[-1], order))
             if device == "cuda":
                 rows += report.tell(run_out_of_memory(site, modes, order, large))
@@ -110,7 +114,8 @@ def run_bare(
     found: dict[str, list[Seconds]] = {mode: [] for mode in modes}
     for mode in modes:
         for number in range(rounds + 1):
-            seconds = _bare_seconds(engine, mode, order)
+            prompt = {"prompt": _prompt(mode, number)}
+            seconds = _bare_seconds(engine, mode, order | prompt)
             if number:
                 found[mode].append(seconds)
     del engine
@@ -120,9 +125,12 @@ def run_bare(
     return on.name, found
 
 
+def _prompt(mode: str, number: int) -> str:
+    return f"{PROMPT}, take {number} for {mode}"
+
+
 def _bare_seconds(engine: WanEngine, mode: str, order: dict[str, Any]) -> Seconds:
     request = GenerationRequest(
-        prompt=PROMPT,
         negative_prompt=engine.model.default_negative_prompt,
         mode=mode,
         guidance_scale=engine.model.default_guidance_scale,
@@ -146,7 +154,7 @@ def run_served(site: Cluster, mode: str, order: dict[str, Any], keep: Path) -> S
     with httpx.Client(base_url=site.urls[0], timeout=600) as client:
         client.get("/healthz").raise_for_status()
         started = time.perf_counter()
-        answer = client.post("/generate", json={"prompt": PROMPT, "mode": mode} | order)
+        answer = client.post("/generate", json={"mode": mode} | order)
         job_id = answer.raise_for_status().json()["id"]
         _follow(client, job_id, until="succeeded")
         whole_s = time.perf_counter() - started

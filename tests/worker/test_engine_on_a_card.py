@@ -35,19 +35,19 @@ def with_encoder(place: str) -> WorkerConfig:
     return config.model_copy(update={"model": model})
 
 
-def encoded(engine: WanEngine) -> Iterator[torch.Tensor]:
-    for prompt in engine.prompts.encode(order(), lambda: None):
-        assert prompt is not None
-        yield prompt
+def encoded(engine: WanEngine, prompt: str) -> Iterator[torch.Tensor]:
+    for embedding in engine.prompts.encode(order(prompt=prompt), lambda: None):
+        assert embedding is not None
+        yield embedding
 
 
 @pytest.mark.parametrize("place", ["encode", "host"])
 def test_the_text_encoder_gives_the_same_wherever_it_lives(engine, device, place):
     other = WanEngine.load(with_encoder(place), device)
     assert other.parts.text_encoder_place == place
-    for _ in range(2):  # also after it has been away
+    for prompt in ("a small red circle", "a large blue square"):  # also after it has been away
         assert {each.device.type for each in other.parts.text_encoder.parameters()} == {"cpu"}
-        for ours, theirs in zip(encoded(other), encoded(engine), strict=True):
+        for ours, theirs in zip(encoded(other, prompt), encoded(engine, prompt), strict=True):
             assert ours.device.type == "cuda"
             if place == "encode":
                 assert torch.equal(ours, theirs)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from jobs.spec import GenerationRequest
 from tests.worker.orders import order
 from worker.config import WorkerConfig
 from worker.devices import Device
@@ -26,8 +25,8 @@ def test_the_text_encoder_gives_the_same_wherever_it_lives(
 ) -> None:
     other = WanEngine.load(with_model(config, text_encoder=place), device)
     assert other.parts.text_encoder_place == place
-    request: GenerationRequest = order()
-    for _ in range(2):  # also after it has been away
+    for prompt in ("a small red circle", "a large blue square"):  # also after it has been away
+        request = order(prompt=prompt)
         pairs = zip(
             other.prompts.encode(request, nothing),
             engine.prompts.encode(request, nothing),
