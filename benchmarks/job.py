@@ -2,7 +2,8 @@
 
 Runs the whole system (Valkey, worker, service) and asks it over HTTP, so the queue and the front
 end are in the figures. The modes take turns, after a round that is not counted; the figure is the
-median. Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
+median. Each job has a prompt of its own, since a worker keeps what it has encoded. Prints a table,
+then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
 
 import json
@@ -47,7 +48,7 @@ def main(
         measured: dict[str, list[Seconds]] = {BASELINE: [], CANDIDATE: []}
         for number in range(rounds + 1):
             for mode, seconds in measured.items():
-                job = _run(stack, service, mode)
+                job = _run(stack, service, mode, f"{PROMPT}, take {number} for {mode}")
                 if number:
                     seconds.append(_seconds(job))
                 total_s = job["timings"]["total_s"]
@@ -60,8 +61,8 @@ def main(
     print(json.dumps(document))
 
 
-def _run(stack: Stack, service: httpx.Client, mode: str) -> client.Job:
-    order = client.Order(PROMPT, mode, SEED)
+def _run(stack: Stack, service: httpx.Client, mode: str, prompt: str) -> client.Job:
+    order = client.Order(prompt, mode, SEED)
     return client.follow(service, client.send(service, order), lambda _: stack.check())
 
 

@@ -34,6 +34,7 @@ from benchmarks import report
 from benchmarks.report import Row
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
+from jobs.submission import OPEN_OWNER
 from tests.e2e.cluster import Cluster
 from worker.collector import resting_collector
 from worker.config import load_config
@@ -140,7 +141,7 @@ def _bare_seconds(engine: WanEngine, mode: str, order: dict[str, Any]) -> Second
     target = VideoFormat(request.width, request.height, request.num_frames, engine.model.fps)
     started = time.perf_counter()
     watch = Unwatched()
-    clip = engine.generate(request, watch)
+    clip = engine.generate(request, watch, OPEN_OWNER)
     with tempfile.TemporaryDirectory() as folder, closing(clip.frames):
         file = Path(folder) / "video.mp4"
         mp4 = encode_mp4(clip.frames, file, target, title="bare", facts={}, check=watch.check)

@@ -89,9 +89,10 @@ def cleaned(text: str) -> str:
 def _read(fingerprint: str, text: str) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_str(text)
-    except BaseException as error:  # the library's panics are no Exceptions
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+        tokenizer.encode("a")  # some broken ones show here
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # the library's panics are no Exceptions
         logger.exception("Tokenizer %s cannot be read: no tokens counted.", fingerprint)
         return None
     # A file may ask to cut or to pad what it encodes; here everything counts, and nothing else.

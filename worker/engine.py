@@ -75,8 +75,11 @@ class Engine(Protocol):
     def tokenizer_text(self) -> bytes | None:
         """What `model.tokenizer` names, as `tokenizer.json`; None where there is no such text."""
 
-    def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
+    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
         """Run everything up to the first frame; the caller takes the frames, or closes them.
+
+        Args:
+            owner: what a job leaves behind for later ones is theirs only if they have the same.
 
         Raises:
             GenerationCancelled: `watch` said so.

@@ -50,7 +50,7 @@ def make_video(place: Workplace, attempt: Attempt, record: JobRecord, guards: Gu
     clock = JobClock(request, _measured(place, record), journal.step_times, place.limits)
     wishes = (place.drain, place.job)
     watch = JobWatch(guards.lifeline, guards.watchdog, clock, wishes, record.deadline_s)
-    clip = place.engine.generate(request, watch)
+    clip = place.engine.generate(request, watch, record.owner)
     journal.measured(request.mode, clock.own_steps, clip.act_shares)
     video, mp4_s = _encode_and_store(place, attempt, record, clip, watch)
     timings = StageTimings(

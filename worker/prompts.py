@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Final
 
@@ -13,10 +14,13 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from jobs.errors import PromptTooLong
+from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from quant.kernels.visitor import Visitor
+from worker.config import ModelConfig
 from worker.denoising import Embeddings
 from worker.devices import Device
+from worker.engine import Watch
 from worker.shared_parts import SharedParts
 
 MOST_KEPT: Final = 16
@@ -26,15 +30,18 @@ MOST_KEPT: Final = 16
 class PromptEncoder:
     """Counts the tokens of prompts, and embeds them.
 
-    The last texts' embeddings are kept: jobs have their negative prompt in common, and whoever
-    compares modes or seeds sends one prompt several times.
+    The last texts' embeddings are kept, since whoever compares modes or seeds sends one prompt
+    several times. They are kept for their owner alone, whose next job is sooner done for it: nobody
+    is to learn that way what somebody else has asked for. The model's default negative prompt is
+    everybody's. Texts themselves are not kept.
     """
 
-    def __init__(self, parts: SharedParts, device: Device, max_tokens: int) -> None:
-        """max_tokens: what the text encoder sees; a longer text is refused."""
+    def __init__(self, parts: SharedParts, device: Device, config: ModelConfig) -> None:
+        """Encode with `parts`, for `device`."""
         self._parts = parts
         self._device = device
-        self._max_tokens = max_tokens
+        self._max_tokens = config.text_tokens  # a longer text is refused
+        self._everybodys = config.default_negative_prompt
         # Of its own: where text encoder and transformer are on different devices, a pipeline of
         # both would not know which is its own.
         self._pipeline = WanPipeline(
@@ -45,7 +52,7 @@ class PromptEncoder:
         )
         visits = parts.text_encoder_place == "encode"
         self._visitor = Visitor(parts.text_encoder, device.torch_device) if visits else None
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()  # on the host
+        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # on the host
 
     def count_tokens(self, text: str) -> int:
         """Count a prompt's tokens as the pipeline would: cleaned, and with the closing one."""
@@ -64,31 +71,39 @@ class PromptEncoder:
                     bound=bound,
                 )
 
-    def encode(self, request: GenerationRequest, check: Callable[[], None]) -> Embeddings:
-        """Embed both prompts, on the device; `check` is called before each of the encoder's layers.
+    def encode(self, request: GenerationRequest, watch: Watch, owner: str) -> Embeddings:
+        """Embed both prompts, on the device; `watch` is asked before each of the encoder's layers.
 
-        The tensors are new ones each time, and what blocks make of them is not kept beyond a job.
+        The stage is reported only if a text has to be encoded: a job that finds all it needs tells
+        nothing about how long encoding takes. The tensors are new ones each time, so that what
+        blocks keep by them goes with the job.
         """
         texts = [request.prompt]
         if request.guidance_scale > 1.0:
             texts.append(request.negative_prompt)
-        for text in self._kept.keys() & texts:
-            self._kept.move_to_end(text)
-        self._embed([text for text in dict.fromkeys(texts) if text not in self._kept], check)
+        keys = [self._key(text, owner) for text in texts]
+        for key in self._kept.keys() & keys:
+            self._kept.move_to_end(key)
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._kept}
+        if new:
+            watch.progress(Stage.TEXT_ENCODER, 0, 1)
+            self._embed(new, watch.check)
         home = self._device.torch_device
-        prompt, *negative = (self._kept[text].to(home, copy=True) for text in texts)
+        prompt, *negative = (self._kept[key].to(home, copy=True) for key in keys)
         return prompt, negative[0] if negative else None
 
+    def _key(self, text: str, owner: str) -> bytes:
+        whose = "" if text == self._everybodys else owner
+        return hashlib.sha256(f"{whose}\0{text}".encode()).digest()
+
     @torch.no_grad()
-    def _embed(self, texts: list[str], check: Callable[[], None]) -> None:
-        if not texts:
-            return
+    def _embed(self, texts: Mapping[bytes, str], check: Callable[[], None]) -> None:
         on_host = self._parts.text_encoder_place == "host"
         there = torch.device("cpu") if on_host else self._device.torch_device
         encoder = self._parts.text_encoder
         visiting = nullcontext() if self._visitor is None else self._visitor.on_device()
         with visiting, checked(encoder.encoder.block, check):
-            for text in texts:
+            for key, text in texts.items():
                 embedding, _ = self._pipeline.encode_prompt(
                     prompt=text,
                     do_classifier_free_guidance=False,
@@ -97,7 +112,7 @@ class PromptEncoder:
                     dtype=self._device.dtype,
                 )
                 # Waits for the encoder, whose weights may go when the block ends.
-                self._kept[text] = embedding.cpu()
+                self._kept[key] = embedding.cpu()
                 if len(self._kept) > MOST_KEPT:
                     self._kept.popitem(last=False)
 

@@ -75,7 +75,7 @@ class WanEngine:
         self._denoise = denoise or denoise_on(device)
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
-        self.prompts = PromptEncoder(parts, device, config.text_tokens)
+        self.prompts = PromptEncoder(parts, device, config)
         self.tokenizer_text = parts.tokenizer.text
         self.model: ModelOffer = config.offer(fingerprint, parts.tokenizer.fingerprint)
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
@@ -137,7 +137,7 @@ class WanEngine:
             )
         return lines
 
-    def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
+    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
         """Encode the prompt and denoise; frames are decoded as the caller takes them.
 
         The clip's seconds are wall time with the device synchronised at the end of each stage.
@@ -147,9 +147,8 @@ class WanEngine:
         pipeline = self._pipelines[request.mode]
         pipeline.scheduler = self._scheduler(request.size)
         seconds = StageSeconds()
-        watch.progress(Stage.TEXT_ENCODER, 0, 1)
         with self._timed(seconds, "text_encoder_s"):
-            embeddings = self.prompts.encode(request, watch.check)
+            embeddings = self.prompts.encode(request, watch, owner)
         sample = ActSample(pipeline.transformer)
 
         def on_step(done: int) -> None:

@@ -13,7 +13,8 @@ from service.webhooks.build import courier
 
 DELETIONS_EVERY_S: Final = 5.0
 TOKENIZERS_EVERY_S: Final = 10.0
-"""Processes should not all read a new one in the same seconds, when they can do nothing else."""
+"""Seldom, so that processes which were not started together do not all read a new one in the same
+seconds: they can do nothing else then."""
 WEBHOOKS_AGAIN_S: Final = 1.0
 """After a fault: until then they are under way all the time."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from jobs.errors import GenerationCancelled
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
-from tests.worker.orders import order
+from tests.worker.orders import OWNER, order
 from worker.cards import meet
 from worker.config import WorkerConfig, load_config
 from worker.denoising import Denoise, Embeddings, OnStep
@@ -86,7 +86,7 @@ def record(engine: WanEngine) -> Callable[..., np.ndarray]:
     recorder = engine._denoise = Recorder(engine._denoise)
 
     def latents_of(watch: Calm, **changes: object) -> np.ndarray:
-        engine.generate(order(**changes), watch)
+        engine.generate(order(**changes), watch, OWNER)
         return recorder.latents.numpy()
 
     return latents_of

@@ -6,6 +6,8 @@ from jobs.spec import GenerationRequest
 FAILING = "fail, please"
 """The pattern engine does not make a prompt with these words into a video."""
 
+OWNER = "tests"
+
 
 class Unwatched:
     """A watch that never stops anything."""

@@ -60,8 +60,10 @@ class PatternEngine:
 
     def __init__(self, on_step: OnStep = lambda step: None) -> None:
         self._on_step = on_step
+        self.owners: list[str] = []
 
-    def generate(self, request: GenerationRequest, watch: Watch) -> Clip:
+    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
+        self.owners.append(owner)
         if FAILING in request.prompt:
             raise GenerationFailed("The prompt asks for a failure.")
         watch.progress(Stage.TEXT_ENCODER, 1, 1)

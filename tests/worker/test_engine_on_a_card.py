@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.worker.orders import Unwatched, order
+from tests.worker.orders import OWNER, Unwatched, order
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device
 from worker.wan import WanEngine
@@ -36,7 +36,7 @@ def with_encoder(place: str) -> WorkerConfig:
 
 
 def encoded(engine: WanEngine, prompt: str) -> Iterator[torch.Tensor]:
-    for embedding in engine.prompts.encode(order(prompt=prompt), lambda: None):
+    for embedding in engine.prompts.encode(order(prompt=prompt), Unwatched(), OWNER):
         assert embedding is not None
         yield embedding
 
@@ -54,12 +54,15 @@ def test_the_text_encoder_gives_the_same_wherever_it_lives(engine, device, place
             else:  # another device's BF16
                 error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
                 assert error < 0.02
+        again = zip(encoded(other, prompt), encoded(other, prompt), strict=True)
+        assert all(torch.equal(*pair) for pair in again)
+    assert {each.device.type for each in other.prompts._kept.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("mode", ["bf16", "w8a8"])
 def test_a_job_gives_the_same_video_twice(engine, mode):
     request = order(mode=mode, num_frames=5, num_inference_steps=2)
-    first, second = (list(engine.generate(request, Unwatched()).frames) for _ in range(2))
+    first, second = (list(engine.generate(request, Unwatched(), OWNER).frames) for _ in range(2))
     assert len(first) == 5
     assert np.stack(first).std() > 0
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

@@ -26,6 +26,7 @@ from jobs.record import Attempt, JobRecord
 from jobs.recovery import Recovery
 from jobs.state import JobState
 from jobs.store import JobStore
+from jobs.submission import Submission
 from tests.worker.orders import order
 from tests.worker.pattern_engine import OnStep, PatternEngine
 from worker.devices import Device
@@ -86,6 +87,16 @@ def test_a_job_becomes_a_stored_video(
     assert record.video.sha256 == hashlib.sha256(data).hexdigest()
     assert (record.video.width, record.video.height, record.video.num_frames) == (64, 32, 9)
     assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
+
+
+def test_an_engine_is_told_whose_job_it_is(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore
+) -> None:
+    engine = PatternEngine()
+    for owner in ("ann", "bob"):
+        store.create(ORDER, QUEUE, Submission(owner))
+    ResidentWorker(engine, redis, artifacts).work(burst=True, logging_level="WARNING")
+    assert engine.owners == ["ann", "bob"]
 
 
 def test_the_seconds_of_a_job_add_up(run: Callable[..., JobRecord]) -> None:

@@ -17,7 +17,7 @@ from quant import PackedMismatch, QuantRecipe, WeightsError, convert, wan_block,
 from quant.kernels import copier
 from quant.kernels.runs import Run
 from quant.kernels.ways import InPlace
-from tests.worker.orders import Unwatched
+from tests.worker.orders import OWNER, Unwatched
 from worker.config import ModeConfig, WorkerConfig, load_config
 from worker.devices import Device
 from worker.errors import ConfigError, ModelUnusable
@@ -63,7 +63,7 @@ def frames(engine: WanEngine) -> np.ndarray:
         seed=7,
         model="wan-mini",
     )
-    return np.stack(list(engine.generate(request, Unwatched()).frames))
+    return np.stack(list(engine.generate(request, Unwatched(), OWNER).frames))
 
 
 def test_a_packed_worker_makes_the_same_frames(

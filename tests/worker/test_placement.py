@@ -1,11 +1,14 @@
 """What a configuration and the memory say about where parts live is what the engine does."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 
-from tests.worker.orders import order
+from quant.kernels.visitor import Visitor
+from tests.worker.orders import OWNER, Unwatched, order
 from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.errors import TooLittleMemory
@@ -14,9 +17,6 @@ from worker.wan import WanEngine
 
 def with_model(config: WorkerConfig, **values: object) -> WorkerConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=values)})
-
-
-def nothing() -> None: ...
 
 
 @pytest.mark.parametrize("place", ["host", "encode"])
@@ -28,8 +28,8 @@ def test_the_text_encoder_gives_the_same_wherever_it_lives(
     for prompt in ("a small red circle", "a large blue square"):  # also after it has been away
         request = order(prompt=prompt)
         pairs = zip(
-            other.prompts.encode(request, nothing),
-            engine.prompts.encode(request, nothing),
+            other.prompts.encode(request, Unwatched(), OWNER),
+            engine.prompts.encode(request, Unwatched(), OWNER),
             strict=True,
         )
         for ours, theirs in pairs:
@@ -38,19 +38,39 @@ def test_the_text_encoder_gives_the_same_wherever_it_lives(
             assert torch.equal(ours, theirs)
 
 
+class Stopping(Unwatched):
+    """Stops as soon as it may."""
+
+    def check(self) -> None:
+        raise KeyboardInterrupt
+
+
 def test_a_job_that_stops_while_it_encodes_leaves_the_encoder_fit(
     config: WorkerConfig, engine: WanEngine, device: Device
 ) -> None:
     other = WanEngine.load(with_model(config, text_encoder="encode"), device)
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        other.prompts.encode(order(), stop)
-    ours, _ = other.prompts.encode(order(), nothing)
-    theirs, _ = engine.prompts.encode(order(), nothing)
+        other.prompts.encode(order(), Stopping(), OWNER)
+    ours, _ = other.prompts.encode(order(), Unwatched(), OWNER)
+    theirs, _ = engine.prompts.encode(order(), Unwatched(), OWNER)
     assert torch.equal(ours, theirs)
+
+
+def test_the_encoder_visits_the_device_only_for_what_is_new(
+    config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = WanEngine.load(with_model(config, text_encoder="encode"), device).prompts
+    visits: list[Visitor] = []
+    lend = Visitor.on_device
+
+    def noted(visitor: Visitor) -> AbstractContextManager[nn.Module]:
+        visits.append(visitor)
+        return lend(visitor)
+
+    monkeypatch.setattr(Visitor, "on_device", noted)
+    for prompt, expected in (("red", 1), ("red", 1), ("blue", 2)):
+        prompts.encode(order(prompt=prompt), Unwatched(), OWNER)
+        assert len(visits) == expected
 
 
 @dataclass(frozen=True, slots=True)

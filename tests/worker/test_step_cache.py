@@ -17,7 +17,7 @@ from jobs.errors import GenerationCancelled
 from jobs.record import Stage
 from quant import Scales, prepare_transformer
 from quant.kernels.eager import EagerKernels
-from tests.worker.orders import order
+from tests.worker.orders import OWNER, order
 from worker.config import FirstBlockCache, MagCache, StepCache, WorkerConfig, load_config
 from worker.devices import Device
 from worker.engine import Clip
@@ -52,7 +52,7 @@ class Watch:
 
 
 def run(engine: WanEngine, **changes: object) -> tuple[Clip, np.ndarray]:
-    clip = engine.generate(order(**SHORT | changes), Watch())
+    clip = engine.generate(order(**SHORT | changes), Watch(), OWNER)
     return clip, np.stack(list(clip.frames))
 
 
@@ -141,7 +141,9 @@ def test_a_job_after_a_cancelled_one_is_as_if_it_were_the_first(
     fresh = frames(with_cache(SOME[method]))
     used = with_cache(SOME[method])
     with pytest.raises(GenerationCancelled):
-        used.generate(order(**SHORT | {"prompt": "a blue ring", "seed": 3}), Watch(STEPS - 1))
+        used.generate(
+            order(**SHORT | {"prompt": "a blue ring", "seed": 3}), Watch(STEPS - 1), OWNER
+        )
     assert np.array_equal(frames(used), fresh)
     frames(used, seed=4, num_inference_steps=2)
     assert np.array_equal(frames(used), fresh)
@@ -153,7 +155,7 @@ def test_nothing_stays_on_a_transformer_that_another_mode_shares(
     before = frames(engine)
     cached = with_cache(ALWAYS)
     with pytest.raises(GenerationCancelled):
-        cached.generate(order(**SHORT), Watch(2))
+        cached.generate(order(**SHORT), Watch(2), OWNER)
     assert not engine.loaded["bf16"].transformer.is_cache_enabled
     assert np.array_equal(frames(engine), before)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.fabricated_tokenizer import write_tokenizer
 from jobs.catalog import tokenizer_fingerprint
-from worker import loading, wan
+from worker import loading, tokenizer, wan
 from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
@@ -53,10 +53,8 @@ def test_it_pads_and_cuts_as_pipelines_ask(umt5: Path) -> None:
     [
         {},
         {"pad_token": {"__type": "AddedToken", "content": "<pad>", "special": True}},
-        {"padding_side": "left"},
-        {"truncation_side": "left"},
     ],
-    ids=["plain", "an object", "left", "cut left"],
+    ids=["plain", "an object"],
 )
 def test_it_is_what_the_library_makes_of_the_folder(umt5: Path, change: dict[str, object]) -> None:
     configure(umt5, change)
@@ -89,25 +87,36 @@ def test_padding_unnamed_is_t5s(umt5: Path) -> None:
     assert read_tokenizer(umt5).tokenize.pad_token_id == 0
 
 
-def test_padding_may_be_named_by_the_map_of_special_tokens(umt5: Path) -> None:
-    call_padding(umt5, "[PAD]")
-    (umt5 / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}', encoding="utf-8")
-    assert read_tokenizer(umt5).tokenize.pad_token_id == 0
+def test_texts_are_at_the_left_whatever_a_configuration_says(umt5: Path) -> None:
+    configure(umt5, {"padding_side": "left"})
+    ids = read_tokenizer(umt5).tokenize("red", padding="max_length", max_length=12).input_ids
+    assert ids[0] != 0 == ids[-1]
 
 
 def test_padding_may_be_named_by_the_tokenizer_itself(umt5: Path) -> None:
     call_padding(umt5, "[PAD]")
-    tokenizer = Tokenizer.from_file(str(umt5 / "tokenizer.json"))
-    tokenizer.enable_padding(pad_token="[PAD]", pad_id=0)
-    tokenizer.save(str(umt5 / "tokenizer.json"))
+    padded = Tokenizer.from_file(str(umt5 / "tokenizer.json"))
+    padded.enable_padding(pad_token="[PAD]", pad_id=0)
+    padded.save(str(umt5 / "tokenizer.json"))
     assert read_tokenizer(umt5).tokenize.pad_token_id == 0
 
 
-@pytest.mark.parametrize("named", [None, "[PAD]", {"x": 1}])
-def test_padding_that_the_vocabulary_lacks_is_refused(umt5: Path, named: object) -> None:
+@pytest.mark.parametrize(
+    ("named", "called"),
+    [(None, "'<pad>'"), ("[PAD]", r"'\[PAD\]'"), ([1], r"\[1\]"), (3, "3")],
+)
+def test_padding_that_the_vocabulary_lacks_is_refused(
+    umt5: Path, named: object, called: str
+) -> None:
     call_padding(umt5, "[FILL]")
     configure(umt5, {"pad_token": named})
-    with pytest.raises(ModelUnusable, match=r"tokenizer\.json has no token '.*' to pad with"):
+    with pytest.raises(ModelUnusable, match=rf"tokenizer\.json has no token {called} to pad with"):
+        read_tokenizer(umt5)
+
+
+def test_padding_that_is_named_without_words_is_refused(umt5: Path) -> None:
+    configure(umt5, {"pad_token": {"x": 1}})
+    with pytest.raises(ModelUnusable, match="has no token None to pad with"):
         read_tokenizer(umt5)
 
 
@@ -118,18 +127,29 @@ def test_its_text_is_the_file(umt5: Path) -> None:
     assert read.fingerprint == tokenizer_fingerprint(read.text)
 
 
-PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+PANICS = {"when it is read": "AAAA", "when it encodes": "BAAAAP////8="}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "99"}', "a panic"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": "99"}', *PANICS])
 def test_a_broken_file_is_named(umt5: Path, text: str) -> None:
     file = umt5 / "tokenizer.json"
-    if text == "a panic":
-        text = json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"normalizer": PANICS})
+    if text in PANICS:
+        normalizer = {"type": "Precompiled", "precompiled_charsmap": PANICS[text]}
+        whole = json.loads(file.read_text(encoding="utf-8"))
+        text = json.dumps(whole | {"normalizer": normalizer})
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ModelUnusable, match=r"tokenizer/tokenizer\.json cannot be read: ") as told:
         read_tokenizer(umt5)
     assert "\n" not in str(told.value)
+
+
+def test_who_interrupts_is_heard(umt5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "PreTrainedTokenizerFast", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_tokenizer(umt5)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 import quant
 from jobs.errors import GenerationCancelled, GenerationFailed, PromptTooLong
 from jobs.record import Stage
-from tests.worker.orders import order
+from tests.worker.orders import OWNER, order
 from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.engine import Frame
@@ -57,7 +57,7 @@ class StopAtStep(Notes):
 
 
 def frames(engine: WanEngine, watch: Notes | None = None, **changes: object) -> np.ndarray:
-    clip = engine.generate(order(**changes), watch or Notes())
+    clip = engine.generate(order(**changes), watch or Notes(), OWNER)
     taken: list[Frame] = list(clip.frames)
     assert len(taken) == clip.num_frames
     return np.stack(taken)
@@ -118,7 +118,8 @@ def test_without_guidance_the_negative_prompt_does_not_count(
 
 def test_progress_is_told_in_order(engine: WanEngine) -> None:
     watch = Notes()
-    frames(engine, watch, num_frames=9, num_inference_steps=3)
+    prompt = f"a circle, not embedded yet: {id(watch)}"
+    frames(engine, watch, prompt=prompt, num_frames=9, num_inference_steps=3)
     assert watch.seen == [
         (Stage.TEXT_ENCODER, 0, 1),
         *[(Stage.DENOISE, step, 3) for step in range(4)],
@@ -127,7 +128,7 @@ def test_progress_is_told_in_order(engine: WanEngine) -> None:
 
 
 def test_seconds_are_counted_per_stage(engine: WanEngine) -> None:
-    clip = engine.generate(order(**SHORT), Notes())
+    clip = engine.generate(order(**SHORT), Notes(), OWNER)
     assert clip.seconds.text_encoder_s > 0
     assert clip.seconds.denoise_s > 0
     assert clip.seconds.vae_s == 0
@@ -148,14 +149,14 @@ def test_a_job_stops_where_it_is_told_and_the_next_one_is_whole(
     engine: WanEngine, watch: Notes, whole: np.ndarray
 ) -> None:
     with pytest.raises(GenerationCancelled):
-        frames(engine, watch, prompt="a text that was not embedded yet", **SHORT)
+        frames(engine, watch, prompt=f"a circle, not embedded yet: {id(watch)}", **SHORT)
     assert np.array_equal(frames(engine, **SHORT), whole)
 
 
 def test_no_hooks_stay_behind(engine: WanEngine) -> None:
     with pytest.raises(GenerationCancelled):
         frames(engine, Notes((Stage.VAE, 3)), **SHORT)
-    clip = engine.generate(order(**SHORT), Notes())
+    clip = engine.generate(order(**SHORT), Notes(), OWNER)
     next(clip.frames)
     clip.frames.close()
     for part in (engine.parts.vae, engine.parts.text_encoder):
@@ -185,7 +186,7 @@ def test_an_order_the_pipeline_would_round_is_refused(
     engine: WanEngine, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(GenerationFailed, match=message):
-        engine.generate(order(**changes), Notes())
+        engine.generate(order(**changes), Notes(), OWNER)
 
 
 def test_each_size_may_have_its_own_shift(
@@ -253,17 +254,17 @@ def test_the_offer_is_what_was_loaded(engine: WanEngine) -> None:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_each_quantized_job_samples_how_its_activations_fit(engine: WanEngine, steps: int) -> None:
     wanted: dict[str, Any] = {"num_frames": 1, "num_inference_steps": steps}
-    shares = engine.generate(order(mode="w8a8", **wanted), Notes()).act_shares
+    shares = engine.generate(order(mode="w8a8", **wanted), Notes(), OWNER).act_shares
     assert shares is not None
     assert 0 <= shares.saturated < 0.001
     assert 0 <= shares.flushed < 0.1
-    assert engine.generate(order(**wanted), Notes()).act_shares is None
+    assert engine.generate(order(**wanted), Notes(), OWNER).act_shares is None
 
 
 def test_a_job_that_stops_leaves_neither_hooks_nor_latents_behind(engine: WanEngine) -> None:
     wanted = order(mode="w8a8", num_frames=1, num_inference_steps=2)
     with pytest.raises(GenerationCancelled):
-        engine.generate(wanted, StopAtStep(Stage.DENOISE, 1))
+        engine.generate(wanted, StopAtStep(Stage.DENOISE, 1), OWNER)
     transformer = engine.loaded["w8a8"].transformer
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in transformer.modules())
     pipeline = engine._pipelines["w8a8"]
