@@ -8,7 +8,6 @@ step, a latent frame, a layer of the text encoder.
 Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
 
-import itertools
 import json
 import random
 import statistics
@@ -31,7 +30,6 @@ JOB: dict[str, Any] = {
     "num_inference_steps": 8,
 }
 STAGES = ("text_encoder", "denoise", "vae", "mp4")
-_numbers = itertools.count()
 
 
 def main(
@@ -72,8 +70,8 @@ def main(
 def _stage_seconds(client: httpx.Client) -> dict[str, float]:
     """The stages of an undisturbed job, after one that is not counted."""
     timings = {}
-    for _ in range(2):
-        job_id = _order(client, seed=7)
+    for number in range(2):
+        job_id = _order(client, f"whole {number}", seed=7)
         for event in _events(client, job_id):
             if event["state"] == "succeeded":
                 break
@@ -88,8 +86,9 @@ def _cancel_all(
     latency: dict[str, list[float]] = {stage: [] for stage in STAGES}
     late = dict.fromkeys(STAGES, 0)
     for stage in STAGES:
-        for _ in range(cancels):
-            seconds = _cancel_one(client, stage, dice.uniform(0, whole[stage]))
+        for number in range(cancels):
+            take = f"{stage} {number}"
+            seconds = _cancel_one(client, take, stage, dice.uniform(0, whole[stage]))
             if seconds is None:
                 late[stage] += 1
             else:
@@ -97,9 +96,9 @@ def _cancel_all(
     return latency, late
 
 
-def _cancel_one(client: httpx.Client, stage: str, wait_s: float) -> float | None:
+def _cancel_one(client: httpx.Client, take: str, stage: str, wait_s: float) -> float | None:
     """Cancel a job `wait_s` into `stage`; None if it ended before."""
-    job_id = _order(client, seed=int(wait_s * 1e6))
+    job_id = _order(client, take, seed=int(wait_s * 1e6))
     sent = None
     for event in _events(client, job_id):
         progress = event["progress"]
@@ -113,9 +112,9 @@ def _cancel_one(client: httpx.Client, stage: str, wait_s: float) -> float | None
     return None
 
 
-def _order(client: httpx.Client, seed: int) -> str:
-    """Ask for a job whose prompt the worker has not encoded yet; its id."""
-    prompt = f"{JOB['prompt']}, take {next(_numbers)}"
+def _order(client: httpx.Client, take: str, seed: int) -> str:
+    """Ask for a job, and return its id; of each take the worker has yet to encode the prompt."""
+    prompt = f"{JOB['prompt']}, {take}"
     answer = client.post("/generate", json=JOB | {"prompt": prompt, "seed": seed})
     job_id: str = answer.raise_for_status().json()["id"]
     return job_id

@@ -111,7 +111,9 @@ def _submit_until(cluster: Cluster, books: Books, done: threading.Event) -> None
     open_jobs: list[str] = []
     while not done.is_set():
         if len(open_jobs) < WAITING:
-            job_id = cluster.submit(**SHORT, seed=len(books.accepted))
+            number = len(books.accepted)
+            prompt = f"{SHORT['prompt']}, take {number}"  # a worker keeps what it has encoded
+            job_id = cluster.submit(**SHORT | {"prompt": prompt}, seed=number)
             books.accepted.append(job_id)
             open_jobs.append(job_id)
         else:

@@ -95,7 +95,7 @@ def _rows(measured: dict[str, list[Seconds]]) -> list[report.Row]:
 def _settings(request: dict[str, Any], rounds: int) -> dict[str, Any]:
     asked = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
     cores = len(os.sched_getaffinity(0))
-    return asked | {"rounds": rounds, "statistic": "median", "cores": cores}
+    return asked | {"prompt": PROMPT} | {"rounds": rounds, "statistic": "median", "cores": cores}
 
 
 if __name__ == "__main__":

@@ -154,7 +154,9 @@ def overhead(jobs: int) -> list[Row]:
     with cluster() as site, httpx.Client(base_url=site.urls[0], timeout=60) as client:
         for number in range(jobs + 1):
             started = time.perf_counter()
-            job_id = client.post("/generate", json=SHORT_JOB | {"seed": number}).json()["id"]
+            # A prompt of its own: a worker keeps what it has encoded.
+            own = {"prompt": f"{PROMPT}, take {number}", "seed": number}
+            job_id = client.post("/generate", json=SHORT_JOB | own).json()["id"]
             with client.stream("GET", f"/jobs/{job_id}/events") as events:
                 for line in events.iter_lines():
                     if line.startswith("data:") and '"succeeded"' in line:

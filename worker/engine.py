@@ -79,7 +79,7 @@ class Engine(Protocol):
         """Run everything up to the first frame; the caller takes the frames, or closes them.
 
         Args:
-            owner: what a job leaves behind for later ones is theirs only if they have the same.
+            owner: whose job it is; nothing that is kept of it may serve another owner's job.
 
         Raises:
             GenerationCancelled: `watch` said so.

@@ -66,8 +66,9 @@ def make_video(place: Workplace, attempt: Attempt, record: JobRecord, guards: Gu
 
 def remember_pace(place: Workplace, record: JobRecord, timings: StageTimings) -> None:
     """Add what a job took to what is known of its shape; an estimate is not worth a wait."""
-    steps = record.request.num_inference_steps
-    took = Pace(timings.denoise_s / steps, max(0.0, timings.total_s - timings.denoise_s))
+    steps, texts_s = record.request.num_inference_steps, timings.text_encoder_s
+    rest_s = max(0.0, timings.total_s - timings.denoise_s - texts_s)
+    took = Pace(timings.denoise_s / steps, rest_s, texts_s)
     with suppress(RedisError):
         pace.measure(place.redis, record.request, took)
 

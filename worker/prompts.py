@@ -26,13 +26,16 @@ from worker.shared_parts import SharedParts
 MOST_KEPT: Final = 16
 """Texts whose embeddings stay in the host's memory: the 14B's have 4 MB each."""
 
+Key = tuple[str | None, bytes]
+"""Whose text it is, None for everybody's, and its SHA-256."""
+
 
 class PromptEncoder:
     """Counts the tokens of prompts, and embeds them.
 
     The last texts' embeddings are kept, since whoever compares modes or seeds sends one prompt
-    several times. They are kept for their owner alone, whose next job is sooner done for it: nobody
-    is to learn that way what somebody else has asked for. The model's default negative prompt is
+    several times. They are kept for their owner alone, whose next job is faster for it: nobody is
+    to learn from that what somebody else has asked for. The model's default negative prompt is
     everybody's. Texts themselves are not kept.
     """
 
@@ -52,7 +55,7 @@ class PromptEncoder:
         )
         visits = parts.text_encoder_place == "encode"
         self._visitor = Visitor(parts.text_encoder, device.torch_device) if visits else None
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()  # on the host
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()  # on the host
 
     def count_tokens(self, text: str) -> int:
         """Count a prompt's tokens as the pipeline would: cleaned, and with the closing one."""
@@ -92,12 +95,12 @@ class PromptEncoder:
         prompt, *negative = (self._kept[key].to(home, copy=True) for key in keys)
         return prompt, negative[0] if negative else None
 
-    def _key(self, text: str, owner: str) -> bytes:
-        whose = "" if text == self._everybodys else owner
-        return hashlib.sha256(f"{whose}\0{text}".encode()).digest()
+    def _key(self, text: str, owner: str) -> Key:
+        whose = None if text == self._everybodys else owner
+        return whose, hashlib.sha256(text.encode()).digest()
 
     @torch.no_grad()
-    def _embed(self, texts: Mapping[bytes, str], check: Callable[[], None]) -> None:
+    def _embed(self, texts: Mapping[Key, str], check: Callable[[], None]) -> None:
         on_host = self._parts.text_encoder_place == "host"
         there = torch.device("cpu") if on_host else self._device.torch_device
         encoder = self._parts.text_encoder

@@ -80,7 +80,7 @@ class JobClock:
         self._start = self._since = time.monotonic()
         self._stage: Stage | None = None
         self._step = self._steps = 0
-        self._denoise_s = 0.0
+        self._apart_s = 0.0  # spent on texts and denoising, which are estimated by themselves
         self.own_steps: list[float] = []
 
     def at(self, stage: Stage, step: int, steps: int) -> None:
@@ -121,9 +121,13 @@ class JobClock:
             if step_s is None or self._stage not in (Stage.DENOISE, Stage.VAE):
                 return None
             return in_stage * step_s
-        spent_s = time.monotonic() - self._start - self._denoise_s
+        in_texts_s = time.monotonic() - self._since if self._stage is Stage.TEXT_ENCODER else 0.0
+        spent_s = time.monotonic() - self._start - self._apart_s - in_texts_s
         left_s = max(0.0, self._pace.rest_s - spent_s)
         if self._stage is Stage.TEXT_ENCODER:
+            # The pace's is an average with jobs that have nothing to encode.
+            texts_s = self._times.median(self._shape, self._stage) or self._pace.texts_s
+            left_s += max(0.0, texts_s - in_texts_s)
             return left_s + self._request.num_inference_steps * self._pace.step_s
         if self._stage is Stage.DENOISE:
             return left_s + in_stage * self._step_s(self._pace)
@@ -135,6 +139,7 @@ class JobClock:
 
     def _add(self, stage: Stage, seconds: float, count: int) -> None:
         self._times.add(self._shape, stage, seconds)
+        if stage in (Stage.TEXT_ENCODER, Stage.DENOISE):
+            self._apart_s += seconds * count
         if stage is Stage.DENOISE:
             self.own_steps += [seconds] * count
-            self._denoise_s += seconds * count

@@ -15,6 +15,7 @@ from jobs.catalog import tokenizer_fingerprint
 from worker.errors import ModelUnusable
 from worker.part_files import TOKENIZER, check_files, read_json
 
+CONFIG = "tokenizer_config.json"
 T5_PADDING = "<pad>"
 
 
@@ -41,36 +42,40 @@ def read_tokenizer(folder: Path) -> ModelTokenizer:
     Nor by a `from_pretrained`, which in some versions reads the file twice.
 
     What pads is all that is taken of the configuration: the pipeline needs texts at the left, and
-    those that would be cut are refused.
+    none is cut.
 
     Raises:
         ModelUnusable: a file is missing, or cannot be read; it is named. Or none says which token
             of the vocabulary pads.
     """
     check_files(folder, TOKENIZER)
-    file, config_file = folder / TOKENIZER, folder / "tokenizer_config.json"
+    file, config_file = folder / TOKENIZER, folder / CONFIG
     try:
         text = file.read_bytes()
-        tokenize = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        # Without a side and a token of ours, the library takes those of the file as they are.
+        tokenize = PreTrainedTokenizerFast(
+            tokenizer_file=str(file), padding_side="right", pad_token=None
+        )
+        padding = tokenize.backend_tokenizer.padding or {}
         tokenize("a")  # some broken files show here
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are no Exceptions
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelUnusable(f"The model file {file} cannot be read: {reason}") from error
-    named = read_json(config_file).get("pad_token") if config_file.is_file() else None
-    tokenize.pad_token = _padding(tokenize, named, file)
+    config = read_json(config_file) if config_file.is_file() else {}
+    named = config.get("pad_token") or padding.get("pad_token") or T5_PADDING
+    tokenize.pad_token = _checked_padding(tokenize, named, file)
     return ModelTokenizer(tokenize, text, tokenizer_fingerprint(text))
 
 
-def _padding(tokenize: PreTrainedTokenizerBase, named: object, file: Path) -> str:
+def _checked_padding(tokenize: PreTrainedTokenizerBase, named: object, file: Path) -> str:
     """The token that pads. One that the file lacks the library would add, beyond the embedding."""
-    token = named or tokenize.pad_token or T5_PADDING
-    if isinstance(token, dict):  # some name it as an object around the text
-        token = token.get("content")
+    # Some name it as an object around the text.
+    token = named.get("content") if isinstance(named, dict) else named
     if not isinstance(token, str) or tokenize.backend_tokenizer.token_to_id(token) is None:
         raise ModelUnusable(
             f"{file} has no token {token!r} to pad with: name one that it has as pad_token in "
-            f"{file.parent / 'tokenizer_config.json'}"
+            f"{file.parent / CONFIG}"
         )
     return token

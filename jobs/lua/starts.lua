@@ -11,8 +11,8 @@ local function expected(other)
   if not shape then return nil end
   if paces[shape] == nil then
     local text = redis.call('HGET', '@PACE@', shape)
-    local step_s, rest_s = string.match(text or '', '^(%S+) (%S+)$')
-    paces[shape] = step_s and { tonumber(step_s), tonumber(rest_s) } or false
+    local step_s, rest_s, texts_s = string.match(text or '', '^(%S+) (%S+) (%S+)$')
+    paces[shape] = step_s and { tonumber(step_s), tonumber(rest_s) + tonumber(texts_s) } or false
   end
   local pace = paces[shape]
   return pace and pace[2] + tonumber(known[2]) * pace[1]

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from jobs.measures import BOUNDS_S, COUNTERS, HISTOGRAMS, LABELS
+from jobs.pace import parse
 
 _COUNTERS: Final = {
     "created": ("wan_jobs_created", "Jobs that were accepted."),
@@ -94,9 +95,9 @@ def _pace(pace: Mapping[bytes, bytes]) -> Sequence[Metric]:
         if len(labels) != len(LABELS):
             continue
         try:
-            step_s, rest_s = map(float, seconds.split())
+            kept = parse(seconds)
         except ValueError:
             continue
-        step.add_metric(labels, step_s)
-        rest.add_metric(labels, rest_s)
+        step.add_metric(labels, kept.step_s)
+        rest.add_metric(labels, kept.rest_s + kept.texts_s)
     return step, rest

@@ -13,7 +13,7 @@ from jobs.store import JobStore
 from jobs.submission import Submission
 
 QUEUE = "q"
-PACE = Pace(step_s=2.0, rest_s=5.0)
+PACE = Pace(step_s=2.0, rest_s=4.0, texts_s=1.0)
 JOB_S = PACE.job_s(20)
 
 
@@ -115,12 +115,13 @@ def test_priority_goes_first(
 def test_a_pace_follows_new_measurements_slowly(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, Pace(1.0, 10.0))
-    pace.measure(redis, request_for_video, Pace(2.0, 10.0))
+    pace.measure(redis, request_for_video, Pace(1.0, 10.0, 5.0))
+    pace.measure(redis, request_for_video, Pace(2.0, 10.0, 0.0))
     kept = pace.read(redis, request_for_video)
     assert kept is not None
     assert kept.step_s == pytest.approx(1.3)
-    assert kept.job_s(10) == pytest.approx(23)
+    assert kept.texts_s == pytest.approx(3.5)
+    assert kept.job_s(10) == pytest.approx(26.5)
     unguided = request_for_video.model_copy(update={"guidance_scale": 1.0})
     assert pace.read(redis, unguided) is None
 

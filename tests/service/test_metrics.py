@@ -89,7 +89,7 @@ def history(
     store.cancel(store.create(request_for_video, queue, webhook).job.id)
     for _ in range(2):
         store.create(request_for_video, queue)
-    pace.measure(redis, request_for_video, Pace(step_s=0.25, rest_s=1.5))
+    pace.measure(redis, request_for_video, Pace(step_s=0.25, rest_s=1.0, texts_s=0.5))
     catalog.publish_status(
         redis,
         WorkerStatus(

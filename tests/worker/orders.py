@@ -1,5 +1,7 @@
 """Requests for the worker's tests, and a watch for those that run an engine by itself."""
 
+import secrets
+
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 
@@ -31,3 +33,8 @@ def order(**changes: object) -> GenerationRequest:
         "model": "wan-mini",
     }
     return GenerationRequest.model_validate(values | changes)
+
+
+def unseen() -> str:
+    """A prompt that no engine has encoded yet."""
+    return f"a small red circle, {secrets.token_hex(8)}"

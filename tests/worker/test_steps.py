@@ -84,7 +84,7 @@ def test_the_next_job_of_the_shape_knows_and_one_of_another_does_not(
 def test_with_a_pace_the_rest_is_known_from_the_start_and_follows_the_own_steps(
     wait: Callable[[float], None],
 ) -> None:
-    clock = JobClock(ORDER, Pace(step_s=10, rest_s=6), StepTimes(), LIMITS)
+    clock = JobClock(ORDER, Pace(step_s=10, rest_s=4, texts_s=2), StepTimes(), LIMITS)
     clock.at(Stage.TEXT_ENCODER, 0, 1)
     assert clock.seconds_left() == 46
     wait(2)
@@ -104,6 +104,27 @@ def test_with_a_pace_the_rest_is_known_from_the_start_and_follows_the_own_steps(
     wait(30)
     clock.at(Stage.MP4, 0, 1)
     assert clock.seconds_left() == 0
+
+
+def test_a_job_that_encodes_nothing_and_one_that_does_know_it_of_themselves(
+    wait: Callable[[float], None],
+) -> None:
+    times = StepTimes()
+    between = Pace(step_s=10, rest_s=4, texts_s=30)  # of jobs that took 90 s for it, or none
+    kept = JobClock(ORDER, between, times, LIMITS)
+    kept.at(Stage.DENOISE, 0, 4)
+    assert kept.seconds_left() == 44
+    encoding = JobClock(ORDER, between, times, LIMITS)
+    encoding.at(Stage.TEXT_ENCODER, 0, 1)
+    assert encoding.seconds_left() == 74
+    wait(50)
+    assert encoding.seconds_left() == 44, "late with its texts, and no less to do afterwards"
+    wait(40)
+    encoding.at(Stage.DENOISE, 0, 4)
+    assert encoding.seconds_left() == 44
+    another = JobClock(ORDER, between, times, LIMITS)
+    another.at(Stage.TEXT_ENCODER, 0, 1)
+    assert another.seconds_left() == 134, "this worker has seen what it takes"
 
 
 def test_without_a_pace_it_is_known_after_the_first_own_step(

@@ -87,18 +87,37 @@ def test_padding_unnamed_is_t5s(umt5: Path) -> None:
     assert read_tokenizer(umt5).tokenize.pad_token_id == 0
 
 
-def test_texts_are_at_the_left_whatever_a_configuration_says(umt5: Path) -> None:
+def pad_in_the_file(folder: Path, **padding: object) -> None:
+    """Write a padding section into the tokenizer's file."""
+    file = folder / "tokenizer.json"
+    section = {"strategy": "BatchLongest", "pad_id": 0, "pad_type_id": 0} | padding
+    whole = json.loads(file.read_text(encoding="utf-8")) | {"padding": section}
+    file.write_text(json.dumps(whole), encoding="utf-8")
+
+
+def test_texts_are_at_the_left_whatever_the_files_say(umt5: Path) -> None:
     configure(umt5, {"padding_side": "left"})
+    pad_in_the_file(umt5, direction="Left", pad_token="<pad>", pad_to_multiple_of=None)
     ids = read_tokenizer(umt5).tokenize("red", padding="max_length", max_length=12).input_ids
     assert ids[0] != 0 == ids[-1]
 
 
 def test_padding_may_be_named_by_the_tokenizer_itself(umt5: Path) -> None:
     call_padding(umt5, "[PAD]")
-    padded = Tokenizer.from_file(str(umt5 / "tokenizer.json"))
-    padded.enable_padding(pad_token="[PAD]", pad_id=0)
-    padded.save(str(umt5 / "tokenizer.json"))
+    pad_in_the_file(umt5, direction="Right", pad_token="[PAD]", pad_to_multiple_of=None)
     assert read_tokenizer(umt5).tokenize.pad_token_id == 0
+
+
+@pytest.mark.parametrize("named", [None, "<pad>"])
+def test_padding_of_the_file_does_not_grow_its_vocabulary(umt5: Path, named: str | None) -> None:
+    size = len(read_tokenizer(umt5).tokenize)
+    pad_in_the_file(umt5, direction="Right", pad_token="[NOPE]", pad_to_multiple_of=None)
+    configure(umt5, {"pad_token": named})
+    if named is None:
+        with pytest.raises(ModelUnusable, match=r"has no token '\[NOPE\]' to pad with"):
+            read_tokenizer(umt5)
+    else:
+        assert len(read_tokenizer(umt5).tokenize) == size
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 import quant
 from jobs.errors import GenerationCancelled, GenerationFailed, PromptTooLong
 from jobs.record import Stage
-from tests.worker.orders import OWNER, order
+from tests.worker.orders import OWNER, order, unseen
 from worker.config import WorkerConfig
 from worker.devices import Device
 from worker.engine import Frame
@@ -118,8 +118,7 @@ def test_without_guidance_the_negative_prompt_does_not_count(
 
 def test_progress_is_told_in_order(engine: WanEngine) -> None:
     watch = Notes()
-    prompt = f"a circle, not embedded yet: {id(watch)}"
-    frames(engine, watch, prompt=prompt, num_frames=9, num_inference_steps=3)
+    frames(engine, watch, prompt=unseen(), num_frames=9, num_inference_steps=3)
     assert watch.seen == [
         (Stage.TEXT_ENCODER, 0, 1),
         *[(Stage.DENOISE, step, 3) for step in range(4)],
@@ -128,7 +127,7 @@ def test_progress_is_told_in_order(engine: WanEngine) -> None:
 
 
 def test_seconds_are_counted_per_stage(engine: WanEngine) -> None:
-    clip = engine.generate(order(**SHORT), Notes(), OWNER)
+    clip = engine.generate(order(prompt=unseen(), **SHORT), Notes(), OWNER)
     assert clip.seconds.text_encoder_s > 0
     assert clip.seconds.denoise_s > 0
     assert clip.seconds.vae_s == 0
@@ -149,7 +148,7 @@ def test_a_job_stops_where_it_is_told_and_the_next_one_is_whole(
     engine: WanEngine, watch: Notes, whole: np.ndarray
 ) -> None:
     with pytest.raises(GenerationCancelled):
-        frames(engine, watch, prompt=f"a circle, not embedded yet: {id(watch)}", **SHORT)
+        frames(engine, watch, prompt=unseen(), **SHORT)
     assert np.array_equal(frames(engine, **SHORT), whole)
 
 
