@@ -95,7 +95,8 @@ def _rows(measured: dict[str, list[Seconds]]) -> list[report.Row]:
 def _settings(request: dict[str, Any], rounds: int) -> dict[str, Any]:
     asked = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
     cores = len(os.sched_getaffinity(0))
-    return asked | {"prompt": PROMPT} | {"rounds": rounds, "statistic": "median", "cores": cores}
+    ours = {"prompt": PROMPT, "rounds": rounds, "statistic": "median", "cores": cores}
+    return asked | ours
 
 
 if __name__ == "__main__":
