@@ -27,6 +27,7 @@ from worker.errors import CardFailed, CardsLost
 from worker.journal import EXIT_DEVICE_LOST
 from worker.loading import Mode, check_folder, load_modes, plan_modes
 from worker.logs import JOB_ID
+from worker.memory import check_follower
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def load_follower(config: WorkerConfig, cards: Cards) -> tuple[Mode, ...]:
     check_folder(path)
     # Only the leader reads all of the weights twice, to name them by their content.
     plans = plan_modes(config, cards.hear())
+    recipes = [plan.recipe for plan in plans]
+    check_follower(config, recipes, cards.device, cards.device.available_bytes())
     modes = load_modes(path, plans, cards.device)
     _share_out(cards, modes)
     return modes

@@ -121,9 +121,18 @@ class ModelBytes:
             resident["text encoder"] = self.text_encoder
         elif place == "encode":
             passing["text encoder"] = self.text_encoder + ENCODING_BYTES
-        if self.transformer_loading > self.transformer:
-            passing["quantizing"] = self.transformer_loading - self.transformer
-        return Need(resident, passing)
+        return Need(resident, passing | self._quantizing)
+
+    def followers_need(self) -> Need:
+        """What it takes on a card that only denoises; with all tokens, as each of two cards has
+        them with guidance."""
+        resident = {"transformer": self.transformer, "reserve": RESERVE_BYTES}
+        return Need(resident, {"denoising": self.denoising} | self._quantizing)
+
+    @property
+    def _quantizing(self) -> dict[str, int]:
+        more = self.transformer_loading - self.transformer
+        return {"quantizing": more} if more else {}
 
 
 def place_model(
@@ -155,7 +164,25 @@ def place_model(
             return Placement(place, tiled, need, available_bytes)
     assert available_bytes is not None, "without a bound the first choice fits"
     least = min((size.need(*choice) for choice in choices), key=lambda need: need.total)
-    raise TooLittleMemory(_refusal(config, recipes, least, available_bytes))
+    raise TooLittleMemory(_refusal(config, recipes, least, available_bytes, "the device,"))
+
+
+def check_follower(
+    config: WorkerConfig,
+    recipes: Sequence[QuantRecipe | None],
+    device: Device,
+    available_bytes: int | None,
+) -> None:
+    """Refuse, as `place_model` does, for a card that follows another; `available_bytes` is its own.
+
+    Raises:
+        TooLittleMemory: with the whole sum, what there is, and what would help.
+        ModelUnusable, quant.QuantError: the model's files cannot be read.
+    """
+    need = measure_model(config, recipes, device).followers_need()
+    if available_bytes is not None and need.total > available_bytes:
+        where = f"card {device.card}, which denoises with the first,"
+        raise TooLittleMemory(_refusal(config, recipes, need, available_bytes, where))
 
 
 def measure_model(
@@ -230,7 +257,11 @@ def _allowed(wanted: str, choices: dict[str, Any]) -> list[Any]:
 
 
 def _refusal(
-    config: WorkerConfig, recipes: Sequence[QuantRecipe | None], least: Need, available: int
+    config: WorkerConfig,
+    recipes: Sequence[QuantRecipe | None],
+    least: Need,
+    available: int,
+    where: str,
 ) -> str:
     model = config.model
     largest = max(model.sizes, key=lambda size: math.prod(split_size(size)))
@@ -239,14 +270,14 @@ def _refusal(
         remedies.append("serve fewer modes")
     if "quantizing" in least.passing or None in recipes:
         remedies.append("serve a packed mode without bf16 (python -m quant convert)")
-    if model.text_encoder not in {"auto", "host"}:
+    if "text encoder" in {*least.resident, *least.passing}:
         remedies.append('set text_encoder = "host" in [model]')
-    if model.vae_tiling == "off":
+    if model.vae_tiling == "off" and "decoding" in least.passing:
         remedies.append('set vae_tiling = "on" in [model]')
     remedies.append("offer smaller sizes or fewer frames")
     return (
         f"{model.name} with {', '.join(mode.name for mode in config.modes)} at up to {largest} and "
-        f"{model.max_frames} frames needs {least} on the device, which has {_gib(available)} GiB. "
+        f"{model.max_frames} frames needs {least} on {where} which has {_gib(available)} GiB. "
         f"To make it fit, {', or '.join(remedies)}."
     )
 

@@ -10,7 +10,16 @@ from quant import QuantRecipe
 from worker.config import ModeConfig, ModelConfig, WorkerConfig
 from worker.devices import Device
 from worker.errors import TooLittleMemory
-from worker.memory import GIB, RESERVE_BYTES, ModelBytes, Placement, measure_model, place_model
+from worker.following import load_follower
+from worker.memory import (
+    GIB,
+    RESERVE_BYTES,
+    ModelBytes,
+    Placement,
+    check_follower,
+    measure_model,
+    place_model,
+)
 from worker.wan import WanEngine
 
 LARGE = {
@@ -163,6 +172,53 @@ def test_what_does_not_fit_is_refused_with_sum_and_remedies(large, device):
     with pytest.raises(TooLittleMemory) as caught:
         place(large, 40.0, device)
     assert "text_encoder =" not in str(caught.value), "it was tried on the host already"
+
+
+def test_a_follower_needs_room_to_denoise_only(large, device):
+    recipes = [None, RECIPE]
+    least = measure_model(large, recipes, device).followers_need().total
+    assert least / GIB == pytest.approx(38.1 + 2.0 + 8.7, abs=0.1)
+    card = Device("cuda", "2 x a card", card=1)
+    for enough in (None, least):
+        check_follower(large, recipes, card, enough)
+    with pytest.raises(TooLittleMemory) as caught:
+        check_follower(
+            with_model(large, text_encoder="device", vae_tiling="off"), recipes, card, least - 1
+        )
+    message = str(caught.value)
+    for part in (
+        r"needs 48\.\d GiB \(transformer 38\.1, reserve 2\.0, and the largest of: denoising 8\.7\)",
+        r"on card 1, which denoises with the first, which has 48\.\d GiB",
+        "serve fewer modes",
+        "fewer frames",
+    ):
+        assert re.search(part, message), (part, message)
+    assert "text_encoder" not in message
+    assert "vae_tiling" not in message
+
+
+class FullDevice(Device):
+    """A device that somebody else has taken the memory of."""
+
+    def available_bytes(self) -> int:
+        return 1 << 20
+
+
+class Ordered:
+    """As far as a follower that loads knows the other cards."""
+
+    device = FullDevice("cpu", "a full card", card=1)
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+
+    def hear(self) -> str:
+        return self._fingerprint
+
+
+def test_a_follower_without_room_loads_nothing(config: WorkerConfig, engine: WanEngine):
+    with pytest.raises(TooLittleMemory, match=r"on card 1, .* which has 0\.0 GiB"):
+        load_follower(config, Ordered(engine.model.fingerprint))  # type: ignore[arg-type]
 
 
 def test_the_estimate_of_weights_is_what_the_miniature_takes(
