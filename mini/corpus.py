@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mini.architecture import LATENT_SHAPE, TEXT_TOKENS
 from mini.causal import encode_clip, whole_clip
+from mini.precision import mixed_precision
 from mini.render import Tracks, layout, render, tracks
 from mini.scenes import PAIR_SHARE, Scene, Split, caption, sample_scene
 
@@ -95,7 +96,7 @@ def encode_scenes(vae: AutoencoderKLWan, batch: Tracks, size: int = 128) -> Tens
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     count = batch.radius.shape[0]
     latents = torch.empty(count, *LATENT_SHAPE, dtype=torch.bfloat16, device=device)
-    with whole_clip(vae), torch.autocast(device.type, torch.bfloat16):
+    with whole_clip(vae), mixed_precision(device):
         for start, clip in zip(range(0, count, size), clips(batch.to(device), size), strict=True):
             encoded, _ = encode_clip(vae, clip * 2 - 1)
             latents[start : start + size] = ((encoded.float() - mean) / std).bfloat16()

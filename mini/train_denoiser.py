@@ -21,6 +21,7 @@ from transformers import UMT5EncoderModel
 
 from mini.architecture import FLOW_SHIFT, Miniature
 from mini.corpus import WORDINGS, Corpus
+from mini.precision import mixed_precision
 from mini.stepping import Optimizer, TrainingStep
 from mini.training_settings import DenoiserSettings
 
@@ -142,7 +143,7 @@ class DenoiserTraining:
         sigma = draw_sigma(count, self.settings, device)
         noise = torch.randn_like(clean)
         mixed = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             text = encode_text(self.model.text_encoder, tokens)
             text = F.pad(text, (0, 0, 0, text_tokens - text.shape[1]))
             predicted = self.model.transformer(mixed, sigma * 1000, text, return_dict=False)[0]

@@ -22,6 +22,7 @@ from mini.causal import (
     whole_clip,
 )
 from mini.corpus import clip_pool, laid_out, scenes_of
+from mini.precision import mixed_precision
 from mini.render import render
 from mini.scenes import Split
 from mini.stepping import Optimizer, TrainingStep
@@ -96,7 +97,7 @@ def _signed(video: Tensor) -> Tensor:
 
 
 def _loss(vae: AutoencoderKLWan, video: Tensor, settings: VaeSettings) -> Tensor:
-    with torch.autocast(video.device.type, torch.bfloat16):
+    with mixed_precision(video.device):
         mean, logvar = encode_clip(vae, video)
         mean, logvar = mean.float(), logvar.float()
         latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
@@ -112,7 +113,7 @@ def _loss(vae: AutoencoderKLWan, video: Tensor, settings: VaeSettings) -> Tensor
 
 @torch.no_grad()
 def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
-    with torch.autocast(pool.device.type, torch.bfloat16):
+    with mixed_precision(pool.device):
         pieces = torch.split(pool[:512], 64)
         latents = torch.cat([encode_clip(vae, _signed(p))[0].float() for p in pieces])
     mean = latents.mean(dim=(0, 2, 3, 4)).tolist()

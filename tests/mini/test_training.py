@@ -13,6 +13,7 @@ from transformers import UMT5EncoderModel
 
 from mini.architecture import build_text_encoder, build_tokenizer
 from mini.corpus import scenes_of, tokenize
+from mini.precision import mixed_precision, multiplies_bf16
 from mini.scenes import Split, captions_of
 from mini.stepping import Optimizer, TrainingStep
 from mini.train import TrainingRun
@@ -151,6 +152,14 @@ def test_the_tokenizer_of_a_work_folder_is_kept(tmp_path: Path) -> None:
     kept = build_tokenizer(captions_of(Split.TRAIN, 20))
     kept.save_pretrained(tmp_path / "tokenizer")
     assert TrainingRun(tmp_path, TINY, "cpu").model.tokenizer.get_vocab() == kept.get_vocab()
+
+
+def test_a_cpu_without_bf16_instructions_computes_in_fp32() -> None:
+    cpu = torch.device("cpu")
+    assert multiplies_bf16(torch.device("cuda"))
+    with mixed_precision(cpu):
+        out = nn.Linear(4, 4)(torch.ones(1, 4))
+    assert out.dtype == (torch.bfloat16 if multiplies_bf16(cpu) else torch.float32)
 
 
 def test_the_learning_rate_follows_the_clock() -> None:
