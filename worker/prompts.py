@@ -21,6 +21,7 @@ from worker.config import ModelConfig
 from worker.denoising import Embeddings
 from worker.devices import Device
 from worker.engine import Watch
+from worker.finite import require_finite
 from worker.shared_parts import SharedParts
 
 MOST_KEPT: Final = 16
@@ -115,7 +116,9 @@ class PromptEncoder:
                     dtype=self._device.dtype,
                 )
                 # Waits for the encoder, whose weights may go when the block ends.
-                self._kept[key] = embedding.cpu()
+                embedding = embedding.cpu()
+                require_finite(embedding, "The text encoder")
+                self._kept[key] = embedding
                 if len(self._kept) > MOST_KEPT:
                     self._kept.popitem(last=False)
 

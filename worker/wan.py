@@ -32,6 +32,7 @@ from worker.decoding import decode_chunks, decode_tiled, denormalize, stop_point
 from worker.denoising import Denoise, denoise_on
 from worker.devices import Device
 from worker.engine import Clip, Frame, StageSeconds, Watch
+from worker.finite import require_finite
 from worker.following import lead
 from worker.loading import (
     Mode,
@@ -165,6 +166,7 @@ class WanEngine:
                 step_cache(pipeline.transformer, caching, steps),
             ):
                 latents = self._denoise(pipeline, request, embeddings, on_step)
+                require_finite(latents, f"Denoising in mode {request.mode!r}")
         finally:
             sample.disarm()
             pipeline.scheduler = self.parts.scheduler  # the run's own holds latents

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jobs import pace
+from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from tests.worker.orders import OWNER, Unwatched, order, unseen
@@ -38,6 +39,20 @@ def prompts(engine: WanEngine) -> PromptEncoder:
     """One that has embedded nothing yet; every owner has the text "ugly"."""
     config = engine.config.model_copy(update={"default_negative_prompt": "ugly"})
     return PromptEncoder(engine.parts, engine.device, config)
+
+
+def test_what_is_no_number_is_not_kept(prompts: PromptEncoder) -> None:
+    weight = prompts._parts.text_encoder.encoder.final_layer_norm.weight
+    good = weight.detach().clone()
+    weight.data.fill_(torch.inf)
+    try:
+        with pytest.raises(GenerationFailed, match="The text encoder gave"):
+            prompts.encode(RED, Unwatched(), OWNER)
+    finally:
+        weight.data.copy_(good)
+    assert not prompts._kept
+    embedding, _ = prompts.encode(RED, Unwatched(), OWNER)
+    assert embedding.isfinite().all()
 
 
 Embed = Callable[..., int]

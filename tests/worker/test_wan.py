@@ -92,6 +92,17 @@ def test_bf16_is_diffusers_own_pipeline_to_the_last_bit(
     assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
 
 
+def test_latents_that_are_no_numbers_are_no_video(
+    engine: WanEngine, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = torch.full_like(engine.loaded["bf16"].transformer.proj_out.weight, torch.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.loaded["bf16"].transformer.proj_out.weight, "data", broken)
+        with pytest.raises(GenerationFailed, match=r"mode 'bf16' gave (\d+) of \1 .* another mode"):
+            frames(engine, **SHORT)
+    assert np.array_equal(frames(engine, **SHORT), whole)
+
+
 def test_modes_do_not_disturb_each_other(engine: WanEngine, whole: np.ndarray) -> None:
     quantized = frames(engine, mode="w8a8", **SHORT)
     assert np.array_equal(frames(engine, **SHORT), whole)
