@@ -71,8 +71,8 @@ def convert(  # noqa: PLR0913 (what to pack, where to, and two settings of how)
         on_tensor: called after each tensor with (done, total).
 
     Raises:
-        WeightsError: `out` exists or cannot be written, or a tensor of the model is missing, or
-            not as the configuration says.
+        WeightsError: `out` exists, does not fit on its disk or cannot be written, or a tensor of
+            the model is missing, or not as the configuration says.
         ScalesMismatch: the scales were made for another model or recipe.
         QuantError: the folder, the recipe or the scales cannot be read or do not fit.
     """
@@ -90,6 +90,12 @@ def convert(  # noqa: PLR0913 (what to pack, where to, and two settings of how)
         model_folder=model_folder,
     )
     packing = _Packing(model_folder, recipe, scales, device or torch.device("cpu"))
+    free = shutil.disk_usage(out.absolute().parent).free
+    if packing.packed_bytes > free:
+        raise WeightsError(
+            f"{out} needs {packing.packed_bytes:,} bytes, and {out.absolute().parent} has {free:,} "
+            "free: make room there, or name another folder"
+        )
     info = PackedInfo(
         model_fingerprint=fingerprint,
         parts_fingerprint=parts_fingerprint(model_folder),
@@ -142,6 +148,11 @@ class _Packing:
     def source_bytes(self) -> int:
         """Bytes of the transformer as it would run in BF16."""
         return sum(tensor.nbytes for tensor in self._source.values())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of what is written."""
+        return sum(tensor.nbytes for tensor in self.state.values())
 
     def make(self, name: str) -> Tensor:
         """One tensor of the packed checkpoint, by its name there."""
@@ -201,7 +212,7 @@ def _write_folder(
         linears=len(packing.linears),
         tensors=len(specs),
         shards=len(shards),
-        weight_bytes=sum(tensor.nbytes for tensor in packing.state.values()),
+        weight_bytes=packing.packed_bytes,
         file_bytes=written + scales_file.stat().st_size,
         source_bytes=packing.source_bytes,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import QuantError
+from quant.safetensors_header import read_header
 
 FULL_HASH_LIMIT_BYTES = 1 << 30
 _MIB = 1 << 20
@@ -47,6 +48,7 @@ def model_fingerprint(folder: Path) -> str:
     Raises:
         QuantError: the folder lacks a part of a pipeline in diffusers format, or a file of it
             cannot be read.
+        WeightsError: a file of weights was cut, which would make another model of it.
     """
     return _fingerprint(folder, _WEIGHTS)
 
@@ -78,6 +80,8 @@ def _fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
         values = _without_origin(_read_object(folder / config))
         _update(digest, config, json.dumps(values, sort_keys=True).encode())
     weights = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    for file in weights:
+        read_header(file)
     try:
         _update(digest, _TOKENIZER, (folder / _TOKENIZER).read_bytes())
         sampled = sum(file.stat().st_size for file in weights) > FULL_HASH_LIMIT_BYTES

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import nn
 
 from quant.apply import twin_tree
 from quant.checkpoint import file_sha256
-from quant.errors import PackedMismatch, RecipeError, WeightsError
-from quant.kernels.copier import Reader
+from quant.errors import PackedMismatch, RecipeError, ScalesError, WeightsError
+from quant.kernels.copier import Copier, Reader
 from quant.packed_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -78,7 +79,6 @@ def open_packed(
     Raises:
         WeightsError: it is none, lacks a file, or a file was cut (then a tensor is named).
         PackedMismatch: it has another format version.
-        ScalesError: the scales beside it cannot be read.
     """
     command = convert_command(folder, model_folder, recipe)
     files = sorted(folder.glob(SHARD_PATTERN))
@@ -90,7 +90,12 @@ def open_packed(
     headers = {file: read_header(file) for file in files}
     info = _read_info(headers, command)
     scales_file = folder / SCALES_FILE
-    scales = load_scales(scales_file, recipe=recipe)
+    try:
+        scales = load_scales(scales_file)
+    except ScalesError as error:
+        # To make scales, which that error recommends, would not help: these belong to the files.
+        reason = str(error).partition(";")[0]
+        raise WeightsError(f"{reason}; make the checkpoint again with: {command}") from error
     if file_sha256(scales_file) != info.scales_sha256:
         raise WeightsError(
             f"{scales_file} is not the scales file the checkpoint was made with; make it again "
@@ -110,7 +115,8 @@ def check_packed(
 
     Raises:
         PackedMismatch: another model or recipe; the message ends with the command to run.
-        WeightsError: naming the tensor that is missing, or has another shape or dtype.
+        WeightsError: naming the tensor that is missing, has another shape or dtype, or is a scale
+            that is not the scales file's.
         ConversionError: its recipe does not fit its transformer.
     """
     info, name = packed.info, packed.folder
@@ -130,6 +136,25 @@ def check_packed(
         raise PackedMismatch(f"{problem}; make a fitting one with: {command}")
     skeleton = shared_quantized_skeleton(info.transformer_config, info.recipe)
     check_stored(skeleton.state_dict(), packed.stored, source=str(name), exact=True)
+    _check_own_scales(packed, convert_command(name, model_folder, recipe))
+
+
+def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:
+    """Hold the scales among its tensors against the scales file, which is known to be whole."""
+    own = {}
+    for kind in ("weight_scale", "act_scale"):
+        for linear, scale in getattr(packed.scales, kind).items():
+            stored = packed.stored.get(f"{linear}.{kind}")
+            if stored is not None:
+                own[stored] = (torch.empty(stored.shape, dtype=stored.dtype), scale)
+    Copier(torch.device("cpu")).read((stored, found) for stored, (found, _) in own.items())
+    for stored, (found, scale) in own.items():
+        if not torch.equal(found, scale):
+            raise WeightsError(
+                f"tensor {stored.name!r} in {stored.file} is {found.flatten()[0]:g}, where "
+                f"{SCALES_FILE} has {scale.flatten()[0]:g}: the checkpoint is damaged; make it "
+                f"again with: {command}"
+            )
 
 
 def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DModel:

@@ -68,11 +68,14 @@ class PackedInfo:
         Raises:
             LookupError, ValueError, RecipeError: it is not that.
         """
+        config = json.loads(metadata["transformer_config"])
+        if not isinstance(config, dict):
+            raise ValueError(f"its transformer_config is {config!r}, not an object")
         return cls(
             model_fingerprint=metadata["model_fingerprint"],
             parts_fingerprint=metadata["parts_fingerprint"],
             recipe=QuantRecipe.from_json(metadata["recipe"]),
-            transformer_config=json.loads(metadata["transformer_config"]),
+            transformer_config=config,
             scales_sha256=metadata["scales_sha256"],
             scales_from=json.loads(metadata["scales_from"]),
             tool_version=metadata["tool_version"],

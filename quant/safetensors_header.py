@@ -81,14 +81,17 @@ def read_header(file: Path) -> Header:
                 )
             fields = json.loads(stream.read(length))
         metadata = fields.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its __metadata__ is {metadata!r}, not an object")
         first = _LENGTH_BYTES + length
         tensors = tuple(_stored(file, first, name, each) for name, each in fields.items())
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file} is not a safetensors file: {error!r}") from error
-    _check_length(file, size, tensors)
-    return Header(tuple(sorted(tensors, key=lambda each: each.start)), metadata)
+    tensors = tuple(sorted(tensors, key=lambda each: (each.start, each.nbytes)))
+    _check_places(file, first, size, tensors)
+    return Header(tensors, metadata)
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -131,10 +134,22 @@ def _stored(file: Path, first: int, name: str, fields: dict[str, Any]) -> Stored
     return stored
 
 
-def _check_length(file: Path, size: int, tensors: Iterable[StoredTensor]) -> None:
-    for each in sorted(tensors, key=lambda each: each.start):
-        if each.start + each.nbytes > size:
+def _check_places(file: Path, first: int, size: int, tensors: Iterable[StoredTensor]) -> None:
+    """Tensors lie one behind the other, from the header's end to the file's."""
+    at = first
+    for each in tensors:
+        if each.start != at:
+            raise WeightsError(
+                f"{file} has tensor {each.name!r} at byte {each.start:,}, where {at:,} is free: "
+                "its header is damaged; copy or convert it again"
+            )
+        at += each.nbytes
+        if at > size:
             raise WeightsError(
                 f"{file} ends after {size:,} bytes, within tensor {each.name!r}, which reaches to "
-                f"{each.start + each.nbytes:,}: the file was cut; copy or convert it again"
+                f"{at:,}: the file was cut; copy or convert it again"
             )
+    if at != size:
+        raise WeightsError(
+            f"{file} has {size:,} bytes, and its tensors end at {at:,}: copy or convert it again"
+        )

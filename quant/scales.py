@@ -185,7 +185,7 @@ def check_scales(
     elif scales.recipe.fingerprint != recipe.fingerprint:
         problem = (
             f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
-            f"this is {recipe.name!r} ({recipe.fingerprint})"
+            f"this is {recipe.name!r} ({recipe.fingerprint}): ask for theirs"
         )
         arguments = scales.sampler.arguments()
     else:

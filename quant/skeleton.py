@@ -174,7 +174,7 @@ def check_stored(
     Args:
         source: what the files are, to be named in a refusal.
         exact: whether the dtypes have to be the wanted ones; otherwise any floating-point one may
-            stand for another.
+            stand for another, but none of one byte, whose scales would be elsewhere.
 
     Raises:
         WeightsError: naming the first tensor that is missing, or has another shape or dtype.
@@ -193,9 +193,11 @@ def check_stored(
                 f"{list(tensor.shape)} as the transformer's configuration says"
             )
         floats = found.dtype.is_floating_point and tensor.is_floating_point()
-        if found.dtype is not tensor.dtype and (exact or not floats):
+        convertible = floats and found.dtype.itemsize > 1
+        if found.dtype is not tensor.dtype and (exact or not convertible):
             raise WeightsError(
-                f"tensor {name!r} in {found.file} holds {found.dtype}, not {tensor.dtype}"
+                f"tensor {name!r} in {found.file} holds {found.dtype}, not {tensor.dtype}: give "
+                "the model as its authors publish it, or make the checkpoint again"
             )
 
 

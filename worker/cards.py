@@ -6,8 +6,8 @@ VAE and MP4. The others follow (`worker/following.py`). All of them denoise, in 
 What may fail on one card must not leave the others waiting for it. So before each exchange all
 cards vote, on the host: an exchange begins only when every card got there. A card that fails, or a
 leader that is told to stop, votes against, and the job ends on all of them at that vote; their
-connections stay sound and the next job can come. A vote takes the host 0.1 to 0.4 ms, which a device
-that has work in its queue does not notice.
+connections stay sound and the next job can come. A vote takes the host 0.1 to 0.4 ms, which a
+device that has work in its queue does not notice.
 
 What is beyond this: a process that ends takes the others with it, because their votes fail then;
 one that hangs is the leader's watchdog's business, which waits for its vote.

@@ -61,7 +61,10 @@ def decode_tiled(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
     diffusers decodes each tile for all frames before the next, so the first chunk comes last of all
     work. The chunks joined equal `vae.tiled_decode(latents).sample`.
     """
-    video = vae.tiled_decode(latents, return_dict=False)[0]
+    try:
+        video = vae.tiled_decode(latents, return_dict=False)[0]
+    finally:
+        vae.clear_cache()  # which a decode that is stopped leaves on the device
     yield video[:, :, :1]
     stride = vae.config.scale_factor_temporal
     for start in range(1, video.shape[2], stride):

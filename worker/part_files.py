@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from quant import WeightsError
+from quant.safetensors_header import read_header
 from worker.errors import ModelUnusable
 
 CONFIG = "*config.json"
@@ -50,7 +50,8 @@ def check_files(folder: Path, needed: str) -> None:
                 if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
                     raise ValueError("it holds no JSON object")
             elif file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):  # reads the header, checks the size
-                    pass
-        except (OSError, ValueError, SafetensorError) as error:
+                read_header(file)
+        except WeightsError as error:
+            raise ModelUnusable(f"The model cannot be read: {error}") from error
+        except (OSError, ValueError) as error:
             raise ModelUnusable(f"The model file {file} cannot be read: {error}") from error

@@ -75,6 +75,8 @@ def main(
         fail(str(error))
     except torch.OutOfMemoryError as error:
         fail(f"The device has too little memory for the model: {error}")
+    except torch.AcceleratorError as error:
+        fail(f"The device has failed: {error}")
 
 
 def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> Parts:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant import fingerprint
-from quant.errors import QuantError
+from quant.errors import QuantError, WeightsError
 from quant.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 
 CONFIGS = (
@@ -85,14 +85,15 @@ def test_what_makes_no_difference_to_a_video_does_not_count(model):
 
 def test_large_models_are_sampled_and_say_so(model):
     """A sparse file of just over 1 GiB: the middle goes unseen, header and ends do not."""
-    big = model / "transformer" / "part-3.safetensors"
+    big, size = model / "transformer" / "part-3.safetensors", fingerprint.FULL_HASH_LIMIT_BYTES
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     with big.open("wb") as file:
-        file.write((16).to_bytes(8, "little") + b'{"a": "header"}  ')
-        file.truncate(fingerprint.FULL_HASH_LIMIT_BYTES)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
     before = model_fingerprint(model)
     assert before.startswith("sha256-sampled-v2:")
     changed = []
-    for place in (10, 500_000, 1 << 29, fingerprint.FULL_HASH_LIMIT_BYTES - 1):
+    for place in (header.index(b'a"') + 8, 500_000, 1 << 29, big.stat().st_size - 1):
         with big.open("r+b") as file:
             file.seek(place)
             byte = file.read(1)
@@ -127,6 +128,15 @@ def test_weights_that_cannot_be_read_are_named(model):
         model_fingerprint(model)
 
 
+def test_cut_weights_make_no_other_model(model):
+    for weights in WEIGHTS:
+        data = (model / weights).read_bytes()
+        (model / weights).write_bytes(data[:-4])
+        with pytest.raises(WeightsError, match=rf"{weights} ends after .* within tensor 'w'"):
+            model_fingerprint(model)
+        (model / weights).write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "missing",
     [
@@ -151,9 +161,8 @@ def test_the_parts_fingerprint_is_blind_to_the_transformers_weights_alone(model)
         model_fingerprint(model)
     for other in (*WEIGHTS[2:], "tokenizer/tokenizer.json", *CONFIGS):
         data = (model / other).read_bytes()
-        (model / other).write_bytes(
-            data.replace(b"4", b"5") + b" " if b"4" in data else data + b"x"
-        )
+        changed = data[:-1] + b"x" if other in WEIGHTS else data.replace(b"4", b"5") + b" " * 9
+        (model / other).write_bytes(changed)
         assert parts_fingerprint(model) != before, other
         (model / other).write_bytes(data)
     assert parts_fingerprint(model) == before

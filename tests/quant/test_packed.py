@@ -1,10 +1,16 @@
 """Packed checkpoints: the same numbers as quantizing on the spot, and what is refused."""
 
+import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +45,7 @@ from quant.safetensors_header import SMALL_BYTES, stored_tensors
 from quant.safetensors_writer import spec_of, split_into_shards
 from quant.skeleton import (
     allocate,
+    check_stored,
     empty_transformer,
     materialize,
     quantized_skeleton,
@@ -309,6 +316,65 @@ def test_a_file_of_something_else_is_refused(folder, tiny_model, tiny_recipe, he
         opened(folder, tiny_model, tiny_recipe)
 
 
+def with_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a safetensors file says of itself, and nothing else."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def test_metadata_that_is_none_is_refused(folder, tiny_model, tiny_recipe):
+    file = sorted(folder.glob(SHARD_PATTERN))[0]
+    with_header(file, lambda header: header.update(__metadata__=None))
+    with pytest.raises(WeightsError, match=rf"{file.name} is not a safetensors file: .*metadata"):
+        opened(folder, tiny_model, tiny_recipe)
+
+
+def test_a_configuration_that_is_none_is_refused(folder, tiny_model, tiny_recipe):
+    for file in folder.glob(SHARD_PATTERN):
+        with_header(file, lambda header: header["__metadata__"].update(transformer_config="[]"))
+    with pytest.raises(WeightsError, match=r"does not say what it was made of.*transformer_config"):
+        opened(folder, tiny_model, tiny_recipe)
+
+
+def test_tensors_that_lie_upon_each_other_are_refused(folder, tiny_model, tiny_recipe):
+    file = stored_tensors(folder.glob(SHARD_PATTERN))[QDATA].file
+
+    def shift(header: dict[str, Any]) -> None:
+        start, end = header[QDATA]["data_offsets"]
+        header[QDATA]["data_offsets"] = [start - 8, end - 8]
+
+    with_header(file, shift)
+    with pytest.raises(WeightsError, match=rf"{file.name} has tensor .* at byte .* is free"):
+        opened(folder, tiny_model, tiny_recipe)
+
+
+def test_bytes_that_belong_to_no_tensor_are_refused(folder, tiny_model, tiny_recipe):
+    file = sorted(folder.glob(SHARD_PATTERN))[0]
+    size = file.stat().st_size
+    with file.open("ab") as stream:
+        stream.write(b"more")
+    with pytest.raises(WeightsError, match=rf"has {size + 4:,} bytes, .* end at {size:,}"):
+        opened(folder, tiny_model, tiny_recipe)
+
+
+def test_weights_in_8_bits_are_no_bf16_model(tiny_model):
+    stored = stored_tensors((tiny_model / "transformer").glob("*.safetensors"))
+    wanted = empty_transformer(read_transformer_config(tiny_model)).state_dict()
+    name = "blocks.1.ffn.net.2.weight"
+    check_stored(wanted, stored, source="it", exact=False)
+    for dtype, fits in ((torch.float16, True), (torch.float8_e4m3fn, False)):
+        stored[name] = replace(stored[name], dtype=dtype)
+        if fits:
+            check_stored(wanted, stored, source="it", exact=False)
+            continue
+        with pytest.raises(WeightsError, match=rf"'{name}' in .* holds torch.float8_e4m3fn, not"):
+            check_stored(wanted, stored, source="it", exact=False)
+
+
 def test_a_missing_file_is_named_with_the_command(folder, tiny_model, tiny_recipe):
     gone = sorted(folder.glob(SHARD_PATTERN))[1]
     gone.unlink()
@@ -330,6 +396,38 @@ def test_other_scales_beside_it_are_refused(folder, tiny_model, tiny_recipe, tin
     save_scales(replace(tiny_scales, prompts_file="others.txt"), folder / "scales.safetensors")
     with pytest.raises(WeightsError, match="not the scales file the checkpoint was made with"):
         opened(folder, tiny_model, tiny_recipe)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 0.0, 0.5])
+@pytest.mark.parametrize("kind", ["weight_scale", "act_scale"])
+def test_a_scale_that_is_not_the_scales_files_is_refused(
+    folder, tiny_model, tiny_recipe, kind, wrong
+):
+    name = QDATA.replace("weight_qdata", kind)
+    rewrite(folder, name, lambda tensors: tensors[name].fill_(wrong))
+    said = rf"tensor '{name}' in .* is {wrong:g}, where scales.safetensors has .* convert"
+    with pytest.raises(WeightsError, match=said):
+        opened(folder, tiny_model, tiny_recipe)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_damaged_scales_beside_it_are_no_reason_to_calibrate(
+    folder, tiny_model, tiny_recipe, damage
+):
+    file = folder / "scales.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(data[:-100])
+    with pytest.raises(WeightsError, match=rf"{file}.* make the checkpoint again with: ") as caught:
+        opened(folder, tiny_model, tiny_recipe)
+    assert "-m quant convert" in str(caught.value)
+    assert "calibrate" not in str(caught.value)
+
+
+def test_a_checkpoint_without_fp8_attention_is_another_recipes(made, tiny_model, tiny_recipe):
+    with pytest.raises(PackedMismatch, match=r"is of recipe .* -m quant convert"):
+        opened(made, tiny_model, replace(tiny_recipe, attention="fp8"))
 
 
 def test_another_model_is_refused_with_the_command(made, tiny_model, tiny_recipe):
@@ -369,6 +467,34 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, tiny_model, tiny_r
 
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_model, tiny_recipe, scales_file, tmp_path / "out", on_tensor=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_room_is_refused_before_it_is_written(
+    tmp_path, tiny_model, tiny_recipe, scales_file, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(WeightsError, match=r"out needs \d{3},\d{3} bytes, and .* has 1,000 free"):
+        convert(tiny_model, tiny_recipe, scales_file, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_command_that_is_told_to_end(tmp_path):
+    model = Path(__file__).parents[2] / "models" / "wan-mini"
+    command = [sys.executable, "-m", "quant", "convert", "--model", str(model)]
+    command += ["--scales", str(model / "scales" / "boundary-hif8.safetensors")]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")])
+    try:
+        deadline = time.monotonic() + 120
+        while not any(tmp_path.iterdir()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
     assert list(tmp_path.iterdir()) == []
 
 

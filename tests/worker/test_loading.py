@@ -264,6 +264,18 @@ def test_a_damaged_transformer_is_named(
     assert says_file_and_fault(str(caught.value), folder / "transformer" / part, damage)
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_cut_model_is_not_another_model(
+    folder: Path, config: WorkerConfig, device: Device, part: str
+) -> None:
+    """Which new scales would be recommended for."""
+    file = next((folder / part).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    model = config.model.model_copy(update={"path": folder})
+    with pytest.raises(QuantError, match=rf"{file} ends after .* within tensor .* was cut"):
+        WanEngine.load(config.model_copy(update={"model": model}), device)
+
+
 def do_damage(path: Path, damage: str) -> None:
     match damage:
         case "missing":
