@@ -6,9 +6,11 @@ nothing is allocated before names, shapes and dtypes of all tensors are found ri
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +21,7 @@ from torch import nn
 from quant.apply import twin_tree
 from quant.checkpoint import file_sha256
 from quant.errors import PackedMismatch, RecipeError, ScalesError, WeightsError
-from quant.kernels.copier import Copier, Reader
+from quant.kernels.copier import Reader
 from quant.packed_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -141,20 +143,24 @@ def check_packed(
 
 def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:
     """Hold the scales among its tensors against the scales file, which is known to be whole."""
-    own = {}
-    for kind in ("weight_scale", "act_scale"):
-        for linear, scale in getattr(packed.scales, kind).items():
-            stored = packed.stored.get(f"{linear}.{kind}")
-            if stored is not None:
-                own[stored] = (torch.empty(stored.shape, dtype=stored.dtype), scale)
-    Copier(torch.device("cpu")).read((stored, found) for stored, (found, _) in own.items())
-    for stored, (found, scale) in own.items():
-        if not torch.equal(found, scale):
-            raise WeightsError(
-                f"tensor {stored.name!r} in {stored.file} is {found.flatten()[0]:g}, where "
-                f"{SCALES_FILE} has {scale.flatten()[0]:g}: the checkpoint is damaged; make it "
-                f"again with: {command}"
-            )
+    with ExitStack() as opened:
+        files = {
+            file: opened.enter_context(file.open("rb"))
+            for file in {stored.file for stored in packed.stored.values()}
+        }
+        for kind in ("weight_scale", "act_scale"):
+            for linear, scale in getattr(packed.scales, kind).items():
+                stored = packed.stored.get(f"{linear}.{kind}")
+                if stored is None:
+                    continue
+                found = os.pread(files[stored.file].fileno(), stored.nbytes, stored.start)
+                if found != scale.numpy().tobytes():
+                    first = torch.frombuffer(bytearray(found), dtype=stored.dtype)[0]
+                    raise WeightsError(
+                        f"tensor {stored.name!r} in {stored.file} is {first:g}, where "
+                        f"{SCALES_FILE} has {scale.flatten()[0]:g}: the checkpoint is damaged; "
+                        f"make it again with: {command}"
+                    )
 
 
 def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DModel:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,16 @@ def read_header(file: Path) -> Header:
             message names the first tensor that is not whole.
     """
     try:
-        size = file.stat().st_size
+        status = file.stat()
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
+    return _read_header(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _read_header(file: Path, size: int, _changed_ns: int) -> Header:
+    """A start asks for a file's header several times: to name the model, to add up, to read."""
+    try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if not 2 <= length <= min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
