@@ -91,6 +91,13 @@ class Cards:
         if not self._lost:
             self.tell(None)
 
+    def ask_all(self, value: T) -> list[T]:
+        """What every card says, in the order of their ranks; raises CardsLost."""
+        every: list[Any] = [None] * self.world
+        with self._heard():
+            dist.all_gather_object(every, value, group=self._control)
+        return every
+
     # ------------------------------------------------------------------ in step
 
     def in_step(self, work: Callable[[], T]) -> T:
@@ -161,10 +168,7 @@ class Cards:
         return CardReport(self.rank, kind, type(error).__name__)
 
     def _reports(self, own: CardReport | None) -> list[CardReport]:
-        every: list[CardReport | None] = [None] * self.world
-        with self._heard():
-            dist.all_gather_object(every, own, group=self._control)
-        return [report for report in every if report is not None]
+        return [report for report in self.ask_all(own) if report is not None]
 
     @contextmanager
     def _heard(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from quant.kernels.choice import KernelChoice, pick_kernels
+from quant.kernels.choice import BlockShape, KernelChoice, pick_kernels
 from quant.kernels.eager import EagerKernels
 from worker.errors import CardsLost, DeviceUnavailable
 
@@ -89,6 +89,7 @@ class Device:
         self,
         *,
         quantized: bool,
+        shape: BlockShape | None = None,
         scales_rows: bool = False,
         fp8_attention: bool = False,
         emulate: bool = False,
@@ -96,7 +97,8 @@ class Device:
         """The kernels for a mode's blocks; None where they stay as diffusers has them.
 
         Args:
-            quantized, scales_rows, fp8_attention: as `quant.kernels.choice.pick_kernels` has them.
+            quantized, shape, scales_rows, fp8_attention: as `quant.kernels.choice.pick_kernels` has
+                them.
             emulate: run quantized products in plain torch, bit-true on every device.
         """
         if self.kind == "npu":
@@ -106,6 +108,7 @@ class Device:
         return pick_kernels(
             self.torch_device,
             quantized=quantized,
+            shape=shape,
             scales_rows=scales_rows,
             fp8_attention=fp8_attention,
         )

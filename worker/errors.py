@@ -3,6 +3,7 @@
     StartError
     ├── ConfigError         the configuration file is missing, malformed or contradicts itself
     ├── DeviceUnavailable   the device asked for is not there
+    ├── CardsUnlike         several cards that would run the same jobs differently
     ├── ModelUnusable       the model folder lacks a part, or a part cannot be read
     └── TooLittleMemory     the device cannot hold what the configuration asks for
     CardsLost               a process that runs the same jobs on another card is gone
@@ -23,6 +24,10 @@ class ConfigError(StartError):
 
 class DeviceUnavailable(StartError):
     """The device asked for cannot be used from this process."""
+
+
+class CardsUnlike(StartError):
+    """Cards that are to run jobs together run a mode on different kernels."""
 
 
 class ModelUnusable(StartError):

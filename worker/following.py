@@ -23,7 +23,7 @@ from quant.context_parallel import split_tokens
 from worker.cards import Cards
 from worker.config import WorkerConfig
 from worker.denoising import Denoise, Embeddings, OnStep, denoise_among
-from worker.errors import CardFailed, CardsLost
+from worker.errors import CardFailed, CardsLost, CardsUnlike
 from worker.journal import EXIT_DEVICE_LOST
 from worker.loading import Mode, check_folder, load_modes, plan_modes
 from worker.logs import JOB_ID
@@ -109,10 +109,33 @@ def follow(cards: Cards, modes: Sequence[Mode]) -> int:
 
 
 def _share_out(cards: Cards, modes: Sequence[Mode]) -> None:
+    offers = [mode.offer for mode in modes]
+    check_alike(cards.ask_all([(each.name, each.kernels, each.warning) for each in offers]))
     # Modes may have one transformer between them.
     for transformer in {id(mode.transformer): mode.transformer for mode in modes}.values():
         split_tokens(transformer, cards.ulysses)
     cards.warm_up()
+
+
+def check_alike(cards: Sequence[Sequence[tuple[str, str | None, str | None]]]) -> None:
+    """Refuse cards that run a mode on different kernels: what they exchange would not fit.
+
+    Args:
+        cards: of each card, the modes' names, kernels, and why these are not the fastest.
+
+    Raises:
+        CardsUnlike: naming the first mode and card, with that card's or the leader's warning.
+    """
+    for rank, modes in enumerate(cards):
+        for (name, kernels, warning), (_, leaders, leaders_warning) in zip(
+            modes, cards[0], strict=True
+        ):
+            if kernels != leaders:
+                raise CardsUnlike(
+                    f"Mode {name!r} runs on {kernels} kernels on card {rank} and on {leaders} on "
+                    f"card 0: {warning or leaders_warning or 'the cards are not alike.'} Give the "
+                    "worker cards of one kind, on which the same libraries run."
+                )
 
 
 def _survives(

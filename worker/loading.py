@@ -34,9 +34,17 @@ from torch import nn
 
 import quant
 from jobs.catalog import ModeOffer
-from quant.kernels.choice import KernelChoice
+from quant.fingerprint import read_transformer_config
+from quant.kernels.choice import BlockShape, KernelChoice
+from quant.kernels.eager import EagerKernels
 from quant.safetensors_header import stored_tensors
-from quant.skeleton import check_stored, empty_transformer, materialize, move_buffers
+from quant.skeleton import (
+    check_stored,
+    empty_transformer,
+    materialize,
+    move_buffers,
+    shared_skeleton,
+)
 from worker.config import ModeConfig, StepCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable
@@ -80,10 +88,12 @@ class Mode:
 class _Plan:
     """One mode's recipe and scales, read and found to fit; both None for BF16.
 
-    `packed` is the checkpoint that has its transformer ready, where there is one.
+    `packed` is the checkpoint that has its transformer ready, where there is one. `shape` is of the
+    model's blocks.
     """
 
     config: ModeConfig
+    shape: BlockShape
     recipe: quant.QuantRecipe | None
     scales: quant.Scales | None
     packed: quant.PackedCheckpoint | None = None
@@ -122,14 +132,22 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
         quant.QuantError: a recipe, a scales file or a packed checkpoint cannot be read, or a tensor
             in it is not as it should be.
     """
+    shape = BlockShape.of(shared_skeleton(read_transformer_config(config.model.path)).config)
     plans = []
     for mode in config.modes:
         if mode.recipe is None:
-            plans.append(_Plan(mode, None, None))
+            plans.append(_Plan(mode, shape, None, None))
             continue
         recipe = quant.QuantRecipe.load(mode.recipe)
         if mode.packed is not None:
-            plans.append(_plan_packed(mode, mode.packed, recipe, config.model.path, fingerprint))
+            packed = quant.open_packed(mode.packed, model_folder=config.model.path, recipe=recipe)
+            quant.check_packed(
+                packed,
+                model_fingerprint=fingerprint,
+                recipe=recipe,
+                model_folder=config.model.path,
+            )
+            plans.append(_Plan(mode, shape, recipe, packed.scales, packed))
             continue
         assert mode.scales is not None, "the configuration has checked that"
         scales = quant.load_scales(mode.scales, model_folder=config.model.path, recipe=recipe)
@@ -140,7 +158,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[_Plan]:
             path=mode.scales,
             model_folder=config.model.path,
         )
-        plans.append(_Plan(mode, recipe, scales))
+        plans.append(_Plan(mode, shape, recipe, scales))
     return plans
 
 
@@ -157,7 +175,19 @@ def choose_kernels(plans: list[_Plan], device: Device) -> Choices:
         ready = beside.submit(quant.Copier(device.torch_device).prepare)
         choices = {plan.config.made_with: _kernels_of(plan, device) for plan in _distinct(plans)}
     ready.result()
+    _warn(plans, choices)
     return choices
+
+
+def _warn(plans: list[_Plan], choices: Choices) -> None:
+    """Say once of each warning which modes it is of."""
+    modes: dict[str, list[str]] = {}
+    for plan in plans:
+        choice = choices[plan.config.made_with]
+        if choice is not None and choice.warning is not None:
+            modes.setdefault(choice.warning, []).append(plan.config.name)
+    for warning, names in modes.items():
+        logger.warning("%s: %s", ", ".join(names), warning)
 
 
 def load_modes(
@@ -290,15 +320,13 @@ def _refuse_fp8_attention(plans: list[_Plan], device: Device) -> None:
 
 def _kernels_of(plan: _Plan, device: Device) -> KernelChoice | None:
     quantized = plan.recipe is not None
-    choice = device.pick_kernels(
+    return device.pick_kernels(
         quantized=quantized,
+        shape=plan.shape,
         scales_rows=plan.recipe is not None and plan.recipe.scales_rows,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
         emulate=plan.config.exact_emulation and quantized,
     )
-    if choice is not None and choice.warning is not None:
-        logger.warning("mode %s: %s", plan.config.name, choice.warning)
-    return choice
 
 
 def _put_on_kernels(
@@ -321,11 +349,15 @@ def _put_on_kernels(
         reader.wait_for(block.state_dict(keep_vars=True).values())
 
     left = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
-    if left:
-        logger.info("mode %s: blocks %s run unfused", mode.offer.name, list(left))
-    offer = mode.offer.model_copy(
-        update={"kernels": choice.kernels.name, "warning": choice.warning}
-    )
+    warning = choice.warning
+    if left and choice.kernels.name != EagerKernels.name:
+        warning = (
+            f"{len(left)} of {len(mode.transformer.blocks)} blocks run in plain torch, which is "
+            f"slower than bf16: the recipe {plan.config.recipe!r} rounds each token on its own, or "
+            "quantizes only some of the linears that share an input."
+        )
+        logger.warning("%s: %s", mode.offer.name, warning)
+    offer = mode.offer.model_copy(update={"kernels": choice.kernels.name, "warning": warning})
     return replace(mode, offer=offer)
 
 
@@ -363,14 +395,6 @@ def check_folder(path: Path) -> None:
         )
     if not hasattr(diffusers, str(scheduler)):
         raise ModelUnusable(f"{path} names the scheduler {scheduler}, which this diffusers lacks.")
-
-
-def _plan_packed(
-    mode: ModeConfig, folder: Path, recipe: quant.QuantRecipe, model: Path, fingerprint: str
-) -> _Plan:
-    packed = quant.open_packed(folder, model_folder=model, recipe=recipe)
-    quant.check_packed(packed, model_fingerprint=fingerprint, recipe=recipe, model_folder=model)
-    return _Plan(mode, recipe, packed.scales, packed)
 
 
 def _make_mode(plan: _Plan, base: WanTransformer3DModel | None, reader: quant.CopierBeside) -> Mode:

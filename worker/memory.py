@@ -3,7 +3,8 @@
 Weights are added up from headers and configurations. Activations are estimated for the largest size
 and number of frames on offer:
 - Denoising: 12 BF16 values of the transformer's width for each token. A diffusers forward of the
-  14B on an H100 took 11.3 (3.5 GiB at 32,760 tokens); adding up live tensors gives 11.1.
+  14B on an H100 took 11.3 (3.5 GiB at 32,760 tokens); adding up live tensors gives 11.1. Quantized
+  modes that are emulated take 16: activations are rounded in plain torch, in pieces.
 - VAE: 204 bytes for each pixel and each of the decoder's base channels, in FP32: live tensors of
   `worker.decoding` added up, the same at 480p and 720p. With tiling it is a tile's, and three and
   a half times the whole video, which diffusers puts together from its tiles (added up: 3.3 at 720p
@@ -36,7 +37,8 @@ from worker.errors import ModelUnusable, TooLittleMemory
 GIB = 1 << 30
 RESERVE_BYTES = 2 * GIB
 WIDTHS_PER_TOKEN = 12
-CACHED_PER_TOKEN = 3  # what a step cache keeps, with guidance; 2.0 GB at 32,760 tokens are 2.9
+EMULATED_WIDTHS_PER_TOKEN = 16
+CACHED_PER_TOKEN = 6  # what a step cache keeps at most, with guidance: 2.0 GB at 32,760 tokens
 VAE_BYTES_PER_PX_AND_CHANNEL = 204
 VAE_BASE_CHANNELS = 96  # what AutoencoderKLWan has where its configuration does not say
 TILE_PX = 256 * 256
@@ -220,7 +222,8 @@ def measure_model(
 
 def _denoising_bytes(config: WorkerConfig, pixels: int, transformer: Any) -> int:
     tokens = (1 + (config.model.max_frames - 1) // 4) * math.ceil(pixels / _TOKEN_PX)
-    widths = WIDTHS_PER_TOKEN
+    emulated = any(mode.exact_emulation and mode.recipe is not None for mode in config.modes)
+    widths = EMULATED_WIDTHS_PER_TOKEN if emulated else WIDTHS_PER_TOKEN
     if any(mode.step_cache is not None for mode in config.modes):
         widths += CACHED_PER_TOKEN
     # What blocks keep of the prompt and the negative one: keys and values.

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm
+from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
 from quant.linear import Hif8Linear
 from quant.metrics import sqnr_db
 from quant.scaling import scale_policy
@@ -33,6 +34,30 @@ rounds its softmax as it goes, is at 30."""
 SCALE = 0.25
 """Of all that is rounded in the trial."""
 
+SMALL_TOKENS = 1100
+"""As no tile is a part of."""
+
+FEW_TOKENS = 24
+"""Enough where the width is what matters."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """How wide a model's blocks are, which kernels are compiled for."""
+
+    heads: int
+    width: int
+    ffn: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Of a `WanTransformer3DModel`'s configuration."""
+        heads = config.num_attention_heads
+        return cls(heads, heads * config.attention_head_dim, config.ffn_dim)
+
+
+SMALL = BlockShape(heads=2, width=256, ffn=256)
+
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
@@ -46,6 +71,7 @@ def pick_kernels(
     device: torch.device,
     *,
     quantized: bool,
+    shape: BlockShape | None = None,
     scales_rows: bool = False,
     fp8_attention: bool = False,
 ) -> KernelChoice:
@@ -53,54 +79,71 @@ def pick_kernels(
 
     Args:
         quantized: whether the mode multiplies in 8 bits, which not every card can.
+        shape: of the model's blocks, that what is compiled for it is compiled now.
         scales_rows: whether products may take a scale for each row, too, as `QuantRecipe` has it.
         fp8_attention: whether its self-attention does, too, which needs `nvidia-cudnn-frontend`.
+
+    Raises:
+        ConversionError: FP8 attention does not run on this card.
     """
     if device.type != "cuda":
         return KernelChoice(EagerKernels())
+    name = torch.cuda.get_device_name(device)
     capability = torch.cuda.get_device_capability(device)
     if quantized and capability < FP8_CAPABILITY:
+        reason = (
+            f"{name} (compute capability {capability[0]}.{capability[1]}) has no FP8 tensor cores, "
+            "which begin with 8.9"
+        )
+        if fp8_attention:
+            raise _no_fp8_attention(reason)
         return KernelChoice(
             EagerKernels(),
-            f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}."
-            f"{capability[1]}) has no FP8 tensor cores, which begin with 8.9: quantized modes are "
-            "emulated. They save memory, and take longer than bf16, because every weight is "
-            "decoded to BF16 for every product.",
+            f"{reason}: quantized modes are emulated. They save memory, and take longer than "
+            "bf16, because every weight is decoded to BF16 for every product.",
         )
-    name = torch.cuda.get_device_name(device)
     try:
         # Needs Triton, which machines without a card do not have.
         from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
         kernels = CudaKernels()
-        check_kernels(kernels, device, quantized=quantized, scales_rows=scales_rows)
+        check_kernels(kernels, device, quantized=quantized, shape=shape, scales_rows=scales_rows)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # says nothing of the kernels
     except Exception as error:
         # Compilers and drivers fail in every way there is; whichever it is, the model can run.
-        logger.warning("kernels for %s do not run", name, exc_info=True)
+        logger.debug("kernels for %s do not run", name, exc_info=True)
+        reason = f"the kernels for {name} do not run ({_reason(error)})"
+        if fp8_attention:
+            raise _no_fp8_attention(reason) from error
         return KernelChoice(
             EagerKernels(),
-            f"The kernels for {name} do not run ({_reason(error)}); plain torch runs instead, "
-            "which is slower, in quantized modes slower than bf16.",
+            f"{reason[0].upper()}{reason[1:]}; plain torch runs instead, which is slower, in "
+            "quantized modes slower than bf16.",
         )
     if fp8_attention:
-        _check_fp8_attention(kernels, device, name)
+        _check_fp8_attention(kernels, device, shape, name)
     return KernelChoice(kernels)
 
 
-def _check_fp8_attention(kernels: Kernels, device: torch.device, name: str) -> None:
-    """Nothing stands in for it: emulated, it would take minutes for one step of the full size."""
+def _check_fp8_attention(
+    kernels: Kernels, device: torch.device, shape: BlockShape | None, name: str
+) -> None:
     try:
-        check_kernels(kernels, device, quantized=True, fp8_attention=True)
+        check_kernels(kernels, device, quantized=True, shape=shape, fp8_attention=True)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        raise ConversionError(
-            f"FP8 attention does not run on {name} ({_reason(error)}): it needs the package "
-            "nvidia-cudnn-frontend (the extra `cuda`) and a card it supports; install it, or take "
-            "a recipe with attention 'bf16'"
-        ) from error
+        raise _no_fp8_attention(f"on {name} it ends with {_reason(error)}") from error
+
+
+def _no_fp8_attention(reason: str) -> ConversionError:
+    """Nothing stands in for it: emulated, it would take minutes for one step of the full size."""
+    return ConversionError(
+        f"FP8 attention does not run here: {reason}. It needs the package nvidia-cudnn-frontend "
+        "(the extra `cuda`) and a card it supports; install it, or take a recipe with attention "
+        "'bf16'"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -115,26 +158,37 @@ def check_kernels(
     device: torch.device,
     *,
     quantized: bool,
+    shape: BlockShape | None = None,
     scales_rows: bool = False,
     fp8_attention: bool = False,
 ) -> None:
-    """Run every kernel once on small tensors and compare it with plain torch.
+    """Run every kernel on small tensors and compare it with plain torch.
+
+    Args:
+        shape: what is compiled for a width is tried in this one, too, on a few tokens.
 
     Raises:
         ConversionError: one of them computes something else.
         Exception: whatever a kernel that does not compile or run raises.
     """
+    act_scale = SCALE if quantized else None
     if quantized:
         _check_edges(kernels, device)
-    trial = _Trial(device, quantized, fp8_attention, scales_rows)
-    expected = trial.run(EagerKernels())
-    for name, found in trial.run(kernels).items():
-        agreement = sqnr_db(expected[name], found)
-        if agreement < AGREEMENT_DB:
-            raise ConversionError(
-                f"its {name} agrees with plain torch to {agreement:.0f} dB only, where "
-                f"{AGREEMENT_DB:.0f} are wanted"
-            )
+    trials: list[_Trial] = [
+        _Between(device, SMALL, SMALL_TOKENS, act_scale, fp8_attention),
+        _Products(device, act_scale, scales_rows, fp8_attention),
+    ]
+    if shape is not None:
+        trials.append(_Between(device, shape, FEW_TOKENS, act_scale, fp8_attention))
+    for trial in trials:
+        expected = trial.run(EagerKernels())
+        for name, found in trial.run(kernels).items():
+            agreement = sqnr_db(expected[name], found)
+            if agreement < AGREEMENT_DB:
+                raise ConversionError(
+                    f"its {name} agrees with plain torch to {agreement:.0f} dB only, where "
+                    f"{AGREEMENT_DB:.0f} are wanted"
+                )
 
 
 def _check_edges(kernels: Kernels, device: torch.device) -> None:
@@ -145,66 +199,129 @@ def _check_edges(kernels: Kernels, device: torch.device) -> None:
         raise ConversionError(f"its rounding makes {[nan, high, low]} of NaN, infinity and -1e30")
 
 
-class _Trial:
-    """A little of everything that a block asks for; as many tokens as no tile is a part of."""
+class _Trial(Protocol):
+    def run(self, on: Kernels) -> dict[str, Tensor]:
+        """What `on` computes, in values, by what it is."""
 
-    heads, width, tokens = 2, 256, 1100
+
+class _Between:
+    """What stands between a block's products, in every way that a block asks for it."""
 
     def __init__(
-        self, device: torch.device, quantized: bool, fp8_attention: bool, scales_rows: bool
+        self,
+        device: torch.device,
+        shape: BlockShape,
+        tokens: int,
+        act_scale: float | None,
+        fp8_attention: bool,
     ) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._device = device
-        self.x, self.delta = (self._randn(1, self.tokens, self.width) for _ in range(2))
-        factor, shift = (self._randn(1, self.width).float() for _ in range(2))
-        self.norm = Norm(factor, shift, 1e-6, plus_one=True)
-        self.q_norm = nn.RMSNorm(self.width, eps=1e-6).to(device, torch.bfloat16)
-        angles = self._randn(1, self.tokens, 1, self.width // self.heads // 2).float()
-        cos, sin = (turn(angles).repeat_interleave(2, -1) for turn in (torch.cos, torch.sin))
-        self.rope = (cos, sin)
-        self.linear = nn.Linear(self.width, 3 * self.width, bias=True).to(device, torch.bfloat16)
-        self.linear.weight.data = self._randn(3 * self.width, self.width) / 16
-        self.act_scale = SCALE if quantized else None
-        self.weight_scales = {"product": torch.tensor(SCALE, device=device)}
-        if scales_rows:  # no two the same, and no powers of two
-            rows = torch.arange(3 * self.width, device=device) / self.width
-            self.weight_scales["product by rows"] = (SCALE * (1.1 + rows)).unsqueeze(1)
-        self.scales = AttentionScales(SCALE / 2, SCALE, 2 * SCALE, SCALE) if fp8_attention else None
+        draw = _Draw(device)
+        self.heads, self._act_scale = shape.heads, act_scale
+        self.x, self.delta = (draw(1, tokens, shape.width) for _ in range(2))
+        self.qkv, self.widened = draw(1, tokens, 3 * shape.width), draw(1, tokens, shape.ffn)
+        self.factor, self.shift = (draw(1, shape.width).float() for _ in range(2))
+        self.q_norm = nn.RMSNorm(shape.width, eps=1e-6).to(device, torch.bfloat16)
+        self.rope = _rope(draw, tokens, shape)
+        self.scales = _attention_scales(fp8_attention)
 
     def run(self, on: Kernels) -> dict[str, Tensor]:
-        """What `on` computes, in values."""
-        act_scale, norm = self.act_scale, self.norm
-        total, normed = on.add_norm(self.x, self.delta, norm.factor, norm, act_scale)
-        products = {name: self._product(on, name)(normed) for name in self.weight_scales}
-        qkv = products["product"]
-        q, k, v = on.norm_rope(qkv, self.q_norm, self.q_norm, self.rope, self.heads, self.scales)
+        act_scale, gate = self._act_scale, self.factor
+        modulated, affine = (
+            Norm(self.factor, self.shift, 1e-6, plus_one=plus_one) for plus_one in (True, False)
+        )
+        first = on.add_norm(self.x, None, None, modulated, act_scale)[1]
+        gated, second = on.add_norm(self.x, self.delta, gate, affine, act_scale)
+        added, third = on.add_norm(self.x, self.delta, None, modulated, act_scale)
+        q, k, v = on.norm_rope(
+            self.qkv, self.q_norm, self.q_norm, self.rope, self.heads, self.scales
+        )
+        (cross_q,) = on.norm_rope(self.x, self.q_norm, None, None, self.heads, None)
         codes = {
-            "norm": normed,
-            "attention": on.attention(q, k, v, self.scales, self.tokens),
-            "GELU": on.gelu(self.x, act_scale),
+            "first norm": first,
+            "second norm": second,
+            "third norm": third,
+            "GELU": on.gelu(self.widened, act_scale),
             "rounding": on.round_act(self.x, act_scale),
         }
+        tokens = self.x.shape[1]
+        q_scale, k_scale, v_scale = (
+            (SCALE,) * 3 if self.scales is None else (self.scales.q, self.scales.k, self.scales.v)
+        )
         values = {
-            "sum": total,
-            "gated sum": on.add_gated(self.x, self.delta, norm.factor),
-            "rotary embedding": _value(q, SCALE if self.scales is None else self.scales.q),
+            "gated norm's sum": gated,
+            "norm's sum": added,
+            "gated sum": on.add_gated(self.x, self.delta, gate),
+            "rotary embedding of queries": _value(q, q_scale),
+            "rotary embedding of keys": _value(k[:, :tokens], k_scale),
+            "values": _value(v[:, :tokens], v_scale),
+            "cross-attention's queries": cross_q,
         }
-        return values | products | {name: _value(code) for name, code in codes.items()}
+        return values | {name: _value(code) for name, code in codes.items()}
+
+
+class _Products:
+    """A product of quantized or BF16 linears, and the attention to what comes out."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        act_scale: float | None,
+        scales_rows: bool,
+        fp8_attention: bool,
+    ) -> None:
+        draw, width = _Draw(device), SMALL.width
+        self._act_scale = act_scale
+        self.x = draw(1, SMALL_TOKENS, width)
+        self.norm = nn.RMSNorm(width, eps=1e-6).to(device, torch.bfloat16)
+        self.linear = nn.Linear(width, 3 * width, bias=True).to(device, torch.bfloat16)
+        self.linear.weight.data = draw(3 * width, width) / 16
+        self.weight_scales = {"product": torch.tensor(SCALE, device=device)}
+        if scales_rows:  # no two the same, and no powers of two
+            rows = torch.arange(3 * width, device=device) / width
+            self.weight_scales["product by rows"] = (SCALE * (1.1 + rows)).unsqueeze(1)
+        self.rope = _rope(draw, SMALL_TOKENS, SMALL)
+        self.scales = _attention_scales(fp8_attention)
+
+    def run(self, on: Kernels) -> dict[str, Tensor]:
+        rounded = on.round_act(self.x, self._act_scale)
+        products = {name: self._product(on, name)(rounded) for name in self.weight_scales}
+        q, k, v = on.norm_rope(
+            products["product"], self.norm, self.norm, self.rope, SMALL.heads, self.scales
+        )
+        attended = on.attention(q, k, v, self.scales, SMALL_TOKENS)
+        return products | {"attention": _value(attended)}
 
     def _product(self, on: Kernels, name: str) -> BlockLinear:
-        if self.act_scale is None:
+        if self._act_scale is None:
             return on.plain([self.linear])
-        act_scale = torch.tensor(SCALE, device=self._device)
         quantized = Hif8Linear.from_linear(
             self.linear,
             self.weight_scales[name],
-            act_scale=act_scale,
+            act_scale=torch.tensor(SCALE, device=self.x.device),
             act_policy=scale_policy("pow2"),
         )
         return on.quantized([quantized])
 
-    def _randn(self, *shape: int) -> Tensor:
+
+class _Draw:
+    """Numbers that are the same on every device: shape → bf16."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator).to(self._device, torch.bfloat16)
+
+
+def _rope(draw: _Draw, tokens: int, shape: BlockShape) -> Rope:
+    angles = draw(1, tokens, 1, shape.width // shape.heads // 2).float()
+    cos, sin = (turn(angles).repeat_interleave(2, -1) for turn in (torch.cos, torch.sin))
+    return cos, sin
+
+
+def _attention_scales(fp8_attention: bool) -> AttentionScales | None:
+    return AttentionScales(SCALE / 2, SCALE, 2 * SCALE, SCALE) if fp8_attention else None
 
 
 def _value(code: Tensor, scale: float = SCALE) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from quant import hif8
 from quant.scaling import ScalePolicy, choose_scale, is_power_of_two
 
-_PIECE = 1 << 24  # elements: counting must not be what fills the device's memory
+_PIECE = 1 << 24  # elements: what is computed on the way must not fill the device's memory
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
@@ -48,6 +48,16 @@ def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
         if is_power_of_two(multiplier):
             table = _fake_quantize_table(multiplier)
             return table.index_select(0, hif8.bf16_index(x)).view(x.shape)
+    if scale.numel() == 1 and x.numel() > _PIECE:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        pieces = (torch.split(each.reshape(-1), _PIECE) for each in (x, out))
+        for piece, target in zip(*pieces, strict=True):
+            target.copy_(_round(piece, scale.reshape(())))
+        return out
+    return _round(x, scale)
+
+
+def _round(x: Tensor, scale: Tensor) -> Tensor:
     return (hif8.round_to_hif8(x.float() / scale) * scale).to(x.dtype)
 
 

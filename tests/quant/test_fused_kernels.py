@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quant import hif8
+from quant.kernels.choice import SMALL, BlockShape, _Between
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, Norm
 from quant.metrics import sqnr_db
@@ -47,6 +48,25 @@ def test_every_bf16_value_is_rounded_to_hifloat8_as_far_as_e4m3_reaches(fused: M
     assert exact.sum() > 4000
     assert torch.equal(found[exact], expected[exact])
     assert (found[~exact] - expected[~exact]).abs().max() < 2**-9
+
+
+@pytest.mark.parametrize("fp8_attention", [False, True])
+@pytest.mark.parametrize("act_scale", [None, SCALE])
+@pytest.mark.parametrize(
+    "shape", [SMALL, BlockShape(40, 5120, 13824), BlockShape(4, 128, 344)], ids=str
+)
+def test_the_trial_of_a_start_passes(
+    fused: ModuleType, shape: BlockShape, act_scale: float | None, fp8_attention: bool
+) -> None:
+    """Of what is written in Triton, in the widths of the 14B and of the miniature."""
+    from quant.kernels.cuda import CudaKernels  # noqa: PLC0415 (imports Triton)
+
+    with torch.no_grad():
+        trial = _Between(torch.device("cpu"), shape, 3, act_scale, fp8_attention)
+        expected, found = trial.run(EAGER), trial.run(CudaKernels())
+    assert expected.keys() == found.keys()
+    for name, values_ in found.items():
+        assert sqnr_db(expected[name], values_) > AGREEMENT_DB, name
 
 
 @pytest.mark.parametrize("act_scale", [None, SCALE])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quant import hif8
-from quant.kernels.choice import pick_kernels
+from quant.kernels.choice import BlockShape, pick_kernels
 from quant.kernels.copier import Copier, CopierBeside
 from quant.kernels.file_reader import FileReader, file_reader
 from quant.kernels.ways import BUFFERS, ByFileReader, ByPinnedBuffers
@@ -140,8 +140,11 @@ def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch
 
 def test_the_card_runs_its_own_kernels():
     for rows in (False, True):
-        choice = pick_kernels(CARD, quantized=True, scales_rows=rows, fp8_attention=True)
-        assert (choice.kernels.name, choice.warning) == ("cuda", None)
+        for shape in (None, BlockShape(40, 5120, 13824), BlockShape(4, 128, 344)):
+            choice = pick_kernels(
+                CARD, quantized=True, shape=shape, scales_rows=rows, fp8_attention=True
+            )
+            assert (choice.kernels.name, choice.warning) == ("cuda", None)
 
 
 def test_codes_become_the_same_e4m3_on_card_and_host():

@@ -404,7 +404,7 @@ def test_a_scale_that_is_not_the_scales_files_is_refused(
     folder, tiny_model, tiny_recipe, kind, wrong
 ):
     name = QDATA.replace("weight_qdata", kind)
-    rewrite(folder, name, lambda tensors: tensors[name].fill_(wrong))
+    rewrite(folder, name, lambda tensors: tensors.update({name: tensors[name].fill_(wrong)}))
     said = rf"tensor '{name}' in .* is {wrong:g}, where scales.safetensors has .* convert"
     with pytest.raises(WeightsError, match=said):
         opened(folder, tiny_model, tiny_recipe)

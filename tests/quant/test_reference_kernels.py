@@ -93,6 +93,18 @@ def test_a_power_of_two_on_values_and_scale_comes_out_as_it_went_in(power: int, 
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_are_rounded_in_pieces(monkeypatch, dtype: torch.dtype):
+    """As on a card, where BF16 has no table."""
+    x, scale = torch.randn(7, 13, 11, generator=torch.Generator().manual_seed(0)).to(dtype), 0.3
+    x = x.transpose(0, 1)
+    expected = reference.fake_quantize(x, torch.tensor(scale))
+    monkeypatch.setattr(reference, "_PIECE", 100)
+    pieces = reference.fake_quantize(x, torch.tensor([scale]))
+    assert pieces.dtype is dtype
+    assert torch.equal(pieces, expected)
+
+
 def test_linear_is_the_product_of_what_was_rounded():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 7, 32, generator=generator).to(torch.bfloat16)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import quant
 from quant.apply import twin_tree
-from quant.kernels.choice import check_kernels, pick_kernels
+from quant.kernels.choice import BlockShape, check_kernels, pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import BlockLinear
 from quant.kernels.plain import JoinedLinear, SeparateLinears
@@ -132,10 +132,45 @@ def test_kernels_that_do_not_run_are_replaced_with_a_warning(
     choice = pick_kernels(card, quantized=quantized)
     assert isinstance(choice.kernels, EagerKernels)
     assert choice.warning is not None
-    said = (
-        r"kernels for Some Card do not run \(ModuleNotFoundError: .*quant.kernels.cuda.*\); plain"
-    )
+    said = r"The kernels for Some Card do not run \(ModuleNotFoundError: .*kernels.cuda.*\); plain"
     assert re.search(said, choice.warning)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_fp8_attention_that_does_not_run_is_refused(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    """Emulated, a step would take minutes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(sys.modules, "quant.kernels.cuda", None)
+    said = r"FP8 attention does not run here: .*Some Card.* a recipe with attention 'bf16'"
+    with pytest.raises(quant.ConversionError, match=said):
+        pick_kernels(card, quantized=True, fp8_attention=True)
+
+
+class NarrowKernels(EagerKernels):
+    """Compile for few widths."""
+
+    def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
+        if x.shape[-1] > 1000:
+            raise RuntimeError("out of resources: shared memory")
+        return super().add_gated(x, delta, gate)
+
+    def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
+        if x.shape[-1] > 2000:
+            raise RuntimeError("out of registers")
+        return super().gelu(x, act_scale)
+
+
+def test_kernels_are_tried_as_wide_as_the_model_is() -> None:
+    check_kernels(NarrowKernels(), CPU, quantized=True)
+    check_kernels(NarrowKernels(), CPU, quantized=True, shape=BlockShape(2, 512, 1024))
+    for shape, said in (
+        (BlockShape(8, 1024, 2000), "shared memory"),
+        (BlockShape(4, 512, 2048), "registers"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            check_kernels(NarrowKernels(), CPU, quantized=True, shape=shape)
 
 
 class WrongKernels(EagerKernels):
@@ -171,7 +206,7 @@ def test_a_scale_for_each_row_is_tried_where_a_recipe_has_it() -> None:
 def test_kernels_that_compute_something_else_are_not_trusted() -> None:
     for quantized in (False, True):
         check_kernels(EagerKernels(), CPU, quantized=quantized)
-        with pytest.raises(quant.ConversionError, match=r"its (gated )?sum agrees .* to -?\d+ dB"):
+        with pytest.raises(quant.ConversionError, match=r"its gated norm's sum agrees .* -?\d+ dB"):
             check_kernels(WrongKernels(), CPU, quantized=quantized)
     with pytest.raises(quant.ConversionError, match="of NaN, infinity"):
         check_kernels(DeafKernels(), CPU, quantized=True)

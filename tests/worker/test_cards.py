@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from tests.worker.card_crew import JOBS, LAST, TEAMS, faults_of
+from worker.errors import CardsUnlike
+from worker.following import check_alike
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {
@@ -47,6 +49,19 @@ def made(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def latents(made: Path, cards: int, name: str) -> np.ndarray:
     read: np.ndarray = np.load(made / str(cards) / f"{name}.npy")
     return read
+
+
+Kind = tuple[str, str | None, str | None]
+
+
+def test_cards_on_different_kernels_are_refused() -> None:
+    fine: Kind = ("w8a8", "cuda", None)
+    slow: Kind = ("w8a8", "eager", "Its compiler is missing.")
+    check_alike([[fine], [fine]])
+    check_alike([[slow], [slow]])  # which the leader's offer says
+    for cards in ([[fine], [fine], [slow]], [[slow], [fine]]):
+        with pytest.raises(CardsUnlike, match=r"'w8a8' runs on .* Its compiler is missing\. Give"):
+            check_alike(cards)
 
 
 @pytest.mark.parametrize("cards", TEAMS)

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
+from quant.kernels.choice import KernelChoice
+from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.kernels.runs import Wanted
 from quant.scaling import POLICIES
@@ -34,6 +36,8 @@ from worker.loading import (
 )
 from worker.shared_parts import ComingParts, load_shared_parts
 from worker.wan import WanEngine
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -327,6 +331,49 @@ def test_quantized_blocks_get_the_attention_their_recipe_wants(
     assert [i for i, block in enumerate(blocks) if block.attention_scales] == list(range(2, 37))
     out = scales.act_scale["blocks.2.attn1.to_out.0"].item()
     assert blocks[2].attention_scales == AttentionScales(1, 1, 1, out)
+
+
+def test_kernels_that_do_not_run_are_said_once_and_offered_with_their_warning(
+    config: WorkerConfig, scales: Scales, device: Device, monkeypatch, caplog
+) -> None:
+    warning = "The kernels for Some Card do not run; plain torch runs instead."
+    monkeypatch.setattr(
+        Device, "pick_kernels", lambda _self, **how: KernelChoice(EagerKernels(), warning)
+    )
+    with caplog.at_level("WARNING"):
+        plans = plan_modes(config, scales.model_fingerprint)
+        modes = load_modes(config.model.path, plans, device)
+    assert [record.getMessage() for record in caplog.records] == [f"bf16, w8a8: {warning}"]
+    assert [(mode.offer.kernels, mode.offer.warning) for mode in modes] == [("eager", warning)] * 2
+
+
+class FastKernels(EagerKernels):
+    """As if plain torch were a card's own kernels."""
+
+    name = "cuda"
+
+
+def test_blocks_that_run_in_plain_torch_beside_fast_ones_are_said(
+    config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    text = (ROOT / "quant" / "recipes" / "boundary-hif8.toml").read_text(encoding="utf-8")
+    before, _, acts = text.partition("[act]")
+    file = tmp_path / "per-token.toml"
+    file.write_text(f"{before}[act]{acts.replace('per_tensor', 'per_token', 1)}", encoding="utf-8")
+    recipe = QuantRecipe.load(file)
+    save_scales(replace(scales, recipe=recipe, act_scale={}), tmp_path / "scales.safetensors")
+    mode = config.modes[1].model_copy(
+        update={"recipe": str(file), "scales": tmp_path / "scales.safetensors"}
+    )
+    alone = config.model_copy(update={"modes": (mode,)})
+    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: KernelChoice(FastKernels()))
+    plans = plan_modes(alone, scales.model_fingerprint)
+    (loaded,) = load_modes(config.model.path, plans, device)
+    assert loaded.offer.warning is not None
+    assert loaded.offer.warning.startswith("35 of 40 blocks run in plain torch")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"w8a8: {loaded.offer.warning}"
+    ]
 
 
 def test_fp8_attention_is_refused_where_no_kernels_run_it(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quant import QuantRecipe
-from worker.config import ModeConfig, ModelConfig, WorkerConfig
+from worker.config import FirstBlockCache, ModeConfig, ModelConfig, WorkerConfig
 from worker.devices import Device
 from worker.errors import TooLittleMemory
 from worker.following import load_follower
@@ -119,6 +119,20 @@ def test_modes_with_one_transformer_count_once(large, device):
     )
     assert size.transformer == size.transformer_loading
     assert size.transformer / GIB == pytest.approx(15.2, abs=0.1)
+
+
+def test_what_emulation_and_step_caches_take_is_added(large, device):
+    def denoising(**changes: object) -> float:
+        modes = (large.modes[0], large.modes[1].model_copy(update=changes))
+        size = measure_model(large.model_copy(update={"modes": modes}), [None, RECIPE], device)
+        return size.denoising / GIB
+
+    width = 75_600 * 5120 * 2 / GIB
+    assert denoising(exact_emulation=True) - denoising() == pytest.approx(4 * width)
+    # 2.0 GB at 832x480, as measured (docs/operations.md); this is 1280x720.
+    cache = FirstBlockCache(method="first_block", threshold=0.1)
+    assert denoising(step_cache=cache) - denoising() == pytest.approx(6 * width)
+    assert 6 * width * 32_760 / 75_600 * GIB / 1e9 == pytest.approx(2.0, abs=0.05)
 
 
 CHOICES = {
