@@ -19,6 +19,7 @@ from quant.act_statistics import ActivationStatistics, InputOf, OutputOf, Point,
 from quant.apply import select_linears
 from quant.errors import CalibrationError
 from quant.granularity import PerChannel, PerToken
+from quant.kernels.accelerators import usable_device
 from quant.prompts import PromptSet
 from quant.recipe import QuantRecipe
 from quant.sampler import SamplerSettings
@@ -46,15 +47,15 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
     """Load a `WanPipeline` in BF16 onto a device.
 
     Raises:
-        CalibrationError: the folder does not load, or the device is not there.
+        CalibrationError: the folder does not load.
+        QuantError: the device cannot be used.
     """
     if not (model_folder / "model_index.json").is_file():
         raise CalibrationError(
             f"{model_folder} holds no model_index.json: give the folder of a WanPipeline "
             "in diffusers format"
         )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CalibrationError("device cuda is not available here: use --device cpu")
+    on = usable_device(device)
     # Takes seconds to import, so only when a model is really loaded.
     from diffusers import WanPipeline  # noqa: PLC0415
 
@@ -62,7 +63,7 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
         pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{model_folder} does not load as a WanPipeline: {error}") from error
-    return pipe.to(device)
+    return pipe.to(on)
 
 
 def run_calibration(

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
 from quant.checkpoint import convert
 from quant.codes import codes_markdown
 from quant.describe import describe_scales
-from quant.errors import QuantError, ScalesError, WeightsError
+from quant.errors import QuantError, ScalesError
 from quant.fingerprint import model_fingerprint, read_transformer_config
+from quant.kernels.accelerators import usable_device
 from quant.prompts import PromptSet
 from quant.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.sampler import resolve_sampler
@@ -42,7 +42,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer's way: the signature is 
     guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off.")] = None,
     text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first prompt.")] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
 
@@ -79,18 +79,18 @@ def convert_command(
     scales: Annotated[Path, typer.Option(help="Scales file made for MODEL and RECIPE.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to quantize.")] = "cpu",
+    device: Annotated[
+        Literal["cpu", "cuda", "npu"], typer.Option(help="Where to quantize.")
+    ] = "cpu",
 ) -> None:
     """Pack MODEL's transformer, quantized by RECIPE, into OUT, which a worker loads as it is."""
     with _errors_as_sentences():
-        if device == "cuda" and not torch.cuda.is_available():
-            raise WeightsError("device cuda is not available here: use --device cpu")
         report = convert(
             model,
             QuantRecipe.load(recipe),
             scales,
             out,
-            device=torch.device(device),
+            device=usable_device(device),
             on_tensor=_print_tensors,
         )
     typer.echo(f"wrote {out}: {report}")

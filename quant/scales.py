@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from quant.errors import RecipeError, ScalesError, ScalesMismatch
+from quant.kernels.accelerators import at_hand
 from quant.recipe import QuantRecipe
 from quant.sampler import SamplerSettings
 
@@ -203,14 +204,14 @@ def calibrate_command(
 ) -> str:
     """The command line that makes a scales file; what is not known stands in it in upper case.
 
-    It names this very interpreter, which has the toolkit, and a CUDA device where there is one.
+    It names this very interpreter, which has the toolkit, and an accelerator where there is one.
     """
     arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
     arguments += ["--prompts", prompts or "PROMPTS_FILE", "--out", str(path or "SCALES_FILE")]
     if recipe:
         arguments += ["--recipe", recipe.source or recipe.name]
-    if torch.cuda.is_available():
-        arguments += ["--device", "cuda"]
+    if (device := at_hand()) is not None:
+        arguments += ["--device", device]
     return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
 
 

@@ -1,22 +1,20 @@
 """The only place in the worker that asks which device it runs on.
 
-CUDA and Ascend (`torch_npu`) mirror each other's module (`torch.cuda`, `torch.npu`), so one code
-path serves both; the CPU has none and needs none. `torch_npu` is imported by name and only when it
-is wanted: importing it claims the process's accelerator. Kernels that differ per device live in
+CUDA and Ascend (`torch_npu`) mirror each other's module, so one code path serves both; the CPU has
+none and needs none (`quant.kernels.accelerators`). Kernels that differ per device live in
 `quant/kernels/`, not here.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import torch
 
+from quant.kernels.accelerators import ACCELERATORS, backend, why_not
 from quant.kernels.choice import BlockShape, KernelChoice, pick_kernels
 from quant.kernels.eager import EagerKernels
 from worker.errors import CardsLost, DeviceUnavailable
@@ -116,7 +114,7 @@ class Device:
     def synchronize(self) -> None:
         """Wait for the device, so that clocks and progress tell the truth."""
         if self.kind != "cpu":
-            _backend(self.kind).synchronize(self.card)
+            backend(self.kind).synchronize(self.card)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether `error` says that memory, the device's or the host's, could not be had."""
@@ -145,25 +143,25 @@ class Device:
         """
         gc.collect()
         if self.kind != "cpu":
-            _backend(self.kind).empty_cache()
+            backend(self.kind).empty_cache()
 
     def available_bytes(self) -> int | None:
         """What this process may take of the device's memory; None on the CPU."""
         if self.kind == "cpu":
             return None
-        backend = _backend(self.kind)
-        free, _ = backend.mem_get_info(self.card)
-        return int(free) + int(backend.memory_reserved(self.card))
+        module = backend(self.kind)
+        free, _ = module.mem_get_info(self.card)
+        return int(free) + int(module.memory_reserved(self.card))
 
     def memory(self) -> DeviceMemory | None:
         """The device's memory figures; None on the CPU."""
         if self.kind == "cpu":
             return None
-        backend = _backend(self.kind)
+        module = backend(self.kind)
         return DeviceMemory(
-            allocated_bytes=int(backend.memory_allocated(self.card)),
-            peak_bytes=int(backend.max_memory_allocated(self.card)),
-            total_bytes=int(backend.mem_get_info(self.card)[1]),
+            allocated_bytes=int(module.memory_allocated(self.card)),
+            peak_bytes=int(module.max_memory_allocated(self.card)),
+            total_bytes=int(module.mem_get_info(self.card)[1]),
         )
 
 
@@ -181,12 +179,12 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, card: int = 0)
     torch.set_num_threads(threads or usable_cores())
     kind: DeviceKind
     if wanted == "auto":
-        kind = next((each for each in _ACCELERATORS if _why_not(each) is None), "cpu")
+        kind = next((each for each in ACCELERATORS if why_not(each) is None), "cpu")
     else:
         kind = wanted
     if kind == "cpu":
         return Device("cpu", f"cpu, {torch.get_num_threads()} threads")
-    reason = _why_not(kind)
+    reason = why_not(kind)
     if reason is not None:
         raise DeviceUnavailable(
             f"WORKER_DEVICE is {kind!r}, but {reason}. Set it to 'auto' to take what is there."
@@ -194,15 +192,15 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, card: int = 0)
     if kind == "npu":
         # The private layouts trade precision for speed in strided views (`torch_npu` warns of it
         # itself).
-        _backend("npu").config.allow_internal_format = False
-    count = _backend(kind).device_count()
+        backend("npu").config.allow_internal_format = False
+    count = backend(kind).device_count()
     if card >= count:
         raise DeviceUnavailable(
             f"This process is to work on {kind} card {card}, and there are {count} here, counted "
             "from 0; start as many processes as there are cards (torchrun --nproc-per-node)."
         )
-    _backend(kind).set_device(card)
-    return Device(kind, str(_backend(kind).get_device_name(card)), card=card)
+    backend(kind).set_device(card)
+    return Device(kind, str(backend(kind).get_device_name(card)), card=card)
 
 
 def usable_cores() -> int:
@@ -210,25 +208,3 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-_ACCELERATORS: tuple[Literal["npu", "cuda"], ...] = ("npu", "cuda")
-
-
-def _why_not(kind: Literal["npu", "cuda"]) -> str | None:
-    """Say why `kind` cannot be used, or None if it can."""
-    if kind == "npu":
-        try:
-            importlib.import_module("torch_npu")
-        # Without CANN's libraries the import ends in ImportError or OSError; beside a CUDA card in
-        # RuntimeError.
-        except (ImportError, OSError, RuntimeError) as error:
-            return f"torch_npu cannot be imported ({repr(error).splitlines()[0][:200]})"
-    if not _backend(kind).is_available():
-        return f"torch {torch.__version__} finds no usable {kind} device"
-    return None
-
-
-def _backend(kind: Literal["npu", "cuda"]) -> ModuleType:
-    backend: ModuleType = getattr(torch, kind)
-    return backend
