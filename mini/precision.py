@@ -16,4 +16,7 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for BF16; of CPUs torch's own library for them knows."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu":
+        return True
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

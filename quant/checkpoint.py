@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,9 +193,10 @@ def _write_folder(
         on_tensor(done, len(specs))
         return tensor
 
-    folder = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
+    # A name of its own first: told to end as soon as the folder is there, one knows what to remove.
+    folder = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
-        folder.chmod(0o755)
+        folder.mkdir(0o755)
         for number, shard in enumerate(shards, 1):
             metadata = info.to_metadata() | {"shard": f"{number} of {len(shards)}"}
             file = folder / shard_name(number, len(shards))

@@ -95,7 +95,8 @@ def open_packed(
     try:
         scales = load_scales(scales_file)
     except ScalesError as error:
-        # To make scales, which that error recommends, would not help: these belong to the files.
+        # To make scales, which that error recommends (a mismatch's, too), would not help: these
+        # belong to the files.
         reason = str(error).partition(";")[0]
         raise WeightsError(f"{reason}; make the checkpoint again with: {command}") from error
     if file_sha256(scales_file) != info.scales_sha256:
@@ -155,11 +156,13 @@ def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:
                     continue
                 found = os.pread(files[stored.file].fileno(), stored.nbytes, stored.start)
                 if found != scale.numpy().tobytes():
-                    first = torch.frombuffer(bytearray(found), dtype=stored.dtype)[0]
+                    values = torch.frombuffer(bytearray(found), dtype=stored.dtype).tolist()
+                    pairs = zip(values, scale.flatten().tolist(), strict=True)
+                    ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
                     raise WeightsError(
-                        f"tensor {stored.name!r} in {stored.file} is {first:g}, where "
-                        f"{SCALES_FILE} has {scale.flatten()[0]:g}: the checkpoint is damaged; "
-                        f"make it again with: {command}"
+                        f"tensor {stored.name!r} in {stored.file} has {ours:g}, where "
+                        f"{SCALES_FILE} has {theirs:g}: the checkpoint is damaged; make it again "
+                        f"with: {command}"
                     )
 
 

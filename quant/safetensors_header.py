@@ -75,11 +75,11 @@ def read_header(file: Path) -> Header:
         status = file.stat()
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
-    return _read_header(file, status.st_size, status.st_mtime_ns)
+    return _read_header(file, status.st_size, (status.st_ino, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=64)
-def _read_header(file: Path, size: int, _changed_ns: int) -> Header:
+def _read_header(file: Path, size: int, _version: tuple[int, int]) -> Header:
     """A start asks for a file's header several times: to name the model, to add up, to read."""
     try:
         with file.open("rb") as stream:
@@ -135,6 +135,10 @@ def tensors_by_name(headers: Iterable[Header]) -> dict[str, StoredTensor]:
 def _stored(file: Path, first: int, name: str, fields: dict[str, Any]) -> StoredTensor:
     start, end = fields["data_offsets"]
     shape = tuple(int(side) for side in fields["shape"])
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name!r} has the dtype {fields['dtype']}, which torch lacks")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"tensor {name!r} has the shape {list(shape)}")
     stored = StoredTensor(name, DTYPES[fields["dtype"]], shape, file, first + int(start))
     if end - start != stored.nbytes:
         raise ValueError(

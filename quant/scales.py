@@ -186,13 +186,14 @@ def check_scales(
     elif scales.recipe.fingerprint != recipe.fingerprint:
         problem = (
             f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
-            f"this is {recipe.name!r} ({recipe.fingerprint}): ask for theirs"
+            f"this is {recipe.name!r} ({recipe.fingerprint}); name that recipe"
         )
         arguments = scales.sampler.arguments()
     else:
         return
     command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
-    raise ScalesMismatch(f"{problem}; make fitting ones with: {' '.join([command, *arguments])}")
+    way = "or make" if "name that" in problem else "make"
+    raise ScalesMismatch(f"{problem}, {way} fitting ones with: {' '.join([command, *arguments])}")
 
 
 def calibrate_command(

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from quant.kernels.accelerators import ACCELERATORS, backend, why_not
-from quant.kernels.choice import BlockShape, KernelChoice, pick_kernels
+from quant.kernels.choice import BlockShape, KernelChoice, multiplies_fp8, pick_kernels
 from quant.kernels.eager import EagerKernels
 from worker.errors import CardsLost, DeviceUnavailable
 
@@ -110,6 +110,11 @@ class Device:
             scales_rows=scales_rows,
             fp8_attention=fp8_attention,
         )
+
+    @property
+    def emulates(self) -> bool:
+        """Whether this is a card that runs quantized modes in plain torch."""
+        return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
 
     def synchronize(self) -> None:
         """Wait for the device, so that clocks and progress tell the truth."""

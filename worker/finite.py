@@ -7,12 +7,11 @@ from torch import Tensor
 from jobs.errors import GenerationFailed
 
 
-def require_finite(values: Tensor, whose: str) -> None:
+def require_finite(values: Tensor, whose: str, remedy: str) -> None:
     """Raise GenerationFailed if any of `values` is NaN or infinite; waits for the device."""
     wrong = values.numel() - int(values.isfinite().sum())
     if wrong:
         raise GenerationFailed(
             f"{whose} gave {wrong} of {values.numel()} values that are NaN or infinite, of which "
-            "no video can be made. Try another mode or another seed; if all of them fail, the "
-            "model's files or its scales are damaged."
+            f"no video can be made. {remedy}"
         )

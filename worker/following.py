@@ -48,6 +48,7 @@ def lead(cards: Cards, modes: Sequence[Mode]) -> Denoise:
 
     Raises:
         quant.ConversionError: a mode cannot run on several cards.
+        CardsUnlike: a mode runs on other kernels on another card.
         CardsLost: another card could not load.
     """
     _share_out(cards, modes)

@@ -4,7 +4,8 @@ Weights are added up from headers and configurations. Activations are estimated 
 and number of frames on offer:
 - Denoising: 12 BF16 values of the transformer's width for each token. A diffusers forward of the
   14B on an H100 took 11.3 (3.5 GiB at 32,760 tokens); adding up live tensors gives 11.1. Quantized
-  modes that are emulated take 16: activations are rounded in plain torch, in pieces.
+  modes that are emulated, as they were asked for or on a card without FP8, take 16: activations are
+  rounded in plain torch, in pieces. What falls back later, since kernels do not run, is not known.
 - VAE: 204 bytes for each pixel and each of the decoder's base channels, in FP32: live tensors of
   `worker.decoding` added up, the same at 480p and 720p. With tiling it is a tile's, and three and
   a half times the whole video, which diffusers puts together from its tiles (added up: 3.3 at 720p
@@ -214,15 +215,16 @@ def measure_model(
         transformer_loading=_tree_bytes([*trees, base] if made_of_bf16 else trees),
         text_encoder=_part_bytes(folder / "text_encoder", device.dtype),
         vae=_part_bytes(folder / "vae", device.vae_dtype),
-        denoising=_denoising_bytes(config, pixels, base.config),
+        denoising=_denoising_bytes(config, pixels, base.config, device),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
     )
 
 
-def _denoising_bytes(config: WorkerConfig, pixels: int, transformer: Any) -> int:
+def _denoising_bytes(config: WorkerConfig, pixels: int, transformer: Any, device: Device) -> int:
     tokens = (1 + (config.model.max_frames - 1) // 4) * math.ceil(pixels / _TOKEN_PX)
-    emulated = any(mode.exact_emulation and mode.recipe is not None for mode in config.modes)
+    quantized = [mode for mode in config.modes if mode.recipe is not None]
+    emulated = any(mode.exact_emulation or device.emulates for mode in quantized)
     widths = EMULATED_WIDTHS_PER_TOKEN if emulated else WIDTHS_PER_TOKEN
     if any(mode.step_cache is not None for mode in config.modes):
         widths += CACHED_PER_TOKEN

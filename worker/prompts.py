@@ -117,7 +117,11 @@ class PromptEncoder:
                 )
                 # Waits for the encoder, whose weights may go when the block ends.
                 embedding = embedding.cpu()
-                require_finite(embedding, "The text encoder")
+                require_finite(
+                    embedding,
+                    "The text encoder",
+                    "If it does so for other prompts, too, the model's files are damaged.",
+                )
                 self._kept[key] = embedding
                 if len(self._kept) > MOST_KEPT:
                     self._kept.popitem(last=False)

@@ -36,6 +36,7 @@ from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device, usable_cores
 from worker.errors import CardsLost, StartError
 from worker.following import follow, load_follower
+from worker.journal import EXIT_DEVICE_LOST
 from worker.loading import check_folder
 from worker.logs import configure_logging
 from worker.serving import Parts, serve
@@ -76,7 +77,8 @@ def main(
     except torch.OutOfMemoryError as error:
         fail(f"The device has too little memory for the model: {error}")
     except torch.AcceleratorError as error:
-        fail(f"The device has failed: {error}")
+        typer.echo(f"worker: The device has failed: {' '.join(str(error).split())}", err=True)
+        os._exit(EXIT_DEVICE_LOST)  # as above
 
 
 def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> Parts:

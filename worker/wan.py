@@ -166,7 +166,12 @@ class WanEngine:
                 step_cache(pipeline.transformer, caching, steps),
             ):
                 latents = self._denoise(pipeline, request, embeddings, on_step)
-                require_finite(latents, f"Denoising in mode {request.mode!r}")
+                require_finite(
+                    latents,
+                    f"Denoising in mode {request.mode!r}",
+                    "Try another mode or another seed; if all of them fail, the model's files or "
+                    "its scales are damaged.",
+                )
         finally:
             sample.disarm()
             pipeline.scheduler = self.parts.scheduler  # the run's own holds latents

@@ -405,7 +405,7 @@ def test_a_scale_that_is_not_the_scales_files_is_refused(
 ):
     name = QDATA.replace("weight_qdata", kind)
     rewrite(folder, name, lambda tensors: tensors.update({name: tensors[name].fill_(wrong)}))
-    said = rf"tensor '{name}' in .* is {wrong:g}, where scales.safetensors has .* convert"
+    said = rf"tensor '{name}' in .* has {wrong:g}, where scales.safetensors has .* convert"
     with pytest.raises(WeightsError, match=said):
         opened(folder, tiny_model, tiny_recipe)
 

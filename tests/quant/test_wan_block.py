@@ -148,6 +148,18 @@ def test_fp8_attention_that_does_not_run_is_refused(
         pick_kernels(card, quantized=True, fp8_attention=True)
 
 
+class LostKernels(EagerKernels):
+    """Make no numbers of numbers."""
+
+    def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
+        return torch.full_like(x, torch.nan)
+
+
+def test_kernels_that_compute_no_numbers_are_not_trusted() -> None:
+    with pytest.raises(quant.ConversionError, match=r"its GELU agrees .* nan dB"):
+        check_kernels(LostKernels(), CPU, quantized=True)
+
+
 class NarrowKernels(EagerKernels):
     """Compile for few widths."""
 

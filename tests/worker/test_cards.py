@@ -10,13 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from jobs.catalog import ModeOffer
 from tests.worker.card_crew import JOBS, LAST, TEAMS, faults_of
 from worker.errors import CardsUnlike
-from worker.following import check_alike
+from worker.following import check_alike, lead
+from worker.loading import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {
@@ -62,6 +65,21 @@ def test_cards_on_different_kernels_are_refused() -> None:
     for cards in ([[fine], [fine], [slow]], [[slow], [fine]]):
         with pytest.raises(CardsUnlike, match=r"'w8a8' runs on .* Its compiler is missing\. Give"):
             check_alike(cards)
+
+
+class Unlike:
+    """As far as the sharing out asks the other cards: their compilers are missing."""
+
+    def ask_all(self, value: list[Kind]) -> list[list[Kind]]:
+        slow: list[Kind] = [(name, "eager", "A compiler is missing.") for name, _, _ in value]
+        return [value, slow]
+
+
+def test_cards_are_compared_before_they_share_anything() -> None:
+    offer = ModeOffer(name="w8a8", description="d", kernels="cuda")
+    mode = Mode(offer, cast(Any, "no transformer"), None, 0)
+    with pytest.raises(CardsUnlike, match="on eager kernels on card 1 and on cuda on card 0"):
+        lead(cast(Any, Unlike()), [mode])
 
 
 @pytest.mark.parametrize("cards", TEAMS)

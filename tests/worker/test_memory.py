@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant import QuantRecipe
+from worker import following
 from worker.config import FirstBlockCache, ModeConfig, ModelConfig, WorkerConfig
 from worker.devices import Device
 from worker.errors import TooLittleMemory
@@ -129,10 +131,18 @@ def test_what_emulation_and_step_caches_take_is_added(large, device):
 
     width = 75_600 * 5120 * 2 / GIB
     assert denoising(exact_emulation=True) - denoising() == pytest.approx(4 * width)
-    # 2.0 GB at 832x480, as measured (docs/operations.md); this is 1280x720.
     cache = FirstBlockCache(method="first_block", threshold=0.1)
     assert denoising(step_cache=cache) - denoising() == pytest.approx(6 * width)
-    assert 6 * width * 32_760 / 75_600 * GIB / 1e9 == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize(("capability", "emulated"), [((8, 0), True), ((9, 0), False)])
+def test_a_card_without_fp8_is_known_to_emulate(large, monkeypatch, capability, emulated):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    card, modes = Device("cuda", "a card"), large.modes
+    bf16 = large.model_copy(update={"modes": modes[:1]})
+    plain = measure_model(bf16, [None], card).denoising
+    more = measure_model(large, [None, RECIPE], card).denoising - plain
+    assert more == (4 * 75_600 * 5120 * 2 if emulated else 0)
 
 
 CHOICES = {
@@ -188,7 +198,8 @@ def test_what_does_not_fit_is_refused_with_sum_and_remedies(large, device):
     assert "text_encoder =" not in str(caught.value), "it was tried on the host already"
 
 
-def test_a_follower_needs_room_to_denoise_only(large, device):
+def test_a_follower_needs_room_to_denoise_only(large, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     recipes = [None, RECIPE]
     least = measure_model(large, recipes, device).followers_need().total
     assert least / GIB == pytest.approx(38.1 + 2.0 + 8.7, abs=0.1)
@@ -230,7 +241,10 @@ class Ordered:
         return self._fingerprint
 
 
-def test_a_follower_without_room_loads_nothing(config: WorkerConfig, engine: WanEngine):
+def test_a_follower_without_room_loads_nothing(
+    config: WorkerConfig, engine: WanEngine, monkeypatch
+):
+    monkeypatch.setattr(following, "load_modes", lambda *_: pytest.fail("it loads"))
     with pytest.raises(TooLittleMemory, match=r"on card 1, .* which has 0\.0 GiB"):
         load_follower(config, Ordered(engine.model.fingerprint))  # type: ignore[arg-type]
 
