@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 
 from quant.kernels.accelerators import ACCELERATORS, backend, why_not
-from quant.kernels.choice import BlockShape, KernelChoice, multiplies_fp8, pick_kernels
+from quant.kernels.choice import KernelChoice, multiplies_fp8, pick_kernels
 from quant.kernels.eager import EagerKernels
+from quant.kernels.trial import BlockShape
 from worker.errors import CardsLost, DeviceUnavailable
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]

@@ -35,8 +35,9 @@ from torch import nn
 import quant
 from jobs.catalog import ModeOffer
 from quant.fingerprint import read_transformer_config
-from quant.kernels.choice import BlockShape, KernelChoice
+from quant.kernels.choice import KernelChoice
 from quant.kernels.eager import EagerKernels
+from quant.kernels.trial import BlockShape
 from quant.safetensors_header import stored_tensors
 from quant.skeleton import (
     check_stored,

@@ -1,5 +1,5 @@
 """The Triton kernels compute what plain torch does. Here Triton's interpreter runs them, on the
-CPU; what a card makes of them `quant.kernels.choice.check_kernels` finds out on the card."""
+CPU; what a card makes of them `quant.kernels.trial.check_kernels` finds out on the card."""
 
 import importlib
 from types import ModuleType
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quant import hif8
-from quant.kernels.choice import SMALL, BlockShape, _Between
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, Norm
+from quant.kernels.trial import SMALL, BlockShape, _Between
 from quant.metrics import sqnr_db
 
 # The interpreter is numpy, which warns of the NaN and the infinities that are put in on purpose.

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quant import hif8
-from quant.kernels.choice import BlockShape, pick_kernels
+from quant.kernels.choice import pick_kernels
 from quant.kernels.copier import Copier, CopierBeside
 from quant.kernels.file_reader import FileReader, file_reader
+from quant.kernels.trial import BlockShape
 from quant.kernels.ways import BUFFERS, ByFileReader, ByPinnedBuffers
 from quant.safetensors_header import SMALL_BYTES, stored_tensors
 from quant.safetensors_writer import spec_of, split_into_shards, write_safetensors

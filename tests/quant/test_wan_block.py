@@ -12,10 +12,11 @@ from torch import Tensor
 
 import quant
 from quant.apply import twin_tree
-from quant.kernels.choice import BlockShape, check_kernels, pick_kernels
+from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import BlockLinear
 from quant.kernels.plain import JoinedLinear, SeparateLinears
+from quant.kernels.trial import BlockShape, check_kernels
 from quant.linear import Hif8Linear
 from quant.wan_block import FusedWanBlock, fuse_blocks
 
