@@ -89,7 +89,25 @@ def linear(x: Tensor, weight_qdata: Tensor, weight_scale: Tensor, bias: Tensor |
 
     x [..., K], weight_qdata [N, K] uint8, weight_scale [] or [N, 1] float32, bias [N] → [..., N].
     """
-    return F.linear(x, dequantize(weight_qdata, weight_scale, x.dtype), bias)
+    return product(x, dequantize(weight_qdata, weight_scale, x.dtype), bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; x [..., K], weight [N, K], bias [N] of one dtype → [..., N] of that dtype.
+
+    A CPU without instructions for BF16 adds up in FP32 and rounds once, as those that have them do:
+    torch's own way there takes ten times as long (docs/log.md).
+    """
+    if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or _multiplies_bf16():
+        return F.linear(x, weight, bias)
+    wide = None if bias is None else bias.float()
+    return F.linear(x.float(), weight.float(), wide).to(x.dtype)
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bf16() -> bool:
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _decode_pairs(qdata: Tensor, multiplier: float) -> Tensor:

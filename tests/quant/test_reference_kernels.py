@@ -105,6 +105,20 @@ def test_large_tensors_are_rounded_in_pieces(monkeypatch, dtype: torch.dtype):
     assert torch.equal(pieces, expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_in_bf16_is_rounded_once(bias: bool):
+    """Whichever instructions a CPU has: within half a step of BF16 of the exact sum."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(50, 200, generator=generator).bfloat16() for _ in range(2))
+    b = torch.randn(50, generator=generator).bfloat16() if bias else None
+    exact = torch.nn.functional.linear(
+        x.double(), weight.double(), None if b is None else b.double()
+    )
+    found = reference.product(x, weight, b)
+    assert found.dtype is torch.bfloat16
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+
+
 def test_linear_is_the_product_of_what_was_rounded():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 7, 32, generator=generator).to(torch.bfloat16)

@@ -19,6 +19,7 @@ from quant.kernels.plain import JoinedLinear, SeparateLinears
 from quant.kernels.trial import BlockShape, check_kernels
 from quant.linear import Hif8Linear
 from quant.wan_block import FusedWanBlock, fuse_blocks
+from tests.diffusers_own import with_our_products
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,7 @@ def test_fused_is_diffusers_to_the_last_bit(transformer: WanTransformer3DModel) 
     fused = twin_tree(transformer, lambda name, module: None)
     assert fuse_blocks(fused, EagerKernels()) == ()
     assert all(isinstance(block, FusedWanBlock) for block in fused.blocks)
+    with_our_products(transformer)
     for seed in (0, 1, 0):  # another prompt in between: none is taken for the other
         assert torch.equal(run(fused, inputs(seed)), run(transformer, inputs(seed)))
 

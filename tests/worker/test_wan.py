@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 import quant
 from jobs.errors import GenerationCancelled, GenerationFailed, PromptTooLong
 from jobs.record import Stage
+from tests.diffusers_own import with_our_products
 from tests.worker.orders import OWNER, order, unseen
 from worker.config import WorkerConfig
 from worker.devices import Device
@@ -75,6 +76,7 @@ def test_bf16_is_diffusers_own_pipeline_to_the_last_bit(
     vae = AutoencoderKLWan.from_pretrained(model_folder / "vae", dtype=torch.float32)
     pipeline = WanPipeline.from_pretrained(model_folder, vae=vae, dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
+    with_our_products(pipeline.transformer)
     wanted = order()
     theirs = pipeline(
         prompt=wanted.prompt,
