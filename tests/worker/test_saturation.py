@@ -16,6 +16,7 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.linear import Hif8Linear
 from quant.scaling import scale_policy
+from tests.diffusers_own import with_our_products
 from worker.saturation import ActSample, ActShares
 
 
@@ -145,7 +146,7 @@ def test_fused_blocks_count_what_the_layers_would(
     for name, module in unfused.named_modules():
         if name.endswith(ROUNDED_ONCE) and isinstance(module, Hif8Linear):
             module.register_forward_pre_hook(counter(counted))
-    out = one_pass(unfused)
+    out = one_pass(with_our_products(unfused))
     fused = prepare_transformer(transformer, EagerKernels(), misfitting.recipe, misfitting)
     sample = ActSample(fused.transformer)
     sample.arm()
