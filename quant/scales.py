@@ -182,18 +182,19 @@ def check_scales(
             f"the scales were calibrated on model {scales.model_fingerprint}, "
             f"this model is {model_fingerprint}"
         )
-        arguments = []  # the sampler of another model says nothing about this one's
+        arguments, remedy = [], "make"  # the sampler of another model says nothing about this one's
     elif scales.recipe.fingerprint != recipe.fingerprint:
         problem = (
             f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
-            f"this is {recipe.name!r} ({recipe.fingerprint}); name that recipe"
+            f"this is {recipe.name!r} ({recipe.fingerprint})"
         )
-        arguments = scales.sampler.arguments()
+        arguments, remedy = scales.sampler.arguments(), "ask for their recipe, or make"
     else:
         return
     command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
-    way = "or make" if "name that" in problem else "make"
-    raise ScalesMismatch(f"{problem}, {way} fitting ones with: {' '.join([command, *arguments])}")
+    raise ScalesMismatch(
+        f"{problem}; {remedy} fitting ones with: {' '.join([command, *arguments])}"
+    )
 
 
 def calibrate_command(

@@ -46,8 +46,7 @@ def usable_device(name: str) -> torch.device:
         QuantError: it cannot be used here, and why.
     """
     for kind in ACCELERATORS:
-        reason = why_not(kind) if kind == name else None
-        if reason is not None:
+        if kind == name and (reason := why_not(kind)) is not None:
             raise QuantError(f"device {name} is not available here: {reason}; use --device cpu")
     return torch.device(name)
 
