@@ -3,15 +3,17 @@
 Random weights of the real sizes (`benchmarks/random_wan.py`), batch 1, 81 frames. The baseline is
 diffusers' own `WanTransformer3DModel` in BF16, eager, as `WanPipeline` runs it. Beside the times:
 what the weights take on the card, how close each mode is to its bit-true emulation, and where the
-time of a pass goes. Prints a table, then the result as one line of JSON, and keeps it in
-benchmarks/results/.
+time of a pass goes. Of step caches, what they cost where they leave out nothing, and what is left
+of a pass where they do; how often they do, a trained model tells (`benchmarks/step_cache.py`).
+Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -29,9 +31,26 @@ from benchmarks.timing import device_name, medians_ms, synchronize
 from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
+from worker.config import FirstBlockCache, MagCache, StepCache
+from worker.memory import CACHED_PER_TOKEN
+from worker.step_cache import step_cache
 
 RECIPES = {"w8a8": "boundary-hif8", "w8a8, FP8 attention": "boundary-hif8-fp8attn"}
 GIB = 2**30
+
+# Thresholds that never leave out a pass, and that always do once one has been computed.
+NEVER, ALWAYS = 1e-9, 1e9
+CACHES: dict[str, StepCache] = {
+    "first-block cache, nothing left out": FirstBlockCache(method="first_block", threshold=NEVER),
+    "first-block cache, a pass left out": FirstBlockCache(method="first_block", threshold=ALWAYS),
+    "MagCache, a pass left out": MagCache(
+        method="mag",
+        threshold=ALWAYS,
+        mag_ratios=(1.0, 1.0),
+        max_skipped_steps=1000,
+        kept_share=0,
+    ),
+}
 
 # Parts of a kernel's name, in order: the first that is found says what its time was for.
 _KINDS = {
@@ -96,6 +115,7 @@ class _Bench:
             sqnr = min(report.SAME_DB, round(quant.sqnr_db(emulated, self._predict(ours)), 1))
             rows.append(Row(f"{self.sizes[0]}: {mode}, beside the emulation", sqnr, "dB"))
             rows += self._memory(mode, plain, ours)
+            rows += report.tell(self._step_caches(mode, ours))
             del ours
             _free(self.device)
         return rows
@@ -155,6 +175,46 @@ class _Bench:
             Row(f"weights, {mode}", round(alone / GIB, 2), "GiB"),
             Row(f"weights, bf16 and {mode} together", round(both / GIB, 2), "GiB"),
         ]
+
+    def _step_caches(self, mode: str, transformer: WanTransformer3DModel) -> list[Row]:
+        """A pass under each cache beside one without, and on a card the memory that it takes."""
+        size = self.sizes[0]
+        inputs = self.inputs[size]
+        inputs = replace(inputs, latents=inputs.latents.clone())
+
+        def run() -> None:  # no two passes alike: one like the last is left out at any threshold
+            inputs.latents.normal_()
+            inputs.run(transformer)
+
+        def measure() -> tuple[float, int]:
+            ms = medians_ms({"": run}, self.device, self.rounds, warm_up=1)[""]
+            return round(ms, 1), self._peak_bytes(run)
+
+        without_ms, least = measure()
+        # Guidance has two kinds of passes, each with residuals of its own; here is one.
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        counted = inputs.tokens * width * CACHED_PER_TOKEN // 2 * torch.bfloat16.itemsize
+        steps = self.rounds + 10  # more than are run: after the last a cache begins anew
+        rows = []
+        for name, cache in CACHES.items():
+            what = f"{size}: {mode}, {name}"
+            with step_cache(transformer, cache, steps), transformer.cache_context("measured"):
+                ms, most = measure()
+            rows.append(Row(what, ms, "ms", baseline=without_ms))
+            if self.device.type == "cuda":
+                gib, counted_gib = (round(each / GIB, 3) for each in (most - least, counted))
+                what += ", memory for it (baseline: counted at a start)"
+                rows.append(Row(what, gib, "GiB", baseline=counted_gib))
+        return rows
+
+    def _peak_bytes(self, run: Callable[[], None]) -> int:
+        """The most of a card's memory that is taken during a run; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        synchronize(self.device)
+        return torch.cuda.max_memory_allocated()
 
     def _ms(self, transformer: WanTransformer3DModel, inputs: Inputs) -> float:
         run = partial(inputs.run, transformer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.worker.orders import OWNER, Unwatched, order
-from worker.config import WorkerConfig, load_config
+from worker.config import FirstBlockCache, StepCache, WorkerConfig, load_config
 from worker.devices import Device, pick_device
 from worker.wan import WanEngine
 
@@ -66,3 +67,25 @@ def test_a_job_gives_the_same_video_twice(engine, mode):
     assert len(first) == 5
     assert np.stack(first).std() > 0
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["bf16", "w8a8"])
+def test_step_caches_hook_into_fused_blocks(engine, device, mode):
+    request = order(mode=mode, num_frames=5, num_inference_steps=4)
+    without, never, always = (
+        np.stack(
+            list(cached(engine, device, mode, cache).generate(request, Unwatched(), OWNER).frames)
+        )
+        for cache in (None, first_block_cache(1e-9), first_block_cache(1e9))
+    )
+    assert np.array_equal(never, without)
+    assert not np.array_equal(always, without)
+
+
+def first_block_cache(threshold: float) -> FirstBlockCache:
+    return FirstBlockCache(method="first_block", threshold=threshold)
+
+
+def cached(engine: WanEngine, device: Device, mode: str, cache: StepCache | None) -> WanEngine:
+    modes = (replace(engine.loaded[mode], step_cache=cache),)
+    return WanEngine(load_config(CONFIG).model, "fingerprint", device, engine.parts, modes)
