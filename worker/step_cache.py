@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from quant.wan_block import FusedWanBlock
@@ -38,6 +38,9 @@ def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterat
     try:
         yield
     finally:
+        # Removed hooks lie in cycles until Python's collector comes by, and what they keep with
+        # them: the pipeline clears it at its end, but not that of a job that ends before.
+        HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
         transformer.disable_cache()
 
 

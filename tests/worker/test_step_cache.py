@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,6 +148,26 @@ def test_a_job_after_a_cancelled_one_is_as_if_it_were_the_first(
     assert np.array_equal(frames(used), fresh)
     frames(used, seed=4, num_inference_steps=2)
     assert np.array_equal(frames(used), fresh)
+
+
+@pytest.mark.parametrize("method", SOME)
+def test_a_cancelled_job_leaves_no_residuals_to_the_collector(
+    engine: WanEngine, with_cache: Callable[..., WanEngine], method: str
+) -> None:
+    cached = with_cache(SOME[method])
+    block = engine.loaded["bf16"].transformer.blocks[0]
+    shapes: list[torch.Size] = []
+    handle = block.register_forward_hook(lambda _block, _args, out: shapes.append(out.shape))
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(GenerationCancelled):
+            cached.generate(order(**SHORT), Watch(STEPS - 1), OWNER)
+        left = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        assert not [each for each in left if each.shape == shapes[0]]
+    finally:
+        gc.enable()
+        handle.remove()
 
 
 def test_nothing_stays_on_a_transformer_that_another_mode_shares(
