@@ -177,7 +177,8 @@ class _Bench:
         ]
 
     def _step_caches(self, mode: str, transformer: WanTransformer3DModel) -> list[Row]:
-        """A pass under each cache beside one without, and on a card the memory that it takes."""
+        """A pass under each cache beside one without, and on a card what a computed one takes more
+        of its memory."""
         size = self.sizes[0]
         inputs = self.inputs[size]
         inputs = replace(inputs, latents=inputs.latents.clone())
@@ -201,7 +202,7 @@ class _Bench:
             with step_cache(transformer, cache, steps), transformer.cache_context("measured"):
                 ms, most = measure()
             rows.append(Row(what, ms, "ms", baseline=without_ms))
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and cache.threshold == NEVER:
                 gib, counted_gib = (round(each / GIB, 3) for each in (most - least, counted))
                 what += ", memory for it (baseline: counted at a start)"
                 rows.append(Row(what, gib, "GiB", baseline=counted_gib))

@@ -4,7 +4,7 @@ What a step may leave out is judged anew in every job: the hooks are put on when
 begins and taken off when it ends, however it ends, so nothing of one job is there in the next. The
 prompt's passes and the negative prompt's are judged and kept apart (the pipeline's
 `cache_context`). While a job runs, residuals of the size of the hidden states are kept on the
-device: three for each kind of pass with the first block's cache, one with MagCache.
+device: three for each kind of pass with the first block's cache, two with MagCache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`torchrun -m worker`: two cards serve jobs as one worker, and end as one.
 
-On two cards of a machine that has them: `TRITON_INTERPRET=0 pytest -m cuda` and this file.
+On a machine with two NVIDIA cards also with those:
+`TRITON_INTERPRET=0 pytest -m cuda tests/worker/test_torchrun.py`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Torchrun:
     def __init__(self, config: Path, log: Path, **variables: str) -> None:
         self._log = log
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        # A machine's own name need not resolve; gloo is told the same below.
         command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
         if "--shutdown-timeout" in get_args_parser().format_help():  # torch 2.11 has 30 s for all
             command += ["--shutdown-timeout", "60"]
