@@ -75,6 +75,9 @@ class Cluster:
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
         self._turn = itertools.count()
         self.redis = Redis(port=self.valkey_port, socket_timeout=5)
+        # One for all requests: making ready for TLS alone takes a client 45 ms of a core, which
+        # whoever asks for a job's state again and again would take from the workers.
+        self._client = httpx.Client(timeout=10)
 
     @property
     def urls(self) -> list[str]:
@@ -109,6 +112,7 @@ class Cluster:
         for _, child in ordered:
             child.end(15, lambda: False)
         self.redis.close()
+        self._client.close()
 
     def orphans(self) -> dict[int, str]:
         """Processes of this cluster that still live, by pid."""
@@ -141,7 +145,7 @@ class Cluster:
         def ready() -> bool:
             for url in self.urls:
                 try:
-                    answer = httpx.get(f"{url}/readyz", timeout=5)
+                    answer = self._client.get(f"{url}/readyz")
                 except httpx.TransportError:
                     return False
                 if answer.status_code != 200 or answer.json()["workers"] < workers:
@@ -161,7 +165,7 @@ class Cluster:
         while True:
             url = self.urls[next(self._turn) % len(self.urls)]
             try:
-                answer = httpx.request(method, url + path, timeout=10, **more)
+                answer = self._client.request(method, url + path, **more)
                 if answer.status_code != 503:
                     return answer
             except httpx.TransportError:

@@ -31,6 +31,7 @@ DISK_BYTES = 4 * 1024 * 1024  # for the videos of all tests
 LONG = {
     "prompt": "a large blue square moving up on a white background",
     "num_frames": 17,
+    "num_inference_steps": 12,
     "seed": 3,
 }
 SHORT = {"prompt": "a small red circle", "num_frames": 5, "num_inference_steps": 2, "seed": 5}
