@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Never
 
 import pytest
+import torch
 import typer
 from redis import Redis
 
@@ -19,6 +21,7 @@ from jobs import catalog
 from jobs.state import JobState
 from jobs.store import JobStore
 from tests.worker.orders import order
+from worker.journal import EXIT_DEVICE_LOST
 from worker.start import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +151,31 @@ def test_a_fault_ends_the_start_with_one_line_and_a_status(
     said = capsys.readouterr().err.splitlines()
     assert re.match(f"worker: .*{message}", said[-1]), said
     assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_device_that_fails_at_the_start_ends_the_process_at_once(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an orderly end Python would wait for the device once more."""
+
+    def fail(*_: object) -> Never:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `X`")
+
+    def leave(status: int) -> Never:
+        raise Left(status)
+
+    class Left(BaseException):
+        pass
+
+    monkeypatch.setattr("worker.start.start", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match=str(EXIT_DEVICE_LOST)):
+        main(config_file)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "worker: The device has failed: CUDA error: unspecified launch failure Compile with `X`"
+    ]
 
 
 def test_the_process_ends_with_a_status_and_without_a_traceback(tmp_path: Path) -> None:
