@@ -35,7 +35,7 @@ from benchmarks import report
 from benchmarks.report import Row
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
-from jobs.submission import OPEN_OWNER
+from jobs.store.submission import OPEN_OWNER
 from tests.e2e.cluster import Cluster
 from worker.collector import resting_collector
 from worker.config import load_config

@@ -33,7 +33,7 @@ from redis import Redis
 from benchmarks import load, report
 from benchmarks.report import Row
 from deploy.local.ports import find_free_port
-from jobs import catalog, keys
+from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer
 from tests.e2e.cluster import WORKER, Cluster, wait_until
 
@@ -255,7 +255,7 @@ class Snapshot:
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis
-        prefix: Any = keys.worker_offer("").encode()
+        prefix: Any = redis_keys.worker_offer("").encode()
         names = [name for name in self._redis.keys("*") if not name.startswith(prefix)]
         self._kept = {name: self._redis.dump(name) for name in names}
 

@@ -28,7 +28,7 @@ from pydantic import (
 from redis import Redis
 from rq import Queue
 
-from jobs import keys
+from jobs import redis_keys
 
 logger = logging.getLogger(__name__)
 
@@ -221,32 +221,36 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
     """Make `offer` live for the next 15 seconds, and its modes known for 30 days."""
     second = time.time()
     with redis.pipeline(transaction=True) as pipe:
-        pipe.set(keys.worker_offer(offer.worker_id), offer.model_dump_json(), ex=keys.OFFER_TTL_S)
-        pipe.zadd(keys.WORKERS, {offer.worker_id: second})
+        pipe.set(
+            redis_keys.worker_offer(offer.worker_id),
+            offer.model_dump_json(),
+            ex=redis_keys.OFFER_TTL_S,
+        )
+        pipe.zadd(redis_keys.WORKERS, {offer.worker_id: second})
         # Names of workers long gone. An hour, because hosts' clocks differ.
-        pipe.zremrangebyscore(keys.WORKERS, "-inf", second - 3600)
+        pipe.zremrangebyscore(redis_keys.WORKERS, "-inf", second - 3600)
         pipe.zadd(
-            keys.KNOWN_MODES,
+            redis_keys.KNOWN_MODES,
             {json.dumps([offer.model.name, mode.name]): second for mode in offer.modes},
         )
-        pipe.zremrangebyscore(keys.KNOWN_MODES, "-inf", second - keys.KNOWN_MODE_TTL_S)
+        pipe.zremrangebyscore(redis_keys.KNOWN_MODES, "-inf", second - redis_keys.KNOWN_MODE_TTL_S)
         pipe.execute()
 
 
 def publish_status(redis: Redis, status: WorkerStatus) -> None:
     """Make `status` readable for the next 15 seconds, also of a worker that offers no more."""
     with redis.pipeline(transaction=True) as pipe:
-        key = keys.worker_status(status.worker_id)
-        pipe.set(key, status.model_dump_json(), ex=keys.OFFER_TTL_S)
-        pipe.zadd(keys.WORKERS, {status.worker_id: time.time()})
+        key = redis_keys.worker_status(status.worker_id)
+        pipe.set(key, status.model_dump_json(), ex=redis_keys.OFFER_TTL_S)
+        pipe.zadd(redis_keys.WORKERS, {status.worker_id: time.time()})
         pipe.execute()
 
 
 def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
     """Read how the workers are doing that live or end their last job, in the order of their ids."""
-    found = cast("list[bytes]", redis.zrange(keys.WORKERS, 0, -1))
+    found = cast("list[bytes]", redis.zrange(redis_keys.WORKERS, 0, -1))
     names = sorted(name.decode(errors="replace") for name in found)
-    texts = _texts(redis, [keys.worker_status(name) for name in names])
+    texts = _texts(redis, [redis_keys.worker_status(name) for name in names])
     return _readable(WorkerStatus, "status", names, texts)
 
 
@@ -263,14 +267,14 @@ def publish_tokenizer(redis: Redis, name: str, text: bytes) -> None:
     Args:
         name: `tokenizer_fingerprint` of the text, which is not computed again each time.
     """
-    key = keys.tokenizer(name)
-    if not redis.expire(key, keys.TOKENIZER_TTL_S):
-        redis.set(key, text, ex=keys.TOKENIZER_TTL_S)
+    key = redis_keys.tokenizer(name)
+    if not redis.expire(key, redis_keys.TOKENIZER_TTL_S):
+        redis.set(key, text, ex=redis_keys.TOKENIZER_TTL_S)
 
 
 def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
     """Read a tokenizer's text; None where there is none, or another one than the name says."""
-    found = redis.get(keys.tokenizer(fingerprint))
+    found = redis.get(redis_keys.tokenizer(fingerprint))
     if found is None:
         return None
     text = cast("bytes", found)
@@ -282,22 +286,22 @@ def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
 
 def close(redis: Redis, worker_id: str) -> None:
     """End a worker's offer now and leave its status: it takes no more jobs and ends its last."""
-    redis.delete(keys.worker_offer(worker_id))
+    redis.delete(redis_keys.worker_offer(worker_id))
 
 
 def withdraw(redis: Redis, worker_id: str) -> None:
     """End a worker's offer and status now; its modes stay known."""
     with redis.pipeline(transaction=True) as pipe:
-        pipe.delete(keys.worker_offer(worker_id), keys.worker_status(worker_id))
-        pipe.zrem(keys.WORKERS, worker_id)
+        pipe.delete(redis_keys.worker_offer(worker_id), redis_keys.worker_status(worker_id))
+        pipe.zrem(redis_keys.WORKERS, worker_id)
         pipe.execute()
 
 
 def read(redis: Redis) -> Catalog:
     """Read the live offers, in the order of their worker ids."""
     with redis.pipeline(transaction=False) as pipe:
-        pipe.zrange(keys.WORKERS, 0, -1)
-        pipe.zrange(keys.KNOWN_MODES, 0, -1)
+        pipe.zrange(redis_keys.WORKERS, 0, -1)
+        pipe.zrange(redis_keys.KNOWN_MODES, 0, -1)
         worker_ids, known = pipe.execute()
     offers = _live_offers(redis, sorted(name.decode(errors="replace") for name in worker_ids))
     return Catalog(
@@ -313,11 +317,11 @@ def _known_modes(texts: list[bytes]) -> Iterator[tuple[str, str]]:
             yield _MODEL_AND_MODE.validate_json(text)
         except ValidationError:
             # Another version's, or somebody's own: the others still count.
-            logger.warning("What %s holds is left out: %r", keys.KNOWN_MODES, text[:80])
+            logger.warning("What %s holds is left out: %r", redis_keys.KNOWN_MODES, text[:80])
 
 
 def _live_offers(redis: Redis, worker_ids: list[str]) -> tuple[WorkerOffer, ...]:
-    texts = _texts(redis, [keys.worker_offer(name) for name in worker_ids])
+    texts = _texts(redis, [redis_keys.worker_offer(name) for name in worker_ids])
     return _readable(WorkerOffer, "offer", worker_ids, texts)
 
 

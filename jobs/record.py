@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from jobs import pace
+from jobs import durations
 from jobs.errors import RecordUnreadable
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -153,7 +153,7 @@ def encode_new(record: JobRecord) -> dict[str, str]:
         "attempts": "0",
         "lost": "0",
         "cancel_requested": "0",
-        "shape": pace.shape(record.request),
+        "shape": durations.shape(record.request),
         "steps": str(record.request.num_inference_steps),
     }
     if record.webhook_url is not None:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
-from jobs.texts import is_visible, strange_in
+from jobs.text_rules import is_visible, strange_in
 
 MAX_SEED = 2**32 - 1
 MIN_GUIDANCE_SCALE = 1.0

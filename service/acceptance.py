@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from jobs.spec import GenerationRequest
-from jobs.store import Created
-from jobs.submission import Idempotency
+from jobs.store.job_store import Created
+from jobs.store.submission import Idempotency
 from service.auth import Principal, submission
 from service.deps import Parts
 from service.logs import note_created

@@ -11,11 +11,11 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from jobs import catalog
-from jobs.artifacts import open_artifacts
-from jobs.connection import connect
-from jobs.outbox import Outbox
-from jobs.places import Places
-from jobs.store import JobStore
+from jobs.artifacts.store import open_artifacts
+from jobs.redis_client import connect
+from jobs.store.job_store import JobStore
+from jobs.store.queue_positions import Places
+from jobs.store.webhook_outbox import Outbox
 from service import openapi, problems
 from service.admission import Admission
 from service.auth import Gate

@@ -17,8 +17,8 @@ from redis.exceptions import OutOfMemoryError
 from jobs.errors import Forbidden, RateLimited, RecordUnreadable, Unauthenticated
 from jobs.ids import not_found
 from jobs.record import JobRecord
-from jobs.store import JobStore
-from jobs.submission import OPEN_OWNER, Idempotency, Submission
+from jobs.store.job_store import JobStore
+from jobs.store.submission import OPEN_OWNER, Idempotency, Submission
 from service.keys import ApiKey, KeyStore, Role, proves, split
 from service.rate import RateLimiter
 from service.settings import ServiceSettings

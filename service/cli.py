@@ -15,9 +15,9 @@ import typer
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from jobs.artifacts import open_artifacts
-from jobs.connection import connect
+from jobs.artifacts.store import open_artifacts
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
+from jobs.redis_client import connect
 from service.keys import ApiKey, KeyRefused, KeyStore, Role
 from service.settings import RedisSettings, ServiceSettings
 from service.start import sentences, start

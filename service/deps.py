@@ -8,11 +8,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
-from jobs.artifacts import ArtifactStore
+from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import Catalog
 from jobs.errors import LinkRefused
-from jobs.outbox import Outbox
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.webhook_outbox import Outbox
 from service.admission import Admission
 from service.auth import Gate, Principal, listed_owner, require_ops
 from service.events.hub import EventHub

@@ -8,7 +8,7 @@ from typing import Literal, cast
 from redis import Redis
 from rq import Queue
 
-from jobs import catalog, ids, keys
+from jobs import catalog, ids, redis_keys
 from jobs.catalog import WorkerOffer, WorkerStatus
 from jobs.state import JobState
 
@@ -65,8 +65,8 @@ def look(redis: Redis) -> Fleet:
     states = list(JobState)
     with redis.pipeline(transaction=False) as pipe:
         for state in states:
-            pipe.zcard(keys.index(state))
-        pipe.zcard(keys.WEBHOOKS_DUE)
+            pipe.zcard(redis_keys.index(state))
+        pipe.zcard(redis_keys.WEBHOOKS_DUE)
         *counts, webhooks_due = pipe.execute()
     return Fleet(
         queues=_queues(redis, Counter(offer.queue for offer in offers.values())),

@@ -23,9 +23,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from redis import Redis
 from redis.client import Pipeline
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.record import now
-from jobs.submission import OPEN_OWNER
+from jobs.store.submission import OPEN_OWNER
 from service.rate import check_rate
 
 logger = logging.getLogger(__name__)
@@ -110,11 +110,11 @@ class KeyStore:
         return sorted(_read_all(self._redis), key=lambda each: each.created_at)
 
     def get(self, key_id: str) -> ApiKey | None:
-        return _decode(key_id, cast("bytes | None", self._redis.hget(keys.API_KEYS, key_id)))
+        return _decode(key_id, cast("bytes | None", self._redis.hget(redis_keys.API_KEYS, key_id)))
 
     def any_was_made(self) -> bool:
         """Say whether there is a key, be it revoked."""
-        return bool(self._redis.exists(keys.API_KEYS))
+        return bool(self._redis.exists(redis_keys.API_KEYS))
 
     def revoke(self, name_or_id: str) -> ApiKey:
         """Make a key useless for good. Revoking a revoked one changes nothing.
@@ -146,11 +146,11 @@ class KeyStore:
 
     def note_use(self, key_id: str) -> None:
         """Remember that the key was used now."""
-        self._redis.hset(keys.API_KEYS_USED, key_id, now().isoformat(timespec="seconds"))
+        self._redis.hset(redis_keys.API_KEYS_USED, key_id, now().isoformat(timespec="seconds"))
 
     def last_uses(self) -> dict[str, datetime]:
         """Read when keys were last used, by their ids."""
-        found = cast("dict[bytes, bytes]", self._redis.hgetall(keys.API_KEYS_USED))
+        found = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.API_KEYS_USED))
         return {key.decode(): datetime.fromisoformat(at.decode()) for key, at in found.items()}
 
     def _replace(self, name_or_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
@@ -168,7 +168,7 @@ class KeyStore:
 
     def _change(self, change: Callable[[Pipeline], None]) -> None:
         """Read and write the keys as one, again from the start if somebody else wrote meanwhile."""
-        self._redis.transaction(change, keys.API_KEYS)
+        self._redis.transaction(change, redis_keys.API_KEYS)
 
 
 def split(token: str) -> tuple[str, str] | None:
@@ -207,7 +207,7 @@ def _check(name: str, quota: int | None, rate: str | None) -> None:
 
 
 def _read_all(redis: Redis) -> list[ApiKey]:
-    found = cast("dict[bytes, bytes]", redis.hgetall(keys.API_KEYS))
+    found = cast("dict[bytes, bytes]", redis.hgetall(redis_keys.API_KEYS))
     decoded = (_decode(key_id.decode(), text) for key_id, text in found.items())
     return [key for key in decoded if key is not None]
 
@@ -226,4 +226,4 @@ def _decode(key_id: str, text: bytes | None) -> ApiKey | None:
 
 def _write(pipe: Pipeline, key: ApiKey) -> None:
     pipe.multi()
-    pipe.hset(keys.API_KEYS, key.id, cast("Any", key.model_dump_json()))
+    pipe.hset(redis_keys.API_KEYS, key.id, cast("Any", key.model_dump_json()))

@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 from pydantic import SecretStr
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.errors import LinkRefused
 from service.upkeep.keep import Keep
 
@@ -74,11 +74,11 @@ class LinkSigner:
             return self._configured
         if self._found is None or time.monotonic() >= self._found[0]:
             # Read first: a full Redis still answers, but takes no SET, be it one of nothing.
-            secret = self._redis.get(keys.URL_SECRET)
+            secret = self._redis.get(redis_keys.URL_SECRET)
             if secret is None:
                 # The first process to ask makes it; the others' SET changes nothing.
-                self._redis.set(keys.URL_SECRET, secrets.token_hex(32), nx=True)
-                secret = self._redis.get(keys.URL_SECRET)
+                self._redis.set(redis_keys.URL_SECRET, secrets.token_hex(32), nx=True)
+                secret = self._redis.get(redis_keys.URL_SECRET)
             assert isinstance(secret, bytes), "the connection gives bytes, and the key never ends"
             self._found = (time.monotonic() + SECRET_READ_EVERY_S, secret)
         return self._found[1]

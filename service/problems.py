@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from jobs import errors
 from jobs.spec import shown
 from jobs.state import JobState
-from jobs.store import LIMIT_BOUND
+from jobs.store.job_store import LIMIT_BOUND
 from service.allowed import allowed_methods
 from service.logs import request_headers
 from service.openai import errors as openai_errors

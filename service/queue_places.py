@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from redis.exceptions import RedisError
 
 from jobs.catalog import Catalog
-from jobs.places import Place, Places
 from jobs.record import JobRecord
 from jobs.state import JobState
+from jobs.store.queue_positions import Place, Places
 from service.remembered import Remembered
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.errors import RateLimited
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class RateLimiter:
         self._default = default
         # The client's own pool, so that its time limits and retries hold here, too.
         storage = RedisStorage(
-            "redis://", connection_pool=redis.connection_pool, key_prefix=keys.RATE_PREFIX
+            "redis://", connection_pool=redis.connection_pool, key_prefix=redis_keys.RATE_PREFIX
         )
         self._window = SlidingWindowCounterRateLimiter(storage)
         self._is_full = False

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from anyio import CapacityLimiter, to_thread
 
 from jobs import catalog
-from jobs.connection import BRIEF, connect
+from jobs.redis_client import BRIEF, connect
 from service.remembered import Remembered
 
 THREADS: Final = 4

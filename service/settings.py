@@ -41,8 +41,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.connection import parse_url
 
-from jobs.keys import RECORD_TTL_S
 from jobs.logs import LogFormat
+from jobs.redis_keys import RECORD_TTL_S
 from service.loopback import is_loopback
 from service.rate import check_rate
 from service.upkeep.keep import Keep

@@ -11,8 +11,8 @@ import uvicorn
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from jobs.connection import connect
 from jobs.errors import ArtifactRefused
+from jobs.redis_client import connect
 from service.app import create_app
 from service.events.hub import EventHub
 from service.keys import KeyStore

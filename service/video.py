@@ -14,7 +14,7 @@ from fastapi import Depends, Header, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
-from jobs.artifacts import ArtifactStore
+from jobs.artifacts.store import ArtifactStore
 from jobs.errors import VideoGone, VideoNotReady
 from jobs.record import JobRecord, Video
 

@@ -8,12 +8,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.catalog import Catalog, ModelOffer, ModeOffer
-from jobs.outbox import Outbox, WebhookStatus
-from jobs.places import Place
 from jobs.record import Failure, JobRecord, Progress, StageTimings
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import Created
+from jobs.store.job_store import Created
+from jobs.store.queue_positions import Place
+from jobs.store.webhook_outbox import Outbox, WebhookStatus
 from service.links import VideoLinks
 from service.queue_places import QueuePlaces
 

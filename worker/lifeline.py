@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from jobs.errors import AppError, GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress
-from jobs.store import LEASE_S, JobStore
+from jobs.store.job_store import LEASE_S, JobStore
 from worker.companion import Companion
 from worker.outage import Outage, Pauses
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
-from jobs import pace
-from jobs.artifacts import artifact_key
-from jobs.pace import Pace
+from jobs import durations
+from jobs.artifacts.store import artifact_key
+from jobs.durations import Pace
 from jobs.record import Attempt, JobRecord, Stage, StageTimings, Video, now
 from worker.engine import Clip, Frame
 from worker.lifeline import Lifeline
@@ -70,12 +70,12 @@ def remember_pace(place: Workplace, record: JobRecord, timings: StageTimings) ->
     rest_s = max(0.0, timings.total_s - timings.denoise_s - texts_s)
     took = Pace(timings.denoise_s / steps, rest_s, texts_s)
     with suppress(RedisError):
-        pace.measure(place.redis, record.request, took)
+        durations.measure(place.redis, record.request, took)
 
 
 def _measured(place: Workplace, record: JobRecord) -> Pace | None:
     with suppress(RedisError):
-        return pace.read(place.redis, record.request)
+        return durations.read(place.redis, record.request)
     return None
 
 

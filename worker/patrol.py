@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from redis import Redis
 
-from jobs.recovery import EVERY_S, Recovery
+from jobs.store.recovery import EVERY_S, Recovery
 from worker.companion import Companion
 from worker.outage import END_WAIT_S, Outage
 

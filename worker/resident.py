@@ -2,9 +2,10 @@
 
 A device cannot be held across a fork, so jobs run in this process (`SimpleWorker`). RQ carries
 their ids here and no more: who owns a job, and what becomes of one whose worker vanished, stands in
-its record (`jobs/store.py`, `jobs/recovery.py`). So RQ's own ways to find lost jobs, to stop them
-by alarm and to fail them on a second signal are switched off. One queue per worker: RQ then takes
-jobs with BLMOVE, and one that was taken and not begun is found in no queue and put back.
+its record (`jobs/store/job_store.py`, `jobs/store/recovery.py`). So RQ's own ways to find lost
+jobs, to stop them by alarm and to fail them on a second signal are switched off. One queue per
+worker: RQ then takes jobs with BLMOVE, and one that was taken and not begun is found in no queue
+and put back.
 
 Beside a job run, in threads: the standing offer with the worker's status, the patrol for abandoned
 jobs, and for the length of a job its lifeline and its watchdog.
@@ -34,9 +35,9 @@ from rq.timeouts import BaseDeathPenalty
 from rq.worker_registration import clean_worker_registry
 
 from jobs import catalog
-from jobs.artifacts import ArtifactStore
+from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import WorkerOffer, WorkerStatus
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from worker.devices import DeviceMemory
 from worker.drain import Drain, JobInHand
 from worker.engine import Engine
@@ -57,7 +58,7 @@ RQ_TTL_S = 60
 DEQUEUE_WAIT_S = 1
 """How long one BLMOVE waits. A worker that is told to stop while it waits ends with the wait, and
 not in it, so that no id is taken which nobody will run. Well below the answer timeout of
-`jobs.connection`: a client that gives up first misses the job it is handed."""
+`jobs.redis_client`: a client that gives up first misses the job it is handed."""
 
 
 class NoDeathPenalty(BaseDeathPenalty):  # type: ignore[misc]  # rq is untyped to mypy here

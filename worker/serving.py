@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from redis import Redis
 from redis.exceptions import RedisError
 
-from jobs.artifacts import ArtifactStore
+from jobs.artifacts.store import ArtifactStore
 from worker.drain import Drain
 from worker.engine import Engine
 from worker.journal import Journal

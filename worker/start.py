@@ -25,9 +25,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 from transformers.utils import logging as transformers_logging
 
-from jobs.artifacts import open_artifacts
-from jobs.connection import connect
+from jobs.artifacts.store import open_artifacts
 from jobs.errors import AppError
+from jobs.redis_client import connect
 from quant import QuantError
 from worker.card_layout import check_cards
 from worker.cards import Cards, meet

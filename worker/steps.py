@@ -8,8 +8,8 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Final
 
-from jobs import pace
-from jobs.pace import Pace
+from jobs import durations
+from jobs.durations import Pace
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 
@@ -73,7 +73,7 @@ class JobClock:
     ) -> None:
         """measured: the pace of jobs of this shape, None where none has run."""
         self._request = request
-        self._shape = pace.shape(request)
+        self._shape = durations.shape(request)
         self._pace = measured
         self._times = times
         self._limits = limits

@@ -22,7 +22,7 @@ from jobs.errors import (
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, JobRecord
-from jobs.store import new_token
+from jobs.store.job_store import new_token
 from worker.attempt import Cancelled, Outcome, Released, run_attempt
 from worker.lifeline import Lifeline
 from worker.making import Success, remember_pace

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from redis import Redis
 
-from jobs.artifacts import ArtifactStore
-from jobs.store import JobStore
+from jobs.artifacts.store import ArtifactStore
+from jobs.store.job_store import JobStore
 from worker.drain import Drain, JobInHand
 from worker.engine import Engine
 from worker.journal import Journal

@@ -21,12 +21,12 @@ from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import RedisError
 from starlette.concurrency import run_in_threadpool
 
-from jobs import keys
-from jobs.connection import connect_async
+from jobs import redis_keys
 from jobs.errors import TooManyOwnStreams, TooManyStreams
-from jobs.places import Place
 from jobs.record import JobRecord
+from jobs.redis_client import connect_async
 from jobs.state import JobState
+from jobs.store.queue_positions import Place
 from service.events.reader import EventReader, News
 from service.queue_places import QueuePlaces
 
@@ -177,7 +177,7 @@ class EventHub:
                 await self._someone_follows.wait()
             try:
                 async with cast("Any", self._redis).pubsub() as subscription:
-                    await subscription.subscribe(keys.EVENTS_CHANNEL)
+                    await subscription.subscribe(redis_keys.EVENTS_CHANNEL)
                     async for job_id in _messages(subscription):
                         if job_id is None:
                             if retry_s > FIRST_RETRY_S:

@@ -8,9 +8,10 @@ from fastapi.sse import format_sse_event
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisAway
 
-from jobs import events, keys
-from jobs.events import JobEvent
+from jobs import redis_keys
 from jobs.state import JobState
+from jobs.store import events
+from jobs.store.events import JobEvent
 from service.views import EventView, JobView
 
 
@@ -81,7 +82,7 @@ class EventReader:
     async def _read(self, job_id: str, after: str) -> News:
         async with self._redis.pipeline(transaction=False) as pipe:
             # The state first: events up to an end that is seen here are seen below.
-            pipe.hmget(keys.record(job_id), ["state", "delete_requested"])
+            pipe.hmget(redis_keys.record(job_id), ["state", "delete_requested"])
             pipe.xrange(*events.range_after(job_id, after))
             (state, deleted), entries = await pipe.execute()
         if state is None or deleted is not None:

@@ -18,8 +18,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from jobs.errors import JobNotFound
-from jobs.places import Place
 from jobs.state import JobState
+from jobs.store.queue_positions import Place
 from service.events.hub import EventHub, Follower
 from service.events.reader import encode
 from service.views import JobView, QueueView

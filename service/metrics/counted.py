@@ -1,4 +1,5 @@
-"""What Redis counts about jobs, as metrics: see `jobs/measures.py` and `jobs/pace.py`."""
+"""What Redis counts about jobs, as metrics: see `jobs/store/counters.py` and
+`jobs/durations.py`."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,8 +9,8 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from jobs.measures import BOUNDS_S, COUNTERS, HISTOGRAMS, LABELS
-from jobs.pace import parse
+from jobs.durations import parse
+from jobs.store.counters import BOUNDS_S, COUNTERS, HISTOGRAMS, LABELS
 
 _COUNTERS: Final = {
     "created": ("wan_jobs_created", "Jobs that were accepted."),

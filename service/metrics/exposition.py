@@ -20,8 +20,8 @@ from redis.exceptions import ConnectionError as RedisAway
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from jobs import keys
-from jobs.connection import BRIEF, connect
+from jobs import redis_keys
+from jobs.redis_client import BRIEF, connect
 from service.fleet import look
 from service.metrics import counted, fleet
 from service.metrics.http import HttpMeasures
@@ -108,7 +108,7 @@ class _FromRedis(Collector):
 
     def _read(self) -> list[Metric]:
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hgetall(keys.METRICS)
-            pipe.hgetall(keys.PACE)
+            pipe.hgetall(redis_keys.METRICS)
+            pipe.hgetall(redis_keys.PACE)
             counters, pace = pipe.execute()
         return [*fleet.families(look(self._redis)), *counted.families(counters, pace)]

@@ -8,9 +8,9 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from jobs.pace import Paces
-from jobs.places import Place
+from jobs.durations import Paces
 from jobs.record import JobRecord
+from jobs.store.queue_positions import Place
 from service.deps import Parts
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Header, Query, Response
 from starlette.concurrency import run_in_threadpool
 
-from jobs import events
+from jobs.store import events
 from service.auth import visible_job
 from service.deps import JobViewsDep, PartsDep, PrincipalDep
 from service.events.hub import Follower

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Response
 
 from jobs.spec import GenerationRequest, resolve_json
 from jobs.state import JobState
-from jobs.store import MAX_PAGE
+from jobs.store.job_store import MAX_PAGE
 from service.acceptance import REPLAYED_HEADER, accept
 from service.auth import visible_job
 from service.deps import (

@@ -9,7 +9,8 @@ from jobs import ids
 from jobs.errors import InvalidSpec, JobNotFound, RecordUnreadable
 from jobs.record import JobRecord
 from jobs.spec import GenerationRequest, shown
-from jobs.store import MAX_PAGE
+from jobs.store.deletion import delete_job
+from jobs.store.job_store import MAX_PAGE
 from service.acceptance import REPLAYED_HEADER, accept
 from service.auth import listed_owner, visible_job
 from service.deps import IdempotencyKeyDep, PartsDep, PrincipalDep
@@ -19,7 +20,6 @@ from service.openai.order import resolve_video
 from service.openai.outlook import outlooks
 from service.openai.views import VideoDeleted, VideoList, VideoObject
 from service.openapi import VIDEO_RESPONSES
-from service.upkeep.deletion import delete_job
 from service.video import VideoResponse, WantedDep, send_video
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])

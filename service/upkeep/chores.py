@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
-from jobs import recovery
+from jobs.store import recovery
 from service.deps import Parts
 from service.upkeep import retention
 from service.upkeep.housekeeping import Task

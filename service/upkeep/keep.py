@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Protocol
 
-from jobs.keys import RECORD_TTL_S
+from jobs.redis_keys import RECORD_TTL_S
 
 BEFORE_REDIS: Final = timedelta(hours=2)
 """Records are deleted this long before Redis would drop them, so that their videos go first."""

@@ -19,16 +19,16 @@ from typing import Final, cast
 from redis import Redis
 from redis.exceptions import LockError
 
-from jobs import keys, record
-from jobs.aging import PAGE, AgedJob, Aging
-from jobs.artifact_keys import Stored
-from jobs.artifacts import ArtifactStore
+from jobs import record, redis_keys
+from jobs.artifacts.keys import Stored
+from jobs.artifacts.store import ArtifactStore
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.state import JobState
-from jobs.store import JobStore
-from jobs.submission import OPEN_OWNER
+from jobs.store.deletion import delete_job
+from jobs.store.job_store import JobStore
+from jobs.store.retention_index import PAGE, AgedJob, Aging
+from jobs.store.submission import OPEN_OWNER
 from service.keys import KeyStore
-from service.upkeep.deletion import delete_job
 from service.upkeep.keep import Keep
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Retention:
 
     def run_if_due(self, ending: threading.Event) -> None:
         """Run a round, unless one ended within the last hour or is under way in another process."""
-        if not self._redis.exists(keys.RETENTION_DONE):
+        if not self._redis.exists(redis_keys.RETENTION_DONE):
             try:
                 self.run(ending)
             except RetentionBusy:
@@ -129,7 +129,7 @@ class Retention:
             RetentionBusy: another process runs one.
             ArtifactsUnavailable: not everything could be deleted; the sentence names one.
         """
-        lock = self._redis.lock(keys.RETENTION_LOCK, timeout=LOCK_S, blocking=False)
+        lock = self._redis.lock(redis_keys.RETENTION_LOCK, timeout=LOCK_S, blocking=False)
         if not lock.acquire():
             raise RetentionBusy
         sweep = _Sweep(ending)
@@ -144,7 +144,7 @@ class Retention:
             sweep.swept["leftovers"] = self._artifacts.remove_leftovers()
             self._tidy(now)
             sweep.end()
-            self._redis.set(keys.RETENTION_DONE, now.isoformat(), ex=EVERY)
+            self._redis.set(redis_keys.RETENTION_DONE, now.isoformat(), ex=EVERY)
         finally:
             with suppress(LockError):  # it took too long, and another process has begun
                 lock.release()
@@ -188,7 +188,7 @@ class Retention:
 
     def _tidy(self, now: datetime) -> None:
         owners = {OPEN_OWNER, *(key.name for key in KeyStore(self._redis).all())}
-        self._aging.forget_names(owners, now - timedelta(seconds=keys.RECORD_TTL_S))
+        self._aging.forget_names(owners, now - timedelta(seconds=redis_keys.RECORD_TTL_S))
         self._aging.tidy_registries()
 
 
@@ -206,7 +206,9 @@ def told(swept: Swept) -> str:
 def sweep_deletions(redis: Redis, artifacts: ArtifactStore, ending: threading.Event) -> None:
     """Delete the jobs whose deletion was asked for while they ran, and which have ended since."""
     store = JobStore(redis)
-    ended = [cast("bytes", each).decode() for each in redis.zrange(keys.DELETIONS, 0, PAGE - 1)]
+    ended = [
+        cast("bytes", each).decode() for each in redis.zrange(redis_keys.DELETIONS, 0, PAGE - 1)
+    ]
     sweep = _Sweep(ending)
     sweep.delete(
         [_Due("jobs", each, partial(delete_job, store, artifacts, each)) for each in ended]

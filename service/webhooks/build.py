@@ -1,7 +1,7 @@
 """Put the courier of one service process together."""
 
-from jobs.outbox import WebhookStatus
 from jobs.record import JobRecord
+from jobs.store.webhook_outbox import WebhookStatus
 from service.deps import Parts
 from service.links import VideoLinks
 from service.views import JobView

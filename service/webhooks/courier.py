@@ -13,7 +13,7 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from jobs.outbox import Lease, Outbox
+from jobs.store.webhook_outbox import Lease, Outbox
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from jobs.errors import JobNotFound, RecordUnreadable
-from jobs.outbox import Lease, Outbox, Outcome, WebhookStatus
 from jobs.record import JobRecord
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.webhook_outbox import Lease, Outbox, Outcome, WebhookStatus
 from service.views import JobView
 from service.webhooks.message import Signer, WebhookMessage
 from service.webhooks.rules import Target, TargetRefused, WebhookRules

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
-from jobs.outbox import Outcome
+from jobs.store.webhook_outbox import Outcome
 from service.webhooks.sender import Answer
 
 

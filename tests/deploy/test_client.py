@@ -11,7 +11,7 @@ from redis import Redis
 from deploy.local import client
 from deploy.local.errors import Refused
 from jobs.catalog import WorkerOffer
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.keys import KeyStore, Role
 from service.settings import ServiceSettings
 from tests.service.process import address, service

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.artifacts import open_artifacts
+from jobs.artifacts.store import open_artifacts
 from worker.config import load_config
 from worker.devices import Device, pick_device
 from worker.logs import configure_logging

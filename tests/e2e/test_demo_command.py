@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 
 from deploy.local import valkey
-from jobs.connection import connect
 from jobs.record import JobRecord
+from jobs.redis_client import connect
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.e2e.stack import Launcher, free_port, run
 
 

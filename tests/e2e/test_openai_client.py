@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import keys
+from jobs import redis_keys
 from service.keys import KeyStore, Role
 from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.stack import ROOT, describe_video
@@ -72,9 +72,13 @@ def test_a_service_with_keys(keyed_site: Cluster, tmp_path: Path, version: str) 
 
 def what_was_deleted_is_gone_for_good(site: Cluster) -> None:
     """Also the job that still ran: its record goes with its end, and so does its video."""
-    wait_until(lambda: not site.redis.zcard(keys.DELETIONS), 60, "deletions are done", site.logs)
-    records = site.redis.scan_iter(f"{keys.RECORD_PREFIX}*")
-    named = {key.decode().removeprefix(keys.RECORD_PREFIX) for key in records}
+    wait_until(
+        lambda: not site.redis.zcard(redis_keys.DELETIONS), 60, "deletions are done", site.logs
+    )
+    records = site.redis.scan_iter(f"{redis_keys.RECORD_PREFIX}*")
+    named = {key.decode().removeprefix(redis_keys.RECORD_PREFIX) for key in records}
     stored = {path.parent.name for path in site.artifacts.rglob("*.mp4")}
     assert stored < named, "the failed job has no video, and no video is without its job"
-    assert not any(site.redis.hexists(keys.record(name), "delete_requested") for name in named)
+    assert not any(
+        site.redis.hexists(redis_keys.record(name), "delete_requested") for name in named
+    )

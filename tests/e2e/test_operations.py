@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx2
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from tests.e2e.pattern import pattern_worker, wait_for
 from tests.service.process import address, service
 
@@ -49,7 +49,7 @@ def test_a_run_is_seen_and_leaves_nothing(redis_url: str, redis: Redis, tmp_path
         process.communicate(timeout=20)
 
     # Another process, for which everything is past its time, deletes it at its start.
-    redis.delete(keys.RETENTION_DONE)
+    redis.delete(redis_keys.RETENTION_DONE)
     with service(**environment, SERVICE_KEEP_JOBS_H="0.000001") as process:
         address(process)
         wait_for(lambda: not redis.keys(f"*{job['id']}*"))

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from tests.e2e.pattern import pattern_worker, wait_for
 from tests.service.process import address, service
 
@@ -64,19 +64,19 @@ class Caller:
         """Written by hand, read by the service, its lists, its housekeeping and the worker."""
         job_id = self.order(num_inference_steps=2).json()["id"]
         for text in (f'{{"prompt": "{SECRET}"', f'{{"prompt": "{SECRET}", "seed": "{SECRET}"}}'):
-            self._redis.hset(keys.record(job_id), "request", text)
+            self._redis.hset(redis_keys.record(job_id), "request", text)
             assert self._client.get(f"/jobs/{job_id}").status_code == 500
             assert self._client.delete(f"/jobs/{job_id}").status_code == 500
             assert self._client.get("/jobs").status_code == 200
-        self._redis.hset(keys.record(job_id), "lease_ms", 1)
-        self._redis.hset(keys.record(job_id), "state", "queued")
-        self._redis.zadd(keys.index("queued"), {job_id: 0})
-        queue = self._redis.hget(keys.record(job_id), "queue")
+        self._redis.hset(redis_keys.record(job_id), "lease_ms", 1)
+        self._redis.hset(redis_keys.record(job_id), "state", "queued")
+        self._redis.zadd(redis_keys.index("queued"), {job_id: 0})
+        queue = self._redis.hget(redis_keys.record(job_id), "queue")
         assert isinstance(queue, bytes)
         self._redis.rpush(f"rq:queue:{queue.decode()}", job_id)
 
     def meet_a_redis_that_refuses(self) -> None:
-        index = keys.index("queued")
+        index = redis_keys.index("queued")
         self._redis.delete(index)
         self._redis.set(index, "not a sorted set")
         assert self.order().status_code == 503

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifact_address import BucketAddress
-from jobs.artifact_bucket import BucketArtifactStore
-from jobs.artifact_folder import FolderArtifactStore
-from jobs.artifacts import open_artifacts
+from jobs.artifacts.bucket import BucketArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
+from jobs.artifacts.s3_url import BucketAddress
+from jobs.artifacts.store import open_artifacts
 from jobs.errors import ArtifactRefused
 
 

@@ -12,8 +12,8 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
-from jobs.artifact_address import BucketAddress
-from jobs.artifact_bucket import BucketArtifactStore
+from jobs.artifacts.bucket import BucketArtifactStore
+from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import AppError, ArtifactNotStored, ArtifactsUnavailable, GenerationCancelled
 from tests.s3_server import Gate
 
@@ -187,7 +187,7 @@ def test_missing_credentials_are_told(
 PUTTING = """
 import sys
 from pathlib import Path
-from jobs.artifacts import open_artifacts
+from jobs.artifacts.store import open_artifacts
 open_artifacts(sys.argv[1]).put(sys.argv[2], Path(sys.argv[3]))
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifact_folder import FolderArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.errors import ArtifactNotStored, ArtifactRefused, ArtifactsUnavailable
 
 DAY_S = 24 * 3600
@@ -96,7 +96,7 @@ def test_a_fault_that_stays_is_told_at_once(artifacts: FolderArtifactStore, sour
 LIMITED = """
 import resource, sys, threading
 from pathlib import Path
-from jobs.artifact_folder import FolderArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.errors import ArtifactNotStored
 
 root, source, frees_after = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
@@ -122,7 +122,7 @@ def test_room_made_meanwhile_is_used(artifacts: FolderArtifactStore, source: Pat
 ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
-from jobs.artifact_folder import FolderArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.errors import ArtifactNotStored
 
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
@@ -166,7 +166,7 @@ PUTTING = """
 import sys
 from itertools import count
 from pathlib import Path
-from jobs.artifact_folder import FolderArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
 
 artifacts = FolderArtifactStore(Path(sys.argv[1]))
 for number in count():

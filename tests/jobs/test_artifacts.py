@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifacts import ArtifactStore, artifact_key, open_artifacts
+from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
 DATA = bytes(range(256)) * 10_000

@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 from redis import Redis
 
-from jobs import catalog, keys
+from jobs import catalog, redis_keys
 from jobs.catalog import ModelOffer, ModeStatus, WorkerOffer, WorkerStatus
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 
 
 def test_published_offer_is_read_back(redis: Redis, offer: WorkerOffer) -> None:
@@ -20,7 +20,7 @@ def test_published_offer_is_read_back(redis: Redis, offer: WorkerOffer) -> None:
     assert found.waiting == {offer.queue: 0}
     assert found.known == {("wan-mini", "bf16"), ("wan-mini", "w8a8")}
     assert found.served() == [{"model": "wan-mini", "modes": ["bf16", "w8a8"]}]
-    assert 0 < redis.ttl(keys.worker_offer(offer.worker_id)) <= keys.OFFER_TTL_S
+    assert 0 < redis.ttl(redis_keys.worker_offer(offer.worker_id)) <= redis_keys.OFFER_TTL_S
 
 
 def test_waiting_counts_queued_jobs(
@@ -32,7 +32,7 @@ def test_waiting_counts_queued_jobs(
 
 def test_offer_that_is_not_repeated_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> None:
     catalog.publish(redis, offer)
-    redis.delete(keys.worker_offer(offer.worker_id))  # as its time to live would
+    redis.delete(redis_keys.worker_offer(offer.worker_id))  # as its time to live would
     found = catalog.read(redis)
     assert found.offers == ()
     assert ("wan-mini", "w8a8") in found.known
@@ -44,14 +44,14 @@ def test_withdrawn_offer_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> 
     found = catalog.read(redis)
     assert (found.offers, found.models) == ((), ())
     assert ("wan-mini", "bf16") in found.known
-    assert redis.zcard(keys.WORKERS) == 0
+    assert redis.zcard(redis_keys.WORKERS) == 0
 
 
 def test_names_of_dead_workers_and_old_modes_are_swept(redis: Redis, offer: WorkerOffer) -> None:
-    redis.zadd(keys.WORKERS, {"ancient": 1.0})
-    redis.zadd(keys.KNOWN_MODES, {'["old", "mode"]': 1.0})
+    redis.zadd(redis_keys.WORKERS, {"ancient": 1.0})
+    redis.zadd(redis_keys.KNOWN_MODES, {'["old", "mode"]': 1.0})
     catalog.publish(redis, offer)
-    assert redis.zrange(keys.WORKERS, 0, -1) == [offer.worker_id.encode()]
+    assert redis.zrange(redis_keys.WORKERS, 0, -1) == [offer.worker_id.encode()]
     assert ("old", "mode") not in catalog.read(redis).known
 
 
@@ -59,8 +59,8 @@ def test_unreadable_offer_does_not_hide_the_others(
     redis: Redis, offer: WorkerOffer, caplog: pytest.LogCaptureFixture
 ) -> None:
     catalog.publish(redis, offer)
-    redis.zadd(keys.WORKERS, {"newer": 9e9})
-    redis.set(keys.worker_offer("newer"), '{"worker_id": "newer"}')
+    redis.zadd(redis_keys.WORKERS, {"newer": 9e9})
+    redis.set(redis_keys.worker_offer("newer"), '{"worker_id": "newer"}')
     with caplog.at_level(logging.WARNING):
         assert catalog.read(redis).offers == (offer,)
     assert "newer" in caplog.text
@@ -95,16 +95,16 @@ def test_tokenizer_is_stored_once_and_kept_alive(redis: Redis) -> None:
     assert catalog.read_tokenizer(redis, name) is None
     catalog.publish_tokenizer(redis, name, text.encode())
     assert catalog.read_tokenizer(redis, name) == text
-    redis.expire(keys.tokenizer(name), 60)
+    redis.expire(redis_keys.tokenizer(name), 60)
     catalog.publish_tokenizer(redis, name, text.encode())
-    assert 60 < redis.ttl(keys.tokenizer(name)) <= keys.TOKENIZER_TTL_S
+    assert 60 < redis.ttl(redis_keys.tokenizer(name)) <= redis_keys.TOKENIZER_TTL_S
 
 
 def test_tokenizer_of_another_content_is_none(
     redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = catalog.tokenizer_fingerprint(b"one")
-    redis.set(keys.tokenizer(name), "another")
+    redis.set(redis_keys.tokenizer(name), "another")
     assert catalog.read_tokenizer(redis, name) is None
     assert name in caplog.text
 
@@ -143,8 +143,8 @@ def test_known_modes_of_another_version_are_left_out(redis: Redis, offer: Worker
     catalog.publish(redis, offer)
     known = catalog.read(redis).known
     odd = (b"junk", b"\xff", b"7", b'["a"]', b'["a", "b", "c"]', b'["a", {}]', b"[" * 5000)
-    redis.zadd(keys.KNOWN_MODES, dict.fromkeys(odd, time.time()))
-    redis.zadd(keys.WORKERS, {b"\xff": time.time()})
+    redis.zadd(redis_keys.KNOWN_MODES, dict.fromkeys(odd, time.time()))
+    redis.zadd(redis_keys.WORKERS, {b"\xff": time.time()})
     found = catalog.read(redis)
     assert (found.known, found.offers) == (known, (offer,))
     assert catalog.read_statuses(redis) == ()
@@ -164,13 +164,13 @@ def test_the_status_of_a_worker_is_read_until_it_is_gone(redis: Redis, offer: Wo
     catalog.publish(redis, offer)
     catalog.publish_status(redis, status())
     assert catalog.read_statuses(redis) == (status(),)
-    assert 0 < redis.ttl(keys.worker_status("worker-1")) <= keys.OFFER_TTL_S
+    assert 0 < redis.ttl(redis_keys.worker_status("worker-1")) <= redis_keys.OFFER_TTL_S
     catalog.close(redis, "worker-1")
     assert catalog.read(redis).offers == ()
     assert catalog.read_statuses(redis) == (status(),)
     catalog.withdraw(redis, "worker-1")
     assert catalog.read_statuses(redis) == ()
-    assert not redis.exists(keys.worker_status("worker-1"))
+    assert not redis.exists(redis_keys.worker_status("worker-1"))
 
 
 def test_a_status_of_another_version_does_not_hide_the_others(
@@ -178,6 +178,6 @@ def test_a_status_of_another_version_does_not_hide_the_others(
 ) -> None:
     catalog.publish(redis, offer)
     catalog.publish(redis, offer.model_copy(update={"worker_id": "worker-2"}))
-    redis.set(keys.worker_status("worker-1"), '{"future": 1}')
+    redis.set(redis_keys.worker_status("worker-1"), '{"future": 1}')
     catalog.publish_status(redis, status("worker-2"))
     assert catalog.read_statuses(redis) == (status("worker-2"),)

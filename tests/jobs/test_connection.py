@@ -17,11 +17,11 @@ from rq import Queue
 
 from deploy.local import valkey
 from deploy.local.ports import LOOPBACK
-from jobs.connection import connect
 from jobs.record import StageTimings, Video
+from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 
 VIDEO = Video(key="videos/x/1.mp4", bytes=1, sha256="0", width=1, height=1, num_frames=1, fps=8)
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)

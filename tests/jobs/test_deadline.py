@@ -5,11 +5,10 @@ from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import pace
-from jobs.deadline import timeout_s
-from jobs.pace import Pace
+from jobs import durations
+from jobs.durations import Pace, timeout_s
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 
 
 def test_limit_of_the_large_model(request_for_video: GenerationRequest) -> None:
@@ -44,12 +43,12 @@ def test_a_slow_pace_widens_the_limit_and_a_quick_one_does_not_narrow_it(
 def test_the_limit_of_a_new_job_is_in_its_record_and_in_rqs_hash(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, Pace(step_s=60, rest_s=30))
+    durations.measure(redis, request_for_video, Pace(step_s=60, rest_s=30))
     store = JobStore(redis)
     job = store.create(request_for_video, "q").job
     assert store.get(job.id).deadline_s == job.deadline_s == 12_300
     attempt = store.claim(job.id, "w")
-    pace.measure(redis, request_for_video, Pace(step_s=1, rest_s=1))
+    durations.measure(redis, request_for_video, Pace(step_s=1, rest_s=1))
     store.give_up(attempt)
     rq_job = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
     assert rq_job.timeout == 12_300

@@ -7,7 +7,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs.delivery import TASK, rq_fields
+from jobs.store.rq_entry import TASK, rq_fields
 
 
 def test_rq_reads_its_own_job_from_the_fields(redis: Redis) -> None:

@@ -8,12 +8,12 @@ from typing import cast
 import pytest
 from redis import Redis
 
-from jobs import keys
-from jobs.outbox import Lease, Outbox, Outcome, WebhookState, WebhookStatus
+from jobs import redis_keys
 from jobs.record import Failure, JobRecord
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
-from jobs.submission import Submission
+from jobs.store.job_store import JobStore
+from jobs.store.submission import Submission
+from jobs.store.webhook_outbox import Lease, Outbox, Outcome, WebhookState, WebhookStatus
 
 URL = "https://hooks.example.com/done"
 SHAPE = "wan-mini|bf16|96x96|17|1"
@@ -40,7 +40,7 @@ def counted(redis: Redis) -> dict[str, int]:
     """The outcomes of calls as /metrics has them."""
     prefix = f"webhook|{SHAPE}|"
     found = {}
-    for name, value in redis.hgetall(keys.METRICS).items():
+    for name, value in redis.hgetall(redis_keys.METRICS).items():
         field = cast("bytes", name).decode()
         if field.startswith("webhook|"):
             found[field.removeprefix(prefix)] = int(value)
@@ -49,7 +49,7 @@ def counted(redis: Redis) -> dict[str, int]:
 
 def make_due(redis: Redis, job: JobRecord) -> None:
     """Let the time pass until the next try, or the end of the lease."""
-    redis.zadd(keys.WEBHOOKS_DUE, {job.id: 1})
+    redis.zadd(redis_keys.WEBHOOKS_DUE, {job.id: 1})
 
 
 def test_a_webhook_is_due_when_its_job_ends(
@@ -111,9 +111,11 @@ def test_delivered(redis: Redis, outbox: Outbox, make_job: MakeJob) -> None:
     assert status == WebhookStatus(
         state=WebhookState.DELIVERED, tries=1, last_status=202, delivered_at=status.delivered_at
     )
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
     # Kept as long as the record, and no longer.
-    assert 0 <= redis.pttl(keys.record(job.id)) - redis.pttl(keys.webhook(job.id)) < 1000
+    assert (
+        0 <= redis.pttl(redis_keys.record(job.id)) - redis.pttl(redis_keys.webhook(job.id)) < 1000
+    )
 
 
 def test_failed_tries_are_counted_and_only_the_latest_is_told_of(
@@ -125,7 +127,7 @@ def test_failed_tries_are_counted_and_only_the_latest_is_told_of(
     assert outbox.status(job) == WebhookStatus(tries=1, last_status=500, last_error="answered 500")
     assert outbox.take(1) == []
     second, microsecond = redis.time()
-    due = redis.zscore(keys.WEBHOOKS_DUE, job.id)
+    due = redis.zscore(redis_keys.WEBHOOKS_DUE, job.id)
     assert due == pytest.approx(second * 1000 + microsecond / 1000 + 60_000, abs=5000)
 
     make_due(redis, job)
@@ -139,7 +141,7 @@ def test_failed_tries_are_counted_and_only_the_latest_is_told_of(
     assert outbox.status(job) == WebhookStatus(
         state=WebhookState.GIVEN_UP, tries=3, last_status=410, last_error="gone"
     )
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
     assert counted(redis) == {"retried": 2, "given_up": 1}
 
 
@@ -175,15 +177,15 @@ def test_deleting_a_job_deletes_its_webhook(
     job = make_job()
     (lease,) = outbox.take(1)
     outbox.settle(lease, Outcome(error="no connection", retry_in_s=60))
-    assert redis.exists(keys.webhook(job.id))
+    assert redis.exists(redis_keys.webhook(job.id))
     make_due(redis, job)
     (lease,) = outbox.take(1)
     store.purge(job.id)
-    assert not redis.exists(keys.webhook(job.id))
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
+    assert not redis.exists(redis_keys.webhook(job.id))
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
     # The call under way at that moment leaves nothing behind.
     assert not outbox.settle(lease, Outcome(204))
-    assert not redis.exists(keys.webhook(job.id))
+    assert not redis.exists(redis_keys.webhook(job.id))
 
 
 def test_the_webhook_of_a_job_that_is_gone_is_dropped(
@@ -191,11 +193,11 @@ def test_the_webhook_of_a_job_that_is_gone_is_dropped(
 ) -> None:
     expired, deleted = make_job(), make_job()
     leases = outbox.take(2)
-    redis.delete(keys.record(expired.id))
-    redis.hset(keys.record(deleted.id), "delete_requested", "1")
+    redis.delete(redis_keys.record(expired.id))
+    redis.hset(redis_keys.record(deleted.id), "delete_requested", "1")
     assert [outbox.settle(lease, Outcome(204)) for lease in leases] == [False, False]
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
-    assert not redis.exists(keys.webhook(expired.id), keys.webhook(deleted.id))
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
+    assert not redis.exists(redis_keys.webhook(expired.id), redis_keys.webhook(deleted.id))
 
 
 def test_drop(redis: Redis, outbox: Outbox, make_job: MakeJob) -> None:
@@ -203,8 +205,8 @@ def test_drop(redis: Redis, outbox: Outbox, make_job: MakeJob) -> None:
     (lease,) = outbox.take(1)
     outbox.settle(lease, Outcome(error="no connection", retry_in_s=60))
     outbox.drop(job.id)
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
-    assert not redis.exists(keys.webhook(job.id))
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
+    assert not redis.exists(redis_keys.webhook(job.id))
 
 
 def test_the_status_of_many(outbox: Outbox, make_job: MakeJob) -> None:

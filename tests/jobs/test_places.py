@@ -4,13 +4,13 @@ import pytest
 from redis import Redis
 from rq import Queue
 
-from jobs import pace
-from jobs.pace import Pace, Paces
-from jobs.places import Place, Places
+from jobs import durations
+from jobs.durations import Pace, Paces
 from jobs.record import JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
-from jobs.submission import Submission
+from jobs.store.job_store import JobStore
+from jobs.store.queue_positions import Place, Places
+from jobs.store.submission import Submission
 
 QUEUE = "q"
 PACE = Pace(step_s=2.0, rest_s=4.0, texts_s=1.0)
@@ -36,7 +36,7 @@ def test_a_start_is_not_known_before_anything_was_measured(
 def test_each_job_goes_to_the_worker_that_is_free_first(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     assert place(redis, jobs[2], workers=1) == Place(2, 2 * JOB_S)
     assert place(redis, jobs[2], workers=2) == Place(2, JOB_S)
     assert place(redis, jobs[2], workers=3) == Place(2, 0)
@@ -46,7 +46,7 @@ def test_each_job_goes_to_the_worker_that_is_free_first(
 def test_running_jobs_count_with_what_they_have_left(
     redis: Redis, store: JobStore, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     redis.lpop(Queue(QUEUE, connection=redis).key)
     attempt = store.claim(jobs[0].id, "w")
     first = place(redis, jobs[2], workers=1)
@@ -62,7 +62,7 @@ def test_running_jobs_count_with_what_they_have_left(
 def test_many_jobs_of_several_queues_at_once(
     redis: Redis, store: JobStore, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     other = store.create(request_for_video, "other").job
     store.cancel(jobs[1].id)
     asked = [*(store.get(job.id) for job in reversed(jobs)), other]
@@ -78,7 +78,7 @@ def test_many_jobs_of_several_queues_at_once(
 def test_far_behind_the_mean_of_those_in_front_is_taken(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest, workers: int
 ) -> None:
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     asked = Places(redis, 2).of(jobs, {QUEUE: workers})
     exact = Places(redis, 100).of(jobs, {QUEUE: workers})
     assert [asked[job.id].position for job in jobs] == list(range(6))
@@ -91,7 +91,7 @@ def test_far_behind_the_mean_of_those_in_front_is_taken(
 def test_behind_a_kind_never_measured_nothing_is_known(
     redis: Redis, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     strange = request_for_video.model_copy(update={"mode": "w8a8"})
     known, unknown, behind = (
         store.create(request, QUEUE).job
@@ -115,24 +115,24 @@ def test_priority_goes_first(
 def test_a_pace_follows_new_measurements_slowly(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, Pace(1.0, 10.0, 5.0))
-    pace.measure(redis, request_for_video, Pace(2.0, 10.0, 0.0))
-    kept = pace.read(redis, request_for_video)
+    durations.measure(redis, request_for_video, Pace(1.0, 10.0, 5.0))
+    durations.measure(redis, request_for_video, Pace(2.0, 10.0, 0.0))
+    kept = durations.read(redis, request_for_video)
     assert kept is not None
     assert kept.step_s == pytest.approx(1.3)
     assert kept.texts_s == pytest.approx(3.5)
     assert kept.job_s(10) == pytest.approx(26.5)
     unguided = request_for_video.model_copy(update={"guidance_scale": 1.0})
-    assert pace.read(redis, unguided) is None
+    assert durations.read(redis, unguided) is None
 
 
 def test_a_pace_is_asked_for_once_in_a_while(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     paces = Paces(redis)
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     assert paces.of(request_for_video) == PACE
-    pace.measure(redis, request_for_video, Pace(4.0, 5.0))
+    durations.measure(redis, request_for_video, Pace(4.0, 5.0))
     assert paces.of(request_for_video) == PACE
     assert Paces(redis).of(request_for_video) != PACE
 
@@ -140,10 +140,10 @@ def test_a_pace_is_asked_for_once_in_a_while(
 def test_the_estimate_of_a_queue_is_kept_for_a_moment_and_the_place_is_not(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    pace.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, PACE)
     places = Places(redis, kept_s=60)
     assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(1, JOB_S)
-    pace.measure(redis, request_for_video, Pace(1.0, 1.0))
+    durations.measure(redis, request_for_video, Pace(1.0, 1.0))
     assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(1, JOB_S)
     redis.lpop(Queue(QUEUE, connection=redis).key)
     assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(0, 0)

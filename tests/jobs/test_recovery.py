@@ -8,16 +8,15 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import keys
-from jobs.delivery import UNKNOWN_DEADLINE_S
+from jobs import redis_keys
 from jobs.errors import JobHeld, StaleAttempt
-from jobs.lost import MAX_LOST
 from jobs.record import Attempt
-from jobs.recovery import Recovery
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
-from jobs.submission import Submission
+from jobs.store.job_store import JobStore
+from jobs.store.recovery import MAX_LOST, Recovery
+from jobs.store.rq_entry import UNKNOWN_DEADLINE_S
+from jobs.store.submission import Submission
 
 QUEUE = "q"
 
@@ -43,7 +42,7 @@ def take(redis: Redis, store: JobStore, job_id: str) -> Attempt:
 
 
 def let_lease_run_out(redis: Redis, job_id: str) -> None:
-    redis.hset(keys.record(job_id), "lease_ms", 1)
+    redis.hset(redis_keys.record(job_id), "lease_ms", 1)
 
 
 def test_a_live_attempt_is_left_alone_and_cannot_be_claimed_away(
@@ -140,7 +139,7 @@ def test_a_job_taken_and_never_claimed_is_delivered_again(
     queue = Queue(QUEUE, connection=redis)
     redis.lmove(queue.key, queue.intermediate_queue_key)
     assert recovery.run() == {}, "it has only just been noticed"
-    redis.hset(keys.record(job_id), "missing_ms", 1)
+    redis.hset(redis_keys.record(job_id), "missing_ms", 1)
     assert recovery.run() == {job_id: "queued"}
     assert queued(redis) == [job_id]
     assert redis.llen(queue.intermediate_queue_key) == 0
@@ -157,7 +156,7 @@ def test_a_waiting_job_is_never_missing(
 ) -> None:
     second = store.create(request_for_video, QUEUE).job.id
     for each in (job_id, second):
-        redis.hset(keys.record(each), "missing_ms", 1)
+        redis.hset(redis_keys.record(each), "missing_ms", 1)
     assert recovery.run() == {}
     assert queued(redis) == [job_id, second]
 
@@ -197,10 +196,10 @@ def test_after_a_gap_holders_get_the_time_to_renew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A Redis that was away for longer than a lease brings nobody's job down."""
-    monkeypatch.setattr("jobs.recovery.GRACE_S", 0.2)
+    monkeypatch.setattr("jobs.store.recovery.GRACE_S", 0.2)
     attempt = take(redis, store, job_id)
     recovery.run()
-    redis.hset(keys.RECOVERY, "looked_ms", 1)  # as if nobody had looked since
+    redis.hset(redis_keys.RECOVERY, "looked_ms", 1)  # as if nobody had looked since
     let_lease_run_out(redis, job_id)
     assert recovery.run() == {}
     assert Recovery(redis).run() == {}  # nor does a process that has just been started judge
@@ -217,12 +216,12 @@ def test_an_unreadable_record_is_put_back_like_any_other(
     recovery.run()
     take(redis, store, job_id)
     let_lease_run_out(redis, job_id)
-    redis.hset(keys.record(job_id), mapping={"request": "{", "deadline_s": "soon"})
+    redis.hset(redis_keys.record(job_id), mapping={"request": "{", "deadline_s": "soon"})
     assert recovery.run() == {job_id: "queued"}
     assert queued(redis) == [job_id]
     redis.delete(Queue(QUEUE, connection=redis).key)
     recovery.run()
-    redis.hset(keys.record(job_id), "missing_ms", 1)
+    redis.hset(redis_keys.record(job_id), "missing_ms", 1)
     assert recovery.run() == {job_id: "queued"}
     assert queued(redis) == [job_id]
     rq_job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
@@ -241,7 +240,7 @@ def test_a_record_beyond_help_is_named_once_and_keeps_no_other_waiting(
     for each in (job_id, other):
         take(redis, store, each)
         let_lease_run_out(redis, each)
-    redis.hdel(keys.record(job_id), "shape")
+    redis.hdel(redis_keys.record(job_id), "shape")
     assert recovery.run() == {other: "queued"}
     assert recovery.run() == {}
     assert caplog.text.count(f"cannot look after job {job_id}") == 1

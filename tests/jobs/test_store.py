@@ -9,9 +9,8 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import events, keys
-from jobs.deadline import timeout_s
-from jobs.delivery import TASK
+from jobs import redis_keys
+from jobs.durations import timeout_s
 from jobs.errors import (
     InvalidSpec,
     JobAlreadyFinished,
@@ -22,10 +21,12 @@ from jobs.errors import (
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, Progress, Stage, StageTimings, Video
-from jobs.recovery import Recovery
 from jobs.spec import GenerationRequest
 from jobs.state import TRANSITIONS, JobState
-from jobs.store import MAX_PAGE, JobStore, new_token
+from jobs.store import events
+from jobs.store.job_store import MAX_PAGE, JobStore, new_token
+from jobs.store.recovery import Recovery
+from jobs.store.rq_entry import TASK
 
 QUEUE = "wan-mini.test"
 VIDEO = Video(
@@ -52,7 +53,7 @@ def end(store: JobStore, attempt: Attempt, state: JobState) -> None:
 
 
 def let_lease_run_out(redis: Redis, job_id: str) -> None:
-    redis.hset(keys.record(job_id), "lease_ms", 1)
+    redis.hset(redis_keys.record(job_id), "lease_ms", 1)
 
 
 ENDINGS = [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]
@@ -65,15 +66,15 @@ def test_created_job_is_recorded_indexed_and_queued(
     assert job.state is JobState.QUEUED
     assert store.get(job.id) == job
     assert [each.id for each in store.list().jobs] == [job.id]
-    assert 0 < redis.ttl(keys.record(job.id)) <= keys.RECORD_TTL_S
+    assert 0 < redis.ttl(redis_keys.record(job.id)) <= redis_keys.RECORD_TTL_S
 
     queue = Queue(QUEUE, connection=redis, serializer=JSONSerializer)
     assert queue.job_ids == [job.id]
     rq_job = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
     assert (rq_job.func_name, rq_job.args) == (TASK, [job.id])
     assert rq_job.timeout == timeout_s(request_for_video)
-    assert rq_job.result_ttl == keys.RQ_RESULT_TTL_S
-    assert rq_job.failure_ttl == keys.RQ_FAILURE_TTL_S
+    assert rq_job.result_ttl == redis_keys.RQ_RESULT_TTL_S
+    assert rq_job.failure_ttl == redis_keys.RQ_FAILURE_TTL_S
 
 
 def test_what_rq_stores_is_json_and_holds_no_prompt(
@@ -172,7 +173,7 @@ def test_repeated_progress_is_one_event(
     attempt = store.claim(create(store, request_for_video), "w")
     for step in (1, 1, 2):
         store.progress(attempt, Progress(stage=Stage.VAE, step=step, steps=2))
-    found = events.decode(redis.xrange(keys.events(attempt.job_id)))
+    found = events.decode(redis.xrange(redis_keys.events(attempt.job_id)))
     assert [each.progress.step for each in found if each.progress] == [1, 2]
 
 
@@ -203,7 +204,7 @@ def test_what_rq_keeps_of_an_ended_job_lapses(
         store.give_up(attempt)
         assert redis.ttl(Job.key_for(attempt.job_id)) == -1
         store.give_up(store.claim(attempt.job_id, "w"))
-    assert 0 < redis.ttl(Job.key_for(attempt.job_id)) <= keys.RQ_RESULT_TTL_S
+    assert 0 < redis.ttl(Job.key_for(attempt.job_id)) <= redis_keys.RQ_RESULT_TTL_S
 
 
 def test_cancelling_a_queued_job_takes_it_out_of_the_queue(
@@ -228,7 +229,7 @@ def test_cancelling_what_a_worker_has_just_taken_leaves_rqs_hash(
     queue = Queue(QUEUE, connection=redis)
     redis.lmove(queue.key, queue.intermediate_queue_key)
     assert store.cancel(job_id).state is JobState.CANCELLED
-    assert 0 < redis.ttl(Job.key_for(job_id)) <= keys.RQ_RESULT_TTL_S
+    assert 0 < redis.ttl(Job.key_for(job_id)) <= redis_keys.RQ_RESULT_TTL_S
     assert redis.llen(queue.intermediate_queue_key) == 0
     with pytest.raises(JobAlreadyFinished):
         store.claim(job_id, "w")
@@ -385,7 +386,7 @@ def test_unreadable_record_is_left_out_of_lists_and_pages_go_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     oldest, broken, newest = sorted(create(store, request_for_video) for _ in range(3))
-    redis.hset(keys.record(broken), "request", '{"prompt": "a secret prompt"}')
+    redis.hset(redis_keys.record(broken), "request", '{"prompt": "a secret prompt"}')
     assert [job.id for job in store.list().jobs] == [newest, oldest]
     assert broken in caplog.text
     assert "a secret prompt" not in caplog.text
@@ -399,11 +400,11 @@ def test_cancelling_an_unreadable_job_changes_nothing(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     job_id = create(store, request_for_video)
-    redis.hset(keys.record(job_id), "request", "{not json")
-    before = redis.hgetall(keys.record(job_id))
+    redis.hset(redis_keys.record(job_id), "request", "{not json")
+    before = redis.hgetall(redis_keys.record(job_id))
     with pytest.raises(RecordUnreadable, match=job_id):
         store.cancel(job_id)
-    assert redis.hgetall(keys.record(job_id)) == before
+    assert redis.hgetall(redis_keys.record(job_id)) == before
     assert Queue(QUEUE, connection=redis, serializer=JSONSerializer).job_ids == [job_id]
 
 
@@ -424,7 +425,7 @@ def test_foreign_cursor_is_refused(store: JobStore, cursor: str) -> None:
 def test_expired_records_leave_the_list(store: JobStore, redis: Redis) -> None:
     """At once; their names in the indexes go with the next retention round."""
     ancient = "000000000001" + "0" * 20
-    for index in (keys.index("all"), keys.index("succeeded")):
+    for index in (redis_keys.index("all"), redis_keys.index("succeeded")):
         redis.zadd(index, {ancient: 0})
     assert store.list().jobs == ()
     assert store.list(state=JobState.SUCCEEDED).jobs == ()
@@ -450,7 +451,7 @@ def test_unreadable_record_is_named_and_shows_no_values(
     named: str,
 ) -> None:
     job_id = create(store, request_for_video)
-    redis.hset(keys.record(job_id), field, value)
+    redis.hset(redis_keys.record(job_id), field, value)
     with pytest.raises(RecordUnreadable, match=job_id) as refused:
         store.get(job_id)
     assert named in refused.value.detail

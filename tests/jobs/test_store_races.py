@@ -10,7 +10,7 @@ from jobs.errors import AppError
 from jobs.record import Attempt, Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 
 RIVALS = 8
 ROUNDS = 12

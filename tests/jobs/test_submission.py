@@ -7,13 +7,14 @@ import pytest
 from redis import Redis
 from rq import Queue
 
-from jobs import events, ids, keys, pace
+from jobs import durations, ids, redis_keys
 from jobs.errors import IdempotencyConflict, JobNotFound, QueueFull, QuotaExceeded
 from jobs.record import Failure, JobRecord, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
-from jobs.submission import RETRY_AFTER_S, Idempotency, Submission
+from jobs.store import events
+from jobs.store.job_store import JobStore
+from jobs.store.submission import RETRY_AFTER_S, Idempotency, Submission
 
 QUEUE = "q"
 VIDEO = Video(key="k", bytes=1, sha256="ab", width=96, height=96, num_frames=17, fps=8)
@@ -90,8 +91,8 @@ def test_a_quota_counts_what_waits_and_what_runs(
 def test_a_quota_does_not_count_names_of_records_that_have_lapsed(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    ancient = ids.id_at(time.time() - keys.RECORD_TTL_S - 60) + "0" * 20
-    redis.zadd(keys.index("queued", "ann"), {ancient: 0})
+    ancient = ids.id_at(time.time() - redis_keys.RECORD_TTL_S - 60) + "0" * 20
+    redis.zadd(redis_keys.index("queued", "ann"), {ancient: 0})
     terms = Submission(owner="ann", owner_limit=1)
     store.create(request_for_video, QUEUE, terms)
     with pytest.raises(QuotaExceeded, match="You have 1 jobs"):
@@ -137,7 +138,7 @@ def test_purging_leaves_nothing_but_the_counts(
     with pytest.raises(JobNotFound):
         store.get(attempt.job_id)
     assert store.list().jobs == ()
-    assert set(redis.keys("*")) <= {keys.METRICS.encode(), b"rq:queues"}
+    assert set(redis.keys("*")) <= {redis_keys.METRICS.encode(), b"rq:queues"}
     assert store.purge(attempt.job_id) is True
 
 
@@ -158,25 +159,25 @@ def test_purging_a_running_job_waits_for_its_end(
         store.get(attempt.job_id)
     assert store.list().jobs == ()
     assert store.renew(attempt) is True
-    assert redis.zcard(keys.DELETIONS) == 0
+    assert redis.zcard(redis_keys.DELETIONS) == 0
     store.cancelled(attempt)
-    assert redis.zrange(keys.DELETIONS, 0, -1) == [attempt.job_id.encode()]
+    assert redis.zrange(redis_keys.DELETIONS, 0, -1) == [attempt.job_id.encode()]
     assert store.purge(attempt.job_id) is True
-    assert redis.zcard(keys.DELETIONS) == 0
+    assert redis.zcard(redis_keys.DELETIONS) == 0
 
 
 def test_every_step_of_a_job_is_an_event(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     listener = cast("Any", redis).pubsub(ignore_subscribe_messages=True)
-    listener.subscribe(keys.EVENTS_CHANNEL)
+    listener.subscribe(redis_keys.EVENTS_CHANNEL)
     listener.get_message(timeout=1)
     attempt = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
     progress = Progress(stage=Stage.DENOISE, step=1, steps=2, seconds_left=3.5)
     store.progress(attempt, progress)
     store.cancel(attempt.job_id)
     store.cancelled(attempt)
-    found = events.decode(redis.xrange(keys.events(attempt.job_id)))
+    found = events.decode(redis.xrange(redis_keys.events(attempt.job_id)))
     assert [(each.kind, each.state) for each in found] == [
         ("state", JobState.QUEUED),
         ("state", JobState.RUNNING),
@@ -204,13 +205,13 @@ def test_event_ids(text: str, good: bool) -> None:
 def test_counts_tell_what_happened(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    shape = pace.shape(request_for_video)
+    shape = durations.shape(request_for_video)
     first = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
     store.succeed(first, VIDEO, TIMINGS)
     store.succeed(first, VIDEO, TIMINGS)
     second = store.claim(store.create(request_for_video, QUEUE).job.id, "w")
     store.fail(second, Failure(code="out_of_device_memory", detail="No room."))
-    found = cast("dict[bytes, bytes]", redis.hgetall(keys.METRICS))
+    found = cast("dict[bytes, bytes]", redis.hgetall(redis_keys.METRICS))
     counts = {name.decode(): float(value) for name, value in found.items()}
     assert counts[f"created|{shape}"] == counts[f"claimed|{shape}"] == 2
     assert counts[f"ended|{shape}|succeeded|"] == 1
@@ -226,8 +227,8 @@ def test_ends_with_a_webhook_are_in_the_outbox(
 ) -> None:
     with_hook = store.create(request_for_video, QUEUE, Submission(webhook_url=HOOK)).job
     without = store.create(request_for_video, QUEUE).job
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 0
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
     for job in (with_hook, without):
         store.cancel(job.id)
-    assert redis.zrange(keys.WEBHOOKS_DUE, 0, -1) == [with_hook.id.encode()]
+    assert redis.zrange(redis_keys.WEBHOOKS_DUE, 0, -1) == [with_hook.id.encode()]
     assert store.get(with_hook.id).webhook_url == HOOK

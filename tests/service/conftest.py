@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from jobs.artifacts import open_artifacts
+from jobs.artifacts.store import open_artifacts
 from jobs.record import JobRecord, StageTimings, Video
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
-from jobs.submission import Submission
+from jobs.store.job_store import JobStore
+from jobs.store.submission import Submission
 from service.keys import KeyStore, Role
 from service.settings import ServiceSettings
 

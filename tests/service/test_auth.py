@@ -6,10 +6,10 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.errors import Unauthenticated
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.auth import REMEMBERED_S, Gate
 from service.keys import KeyStore, Role
@@ -56,7 +56,7 @@ def test_a_redis_that_lost_its_keys_does_not_open_the_door(
 ) -> None:
     alice = make_key("alice")
     assert client.get("/jobs", headers=alice).status_code == 200
-    redis.delete(keys.API_KEYS)
+    redis.delete(redis_keys.API_KEYS)
     time.sleep(REMEMBERED_S + 0.1)
     assert client.get("/jobs").status_code == 401
     assert client.get("/jobs", headers=alice).status_code == 401
@@ -155,7 +155,7 @@ def test_use_is_noted_but_not_every_time(
     assert key_store.last_uses() == {}
     assert client.get("/jobs", headers=alice).status_code == 200
     assert list(key_store.last_uses()) == [key.id]
-    redis.delete(keys.API_KEYS_USED)
+    redis.delete(redis_keys.API_KEYS_USED)
     assert client.get("/jobs", headers=alice).status_code == 200
     assert key_store.last_uses() == {}
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from jobs import keys
-from jobs.artifacts import ArtifactStore, artifact_key, open_artifacts
+from jobs import redis_keys
+from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
 from jobs.errors import JobNotFound
 from jobs.record import Attempt, StageTimings, Video
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
-from service.upkeep.deletion import delete_job
+from jobs.store.deletion import delete_job
+from jobs.store.job_store import JobStore
 
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
@@ -74,8 +74,8 @@ def test_running_job_is_hidden_at_once_and_gone_with_its_video_after_its_end(
     assert store.cancel_requested(attempt)
     # It was too far to stop.
     store.succeed(attempt, put_video(artifacts, attempt, tmp_path), TIMINGS)
-    assert redis.zrange(keys.DELETIONS, 0, -1) == [job_id.encode()]
+    assert redis.zrange(redis_keys.DELETIONS, 0, -1) == [job_id.encode()]
     assert delete_job(store, artifacts, job_id)
     assert list(artifacts.list()) == []
-    assert redis.zcard(keys.DELETIONS) == 0
-    assert redis.exists(keys.record(job_id), keys.events(job_id)) == 0
+    assert redis.zcard(redis_keys.DELETIONS) == 0
+    assert redis.exists(redis_keys.record(job_id), redis_keys.events(job_id)) == 0

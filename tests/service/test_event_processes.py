@@ -12,11 +12,12 @@ import httpx2
 import pytest
 from redis import Redis
 
-from jobs import catalog, events, keys
+from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store import events
+from jobs.store.job_store import JobStore
 from tests.conftest import free_port
 from tests.service.event_source import EventSource
 from tests.service.process import address, service
@@ -82,7 +83,7 @@ def live(store: JobStore, job_id: str, pause_s: float = 0.02) -> None:
 
 
 def ids(redis: Redis, job_id: str) -> list[str]:
-    entries = events.decode(redis.xrange(keys.events(job_id)))
+    entries = events.decode(redis.xrange(redis_keys.events(job_id)))
     assert len(entries) == STEPS + 3
     return [entry.event_id for entry in entries]
 
@@ -161,7 +162,7 @@ def test_messages_that_are_missed_cost_nothing(
     for _ in range(10):
         own_redis.client_kill_filter(_type="pubsub")
         own_redis.xadd(
-            keys.events(own_job),
+            redis_keys.events(own_job),
             {
                 "kind": "state",
                 "state": "queued",

@@ -14,13 +14,14 @@ from redis import Redis
 from rq import Queue
 from starlette.types import Message
 
-from jobs import events, keys, pace
+from jobs import durations, redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.pace import Pace
+from jobs.durations import Pace
 from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store import events
+from jobs.store.job_store import JobStore
 from service.app import MAX_BODY_BYTES
 from service.events import hub
 from service.events.hub import SMALLEST_SHARE, Follower
@@ -76,7 +77,7 @@ def test_a_job_is_followed_from_its_creation_to_its_end(
         live(store, job_id)
         found = [first, *(each for each in sent if each.event not in ("", "queue"))]
     assert [each.told for each in found] == LIFE
-    entries = events.decode(redis.xrange(keys.events(job_id)))
+    entries = events.decode(redis.xrange(redis_keys.events(job_id)))
     assert [each.id for each in found] == [entry.event_id for entry in entries]
     assert found[2].data["progress"] == {
         "stage": "denoise",
@@ -116,7 +117,7 @@ def test_after_the_last_event_there_is_nothing_more(
     client: TestClient, store: JobStore, redis: Redis, job_id: str, beyond: bool
 ) -> None:
     live(store, job_id)
-    last = events.decode(redis.xrange(keys.events(job_id)))[-1].event_id
+    last = events.decode(redis.xrange(redis_keys.events(job_id)))[-1].event_id
     seen = "9999999999999999999-0" if beyond else last
     for answer in (
         client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": seen}),
@@ -157,7 +158,7 @@ def test_a_waiting_job_is_told_its_place_whenever_that_changes(
     live_worker: WorkerOffer,
     request_for_video: GenerationRequest,
 ) -> None:
-    pace.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.0))
+    durations.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.0))
     first, second = (store.create(request_for_video, live_worker.queue).job for _ in range(2))
     source = EventSource([site.url], second.id)
     source.start()
@@ -355,7 +356,7 @@ def test_a_message_that_is_no_id_harms_nobody(
     source = EventSource([site.url], job_id)
     source.start()
     wait_until(lambda: bool(source.sent))
-    redis.publish(keys.EVENTS_CHANNEL, b"\xff")
+    redis.publish(redis_keys.EVENTS_CHANNEL, b"\xff")
     live(store, job_id)
     assert [each.told for each in source.finish()] == LIFE
     assert "unexpected" not in caplog.text
@@ -368,7 +369,7 @@ def test_nobody_listens_for_nobody_and_the_next_stream_is_woken_again(
     request_for_video: GenerationRequest,
 ) -> None:
     def listeners() -> int:
-        return int(redis.pubsub_numsub(keys.EVENTS_CHANNEL)[0][1])
+        return int(redis.pubsub_numsub(redis_keys.EVENTS_CHANNEL)[0][1])
 
     # No heartbeat comes to the rescue: news has to arrive by the subscription.
     with serving(settings.model_copy(update={"heartbeat_s": 120})) as site:
@@ -381,7 +382,7 @@ def test_nobody_listens_for_nobody_and_the_next_stream_is_woken_again(
             live(store, job_id)
             assert [each.told for each in source.finish()] == LIFE
             wait_until(lambda: site.hub.followers == 0)
-            redis.publish(keys.EVENTS_CHANNEL, job_id)
+            redis.publish(redis_keys.EVENTS_CHANNEL, job_id)
             wait_until(lambda: listeners() == 0)
 
 

@@ -9,11 +9,11 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs import catalog, keys
+from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.spec import MAX_SEED
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import MAX_BODY_BYTES, create_app
 from service.settings import ServiceSettings
 
@@ -24,7 +24,7 @@ def enqueued(redis: Redis) -> list[bytes]:
     """Every key that a queued job would have made."""
     return [
         cast("bytes", key)
-        for pattern in ("rq:*", keys.record("*"), "wan:jobs:*")
+        for pattern in ("rq:*", redis_keys.record("*"), "wan:jobs:*")
         for key in redis.keys(pattern)
     ]
 

@@ -10,11 +10,11 @@ from fastapi.testclient import TestClient
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
 from service.upkeep.housekeeping import Housekeeping, Task
@@ -125,7 +125,7 @@ def test_a_service_process_puts_abandoned_jobs_back(
 ):
     job = store.create(request_for_video, live_worker.queue).job
     store.claim(job.id, "a worker that is gone")
-    redis.hset(keys.record(job.id), "lease_ms", 0)
+    redis.hset(redis_keys.record(job.id), "lease_ms", 0)
 
     with TestClient(create_app(settings)):
         wait_for(lambda: store.get(job.id).state is JobState.QUEUED)

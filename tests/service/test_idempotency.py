@@ -10,7 +10,7 @@ from redis import Redis
 
 from jobs import catalog
 from jobs.catalog import WorkerOffer
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.keys import Role
 from tests.service.conftest import MakeKey
 

@@ -5,13 +5,13 @@ from fastapi.testclient import TestClient
 from redis import Redis
 from rq import Queue
 
-from jobs import keys, pace
+from jobs import durations, redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.pace import Pace
+from jobs.durations import Pace
 from jobs.record import Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.service.conftest import MakeJob, MakeKey
 
 VIDEO = Video(
@@ -43,7 +43,7 @@ def test_waiting_jobs_show_their_places_and_no_others_do(
     live_worker: WorkerOffer,
     request_for_video: GenerationRequest,
 ) -> None:
-    pace.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.04))
+    durations.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.04))
     queue = live_worker.queue
     running, first, second = (store.create(request_for_video, queue).job.id for _ in range(3))
     elsewhere = store.create(request_for_video, "nobody-serves-it").job.id
@@ -197,19 +197,19 @@ def test_unreadable_record_hides_no_other_and_is_not_cancelled(
     job_id: str,
 ) -> None:
     sound = store.create(request_for_video, "q").job.id
-    redis.hset(keys.record(job_id), "request", '{"prompt": "a secret"}')
+    redis.hset(redis_keys.record(job_id), "request", '{"prompt": "a secret"}')
     answer = client.get("/jobs")
     assert answer.status_code == 200
     assert [job["id"] for job in answer.json()["jobs"]] == [sound]
     answer = client.delete(f"/jobs/{job_id}")
     assert (answer.status_code, answer.json()["code"]) == (500, "record_unreadable")
-    assert redis.hget(keys.record(job_id), "state") == b"queued"
+    assert redis.hget(redis_keys.record(job_id), "state") == b"queued"
 
 
 def test_unreadable_record_is_a_clear_500_without_its_prompt(
     client: TestClient, redis: Redis, job_id: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    redis.hset(keys.record(job_id), "request", '{"prompt": "a secret"}')
+    redis.hset(redis_keys.record(job_id), "request", '{"prompt": "a secret"}')
     answer = client.get(f"/jobs/{job_id}")
     assert (answer.status_code, answer.json()["code"]) == (500, "record_unreadable")
     assert job_id in caplog.text
@@ -229,7 +229,7 @@ def test_unreadable_record_is_its_owners_to_delete(
 ) -> None:
     alice, bob = make_key("alice"), make_key("bob")
     for job in (make_job("alice"), make_job("alice", video=True)):
-        record = keys.record(job.id)
+        record = redis_keys.record(job.id)
         redis.hset(record, field, value) if value is not None else redis.hdel(record, field)
         redis.hset(record, "lost", "many")
         for method, path in (("GET", f"/jobs/{job.id}"), ("DELETE", f"/v1/videos/{job.id}")):
@@ -239,4 +239,4 @@ def test_unreadable_record_is_its_owners_to_delete(
         assert client.delete(f"/v1/videos/{job.id}", headers=alice).status_code == 200
         assert client.get(f"/jobs/{job.id}", headers=alice).status_code == 404
         assert not redis.exists(record)
-    assert redis.zcard(keys.index("all")) == 0
+    assert redis.zcard(redis_keys.index("all")) == 0

@@ -9,7 +9,7 @@ import threading
 import pytest
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from service.keys import KeyRefused, KeyStore, Role, proves, split
 
 
@@ -19,13 +19,13 @@ def test_a_key_is_shown_once_and_kept_as_a_hash(key_store: KeyStore, redis: Redi
     parts = split(token)
     assert parts is not None
     assert parts[0] == made.id
-    stored = redis.hgetall(keys.API_KEYS)
+    stored = redis.hgetall(redis_keys.API_KEYS)
     assert list(stored) == [made.id.encode()]
     assert parts[1] not in str(stored)
     found = key_store.get(made.id)
     assert found == made
     assert (found.name, found.role, found.quota, found.rate) == ("alice", "user", 3, "5/second")
-    assert redis.ttl(keys.API_KEYS) == -1
+    assert redis.ttl(redis_keys.API_KEYS) == -1
 
 
 def test_only_the_secret_proves_a_key(key_store: KeyStore) -> None:
@@ -143,7 +143,7 @@ def test_an_unreadable_key_opens_nothing_and_hides_no_other(
     key_store: KeyStore, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     made, _ = key_store.add("alice", Role.USER)
-    redis.hset(keys.API_KEYS, "0123456789ab", '{"name": "a secret"}')
+    redis.hset(redis_keys.API_KEYS, "0123456789ab", '{"name": "a secret"}')
     assert key_store.get("0123456789ab") is None
     assert key_store.all() == [made]
     assert "0123456789ab" in caplog.text

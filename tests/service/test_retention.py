@@ -12,14 +12,14 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs import keys
-from jobs.aging import PAGE, Aging
-from jobs.artifacts import ArtifactStore, artifact_key, open_artifacts
+from jobs import redis_keys
+from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
 from jobs.errors import ArtifactsUnavailable, JobNotFound
 from jobs.record import Attempt, Failure, JobRecord, StageTimings, Video, now
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.retention_index import PAGE, Aging
 from service.settings import ServiceSettings
 from service.upkeep import retention
 from service.upkeep.keep import BEFORE_REDIS, Keep
@@ -152,7 +152,7 @@ def test_a_record_goes_with_everything_that_belongs_to_it(
 
 def left_of_jobs(redis: Redis) -> list[str]:
     """Keys that grow with the number of jobs."""
-    fixed = (keys.METRICS, keys.RETENTION_DONE, "rq:queues")
+    fixed = (redis_keys.METRICS, redis_keys.RETENTION_DONE, "rq:queues")
     names = sorted(name.decode() for name in redis.scan_iter())
     return [name for name in names if name not in fixed]
 
@@ -163,7 +163,7 @@ def test_neither_running_nor_just_finished_jobs_are_touched_however_old(house: H
     late = house.succeeded()
     assert late.video is not None
     later = now() + 25 * DAY
-    house.redis.hset(keys.record(late.id), "finished_at", later.isoformat())
+    house.redis.hset(redis_keys.record(late.id), "finished_at", later.isoformat())
 
     assert house.sweep(25 * DAY + MOMENT) == {}
     assert house.stored() == {video.key, late.video.key}
@@ -176,8 +176,8 @@ def test_records_go_before_redis_drops_them_so_that_their_videos_go_first(house:
     running, video = house.running()
     waiting = house.queued()
     late = house.succeeded()
-    just_before = timedelta(seconds=keys.RECORD_TTL_S) - BEFORE_REDIS + MOMENT
-    house.redis.hset(keys.record(late.id), "finished_at", (now() + just_before).isoformat())
+    just_before = timedelta(seconds=redis_keys.RECORD_TTL_S) - BEFORE_REDIS + MOMENT
+    house.redis.hset(redis_keys.record(late.id), "finished_at", (now() + just_before).isoformat())
 
     assert house.sweep(just_before) == {"jobs": 2}
     assert house.stored() == {video.key}
@@ -233,14 +233,14 @@ def test_unfinished_files_go_a_day_later(house: House, settings: ServiceSettings
 
 def test_one_process_at_a_time_and_once_in_an_hour(house: House) -> None:
     house.succeeded()
-    with house.redis.lock(keys.RETENTION_LOCK, timeout=60):
+    with house.redis.lock(redis_keys.RETENTION_LOCK, timeout=60):
         with pytest.raises(RetentionBusy):
             house.sweep(KEEP.jobs + MOMENT)
         house.retention.run_if_due(NEVER)
-        assert not house.redis.exists(keys.RETENTION_DONE)
+        assert not house.redis.exists(redis_keys.RETENTION_DONE)
     house.retention.run_if_due(NEVER)
-    assert 0 < house.redis.ttl(keys.RETENTION_DONE) <= retention.EVERY.total_seconds()
-    assert not house.redis.exists(keys.RETENTION_LOCK)
+    assert 0 < house.redis.ttl(redis_keys.RETENTION_DONE) <= retention.EVERY.total_seconds()
+    assert not house.redis.exists(redis_keys.RETENTION_LOCK)
 
 
 def test_a_round_that_is_cut_off_does_not_count_as_done(house: House) -> None:
@@ -248,7 +248,7 @@ def test_a_round_that_is_cut_off_does_not_count_as_done(house: House) -> None:
     ending = threading.Event()
     ending.set()
     assert house.retention.run(ending, now() + KEEP.jobs + MOMENT).total() == 0
-    assert not house.redis.exists(keys.RETENTION_DONE, keys.RETENTION_LOCK)
+    assert not house.redis.exists(redis_keys.RETENTION_DONE, redis_keys.RETENTION_LOCK)
     assert house.sweep(KEEP.jobs + MOMENT) == {"jobs": 1}
 
 
@@ -261,14 +261,14 @@ def test_a_record_outlives_its_video(
     with pytest.raises(ArtifactsUnavailable):
         Retention(redis, away, KEEP).run(NEVER, now() + KEEP.jobs + MOMENT)
     assert house.store.get(job.id) == job
-    assert not redis.exists(keys.RETENTION_DONE, keys.RETENTION_LOCK)
+    assert not redis.exists(redis_keys.RETENTION_DONE, redis_keys.RETENTION_LOCK)
 
 
 def test_names_of_records_that_redis_dropped_leave_every_index(house: House) -> None:
     job = house.queued()
-    house.redis.delete(keys.record(job.id))
-    house.sweep(timedelta(seconds=keys.RECORD_TTL_S) + MOMENT)
-    assert list(house.redis.scan_iter(f"{keys.INDEX_PREFIX}*")) == []
+    house.redis.delete(redis_keys.record(job.id))
+    house.sweep(timedelta(seconds=redis_keys.RECORD_TTL_S) + MOMENT)
+    assert list(house.redis.scan_iter(f"{redis_keys.INDEX_PREFIX}*")) == []
 
 
 def test_a_record_that_cannot_be_read_is_left_alone(
@@ -276,9 +276,9 @@ def test_a_record_that_cannot_be_read_is_left_alone(
 ) -> None:
     broken, sound = house.succeeded(), house.succeeded()
     assert broken.video is not None
-    house.redis.hset(keys.record(broken.id), "finished_at", "secret nonsense")
+    house.redis.hset(redis_keys.record(broken.id), "finished_at", "secret nonsense")
     assert house.sweep(KEEP.jobs + MOMENT) == {"jobs": 1}
-    assert house.redis.exists(keys.record(broken.id))
+    assert house.redis.exists(redis_keys.record(broken.id))
     assert house.stored() == {broken.video.key}
     assert broken.id in caplog.text
     assert sound.id not in caplog.text
@@ -290,7 +290,7 @@ def test_many_jobs_are_read_page_by_page(house: House) -> None:
     for _ in range(many):
         house.store.cancel(house.queued().id)
     fresh = house.succeeded()
-    house.redis.hset(keys.record(fresh.id), "finished_at", (now() + KEEP.jobs).isoformat())
+    house.redis.hset(redis_keys.record(fresh.id), "finished_at", (now() + KEEP.jobs).isoformat())
     assert house.sweep(KEEP.jobs + MOMENT) == {"jobs": many}
     assert [job.id for job in house.store.list().jobs] == [fresh.id]
 
@@ -313,9 +313,9 @@ def test_jobs_deleted_while_they_ran_go_once_they_have_ended(
 def test_what_is_noted_of_a_video_makes_no_record(house: House) -> None:
     job = house.succeeded()
     house.store.purge(job.id)
-    assert house.redis.exists(keys.record(job.id)) == 0
+    assert house.redis.exists(redis_keys.record(job.id)) == 0
     Aging(house.redis).video_deleted(job.id)
-    assert house.redis.exists(keys.record(job.id)) == 0
+    assert house.redis.exists(redis_keys.record(job.id)) == 0
 
 
 def test_a_round_tells_what_it_deleted(house: House, caplog: pytest.LogCaptureFixture) -> None:
@@ -331,10 +331,10 @@ def test_one_file_that_cannot_be_deleted_does_not_keep_the_others(house: House) 
     odd, sound = house.succeeded(), house.succeeded()
     assert odd.video is not None
     outside = odd.video.model_copy(update={"key": "../outside.mp4"})
-    house.redis.hset(keys.record(odd.id), "video", outside.model_dump_json())
+    house.redis.hset(redis_keys.record(odd.id), "video", outside.model_dump_json())
 
     with pytest.raises(ArtifactsUnavailable, match=r"1 that are due .*\.\./outside\.mp4"):
         house.sweep(KEEP.videos + MOMENT)
     assert house.store.get(sound.id).video_deleted_at is not None
     assert house.store.get(odd.id).video_deleted_at is None
-    assert not house.redis.exists(keys.RETENTION_DONE, keys.RETENTION_LOCK)
+    assert not house.redis.exists(redis_keys.RETENTION_DONE, redis_keys.RETENTION_LOCK)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from jobs import keys
-from jobs.artifacts import artifact_key
+from jobs import redis_keys
+from jobs.artifacts.store import artifact_key
 from jobs.record import StageTimings, Video
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
@@ -52,7 +52,7 @@ def test_deletes_at_once_and_says_what(
     video = Video(key=key, bytes=3, sha256="ab", width=96, height=96, num_frames=17, fps=8)
     store.succeed(attempt, video, TIMINGS)
     # A command is asked for; that a process did it minutes ago is no answer.
-    redis.set(keys.RETENTION_DONE, "a moment ago")
+    redis.set(redis_keys.RETENTION_DONE, "a moment ago")
 
     done = retention(**environment)
     assert (done.returncode, done.stderr) == (0, "")
@@ -62,7 +62,7 @@ def test_deletes_at_once_and_says_what(
 
 
 def test_says_that_somebody_else_is_at_it(environment: dict[str, str], redis: Redis) -> None:
-    with redis.lock(keys.RETENTION_LOCK, timeout=60):
+    with redis.lock(redis_keys.RETENTION_LOCK, timeout=60):
         done = retention(**environment)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs import catalog, keys
+from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer, queue_name
 from service.app import create_app
 from service.deps import Parts
@@ -55,7 +55,9 @@ def test_a_text_of_too_many_tokens_is_refused_and_nothing_queued(
             "detail": f"{field} has 65 tokens, which is more than 64; shorten it.",
         }
     ]
-    assert redis.keys("rq:*") == redis.keys("wan:jobs:*") == redis.keys(keys.record("*")) == []
+    assert (
+        redis.keys("rq:*") == redis.keys("wan:jobs:*") == redis.keys(redis_keys.record("*")) == []
+    )
     assert client.post("/generate", json=fits).status_code == 202
 
 
@@ -84,7 +86,7 @@ def test_a_tokenizer_is_read_once(redis: Redis, text: bytes) -> None:
     name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
     catalog.publish_tokenizer(redis, name, text)
     assert counter.count(name, "red") == 2
-    redis.delete(keys.tokenizer(name))
+    redis.delete(redis_keys.tokenizer(name))
     assert counter.count(name, "red red") == 3
 
 
@@ -92,7 +94,7 @@ def test_a_prepared_tokenizer_waits_for_no_request(redis: Redis, text: bytes) ->
     name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
     catalog.publish_tokenizer(redis, name, text)
     counter.prepare([name])
-    redis.delete(keys.tokenizer(name))
+    redis.delete(redis_keys.tokenizer(name))
     assert counter.count(name, "red") == 2
 
 
@@ -148,7 +150,7 @@ def test_one_that_is_published_late_is_prepared_then(
     assert not caplog.records, "said every few seconds, it would fill the log"
     catalog.publish_tokenizer(redis, name, text)
     counter.prepare([name])
-    redis.delete(keys.tokenizer(name))
+    redis.delete(redis_keys.tokenizer(name))
     assert counter.count(name, "red") == 2
 
 
@@ -159,7 +161,7 @@ def test_a_service_prepares_those_of_live_offers(settings: ServiceSettings) -> N
     task.work(threading.Event())
     name = parts.catalog.get().offers[0].model.tokenizer
     assert name is not None
-    parts.redis.delete(keys.tokenizer(name))
+    parts.redis.delete(redis_keys.tokenizer(name))
     assert parts.tokens.count(name, "red") == 2
 
 
@@ -174,7 +176,7 @@ def test_only_the_last_few_are_kept(redis: Redis, three: list[str]) -> None:
     counter = TokenCounter(redis)
     for name in three:
         assert counter.count(name, "red") == 2
-        redis.delete(keys.tokenizer(name))
+        redis.delete(redis_keys.tokenizer(name))
     assert counter.count(three[0], "red") is None
     assert counter.count(three[1], "red") == 2
 

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 import pytest
 from fastapi.testclient import TestClient
 
-from jobs.artifacts import ArtifactStore, artifact_key, open_artifacts
+from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
 from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.settings import ServiceSettings
 from tests.s3_server import Gate
 

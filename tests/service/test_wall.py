@@ -5,7 +5,7 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from jobs.catalog import WorkerOffer
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from service.app import MAX_BODY_BYTES, create_app
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey

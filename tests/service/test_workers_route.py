@@ -6,7 +6,7 @@ from redis import Redis
 from jobs import catalog
 from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
 from jobs.spec import GenerationRequest
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 
 
 def test_no_worker_is_no_error(client: TestClient) -> None:

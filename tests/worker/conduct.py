@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs import catalog
 from jobs.record import JobRecord
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.worker.orders import order
 from tests.worker.pattern_engine import PatternEngine
 

@@ -11,7 +11,7 @@ from redis import Redis
 
 from deploy.local import valkey
 from deploy.local.ports import LOOPBACK
-from jobs.connection import connect
+from jobs.redis_client import connect
 
 
 class MortalValkey:

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from rq.job import Job
 
-from jobs.artifact_folder import FolderArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.catalog import ModelOffer, ModeOffer
-from jobs.connection import connect
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
+from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
 from tests.worker.orders import FAILING
 from worker import serving

@@ -19,14 +19,14 @@ from rq.exceptions import DeserializationError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from jobs import catalog, keys
-from jobs.artifact_folder import FolderArtifactStore
+from jobs import catalog, redis_keys
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import Attempt, JobRecord
-from jobs.recovery import Recovery
 from jobs.state import JobState
-from jobs.store import JobStore
-from jobs.submission import Submission
+from jobs.store.job_store import JobStore
+from jobs.store.recovery import Recovery
+from jobs.store.submission import Submission
 from tests.worker.orders import order
 from tests.worker.pattern_engine import OnStep, PatternEngine
 from worker.devices import Device
@@ -155,7 +155,7 @@ def test_the_time_limit_is_a_failure_of_its_own(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
     job = store.create(ORDER, QUEUE).job
-    redis.hset(keys.record(job.id), "deadline_s", 1)
+    redis.hset(redis_keys.record(job.id), "deadline_s", 1)
     worker_for(lambda step: time.sleep(0.4)).work(burst=True, logging_level="WARNING")
     failure = store.get(job.id).failure
     assert failure is not None
@@ -210,7 +210,7 @@ def test_a_job_that_has_ended_is_not_run_again(
 
 def overtake(redis: Redis, store: JobStore, job_id: str) -> None:
     """What becomes of a job whose worker was silent for too long."""
-    redis.hset(keys.record(job_id), "lease_ms", 1)
+    redis.hset(redis_keys.record(job_id), "lease_ms", 1)
     Recovery(redis).run()  # or the worker's own patrol, if that is first
     redis.delete(f"rq:queue:{QUEUE}")  # out of the queue, as a worker takes it
     store.claim(job_id, "other")
@@ -252,9 +252,9 @@ def test_a_record_that_cannot_be_read_ends_its_job(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
     job = store.create(ORDER, QUEUE).job
-    redis.hset(keys.record(job.id), "field_of_another_version", "1")
+    redis.hset(redis_keys.record(job.id), "field_of_another_version", "1")
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
-    redis.hdel(keys.record(job.id), "field_of_another_version")
+    redis.hdel(redis_keys.record(job.id), "field_of_another_version")
     record = store.get(job.id)
     assert record.state is JobState.FAILED
     assert record.failure is not None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from jobs import pace
+from jobs import durations
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
@@ -111,7 +111,7 @@ def test_what_jobs_without_encoding_take_is_no_measure_for_those_with_it(
     other = order(**short, guidance_scale=1.0)
     engine.generate(other, Clocked(other), OWNER).frames.close()
     for request, known in ((order(**short), True), (other, False)):
-        measured = times.median(pace.shape(request), Stage.TEXT_ENCODER)
+        measured = times.median(durations.shape(request), Stage.TEXT_ENCODER)
         assert (measured is not None) is known
 
 

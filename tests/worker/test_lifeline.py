@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from redis import Redis
 
-from jobs import events, keys
+from jobs import redis_keys
 from jobs.errors import GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress, Stage
-from jobs.recovery import Recovery
-from jobs.store import JobStore
+from jobs.store import events
+from jobs.store.job_store import JobStore
+from jobs.store.recovery import Recovery
 from tests.worker.mortal_valkey import MortalValkey
 from tests.worker.orders import order
 from worker import lifeline as module
@@ -84,7 +85,7 @@ def test_a_cancel_comes_in(lifeline: Lifeline, store: JobStore, attempt: Attempt
 def test_a_newer_attempt_ends_this_one(
     lifeline: Lifeline, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
-    redis.hset(keys.record(attempt.job_id), "lease_ms", 1)
+    redis.hset(redis_keys.record(attempt.job_id), "lease_ms", 1)
     assert Recovery(redis).run() == {attempt.job_id: "queued"}
     store.claim(attempt.job_id, "other")
     wait_until(lambda: isinstance(lifeline.stop, StaleAttempt))
@@ -97,7 +98,7 @@ def test_the_lease_is_renewed_also_of_a_job_that_is_to_be_cancelled(
     store.cancel(attempt.job_id)
 
     def lease() -> int:
-        return int(redis.hget(keys.record(attempt.job_id), "lease_ms") or 0)
+        return int(redis.hget(redis_keys.record(attempt.job_id), "lease_ms") or 0)
 
     with Lifeline(store, attempt, Outage()):
         for _ in range(2):

@@ -14,13 +14,13 @@ from redis import Redis
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from jobs import catalog, keys, pace
-from jobs.artifact_folder import FolderArtifactStore
+from jobs import catalog, durations, redis_keys
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.catalog import WorkerStatus
 from jobs.record import JobRecord, Progress
-from jobs.recovery import Recovery
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.recovery import Recovery
 from tests.worker.conduct import ORDER, QUEUE
 from tests.worker.pattern_engine import OnStep, PatternEngine
 from worker.devices import Device, DeviceMemory
@@ -155,9 +155,9 @@ def test_a_measured_pace_gives_the_next_job_its_seconds_left(bench: Bench) -> No
         (job_id,) = [each.id for each in bench.store.list(JobState.RUNNING).jobs]
         seen.append(bench.store.get(job_id).progress)
 
-    assert pace.read(bench.redis, SHORT) is None
+    assert durations.read(bench.redis, SHORT) is None
     bench.run(look)
-    measured = pace.read(bench.redis, SHORT)
+    measured = durations.read(bench.redis, SHORT)
     assert measured is not None
     assert (measured.step_s, measured.texts_s) == (0.75, 0.5)  # what the engine says it took
     assert seen[0] is not None
@@ -208,14 +208,14 @@ def test_a_job_is_cancelled_while_its_video_is_stored(bench: Bench, tmp_path: Pa
 def test_a_claim_that_redis_refuses_loses_nothing_though_rq_calls_its_job_failed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.recovery.MISSING_S", 0.0)
+    monkeypatch.setattr("jobs.store.recovery.MISSING_S", 0.0)
     job = bench.store.create(SHORT, QUEUE).job
     # For the length of the claim the record is of a kind that no script can read.
-    bench.redis.rename(keys.record(job.id), "aside")
-    bench.redis.set(keys.record(job.id), "no hash")
+    bench.redis.rename(redis_keys.record(job.id), "aside")
+    bench.redis.set(redis_keys.record(job.id), "no hash")
     worker = ResidentWorker(PatternEngine(), bench.redis, bench.artifacts)
     worker.work(burst=True, logging_level="CRITICAL")
-    bench.redis.rename("aside", keys.record(job.id))
+    bench.redis.rename("aside", redis_keys.record(job.id))
     fetched = Job.fetch(job.id, connection=bench.redis, serializer=JSONSerializer)
     assert fetched.get_status() is JobStatus.FAILED
     recovery = Recovery(bench.redis)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from jobs import catalog, keys
+from jobs import catalog, redis_keys
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.worker.conduct import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
 
 LONG = ORDER.model_copy(update={"num_inference_steps": 1000})
@@ -24,7 +24,7 @@ def crew(redis_url: str, tmp_path: Path) -> Iterator[Crew]:
 
 
 def lost(redis: Redis) -> int:
-    found = redis.hscan_iter(keys.METRICS, match="lost|*")
+    found = redis.hscan_iter(redis_keys.METRICS, match="lost|*")
     return sum(int(count) for _, count in found)
 
 

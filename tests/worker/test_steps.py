@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs.pace import Pace
+from jobs.durations import Pace
 from jobs.record import Stage
 from tests.worker.orders import order
 from worker.steps import FINISH_S, JobClock, StallLimits, StepTimes

@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 
 from jobs import catalog
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.worker.conduct import has_ended, is_denoising, wait_for
 from tests.worker.orders import order
 from worker.config import WorkerConfig

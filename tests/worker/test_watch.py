@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
+from jobs.durations import Pace
 from jobs.errors import GenerationCancelled, GenerationTimedOut, StaleAttempt
-from jobs.pace import Pace
 from jobs.record import Attempt, Progress, Stage
-from jobs.recovery import Recovery
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.recovery import Recovery
 from tests.worker.orders import order
 from worker.drain import SAME_WISH_S, Drain, JobInHand
 from worker.lifeline import Lifeline
@@ -86,7 +86,7 @@ def test_rqs_wish_to_stop_is_seen_at_once(site: Site) -> None:
 def test_a_newer_attempt_ends_this_one(
     site: Site, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
-    redis.hset(keys.record(attempt.job_id), "lease_ms", 1)
+    redis.hset(redis_keys.record(attempt.job_id), "lease_ms", 1)
     assert Recovery(redis).run() == {attempt.job_id: "queued"}
     store.claim(attempt.job_id, "other")
     with pytest.raises(StaleAttempt):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from jobs import catalog, keys
-from jobs.artifact_folder import FolderArtifactStore
+from jobs import catalog, redis_keys
+from jobs.artifacts.folder import FolderArtifactStore
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.worker.conduct import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
 from tests.worker.mortal_valkey import MortalValkey
 from tests.worker.pattern_engine import PatternEngine
@@ -99,7 +99,7 @@ def test_a_stopped_worker_that_wakes_up_stops_and_stores_nothing(
     process = crew.hire(0.5)
     wait_for(store, job.id, is_denoising)
     process.send_signal(signal.SIGSTOP)
-    redis.hset(keys.record(job.id), "lease_ms", 1)  # as it will be soon
+    redis.hset(redis_keys.record(job.id), "lease_ms", 1)  # as it will be soon
     try:
         rescuer = ResidentWorker(PatternEngine(), redis, FolderArtifactStore(crew.artifacts))
         rescuer.work(max_jobs=1, logging_level="WARNING")
@@ -132,8 +132,8 @@ def test_a_job_survives_a_redis_that_is_killed_and_away_for_longer_than_its_leas
         process = mortal_crew.hire(0.2)
         wait_for(store, job.id, is_denoising)
         # As if it were away for a minute: the lease has run out, and nobody has looked since.
-        redis.hset(keys.record(job.id), "lease_ms", 1)
-        redis.hset(keys.RECOVERY, "looked_ms", 1)
+        redis.hset(redis_keys.record(job.id), "lease_ms", 1)
+        redis.hset(redis_keys.RECOVERY, "looked_ms", 1)
         mortal.kill()
         time.sleep(4)
         mortal.start()
@@ -163,7 +163,7 @@ def test_an_idle_worker_waits_for_a_redis_that_is_killed_and_ends_without_one_wh
         record = wait_for(store, job.id, has_ended, 30)
         assert (record.state, record.attempts) == (JobState.SUCCEEDED, 1)
         # A worker that began anew has a new name, and could not take its old one back.
-        deadline = time.monotonic() + keys.OFFER_TTL_S + 5
+        deadline = time.monotonic() + redis_keys.OFFER_TTL_S + 5
         while len(catalog.read(redis).offers) != 1:
             assert time.monotonic() < deadline, catalog.read(redis).offers
             time.sleep(0.2)

@@ -19,7 +19,7 @@ from redis import Redis
 
 from jobs import catalog
 from jobs.state import JobState
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
 from tests.worker.orders import order
 from worker.journal import EXIT_DEVICE_LOST
 from worker.start import main

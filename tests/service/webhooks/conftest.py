@@ -10,9 +10,9 @@ import pytest
 from pydantic import SecretStr
 from redis import Redis
 
-from jobs.outbox import Outbox, WebhookStatus
 from jobs.record import JobRecord
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.webhook_outbox import Outbox, WebhookStatus
 from service.app import create_app
 from service.settings import ServiceSettings
 from service.webhooks.build import office as build_office

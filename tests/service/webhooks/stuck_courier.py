@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs.outbox import Outbox
+from jobs.store.webhook_outbox import Outbox
 from service.app import create_app
 from service.settings import ServiceSettings
 from service.webhooks.build import office

@@ -12,11 +12,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from jobs import keys
-from jobs.connection import connect
-from jobs.outbox import Outbox, WebhookState
+from jobs import redis_keys
 from jobs.record import Failure
-from jobs.store import JobStore
+from jobs.redis_client import connect
+from jobs.store.job_store import JobStore
+from jobs.store.webhook_outbox import Outbox, WebhookState
 from service.app import create_app
 from service.settings import ServiceSettings
 from service.webhooks.courier import MOST_UNDER_WAY, Courier
@@ -159,7 +159,7 @@ def test_errors_are_repeated_with_the_same_id(
     ]
     shape = "wan-mini|bf16|96x96|17|1"
     found = {
-        outcome: redis.hget(keys.METRICS, f"webhook|{shape}|{outcome}")
+        outcome: redis.hget(redis_keys.METRICS, f"webhook|{shape}|{outcome}")
         for outcome in ("retried", "delivered")
     }
     assert found == {"retried": b"2", "delivered": b"1"}
@@ -218,11 +218,11 @@ def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
     redis: Redis,
 ) -> None:
     odd, sound = make_ended(), make_ended()
-    redis.hset(keys.record(odd.id), "from_the_future", "1")
+    redis.hset(redis_keys.record(odd.id), "from_the_future", "1")
     with working(office):
         until(lambda: status(odd).tries >= 1)
         assert status(odd).state is WebhookState.PENDING
-        until(lambda: redis.zcard(keys.WEBHOOKS_DUE) == 0)
+        until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     found = status(odd)
     assert (found.state, found.tries) == (WebhookState.GIVEN_UP, 4)
     assert "cannot be read" in str(found.last_error)
@@ -241,11 +241,11 @@ def test_deleted_jobs_are_dropped(
     attempt = store.claim(running.id, "w")
     store.purge(running.id)
     store.cancelled(attempt)
-    redis.zadd(keys.WEBHOOKS_DUE, {"nobody": 1, deleted.id: 2})
-    redis.delete(keys.record(deleted.id))
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 3
+    redis.zadd(redis_keys.WEBHOOKS_DUE, {"nobody": 1, deleted.id: 2})
+    redis.delete(redis_keys.record(deleted.id))
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 3
     with working(office):
-        until(lambda: redis.zcard(keys.WEBHOOKS_DUE) == 0)
+        until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     assert receiver.calls == []
 
 
@@ -284,7 +284,7 @@ def test_processes_share_the_work(
         for _ in range(3):
             stack.enter_context(working(office))
         receiver.wait(len(jobs), timeout=60)
-        until(lambda: redis.zcard(keys.WEBHOOKS_DUE) == 0)
+        until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     assert sorted(map(webhook_id, receiver.calls)) == sorted(f"msg_{job.id}" for job in jobs)
 
 

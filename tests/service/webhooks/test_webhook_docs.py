@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.outbox import WebhookState
+from jobs.store.webhook_outbox import WebhookState
 from service.webhooks.delivery import Office
 from service.webhooks.message import Signer
 from service.webhooks.rules import HostRule

@@ -11,9 +11,9 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.outbox import WebhookState
+from jobs.store.webhook_outbox import WebhookState
 from service.webhooks.delivery import Office
 from tests.service.process import address, service
 from tests.service.webhooks.conftest import SECRET, MakeEnded, Status, working
@@ -82,7 +82,7 @@ def test_what_a_killed_process_had_in_hand_is_delivered_by_another(
         assert stuck.wait(20) == -signal.SIGKILL
     assert receiver.calls == []
     # Still in the outbox, and nobody else's until the lease has run out.
-    assert redis.zcard(keys.WEBHOOKS_DUE) == 1
+    assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 1
     with working(office):
         receiver.wait()
         until(lambda: status(job).state is WebhookState.DELIVERED)

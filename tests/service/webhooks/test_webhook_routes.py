@@ -8,10 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.outbox import Outbox, Outcome
-from jobs.store import JobStore
+from jobs.store.job_store import JobStore
+from jobs.store.webhook_outbox import Outbox, Outcome
 from service.app import create_app
 from service.settings import ServiceSettings
 
@@ -27,7 +27,7 @@ def allowing(webhook_settings: ServiceSettings, live_worker: WorkerOffer) -> Tes
 @pytest.fixture
 def nothing_enqueued(redis: Redis) -> Iterator[None]:
     yield
-    assert list(redis.scan_iter(keys.record("*"))) == []
+    assert list(redis.scan_iter(redis_keys.record("*"))) == []
 
 
 def ask(client: TestClient, url: object, **more: object) -> Any:

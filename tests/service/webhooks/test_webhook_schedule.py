@@ -5,7 +5,7 @@ from email.utils import formatdate
 
 import pytest
 
-from jobs.outbox import Outcome
+from jobs.store.webhook_outbox import Outcome
 from service.webhooks.schedule import Schedule
 from service.webhooks.sender import Answer
 

@@ -15,8 +15,9 @@ from redis import Redis
 from rq import Queue
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 
-from jobs import ids, keys, record, scripts
+from jobs import ids, record, redis_keys
 from jobs.state import JobState
+from jobs.store import scripts
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Aging:
         """Page through the jobs in `state`, oldest first; they may be deleted meanwhile."""
         last, end = "-", "(" + ids.id_at(moment.timestamp())
         while True:
-            found = self._redis.zrangebylex(keys.index(state), last, end, start=0, num=PAGE)
+            found = self._redis.zrangebylex(redis_keys.index(state), last, end, start=0, num=PAGE)
             page = [cast("bytes", each).decode() for each in found]
             if not page:
                 return
@@ -73,7 +74,7 @@ class Aging:
 
     def is_empty(self) -> bool:
         """Whether Redis knows of no job at all."""
-        return not self._redis.exists(keys.index("all"))
+        return not self._redis.exists(redis_keys.index("all"))
 
     def forget_names(self, owners: Iterable[str], moment: datetime) -> None:
         """Take jobs created before `moment` out of the indexes, be their records lapsed or not."""
@@ -81,7 +82,7 @@ class Aging:
         with self._redis.pipeline(transaction=False) as pipe:
             for owner in (None, *owners):
                 for state in ("all", *JobState):
-                    pipe.zremrangebylex(keys.index(state, owner), "-", end)
+                    pipe.zremrangebylex(redis_keys.index(state, owner), "-", end)
             pipe.execute()
 
     def tidy_registries(self) -> None:
@@ -108,7 +109,7 @@ class Aging:
     def _fields(self, job_ids: Sequence[str]) -> list[list[bytes | None]]:
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hmget(keys.record(job_id), *_FIELDS)
+                pipe.hmget(redis_keys.record(job_id), *_FIELDS)
             return cast("list[list[bytes | None]]", pipe.execute())
 
 

@@ -14,7 +14,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat
 
-from jobs import keys
+from jobs import redis_keys
 
 TASK = "worker.tasks.generate"
 
@@ -45,8 +45,8 @@ def _shared_fields(queue: str, deadline_s: int) -> dict[str, str | bytes]:
         id="pattern",
         origin=queue,
         timeout=deadline_s,
-        result_ttl=keys.RQ_RESULT_TTL_S,
-        failure_ttl=keys.RQ_FAILURE_TTL_S,
+        result_ttl=redis_keys.RQ_RESULT_TTL_S,
+        failure_ttl=redis_keys.RQ_FAILURE_TTL_S,
         description=TASK,
         status=JobStatus.QUEUED,
         serializer=JSONSerializer,
@@ -66,7 +66,7 @@ def rq_fields_again(redis: Redis, job_id: str) -> RqFields | None:
     which then ends it.
     """
     queue, deadline = cast(
-        "list[bytes | None]", redis.hmget(keys.record(job_id), ["queue", "deadline_s"])
+        "list[bytes | None]", redis.hmget(redis_keys.record(job_id), ["queue", "deadline_s"])
     )
     if queue is None:
         return None

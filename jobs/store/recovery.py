@@ -14,10 +14,12 @@ from redis import Redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 from rq import Queue
 
-from jobs import delivery, keys, record, scripts
-from jobs.delivery import RqFields
-from jobs.lost import when_lost
+from jobs import record, redis_keys
+from jobs.errors import WorkerLost
+from jobs.record import Failure
 from jobs.state import JobState
+from jobs.store import rq_entry, scripts
+from jobs.store.rq_entry import RqFields
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Recovery:
     ) -> None:
         """Do what is to be done for one job; a broken record must not keep the others waiting."""
         try:
-            rq_fields = delivery.rq_fields_again(self._redis, job_id)
+            rq_fields = rq_entry.rq_fields_again(self._redis, job_id)
             state = None if rq_fields is None else mend(job_id, rq_fields)
         except (ReadOnlyError, OutOfMemoryError):
             raise
@@ -78,7 +80,7 @@ class Recovery:
             done[job_id] = state
 
     def _end_attempt(self, job_id: str, rq_fields: RqFields) -> str | None:
-        worker = cast("bytes | None", self._redis.hget(keys.record(job_id), "worker")) or b"?"
+        worker = cast("bytes | None", self._redis.hget(redis_keys.record(job_id), "worker")) or b"?"
         answer: bytes = self._put_back(
             job_id, record.now().isoformat(), "", 1, *when_lost(), *rq_fields
         )
@@ -124,14 +126,30 @@ class Recovery:
         """One field of many records, in one exchange."""
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hget(keys.record(job_id), field)
+                pipe.hget(redis_keys.record(job_id), field)
             return dict(zip(job_ids, pipe.execute(), strict=True))
 
     def _ids(self, state: JobState) -> list[str]:
-        found = self._redis.zrange(keys.index(state.value), 0, -1)
+        found = self._redis.zrange(redis_keys.index(state.value), 0, -1)
         return [cast("bytes", each).decode() for each in found]
 
 
 def _has_passed(lease_ms: bytes, clock_ms: int) -> bool:
     """Whether a lease has run out; what is none counts as one, and the script names the record."""
     return not lease_ms.isdigit() or int(lease_ms) <= clock_ms
+
+
+MAX_LOST: Final = 2
+"""A job whose attempts vanished this often (its worker crashed, hung or was killed) is failed."""
+
+WORKER_LOST = Failure(
+    code=WorkerLost.code,
+    detail=f"The worker was lost {MAX_LOST} times while it ran this job, so the job was given up. "
+    "Send it again; if that fails, too, the request itself may be what ends the worker, and its "
+    "log has the reason.",
+)
+
+
+def when_lost() -> tuple[int, str, str]:
+    """What `jobs/store/lua/put_back.lua` needs to know of it."""
+    return MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code

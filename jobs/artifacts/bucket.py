@@ -14,9 +14,9 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
-from jobs.artifact_address import BucketAddress
-from jobs.artifact_keys import Stored, checked_key, is_key
-from jobs.artifact_put import PATIENCE_S, PutFault, keep_trying
+from jobs.artifacts.keys import Stored, checked_key, is_key
+from jobs.artifacts.retry import PATIENCE_S, PutFault, keep_trying
+from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
 logger = logging.getLogger(__name__)

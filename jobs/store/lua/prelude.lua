@@ -1,4 +1,4 @@
--- What every script begins with. Names between @ signs are put in by jobs/scripts.py.
+-- What every script begins with. Names between @ signs are put in by jobs/store/scripts.py.
 --
 -- A script is one step to Redis: of two rivals (a cancel and a claim, an old attempt and a new one)
 -- exactly one wins. Each may be repeated after a lost answer: it finds its own token, its own id or

@@ -39,7 +39,7 @@ EVENTS_CHANNEL: Final = "wan:events"
 """Carries the id of a job whenever its stream has grown; nothing is lost with a message."""
 
 METRICS: Final = "wan:metrics"
-"""Hash of counters; `jobs/measures.py` says what the fields mean."""
+"""Hash of counters; `jobs/store/counters.py` says what the fields mean."""
 
 PACE: Final = "wan:pace"
 """Hash: a request's shape to "seconds per step" and "seconds for the rest", as measured."""

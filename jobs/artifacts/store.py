@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
-from jobs.artifact_address import BucketAddress
-from jobs.artifact_bucket import BucketArtifactStore
-from jobs.artifact_folder import FolderArtifactStore
-from jobs.artifact_keys import Stored
+from jobs.artifacts.bucket import BucketArtifactStore
+from jobs.artifacts.folder import FolderArtifactStore
+from jobs.artifacts.keys import Stored
+from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import ArtifactRefused
 
 

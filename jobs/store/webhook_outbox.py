@@ -1,8 +1,8 @@
 """The webhooks that are due, and how far each job's are: the outbox.
 
-The step that ends a job puts it in (`jobs/lua/prelude.lua`), so no end is missed. Any number of
-processes take from it: what one takes is leased to it, and is due again for anyone if that process
-does not settle it in time. A webhook is called at least once, and now and then twice.
+The step that ends a job puts it in (`jobs/store/lua/prelude.lua`), so no end is missed. Any number
+of processes take from it: what one takes is leased to it, and is due again for anyone if that
+process does not settle it in time. A webhook is called at least once, and now and then twice.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from typing import Final, cast
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 from redis import Redis
 
-from jobs import keys, record, scripts
+from jobs import record, redis_keys
 from jobs.record import JobRecord
+from jobs.store import scripts
 
 LEASE_S: Final = 60.0
 """How long a process may take for one call, all told; it gives up long before."""
@@ -96,8 +97,8 @@ class Outbox:
     def drop(self, job_id: str) -> None:
         """Forget the webhook of a job that is gone."""
         with self._redis.pipeline() as pipe:
-            pipe.zrem(keys.WEBHOOKS_DUE, job_id)
-            pipe.delete(keys.webhook(job_id))
+            pipe.zrem(redis_keys.WEBHOOKS_DUE, job_id)
+            pipe.delete(redis_keys.webhook(job_id))
             pipe.execute()
 
     def status(self, job: JobRecord) -> WebhookStatus | None:
@@ -111,14 +112,14 @@ class Outbox:
         if asked:
             with self._redis.pipeline(transaction=False) as pipe:
                 for job_id in asked:
-                    pipe.hgetall(keys.webhook(job_id))
+                    pipe.hgetall(redis_keys.webhook(job_id))
                 for job_id, fields in zip(asked, pipe.execute(), strict=True):
                     found[job_id] = _decode(fields)
         return [found.get(job.id) for job in jobs]
 
     def tries(self, job_id: str) -> int:
         """How often a job's webhook was tried, for who cannot read the job."""
-        found = self._redis.hget(keys.webhook(job_id), "tries")
+        found = self._redis.hget(redis_keys.webhook(job_id), "tries")
         return 0 if found is None else int(cast("bytes", found))
 
     def _end(self, lease: Lease, word: str, seconds: float, *pairs: str) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from jobs.artifact_keys import is_key
+from jobs.artifacts.keys import is_key
 from jobs.errors import ArtifactRefused
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

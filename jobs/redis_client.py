@@ -3,7 +3,7 @@
 A call that meets a dead server gives up after about ten seconds instead of hanging a request for
 ever. A server that has become a replica is asked once more over a new connection, which finds the
 new primary where the address stands for it. What may be repeated safely is repeated here: every
-script in `jobs/scripts.py` recognises a repeated call by its token or its id.
+script in `jobs/store/scripts.py` recognises a repeated call by its token or its id.
 """
 
 from dataclasses import dataclass

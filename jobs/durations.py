@@ -1,19 +1,29 @@
-"""How fast jobs of one shape run, as the workers have measured it.
+"""Keep how long jobs of one shape take, and derive how long an attempt may take.
 
 A shape is what a job's time depends on, apart from its number of steps: model, mode, size, frames,
 and whether guidance doubles the work. Kept in Redis for estimates: the seconds a running job has
 left, and when a waiting one will start. A shape that was never run has none, and no estimate is
 made up for it.
+
+An attempt may take
+
+    600 s + steps x (5 s + 4 ms x tokens)
+
+or ten times what its shape was measured to take, whichever is longer. `tokens` is the length of the
+transformer's sequence. For 832x480, 81 frames and 50 steps that is two hours; the slowest published
+figure for the 14B model on one device (Ascend 910B, BF16) is 860 s. The limit only ends attempts
+that would never end: a hung device is noticed much earlier, by the worker itself.
 """
 
+import math
 import time
 from dataclasses import astuple, dataclass
 from typing import Final, cast
 
 from redis import Redis
 
-from jobs import keys
-from jobs.spec import GenerationRequest
+from jobs import redis_keys
+from jobs.spec import FRAME_STRIDE, GenerationRequest
 
 WEIGHT_OF_LATEST = 0.3
 """A new measurement moves what is kept by this much: one odd job does not spoil the estimates."""
@@ -49,7 +59,7 @@ def shape(request: GenerationRequest) -> str:
 
 def read(redis: Redis, request: GenerationRequest) -> Pace | None:
     """The pace of the request's shape; None where none was measured."""
-    found = redis.hget(keys.PACE, shape(request))
+    found = redis.hget(redis_keys.PACE, shape(request))
     if found is None:
         return None
     try:
@@ -73,7 +83,9 @@ def measure(redis: Redis, request: GenerationRequest, measured: Pace) -> Pace:
     if kept is not None:
         pairs = zip(astuple(kept), astuple(measured), strict=True)
         measured = Pace(*(old + WEIGHT_OF_LATEST * (new - old) for old, new in pairs))
-    redis.hset(keys.PACE, shape(request), " ".join(f"{each:.6f}" for each in astuple(measured)))
+    redis.hset(
+        redis_keys.PACE, shape(request), " ".join(f"{each:.6f}" for each in astuple(measured))
+    )
     return measured
 
 
@@ -97,3 +109,23 @@ class Paces:
                 self._read.clear()
             self._read[name] = (now + REMEMBERED_S, pace)
         return pace
+
+
+BASE_S = 600
+STEP_S = 5.0
+TOKEN_S = 0.004
+PATCH_PX = 16
+"""One token covers 16x16 pixels: the VAE's stride of 8 times the transformer's patch of 2."""
+
+SLACK = 10
+"""At least this many times the measured duration."""
+
+
+def timeout_s(request: GenerationRequest, pace: Pace | None = None) -> int:
+    """Return the limit in whole seconds; `pace` is that of the request's shape, if measured."""
+    frames = 1 + (request.num_frames - 1) // FRAME_STRIDE
+    tokens = (request.width / PATCH_PX) * (request.height / PATCH_PX) * frames
+    limit = BASE_S + request.num_inference_steps * (STEP_S + TOKEN_S * tokens)
+    if pace is not None:
+        limit = max(limit, SLACK * pace.job_s(request.num_inference_steps))
+    return math.ceil(limit)

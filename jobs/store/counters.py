@@ -1,8 +1,8 @@
 """What is counted about jobs, and how the counters are laid out in Redis.
 
-The scripts count (`jobs/lua/prelude.lua`), so a transition and its count are one step. A field of
-the hash `keys.METRICS` reads `name|model|mode|size|frames|guided` and, where more is told apart,
-goes on: `ended|…|state|code`, `wait|…|bound` and `wait|…|sum`.
+The scripts count (`jobs/store/lua/prelude.lua`), so a transition and its count are one step. A
+field of the hash `keys.METRICS` reads `name|model|mode|size|frames|guided` and, where more is told
+apart, goes on: `ended|…|state|code`, `wait|…|bound` and `wait|…|sum`.
 """
 
 from typing import Final

@@ -1,7 +1,7 @@
 """Delete a job for good: its videos, and all that is known of it."""
 
-from jobs.artifacts import ArtifactStore, artifact_key
-from jobs.store import JobStore
+from jobs.artifacts.store import ArtifactStore, artifact_key
+from jobs.store.job_store import JobStore
 
 
 def delete_job(store: JobStore, artifacts: ArtifactStore, job_id: str) -> bool:

@@ -1,8 +1,8 @@
 """Where waiting jobs stand in their queues, and when they will start.
 
-A start is estimated from what is measured (`jobs/pace.py`) and from what the running jobs say they
-have left. The estimate of a queue is kept for a second and looks into its front only, so places
-cost little, however long the queue and however many ask.
+A start is estimated from what is measured (`jobs/durations.py`) and from what the running jobs say
+they have left. The estimate of a queue is kept for a second and looks into its front only, so
+places cost little, however long the queue and however many ask.
 """
 
 import time
@@ -13,9 +13,9 @@ from typing import Final
 from redis import Redis
 from rq import Queue
 
-from jobs import scripts
 from jobs.record import JobRecord
 from jobs.state import JobState
+from jobs.store import scripts
 
 MOST_LOOKED_INTO: Final = 100
 """Behind so many waiting jobs a start is reckoned with their mean."""

@@ -1,8 +1,8 @@
 """The jobs in Redis: records, their order in time, and their way into RQ's queues.
 
-Every change is one script (`jobs/lua/`), which may be repeated after a lost answer. After a claim
-only the holder of the latest token may write, as long as it renews its lease, and a record in a
-terminal state never changes. Redis errors pass through as they are.
+Every change is one script (`jobs/store/lua/`), which may be repeated after a lost answer. After a
+claim only the holder of the latest token may write, as long as it renews its lease, and a record in
+a terminal state never changes. Redis errors pass through as they are.
 """
 
 import logging
@@ -14,8 +14,8 @@ from typing import Final, cast
 from pydantic import BaseModel
 from redis import Redis
 
-from jobs import delivery, ids, keys, record, scripts
-from jobs.deadline import timeout_s
+from jobs import ids, record, redis_keys
+from jobs.durations import Paces, timeout_s
 from jobs.errors import (
     IdempotencyConflict,
     InvalidSpec,
@@ -26,12 +26,12 @@ from jobs.errors import (
     RecordUnreadable,
     StaleAttempt,
 )
-from jobs.lost import when_lost
-from jobs.pace import Paces
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
-from jobs.submission import Idempotency, Submission
+from jobs.store import rq_entry, scripts
+from jobs.store.recovery import when_lost
+from jobs.store.submission import Idempotency, Submission
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +116,12 @@ class JobStore:
             queue,
             "" if terms.queue_limit is None else terms.queue_limit,
             "" if terms.owner_limit is None else terms.owner_limit,
-            "" if key is None else keys.idempotency(terms.owner, key.key),
+            "" if key is None else redis_keys.idempotency(terms.owner, key.key),
             "" if key is None else key.body_sha256,
-            ids.id_at(created_at.timestamp() - keys.RECORD_TTL_S),
+            ids.id_at(created_at.timestamp() - redis_keys.RECORD_TTL_S),
             len(fields),
             *fields,
-            *delivery.rq_fields(job_id, queue, job.deadline_s),
+            *rq_entry.rq_fields(job_id, queue, job.deadline_s),
         )
         match answer:
             case b"created":
@@ -139,7 +139,7 @@ class JobStore:
         Raises:
             IdempotencyConflict: that request had another body.
         """
-        key = keys.idempotency(owner, idempotency.key)
+        key = redis_keys.idempotency(owner, idempotency.key)
         found, body = self._redis.hmget(key, ["job", "body"])
         if found is None:
             return None
@@ -186,7 +186,7 @@ class JobStore:
                 "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
             )
         last_seen = None if cursor is None else "(" + ids.read_cursor(cursor)
-        index = keys.index("all" if state is None else state.value, owner)
+        index = redis_keys.index("all" if state is None else state.value, owner)
         if oldest_first:
             found = self._redis.zrangebylex(index, last_seen or "-", "+", start=0, num=limit + 1)
         else:
@@ -204,7 +204,7 @@ class JobStore:
         Raises:
             JobAlreadyFinished: there is nothing to do: the job has ended. End the task quietly.
             JobHeld: another attempt has the job; if that one has vanished, the job will be put
-                back into its queue (`jobs/recovery.py`). End the task quietly.
+                back into its queue (`jobs/store/recovery.py`). End the task quietly.
             JobNotFound: the record has expired or was deleted.
         """
         token = token or new_token()
@@ -273,7 +273,7 @@ class JobStore:
             StaleAttempt: the job has ended or a newer attempt owns it: stop, too.
         """
         token, state, wanted = self._redis.hmget(
-            keys.record(attempt.job_id), ["token", "state", "cancel_requested"]
+            redis_keys.record(attempt.job_id), ["token", "state", "cancel_requested"]
         )
         if token != attempt.token.encode() or state != JobState.RUNNING.encode():
             raise _stale(attempt, "it has ended, has expired, or a newer attempt owns it")
@@ -312,13 +312,13 @@ class JobStore:
 
     def _fields(self, job_id: str) -> dict[bytes, bytes]:
         """The hash of a record; empty if there is none, or it is to be deleted."""
-        fields = cast("dict[bytes, bytes]", self._redis.hgetall(keys.record(job_id)))
+        fields = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.record(job_id)))
         return {} if b"delete_requested" in fields else fields
 
     def _read_all(self, names: Sequence[str]) -> tuple[JobRecord, ...]:
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in names:
-                pipe.hgetall(keys.record(job_id))
+                pipe.hgetall(redis_keys.record(job_id))
             found: Sequence[dict[bytes, bytes]] = pipe.execute()
         jobs = []
         for job_id, fields in zip(names, found, strict=True):
@@ -332,7 +332,7 @@ class JobStore:
         return tuple(jobs)
 
     def _end_attempt(self, attempt: Attempt, *, lost: bool) -> JobState:
-        rq_fields = delivery.rq_fields_again(self._redis, attempt.job_id)
+        rq_fields = rq_entry.rq_fields_again(self._redis, attempt.job_id)
         if rq_fields is None:
             raise _stale(attempt, "it is gone")
         answer = self._put_back(
@@ -353,7 +353,7 @@ class JobStore:
             StaleAttempt: there is none any more.
             RecordUnreadable: see `jobs.record.decode`.
         """
-        fields = cast("dict[bytes, bytes]", self._redis.hgetall(keys.record(attempt.job_id)))
+        fields = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.record(attempt.job_id)))
         if not fields:
             raise _stale(attempt, "it is gone")
         return record.decode(attempt.job_id, fields)

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.artifact_keys import Stored, checked_key, is_key
-from jobs.artifact_put import PATIENCE_S, PutFault, keep_trying
+from jobs.artifacts.keys import Stored, checked_key, is_key
+from jobs.artifacts.retry import PATIENCE_S, PutFault, keep_trying
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
 _INCOMING = ".incoming-"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from jobs import keys
+from jobs import redis_keys
 from jobs.record import Progress
 from jobs.state import JobState
 
@@ -39,7 +39,7 @@ def is_event_id(text: str) -> bool:
 
 def range_after(job_id: str, event_id: str) -> tuple[str, Any, Any]:
     """The arguments of XRANGE for the events after `event_id`, for clients of either kind."""
-    return keys.events(job_id), f"({event_id}", "+"
+    return redis_keys.events(job_id), f"({event_id}", "+"
 
 
 def decode(entries: Any) -> list[JobEvent]:
