@@ -32,7 +32,7 @@ from benchmarks.random_wan import random_inputs, random_transformer, scales_from
 from benchmarks.report import Row
 from benchmarks.timing import device_name, medians_ms
 from jobs.spec import GenerationRequest
-from quant.context_parallel import split_tokens
+from quant.transformer.context_parallel import split_tokens
 from worker.card_layout import CardLayout
 from worker.cards import Cards, meet
 from worker.denoising import Denoise, Embeddings, denoise_among, denoise_on

@@ -25,14 +25,14 @@ from transformers import UMT5Config, UMT5EncoderModel
 from benchmarks.fabricated_tokenizer import write_tokenizer
 from benchmarks.fabricated_weights import Fabricator, made_ahead
 from mini.scenes import Split, captions_of
-from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
-from quant.fingerprint import model_fingerprint
-from quant.prompts import MIN_PROMPTS, PromptSet
-from quant.recipe import DEFAULT_RECIPE, QuantRecipe
-from quant.safetensors_writer import spec_of, split_into_shards, write_safetensors
-from quant.sampler import SamplerSettings
-from quant.scales import save_scales
-from quant.skeleton import without_weights
+from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.prompts import MIN_PROMPTS, PromptSet
+from quant.calibration.sampler import SamplerSettings
+from quant.calibration.scales import save_scales
+from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.transformer.meta_model import without_weights
+from quant.weights.fingerprint import model_fingerprint
+from quant.weights.writer import spec_of, split_into_shards, write_safetensors
 
 SHARD_BYTES = 5_000_000_000
 FABRICATED = "fabricated model, prompts of benchmarks.fabricate"

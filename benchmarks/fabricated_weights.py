@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from quant.safetensors_writer import Spec
+from quant.weights.writer import Spec
 
 TAIL = 0.6  # sinh(0.6 x) / its deviation: 0.3 % beyond 4 deviations, and 20 in 70 million
 LOUD_SHARE = 1 / 640  # 8 of 5120 channels

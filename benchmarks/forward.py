@@ -28,9 +28,9 @@ from benchmarks import report
 from benchmarks.random_wan import Inputs, random_inputs, random_transformer, scales_from
 from benchmarks.report import Row
 from benchmarks.timing import device_name, medians_ms, synchronize
-from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
+from quant.kernels.selection import pick_kernels
 from worker.config import FirstBlockCache, MagCache, StepCache
 from worker.memory import CACHED_PER_TOKEN
 from worker.step_cache import step_cache

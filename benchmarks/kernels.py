@@ -22,10 +22,10 @@ import quant
 from benchmarks import report
 from benchmarks.report import Row
 from benchmarks.timing import device_name, medians_ms
-from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm
-from quant.scaling import choose_scale, scale_policy
+from quant.kernels.selection import pick_kernels
+from quant.numerics.scaling import choose_scale, scale_policy
 
 WIDTH, WIDE, HEADS = 5120, 13824, 40
 TOKENS = (32_760, 75_600)

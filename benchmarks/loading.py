@@ -27,7 +27,7 @@ import typer
 from benchmarks import report
 from benchmarks.loading_case import Start
 from benchmarks.report import Row
-from quant.recipe import DEFAULT_RECIPE
+from quant.recipe.recipe import DEFAULT_RECIPE
 
 GIB = 2**30
 TEMPLATE = report.ROOT / "deploy" / "wan-14b.toml"

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import quant
-from quant.fingerprint import read_transformer_config
-from quant.packed_format import SCALES_FILE
-from quant.safetensors_header import stored_tensors
-from quant.skeleton import empty_transformer, materialize
+from quant.packed.format import SCALES_FILE
+from quant.transformer.meta_model import empty_transformer, materialize
+from quant.weights.fingerprint import read_transformer_config
+from quant.weights.header import stored_tensors
 from worker.collector import resting_collector
 from worker.config import WorkerConfig, load_config
 from worker.devices import Device, pick_device

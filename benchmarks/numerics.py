@@ -30,10 +30,10 @@ from benchmarks.miniature import MODEL, bootstrap, psnr_db
 from mini.evaluate import GUIDANCE_SCALE, SAMPLING_STEPS, load_pipeline, sample
 from mini.oracle import Frames
 from mini.scenes import Split, captions_of
-from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
-from quant.wan_block import FusedWanBlock
+from quant.kernels.selection import pick_kernels
+from quant.transformer.wan_block import FusedWanBlock
 from worker.saturation import ActSample, ActShares
 
 STEPS_LOOKED_AT = (0, 5, 10, 15, 19)

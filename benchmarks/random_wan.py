@@ -14,9 +14,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
 import quant
-from quant.act_statistics import ActivationStatistics
-from quant.calibrate import calibrate_transformer
-from quant.prompts import MIN_PROMPTS
+from quant.calibration.act_statistics import ActivationStatistics
+from quant.calibration.calibrate import calibrate_transformer
+from quant.calibration.prompts import MIN_PROMPTS
 
 TEXT_TOKENS = 512
 TEXT_WIDTH = 4096

@@ -6,9 +6,10 @@ A worker needs four steps: `QuantRecipe.load`, `load_scales`, `check_scales` aga
 and tests.
 """
 
-from quant.apply import quantize_transformer
-from quant.calibrate import CalibrationPlan, run_calibration
-from quant.checkpoint import convert
+from quant.calibration.calibrate import CalibrationPlan, run_calibration
+from quant.calibration.prompts import PromptSet
+from quant.calibration.sampler import SamplerSettings
+from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.errors import (
     CalibrationError,
     ConversionError,
@@ -19,11 +20,10 @@ from quant.errors import (
     ScalesMismatch,
     WeightsError,
 )
-from quant.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
-from quant.kernels.copier import Copier, CopierBeside, Reader
-from quant.linear import Hif8Linear
-from quant.metrics import sqnr_db
-from quant.packed import (
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.metrics import sqnr_db
+from quant.packed.convert import convert
+from quant.packed.load import (
     PackedCheckpoint,
     check_packed,
     load_packed,
@@ -31,17 +31,17 @@ from quant.packed import (
     load_packed_beside,
     open_packed,
 )
-from quant.prepare import (
+from quant.recipe.recipe import QuantRecipe
+from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
+from quant.transformer.fuse import (
     PreparedTransformer,
     attention_scales,
     fuse_quantized,
     prepare_transformer,
 )
-from quant.prompts import PromptSet
-from quant.recipe import QuantRecipe
-from quant.report import ConversionReport, ConvertedLinear, weight_bytes
-from quant.sampler import SamplerSettings
-from quant.scales import Scales, check_scales, load_scales, save_scales
+from quant.transformer.quantize import quantize_transformer
+from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
+from quant.weights.reader import Copier, CopierBeside, Reader
 
 __all__ = [
     "CalibrationError",

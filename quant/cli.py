@@ -10,17 +10,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
-from quant.checkpoint import convert
-from quant.codes import codes_markdown
-from quant.describe import describe_scales
+from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.prompts import PromptSet
+from quant.calibration.sampler import resolve_sampler
+from quant.calibration.scales import check_scales, load_scales, save_scales
+from quant.calibration.summary import describe_scales
+from quant.device import usable_device
 from quant.errors import QuantError, ScalesError
-from quant.fingerprint import model_fingerprint, read_transformer_config
-from quant.kernels.accelerators import usable_device
-from quant.prompts import PromptSet
-from quant.recipe import DEFAULT_RECIPE, QuantRecipe
-from quant.sampler import resolve_sampler
-from quant.scales import check_scales, load_scales, save_scales
+from quant.numerics.code_table import codes_markdown
+from quant.packed.convert import convert
+from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.weights.fingerprint import model_fingerprint, read_transformer_config
 
 app = typer.Typer(
     help="Quantize Wan transformers to HiFloat8.", no_args_is_help=True, add_completion=False

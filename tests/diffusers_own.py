@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quant.kernels import reference
+from quant.numerics import reference
 
 
 def with_our_products(transformer: Any) -> Any:

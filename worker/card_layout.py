@@ -2,8 +2,8 @@
 
 With guidance each step is two forward passes, of the prompt and of the negative prompt, that need
 nothing of each other: half of the cards run the one, half the other (CFG split). The cards of a
-half share the tokens (Ulysses, `quant/context_parallel.py`). Without guidance all cards share the
-tokens of the one pass.
+half share the tokens (Ulysses, `quant/transformer/context_parallel.py`). Without guidance all cards
+share the tokens of the one pass.
 """
 
 from __future__ import annotations

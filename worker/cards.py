@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from quant.context_parallel import Ulysses, gather
+from quant.transformer.context_parallel import Ulysses, gather
 from worker.card_layout import CardLayout
 from worker.devices import Device
 from worker.errors import CardFailed, CardsLost

@@ -16,7 +16,7 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 
 from jobs.spec import GenerationRequest
-from quant.context_parallel import gather
+from quant.transformer.context_parallel import gather
 from worker.card_layout import CardLayout
 from worker.cards import Cards
 from worker.devices import Device

@@ -1,7 +1,7 @@
 """The only place in the worker that asks which device it runs on.
 
 CUDA and Ascend (`torch_npu`) mirror each other's module, so one code path serves both; the CPU has
-none and needs none (`quant.kernels.accelerators`). Kernels that differ per device live in
+none and needs none (`quant.device`). Kernels that differ per device live in
 `quant/kernels/`, not here.
 """
 
@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 
-from quant.kernels.accelerators import ACCELERATORS, backend, why_not
-from quant.kernels.choice import KernelChoice, multiplies_fp8, pick_kernels
+from quant.device import ACCELERATORS, backend, why_not
 from quant.kernels.eager import EagerKernels
-from quant.kernels.trial import BlockShape
+from quant.kernels.selection import KernelChoice, multiplies_fp8, pick_kernels
+from quant.kernels.self_test import BlockShape
 from worker.errors import CardsLost, DeviceUnavailable
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
@@ -96,7 +96,8 @@ class Device:
         """The kernels for a mode's blocks; None where they stay as diffusers has them.
 
         Args:
-            quantized, shape, scales_rows, fp8_attention: as `quant.kernels.choice.pick_kernels` has
+            quantized, shape, scales_rows, fp8_attention: as `quant.kernels.selection.pick_kernels`
+            has
                 them.
             emulate: run quantized products in plain torch, bit-true on every device.
         """

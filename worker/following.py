@@ -19,7 +19,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from jobs.spec import GenerationRequest
-from quant.context_parallel import split_tokens
+from quant.transformer.context_parallel import split_tokens
 from worker.cards import Cards
 from worker.config import WorkerConfig
 from worker.denoising import Denoise, Embeddings, OnStep, denoise_among

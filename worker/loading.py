@@ -5,7 +5,7 @@ each scales file and packed checkpoint was made for this model and recipe, wheth
 Only faults of text encoder, VAE, tokenizer and scheduler may be found while first weights are under
 way, and where a mode is quantized here, those of the transformer; the rest is then not read.
 
-Weights go from their files straight to the device (`quant.kernels.copier`). What is materialised
+Weights go from their files straight to the device (`quant.weights.reader`). What is materialised
 where, with the transformer's bytes as the measure:
 - `bf16` alone: the BF16 transformer, on the device.
 - `bf16` with quantized modes, or several quantized ones with scales: the BF16 transformer on the
@@ -34,18 +34,18 @@ from torch import nn
 
 import quant
 from jobs.catalog import ModeOffer
-from quant.fingerprint import read_transformer_config
-from quant.kernels.choice import KernelChoice
 from quant.kernels.eager import EagerKernels
-from quant.kernels.trial import BlockShape
-from quant.safetensors_header import stored_tensors
-from quant.skeleton import (
+from quant.kernels.selection import KernelChoice
+from quant.kernels.self_test import BlockShape
+from quant.transformer.meta_model import (
     check_stored,
     empty_transformer,
     materialize,
     move_buffers,
     shared_skeleton,
 )
+from quant.weights.fingerprint import read_transformer_config
+from quant.weights.header import stored_tensors
 from worker.config import ModeConfig, StepCache, WorkerConfig
 from worker.devices import Device
 from worker.errors import ModelUnusable

@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from quant import QuantRecipe
-from quant.fingerprint import read_transformer_config
-from quant.safetensors_header import stored_tensors
-from quant.skeleton import shared_quantized_skeleton, shared_skeleton
+from quant.transformer.meta_model import shared_quantized_skeleton, shared_skeleton
+from quant.weights.fingerprint import read_transformer_config
+from quant.weights.header import stored_tensors
 from worker.config import WorkerConfig, split_size
 from worker.devices import Device
 from worker.errors import ModelUnusable, TooLittleMemory

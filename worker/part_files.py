@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quant import WeightsError
-from quant.safetensors_header import read_header
+from quant.weights.header import read_header
 from worker.errors import ModelUnusable
 
 CONFIG = "*config.json"

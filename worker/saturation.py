@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from quant.kernels import reference
-from quant.kernels.counting import CountingKernels
 from quant.kernels.interface import Kernels
-from quant.linear import Hif8Linear
-from quant.scaling import choose_scale
-from quant.wan_block import FusedWanBlock
+from quant.kernels.misfit_counter import CountingKernels
+from quant.numerics import reference
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.scaling import choose_scale
+from quant.transformer.wan_block import FusedWanBlock
 
 
 @dataclass(frozen=True, slots=True)

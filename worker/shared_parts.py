@@ -14,9 +14,9 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from quant import Copier, CopierBeside
-from quant.kernels.runs import Wanted
-from quant.safetensors_header import stored_tensors
-from quant.skeleton import allocate, check_stored, without_weights
+from quant.transformer.meta_model import allocate, check_stored, without_weights
+from quant.weights.header import stored_tensors
+from quant.weights.read_plan import Wanted
 from worker.devices import Device
 from worker.errors import ModelUnusable
 from worker.part_files import CONFIG, WEIGHTS, check_files, read_json, read_part

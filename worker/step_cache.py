@@ -16,7 +16,7 @@ from typing import Any
 from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
-from quant.wan_block import FusedWanBlock
+from quant.transformer.wan_block import FusedWanBlock
 from worker.config import FirstBlockCache, StepCache, WorkerConfig
 from worker.errors import ConfigError
 

@@ -2,9 +2,9 @@
 
 Weights are E4M3 codes of HiFloat8 values, shifted up as far as E4M3 reaches: HiFloat8 never has
 more than three mantissa bits, so the shift makes nearly all of them exact (`E4m3Linear.flushed`
-counts the rest). Activations come as E4M3 codes from `quant.kernels.fused`. Products are
+counts the rest). Activations come as E4M3 codes from `quant.kernels.triton_fused`. Products are
 `torch._scaled_mm`, where the recipe allows with one scale per tensor. Attention is torch's own in
-BF16 and cuDNN's in FP8 (`quant.kernels.cudnn_fp8`).
+BF16 and cuDNN's in FP8 (`quant.kernels.cudnn_attention`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from quant.kernels import fused, recode
-from quant.kernels.fused import E4M3
+from quant.kernels import triton_fused, triton_recode
 from quant.kernels.interface import AttentionScales, BlockLinear
-from quant.kernels.plain import JoinedLinear, joined_bias
-from quant.kernels.recode import E4M3_MAX
-from quant.linear import Hif8Linear
-from quant.scaling import is_power_of_two
+from quant.kernels.joined_linear import JoinedLinear, joined_bias
+from quant.kernels.triton_fused import E4M3
+from quant.kernels.triton_recode import E4M3_MAX
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.scaling import is_power_of_two
 
 if TYPE_CHECKING:
-    from quant.kernels.cudnn_fp8 import Fp8Attention
+    from quant.kernels.cudnn_attention import Fp8Attention
 
 E4M3_LARGEST_CODE = 0x7E
 
@@ -43,17 +43,17 @@ class CudaKernels:
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return E4m3Linear(linears)
 
-    add_norm = staticmethod(fused.add_norm)
-    add_gated = staticmethod(fused.add_gated)
-    norm_rope = staticmethod(fused.norm_rope)
-    gelu = staticmethod(fused.gelu)
+    add_norm = staticmethod(triton_fused.add_norm)
+    add_gated = staticmethod(triton_fused.add_gated)
+    norm_rope = staticmethod(triton_fused.norm_rope)
+    gelu = staticmethod(triton_fused.gelu)
 
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
-        return x if act_scale is None else fused.round_act(x, act_scale)
+        return x if act_scale is None else triton_fused.round_act(x, act_scale)
 
     def misfits(self, x: Tensor, act_scale: float) -> Tensor:
         # HiFloat8 has no 448, so that code says that a value lay beyond E4M3.
-        magnitude = fused.round_act(x, act_scale).view(torch.uint8) & 0x7F
+        magnitude = triton_fused.round_act(x, act_scale).view(torch.uint8) & 0x7F
         saturated = (magnitude == E4M3_LARGEST_CODE).sum()
         flushed = ((magnitude == 0) & (x != 0)).sum()
         return torch.stack((saturated, flushed))
@@ -70,7 +70,7 @@ class CudaKernels:
     @cached_property
     def _fp8_attention(self) -> Fp8Attention:
         # Only where a recipe wants it: it needs `nvidia-cudnn-frontend`, which not everybody has.
-        from quant.kernels.cudnn_fp8 import Fp8Attention  # noqa: PLC0415
+        from quant.kernels.cudnn_attention import Fp8Attention  # noqa: PLC0415
 
         return Fp8Attention()
 
@@ -102,12 +102,12 @@ class E4m3Linear(nn.Module):
             ratios = [own / whole for own in own_scales]
             shift = _headroom([value * ratio for value, ratio in zip(largest, ratios, strict=True)])
             for part, ratio, out in zip(qdata, ratios, outs, strict=True):
-                recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
+                triton_recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
             scale = _scalar(whole * 2.0**-shift, device)
         else:
             shift = _headroom(largest)
             for part, out in zip(qdata, outs, strict=True):
-                recode.to_e4m3(part, 2.0**shift, out, self._wrong)
+                triton_recode.to_e4m3(part, 2.0**shift, out, self._wrong)
             own = [each.weight_scale.float() for each in linears]
             by_row = torch.cat([each.expand(n, 1) for each, n in zip(own, rows, strict=True)])
             scale = (by_row * 2.0**-shift).t().contiguous()
@@ -147,11 +147,11 @@ def _known_to_the_host(linears: Sequence[Hif8Linear]) -> tuple[float, list[float
     ]
     if len(scales) < len(linears):
         scales = []
-    ranks = recode.largest_ranks([each.weight_qdata for each in linears])
+    ranks = triton_recode.largest_ranks([each.weight_qdata for each in linears])
     answer: list[float] = torch.cat([*acts, *scales, ranks]).tolist()
     own, largest = answer[len(acts) : -len(linears)], answer[-len(linears) :]
     # What saturates for none of them.
-    return max(answer[: len(acts)]), own, [recode.magnitude(int(rank)) for rank in largest]
+    return max(answer[: len(acts)]), own, [triton_recode.magnitude(int(rank)) for rank in largest]
 
 
 def _scalar(value: float, device: torch.device) -> Tensor:

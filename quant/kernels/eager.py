@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.kernels import reference
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
-from quant.kernels.plain import SeparateLinears
-from quant.linear import Hif8Linear
+from quant.kernels.joined_linear import SeparateLinears
+from quant.numerics import reference
+from quant.numerics.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
 """Of the softmax's numerators, which are at most 1: they reach 256, and E4M3 goes to 448."""

@@ -1,8 +1,8 @@
 """What a Wan block asks of a device: its matrix products, and what stands between them.
 
-`quant.wan_block.FusedWanBlock` is written against this alone. Activations that a quantized product
-takes travel in a form of the kernels' own (HiFloat8 values as BF16 or as E4M3 codes), which only
-the product of the same kernels reads.
+`quant.transformer.wan_block.FusedWanBlock` is written against this alone. Activations that a
+quantized product takes travel in a form of the kernels' own (HiFloat8 values as BF16 or as E4M3
+codes), which only the product of the same kernels reads.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from quant.linear import Hif8Linear
+from quant.numerics.linear import Hif8Linear
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines, [1, S, 1, D] float32, every angle twice."""
 
 KEYS_MULTIPLE = 128
 """FP8 attention is given keys and values with room up to a multiple of this; why is in
-`quant.kernels.cudnn_fp8`."""
+`quant.kernels.cudnn_attention`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import torch
 from benchmarks import loading, loading_case
 from benchmarks.loading_case import Start
 from quant import QuantRecipe, convert
-from quant.packed_format import SHARD_PATTERN
-from quant.safetensors_header import read_header, stored_tensors
+from quant.packed.format import SHARD_PATTERN
+from quant.weights.header import read_header, stored_tensors
 from worker.config import load_config
 from worker.devices import pick_device
 

@@ -9,12 +9,12 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from mini.architecture import TEXT_WIDTH, build_text_encoder, build_tokenizer, build_vae
-from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
-from quant.fingerprint import model_fingerprint
-from quant.prompts import PromptSet
-from quant.recipe import QuantRecipe
-from quant.sampler import SamplerSettings
-from quant.scales import Scales
+from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.prompts import PromptSet
+from quant.calibration.sampler import SamplerSettings
+from quant.calibration.scales import Scales
+from quant.recipe.recipe import QuantRecipe
+from quant.weights.fingerprint import model_fingerprint
 
 PROMPTS = tuple(f"a {colour} {shape}" for colour in ("red", "blue") for shape in "abcde")
 BLOCKS = 4

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quant.context_parallel import Ulysses, gather
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
+from quant.transformer.context_parallel import Ulysses, gather
 
 TOKENS, HEADS, WIDTH = 12, 4, 16
 

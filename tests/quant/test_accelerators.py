@@ -5,8 +5,8 @@ import torch
 from typer.testing import CliRunner
 
 from quant.cli import app
+from quant.device import ACCELERATORS, at_hand, usable_device, why_not
 from quant.errors import QuantError
-from quant.kernels.accelerators import ACCELERATORS, at_hand, usable_device, why_not
 
 
 def test_the_cpu_is_always_there():

@@ -8,13 +8,15 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig
 from torch import nn
 
-from quant.apply import quantize_transformer, select_linears, twin_tree
+from quant.calibration.scales import Scales
 from quant.errors import ConversionError
-from quant.linear import Hif8Linear
-from quant.metrics import sqnr_db
-from quant.recipe import QuantRecipe
-from quant.report import weight_bytes
-from quant.scales import Scales
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.metrics import sqnr_db
+from quant.recipe.recipe import QuantRecipe
+from quant.recipe.selection import select_linears
+from quant.transformer.conversion_report import weight_bytes
+from quant.transformer.module_tree import twin_tree
+from quant.transformer.quantize import quantize_transformer
 
 KINDS = 10
 # Four linears-deep random blocks lose little; this only says that the twin computes the same thing.

@@ -6,15 +6,15 @@ import shutil
 import pytest
 import torch
 
-from quant.act_statistics import ActivationStatistics, InputOf
-from quant.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.act_statistics import ActivationStatistics, InputOf
+from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.prompts import PromptSet
+from quant.calibration.sampler import default_sampler, resolve_sampler
+from quant.calibration.scales import Scales
 from quant.errors import CalibrationError, ConversionError
-from quant.granularity import PerChannel, PerToken
-from quant.prompts import PromptSet
-from quant.recipe import QuantRecipe
-from quant.sampler import default_sampler, resolve_sampler
-from quant.scales import Scales
-from quant.scaling import NUM_BINADES, POLICIES, binade_histogram
+from quant.numerics.granularity import PerChannel, PerToken
+from quant.numerics.scaling import NUM_BINADES, POLICIES, binade_histogram
+from quant.recipe.recipe import QuantRecipe
 
 LINEARS, GROUPS, PROMPTS = 20, 2, 10
 FFN_IN = "blocks.1.ffn.net.0.proj"

@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from quant.context_parallel import Ulysses, split_tokens
 from quant.errors import ConversionError
-from quant.linear import Hif8Linear
-from quant.scaling import POLICIES
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.scaling import POLICIES
+from quant.transformer.context_parallel import Ulysses, split_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 

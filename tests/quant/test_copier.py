@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from quant.errors import WeightsError
-from quant.kernels import copier as copier_module
-from quant.kernels import ways
-from quant.kernels.copier import Copier, CopierBeside
-from quant.kernels.file_reader import FileReader, file_reader
-from quant.kernels.runs import Cut, cut_into_runs
-from quant.kernels.ways import ByFileReader, ByPinnedBuffers, InPlace, Way
-from quant.safetensors_header import read_header, stored_tensors
+from quant.weights import reader as copier_module
+from quant.weights import transfer
+from quant.weights.fastsafetensors_reader import FileReader, file_reader
+from quant.weights.header import read_header, stored_tensors
+from quant.weights.read_plan import Cut, cut_into_runs
+from quant.weights.reader import Copier, CopierBeside
+from quant.weights.transfer import ByFileReader, ByPinnedBuffers, InPlace, Way
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float16)
@@ -68,9 +68,9 @@ def copier(request, library):
 
 
 @pytest.mark.parametrize("run_bytes", [1024, 5000, 1 << 20])
-@pytest.mark.parametrize("slice_bytes", [300, ways.SLICE_BYTES])
+@pytest.mark.parametrize("slice_bytes", [300, transfer.SLICE_BYTES])
 def test_every_tensor_arrives(files, copier, run_bytes, slice_bytes, monkeypatch):
-    monkeypatch.setattr(ways, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(transfer, "SLICE_BYTES", slice_bytes)
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
     reader = copier(run_bytes)
@@ -186,7 +186,7 @@ def test_small_tensors_from_anywhere_in_a_file_are_read_together(tmp_path, libra
 
 def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
     """Where large tensors land beside, by their number; else by their bytes."""
-    monkeypatch.setattr(ways, "AHEAD_BYTES", 100_000)
+    monkeypatch.setattr(transfer, "AHEAD_BYTES", 100_000)
     most = {"landing": 0, "bytes": 0}
 
     class Watched(ByFileReader):
@@ -204,7 +204,7 @@ def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
         targets = {n: torch.empty(s.shape, dtype=dtype or s.dtype) for n, s in stored.items()}
         Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
         check(files, targets)
-    assert most["landing"] == ways.CHUNKS
+    assert most["landing"] == transfer.CHUNKS
     assert 100_000 <= most["bytes"] < 100_000 + 8192
 
 
@@ -526,7 +526,7 @@ def test_beside_what_has_arrived_is_not_kept(files):
     with CopierBeside(Copier(CPU, lambda: way)) as beside:
         beside.read(wanted)
         del wanted
-        for _ in range(2 * ways.BUFFERS):
+        for _ in range(2 * transfer.BUFFERS):
             way.let.release()
         deadline = time.monotonic() + 10
         while first() is not None and time.monotonic() < deadline:

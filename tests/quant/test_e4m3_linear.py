@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from quant import hif8
-from quant.kernels import recode
+from quant.kernels import triton_recode
 from quant.kernels.cuda import E4m3Linear
-from quant.linear import Hif8Linear
-from quant.scaling import choose_scale, scale_policy
+from quant.numerics import hif8
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.scaling import choose_scale, scale_policy
 
 SCALE = torch.tensor(0.5)
 
@@ -51,7 +51,7 @@ def test_every_code_becomes_the_nearest_of_e4m3(factor: float) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(40)  # more than one program
     out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn)
     wrong = torch.zeros(1, dtype=torch.int32)
-    recode.to_e4m3(codes, factor, out, wrong)
+    triton_recode.to_e4m3(codes, factor, out, wrong)
     found = out.float().view(40, 256)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     every = every[every.isfinite()]
@@ -70,7 +70,9 @@ def test_the_largest_magnitude_is_found_whatever_its_sign() -> None:
     order = finite.argsort()
     parts = [order[:size].to(torch.uint8).repeat(50) for size in (1, 77, 200, 256)]
     expected = [finite[part.long()].max().item() for part in parts]
-    assert [recode.magnitude(rank) for rank in recode.largest_ranks(parts).tolist()] == expected
+    assert [
+        triton_recode.magnitude(rank) for rank in triton_recode.largest_ranks(parts).tolist()
+    ] == expected
 
 
 def test_one_scale_is_kept_where_it_serves_all() -> None:

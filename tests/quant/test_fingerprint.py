@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quant import fingerprint
 from quant.errors import QuantError, WeightsError
-from quant.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
+from quant.weights import fingerprint
+from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 
 CONFIGS = (
     "model_index.json",

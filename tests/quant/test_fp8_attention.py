@@ -10,17 +10,17 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quant.calibrate import load_pipeline, run_calibration
-from quant.describe import describe_scales
+from quant.calibration.calibrate import load_pipeline, run_calibration
+from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
+from quant.calibration.summary import describe_scales
 from quant.errors import CalibrationError, ConversionError, ScalesError, ScalesMismatch
 from quant.kernels.eager import EagerKernels, fp8_attention
-from quant.linear import Hif8Linear
-from quant.metrics import sqnr_db
-from quant.prepare import attention_scales, prepare_transformer
-from quant.recipe import QuantRecipe
-from quant.scales import Scales, check_scales, load_scales, save_scales
-from quant.scaling import NUM_BINADES
-from quant.wan_block import FusedWanBlock
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.metrics import sqnr_db
+from quant.numerics.scaling import NUM_BINADES
+from quant.recipe.recipe import QuantRecipe
+from quant.transformer.fuse import attention_scales, prepare_transformer
+from quant.transformer.wan_block import FusedWanBlock
 
 BLOCKS = (1, 2)
 NAMES = tuple(f"blocks.{block}.attn1.{part}" for block in BLOCKS for part in "qkv")

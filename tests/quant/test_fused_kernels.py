@@ -1,5 +1,5 @@
 """The Triton kernels compute what plain torch does. Here Triton's interpreter runs them, on the
-CPU; what a card makes of them `quant.kernels.trial.check_kernels` finds out on the card."""
+CPU; what a card makes of them `quant.kernels.self_test.check_kernels` finds out on the card."""
 
 import importlib
 from types import ModuleType
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import hif8
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, Norm
-from quant.kernels.trial import SMALL, BlockShape, _Between
-from quant.metrics import sqnr_db
+from quant.kernels.self_test import SMALL, BlockShape, _Between
+from quant.numerics import hif8
+from quant.numerics.metrics import sqnr_db
 
 # The interpreter is numpy, which warns of the NaN and the infinities that are put in on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -27,7 +27,7 @@ wrong is below 10."""
 
 @pytest.fixture(scope="module")
 def fused() -> ModuleType:
-    return importlib.import_module("quant.kernels.fused")
+    return importlib.import_module("quant.kernels.triton_fused")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

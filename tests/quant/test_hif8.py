@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant import hif8
+from quant.numerics import hif8
 
 ALL_CODES = torch.arange(256, dtype=torch.int32).to(torch.uint8)
 FINITE = [code for code in range(256) if code not in (0x80, 0x6F, 0xEF)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from quant.linear import Hif8Linear
-from quant.metrics import sqnr_db
-from quant.scaling import POLICIES, choose_scale
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.metrics import sqnr_db
+from quant.numerics.scaling import POLICIES, choose_scale
 
 # Rounding Gaussian weights and inputs costs about 31.5 dB each, so about 28.5 dB together.
 GAUSSIAN_SQNR_DB = 27.5

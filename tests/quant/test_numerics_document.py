@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quant import hif8
-from quant.codes import codes_markdown
-from quant.scaling import POLICIES
+from quant.numerics import hif8
+from quant.numerics.code_table import codes_markdown
+from quant.numerics.scaling import POLICIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "numerics.md"
 CELL = re.compile(r"`([0-9A-F]{2})` \| `([01 ]+)` \| ([^ |]+)")

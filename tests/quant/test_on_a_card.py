@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from quant import hif8
-from quant.kernels.choice import pick_kernels
-from quant.kernels.copier import Copier, CopierBeside
-from quant.kernels.file_reader import FileReader, file_reader
-from quant.kernels.trial import BlockShape
-from quant.kernels.ways import BUFFERS, ByFileReader, ByPinnedBuffers
-from quant.safetensors_header import SMALL_BYTES, stored_tensors
-from quant.safetensors_writer import spec_of, split_into_shards, write_safetensors
-from quant.skeleton import materialize
+from quant.kernels.selection import pick_kernels
+from quant.kernels.self_test import BlockShape
+from quant.numerics import hif8
+from quant.transformer.meta_model import materialize
+from quant.weights.fastsafetensors_reader import FileReader, file_reader
+from quant.weights.header import SMALL_BYTES, stored_tensors
+from quant.weights.reader import Copier, CopierBeside
+from quant.weights.transfer import BUFFERS, ByFileReader, ByPinnedBuffers
+from quant.weights.writer import spec_of, split_into_shards, write_safetensors
 
 pytestmark = pytest.mark.cuda
 
@@ -149,7 +149,7 @@ def test_the_card_runs_its_own_kernels():
 
 
 def test_codes_become_the_same_e4m3_on_card_and_host():
-    from quant.kernels import recode  # noqa: PLC0415 (needs Triton's compiler)
+    from quant.kernels import triton_recode  # noqa: PLC0415 (needs Triton's compiler)
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (3, 70_001), dtype=torch.uint8, generator=generator)
@@ -158,10 +158,10 @@ def test_codes_become_the_same_e4m3_on_card_and_host():
     on_card = codes.to(CARD)
     out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn, device=CARD)
     wrong = torch.zeros(1, dtype=torch.int32, device=CARD)
-    recode.to_e4m3(on_card, 4.0, out, wrong)
+    triton_recode.to_e4m3(on_card, 4.0, out, wrong)
     expected = (values * 4).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8))
     assert wrong.item() == (expected.float() != values * 4).sum()
     finite = values.abs().nan_to_num(0, 0)
-    ranks = recode.largest_ranks(list(on_card)).tolist()
-    assert [recode.magnitude(rank) for rank in ranks] == finite.amax(1).tolist()
+    ranks = triton_recode.largest_ranks(list(on_card)).tolist()
+    assert [triton_recode.magnitude(rank) for rank in ranks] == finite.amax(1).tolist()

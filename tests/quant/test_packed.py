@@ -36,14 +36,10 @@ from quant import (
     quantize_transformer,
     save_scales,
 )
-from quant.apply import twin_tree
 from quant.cli import app
-from quant.fingerprint import read_transformer_config
-from quant.linear import Hif8Linear
-from quant.packed_format import SHARD_PATTERN
-from quant.safetensors_header import SMALL_BYTES, stored_tensors
-from quant.safetensors_writer import spec_of, split_into_shards
-from quant.skeleton import (
+from quant.numerics.linear import Hif8Linear
+from quant.packed.format import SHARD_PATTERN
+from quant.transformer.meta_model import (
     allocate,
     check_stored,
     empty_transformer,
@@ -51,6 +47,10 @@ from quant.skeleton import (
     quantized_skeleton,
     shared_quantized_skeleton,
 )
+from quant.transformer.module_tree import twin_tree
+from quant.weights.fingerprint import read_transformer_config
+from quant.weights.header import SMALL_BYTES, stored_tensors
+from quant.weights.writer import spec_of, split_into_shards
 
 CPU = Copier(torch.device("cpu"))
 NO_HEADERS = [b"", b"\x00" * 7, b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"[1,2,3] "]
@@ -226,7 +226,7 @@ def test_large_tensors_of_a_shard_lie_one_behind_the_other(tiny_model, tiny_reci
 
 
 def test_small_tensors_of_a_file_are_taken_first(made, tiny_model, tiny_recipe, monkeypatch):
-    monkeypatch.setattr("quant.skeleton.SMALL_BYTES", 500)
+    monkeypatch.setattr("quant.transformer.meta_model.SMALL_BYTES", 500)
     packed = opened(made, tiny_model, tiny_recipe)
     skeleton = twin_tree(
         shared_quantized_skeleton(packed.info.transformer_config, tiny_recipe), lambda *_: None

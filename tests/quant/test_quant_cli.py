@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from quant.apply import quantize_transformer
+from quant.calibration.scales import check_scales, load_scales, save_scales
 from quant.cli import app
-from quant.codes import codes_markdown
-from quant.fingerprint import model_fingerprint
-from quant.linear import Hif8Linear
-from quant.recipe import QuantRecipe
-from quant.scales import check_scales, load_scales, save_scales
+from quant.numerics.code_table import codes_markdown
+from quant.numerics.linear import Hif8Linear
+from quant.recipe.recipe import QuantRecipe
+from quant.transformer.quantize import quantize_transformer
+from quant.weights.fingerprint import model_fingerprint
 
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "tan")
 PROMPTS = "\n".join(f"a {colour} box" for colour in COLOURS)

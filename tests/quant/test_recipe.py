@@ -8,9 +8,9 @@ from importlib import resources
 import pytest
 
 from quant.errors import RecipeError
-from quant.granularity import PerChannel, PerTensor, PerToken
-from quant.recipe import QuantRecipe, shipped_recipes
-from quant.scaling import POLICIES
+from quant.numerics.granularity import PerChannel, PerTensor, PerToken
+from quant.numerics.scaling import POLICIES
+from quant.recipe.recipe import QuantRecipe, shipped_recipes
 
 
 def test_the_default_recipe_is_the_papers():
@@ -75,7 +75,7 @@ def test_json_round_trip_is_equal_and_keeps_the_fingerprint(recipe_dict):
 
 
 def test_toml_and_json_files_read_the_same(tmp_path):
-    shipped = resources.files("quant") / "recipes" / "boundary-hif8.toml"
+    shipped = resources.files("quant.recipe") / "presets" / "boundary-hif8.toml"
     text = shipped.read_text(encoding="utf-8")
     (tmp_path / "r.toml").write_text(text, encoding="utf-8")
     (tmp_path / "r.json").write_text(json.dumps(tomllib.loads(text)), encoding="utf-8")

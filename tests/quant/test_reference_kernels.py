@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant import hif8
-from quant.kernels import reference
-from quant.scaling import POLICIES
+from quant.numerics import hif8, reference
+from quant.numerics.scaling import POLICIES
 
 POWERS = [2.0**-20, 2.0**-7, 1.0, 2.0**3, 2.0**20]
 ODD = [0.3, 1 / 15, 7.0]

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from quant.calibration.sampler import SamplerSettings
+from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.errors import CalibrationError, ScalesError, ScalesMismatch
-from quant.sampler import SamplerSettings
-from quant.scales import Scales, check_scales, load_scales, save_scales
-from quant.scaling import NUM_BINADES, POLICIES
+from quant.numerics.scaling import NUM_BINADES, POLICIES
 
 MAX_BYTES = 1_500_000
 COMMAND = f"{shlex.quote(sys.executable)} -m quant calibrate"

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.errors import RecipeError
-from quant.kernels import reference
-from quant.metrics import sqnr_db
-from quant.scaling import (
+from quant.numerics import reference
+from quant.numerics.metrics import sqnr_db
+from quant.numerics.scaling import (
     FIRST_BINADE,
     NUM_BINADES,
     POLICIES,

@@ -11,14 +11,14 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import quant
-from quant.apply import twin_tree
-from quant.kernels.choice import pick_kernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import BlockLinear
-from quant.kernels.plain import JoinedLinear, SeparateLinears
-from quant.kernels.trial import BlockShape, check_kernels
-from quant.linear import Hif8Linear
-from quant.wan_block import FusedWanBlock, fuse_blocks
+from quant.kernels.joined_linear import JoinedLinear, SeparateLinears
+from quant.kernels.selection import pick_kernels
+from quant.kernels.self_test import BlockShape, check_kernels
+from quant.numerics.linear import Hif8Linear
+from quant.transformer.module_tree import twin_tree
+from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
 from tests.diffusers_own import with_our_products
 
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
-from quant.kernels.choice import KernelChoice
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
-from quant.kernels.runs import Wanted
-from quant.scaling import POLICIES
+from quant.kernels.selection import KernelChoice
+from quant.numerics.scaling import POLICIES
+from quant.weights.read_plan import Wanted
 from worker import loading
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.devices import Device
@@ -356,7 +356,9 @@ class FastKernels(EagerKernels):
 def test_blocks_that_run_in_plain_torch_beside_fast_ones_are_said(
     config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    text = (ROOT / "quant" / "recipes" / "boundary-hif8.toml").read_text(encoding="utf-8")
+    text = (ROOT / "quant" / "recipe" / "presets" / "boundary-hif8.toml").read_text(
+        encoding="utf-8"
+    )
     before, _, acts = text.partition("[act]")
     file = tmp_path / "per-token.toml"
     file.write_text(f"{before}[act]{acts.replace('per_tensor', 'per_token', 1)}", encoding="utf-8")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from jobs.spec import GenerationRequest
-from quant import PackedMismatch, QuantRecipe, WeightsError, convert, wan_block, weight_bytes
-from quant.kernels import copier
-from quant.kernels.runs import Run
-from quant.kernels.ways import InPlace
+from quant import PackedMismatch, QuantRecipe, WeightsError, convert, weight_bytes
+from quant.transformer import wan_block
+from quant.weights import reader
+from quant.weights.read_plan import Run
+from quant.weights.transfer import InPlace
 from tests.worker.orders import OWNER, Unwatched
 from worker.config import ModeConfig, WorkerConfig, load_config
 from worker.devices import Device
@@ -110,7 +111,7 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
             super().__init__(*args)
             happened.append("fused")
 
-    monkeypatch.setattr(copier, "best_way", lambda _device: Slow(run_bytes=1 << 16))
+    monkeypatch.setattr(reader, "best_way", lambda _device: Slow(run_bytes=1 << 16))
     monkeypatch.setattr(wan_block, "FusedWanBlock", Noted)
     assert np.array_equal(frames(WanEngine.load(config, device)), at_once)
     assert happened.count("fused") == 40

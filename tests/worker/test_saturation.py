@@ -10,12 +10,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from quant import Scales, fuse_quantized, prepare_transformer, quantize_transformer
-from quant.hif8 import FLUSHED_BELOW, LARGEST, round_to_hif8
-from quant.kernels import reference
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
-from quant.linear import Hif8Linear
-from quant.scaling import scale_policy
+from quant.numerics import reference
+from quant.numerics.hif8 import FLUSHED_BELOW, LARGEST, round_to_hif8
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.scaling import scale_policy
 from tests.diffusers_own import with_our_products
 from worker.saturation import ActSample, ActShares
 

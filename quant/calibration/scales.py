@@ -1,0 +1,267 @@
+"""The scales file: what calibration found out, and for what it holds.
+
+One safetensors file with the scales a quantized model is built with (`<linear>.weight_scale`,
+`<linear>.act_scale`, and for FP8 attention `blocks.2.attn1.q.attention_scale` and so on), the
+statistics they were chosen from, and metadata that says which model, which recipe, which prompts
+and which sampler they belong to. Loading never trusts a file's name: a worker calls `check_scales`
+before it builds anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from quant.calibration.sampler import SamplerSettings
+from quant.device import at_hand
+from quant.errors import RecipeError, ScalesError, ScalesMismatch
+from quant.recipe.recipe import QuantRecipe
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """A loaded scales file. P prompts, G timestep groups (noisiest first), M linears.
+
+    With FP8 attention there are A more tensors, `recipe.attention_inputs`; without, A is 0.
+
+    Attributes:
+        model_fingerprint: of the model they were calibrated on (`quant.weights.fingerprint`).
+        prompts_file: the name of the prompt file, for people; `prompts_sha256` is what counts.
+        linears: full names, in the order of the statistics' first dimension. weight_scale: per
+        linear, [] or [N, 1] float32. act_scale: per linear, [] float32; empty when the recipe finds
+        them per token. weight_amax: [M] float32. act_amax: [M, G, P] float32, largest magnitude a
+        linear's input had. act_mean_square: [M, G, P] float32, mean square of that input.
+        act_binades: [M, G, NUM_BINADES] float32, counts per binade (`quant.numerics.scaling`), all
+        prompts. attention_scale: per query, key and value, [] float32; empty for BF16 attention.
+        attention_amax: [A, G, P] float32; of queries and keys by length of the rotary pairs.
+        attention_mean_square: [A, G, P] float32. attention_binades: [A, G, NUM_BINADES] float32.
+    """
+
+    model_fingerprint: str
+    recipe: QuantRecipe
+    prompts_sha256: str
+    prompts_file: str
+    sampler: SamplerSettings
+    tool_version: str
+    linears: tuple[str, ...]
+    weight_scale: dict[str, Tensor]
+    act_scale: dict[str, Tensor]
+    weight_amax: Tensor
+    act_amax: Tensor
+    act_mean_square: Tensor
+    act_binades: Tensor
+    attention_scale: dict[str, Tensor]
+    attention_amax: Tensor
+    attention_mean_square: Tensor
+    attention_binades: Tensor
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts the statistics come from."""
+        return self.act_amax.shape[2]
+
+
+_STATISTICS = ("weight_amax", "act_amax", "act_mean_square", "act_binades")
+_OF_ATTENTION = ("attention_amax", "attention_mean_square", "attention_binades")
+
+
+def save_scales(scales: Scales, path: Path) -> None:
+    """Write a scales file, whole or not at all.
+
+    Raises:
+        ScalesError: the folder does not exist or cannot be written.
+    """
+    statistics = _STATISTICS + _OF_ATTENTION if scales.attention_scale else _STATISTICS
+    tensors = {name: getattr(scales, name) for name in statistics}
+    tensors |= {f"{name}.attention_scale": x for name, x in scales.attention_scale.items()}
+    tensors |= {f"{name}.weight_scale": scale for name, scale in scales.weight_scale.items()}
+    tensors |= {f"{name}.act_scale": scale for name, scale in scales.act_scale.items()}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model_fingerprint": scales.model_fingerprint,
+        "recipe": scales.recipe.to_json(),
+        "prompts_sha256": scales.prompts_sha256,
+        "prompts_file": scales.prompts_file,
+        "sampler": json.dumps(asdict(scales.sampler)),
+        "tool_version": scales.tool_version,
+        "linears": json.dumps(scales.linears),
+    }
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        Path(f.name).chmod(0o644)
+        Path(f.name).replace(path)
+    except OSError as error:
+        raise ScalesError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_scales(
+    path: Path, *, model_folder: Path | None = None, recipe: QuantRecipe | None = None
+) -> Scales:
+    """Read a scales file.
+
+    Args:
+        model_folder: the model they are wanted for, only named in the command an error recommends.
+        recipe: the recipe they are wanted for, named there, too; `check_scales` looks whether they
+            were made for it.
+
+    Raises:
+        ScalesError: there is no such file, or it is not a scales file.
+        ScalesMismatch: it has another format version, or not the scales `recipe` needs for FP8
+            attention.
+    """
+    if not path.is_file():
+        raise ScalesError(
+            f"there is no scales file {path}; make one with: "
+            f"{calibrate_command(path, model_folder, recipe=recipe)}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+                prompts = metadata.get("prompts_file")
+                command = calibrate_command(path, model_folder, prompts=prompts, recipe=recipe)
+                raise ScalesMismatch(
+                    f"{path} has scales format {metadata['format_version']}, this tool reads "
+                    f"{FORMAT_VERSION}; make fitting ones with: {command}"
+                )
+        # Not by the open file, which takes three times as long for hundreds of scalars.
+        scales = _from_parts(metadata, load(path.read_bytes()))
+    except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
+        raise ScalesError(f"{path} is not a scales file: {error!r}") from error
+    if recipe is not None and recipe.attention_inputs and not scales.attention_scale:
+        command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
+        raise ScalesMismatch(
+            f"{path} has no scales for the FP8 attention of recipe {recipe.name!r}; "
+            f"make them with: {' '.join([command, *scales.sampler.arguments()])}"
+        )
+    return scales
+
+
+def check_scales(
+    scales: Scales,
+    *,
+    model_fingerprint: str,
+    recipe: QuantRecipe,
+    path: Path | None = None,
+    model_folder: Path | None = None,
+) -> None:
+    """Refuse scales that were made for something else.
+
+    Args:
+        path: the scales file, and
+        model_folder: the model's folder, both named in the command an error recommends.
+
+    Raises:
+        ScalesMismatch: another model or recipe; the message ends with the command to run.
+    """
+    if scales.model_fingerprint != model_fingerprint:
+        problem = (
+            f"the scales were calibrated on model {scales.model_fingerprint}, "
+            f"this model is {model_fingerprint}"
+        )
+        arguments, remedy = [], "make"  # the sampler of another model says nothing about this one's
+    elif scales.recipe.fingerprint != recipe.fingerprint:
+        problem = (
+            f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
+            f"this is {recipe.name!r} ({recipe.fingerprint})"
+        )
+        arguments, remedy = scales.sampler.arguments(), "ask for their recipe, or make"
+    else:
+        return
+    command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
+    raise ScalesMismatch(
+        f"{problem}; {remedy} fitting ones with: {' '.join([command, *arguments])}"
+    )
+
+
+def calibrate_command(
+    path: Path | None,
+    model_folder: Path | None,
+    *,
+    prompts: str | None = None,
+    recipe: QuantRecipe | None = None,
+) -> str:
+    """The command line that makes a scales file; what is not known stands in it in upper case.
+
+    It names this very interpreter, which has the toolkit, and an accelerator where there is one.
+    """
+    arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
+    arguments += ["--prompts", prompts or "PROMPTS_FILE", "--out", str(path or "SCALES_FILE")]
+    if recipe:
+        arguments += ["--recipe", recipe.source or recipe.name]
+    if (device := at_hand()) is not None:
+        arguments += ["--device", device]
+    return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
+
+
+def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
+    if "format_version" not in metadata:
+        raise ValueError("its metadata has no format_version")
+    recipe = QuantRecipe.from_json(metadata["recipe"])
+    statistics = {name: tensors.pop(name) for name in _STATISTICS}
+    if recipe.attention_inputs:
+        statistics |= {name: tensors.pop(name) for name in _OF_ATTENTION}
+    else:  # as in every file that is older than FP8 attention
+        for name, like in zip(_OF_ATTENTION, _STATISTICS[1:], strict=True):
+            statistics[name] = statistics[like][:0].clone()
+    kinds = ("weight_scale", "act_scale", "attention_scale")
+    by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for name, tensor in tensors.items():
+        linear, _, kind = name.rpartition(".")
+        by_kind[kind][linear] = tensor
+    _check_scales_themselves(by_kind)
+    missing = set(recipe.attention_inputs) - set(by_kind["attention_scale"])
+    if missing:
+        raise ValueError(f"it has no attention_scale for {min(missing)}")
+    sampler: dict[str, Any] = json.loads(metadata["sampler"])
+    sampler["size"] = tuple(sampler["size"])
+    return Scales(
+        model_fingerprint=metadata["model_fingerprint"],
+        recipe=recipe,
+        prompts_sha256=metadata["prompts_sha256"],
+        prompts_file=metadata["prompts_file"],
+        sampler=SamplerSettings(**sampler),
+        tool_version=metadata["tool_version"],
+        linears=tuple(json.loads(metadata["linears"])),
+        weight_scale=by_kind["weight_scale"],
+        act_scale=by_kind["act_scale"],
+        attention_scale=by_kind["attention_scale"],
+        **statistics,
+    )
+
+
+def _check_scales_themselves(by_kind: dict[str, dict[str, Tensor]]) -> None:
+    found = [
+        tensor.reshape(-1).float() for scales in by_kind.values() for tensor in scales.values()
+    ]
+    if not found or _usable(torch.cat(found)):
+        return
+    for kind, scales in by_kind.items():
+        for name, scale in scales.items():
+            if not _usable(scale):
+                wrong = next(x for x in scale.flatten().tolist() if not 0 < x < math.inf)
+                raise ValueError(f"{name}.{kind} has {wrong}, and scales are positive and finite")
+
+
+def _usable(scale: Tensor) -> bool:
+    return bool(((scale > 0) & scale.isfinite()).all())

@@ -1,0 +1,71 @@
+"""BF16 linears of a block that share their input: one by one, or as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant.numerics import reference
+
+
+class SeparateLinears(nn.Module):
+    """The linears one by one, in plain torch."""
+
+    act_scale: float | None = None
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+        self._linears = tuple(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [reference.product(x, each.weight, each.bias) for each in self._linears]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class JoinedLinear(nn.Module):
+    """Linears that share an input as one BF16 product; their weights become views of its own."""
+
+    act_scale: float | None = None
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = _joined([linear.weight for linear in linears])
+        self.bias = joined_bias(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def joined_bias(linears: Sequence[nn.Module]) -> nn.Parameter | None:
+    """The biases of linears one after the other; None where none has one."""
+    biases = [each.bias for each in linears if isinstance(each.bias, Tensor)]
+    assert len(biases) in (0, len(linears)), "linears of one input have biases, or have none"
+    return _joined(biases) if biases else None
+
+
+def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
+    """Put parameters one after the other into one, of which they become views.
+
+    They keep their identity, so whoever shares them sees the views, too.
+    """
+    base = tensors[0]
+    if len(tensors) == 1:
+        return nn.Parameter(base.data, requires_grad=False)
+    step = base.numel() * base.element_size()
+    storage = base.untyped_storage().data_ptr()
+    if all(
+        each.untyped_storage().data_ptr() == storage
+        and each.data_ptr() == base.data_ptr() + index * step
+        for index, each in enumerate(tensors)
+    ):
+        shape = (sum(each.shape[0] for each in tensors), *base.shape[1:])
+        return nn.Parameter(base.data.as_strided(shape, base.stride()), requires_grad=False)
+    whole = nn.Parameter(torch.cat([each.data for each in tensors]), requires_grad=False)
+    rows = [each.shape[0] for each in tensors]
+    for each, view in zip(tensors, torch.split(whole.data, rows), strict=True):
+        each.data = view
+    return whole

@@ -1,0 +1,122 @@
+"""Which kernels a device runs on, found out by trying them.
+
+Kernels are compiled where they run, by libraries that may not be there and for cards that may not
+do what they say: so each way of running is tried on small tensors and compared with plain torch
+before it is trusted. What fails is said once, and plain torch runs instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from quant.errors import ConversionError
+from quant.kernels.eager import EagerKernels
+from quant.kernels.interface import Kernels
+from quant.kernels.self_test import BlockShape, check_kernels
+
+logger = logging.getLogger(__name__)
+
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability whose tensor cores multiply E4M3."""
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a card's tensor cores multiply E4M3."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """The kernels to run on, and why they are not the device's fastest, if they are not."""
+
+    kernels: Kernels
+    warning: str | None = None
+
+
+def pick_kernels(
+    device: torch.device,
+    *,
+    quantized: bool,
+    shape: BlockShape | None = None,
+    scales_rows: bool = False,
+    fp8_attention: bool = False,
+) -> KernelChoice:
+    """Choose for a mode on `device`: plain torch where nothing better runs.
+
+    Args:
+        quantized: whether the mode multiplies in 8 bits, which not every card can.
+        shape: of the model's blocks, that what is compiled for it is compiled now.
+        scales_rows: whether products may take a scale for each row, too, as `QuantRecipe` has it.
+        fp8_attention: whether its self-attention does, too, which needs `nvidia-cudnn-frontend`.
+
+    Raises:
+        ConversionError: FP8 attention does not run on this card.
+    """
+    if device.type != "cuda":
+        return KernelChoice(EagerKernels())
+    name = torch.cuda.get_device_name(device)
+    if quantized and not multiplies_fp8(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = (
+            f"{name} (compute capability {major}.{minor}) has no FP8 tensor cores, which begin "
+            "with 8.9"
+        )
+        if fp8_attention:
+            raise _no_fp8_attention(reason)
+        return KernelChoice(
+            EagerKernels(),
+            f"{reason}: quantized modes are emulated. They save memory, and take longer than "
+            "bf16, because every weight is decoded to BF16 for every product.",
+        )
+    try:
+        # Needs Triton, which machines without a card do not have.
+        from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
+
+        kernels = CudaKernels()
+        check_kernels(kernels, device, quantized=quantized, shape=shape, scales_rows=scales_rows)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # says nothing of the kernels
+    except Exception as error:
+        # Compilers and drivers fail in every way there is; whichever it is, the model can run.
+        logger.debug("kernels for %s do not run", name, exc_info=True)
+        reason = f"the kernels for {name} do not run ({_reason(error)})"
+        if fp8_attention:
+            raise _no_fp8_attention(reason) from error
+        return KernelChoice(
+            EagerKernels(),
+            f"{reason[0].upper()}{reason[1:]}; plain torch runs instead, which is slower, in "
+            "quantized modes slower than bf16.",
+        )
+    if fp8_attention:
+        _check_fp8_attention(kernels, device, shape, name)
+    return KernelChoice(kernels)
+
+
+def _check_fp8_attention(
+    kernels: Kernels, device: torch.device, shape: BlockShape | None, name: str
+) -> None:
+    try:
+        check_kernels(kernels, device, quantized=True, shape=shape, fp8_attention=True)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise _no_fp8_attention(
+            f"on {name} it ends with {_reason(error)}; it needs the package nvidia-cudnn-frontend "
+            "(the extra `cuda`) and a card that package supports"
+        ) from error
+
+
+def _no_fp8_attention(reason: str) -> ConversionError:
+    """Nothing stands in for it on a card: docs/decisions/016."""
+    return ConversionError(
+        f"FP8 attention does not run here: {reason}; take a recipe with attention 'bf16'"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what it says: compilers begin with where, and end with why."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"[:300]

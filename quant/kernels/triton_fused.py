@@ -1,0 +1,291 @@
+"""What stands between two matrix products of a Wan block, each as one trip through memory.
+
+Triton kernels for CUDA. Each reads BF16, computes in float32, rounds to BF16 wherever the unfused
+block of diffusers does, and writes either BF16 or, when it is given `act_scale`, HiFloat8 values in
+E4M3 codes: x / act_scale rounded to HiFloat8's grid, on which the next product runs
+(`quant.kernels.cuda`). A program handles one row.
+
+Every value of HiFloat8 from 2**-8 to 384, and 2**-9, is an E4M3 value. Larger ones saturate to 448,
+smaller ones go to the nearest of E4M3's subnormals.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales, Norm, Rope
+
+E4M3 = torch.float8_e4m3fn
+_ELEMENTS = 2048  # of an elementwise program
+_WARPS = 4
+
+
+@triton.jit
+def _to_hif8(x):
+    """Round float32 to HiFloat8's grid, half away from zero; E4M3 saturates what is beyond it."""
+    bits = x.to(tl.int32, bitcast=True)
+    distance = tl.abs(((bits >> 23) & 0xFF) - 127)
+    # 3 mantissa bits within three binades of 1, 2 within seven, then 1.
+    coarser = tl.minimum(distance >> 2, 2)
+    half = (1 << 19) << coarser
+    rounded = ((bits + half) & (-2 * half)).to(tl.float32, bitcast=True)
+    # The largest NaN would be carried over into a zero.
+    return tl.where(x == x, rounded, x)  # noqa: PLR0124
+
+
+@triton.jit
+def _put(ptr, x, inverse_scale, mask, ROUND: tl.constexpr):
+    """Write x as BF16, or rounded to HiFloat8 from there."""
+    x = x.to(tl.bfloat16)
+    if ROUND:
+        tl.store(ptr, _to_hif8(x.to(tl.float32) * inverse_scale).to(tl.float8e4nv), mask=mask)
+    else:
+        tl.store(ptr, x, mask=mask)
+
+
+@triton.jit
+def _sum_gated(x_ptr, delta_ptr, gate_ptr, columns, mask, HAS_GATE: tl.constexpr):
+    """x + delta * gate in BF16's precision."""
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.load(delta_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        delta *= tl.load(gate_ptr + columns, mask=mask, other=0.0)
+    return (x + delta).to(tl.bfloat16)
+
+
+@triton.jit
+def _factors(factor_ptr, shift_ptr, columns, mask, PLUS_ONE: tl.constexpr):
+    factor = tl.load(factor_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        factor += 1.0
+    return factor, tl.load(shift_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_norm(
+    x_ptr, delta_ptr, gate_ptr, factor_ptr, shift_ptr, sum_ptr, out_ptr,
+    rows, gate_stride, factor_stride, inverse_scale, eps,
+    K: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_GATE: tl.constexpr, PLUS_ONE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1).to(tl.int64)
+    start = (batch * rows + tl.program_id(0)) * K
+    a = tl.arange(0, A)
+    b = A + tl.arange(0, B)
+    in_a, in_b = a < K, b < K
+    if HAS_DELTA:
+        gate_ptr += batch * gate_stride
+        sum_a = _sum_gated(x_ptr + start, delta_ptr + start, gate_ptr, a, in_a, HAS_GATE)
+        sum_b = _sum_gated(x_ptr + start, delta_ptr + start, gate_ptr, b, in_b, HAS_GATE)
+        tl.store(sum_ptr + start + a, sum_a, mask=in_a)
+        tl.store(sum_ptr + start + b, sum_b, mask=in_b)
+        x_a, x_b = sum_a.to(tl.float32), sum_b.to(tl.float32)
+    else:
+        x_a = tl.load(x_ptr + start + a, mask=in_a, other=0.0).to(tl.float32)
+        x_b = tl.load(x_ptr + start + b, mask=in_b, other=0.0).to(tl.float32)
+    mean = (tl.sum(x_a) + tl.sum(x_b)) / K
+    x_a = tl.where(in_a, x_a - mean, 0.0)
+    x_b = tl.where(in_b, x_b - mean, 0.0)
+    scale = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
+    # Asked for only here: earlier, they cost registers, and those cost programs at work.
+    factor_ptr += batch * factor_stride
+    shift_ptr += batch * factor_stride
+    factor_a, shift_a = _factors(factor_ptr, shift_ptr, a, in_a, PLUS_ONE)
+    factor_b, shift_b = _factors(factor_ptr, shift_ptr, b, in_b, PLUS_ONE)
+    _put(out_ptr + start + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
+    _put(out_ptr + start + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
+
+
+@triton.jit
+def _add_gated(
+    x_ptr, delta_ptr, gate_ptr, out_ptr, rows_per_batch, gate_stride,
+    K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    gate_ptr += row // rows_per_batch * gate_stride
+    a = tl.arange(0, A)
+    b = A + tl.arange(0, B)
+    in_a, in_b = a < K, b < K
+    x_ptr, delta_ptr, out_ptr = x_ptr + row * K, delta_ptr + row * K, out_ptr + row * K
+    tl.store(out_ptr + a, _sum_gated(x_ptr, delta_ptr, gate_ptr, a, in_a, HAS_GATE), mask=in_a)
+    tl.store(out_ptr + b, _sum_gated(x_ptr, delta_ptr, gate_ptr, b, in_b, HAS_GATE), mask=in_b)
+
+
+@triton.jit
+def _turned(
+    x, weight, cos_ptr, sin_ptr, start, rms, N: tl.constexpr, HEAD: tl.constexpr,
+    ROPE: tl.constexpr,
+):  # fmt: skip
+    """Normalise N columns from `start` on, and turn neighbouring pairs."""
+    x = (x * rms * weight).to(tl.bfloat16).to(tl.float32)
+    if ROPE:
+        # diffusers keeps each angle twice; its own pick is the even cosine and the odd sine.
+        if N % HEAD == 0 and (HEAD & (HEAD - 1)) == 0:
+            first, second = tl.split(tl.reshape(x, (N // HEAD, HEAD // 2, 2)))
+            even = 2 * tl.arange(0, HEAD // 2)
+            cos = tl.load(cos_ptr + even)[None, :]
+            sin = tl.load(sin_ptr + even + 1)[None, :]
+        else:
+            first, second = tl.split(tl.reshape(x, (N // 2, 2)))
+            even = (start + 2 * tl.arange(0, N // 2)) % HEAD
+            cos = tl.load(cos_ptr + even)
+            sin = tl.load(sin_ptr + even + 1)
+        turned = tl.join(first * cos - second * sin, first * sin + second * cos)
+        x = tl.reshape(turned, (N,))
+    return x
+
+
+@triton.jit
+def _norm_rope(
+    x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
+    row_stride, rows, kv_rows, eps, q_inverse, k_inverse, v_inverse,
+    K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HEAD: tl.constexpr,
+    ROPE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    batch = tl.program_id(2)
+    a = tl.arange(0, A)
+    b = A + tl.arange(0, B)
+    in_a, in_b = a < K, b < K
+    x_ptr += (batch * rows + row) * row_stride + part * K
+    x_a = tl.load(x_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+    x_b = tl.load(x_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+    if part == 2:
+        v_ptr += (batch * kv_rows + row) * K
+        _put(v_ptr + a, x_a, v_inverse, in_a, ROUND)
+        _put(v_ptr + b, x_b, v_inverse, in_b, ROUND)
+    else:
+        weight_ptr, out_ptr, inverse_scale, out_rows = q_weight_ptr, q_ptr, q_inverse, rows
+        if part == 1:
+            weight_ptr, out_ptr, inverse_scale, out_rows = k_weight_ptr, k_ptr, k_inverse, kv_rows
+        weight_a = tl.load(weight_ptr + a, mask=in_a, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + b, mask=in_b, other=0.0).to(tl.float32)
+        rms = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
+        cos_ptr += row * HEAD
+        sin_ptr += row * HEAD
+        x_a = _turned(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
+        x_b = _turned(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
+        out_ptr += (batch * out_rows + row) * K
+        _put(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
+        _put(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
+
+
+@triton.jit
+def _elementwise(x_ptr, out_ptr, count, inverse_scale, GELU: tl.constexpr, ROUND: tl.constexpr,
+                 N: tl.constexpr):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    mask = place < count
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x³); the
+        # constants hold -2 sqrt(2/pi) / ln(2).
+        x = x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * (x * x))))
+    _put(out_ptr + place, x, inverse_scale, mask, ROUND)
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, act_scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`Kernels.add_norm`; the rows of gate, factor and shift have to be contiguous."""
+    batch, tokens, width = x.shape
+    out = torch.empty_like(x, dtype=x.dtype if act_scale is None else E4M3)
+    total = x if delta is None else torch.empty_like(x)
+    high, low = _parts(width)
+    _add_norm[(tokens, batch)](
+        x, x if delta is None else delta, norm.factor if gate is None else gate,
+        norm.factor, norm.shift, total, out,
+        tokens, _batch_stride(gate), _batch_stride(norm.factor), _inverse(act_scale), norm.eps,
+        K=width, A=high, B=low, HAS_DELTA=delta is not None, HAS_GATE=gate is not None,
+        PLUS_ONE=norm.plus_one, ROUND=act_scale is not None, num_warps=_WARPS,
+    )  # fmt: skip
+    return total, out
+
+
+def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
+    """x + delta * gate as a new tensor: x, delta [B, S, K] bf16, gate [B or 1, K] float32."""
+    batch, tokens, width = x.shape
+    out = torch.empty_like(x)
+    high, low = _parts(width)
+    _add_gated[(batch * tokens,)](
+        x, delta, x if gate is None else gate, out, tokens, _batch_stride(gate),
+        K=width, A=high, B=low, HAS_GATE=gate is not None, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def with_room(tokens: int) -> int:
+    """How many keys FP8 attention is given where `tokens` count
+    (`quant.kernels.cudnn_attention`)."""
+    return -(-tokens // KEYS_MULTIPLE) * KEYS_MULTIPLE
+
+
+def norm_rope(
+    x: Tensor,
+    q_norm: nn.RMSNorm,
+    k_norm: nn.RMSNorm | None,
+    rope: Rope | None,
+    heads: int,
+    scales: AttentionScales | None,
+) -> tuple[Tensor, ...]:
+    """`Kernels.norm_rope`; under `scales` the parts are E4M3, keys and values with room."""
+    batch, tokens, columns = x.shape
+    width = q_norm.weight.shape[0]
+    parts = columns // width
+    dtype = x.dtype if scales is None else E4M3
+    room = tokens if scales is None else with_room(tokens)
+    lengths = (tokens, room, room)
+    outs = [
+        torch.empty(batch, length, heads, width // heads, dtype=dtype, device=x.device)
+        for length in lengths[:parts]
+    ]
+    for out in outs:
+        out[:, tokens:] = 0  # what is masked is multiplied all the same, and may not be NaN
+    q, k, v = (outs[min(index, parts - 1)] for index in range(3))
+    cos, sin = (q_norm.weight, q_norm.weight) if rope is None else rope
+    each_scale = (None, None, None) if scales is None else (scales.q, scales.k, scales.v)
+    high, low = _parts(width)
+    _norm_rope[(tokens, parts, batch)](
+        x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
+        x.stride(1), tokens, room, q_norm.eps, *map(_inverse, each_scale),
+        K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
+        ROUND=scales is not None, num_warps=_WARPS,
+    )  # fmt: skip
+    return tuple(outs)
+
+
+def gelu(x: Tensor, act_scale: float | None) -> Tensor:
+    """GELU in its tanh form: x [...] bf16 contiguous → [...]."""
+    return _map(x, act_scale, gelu=True)
+
+
+def round_act(x: Tensor, act_scale: float) -> Tensor:
+    """Round to HiFloat8: x [...] bf16 contiguous → [...] E4M3."""
+    return _map(x, act_scale, gelu=False)
+
+
+def _map(x: Tensor, act_scale: float | None, *, gelu: bool) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=x.dtype if act_scale is None else E4M3)
+    _elementwise[(triton.cdiv(x.numel(), _ELEMENTS),)](
+        x, out, x.numel(), _inverse(act_scale), GELU=gelu, ROUND=act_scale is not None,
+        N=_ELEMENTS, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Two powers of two that cover a width: 5120 is exactly 4096 + 1024."""
+    high = 1 << (width.bit_length() - 1)
+    return high, triton.next_power_of_2(max(width - high, 2))
+
+
+def _batch_stride(x: Tensor | None) -> int:
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+def _inverse(scale: float | None) -> float:
+    return 1.0 if scale is None else 1.0 / scale

@@ -1,0 +1,228 @@
+"""Pack a transformer: quantize its linears once, and write what a worker then only has to copy.
+
+Runs through the BF16 weights tensor by tensor, so the largest of them is all that memory has to
+hold. `quant.packed.format` says what is written. It appears whole or not at all: written into a
+hidden folder beside, synced, renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.calibration.calibrate import tool_version
+from quant.calibration.scales import Scales, check_scales, load_scales
+from quant.errors import WeightsError
+from quant.numerics import reference
+from quant.packed.format import SCALES_FILE, PackedInfo, scales_origin, shard_name
+from quant.recipe.recipe import QuantRecipe
+from quant.recipe.selection import select_linears
+from quant.transformer.meta_model import check_stored, empty_transformer, quantized_skeleton
+from quant.transformer.quantize import require_scales
+from quant.weights.fingerprint import model_fingerprint, parts_fingerprint, read_transformer_config
+from quant.weights.header import StoredTensor, stored_tensors
+from quant.weights.reader import Copier
+from quant.weights.writer import spec_of, split_into_shards, write_safetensors
+
+SHARD_BYTES = 5_000_000_000
+
+OnTensor = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedReport:
+    """What was written. `weight_bytes` is what the tensors take, `file_bytes` the whole folder."""
+
+    linears: int
+    tensors: int
+    shards: int
+    weight_bytes: int
+    file_bytes: int
+    source_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.linears} linears packed, {self.tensors} tensors in {self.shards} files, "
+            f"{self.weight_bytes:,} bytes of weights instead of {self.source_bytes:,}"
+        )
+
+
+def convert(  # noqa: PLR0913 (what to pack, where to, and two settings of how)
+    model_folder: Path,
+    recipe: QuantRecipe,
+    scales_file: Path,
+    out: Path,
+    *,
+    device: torch.device | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_tensor: OnTensor = lambda done, total: None,
+) -> PackedReport:
+    """Write the packed checkpoint of `recipe` into the new folder `out`.
+
+    Args:
+        device: where linears are quantized; the codes are the same wherever that is.
+        on_tensor: called after each tensor with (done, total).
+
+    Raises:
+        WeightsError: `out` exists, does not fit on its disk or cannot be written, or a tensor of
+            the model is missing, or not as the configuration says.
+        ScalesMismatch: the scales were made for another model or recipe.
+        QuantError: the folder, the recipe or the scales cannot be read or do not fit.
+    """
+    if out.exists():
+        raise WeightsError(f"{out} exists already: remove it first, or name another folder")
+    if not out.absolute().parent.is_dir():
+        raise WeightsError(f"folder {out.parent} for {out.name} does not exist: create it first")
+    fingerprint = model_fingerprint(model_folder)
+    scales = load_scales(scales_file, model_folder=model_folder, recipe=recipe)
+    check_scales(
+        scales,
+        model_fingerprint=fingerprint,
+        recipe=recipe,
+        path=scales_file,
+        model_folder=model_folder,
+    )
+    packing = _Packing(model_folder, recipe, scales, device or torch.device("cpu"))
+    free = shutil.disk_usage(out.absolute().parent).free
+    if packing.packed_bytes > free:
+        raise WeightsError(
+            f"{out} needs {packing.packed_bytes:,} bytes, and {out.absolute().parent} has {free:,} "
+            "free: make room there, or name another folder"
+        )
+    info = PackedInfo(
+        model_fingerprint=fingerprint,
+        parts_fingerprint=parts_fingerprint(model_folder),
+        recipe=recipe,
+        transformer_config=packing.config,
+        scales_sha256=file_sha256(scales_file),
+        scales_from=scales_origin(
+            scales.prompts_file, scales.prompts_sha256, scales.sampler, scales.tool_version
+        ),
+        tool_version=tool_version(),
+    )
+    try:
+        return _write_folder(packing, info, scales_file, out, shard_bytes, on_tensor)
+    except OSError as error:
+        raise WeightsError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a small file, in hexadecimal.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+class _Packing:
+    """The tensors of one packed checkpoint, made one by one from the source's files."""
+
+    def __init__(
+        self, model_folder: Path, recipe: QuantRecipe, scales: Scales, device: torch.device
+    ) -> None:
+        self.config = read_transformer_config(model_folder)
+        source = empty_transformer(self.config)
+        self.linears = select_linears(source, recipe)
+        require_scales(self.linears, recipe, scales)
+        folder = model_folder / "transformer"
+        self.stored = stored_tensors(sorted(folder.glob("*.safetensors")))
+        self._source = source.state_dict()
+        check_stored(self._source, self.stored, source=str(folder), exact=False)
+        self.state = quantized_skeleton(source, recipe).state_dict()
+        self._scales = scales
+        self._copier = Copier(torch.device("cpu"))
+        self._device = device
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the transformer as it would run in BF16."""
+        return sum(tensor.nbytes for tensor in self._source.values())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of what is written."""
+        return sum(tensor.nbytes for tensor in self.state.values())
+
+    def make(self, name: str) -> Tensor:
+        """One tensor of the packed checkpoint, by its name there."""
+        linear, _, kind = name.rpartition(".")
+        if linear in self.linears and kind != "bias":
+            scales = self._scales
+            if kind == "weight_qdata":
+                weight = self._read(f"{linear}.weight").to(self._device)
+                scale = scales.weight_scale[linear].to(self._device)
+                return reference.quantize(weight, scale)
+            return (scales.weight_scale if kind == "weight_scale" else scales.act_scale)[linear]
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        stored: StoredTensor = self.stored[name]
+        wanted = self._source[name]
+        tensor = torch.empty(wanted.shape, dtype=wanted.dtype)
+        self._copier.read([(stored, tensor)])
+        return tensor
+
+
+def _write_folder(
+    packing: _Packing,
+    info: PackedInfo,
+    scales_file: Path,
+    out: Path,
+    shard_bytes: int,
+    on_tensor: OnTensor,
+) -> PackedReport:
+    specs = [spec_of(name, tensor) for name, tensor in packing.state.items()]
+    shards = list(split_into_shards(specs, shard_bytes))
+    done = written = 0
+
+    def make(name: str) -> Tensor:
+        nonlocal done
+        tensor = packing.make(name)
+        done += 1
+        on_tensor(done, len(specs))
+        return tensor
+
+    # A name of its own first: told to end as soon as the folder is there, one knows what to remove.
+    folder = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(0o755)
+        for number, shard in enumerate(shards, 1):
+            metadata = info.to_metadata() | {"shard": f"{number} of {len(shards)}"}
+            file = folder / shard_name(number, len(shards))
+            written += write_safetensors(file, shard, metadata, make)
+        shutil.copyfile(scales_file, folder / SCALES_FILE)
+        _sync(folder / SCALES_FILE)
+        _sync(folder)
+        folder.rename(out)  # fails where somebody has put something there meanwhile
+        _sync(out.absolute().parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return PackedReport(
+        linears=len(packing.linears),
+        tensors=len(specs),
+        shards=len(shards),
+        weight_bytes=packing.packed_bytes,
+        file_bytes=written + scales_file.stat().st_size,
+        source_bytes=packing.source_bytes,
+    )
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,97 @@
+"""The packed checkpoint: what its folder holds, and what its files say of themselves.
+
+A folder with one quantized transformer, by itself:
+- `transformer-00001-of-0000N.safetensors` …: the state dict of the quantized tree. A quantized
+  linear has `<name>.weight_qdata` (uint8, HiFloat8 codes, which the kernels of every device read),
+  `<name>.weight_scale`, `<name>.act_scale` (float32; none where each token gets its own) and its
+  bias; everything else is as it runs, BF16 or FP32. Each file's metadata is a whole `PackedInfo`.
+- `scales.safetensors`: the scales file it was made with, byte for byte: where they come from.
+
+The other parts of the pipeline are named by fingerprint only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from quant.recipe.recipe import QuantRecipe
+
+FORMAT = "wan-hif8-packed"
+FORMAT_VERSION = "1"
+SCALES_FILE = "scales.safetensors"
+SHARD_PATTERN = "transformer-*.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInfo:
+    """The metadata of a packed checkpoint, the same in all of its files.
+
+    Attributes:
+        model_fingerprint: of the pipeline folder it was made from (`quant.weights.fingerprint`).
+        parts_fingerprint: of the same folder without the transformer's weights.
+        transformer_config: the configuration the tree is built from.
+        scales_sha256: of the scales file, which lies beside.
+        scales_from: that file's own account of its origin, for people.
+        tool_version: of the tool that packed.
+    """
+
+    model_fingerprint: str
+    parts_fingerprint: str
+    recipe: QuantRecipe
+    transformer_config: dict[str, Any]
+    scales_sha256: str
+    scales_from: dict[str, Any]
+    tool_version: str
+
+    def to_metadata(self) -> dict[str, str]:
+        """As strings, which is all that safetensors keeps."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model_fingerprint": self.model_fingerprint,
+            "parts_fingerprint": self.parts_fingerprint,
+            "recipe": self.recipe.to_json(),
+            "recipe_fingerprint": self.recipe.fingerprint,
+            "transformer_config": json.dumps(self.transformer_config, sort_keys=True),
+            "scales_sha256": self.scales_sha256,
+            "scales_from": json.dumps(self.scales_from, ensure_ascii=False),
+            "tool_version": self.tool_version,
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Self:
+        """Read what `to_metadata` wrote.
+
+        Raises:
+            LookupError, ValueError, RecipeError: it is not that.
+        """
+        config = json.loads(metadata["transformer_config"])
+        if not isinstance(config, dict):
+            raise ValueError(f"its transformer_config is {config!r}, not an object")
+        return cls(
+            model_fingerprint=metadata["model_fingerprint"],
+            parts_fingerprint=metadata["parts_fingerprint"],
+            recipe=QuantRecipe.from_json(metadata["recipe"]),
+            transformer_config=config,
+            scales_sha256=metadata["scales_sha256"],
+            scales_from=json.loads(metadata["scales_from"]),
+            tool_version=metadata["tool_version"],
+        )
+
+
+def scales_origin(prompts_file: str, prompts_sha256: str, sampler: Any, version: str) -> Any:
+    """What a packed checkpoint says about the scales it was made with."""
+    return {
+        "prompts_file": prompts_file,
+        "prompts_sha256": prompts_sha256,
+        "sampler": asdict(sampler),
+        "tool_version": version,
+    }
+
+
+def shard_name(number: int, count: int) -> str:
+    """The name of one file, counted from 1."""
+    return f"transformer-{number:05d}-of-{count:05d}.safetensors"

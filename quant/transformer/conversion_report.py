@@ -1,0 +1,85 @@
+"""What a conversion did: counts, bytes, and a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from statistics import median
+
+from torch import nn
+
+from quant.tables import align, span
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedLinear:
+    """One linear that was converted.
+
+    Attributes:
+        kind: its name inside the block, `attn1.to_q`.
+        weight_scale: the largest, when there is one per channel.
+        act_scale: None when each token gets its own.
+        weight_sqnr_db: the rounded weights against the original ones.
+    """
+
+    block: int
+    kind: str
+    out_features: int
+    in_features: int
+    weight_scale: float
+    act_scale: float | None
+    weight_sqnr_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """What `quantize_transformer` converted.
+
+    Attributes:
+        weight_bytes: bytes of all tensors the quantized tree uses, shared ones included.
+        source_weight_bytes: the same for the tree it was made from.
+    """
+
+    rows: tuple[ConvertedLinear, ...]
+    blocks: int
+    total_blocks: int
+    weight_bytes: int
+    source_weight_bytes: int
+
+    @property
+    def linears(self) -> int:
+        """How many linears were converted."""
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.linears} linears in {self.blocks} of {self.total_blocks} blocks quantized, "
+            f"{self.weight_bytes:,} bytes of weights instead of {self.source_weight_bytes:,}"
+        )
+
+    def table(self) -> str:
+        """One line per kind of linear: how many, their shape, scales and weight SQNR."""
+        lines: list[tuple[str, ...]] = [
+            ("linear", "blocks", "shape", "weight scale", "act scale", "weight SQNR (min / median)")
+        ]
+        for kind in dict.fromkeys(row.kind for row in self.rows):
+            rows = [row for row in self.rows if row.kind == kind]
+            sqnr = [row.weight_sqnr_db for row in rows]
+            lines.append(
+                (
+                    kind,
+                    str(len(rows)),
+                    f"{rows[0].out_features} x {rows[0].in_features}",
+                    span(row.weight_scale for row in rows),
+                    span(row.act_scale for row in rows if row.act_scale is not None),
+                    f"{min(sqnr):.1f} / {median(sqnr):.1f} dB",
+                )
+            )
+        return align(lines)
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of the distinct tensor storages behind the parameters and buffers of all modules."""
+    tensors = chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules)
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,0 +1,96 @@
+"""Build the quantized twin of a transformer, sharing every tensor that stays as it is.
+
+The twin is a second module tree: its modules are new and its `Hif8Linear`s are its own, but norms,
+embeddings, biases and protected blocks are the very tensors of the first tree. Both can run, in
+turn, on one card for the price of one model plus the 8-bit weights.
+
+What is converted is checked against the recipe, linear by linear: a pattern that matches nothing,
+a block with another number of linears or a transformer with another number of blocks is an error,
+never a smaller conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from quant.calibration.scales import Scales
+from quant.errors import ConversionError
+from quant.numerics.granularity import PerToken
+from quant.numerics.linear import Hif8Linear
+from quant.numerics.metrics import sqnr_db
+from quant.recipe.recipe import QuantRecipe
+from quant.recipe.selection import select_linears
+from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
+from quant.transformer.module_tree import M, twin_tree
+
+
+def quantize_transformer(
+    transformer: M, recipe: QuantRecipe, scales: Scales
+) -> tuple[M, ConversionReport]:
+    """Build a quantized twin that shares every tensor it does not quantize with `transformer`.
+
+    Call `quant.check_scales` first: here the scales are only looked up by name. The first tree is
+    left as it was.
+
+    Raises:
+        ConversionError: the recipe does not fit, a scale is missing, or the tree carries hooks.
+    """
+    targets = select_linears(transformer, recipe)
+    require_scales(targets, recipe, scales)
+    rows: list[ConvertedLinear] = []
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in targets:
+            return None
+        quantized = Hif8Linear.from_linear(
+            targets[name],
+            scales.weight_scale[name],
+            act_scale=scales.act_scale.get(name),
+            act_policy=recipe.act_policy,
+        )
+        rows.append(_row(name, targets[name], quantized))
+        return quantized
+
+    twin = twin_tree(transformer, convert)
+    report = ConversionReport(
+        rows=tuple(rows),
+        blocks=len(recipe.quantized_blocks),
+        total_blocks=recipe.total_blocks,
+        weight_bytes=weight_bytes(twin),
+        source_weight_bytes=weight_bytes(transformer),
+    )
+    return twin, report
+
+
+def require_scales(targets: Iterable[str], recipe: QuantRecipe, scales: Scales) -> None:
+    """Make sure that there are scales for every linear a recipe quantizes.
+
+    Raises:
+        ConversionError: naming the first linear that has none.
+    """
+    names = list(targets)
+    known = set(scales.weight_scale)
+    if not isinstance(recipe.act_granularity, PerToken):
+        known &= set(scales.act_scale)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConversionError(
+            f"the scales have none for {len(missing)} of {len(names)} linears, "
+            f"the first being {missing[0]}: calibrate again with recipe {recipe.name!r}"
+        )
+
+
+def _row(name: str, linear: nn.Linear, quantized: Hif8Linear) -> ConvertedLinear:
+    _, block, kind = name.split(".", 2)
+    weight: Tensor = linear.weight.detach()
+    return ConvertedLinear(
+        block=int(block),
+        kind=kind,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        weight_scale=quantized.weight_scale.max().item(),
+        act_scale=None if quantized.act_scale is None else quantized.act_scale.item(),
+        weight_sqnr_db=sqnr_db(weight, quantized.dequantized_weight(weight.dtype)),
+    )

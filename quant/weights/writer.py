@@ -1,0 +1,103 @@
+"""Writes safetensors files tensor by tensor, so that none but the one in hand is in memory.
+
+The safetensors library takes all tensors of a file at once. The format asks for less: a header with
+every tensor's dtype, shape and place, which are known beforehand, then the data in that order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.weights.header import NAMES, SMALL_BYTES
+
+_HEADER_MULTIPLE = 64  # a header is filled up with blanks, so that the data begins at one
+Spec = tuple[str, torch.dtype, tuple[int, ...]]
+"""A tensor to be written: name, dtype, shape."""
+
+
+def spec_of(name: str, tensor: Tensor) -> Spec:
+    """What the header has to say of a tensor."""
+    return name, tensor.dtype, tuple(tensor.shape)
+
+
+def split_into_shards(specs: Sequence[Spec], shard_bytes: int) -> Iterator[list[Spec]]:
+    """Fill shards one after the other with up to `shard_bytes` each, or one larger tensor.
+
+    Within a shard small tensors go last, so that large ones lie one behind the other and are read
+    at once, and the least of them after those: all others then begin at multiples of 16.
+    """
+    shard: list[Spec] = []
+    size = 0
+    for spec in specs:
+        if shard and size + _nbytes(spec) > shard_bytes:
+            yield _small_last(shard)
+            shard, size = [], 0
+        shard.append(spec)
+        size += _nbytes(spec)
+    if shard:
+        yield _small_last(shard)
+
+
+def write_safetensors(
+    file: Path,
+    specs: Sequence[Spec],
+    metadata: Mapping[str, str],
+    make: Callable[[str], Tensor],
+    *,
+    sync: bool = True,
+) -> int:
+    """Write one file and return its size in bytes.
+
+    Args:
+        make: called once for every name, in order; the tensor has to be as its spec says.
+        sync: whether to wait until it is on disk.
+
+    Raises:
+        OSError: as the system says.
+    """
+    with file.open("xb") as stream:
+        stream.write(_header(specs, metadata))
+        for name, dtype, shape in specs:
+            tensor = make(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name} is not its spec"
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            stream.write(data.numpy().data)
+        stream.flush()
+        if sync:
+            os.fsync(stream.fileno())
+        return stream.tell()
+
+
+def _header(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for spec in specs:
+        name, dtype, shape = spec
+        end = start + _nbytes(spec)
+        fields[name] = {
+            "dtype": NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _HEADER_MULTIPLE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _small_last(shard: list[Spec]) -> list[Spec]:
+    return sorted(shard, key=lambda spec: (_nbytes(spec) < SMALL_BYTES, _nbytes(spec) % 16 != 0))
+
+
+def _nbytes(spec: Spec) -> int:
+    _, dtype, shape = spec
+    count = dtype.itemsize
+    for side in shape:
+        count *= side
+    return count
