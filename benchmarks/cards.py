@@ -33,10 +33,11 @@ from benchmarks.report import Row
 from benchmarks.timing import device_name, medians_ms
 from jobs.spec import GenerationRequest
 from quant.transformer.context_parallel import split_tokens
-from worker.card_layout import CardLayout
-from worker.cards import Cards, meet
-from worker.denoising import Denoise, Embeddings, denoise_among, denoise_on
-from worker.devices import DeviceChoice, pick_device
+from worker.device import DeviceChoice, pick_device
+from worker.distributed.cfg_parallel import denoise_among
+from worker.distributed.layout import CardLayout
+from worker.distributed.rank_group import Cards, meet
+from worker.engine.denoiser import Denoise, Embeddings, denoise_on
 
 RECIPES = {"bf16": None, "w8a8": "boundary-hif8", "w8a8-fp8attn": "boundary-hif8-fp8attn"}
 GUIDANCE = {"guided": 5.0, "unguided": 1.0}

@@ -32,8 +32,8 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
 from quant.kernels.selection import pick_kernels
 from worker.config import FirstBlockCache, MagCache, StepCache
-from worker.memory import CACHED_PER_TOKEN
-from worker.step_cache import step_cache
+from worker.engine.step_cache import step_cache
+from worker.model_loader.memory_plan import CACHED_PER_TOKEN
 
 RECIPES = {"w8a8": "boundary-hif8", "w8a8, FP8 attention": "boundary-hif8-fp8attn"}
 GIB = 2**30

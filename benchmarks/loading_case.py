@@ -23,21 +23,20 @@ from quant.packed.format import SCALES_FILE
 from quant.transformer.meta_model import empty_transformer, materialize
 from quant.weights.fingerprint import read_transformer_config
 from quant.weights.header import stored_tensors
-from worker.collector import resting_collector
 from worker.config import WorkerConfig, load_config
-from worker.devices import Device, pick_device
-from worker.loading import (
+from worker.device import Device, pick_device
+from worker.engine.wan_engine import WanEngine
+from worker.model_loader.components import ComingParts
+from worker.model_loader.loader import load_model, load_modes
+from worker.model_loader.memory_plan import place_model
+from worker.model_loader.mode_plan import (
     check_folder,
     choose_kernels,
     fingerprint_model,
-    load_model,
-    load_modes,
     plan_modes,
 )
-from worker.memory import place_model
-from worker.shared_parts import ComingParts
-from worker.tokenizer import read_tokenizer
-from worker.wan import WanEngine
+from worker.model_loader.tokenizer import read_tokenizer
+from worker.startup import resting_collector
 
 COPY_BYTES = 1 << 30
 COPY_ROUNDS = 3

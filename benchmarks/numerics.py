@@ -34,7 +34,7 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
 from quant.kernels.selection import pick_kernels
 from quant.transformer.wan_block import FusedWanBlock
-from worker.saturation import ActSample, ActShares
+from worker.engine.saturation import ActSample, ActShares
 
 STEPS_LOOKED_AT = (0, 5, 10, 15, 19)
 GOAL_DB = 40.0

@@ -37,11 +37,11 @@ from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from jobs.store.submission import OPEN_OWNER
 from tests.e2e.cluster import Cluster
-from worker.collector import resting_collector
 from worker.config import load_config
-from worker.devices import DeviceChoice, pick_device
-from worker.video import VideoFormat, encode_mp4
-from worker.wan import WanEngine
+from worker.device import DeviceChoice, pick_device
+from worker.engine.wan_engine import WanEngine
+from worker.job.mp4_encoder import VideoFormat, encode_mp4
+from worker.startup import load_engine, resting_collector
 
 PROMPT = "a small red circle moving right on a black background"
 STAGES = ("text_encoder_s", "denoise_s", "vae_s", "mp4_s")
@@ -116,7 +116,7 @@ def run_bare(
     choice: DeviceChoice = "cuda" if device == "cuda" else "cpu"
     on = pick_device(choice, 8)
     with resting_collector():  # as a worker does
-        engine = WanEngine.load(load_config(config), on)
+        engine = load_engine(load_config(config), on)
     found: dict[str, list[Seconds]] = {mode: [] for mode in modes}
     for mode in modes:
         for number in range(rounds + 1):

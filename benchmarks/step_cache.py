@@ -32,8 +32,8 @@ from mini.oracle import Frames, verdicts
 from mini.scenes import Split, captions_of, parse_caption
 from quant.kernels.eager import EagerKernels
 from worker.config import FirstBlockCache, MagCache, StepCache
-from worker.decoding import decode_chunks, denormalize, to_frames
-from worker.step_cache import register_fused_blocks, step_cache
+from worker.engine.step_cache import register_fused_blocks, step_cache
+from worker.engine.vae_decoder import decode_chunks, denormalize, to_frames
 
 RECIPE = "boundary-hif8"
 BASELINE = "no cache"

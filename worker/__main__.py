@@ -1,4 +1,4 @@
-"""`python -m worker [--config FILE]`: what must be so before torch loads, then `worker.start`."""
+"""`python -m worker [--config FILE]`: what must be so before torch loads, then `worker.startup`."""
 
 import gc
 import os
@@ -10,12 +10,12 @@ def run() -> None:
     # service), one thread without a core then holds up all others: on two shared cores a run of
     # the miniature's transformer took over 7 s instead of 0.3 s. Read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Until the worker is ready (`worker.collector`). Imports take a quarter less.
+    # Until the worker is ready (`worker.startup`). Imports take a quarter less.
     gc.disable()
 
     import typer  # noqa: PLC0415
 
-    from worker.start import main  # noqa: PLC0415
+    from worker.startup import main  # noqa: PLC0415
 
     typer.run(main)
 

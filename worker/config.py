@@ -3,7 +3,7 @@
 Typed TOML, checked in full before anything is loaded. A mode is data: a name, and for a quantized
 one a recipe and the scales made with it. Relative paths are relative to the file, so a
 configuration moves with what it names. Whether the model and the scales fit each other is not
-decided here but where they are loaded (`worker/loading.py`).
+decided here but where they are loaded (`worker/model_loader/loader.py`).
 """
 
 from __future__ import annotations

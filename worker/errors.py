@@ -10,8 +10,12 @@
     CardFailed              another card could not do its part of a job
 
 Each message is one sentence or two for an operator: the value, the bound, the remedy.
-`worker/start.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
+`worker/startup.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
 """
+
+from __future__ import annotations
+
+from typing import Final
 
 
 class StartError(Exception):
@@ -44,3 +48,13 @@ class CardsLost(Exception):
 
 class CardFailed(Exception):
     """The job has ended on another card; this one, and that one, are fit for the next."""
+
+
+EXIT_OUT_OF_MEMORY: Final = 82
+"""The status of a process that ran out of memory in two jobs in a row."""
+
+EXIT_DEVICE_LOST: Final = 83
+"""The status of a process whose device does nothing more for it."""
+
+EXIT_HUNG: Final = 81
+"""The status of a process that its watchdog has ended."""

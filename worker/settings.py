@@ -8,9 +8,9 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.logs import LogFormat
-from worker.devices import DeviceChoice
-from worker.drain import DrainChoice
-from worker.steps import StallLimits
+from worker.device import DeviceChoice
+from worker.process.drain import DrainChoice
+from worker.process.stats import StallLimits
 
 
 class WorkerSettings(BaseSettings):

@@ -23,11 +23,11 @@ from jobs.errors import (
 )
 from jobs.record import Attempt, Failure, JobRecord
 from jobs.store.job_store import new_token
-from worker.attempt import Cancelled, Outcome, Released, run_attempt
-from worker.lifeline import Lifeline
-from worker.making import Success, remember_pace
-from worker.outage import keep_asking
-from worker.workplace import Workplace
+from worker.job.attempt import Cancelled, Outcome, Released, run_attempt
+from worker.job.context import Workplace
+from worker.job.generation import Success, remember_pace
+from worker.job.lease import Lifeline
+from worker.process.redis_retry import keep_asking
 
 logger = logging.getLogger(__name__)
 

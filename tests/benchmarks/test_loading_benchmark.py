@@ -15,7 +15,7 @@ from quant import QuantRecipe, convert
 from quant.packed.format import SHARD_PATTERN
 from quant.weights.header import read_header, stored_tensors
 from worker.config import load_config
-from worker.devices import pick_device
+from worker.device import pick_device
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,11 @@ import torch
 
 from jobs.artifacts.store import open_artifacts
 from worker.config import load_config
-from worker.devices import Device, pick_device
-from worker.logs import configure_logging
-from worker.serving import Parts, serve
+from worker.consumer.serve import Parts, serve
+from worker.device import Device, pick_device
+from worker.process.logs import configure_logging
 from worker.settings import WorkerSettings
-from worker.start import open_redis
-from worker.wan import WanEngine
+from worker.startup import load_engine, open_redis
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def main() -> None:
         redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
         device = pick_device(settings.device, settings.threads)
         real = {each.name: getattr(device, each.name) for each in dataclasses.fields(device)}
-        engine = WanEngine.load(load_config(settings.config), FaultyDevice(**real, faults=faults))
+        engine = load_engine(load_config(settings.config), FaultyDevice(**real, faults=faults))
         status = serve(Parts(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids)
     if status:
         os._exit(status)

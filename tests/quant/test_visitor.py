@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant.kernels.visitor import Visitor
+from worker.engine.offload import Visitor
 
 
 def test_a_visitor_is_home_again_after_each_visit():

@@ -26,12 +26,13 @@ from jobs.errors import GenerationCancelled
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from tests.worker.orders import OWNER, order
-from worker.cards import meet
 from worker.config import WorkerConfig, load_config
-from worker.denoising import Denoise, Embeddings, OnStep
-from worker.devices import pick_device
-from worker.following import follow, load_follower
-from worker.wan import WanEngine
+from worker.device import pick_device
+from worker.distributed.follower import follow, load_follower
+from worker.distributed.rank_group import meet
+from worker.engine.denoiser import Denoise, Embeddings, OnStep
+from worker.engine.wan_engine import WanEngine
+from worker.startup import load_engine
 
 TEAMS = (2, 4)
 TINY: dict[str, Any] = {"num_frames": 1, "num_inference_steps": 1}
@@ -138,7 +139,7 @@ def run_card(rank: int, world: int, config: WorkerConfig, folder: Path) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     device = pick_device("cpu", threads=1)
     if world == 1:
-        latents_of = record(WanEngine.load(config, device))
+        latents_of = record(load_engine(config, device))
         for name, wanted in JOBS.items():
             np.save(folder / f"{name}.npy", latents_of(Calm(), **wanted))
         return 0
@@ -148,7 +149,7 @@ def run_card(rank: int, world: int, config: WorkerConfig, folder: Path) -> int:
             for mode in modes:
                 may_fail(mode.transformer, rank, folder)
             return follow(cards, modes)
-        engine = WanEngine.load(config, device, cards)
+        engine = load_engine(config, device, cards)
         for mode in engine.loaded.values():
             may_fail(mode.transformer, rank, folder)
         lead_team(engine, world, folder)

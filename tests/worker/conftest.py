@@ -22,8 +22,9 @@ from quant import (
 )
 from tests.worker.mortal_valkey import MortalValkey
 from worker.config import WorkerConfig, load_config
-from worker.devices import Device, pick_device
-from worker.wan import WanEngine
+from worker.device import Device, pick_device
+from worker.engine.wan_engine import WanEngine
+from worker.startup import load_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED_SCALES = '"../models/wan-mini/scales/boundary-hif8.safetensors"'
@@ -100,4 +101,4 @@ def config(config_file: Path) -> WorkerConfig:
 @pytest.fixture(scope="session")
 def engine(config: WorkerConfig, device: Device) -> WanEngine:
     """The miniature in both modes."""
-    return WanEngine.load(config, device)
+    return load_engine(config, device)

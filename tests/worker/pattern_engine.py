@@ -26,11 +26,11 @@ from jobs.record import Stage
 from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
 from tests.worker.orders import FAILING
-from worker import serving
-from worker.devices import Device
-from worker.engine import Clip, Frame, StageSeconds, Watch
-from worker.logs import configure_logging
-from worker.resident import ResidentWorker
+from worker.consumer import serve
+from worker.consumer.rq_worker import ResidentWorker
+from worker.device import Device
+from worker.engine.interface import Clip, Frame, StageSeconds, Watch
+from worker.process.logs import configure_logging
 from worker.settings import WorkerSettings
 
 OnStep = Callable[[int], None]
@@ -108,7 +108,7 @@ def main() -> None:
     redis_url, artifacts, seconds, *fault = sys.argv[1:]
     if fault and fault[0].isdecimal():
         Unlucky.redis_pid = int(fault.pop())
-        setattr(serving, "ResidentWorker", Unlucky)  # noqa: B010  # a module's, and not its own
+        setattr(serve, "ResidentWorker", Unlucky)  # noqa: B010  # a module's, and not its own
 
     def on_step(step: int) -> None:
         time.sleep(float(seconds))
@@ -119,7 +119,7 @@ def main() -> None:
     ids = configure_logging(settings.log_format)
     engine, store = PatternEngine(on_step), FolderArtifactStore(Path(artifacts))
     with closing(connect(redis_url)) as redis:
-        status = serving.serve(serving.Parts(engine, redis, store), settings, ids)
+        status = serve.serve(serve.Parts(engine, redis, store), settings, ids)
     sys.exit(status)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.card_layout import NEGATIVE, PROMPT, CardLayout, check_cards
+from worker.distributed.layout import NEGATIVE, PROMPT, CardLayout, check_cards
 from worker.errors import ConfigError
 
 

@@ -17,9 +17,9 @@ import pytest
 
 from jobs.catalog import ModeOffer
 from tests.worker.card_crew import JOBS, LAST, TEAMS, faults_of
+from worker.distributed.follower import check_alike, lead
 from worker.errors import CardsUnlike
-from worker.following import check_alike, lead
-from worker.loading import Mode
+from worker.model_loader.loader import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {

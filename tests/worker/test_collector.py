@@ -12,10 +12,10 @@ import pytest
 import typer
 
 from worker import __main__ as entry
-from worker import start
-from worker.collector import resting_collector
+from worker import startup
 from worker.errors import StartError
 from worker.settings import WorkerSettings
+from worker.startup import resting_collector
 
 
 def test_it_rests_until_the_start_is_over() -> None:
@@ -55,7 +55,7 @@ def test_it_rests_while_the_worker_is_imported(monkeypatch: pytest.MonkeyPatch) 
     assert enabled == [False]
 
 
-@pytest.mark.parametrize("begin", [start.start, start.start_follower])
+@pytest.mark.parametrize("begin", [startup.start, startup.start_follower])
 def test_it_rests_while_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, begin: Callable[..., object]
 ) -> None:
@@ -65,7 +65,7 @@ def test_it_rests_while_the_model_is_loaded(
         enabled.append(gc.isenabled())
         raise StartError("enough seen")
 
-    monkeypatch.setattr(start, "load_config", load)
+    monkeypatch.setattr(startup, "load_config", load)
     monkeypatch.setenv("ARTIFACTS_URL", "file:///nowhere")
     with pytest.raises(StartError, match="enough seen"), ExitStack() as opened:
         begin(WorkerSettings(), Path("worker.toml"), opened)

@@ -8,7 +8,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from worker.decoding import decode_chunks, decode_tiled, denormalize, stop_points, to_frames
+from worker.engine.vae_decoder import (
+    decode_chunks,
+    decode_tiled,
+    denormalize,
+    stop_points,
+    to_frames,
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from worker.devices import Device, DeviceChoice, pick_device, usable_cores
+from worker.device import Device, DeviceChoice, pick_device, usable_cores
 from worker.errors import CardsLost, DeviceUnavailable
 
 

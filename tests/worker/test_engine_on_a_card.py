@@ -12,8 +12,9 @@ import torch
 
 from tests.worker.orders import OWNER, Unwatched, order
 from worker.config import FirstBlockCache, StepCache, WorkerConfig, load_config
-from worker.devices import Device, pick_device
-from worker.wan import WanEngine
+from worker.device import Device, pick_device
+from worker.engine.wan_engine import WanEngine
+from worker.startup import load_engine
 
 pytestmark = pytest.mark.cuda
 
@@ -27,7 +28,7 @@ def device() -> Device:
 
 @pytest.fixture(scope="module")
 def engine(device) -> WanEngine:
-    return WanEngine.load(with_encoder("device"), device)
+    return load_engine(with_encoder("device"), device)
 
 
 def with_encoder(place: str) -> WorkerConfig:
@@ -44,7 +45,7 @@ def encoded(engine: WanEngine, prompt: str) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("place", ["encode", "host"])
 def test_the_text_encoder_gives_the_same_wherever_it_lives(engine, device, place):
-    other = WanEngine.load(with_encoder(place), device)
+    other = load_engine(with_encoder(place), device)
     assert other.parts.text_encoder_place == place
     for prompt in ("a small red circle", "a large blue square"):  # also after it has been away
         assert {each.device.type for each in other.parts.text_encoder.parameters()} == {"cpu"}

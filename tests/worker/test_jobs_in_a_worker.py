@@ -29,9 +29,10 @@ from jobs.store.recovery import Recovery
 from jobs.store.submission import Submission
 from tests.worker.orders import order
 from tests.worker.pattern_engine import OnStep, PatternEngine
-from worker.devices import Device
-from worker.journal import EXIT_DEVICE_LOST, Journal
-from worker.resident import ResidentWorker
+from worker.consumer.rq_worker import ResidentWorker
+from worker.device import Device
+from worker.errors import EXIT_DEVICE_LOST
+from worker.process.stats import Journal
 from worker.tasks import WORKPLACE
 
 ORDER = order(model="pattern", mode="plain", size="64x32", num_frames=9, seed=200)

@@ -12,9 +12,10 @@ from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from tests.worker.orders import OWNER, Unwatched, order, unseen
-from worker.prompts import MOST_KEPT, PromptEncoder
-from worker.steps import JobClock, StallLimits, StepTimes
-from worker.wan import WanEngine
+from worker.engine.prompt_encoder import MOST_KEPT, PromptEncoder
+from worker.engine.wan_engine import WanEngine
+from worker.job.progress import JobClock
+from worker.process.stats import StallLimits, StepTimes
 
 RED = order(prompt="a small red circle", negative_prompt="blurry")
 BLUE = order(prompt="a large blue square", negative_prompt="blurry")

@@ -14,9 +14,9 @@ from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.worker.mortal_valkey import MortalValkey
 from tests.worker.orders import order
-from worker import lifeline as module
-from worker.lifeline import ASK_EVERY_S, TELL_EVERY_S, Lifeline
-from worker.outage import Outage
+from worker.job import lease as module
+from worker.job.lease import ASK_EVERY_S, TELL_EVERY_S, Lifeline
+from worker.process.redis_retry import Outage
 
 
 @pytest.fixture
@@ -121,5 +121,7 @@ def test_a_redis_that_is_away_stops_nothing_and_loses_no_progress(
             wait_until(lambda: store.get(attempt.job_id).progress == at(100))
             store.cancel(attempt.job_id)
             wait_until(lambda: line.stop is not None)
-    said = [each.getMessage() for each in caplog.records if each.name == "worker.outage"]
+    said = [
+        each.getMessage() for each in caplog.records if each.name == "worker.process.redis_retry"
+    ]
     assert len(said) == 2, said

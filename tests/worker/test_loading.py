@@ -22,20 +22,19 @@ from quant.kernels.interface import AttentionScales
 from quant.kernels.selection import KernelChoice
 from quant.numerics.scaling import POLICIES
 from quant.weights.read_plan import Wanted
-from worker import loading
 from worker.config import FirstBlockCache, WorkerConfig
-from worker.devices import Device
+from worker.device import Device
 from worker.errors import ModelUnusable
-from worker.loading import (
+from worker.model_loader import loader
+from worker.model_loader.components import ComingParts, load_shared_parts
+from worker.model_loader.loader import load_model, load_modes
+from worker.model_loader.mode_plan import (
     check_folder,
     choose_kernels,
     fingerprint_model,
-    load_model,
-    load_modes,
     plan_modes,
 )
-from worker.shared_parts import ComingParts, load_shared_parts
-from worker.wan import WanEngine
+from worker.startup import load_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -208,7 +207,7 @@ def test_the_copy_of_shared_parts_ends_when_nobody_wants_it_any_more(
             time.sleep(0.01)
             read.append(stored.name)
 
-    monkeypatch.setattr(loading, "_begin_modes", fail)
+    monkeypatch.setattr(loader, "_begin_modes", fail)
     monkeypatch.setattr(Copier, "read", slowly)
     plans = plan_modes(config, fingerprint_model(config))[1:2]
     with pytest.raises(ModelUnusable, match="a damaged transformer"):
@@ -236,7 +235,7 @@ def test_the_transformer_comes_first_unless_it_is_waited_for(
     chosen = config.model_copy(update={"modes": config.modes[modes]})
     plans = plan_modes(chosen, fingerprint_model(config))
     order: list[str] = []
-    begin = loading._begin_modes
+    begin = loader._begin_modes
 
     class Noted(ComingParts):
         def __init__(self, *args: Any) -> None:
@@ -247,8 +246,8 @@ def test_the_transformer_comes_first_unless_it_is_waited_for(
         order.append("transformer")
         return begin(*args)
 
-    monkeypatch.setattr(loading, "ComingParts", Noted)
-    monkeypatch.setattr(loading, "_begin_modes", begin_modes)
+    monkeypatch.setattr(loader, "ComingParts", Noted)
+    monkeypatch.setattr(loader, "_begin_modes", begin_modes)
     load_model(config.model.path, plans, device)
     quantizes = any(mode.scales is not None for mode in chosen.modes)
     assert order == sorted(["transformer", "shared parts"], reverse=not quantizes)
@@ -263,7 +262,7 @@ def test_a_damaged_transformer_is_named(
     model = config.model.model_copy(update={"path": folder})
     bf16 = config.model_copy(update={"model": model, "modes": config.modes[:1]})
     with pytest.raises((ModelUnusable, QuantError)) as caught:
-        WanEngine.load(bf16, device)
+        load_engine(bf16, device)
     assert "transformer/" in str(caught.value)
     assert says_file_and_fault(str(caught.value), folder / "transformer" / part, damage)
 
@@ -277,7 +276,7 @@ def test_a_cut_model_is_not_another_model(
     file.write_bytes(file.read_bytes()[:-10])
     model = config.model.model_copy(update={"path": folder})
     with pytest.raises(QuantError, match=rf"{file} ends after .* within tensor .* was cut"):
-        WanEngine.load(config.model_copy(update={"model": model}), device)
+        load_engine(config.model_copy(update={"model": model}), device)
 
 
 def do_damage(path: Path, damage: str) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from quant import QuantRecipe
-from worker import following
 from worker.config import FirstBlockCache, ModeConfig, ModelConfig, WorkerConfig
-from worker.devices import Device
+from worker.device import Device
+from worker.distributed import follower
+from worker.distributed.follower import load_follower
+from worker.engine.wan_engine import WanEngine
 from worker.errors import TooLittleMemory
-from worker.following import load_follower
-from worker.memory import (
+from worker.model_loader.memory_plan import (
     GIB,
     RESERVE_BYTES,
     ModelBytes,
@@ -22,7 +23,6 @@ from worker.memory import (
     measure_model,
     place_model,
 )
-from worker.wan import WanEngine
 
 LARGE = {
     "num_layers": 40,
@@ -244,7 +244,7 @@ class Ordered:
 def test_a_follower_without_room_loads_nothing(
     config: WorkerConfig, engine: WanEngine, monkeypatch
 ):
-    monkeypatch.setattr(following, "load_modes", lambda *_: pytest.fail("it loads"))
+    monkeypatch.setattr(follower, "load_modes", lambda *_: pytest.fail("it loads"))
     with pytest.raises(TooLittleMemory, match=r"on card 1, .* which has 0\.0 GiB"):
         load_follower(config, Ordered(engine.model.fingerprint))  # type: ignore[arg-type]
 

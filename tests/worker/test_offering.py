@@ -7,8 +7,8 @@ from redis import Redis
 
 from jobs import catalog
 from jobs.catalog import WorkerOffer, WorkerStatus
-from worker.offering import StandingOffer
-from worker.outage import Outage
+from worker.consumer.heartbeat import StandingOffer
+from worker.process.redis_retry import Outage
 
 TEXT = b'{"version": "1.0"}'
 

@@ -14,7 +14,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.outage import Outage, keep_asking
+from worker.process.redis_retry import Outage, keep_asking
 
 
 def failing_once(error: RedisError) -> tuple[Callable[[], str], list[int]]:
@@ -54,7 +54,7 @@ def test_what_would_come_again_is_raised_at_once() -> None:
 
 
 def test_who_is_hurried_gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.outage.HURRIED_S", 0.2)
+    monkeypatch.setattr("worker.process.redis_retry.HURRIED_S", 0.2)
 
     def gone() -> None:
         raise RedisConnectionError("gone")

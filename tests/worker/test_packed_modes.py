@@ -20,10 +20,12 @@ from quant.weights.read_plan import Run
 from quant.weights.transfer import InPlace
 from tests.worker.orders import OWNER, Unwatched
 from worker.config import ModeConfig, WorkerConfig, load_config
-from worker.devices import Device
+from worker.device import Device
+from worker.engine.wan_engine import WanEngine
 from worker.errors import ConfigError, ModelUnusable
-from worker.loading import fingerprint_model, load_modes, plan_modes
-from worker.wan import WanEngine
+from worker.model_loader.loader import load_modes
+from worker.model_loader.mode_plan import fingerprint_model, plan_modes
+from worker.startup import load_engine
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def frames(engine: WanEngine) -> np.ndarray:
 def test_a_packed_worker_makes_the_same_frames(
     packed_config: WorkerConfig, engine: WanEngine, device: Device
 ) -> None:
-    ours = WanEngine.load(alone(packed_config), device)
+    ours = load_engine(alone(packed_config), device)
     assert ours.model.fingerprint == engine.model.fingerprint
     assert ours.modes[0].recipe_fingerprint == engine.modes[1].recipe_fingerprint
     assert np.array_equal(frames(ours), frames(engine))
@@ -97,7 +99,7 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
 ) -> None:
     emulated = packed_config.modes[1].model_copy(update={"exact_emulation": True})
     config = packed_config.model_copy(update={"modes": (emulated,)})
-    at_once = frames(WanEngine.load(config, device))
+    at_once = frames(load_engine(config, device))
     happened: list[str] = []
 
     class Slow(InPlace):
@@ -113,7 +115,7 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
 
     monkeypatch.setattr(reader, "best_way", lambda _device: Slow(run_bytes=1 << 16))
     monkeypatch.setattr(wan_block, "FusedWanBlock", Noted)
-    assert np.array_equal(frames(WanEngine.load(config, device)), at_once)
+    assert np.array_equal(frames(load_engine(config, device)), at_once)
     assert happened.count("fused") == 40
     assert "read" in happened[happened.index("fused") :]
 
@@ -127,13 +129,13 @@ def test_packed_alone_needs_no_other_transformer(
     shutil.copytree(path / "vae", folder / "vae", dirs_exist_ok=True)
     model = packed_config.model.model_copy(update={"path": folder})
     config = packed_config.model_copy(update={"model": model})
-    engine = WanEngine.load(alone(config), device)
+    engine = load_engine(alone(config), device)
     assert engine.model.fingerprint == fingerprint_model(packed_config)
     assert frames(engine).shape == (1, 96, 96, 3)
 
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelUnusable, match=r"are not those that .*packed beside"):
-        WanEngine.load(alone(config), device)
+        load_engine(alone(config), device)
 
 
 def test_another_recipe_is_refused_before_anything_is_loaded(

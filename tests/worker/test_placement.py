@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from quant.kernels.visitor import Visitor
 from tests.worker.orders import OWNER, Unwatched, order
 from worker.config import WorkerConfig
-from worker.devices import Device
+from worker.device import Device
+from worker.engine.offload import Visitor
+from worker.engine.wan_engine import WanEngine
 from worker.errors import TooLittleMemory
-from worker.wan import WanEngine
+from worker.startup import load_engine
 
 
 def with_model(config: WorkerConfig, **values: object) -> WorkerConfig:
@@ -23,7 +24,7 @@ def with_model(config: WorkerConfig, **values: object) -> WorkerConfig:
 def test_the_text_encoder_gives_the_same_wherever_it_lives(
     config: WorkerConfig, engine: WanEngine, device: Device, place: str
 ) -> None:
-    other = WanEngine.load(with_model(config, text_encoder=place), device)
+    other = load_engine(with_model(config, text_encoder=place), device)
     assert other.parts.text_encoder_place == place
     for prompt in ("a small red circle", "a large blue square"):  # also after it has been away
         request = order(prompt=prompt)
@@ -48,7 +49,7 @@ class Stopping(Unwatched):
 def test_a_job_that_stops_while_it_encodes_leaves_the_encoder_fit(
     config: WorkerConfig, engine: WanEngine, device: Device
 ) -> None:
-    other = WanEngine.load(with_model(config, text_encoder="encode"), device)
+    other = load_engine(with_model(config, text_encoder="encode"), device)
     with pytest.raises(KeyboardInterrupt):
         other.prompts.encode(order(), Stopping(), OWNER)
     ours, _ = other.prompts.encode(order(), Unwatched(), OWNER)
@@ -59,7 +60,7 @@ def test_a_job_that_stops_while_it_encodes_leaves_the_encoder_fit(
 def test_the_encoder_visits_the_device_only_for_what_is_new(
     config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = WanEngine.load(with_model(config, text_encoder="encode"), device).prompts
+    prompts = load_engine(with_model(config, text_encoder="encode"), device).prompts
     visits: list[Visitor] = []
     lend = Visitor.on_device
 
@@ -88,11 +89,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
 ) -> None:
     small = SmallDevice(device.kind, device.name, room=1 << 30)
     with pytest.raises(TooLittleMemory, match=r"needs .* GiB .* which has 1\.0 GiB\. To make it"):
-        WanEngine.load(config, small)
-    WanEngine.load(config, replace(small, room=16 << 30))
+        load_engine(config, small)
+    load_engine(config, replace(small, room=16 << 30))
 
 
 def test_tiling_is_what_the_configuration_says(config: WorkerConfig, device: Device) -> None:
     for wanted, tiled in (("on", True), ("off", False), ("auto", False)):
-        engine = WanEngine.load(with_model(config, vae_tiling=wanted), device)
+        engine = load_engine(with_model(config, vae_tiling=wanted), device)
         assert engine.parts.vae_tiling is tiled

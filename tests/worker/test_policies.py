@@ -23,9 +23,10 @@ from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.worker.conduct import ORDER, QUEUE
 from tests.worker.pattern_engine import OnStep, PatternEngine
-from worker.devices import Device, DeviceMemory
-from worker.journal import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY, Journal
-from worker.resident import ResidentWorker
+from worker.consumer.rq_worker import ResidentWorker
+from worker.device import Device, DeviceMemory
+from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
+from worker.process.stats import Journal
 
 SHORT = ORDER.model_copy(update={"num_inference_steps": 2})
 

@@ -8,7 +8,7 @@ from redis import Redis
 
 from jobs import catalog
 from service.tokens import TokenCounter, cleaned
-from worker.wan import WanEngine
+from worker.engine.wan_engine import WanEngine
 
 AWKWARD = {
     "plain": "a small red circle moving right on a black background",

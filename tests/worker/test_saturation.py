@@ -17,7 +17,7 @@ from quant.numerics.hif8 import FLUSHED_BELOW, LARGEST, round_to_hif8
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import scale_policy
 from tests.diffusers_own import with_our_products
-from worker.saturation import ActSample, ActShares
+from worker.engine.saturation import ActSample, ActShares
 
 
 def linear(scale: float | None) -> Hif8Linear:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from worker.scratch import LOCK, PREFIX, UNLOCKED_S, scratch_folder, sweep
+from worker.process.scratch import LOCK, PREFIX, UNLOCKED_S, scratch_folder, sweep
 
 HOLD = """
 import sys, tempfile, time
 tempfile.tempdir = sys.argv[1]
-from worker.scratch import scratch_folder
+from worker.process.scratch import scratch_folder
 with scratch_folder() as folder:
     (folder / "video.mp4").write_bytes(b"half")
     print(folder, flush=True)

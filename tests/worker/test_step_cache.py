@@ -20,12 +20,12 @@ from quant import Scales, prepare_transformer
 from quant.kernels.eager import EagerKernels
 from tests.worker.orders import OWNER, order
 from worker.config import FirstBlockCache, MagCache, StepCache, WorkerConfig, load_config
-from worker.devices import Device
-from worker.engine import Clip
+from worker.device import Device
+from worker.engine.interface import Clip
+from worker.engine.step_cache import check_one_card
+from worker.engine.wan_engine import WanEngine
 from worker.errors import ConfigError
-from worker.loading import Mode
-from worker.step_cache import check_one_card
-from worker.wan import WanEngine
+from worker.model_loader.loader import Mode
 
 STEPS = 5
 SHORT: dict[str, Any] = {"num_frames": 1, "num_inference_steps": STEPS}

@@ -7,7 +7,8 @@ import pytest
 from jobs.durations import Pace
 from jobs.record import Stage
 from tests.worker.orders import order
-from worker.steps import FINISH_S, JobClock, StallLimits, StepTimes
+from worker.job.progress import FINISH_S, JobClock
+from worker.process.stats import StallLimits, StepTimes
 
 ORDER = order(num_inference_steps=4)
 LIMITS = StallLimits(floor_s=15, first_step_s=600)
@@ -17,7 +18,7 @@ LIMITS = StallLimits(floor_s=15, first_step_s=600)
 def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """A clock that stands still until it is told to go on."""
     now = [1000.0]
-    monkeypatch.setattr("worker.steps.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("worker.job.progress.time.monotonic", lambda: now[0])
 
     def go_on(seconds: float) -> None:
         now[0] += seconds

@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.fabricated_tokenizer import write_tokenizer
 from jobs.catalog import tokenizer_fingerprint
-from worker import loading, tokenizer, wan
+from worker import startup
 from worker.config import WorkerConfig
-from worker.devices import Device
+from worker.device import Device
 from worker.errors import ModelUnusable
-from worker.tokenizer import ModelTokenizer, read_tokenizer
-from worker.wan import WanEngine
+from worker.model_loader import loader, mode_plan, tokenizer
+from worker.model_loader.tokenizer import ModelTokenizer, read_tokenizer
+from worker.startup import load_engine
 
 TEXT = "a red ball <extra_id_3> over the 海 \u20ac"
 
@@ -182,7 +183,7 @@ def test_it_is_read_while_kernels_are_tried(
     config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, tried = threading.Event(), threading.Event()
-    choose = loading.choose_kernels
+    choose = mode_plan.choose_kernels
 
     def read(folder: Path) -> ModelTokenizer:
         begun.set()
@@ -195,9 +196,9 @@ def test_it_is_read_while_kernels_are_tried(
         tried.set()
         return choices
 
-    monkeypatch.setattr(wan, "read_tokenizer", read)
-    monkeypatch.setattr(wan, "choose_kernels", choose_kernels)
-    engine = WanEngine.load(config, device)
+    monkeypatch.setattr(startup, "read_tokenizer", read)
+    monkeypatch.setattr(startup, "choose_kernels", choose_kernels)
+    engine = load_engine(config, device)
     assert engine.tokenizer_text == (config.model.path / "tokenizer/tokenizer.json").read_bytes()
 
 
@@ -206,7 +207,7 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start(
     config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
     failing, loading_begun = threading.Event(), threading.Event()
-    choose, load = loading.choose_kernels, loading.load_model
+    choose, load = mode_plan.choose_kernels, loader.load_model
 
     def read(folder: Path) -> ModelTokenizer:
         if known == "meanwhile":
@@ -224,9 +225,9 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start(
         loading_begun.set()
         return load(*args)
 
-    monkeypatch.setattr(wan, "read_tokenizer", read)
-    monkeypatch.setattr(wan, "choose_kernels", choose_kernels)
-    monkeypatch.setattr(wan, "load_model", load_model)
+    monkeypatch.setattr(startup, "read_tokenizer", read)
+    monkeypatch.setattr(startup, "choose_kernels", choose_kernels)
+    monkeypatch.setattr(startup, "load_model", load_model)
     with pytest.raises(ModelUnusable, match="is no tokenizer"):
-        WanEngine.load(config, device)
+        load_engine(config, device)
     assert loading_begun.is_set() == (known == "meanwhile")

@@ -29,7 +29,7 @@ from tests.worker.orders import order
 from worker.config import WorkerConfig
 from worker.errors import ConfigError
 from worker.settings import WorkerSettings
-from worker.start import pick_cards
+from worker.startup import pick_cards
 
 ROOT = Path(__file__).resolve().parents[2]
 

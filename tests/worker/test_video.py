@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jobs.errors import GenerationFailed
-from worker.engine import Frame
-from worker.video import VideoFormat, encode_mp4
+from worker.engine.interface import Frame
+from worker.job.mp4_encoder import VideoFormat, encode_mp4
 
 FORMAT = VideoFormat(width=96, height=64, num_frames=17, fps=8)
 

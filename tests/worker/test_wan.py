@@ -16,11 +16,12 @@ from jobs.record import Stage
 from tests.diffusers_own import with_our_products
 from tests.worker.orders import OWNER, order, unseen
 from worker.config import WorkerConfig
-from worker.devices import Device
-from worker.engine import Frame
-from worker.loading import load_modes, plan_modes
-from worker.shared_parts import load_shared_parts
-from worker.wan import WanEngine
+from worker.device import Device
+from worker.engine.interface import Frame
+from worker.engine.wan_engine import WanEngine
+from worker.model_loader.components import load_shared_parts
+from worker.model_loader.loader import load_modes
+from worker.model_loader.mode_plan import plan_modes
 
 # Short clips where the length does not matter: 5 frames are two latent ones.
 SHORT: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 1}

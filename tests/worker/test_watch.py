@@ -14,12 +14,12 @@ from jobs.record import Attempt, Progress, Stage
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.worker.orders import order
-from worker.drain import SAME_WISH_S, Drain, JobInHand
-from worker.lifeline import Lifeline
-from worker.outage import Outage
-from worker.steps import JobClock, StallLimits, StepTimes
-from worker.watch import GivenBack, JobWatch
-from worker.watchdog import Watchdog
+from worker.job.lease import Lifeline
+from worker.job.progress import GivenBack, JobClock, JobWatch
+from worker.job.watchdog import Watchdog
+from worker.process.drain import SAME_WISH_S, Drain, JobInHand
+from worker.process.redis_retry import Outage
+from worker.process.stats import StallLimits, StepTimes
 
 
 class Site:
@@ -104,7 +104,7 @@ def test_a_worker_that_finishes_gives_back_only_when_told_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("worker.drain.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("worker.process.drain.time.monotonic", lambda: clock[0])
     site.drain.tell()
     site.watch.check()
     clock[0] += SAME_WISH_S / 2

@@ -3,7 +3,8 @@
 import threading
 import time
 
-from worker.watchdog import EXIT_HUNG, Watchdog
+from worker.errors import EXIT_HUNG
+from worker.job.watchdog import Watchdog
 
 
 class Ends:
@@ -27,7 +28,7 @@ def test_silence_ends_the_process_after_the_last_words() -> None:
 
 
 def test_last_words_that_hang_are_not_waited_for_long(monkeypatch) -> None:
-    monkeypatch.setattr("worker.watchdog.LAST_WORDS_S", 0.2)
+    monkeypatch.setattr("worker.job.watchdog.LAST_WORDS_S", 0.2)
     ends, never = Ends(), threading.Event()
     with Watchdog(0.1, lambda: never.wait(30), ends):
         assert ends.came.wait(10)

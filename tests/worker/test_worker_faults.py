@@ -16,9 +16,8 @@ from jobs.store.job_store import JobStore
 from tests.worker.conduct import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
 from tests.worker.mortal_valkey import MortalValkey
 from tests.worker.pattern_engine import PatternEngine
-from worker.journal import EXIT_OUT_OF_MEMORY
-from worker.resident import ResidentWorker
-from worker.watchdog import EXIT_HUNG
+from worker.consumer.rq_worker import ResidentWorker
+from worker.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY
 
 REDELIVERED_WITHIN_S = 30
 """What is promised of the job of a killed worker, as long as another worker is idle."""

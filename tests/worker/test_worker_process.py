@@ -21,8 +21,8 @@ from jobs import catalog
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from tests.worker.orders import order
-from worker.journal import EXIT_DEVICE_LOST
-from worker.start import main
+from worker.errors import EXIT_DEVICE_LOST
+from worker.startup import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,7 +168,7 @@ def test_a_device_that_fails_at_the_start_ends_the_process_at_once(
     class Left(BaseException):
         pass
 
-    monkeypatch.setattr("worker.start.start", fail)
+    monkeypatch.setattr("worker.startup.start", fail)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Left, match=str(EXIT_DEVICE_LOST)):
         main(config_file)

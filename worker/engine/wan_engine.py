@@ -1,0 +1,205 @@
+"""Wan2.1 text-to-video, resident on one device in one or more modes.
+
+The text encoder, the VAE and the scheduler's configuration exist once; each mode has its own
+transformer, sharing what it can, and its own `WanPipeline` around it. The pipeline does the
+denoising; encoding the prompt (`worker/engine/prompt_encoder.py`) and decoding the latents are
+called one by one, so that each stage is timed, reports progress, and can be stopped.
+
+The same request gives the same frames: the noise is drawn on the CPU from the seed, whatever the
+device, and each run has a scheduler of its own. Never here: queues, files, Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import WanPipeline
+from torch import Tensor
+
+import quant
+from jobs.catalog import ModelOffer, ModeOffer
+from jobs.errors import GenerationFailed
+from jobs.record import Stage
+from jobs.spec import GenerationRequest
+from worker.config import ModelConfig
+from worker.device import Device
+from worker.engine.checks import checked, require_finite
+from worker.engine.denoiser import Denoise, denoise_on
+from worker.engine.interface import Clip, Frame, StageSeconds, Watch
+from worker.engine.prompt_encoder import PromptEncoder
+from worker.engine.saturation import ActSample
+from worker.engine.step_cache import step_cache
+from worker.engine.vae_decoder import (
+    decode_chunks,
+    decode_tiled,
+    denormalize,
+    stop_points,
+    to_frames,
+)
+from worker.model_loader.components import SharedParts
+from worker.model_loader.loader import Mode
+
+logger = logging.getLogger(__name__)
+
+
+class WanEngine:
+    """The engine of one worker: one model, one device, its modes. One job at a time.
+
+    Attributes:
+        loaded: the modes by name, in the order of the configuration.
+        tokenizer_text: of `tokenizer.json`, which `model.tokenizer` names.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fingerprint: str,
+        device: Device,
+        parts: SharedParts,
+        modes: tuple[Mode, ...],
+        denoise: Denoise | None = None,
+    ) -> None:
+        """denoise: how; by default all of it on `device`."""
+        self.config = config
+        self.device = device
+        self.parts = parts
+        self._denoise = denoise or denoise_on(device)
+        self.loaded = {mode.offer.name: mode for mode in modes}
+        self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
+        self.prompts = PromptEncoder(parts, device, config)
+        self.tokenizer_text = parts.tokenizer.text
+        self.model: ModelOffer = config.offer(fingerprint, parts.tokenizer.fingerprint)
+        self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
+
+    def describe(self) -> list[str]:
+        """The facts of the start log: what was loaded, converted, and how many bytes it takes."""
+        lines = [
+            f"model: {self.model.name} ({self.model.fingerprint})",
+            f"device: {self.device.name}",
+            f"modes: {', '.join(mode.name for mode in self.modes)}",
+            f"prompts: at most {self.config.text_tokens} tokens, counted "
+            f"with tokenizer {self.model.tokenizer}",
+        ]
+        for name, mode in self.loaded.items():
+            if mode.report is not None:
+                lines.append(f"mode {name}: {mode.report}")
+            if mode.step_cache is not None:
+                cache = mode.step_cache
+                lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
+            lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
+            lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
+        together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
+        lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
+        rest = quant.weight_bytes(self.parts.text_encoder, self.parts.vae)
+        lines.append(f"text encoder and VAE: {_bytes(rest)}")
+        memory = self.device.memory()
+        if memory is not None:
+            lines.append(
+                f"device memory: {_bytes(memory.allocated_bytes)} in use, "
+                f"{_bytes(memory.peak_bytes)} at most, of {_bytes(memory.total_bytes)}"
+            )
+        return lines
+
+    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
+        """Encode the prompt and denoise; frames are decoded as the caller takes them.
+
+        The clip's seconds are wall time with the device synchronised at the end of each stage.
+        `vae_s` counts only the time spent decoding, not what the caller does between two frames.
+        """
+        self._refuse_misfits(request)
+        pipeline = self._pipelines[request.mode]
+        pipeline.scheduler = self._scheduler(request.size)
+        seconds = StageSeconds()
+        with self._timed(seconds, "text_encoder_s"):
+            embeddings = self.prompts.encode(request, watch, owner)
+        sample = ActSample(pipeline.transformer)
+
+        def on_step(done: int) -> None:
+            watch.progress(Stage.DENOISE, done, request.num_inference_steps)
+            if done == request.num_inference_steps // 2:
+                sample.arm()
+
+        on_step(0)
+        caching = self.loaded[request.mode].step_cache
+        steps = request.num_inference_steps
+        try:
+            with (
+                self._timed(seconds, "denoise_s"),
+                step_cache(pipeline.transformer, caching, steps),
+            ):
+                latents = self._denoise(pipeline, request, embeddings, on_step)
+                require_finite(
+                    latents,
+                    f"Denoising in mode {request.mode!r}",
+                    "Try another mode or another seed; if all of them fail, the model's files or "
+                    "its scales are damaged.",
+                )
+        finally:
+            sample.disarm()
+            pipeline.scheduler = self.parts.scheduler  # the run's own holds latents
+        frames = self._frames(latents, seconds, watch)
+        return Clip(frames, request.num_frames, seconds, sample.shares())
+
+    def _refuse_misfits(self, request: GenerationRequest) -> None:
+        """Refuse what the pipeline would round or cut; a job may be older than this worker."""
+        if request.mode not in self.loaded or request.size not in self.config.sizes:
+            raise GenerationFailed(
+                f"This worker serves modes {', '.join(self.loaded)} at sizes "
+                f"{', '.join(self.config.sizes)}, not {request.mode} at {request.size}."
+            )
+        if request.num_frames % 4 != 1 or request.num_frames > self.config.max_frames:
+            raise GenerationFailed(
+                f"num_frames is {request.num_frames}, not 4k+1 up to {self.config.max_frames}."
+            )
+        self.prompts.refuse_too_long(request)
+
+    def _frames(self, latents: Tensor, seconds: StageSeconds, watch: Watch) -> Generator[Frame]:
+        """Decode frame by frame; only the time inside the VAE counts."""
+        vae = self.parts.vae
+        total = latents.shape[2]
+        watch.progress(Stage.VAE, 0, total)
+        latents = denormalize(vae, latents.to(self.device.vae_dtype))
+        decode = decode_tiled if self.parts.vae_tiling else decode_chunks
+        with checked(stop_points(vae), watch.check):
+            chunks = decode(vae, latents)
+            for done in range(1, total + 1):
+                with self._timed(seconds, "vae_s"):
+                    frames = to_frames(next(chunks))
+                watch.progress(Stage.VAE, done, total)
+                yield from frames
+
+    def _scheduler(self, size: str) -> Any:
+        """A fresh scheduler: it keeps state, and a cancelled run leaves it half way."""
+        pattern = self.parts.scheduler
+        shift = self.config.flow_shift.get(size)
+        return pattern.from_config(
+            pattern.config, **({} if shift is None else {"flow_shift": shift})
+        )
+
+    @contextmanager
+    def _timed(self, seconds: StageSeconds, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.device.synchronize()
+        setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
+
+
+def _pipeline(parts: SharedParts, mode: Mode) -> WanPipeline:
+    pipeline = WanPipeline(
+        tokenizer=None,  # prompts come embedded
+        text_encoder=None,
+        vae=parts.vae,
+        scheduler=parts.scheduler,
+        transformer=mode.transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _bytes(count: int) -> str:
+    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count:,} bytes ({count / size:.1f} {unit})"

@@ -1,0 +1,35 @@
+"""What a job needs besides its id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+
+from jobs.artifacts.store import ArtifactStore
+from jobs.store.job_store import JobStore
+from worker.engine.interface import Engine
+from worker.process.drain import Drain, JobInHand
+from worker.process.stats import Journal, StallLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where one job is run: by which worker, with what, and under which rules.
+
+    Attributes:
+        scratch: a folder for unfinished files.
+        job: the delivery at hand; everything else is the same for every job of the worker.
+    """
+
+    worker: str
+    engine: Engine
+    redis: Redis
+    store: JobStore
+    artifacts: ArtifactStore
+    scratch: Path
+    journal: Journal
+    drain: Drain
+    limits: StallLimits
+    job: JobInHand

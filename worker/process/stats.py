@@ -1,0 +1,109 @@
+"""What a worker process remembers from job to job, whatever becomes of its connection to Redis."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from jobs.catalog import ModeStatus
+from jobs.record import Stage
+from worker.engine.saturation import ActShares
+from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
+from worker.process.redis_retry import Outage
+
+KEPT: Final = 50
+"""Of each kind of step, this many of the latest durations are remembered."""
+
+
+OUT_OF_MEMORY_LIMIT: Final = 2
+
+
+@dataclass(frozen=True)
+class StallLimits:
+    """How long a job may be silent: at least `floor_s`, and `first_step_s` where no step of its
+    kind was measured yet (kernels are compiled and tuned then)."""
+
+    floor_s: float = 15.0
+    first_step_s: float = 600.0
+
+
+class StepTimes:
+    """The latest durations of steps, by the shape of the request and the stage."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, Stage], deque[float]] = defaultdict(
+            lambda: deque(maxlen=KEPT)
+        )
+
+    def add(self, shape: str, stage: Stage, seconds: float) -> None:
+        self._seconds[shape, stage].append(seconds)
+
+    def median(self, shape: str, stage: Stage) -> float | None:
+        found = self._seconds.get((shape, stage))
+        return statistics.median(found) if found else None
+
+    def slow(self, shape: str, stage: Stage) -> float | None:
+        """What one step in ten exceeds; of fewer than ten the longest."""
+        found = sorted(self._seconds.get((shape, stage), ()))
+        return found[(9 * len(found) - 1) // 10] if found else None
+
+
+class Journal:
+    """One for each process. Jobs write it, in turn; the status is read from another thread.
+
+    Attributes:
+        exit_status: what the process is to end with now; None while it is fit for another job.
+    """
+
+    def __init__(self) -> None:
+        self.outage = Outage()
+        self.step_times = StepTimes()
+        self.exit_status: int | None = None
+        self._out_of_memory = 0
+        self._lock = threading.Lock()
+        self._done = 0
+        self._steps: dict[str, deque[float]] = {}
+        self._shares: dict[str, ActShares] = {}
+
+    def succeeded(self) -> None:
+        self._out_of_memory = 0
+        with self._lock:
+            self._done += 1
+
+    def out_of_memory(self) -> None:
+        """A job has filled the memory. The second without a success in between is the last one:
+        either nothing fits any more, or memory leaks; a fresh process has all of it."""
+        self._out_of_memory += 1
+        if self._out_of_memory >= OUT_OF_MEMORY_LIMIT:
+            self.exit_status = EXIT_OUT_OF_MEMORY
+
+    def device_lost(self) -> None:
+        self.exit_status = EXIT_DEVICE_LOST
+
+    def measured(self, mode: str, steps: Sequence[float], shares: ActShares | None) -> None:
+        """Add a job's denoising steps, and its sample of activations if one was taken."""
+        with self._lock:
+            self._steps.setdefault(mode, deque(maxlen=KEPT)).extend(steps)
+            if shares is not None:
+                self._shares[mode] = shares
+
+    @property
+    def jobs_done(self) -> int:
+        return self._done
+
+    def modes(self) -> dict[str, ModeStatus]:
+        """What was measured in each mode that has run."""
+        with self._lock:
+            return {mode: self._mode(mode) for mode in self._steps}
+
+    def _mode(self, mode: str) -> ModeStatus:
+        steps, shares = self._steps[mode], self._shares.get(mode)
+        return ModeStatus(
+            step_s=statistics.median(steps) if steps else None,
+            saturated_share=None if shares is None else shares.saturated,
+            flushed_share=None if shares is None else shares.flushed,
+        )
