@@ -33,8 +33,8 @@
         ├── GenerationTimedOut
         └── PromptTooLong      more tokens than the text encoder takes
 
-The classes know nothing of HTTP (`service/problems.py` maps them) and nothing of torch. A failure
-crosses Redis as `code` and `detail`, never as a traceback.
+The classes know nothing of HTTP (`service/middleware/problems.py` maps them) and nothing of torch.
+A failure crosses Redis as `code` and `detail`, never as a traceback.
 """
 
 from collections.abc import Sequence

@@ -16,28 +16,32 @@ from jobs.redis_client import connect
 from jobs.store.job_store import JobStore
 from jobs.store.queue_positions import Places
 from jobs.store.webhook_outbox import Outbox
-from service import openapi, problems
-from service.admission import Admission
-from service.auth import Gate
-from service.body_limit import BodyLimit
-from service.deps import Parts
-from service.events.hub import EventHub
-from service.keys import KeyStore
-from service.links import LinkSigner
-from service.metrics.exposition import Exposition
-from service.metrics.readers import Readers
-from service.observed import Observed
-from service.queue_places import QueuePlaces
-from service.rate import RateLimiter
-from service.readiness import Readiness
-from service.remembered import Remembered
-from service.routes import events, health, jobs, models, operations, videos
-from service.security_headers import SecurityHeaders
+from service.api import openapi
+from service.api.deps import Parts
+from service.api.events.hub import EventHub
+from service.api.openai import errors as openai_errors
+from service.api.openai import routes as videos
+from service.api.openai.schemas import VideoObject
+from service.api.routes import events, health, jobs, models, operations
+from service.auth.admission import Admission
+from service.auth.api_keys import KeyStore
+from service.auth.gate import Gate
+from service.auth.rate_limit import RateLimiter
+from service.lookups.cached import Remembered
+from service.lookups.queue_positions import QueuePlaces
+from service.lookups.token_counter import TokenCounter
+from service.maintenance.scheduler import Housekeeping
+from service.maintenance.tasks import chores
+from service.middleware import problems
+from service.middleware.body_limit import BodyLimit
+from service.middleware.host_check import HostCheck, OriginCheck
+from service.middleware.request_log import Observed
+from service.middleware.security_headers import SecurityHeaders
+from service.monitoring.access import Readers
+from service.monitoring.exposition import Exposition
+from service.monitoring.readiness import Readiness
+from service.schemas.video_url import LinkSigner
 from service.settings import ServiceSettings
-from service.tokens import TokenCounter
-from service.upkeep.chores import chores
-from service.upkeep.housekeeping import Housekeeping
-from service.wall import HostCheck, OriginCheck
 
 MAX_BODY_BYTES = 256 * 1024
 """Far above the longest prompt any model takes, even with every character escaped."""
@@ -100,8 +104,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     for routes in (jobs, events, videos, models, operations, health):
         app.include_router(routes.router)
-    problems.install(app)
-    openapi.install(app)
+    problems.install(app, {openai_errors.PREFIX: openai_errors.response})
+    openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])
     return app
 
 

@@ -18,10 +18,10 @@ from redis.exceptions import RedisError
 from jobs.artifacts.store import open_artifacts
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.redis_client import connect
-from service.keys import ApiKey, KeyRefused, KeyStore, Role
+from service.auth.api_keys import ApiKey, KeyRefused, KeyStore, Role
+from service.maintenance.retention import Retention, RetentionBusy, told
+from service.server import sentences, start
 from service.settings import RedisSettings, ServiceSettings
-from service.start import sentences, start
-from service.upkeep.retention import Retention, RetentionBusy, told
 
 app = typer.Typer(
     help="Run the service, configured by the environment, or do one of the commands.",

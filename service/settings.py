@@ -33,6 +33,7 @@
 An empty variable counts as absent, as it does for the worker.
 """
 
+import ipaddress
 from datetime import timedelta
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -43,9 +44,8 @@ from redis.connection import parse_url
 
 from jobs.logs import LogFormat
 from jobs.redis_keys import RECORD_TTL_S
-from service.loopback import is_loopback
-from service.rate import check_rate
-from service.upkeep.keep import Keep
+from service.auth.rate_limit import check_rate
+from service.schemas.expiry import Keep
 from service.webhooks.settings import WebhookSettings
 
 Hours = Annotated[float, Field(gt=0, le=RECORD_TTL_S / 3600, allow_inf_nan=False)]
@@ -171,3 +171,13 @@ def _is_web_address(url: str) -> bool:
         return False
     is_bare = not (parts.query or parts.fragment or "?" in url or "#" in url)
     return parts.scheme in ("http", "https") and bool(parts.hostname) and has_port and is_bare
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a host is this machine, without asking a name server."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

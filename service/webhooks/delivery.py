@@ -16,11 +16,11 @@ from jobs.errors import JobNotFound, RecordUnreadable
 from jobs.record import JobRecord
 from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Lease, Outbox, Outcome, WebhookStatus
-from service.views import JobView
+from service.schemas.jobs import JobView
 from service.webhooks.message import Signer, WebhookMessage
-from service.webhooks.rules import Target, TargetRefused, WebhookRules
-from service.webhooks.schedule import Schedule
+from service.webhooks.retry import Schedule
 from service.webhooks.sender import Answer, Sender
+from service.webhooks.url_rules import Target, TargetRefused, WebhookRules
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pydantic import BaseModel, Field
 from standardwebhooks import Webhook
 
-from service.views import JobView
+from service.schemas.jobs import JobView
 
 
 class WebhookMessage(BaseModel):

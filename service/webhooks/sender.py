@@ -10,8 +10,8 @@ from typing import Final
 
 import httpx
 
-from service.webhooks.addresses import AddressRefused, Resolve, check_address, resolve
-from service.webhooks.rules import Target, is_literal
+from service.webhooks.ip_rules import AddressRefused, Resolve, check_address, resolve
+from service.webhooks.url_rules import Target, is_literal
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Final
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings
 
-from service.webhooks.rules import HostRule, WebhookRules, is_literal
+from service.webhooks.url_rules import HostRule, WebhookRules, is_literal
 
 SECRET_PREFIX: Final = "whsec_"
 SECRET_BYTES: Final = range(24, 65)

@@ -12,7 +12,7 @@ from deploy.local import client
 from deploy.local.errors import Refused
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
-from service.keys import KeyStore, Role
+from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
 from tests.service.process import address, service
 

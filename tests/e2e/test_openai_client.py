@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs import redis_keys
-from service.keys import KeyStore, Role
+from service.auth.api_keys import KeyStore, Role
 from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.stack import ROOT, describe_video
 

@@ -12,7 +12,7 @@ from jobs.record import JobRecord, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 from jobs.store.submission import Submission
-from service.keys import KeyStore, Role
+from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
 
 MakeKey = Callable[..., dict[str, str]]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import uvicorn
 
+from service.api.events.hub import EventHub
 from service.app import create_app
-from service.events.hub import EventHub
+from service.server import Server
 from service.settings import ServiceSettings
-from service.start import Server
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import pytest
 from redis import Redis
 
 from jobs.errors import RateLimited, Unauthenticated
-from service.admission import Admission
-from service.auth import Gate, Principal
-from service.keys import KeyStore, Role
-from service.rate import RateLimiter
+from service.auth.admission import Admission
+from service.auth.api_keys import KeyStore, Role
+from service.auth.gate import Gate, Principal
+from service.auth.rate_limit import RateLimiter
 
 
 @pytest.fixture

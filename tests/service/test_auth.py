@@ -11,9 +11,9 @@ from jobs.catalog import WorkerOffer
 from jobs.errors import Unauthenticated
 from jobs.store.job_store import JobStore
 from service.app import create_app
-from service.auth import REMEMBERED_S, Gate
-from service.keys import KeyStore, Role
-from service.rate import RateLimiter
+from service.auth.api_keys import KeyStore, Role
+from service.auth.gate import REMEMBERED_S, Gate
+from service.auth.rate_limit import RateLimiter
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey
 
@@ -163,7 +163,7 @@ def test_use_is_noted_but_not_every_time(
 def test_what_is_remembered_is_bounded(
     redis: Redis, key_store: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.auth.MOST_REMEMBERED", 3)
+    monkeypatch.setattr("service.auth.gate.MOST_REMEMBERED", 3)
     gate = Gate(key_store, RateLimiter(redis, "600/minute"), may_be_open=False)
     tokens = [key_store.add(f"k{n}", Role.USER)[1] for n in range(5)]
     for _ in range(2):

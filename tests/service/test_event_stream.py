@@ -22,11 +22,11 @@ from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import events
 from jobs.store.job_store import JobStore
+from service.api.events import hub
+from service.api.events.hub import SMALLEST_SHARE, Follower
+from service.api.events.stream import EventStream
 from service.app import MAX_BODY_BYTES
-from service.events import hub
-from service.events.hub import SMALLEST_SHARE, Follower
-from service.events.stream import EventStream
-from service.keys import Role
+from service.auth.api_keys import Role
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey
 from tests.service.event_source import EventSource, Sent, read, stream

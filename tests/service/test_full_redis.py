@@ -10,7 +10,7 @@ from redis import Redis
 
 from jobs.catalog import WorkerOffer
 from service.app import create_app
-from service.keys import Role
+from service.auth.api_keys import Role
 from service.settings import ServiceSettings
 from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
 
@@ -38,7 +38,7 @@ def test_who_has_a_key_goes_on_reading_and_is_not_counted(
     ops = make_key("op", Role.OPS, rate="100/minute")
     finished, queued = make_job("alice", video=True), make_job("alice")
     assert client.get(f"/jobs/{finished.id}", headers=ops).status_code == 200
-    caplog.set_level(logging.INFO, "service.rate")
+    caplog.set_level(logging.INFO, "service.auth.rate_limit")
     with full(redis):
         for path in ("/jobs", "/models", f"/jobs/{finished.id}", f"/v1/videos/{queued.id}"):
             assert client.get(path, headers=ops).status_code == 200
@@ -55,7 +55,7 @@ def test_who_has_a_key_goes_on_reading_and_is_not_counted(
         # What takes no room is done: deleting is a way out.
         assert client.delete(f"/v1/videos/{finished.id}", headers=ops).status_code == 200
     assert client.delete(f"/jobs/{queued.id}", headers=ops).status_code == 200
-    told = [record.message for record in caplog.records if record.name == "service.rate"]
+    told = [record.message for record in caplog.records if record.name == "service.auth.rate_limit"]
     assert [text.split(",")[0] for text in told] == ["Redis is full", "Redis has room again"]
 
 

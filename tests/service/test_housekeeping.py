@@ -16,8 +16,8 @@ from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from service.app import create_app
+from service.maintenance.scheduler import Housekeeping, Task
 from service.settings import ServiceSettings
-from service.upkeep.housekeeping import Housekeeping, Task
 
 PATIENCE_S = 20.0
 
@@ -52,7 +52,7 @@ def run_rounds(work: Faulty, rounds: int) -> None:
 
 
 def test_a_task_goes_on_after_any_fault(caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="service.upkeep.housekeeping"):
+    with caplog.at_level(logging.INFO, logger="service.maintenance.scheduler"):
         run_rounds(Faulty(RedisConnectionError("no route"), ValueError("a mistake of ours")), 4)
 
     assert [record.getMessage() for record in caplog.records] == [
@@ -66,7 +66,7 @@ def test_a_task_goes_on_after_any_fault(caplog: pytest.LogCaptureFixture):
 
 
 def test_a_lasting_fault_is_logged_once(caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="service.upkeep.housekeeping"):
+    with caplog.at_level(logging.INFO, logger="service.maintenance.scheduler"):
         run_rounds(Faulty(*(RedisConnectionError(f"port {n}") for n in range(5))), 6)
 
     assert [record.getMessage() for record in caplog.records] == [

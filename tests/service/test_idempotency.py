@@ -11,7 +11,7 @@ from redis import Redis
 from jobs import catalog
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
-from service.keys import Role
+from service.auth.api_keys import Role
 from tests.service.conftest import MakeKey
 
 BODY = {"prompt": "a small red circle", "mode": "bf16"}

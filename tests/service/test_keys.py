@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from jobs import redis_keys
-from service.keys import KeyRefused, KeyStore, Role, proves, split
+from service.auth.api_keys import KeyRefused, KeyStore, Role, proves, split
 
 
 def test_a_key_is_shown_once_and_kept_as_a_hash(key_store: KeyStore, redis: Redis) -> None:

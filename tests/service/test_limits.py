@@ -9,8 +9,8 @@ from redis import Redis
 from jobs.errors import RateLimited
 from jobs.store.job_store import JobStore
 from service.app import create_app
-from service.keys import Role
-from service.rate import RateLimiter
+from service.auth.api_keys import Role
+from service.auth.rate_limit import RateLimiter
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeKey
 

@@ -12,7 +12,7 @@ from redis import Redis
 
 from jobs import redis_keys
 from service.app import create_app
-from service.links import LinkSigner, video_path
+from service.schemas.video_url import LinkSigner, video_path
 from service.settings import ServiceSettings
 from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
 

@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 
 from jobs.catalog import WorkerOffer
-from service.keys import KeyStore, Role
+from service.auth.api_keys import KeyStore, Role
 from tests.service.process import address, service
 
 

@@ -25,8 +25,8 @@ from jobs.store import counters
 from jobs.store.job_store import JobStore
 from jobs.store.submission import Submission
 from service.app import create_app
-from service.auth import REMEMBERED_S
-from service.keys import KeyStore, Role
+from service.auth.api_keys import KeyStore, Role
+from service.auth.gate import REMEMBERED_S
 from service.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[2]

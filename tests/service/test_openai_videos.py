@@ -13,9 +13,9 @@ from jobs.artifacts.store import open_artifacts
 from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
 from jobs.store.job_store import JobStore
+from service.api.openai.job_progress import Outlook, outlooks
+from service.api.openai.schemas import VideoObject
 from service.app import MAX_BODY_BYTES, create_app
-from service.openai.outlook import Outlook, outlooks
-from service.openai.views import VideoObject
 from service.settings import ServiceSettings
 from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
 

@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 
 from jobs.catalog import WorkerOffer
 from jobs.spec import GenerationBody
-from service.openai.errors import ErrorAnswer
-from service.openai.views import VideoObject
-from service.problem_document import Problem
-from service.views import JobView
+from service.api.openai.errors import ErrorAnswer
+from service.api.openai.schemas import VideoObject
+from service.schemas.jobs import JobView
+from service.schemas.problem import Problem
 
 
 @pytest.fixture

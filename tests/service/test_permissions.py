@@ -12,8 +12,8 @@ from redis import Redis
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
 from service.app import create_app
-from service.keys import KeyStore, Role
-from service.links import LinkSigner, video_path
+from service.auth.api_keys import KeyStore, Role
+from service.schemas.video_url import LinkSigner, video_path
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey
 from tests.service.permissions import CALLERS, DOCUMENT, ROWS, Row, table

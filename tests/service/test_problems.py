@@ -8,8 +8,8 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from jobs.errors import AppError, InvalidSpec
-from service import problems
 from service.app import create_app
+from service.middleware import problems
 from service.settings import ServiceSettings
 
 
@@ -21,7 +21,9 @@ def tree(root: type[AppError] = AppError) -> Iterator[type[AppError]]:
 
 @pytest.mark.parametrize("error", list(tree()), ids=lambda e: e.__name__)
 def test_every_error_is_in_the_table(error: type[AppError]) -> None:
-    assert error in problems.STATUS_OF, f"{error.__name__} has no status in service/problems.py"
+    assert error in problems.STATUS_OF, (
+        f"{error.__name__} has no status in service/middleware/problems.py"
+    )
     made = InvalidSpec.of("f", 1, "2", "d") if error is InvalidSpec else error("d")
     problem = problems.from_error(made, "/x y")
     assert problem.code == error.code

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.remembered import Remembered
+from service.lookups.cached import Remembered
 
 
 class Source:

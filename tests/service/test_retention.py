@@ -20,10 +20,10 @@ from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.retention_index import PAGE, Aging
+from service.maintenance import retention
+from service.maintenance.retention import Retention, RetentionBusy, sweep_deletions
+from service.schemas.expiry import BEFORE_REDIS, Keep
 from service.settings import ServiceSettings
-from service.upkeep import retention
-from service.upkeep.keep import BEFORE_REDIS, Keep
-from service.upkeep.retention import Retention, RetentionBusy, sweep_deletions
 
 DAY = timedelta(days=1)
 MOMENT = timedelta(seconds=1)
@@ -320,7 +320,7 @@ def test_what_is_noted_of_a_video_makes_no_record(house: House) -> None:
 
 def test_a_round_tells_what_it_deleted(house: House, caplog: pytest.LogCaptureFixture) -> None:
     house.succeeded()
-    with caplog.at_level(logging.INFO, logger="service.upkeep.retention"):
+    with caplog.at_level(logging.INFO, logger="service.maintenance.retention"):
         house.sweep(timedelta())
         assert caplog.text == "", "a round that found nothing says nothing"
         house.sweep(KEEP.videos + MOMENT)

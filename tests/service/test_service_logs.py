@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from jobs.catalog import WorkerOffer
-from service.logs import REQUEST_ID
+from service.middleware.request_log import REQUEST_ID
 from tests.service.process import address_in, service
 
 UNKNOWN = "01a2039b8ee84d074d36452736a1b6c7"

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from service.server import sentences
 from service.settings import ServiceSettings
-from service.start import sentences
 
 NAMES = (
     *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL", "ARTIFACTS_URL"),

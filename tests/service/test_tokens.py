@@ -11,11 +11,11 @@ from redis import Redis
 
 from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer, queue_name
+from service.api.deps import Parts
 from service.app import create_app
-from service.deps import Parts
+from service.lookups.token_counter import MOST_KEPT, TokenCounter
+from service.maintenance.tasks import chores
 from service.settings import ServiceSettings
-from service.tokens import MOST_KEPT, TokenCounter
-from service.upkeep.chores import chores
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "wan-mini" / "tokenizer" / "tokenizer.json"
 BOUND = 64

@@ -7,7 +7,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from redis import Redis
 
 from jobs import catalog
-from service.tokens import TokenCounter, cleaned
+from service.lookups.token_counter import TokenCounter, cleaned
 from worker.engine.wan_engine import WanEngine
 
 AWKWARD = {

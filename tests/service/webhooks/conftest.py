@@ -14,11 +14,11 @@ from jobs.record import JobRecord
 from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox, WebhookStatus
 from service.app import create_app
+from service.maintenance.tasks import office as build_office
 from service.settings import ServiceSettings
-from service.webhooks.build import office as build_office
-from service.webhooks.courier import Courier
 from service.webhooks.delivery import Deliveries, Office
-from service.webhooks.schedule import Schedule
+from service.webhooks.dispatcher import Courier
+from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, TimeLimits, tls_context
 from tests.service.conftest import MakeJob
 from tests.service.webhooks.receiver import Receiver

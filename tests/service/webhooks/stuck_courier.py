@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from jobs.store.webhook_outbox import Outbox
 from service.app import create_app
+from service.maintenance.tasks import office
 from service.settings import ServiceSettings
-from service.webhooks.build import office
-from service.webhooks.courier import Courier
 from service.webhooks.delivery import Deliveries
+from service.webhooks.dispatcher import Courier
 from service.webhooks.sender import Sender, tls_context
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from service.webhooks.addresses import AddressRefused, check_address, resolve
+from service.webhooks.ip_rules import AddressRefused, check_address, resolve
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "93.184.215.14", "2606:4700:4700::1111", "2a00:1450:4001:81b::200e"]
 INTERNAL = [

@@ -19,11 +19,11 @@ from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox, WebhookState
 from service.app import create_app
 from service.settings import ServiceSettings
-from service.webhooks.courier import MOST_UNDER_WAY, Courier
 from service.webhooks.delivery import MOST_PER_HOST, Deliveries, Office
-from service.webhooks.rules import WebhookRules
-from service.webhooks.schedule import Schedule
+from service.webhooks.dispatcher import MOST_UNDER_WAY, Courier
+from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, tls_context
+from service.webhooks.url_rules import WebhookRules
 from tests.service.conftest import VIDEO_BYTES, MakeJob
 from tests.service.webhooks.conftest import (
     NEXT_SECRET,

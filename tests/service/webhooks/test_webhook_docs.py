@@ -10,8 +10,8 @@ from pathlib import Path
 from jobs.store.webhook_outbox import WebhookState
 from service.webhooks.delivery import Office
 from service.webhooks.message import Signer
-from service.webhooks.rules import HostRule
-from service.webhooks.schedule import Schedule
+from service.webhooks.retry import Schedule
+from service.webhooks.url_rules import HostRule
 from tests.service.webhooks.conftest import HOST, SECRET, MakeEnded, Status, working
 from tests.service.webhooks.waiting import until
 

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.spec import MAX_URL_CHARS
-from service.webhooks.rules import HostRule, Target, TargetRefused, WebhookRules
+from service.webhooks.url_rules import HostRule, Target, TargetRefused, WebhookRules
 
 
 def rules(*hosts: str, http: bool = False) -> WebhookRules:

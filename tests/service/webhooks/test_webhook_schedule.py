@@ -6,7 +6,7 @@ from email.utils import formatdate
 import pytest
 
 from jobs.store.webhook_outbox import Outcome
-from service.webhooks.schedule import Schedule
+from service.webhooks.retry import Schedule
 from service.webhooks.sender import Answer
 
 EXACT = Schedule(jitter=0)

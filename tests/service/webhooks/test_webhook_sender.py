@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from service.webhooks.addresses import Resolve
-from service.webhooks.rules import HostRule, Target, WebhookRules
+from service.webhooks.ip_rules import Resolve
 from service.webhooks.sender import Answer, Sender, TimeLimits, tls_context
+from service.webhooks.url_rules import HostRule, Target, WebhookRules
 from tests.conftest import free_port
 from tests.service.webhooks.certificates import Authority
 from tests.service.webhooks.receiver import Receiver, hold, status

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
+from service.server import sentences
 from service.settings import ServiceSettings
-from service.start import sentences
 from service.webhooks.settings import SECRET_BYTES
 
 Read = Callable[..., ServiceSettings]

@@ -1,0 +1,243 @@
+"""The OpenAPI document, with problem documents under their own media type and true examples.
+
+FastAPI describes errors as `application/json` and adds a 422 of its own to every route with
+parameters; both are put right here, after it has built the document.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from jobs import errors
+from jobs.spec import GenerationBody
+from service.middleware.problems import MEDIA_TYPE, from_error, from_status
+from service.schemas.jobs import QUEUED_EXAMPLE, EventView, JobListView, JobView
+from service.schemas.problem import Problem
+
+Json = dict[str, Any]
+
+_REF = "#/components/schemas/{model}"
+
+GENERATE_BODY: Json = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REF.format(model="GenerationBody")},
+                "examples": {
+                    "short": {
+                        "summary": "A prompt; everything else by default",
+                        "value": {
+                            "prompt": "a small red circle moving right on a black background"
+                        },
+                    },
+                    "full": {
+                        "summary": "Every choice made",
+                        "value": {
+                            "prompt": "a large blue square moving up on a white background",
+                            "negative_prompt": "",
+                            "mode": "w8a8",
+                            "size": "96x96",
+                            "num_frames": 17,
+                            "num_inference_steps": 20,
+                            "guidance_scale": 4.0,
+                            "seed": 7,
+                            "model": "wan-mini",
+                        },
+                    },
+                },
+            }
+        },
+    }
+}
+
+GENERATE_ANSWER: dict[int | str, Json] = {
+    202: {
+        "headers": {
+            "Location": {
+                "description": "The job's address.",
+                "schema": {"type": "string", "examples": ["/jobs/01a2"]},
+            },
+            "Idempotent-Replayed": {
+                "description": "There, and true, when an earlier request with the same "
+                "Idempotency-Key made the job.",
+                "schema": {"type": "string", "enum": ["true"]},
+            },
+        },
+    }
+}
+
+KEY_TAKEN = errors.IdempotencyConflict(
+    "This Idempotency-Key was used for another request, which made job 01a2; use a new key for a "
+    "new request.",
+    job_id="01a2",
+)
+
+EVENT_ANSWER: dict[int | str, Json] = {
+    # FastAPI describes the model; what is made of it is below.
+    200: {"model": EventView, "description": "The events, until the job ends."},
+    204: {"description": "The job has ended, and the caller has seen its last event."},
+}
+_EVENTS_PATH = "/jobs/{job_id}/events"
+_VIDEO_PATH = "/jobs/{job_id}/video.mp4"
+_EVENTS: Json = {
+    "text/event-stream": {
+        # As in OpenAPI 3.2, which knows streams.
+        "itemSchema": {
+            "type": "object",
+            "properties": {
+                "event": {"type": "string", "enum": ["state", "progress", "queue"]},
+                "id": {"type": "string", "description": "Not with queue."},
+                "retry": {"type": "integer", "minimum": 0},
+                "data": {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "contentSchema": {
+                        "anyOf": [
+                            {"$ref": _REF.format(model="EventView")},
+                            {"$ref": _REF.format(model="QueueView")},
+                        ]
+                    },
+                },
+            },
+        },
+        "example": "event: queue\n"
+        'data: {"position":0,"starts_in_s":3.5}\n\n'
+        "event: progress\n"
+        'data: {"id":"01a2","state":"running","attempts":1,"at":"2026-11-22T14:14:18.040Z",'
+        '"progress":{"stage":"denoise","step":4,"steps":20,"seconds_left":5.9}}\n'
+        "id: 1795360458040-0\n\n",
+    }
+}
+
+_MP4: Json = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
+VIDEO_RESPONSES: dict[int | str, Json] = {
+    200: {"description": "The whole file.", "content": _MP4},
+    206: {
+        "description": "The range asked for; several ranges get the whole file.",
+        "content": _MP4,
+    },
+    304: {"description": "The caller already has it."},
+}
+
+_CANCEL_TOO_LATE = "Job 01a2 has already succeeded; only queued and running jobs can be cancelled."
+_FRAMES = "num_frames is 16, which is not 4k+1 from 5 to 17."
+_NOT_SERVED = "No live worker serves mode w8a8 of model wan-mini. Served now: wan-mini: bf16."
+_NO_KEY = "This needs an API key; send it as `Authorization: Bearer wan_...`."
+_FOREIGN = "The request comes from a page of another site, which may not change anything here."
+_TOO_OFTEN = "This key may send 600 requests in 60 s and has sent them; come back in 3 s."
+_HIDDEN = "The service met an unexpected error; its log has the details under 5f0c9a2b."
+
+
+def _examples() -> dict[int, Problem]:
+    """One true example per status."""
+    path = "/jobs/01a2"
+    served = [{"model": "wan-mini", "modes": ["bf16"]}]
+    invalid = errors.InvalidSpec.of("num_frames", 16, "4k+1 from 5 to 17", _FRAMES)
+    found = [
+        from_status(400, "There was an error parsing the body", path),
+        from_error(errors.Unauthenticated(_NO_KEY), path),
+        from_error(errors.Forbidden(_FOREIGN), path),
+        from_error(errors.JobNotFound("There is no job 01a2.", job_id="01a2"), path),
+        from_error(errors.JobNotCancellable(_CANCEL_TOO_LATE, job_id="01a2"), path),
+        from_error(errors.VideoGone("The video is no longer stored.", job_id="01a2"), path),
+        from_status(413, "The body is larger than 262144 bytes.", "/generate"),
+        from_status(416, "The Range header asks for bytes beyond the end of the video.", path),
+        from_error(invalid, "/generate"),
+        from_error(errors.RateLimited(_TOO_OFTEN, retry_after_s=3), path),
+        from_error(errors.AppError(_HIDDEN), path),
+        from_error(errors.ModeNotServed(_NOT_SERVED, served=served), "/generate"),
+    ]
+    return {problem.status: problem for problem in found}
+
+
+def problems(*statuses: int) -> dict[int | str, Json]:
+    """Describe a route's error answers; any route may meet an unexpected error, too."""
+    examples = _examples()
+    answers: dict[int | str, Json] = {}
+    for status in sorted({*statuses, 500}):
+        answers[status] = _answer(examples[status])
+    return answers
+
+
+def problem(error: errors.AppError, path: str) -> dict[int | str, Json]:
+    """Describe an error answer by an example other than the usual one of its status."""
+    example = from_error(error, path)
+    return {example.status: _answer(example)}
+
+
+def _answer(problem: Problem) -> Json:
+    example = problem.model_dump(mode="json", exclude_none=True)
+    schema = {"$ref": _REF.format(model="Problem")}
+    return {
+        "description": problem.title,
+        "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
+    }
+
+
+def install(
+    app: FastAPI,
+    schemas: Sequence[type[BaseModel]] = (),
+    views: Sequence[type[BaseModel]] = (),
+) -> None:
+    """Make `app.openapi()` build our document, once.
+
+    Args:
+        schemas: further models that routes refer to without FastAPI's knowing.
+        views: further models whose examples hold nulls.
+    """
+
+    def build() -> Json:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app, schemas, views)
+        return app.openapi_schema
+
+    app.openapi = build  # type: ignore[method-assign]
+
+
+def _document(
+    app: FastAPI, schemas: Sequence[type[BaseModel]], views: Sequence[type[BaseModel]]
+) -> Json:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
+    )
+    described = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        described.pop(name, None)
+    models: list[type[BaseModel]] = [GenerationBody, Problem, *schemas]
+    for model in models:
+        schema = model.model_json_schema(ref_template=_REF)
+        described.update(schema.pop("$defs", {}))
+        described[model.__name__] = schema
+    # FastAPI drops nulls from examples, which would make these invalid.
+    with_nulls: list[type[BaseModel]] = [JobView, JobListView, *views]
+    for view in with_nulls:
+        described[view.__name__]["examples"] = view.model_json_schema()["examples"]
+    document["paths"][_EVENTS_PATH]["get"]["responses"]["200"]["content"] = _EVENTS
+    _describe_links(document)
+    accepted = document["paths"]["/generate"]["post"]["responses"]["202"]
+    accepted["content"]["application/json"]["example"] = QUEUED_EXAMPLE
+    for path in document["paths"].values():
+        for operation in path.values():
+            answer = operation["responses"].get("422", {})
+            if "application/json" in answer.get("content", {}):
+                del operation["responses"]["422"]
+    return document
+
+
+def _describe_links(document: Json) -> None:
+    """A signed link stands for a key, but only for its own video."""
+    document["components"]["securitySchemes"]["link"] = {
+        "type": "apiKey",
+        "in": "query",
+        "name": "signature",
+        "description": "Part of a signed link, as in a job's `video.url`.",
+    }
+    document["paths"][_VIDEO_PATH]["get"]["security"].append({"link": []})

@@ -1,0 +1,25 @@
+"""Is the process alive, and can it do its work?"""
+
+from fastapi import APIRouter
+
+from jobs.errors import NoLiveWorker
+from service.api.deps import PartsDep
+from service.api.openapi import problems
+from service.schemas.jobs import HealthView, ReadyView
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", summary="Is the process alive?", responses=problems())
+async def healthz() -> HealthView:
+    """Answer whenever the process does, without the thread pool and without Redis."""
+    return HealthView()
+
+
+@router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
+async def readyz(parts: PartsDep) -> ReadyView:
+    """Answer 200 when Redis is reachable and at least one worker is live; within two seconds."""
+    workers = await parts.readiness.workers()
+    if not workers.live:
+        raise NoLiveWorker("Redis is reachable, but no worker is live.")
+    return ReadyView(workers=workers.live, degraded=workers.degraded)

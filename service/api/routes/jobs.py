@@ -1,0 +1,151 @@
+"""Jobs: create, list, read, cancel, and fetch the video.
+
+The routes are plain functions, which FastAPI runs in its thread pool: one synchronous `JobStore`
+serves service and worker alike, a Redis call takes well under a millisecond, and no route waits
+for a job.
+"""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from jobs.spec import GenerationRequest, resolve_json
+from jobs.state import JobState
+from jobs.store.job_store import MAX_PAGE
+from service.api.deps import (
+    ArtifactsDep,
+    IdempotencyKeyDep,
+    JobViewsDep,
+    JsonBodyDep,
+    ListedOwnerDep,
+    PartsDep,
+    PrincipalDep,
+    StoreDep,
+    ViewerDep,
+)
+from service.api.openapi import (
+    GENERATE_ANSWER,
+    GENERATE_BODY,
+    KEY_TAKEN,
+    VIDEO_RESPONSES,
+    problem,
+    problems,
+)
+from service.api.submit import REPLAYED_HEADER, accept
+from service.api.video_response import VideoResponse, WantedDep, send_video
+from service.auth.gate import visible_job
+from service.schemas.jobs import JobListView, JobView
+from service.webhooks.openapi import callbacks
+
+router = APIRouter(tags=["jobs"])
+
+
+@router.post(
+    "/generate",
+    status_code=202,
+    response_model=JobView,
+    summary="Ask for a video",
+    response_description="The queued job; `Location` is its address.",
+    responses={
+        **GENERATE_ANSWER,
+        **problems(400, 401, 403, 413, 422, 429, 503),
+        **problem(KEY_TAKEN, "/generate"),
+    },
+    openapi_extra={**GENERATE_BODY, **callbacks()},
+)
+def generate(
+    # First: a stranger's body is not even read.
+    principal: PrincipalDep,
+    # Any JSON: jobs.spec reports malformed fields and broken bounds in one answer.
+    body: JsonBodyDep,
+    parts: PartsDep,
+    views: JobViewsDep,
+    idempotency_key: IdempotencyKeyDep = None,
+) -> Response:
+    """Check the request against what the live workers offer and queue it.
+
+    Nothing is rounded: whatever is out of bounds is refused with 422, every field in one answer,
+    and nothing is queued.
+    """
+
+    def resolve() -> tuple[GenerationRequest, str]:
+        check_webhook = parts.settings.webhook_rules.violation
+        return resolve_json(body, parts.catalog.get(), parts.tokens.count, check_webhook)
+
+    created = accept(parts, principal, body, idempotency_key, resolve)
+    headers = {"Location": f"{parts.settings.public_path}/jobs/{created.job.id}"}
+    if created.replayed:
+        headers[REPLAYED_HEADER] = "true"
+    # Written here, once: FastAPI would check the view against its own model again.
+    text = views.created(created).model_dump_json()
+    return Response(text, 202, headers, media_type="application/json")
+
+
+@router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))
+def list_jobs(
+    owner: ListedOwnerDep,
+    store: StoreDep,
+    views: JobViewsDep,
+    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+    # The store has the sentences for what is out of bounds.
+    limit: Annotated[int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})] = 50,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+) -> JobListView:
+    """Page through the jobs of the last 30 days: one's own, or everybody's for ops."""
+    page = store.list(state=state, owner=owner, limit=limit, cursor=cursor)
+    return JobListView(jobs=views.all(page.jobs), next_cursor=page.next_cursor)
+
+
+@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
+def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobViewsDep) -> JobView:
+    """Read a job as it stands. A failed job is answered with 200 and its `failure`."""
+    return views.of(visible_job(store, principal, job_id))
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    summary="Cancel a job",
+    response_description="The job is cancelled, and will not run.",
+    responses={
+        202: {"model": JobView, "description": "The worker has been asked to stop."},
+        **problems(401, 403, 404, 409, 429, 503),
+    },
+)
+def cancel_job(
+    principal: PrincipalDep,
+    job_id: str,
+    store: StoreDep,
+    views: JobViewsDep,
+    response: Response,
+) -> JobView:
+    """Cancel a queued job at once, or ask the worker of a running one to stop (202).
+
+    The record stays. Cancelling a cancelled job changes nothing.
+    """
+    visible_job(store, principal, job_id)
+    job = store.cancel(job_id)
+    if not job.state.is_terminal:
+        response.status_code = 202
+    return views.of(job)
+
+
+@router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)
+@router.get(
+    "/jobs/{job_id}/video.mp4",
+    summary="Fetch the video",
+    response_class=VideoResponse,
+    responses={**VIDEO_RESPONSES, **problems(400, 401, 403, 404, 410, 416, 429, 503)},
+)
+def read_video(
+    viewer: ViewerDep,
+    job_id: str,
+    store: StoreDep,
+    artifacts: ArtifactsDep,
+    wanted: WantedDep,
+) -> Response:
+    """Fetch the MP4, whole or in ranges, with a key or by the signed link in the job's `video.url`.
+
+    Its ETag is the file's SHA-256.
+    """
+    job = store.get(job_id) if viewer is None else visible_job(store, viewer, job_id)
+    return send_video(artifacts, job, wanted)

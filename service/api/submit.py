@@ -1,0 +1,66 @@
+"""Accept a request for a video: on the caller's terms, and once for each Idempotency-Key."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from jobs.spec import GenerationRequest
+from jobs.store.job_store import Created
+from jobs.store.submission import Idempotency, Submission
+from service.api.deps import Parts
+from service.auth.api_keys import Role
+from service.auth.gate import Principal
+from service.middleware.request_log import note_created
+from service.settings import ServiceSettings
+
+REPLAYED_HEADER: Final = "Idempotent-Replayed"
+
+Resolve = Callable[[], tuple[GenerationRequest, str]]
+"""Checks and completes what is asked for, and chooses its queue."""
+
+
+def accept(
+    parts: Parts,
+    principal: Principal,
+    body: Any,
+    idempotency_key: str | None,
+    resolve: Resolve,
+) -> Created:
+    """Queue what `body` asks for, or find the job that the same key and body made before.
+
+    Raises:
+        InvalidSpec, ModeNotServed: from `resolve`.
+        IdempotencyConflict, QueueFull, QuotaExceeded: see `JobStore.create`.
+    """
+    key = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
+    # First, because a request that was accepted once is answered even when no worker is live.
+    earlier = None if key is None else parts.store.replay(principal.owner, key)
+    if earlier is not None:
+        created = Created(earlier, replayed=True)
+    else:
+        request, queue = resolve()
+        webhook_url = body.get("webhook_url") if isinstance(body, Mapping) else None
+        terms = submission(principal, parts.settings, webhook_url=webhook_url, idempotency=key)
+        created = parts.store.create(request, queue, submission=terms)
+    note_created(created.job.id)
+    return created
+
+
+def submission(
+    principal: Principal,
+    settings: ServiceSettings,
+    *,
+    webhook_url: str | None = None,
+    idempotency: Idempotency | None = None,
+) -> Submission:
+    """State the terms on which the principal asks for a video."""
+    quota = principal.quota
+    if quota is None and principal.role is Role.USER:
+        quota = settings.quota
+    return Submission(
+        owner=principal.owner,
+        priority=principal.role is Role.OPS,
+        webhook_url=webhook_url,
+        idempotency=idempotency,
+        queue_limit=settings.max_waiting,
+        owner_limit=quota,
+    )

@@ -1,0 +1,73 @@
+"""Lets requests in, those with the same key together.
+
+Counting a request against its key's rate is a visit to the thread pool and a call to Redis that
+writes. Requests that arrive while the call of another one with the same key is under way wait for
+it to end, and are then counted by one call for all of them: a busy key costs little more than a
+quiet one.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
+
+from jobs.errors import AppError
+from service.auth.gate import LOCAL, Gate, Principal
+
+Answer = Principal | AppError | RedisError
+
+
+class Admission:
+    """For the requests of one event loop."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._waiting: dict[str | None, list[asyncio.Future[Principal]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def admit(self, token: str | None) -> Principal:
+        """Say whose key it is and count the request; raises what `Gate.admit` raises."""
+        if self._gate.is_open:
+            return LOCAL
+        request: asyncio.Future[Principal] = asyncio.get_running_loop().create_future()
+        others = self._waiting.get(token)
+        if others is None:
+            self._waiting[token] = [request]
+            task = asyncio.create_task(self._admit_all(token))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            others.append(request)
+        return await request
+
+    async def _admit_all(self, token: str | None) -> None:
+        """Answer those that wait with this key, and those that come meanwhile."""
+        while requests := self._waiting[token]:
+            self._waiting[token] = []
+            try:
+                answers = await run_in_threadpool(self._ask, token, len(requests))
+            except Exception as error:  # noqa: BLE001
+                # Not one of the errors a caller may meet; it is theirs all the same, or they would
+                # wait for ever.
+                _refuse(requests, error)
+                continue
+            for request, answer in zip(requests, answers, strict=True):
+                if isinstance(answer, Principal):
+                    if not request.done():  # whoever asked may have gone
+                        request.set_result(answer)
+                else:
+                    _refuse([request], answer)
+        del self._waiting[token]
+
+    def _ask(self, token: str | None, requests: int) -> Sequence[Answer]:
+        try:
+            return self._gate.admit_all(token, requests)
+        except (AppError, RedisError) as error:
+            return [error] * requests
+
+
+def _refuse(requests: Sequence[asyncio.Future[Principal]], error: Exception) -> None:
+    for request in requests:
+        if not request.done():
+            request.set_exception(error)

@@ -1,0 +1,208 @@
+"""Who is asking, and what they may see. Knows nothing of HTTP.
+
+The service is open as long as it listens on loopback and no key was ever made; then everybody is
+`LOCAL`. From the first key on, be it revoked, a key is needed, on loopback too.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from redis.exceptions import OutOfMemoryError
+
+from jobs.errors import Forbidden, RateLimited, RecordUnreadable, Unauthenticated
+from jobs.ids import not_found
+from jobs.record import JobRecord
+from jobs.store.job_store import JobStore
+from jobs.store.submission import OPEN_OWNER
+from service.auth.api_keys import ApiKey, KeyStore, Role, proves, split
+from service.auth.rate_limit import RateLimiter
+
+REMEMBERED_S: Final = 2.0
+"""How long a key is taken as it was last read: a revoked one works at most this much longer."""
+MOST_REMEMBERED: Final = 1024
+USE_NOTED_EVERY_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is asking.
+
+    Attributes:
+        name: what the jobs of this principal are owned by: unlike a key, it can be shown.
+        quota: the most jobs it may have waiting and running; None for what its role has.
+    """
+
+    id: str
+    name: str
+    role: Role
+    quota: int | None = None
+
+    @property
+    def sees_all(self) -> bool:
+        return self.role is Role.OPS
+
+    @property
+    def owner(self) -> str:
+        """What its jobs say in `JobRecord.owner`."""
+        return self.name
+
+
+LOCAL: Final = Principal(OPEN_OWNER, OPEN_OWNER, Role.OPS)
+"""Everybody, where no keys are asked for."""
+
+
+class Gate:
+    """Tells who is asking by the key they show. Safe to share between threads.
+
+    `may_be_open` says that only this machine can reach the service.
+    """
+
+    def __init__(self, keys: KeyStore, rates: RateLimiter, *, may_be_open: bool) -> None:
+        self._keys = keys
+        self._rates = rates
+        self._may_be_open = may_be_open
+        self._open_until = 0.0
+        self._read: OrderedDict[str, tuple[float, ApiKey]] = OrderedDict()
+        self._use_noted: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was open a moment ago, without asking Redis."""
+        return time.monotonic() < self._open_until
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether it is known that everybody needs a key, without asking Redis."""
+        return not self._may_be_open
+
+    def admit(self, token: str | None) -> Principal:
+        """Say whose key it is and count the request.
+
+        Raises:
+            Unauthenticated: it is nobody's, or there is none.
+            RateLimited: the key has used up its requests.
+        """
+        (answer,) = self.admit_all(token, 1)
+        if isinstance(answer, RateLimited):
+            raise answer
+        return answer
+
+    def admit_all(self, token: str | None, requests: int) -> Sequence[Principal | RateLimited]:
+        """Say whose key it is and count so many requests with it; answers for each.
+
+        Raises:
+            Unauthenticated: it is nobody's, or there is none.
+        """
+        if self._is_open_now():
+            return [LOCAL] * requests
+        if token is None:
+            raise Unauthenticated(
+                "This needs an API key; send it as `Authorization: Bearer wan_...`. The operators "
+                "of this service make keys with `python -m service keys add NAME`."
+            )
+        key = self._proven(token)
+        refusals = self._rates.count_all(key.id, key.rate, requests)
+        self._note_use(key.id)
+        principal = Principal(key.id, key.name, key.role, key.quota)
+        return [principal if refusal is None else refusal for refusal in refusals]
+
+    def _is_open_now(self) -> bool:
+        if not self._may_be_open:
+            return False
+        if self.is_open:
+            return True
+        if self._keys.any_was_made():
+            # For good: a Redis that loses its keys later must not open the door.
+            self._may_be_open = False
+            return False
+        self._open_until = time.monotonic() + REMEMBERED_S
+        return True
+
+    def _proven(self, token: str) -> ApiKey:
+        parts = split(token)
+        if parts is not None:
+            key_id, secret = parts
+            key = self._remembered(key_id)
+            if not proves(secret, key):
+                # Unknown, or made or rotated a moment ago.
+                key = self._read_again(key_id)
+            if proves(secret, key) and key is not None and key.revoked_at is None:
+                return key
+        # One sentence for all of these: who guesses learns nothing.
+        raise Unauthenticated("The API key is not one of this service, or it was revoked.")
+
+    def _remembered(self, key_id: str) -> ApiKey | None:
+        with self._lock:
+            until, key = self._read.get(key_id, (0.0, None))
+        return key if time.monotonic() < until else None
+
+    def _read_again(self, key_id: str) -> ApiKey | None:
+        until = time.monotonic() + REMEMBERED_S
+        key = self._keys.get(key_id)
+        with self._lock:
+            self._read.pop(key_id, None)
+            if key is not None:
+                self._read[key_id] = (until, key)
+                if len(self._read) > MOST_REMEMBERED:
+                    self._read.popitem(last=False)
+        return key
+
+    def _note_use(self, key_id: str) -> None:
+        now = time.monotonic()
+        if now < self._use_noted.get(key_id, 0.0):
+            return
+        self._use_noted[key_id] = now + USE_NOTED_EVERY_S
+        with suppress(OutOfMemoryError):  # nothing that a request should fail for
+            self._keys.note_use(key_id)
+
+
+def visible_job(store: JobStore, principal: Principal, job_id: str) -> JobRecord:
+    """Read a job that the principal may see.
+
+    Raises:
+        JobNotFound: there is none, or it is somebody else's; the two look the same.
+        RecordUnreadable: see `jobs.record.decode`; the sentence says how to be rid of it.
+    """
+    try:
+        job = store.get(job_id)
+    except RecordUnreadable as error:
+        if not _may_see(principal, error.context.get("owner")):
+            raise not_found(job_id) from error
+        detail = f"{error.detail} `DELETE /v1/videos/{job_id}` deletes it."
+        raise RecordUnreadable(detail, **error.context) from error
+    if not _may_see(principal, job.owner):
+        raise not_found(job_id)
+    return job
+
+
+def _may_see(principal: Principal, owner: object) -> bool:
+    return principal.sees_all or owner == principal.owner
+
+
+def listed_owner(principal: Principal, wanted: str | None) -> str | None:
+    """Say whose jobs to list; None for everybody's.
+
+    Raises:
+        Forbidden: only ops may ask for others' jobs.
+    """
+    if principal.sees_all:
+        return wanted
+    if wanted not in (None, principal.owner):
+        raise Forbidden(
+            f"Only keys of the role ops list the jobs of others; leave owner out, or set it to "
+            f"{principal.owner}."
+        )
+    return principal.owner
+
+
+def require_ops(principal: Principal) -> Principal:
+    """Raise Forbidden for everybody but ops."""
+    if principal.role is not Role.OPS:
+        raise Forbidden(f"This is for keys of the role ops; this key's role is {principal.role}.")
+    return principal

@@ -1,0 +1,53 @@
+"""Refuse bodies beyond a limit, before or while they are read.
+
+FastAPI's own `max_body_size` would do, but answers an announced length in plain text.
+"""
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.middleware import problems
+
+
+class BodyLimit:
+    """ASGI middleware: 413 for a body of more than `most_bytes`."""
+
+    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+        self._app = app
+        self._most_bytes = most_bytes
+        self._detail = (
+            f"The body is larger than {most_bytes} bytes, the most this service reads; it takes "
+            f"text, and no files."
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self._most_bytes:
+            problem = problems.from_status(413, self._detail, scope["path"])
+            await problems.response(scope["app"], problem)(scope, receive, send)
+            return
+        read = 0
+        answering = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal answering
+            answering = True
+            await send(message)
+
+        async def receive_counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most_bytes:
+                if answering:
+                    # Too late to say anything but that nobody listens to more.
+                    return {"type": "http.disconnect"}
+                # FastAPI's class: it passes through where the body is read.
+                raise HTTPException(413, self._detail)
+            return message
+
+        await self._app(scope, receive_counted, send_noted)

@@ -1,0 +1,233 @@
+"""Every error as an RFC 9457 problem document, from one table.
+
+Routes raise `AppError`s; the handlers here turn them, FastAPI's validation errors, plain HTTP
+errors, Redis errors and whatever is left into `application/problem+json`, or into the shape that
+is registered for their path. What is left is logged and hidden behind a reference.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any, Final, cast
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
+
+from jobs import errors
+from jobs.spec import shown
+from jobs.state import JobState
+from jobs.store.job_store import LIMIT_BOUND
+from service.middleware.request_log import request_headers
+from service.middleware.security_headers import security_headers
+from service.schemas.problem import FieldProblem, Problem
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE: Final = "application/problem+json"
+RETRY_AFTER_S: Final = 5
+
+Renderer = Callable[[Problem, Mapping[str, str]], Response]
+"""Makes the HTTP answer for a problem, with these headers, in a shape of its own."""
+
+STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
+    {
+        errors.AppError: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.InvalidSpec: HTTPStatus.UNPROCESSABLE_ENTITY,
+        errors.JobNotFound: HTTPStatus.NOT_FOUND,
+        errors.JobNotCancellable: HTTPStatus.CONFLICT,
+        errors.JobAlreadyFinished: HTTPStatus.CONFLICT,
+        errors.JobHeld: HTTPStatus.CONFLICT,
+        errors.IdempotencyConflict: HTTPStatus.CONFLICT,
+        errors.TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.TooManyOwnStreams: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.TooManyStreams: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
+        errors.Forbidden: HTTPStatus.FORBIDDEN,
+        errors.LinkRefused: HTTPStatus.FORBIDDEN,
+        errors.VideoNotReady: HTTPStatus.NOT_FOUND,
+        errors.VideoGone: HTTPStatus.GONE,
+        errors.ModeNotServed: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.NoLiveWorker: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.RecordUnreadable: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ArtifactRefused: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ArtifactsUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+        errors.StaleAttempt: HTTPStatus.CONFLICT,
+        errors.GenerationCancelled: HTTPStatus.CONFLICT,
+        errors.GenerationFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.ArtifactNotStored: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.WorkerLost: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.OutOfDeviceMemory: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.GenerationTimedOut: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.PromptTooLong: HTTPStatus.UNPROCESSABLE_ENTITY,
+    }
+)
+
+
+def from_error(error: errors.AppError, path: str) -> Problem:
+    """Describe `error` to the caller who asked for `path`."""
+    extra = {name: error.context[name] for name in _SHOWN_CONTEXT if name in error.context}
+    if isinstance(error, errors.InvalidSpec):
+        extra["errors"] = [
+            FieldProblem(field=v.field, value=v.value, bound=v.bound, detail=v.detail)
+            for v in error.violations
+        ]
+    known = {"status": STATUS_OF[type(error)], "title": error.title, "code": error.code}
+    return _problem(path, detail=error.detail, **known, **extra)
+
+
+def response(app: FastAPI, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    """Make the HTTP answer for a problem, in the shape that callers of its path expect."""
+    extra = dict(headers or {})
+    if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        extra["Retry-After"] = str(RETRY_AFTER_S)
+    if problem.retry_after_s is not None:
+        extra["Retry-After"] = str(problem.retry_after_s)
+    if problem.status == HTTPStatus.UNAUTHORIZED:
+        extra["WWW-Authenticate"] = "Bearer"
+    renderers: Mapping[str, Renderer] = app.state.problem_renderers
+    for prefix, render in renderers.items():
+        if problem.instance == prefix or problem.instance.startswith(f"{prefix}/"):
+            return render(problem, extra)
+    content = problem.model_dump(mode="json", exclude_none=True)
+    # A refused field's null is information: it was missing, or null itself.
+    if problem.errors is not None:
+        content["errors"] = [each.model_dump(mode="json") for each in problem.errors]
+    return JSONResponse(content, problem.status, headers=extra, media_type=MEDIA_TYPE)
+
+
+def from_status(status: int, detail: str, path: str) -> Problem:
+    """Describe a plain HTTP error."""
+    code, title = _PLAIN.get(status, (f"http_{status}", "The request was refused"))
+    return _problem(path, status=status, title=title, code=code, detail=detail)
+
+
+def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
+    """Register the handlers.
+
+    Args:
+        renderers: for paths under a prefix such as `/v1`, what makes their answers instead.
+    """
+    app.state.problem_renderers = renderers
+    app.add_exception_handler(errors.AppError, _on_app_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RedisError, _on_redis_error)
+    app.add_exception_handler(Exception, _on_anything_else)
+
+
+# Spelled out, because the standard library's phrases change with the Python version.
+_PLAIN = {
+    400: ("bad_request", "The request cannot be read"),
+    404: ("not_found", "Nothing is found at this address"),
+    405: ("method_not_allowed", "This address does not take this method"),
+    413: ("body_too_large", "The body is too large"),
+    416: ("range_not_satisfiable", "The range lies beyond the video"),
+    421: ("misdirected_request", "This service is not known by that name"),
+}
+EVENT_ID_BOUND: Final = "the id of an event, like 1795360456040-0"
+_PARAMETERS = {
+    "limit": LIMIT_BOUND,
+    "order": "asc or desc",
+    "state": f"one of {', '.join(JobState)}",
+    "Idempotency-Key": "1 to 255 visible ASCII characters",
+    "Last-Event-ID": EVENT_ID_BOUND,
+    "last_event_id": EVENT_ID_BOUND,
+}
+_SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
+
+
+def _problem(path: str, **members: Any) -> Problem:
+    return Problem(type=f"urn:wan-hif8:problem:{members['code']}", instance=quote(path), **members)
+
+
+def rate_headers(error: errors.AppError) -> dict[str, str]:
+    """Say which rate was used up, in the fields of the IETF's draft on rate limit headers."""
+    if not isinstance(error, errors.RateLimited) or "rate_amount" not in error.context:
+        return {}
+    context = error.context
+    return {
+        "RateLimit-Policy": f'"key";q={context["rate_amount"]};w={context["rate_window_s"]}',
+        "RateLimit": f'"key";r=0;t={context["retry_after_s"]}',
+    }
+
+
+async def _on_app_error(request: Request, error: Exception) -> Response:
+    problem = from_error(cast("errors.AppError", error), request.url.path)
+    if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("%s %s: %s", request.method, problem.instance, problem.detail)
+    return response(request.app, problem, rate_headers(cast("errors.AppError", error)))
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    """Parameters of the wrong type; `jobs` checks what a body and its fields are."""
+    violations = []
+    for each in cast("RequestValidationError", error).errors():
+        field = ".".join(map(str, each["loc"][1:]))
+        value = shown(each["input"])
+        bound = _PARAMETERS.get(field, each["msg"])
+        detail = f"{field} is {value}, which is not {bound}."
+        violations.append(errors.Violation(field, value, bound, detail))
+    refused = errors.InvalidSpec(violations)
+    return response(request.app, from_error(refused, request.url.path))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    error = cast("HTTPException", error)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = allowed_methods(request)
+    problem = from_status(error.status_code, str(error.detail), request.url.path)
+    return response(request.app, problem, headers)
+
+
+async def _on_redis_error(request: Request, error: Exception) -> Response:
+    # The text of a Redis error may name hosts; it is for the log only.
+    logger.error("Redis failed in %s %s: %r", request.method, quote(request.url.path), error)
+    unavailable = errors.StoreUnavailable(
+        "The job store cannot be reached or refuses to write; try again in a few seconds."
+    )
+    return response(request.app, from_error(unavailable, request.url.path))
+
+
+async def _on_anything_else(request: Request, error: Exception) -> Response:
+    reference = secrets.token_hex(4)
+    logger.error(
+        "Unexpected error %s in %s %s",
+        reference,
+        request.method,
+        quote(request.url.path),
+        exc_info=error,
+    )
+    hidden = errors.AppError(
+        f"The service met an unexpected error; its log has the details under {reference}."
+    )
+    path = request.url.path
+    # Sent from outside of the middleware that puts these on everything else.
+    return response(
+        request.app,
+        from_error(hidden, path),
+        {**security_headers(path, MEDIA_TYPE), **request_headers()},
+    )
+
+
+def allowed_methods(request: Request) -> str:
+    """List the methods of every route to the request's path, for the Allow header."""
+    path = request.scope["path"]
+    found: set[str] = set()
+    for route in iter_route_contexts(request.app.routes):
+        pattern, _, _ = compile_path(route.path or "")
+        if route.methods and pattern.match(path):
+            found |= set(route.methods)
+    return ", ".join(sorted(found))

@@ -1,0 +1,278 @@
+"""What callers see: the JSON of jobs and models, without queue names, artifact keys and tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.catalog import Catalog, ModelOffer, ModeOffer
+from jobs.record import Failure, JobRecord, Progress, StageTimings
+from jobs.spec import GenerationRequest
+from jobs.state import JobState
+from jobs.store.job_store import Created
+from jobs.store.queue_positions import Place
+from jobs.store.webhook_outbox import Outbox, WebhookStatus
+from service.lookups.queue_positions import QueuePlaces
+from service.schemas.video_url import VideoLinks
+
+_JOB_EXAMPLE: dict[str, Any] = {
+    "id": "01a2039b8ee84d074d36452736a1b6c7",
+    "state": "succeeded",
+    "owner": "alice",
+    "priority": False,
+    "request": {
+        "prompt": "a small red circle moving right on a black background",
+        "negative_prompt": "",
+        "mode": "w8a8",
+        "size": "96x96",
+        "num_frames": 17,
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "seed": 7,
+        "model": "wan-mini",
+    },
+    "created_at": "2026-11-22T14:14:16.040Z",
+    "started_at": "2026-11-22T14:14:16.052Z",
+    "finished_at": "2026-11-22T14:14:23.410Z",
+    "attempts": 1,
+    "lost": 0,
+    "deadline_s": 825,
+    "cancel_requested": False,
+    "queue": None,
+    "progress": None,
+    "failure": None,
+    "video": {
+        "url": "http://127.0.0.1:8000/jobs/01a2039b8ee84d074d36452736a1b6c7/video.mp4"
+        "?expires=1795360500&signature=0b9c1f6c0d4e8f2a7b5d3c1e9f8a6b4c2d0e1f3a5b7c9d8e6f4a2b0c1d3e5f7a",
+        "bytes": 18231,
+        "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "width": 96,
+        "height": 96,
+        "num_frames": 17,
+        "fps": 8,
+        "expires_at": "2026-11-29T14:14:23.410Z",
+        "deleted_at": None,
+    },
+    "timings": {
+        "queue_s": 0.012,
+        "text_encoder_s": 0.05,
+        "denoise_s": 6.6,
+        "vae_s": 0.6,
+        "mp4_s": 0.1,
+        "total_s": 7.36,
+    },
+    "webhook": None,
+}
+
+QUEUED_EXAMPLE: dict[str, Any] = {
+    **_JOB_EXAMPLE,
+    **dict.fromkeys(("started_at", "finished_at", "video", "timings")),
+    "state": "queued",
+    "attempts": 0,
+    "queue": {"position": 2, "starts_in_s": 14.5},
+}
+
+
+class VideoView(BaseModel):
+    """A finished video."""
+
+    url: str = Field(
+        description="Absolute, honours Range, and opens the video without a key until it expires."
+    )
+    bytes: int
+    sha256: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    expires_at: datetime = Field(description="Until when it is kept; then the URL answers 410.")
+    deleted_at: datetime | None = Field(description="When it was deleted, once it was.")
+
+
+class WebhookView(WebhookStatus):
+    """How far the calls of the job's webhook are; the last ones are about the latest try."""
+
+    url: str
+
+
+class QueueView(BaseModel):
+    """Where a queued job stands."""
+
+    position: int = Field(description="How many jobs go before it.")
+    starts_in_s: float | None = Field(
+        description="An estimate from measured jobs; null where none like those before it was "
+        "measured yet."
+    )
+
+    @classmethod
+    def of(cls, place: Place) -> Self:
+        seconds = place.starts_in_s
+        return cls(
+            position=place.position, starts_in_s=None if seconds is None else round(seconds, 1)
+        )
+
+
+class JobView(BaseModel):
+    """One job as it stands."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_JOB_EXAMPLE]})
+
+    id: str
+    state: JobState
+    owner: str = Field(description="The name of the key that asked for it; local without keys.")
+    priority: bool = Field(description="Whether it goes before all jobs without.")
+    request: GenerationRequest = Field(description="What is run, with every default filled in.")
+    created_at: datetime
+    started_at: datetime | None = Field(description="When the latest attempt began.")
+    finished_at: datetime | None
+    attempts: int = Field(description="How often a worker has begun the job.")
+    lost: int = Field(description="How many of these attempts vanished with their worker.")
+    deadline_s: int = Field(description="The most seconds an attempt may take.")
+    cancel_requested: bool
+    queue: QueueView | None = Field(description="Where a queued job stands.")
+    progress: Progress | None = Field(description="Where a running job is.")
+    failure: Failure | None = Field(description="Why the job failed, if it did.")
+    video: VideoView | None = Field(description="The result, once the job has succeeded.")
+    timings: StageTimings | None
+    webhook: WebhookView | None = Field(description="Who is told of the end, if asked for.")
+
+    @classmethod
+    def of(
+        cls,
+        job: JobRecord,
+        links: VideoLinks,
+        status: WebhookStatus | None,
+        place: Place | None = None,
+    ) -> Self:
+        """status: that of the job's webhook, from the outbox; place: that in the queue."""
+        video = None
+        if job.video is not None:
+            video = VideoView(
+                url=links.to(job.id),
+                expires_at=links.keep.video_until(job),
+                deleted_at=job.video_deleted_at,
+                **job.video.model_dump(exclude={"key"}),
+            )
+        webhook = None
+        if job.webhook_url is not None and status is not None:
+            webhook = WebhookView(url=job.webhook_url, **status.model_dump())
+        queue = None if place is None else QueueView.of(place)
+        made = {"video": video, "webhook": webhook, "queue": queue}
+        shared = {name: getattr(job, name) for name in cls.model_fields if name not in made}
+        return cls(**made, **shared)
+
+
+class EventView(BaseModel):
+    """What happened to a job: a change of its state (or of the wish to cancel), or progress."""
+
+    id: str = Field(description="The job's.")
+    state: JobState
+    attempts: int
+    at: datetime
+    progress: Progress | None
+    job: JobView | None = Field(
+        default=None, description="The whole job; only with the last event, which ends the job."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class JobViews:
+    """Makes the views of jobs for one caller."""
+
+    links: VideoLinks
+    outbox: Outbox
+    places: QueuePlaces
+
+    def of(self, job: JobRecord) -> JobView:
+        return self.all([job])[0]
+
+    def created(self, created: Created) -> JobView:
+        """The view of a job that was just asked for; its place need not be looked up."""
+        job = created.job
+        if created.position is None:
+            return self.of(job)
+        (webhook,) = self.outbox.statuses([job])
+        return JobView.of(job, self.links, webhook, self.places.at(job.queue, created.position))
+
+    def all(self, jobs: Sequence[JobRecord]) -> list[JobView]:
+        places = self.places.of(jobs)
+        pairs = zip(jobs, self.outbox.statuses(jobs), strict=True)
+        return [JobView.of(job, self.links, each, places.get(job.id)) for job, each in pairs]
+
+
+class JobListView(BaseModel):
+    """Jobs, newest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"jobs": [_JOB_EXAMPLE], "next_cursor": None}]}
+    )
+
+    jobs: list[JobView]
+    next_cursor: str | None = Field(description="Ask with it for the next page; null on the last.")
+
+
+class ServedModeView(ModeOffer):
+    """A mode and how many live workers serve it."""
+
+    workers: int
+
+
+class WorkerView(BaseModel):
+    id: str
+    device: str
+    modes: list[str]
+    started_at: datetime
+
+
+class ModelView(ModelOffer):
+    """A model's bounds and defaults, its modes, and the workers that serve it."""
+
+    modes: list[ServedModeView]
+    workers: list[WorkerView]
+
+
+class ModelListView(BaseModel):
+    """Everything the live workers offer. Empty when none is live."""
+
+    models: list[ModelView]
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Self:
+        models = sorted({offer.model for offer in catalog.offers}, key=lambda m: m.name)
+        return cls(models=[_model_view(model, catalog) for model in models])
+
+
+class HealthView(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ReadyView(BaseModel):
+    status: Literal["ready"] = "ready"
+    workers: int = Field(description="Live workers.")
+    degraded: int = Field(
+        description="Those of them that run a mode slower than it was made for; "
+        "`GET /workers` says why."
+    )
+
+
+def _model_view(model: ModelOffer, catalog: Catalog) -> ModelView:
+    offers = [offer for offer in catalog.offers if offer.model == model]
+    modes = sorted({mode for offer in offers for mode in offer.modes}, key=lambda m: m.name)
+    return ModelView(
+        **model.model_dump(),
+        modes=[
+            ServedModeView(**mode.model_dump(), workers=sum(mode in o.modes for o in offers))
+            for mode in modes
+        ],
+        workers=[
+            WorkerView(
+                id=offer.worker_id,
+                device=offer.device,
+                modes=[mode.name for mode in offer.modes],
+                started_at=offer.started_at,
+            )
+            for offer in offers
+        ],
+    )

@@ -1,0 +1,100 @@
+"""What operators see: the JSON of workers and queues."""
+
+from datetime import datetime
+from typing import Final, Literal, Self
+
+from pydantic import BaseModel, Field
+
+from jobs.catalog import ModeOffer, ModeStatus
+from service.monitoring.fleet import Fleet, WorkerState
+
+_OFFERED: Final = ("device", "queue", "started_at")
+_SAID: Final = (
+    "job_id",
+    "jobs_done",
+    "memory_allocated_bytes",
+    "memory_peak_bytes",
+    "memory_total_bytes",
+)
+
+
+class WorkerModeView(ModeStatus):
+    """One of a worker's modes: how it runs there, and what was measured."""
+
+    kernels: str | None = Field(default=None, description="What it runs on.")
+    warning: str | None = Field(
+        default=None, description="Why that is not the device's fastest, if it is not."
+    )
+
+    @classmethod
+    def of(cls, offer: ModeOffer | None, status: ModeStatus | None) -> Self:
+        measured = {} if status is None else status.model_dump()
+        if offer is not None:
+            measured |= {"kernels": offer.kernels, "warning": offer.warning}
+        return cls(**measured)
+
+
+class WorkerStateView(BaseModel):
+    """A worker. What is not known, or not any more, is null."""
+
+    id: str
+    model: str
+    state: Literal["idle", "busy", "draining", "unknown"] = Field(
+        description="draining: it takes no more jobs, and ends its last."
+    )
+    device: str | None
+    queue: str | None
+    modes: dict[str, WorkerModeView]
+    started_at: datetime | None
+    job_id: str | None = Field(description="The job in hand.")
+    jobs_done: int | None = Field(description="Jobs it has ended with a video.")
+    memory_allocated_bytes: int | None = Field(description="Of the device; null on a CPU.")
+    memory_peak_bytes: int | None
+    memory_total_bytes: int | None
+
+    @classmethod
+    def of(cls, worker: WorkerState) -> Self:
+        offered = {} if worker.offer is None else {m.name: m for m in worker.offer.modes}
+        measured = {} if worker.status is None else worker.status.modes
+        return cls(
+            id=worker.id,
+            model=worker.model,
+            state=worker.state,
+            modes={
+                name: WorkerModeView.of(offered.get(name), measured.get(name))
+                for name in (offered | measured)
+            },
+            **{name: getattr(worker.offer, name, None) for name in _OFFERED},
+            **{name: getattr(worker.status, name, None) for name in _SAID},
+        )
+
+
+class QueueStateView(BaseModel):
+    name: str
+    model: str
+    waiting: int
+    oldest_age_s: float = Field(description="Since when its oldest job exists; 0 if it is empty.")
+    workers: int = Field(description="Live workers that take jobs from it.")
+
+
+class FleetView(BaseModel):
+    """The workers, and the queues in which something waits or for which one is live."""
+
+    workers: list[WorkerStateView]
+    queues: list[QueueStateView]
+
+    @classmethod
+    def of(cls, fleet: Fleet) -> Self:
+        return cls(
+            workers=[WorkerStateView.of(worker) for worker in fleet.workers],
+            queues=[
+                QueueStateView(
+                    name=queue.name,
+                    model=queue.model,
+                    waiting=queue.waiting,
+                    oldest_age_s=round(queue.oldest_age_s, 3),
+                    workers=queue.workers,
+                )
+                for queue in fleet.queues
+            ],
+        )

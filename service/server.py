@@ -1,0 +1,113 @@
+"""Start the service: settings, the port, the log, uvicorn.
+
+Whatever prevents the start ends the process with one clear line on stderr.
+"""
+
+import logging
+import socket
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+
+from jobs.errors import ArtifactRefused
+from jobs.redis_client import connect
+from service.api.events.hub import EventHub
+from service.app import create_app
+from service.auth.api_keys import KeyStore
+from service.middleware.request_log import configure_logging
+from service.settings import ServiceSettings
+
+logger = logging.getLogger("service")
+
+GRACE_S = 3
+"""How long requests that are still open may take once the service was told to end. Without a bound
+one client that never finishes its request, or never reads its video, keeps the process for ever."""
+
+
+def start() -> None:
+    """Run the service until it is told to end."""
+    try:
+        settings = ServiceSettings()
+        app = create_app(settings)
+    except ValidationError as error:
+        sys.exit(sentences(error))
+    except (ArtifactRefused, OSError) as error:
+        sys.exit(f"service: {error}")
+    if not settings.is_local:
+        _demand_a_key(settings)
+    listener = _listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    configure_logging(settings.log_format)
+    logger.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # `service/middleware/request_log.py` writes it
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+    )
+    Server(config, app.state.parts.hub).run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """Ends the event streams when it is told to end; it would wait for them."""
+
+    def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._hub.end_streams()
+        await super().shutdown(sockets)
+
+
+def sentences(error: ValidationError) -> str:
+    """Say in one line each which variables are wrong and why."""
+    return "\n".join(f"service: {_sentence(each)}." for each in error.errors())
+
+
+def _demand_a_key(settings: ServiceSettings) -> None:
+    """End the start where strangers could reach a service that knows nobody."""
+    exposed = f"service: SERVICE_HOST: {settings.host} is reachable from outside"
+    try:
+        with connect(settings.redis_url.get_secret_value()) as redis:
+            usable = any(key.revoked_at is None for key in KeyStore(redis).all())
+    except RedisError as error:
+        sys.exit(
+            f"{exposed}, so API keys are needed, and Redis, which holds them, cannot be asked: "
+            f"{error} Start Redis, correct REDIS_URL, or listen on 127.0.0.1."
+        )
+    if not usable:
+        sys.exit(
+            f"{exposed}, and there is no API key that could be used. Make one with "
+            f"`python -m service keys add NAME --role ops`, or listen on 127.0.0.1."
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before the server starts, so that a taken one is one line and not a log."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named. With 0,
+    # each answer on a kept connection waited 40 ms for the caller's acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        sys.exit(
+            f"service: cannot listen on {host}, port {port}: {error.strerror}. Stop what uses it, "
+            f"or set SERVICE_PORT to another port (0 takes a free one)."
+        )
+    return listener
+
+
+def _sentence(error: object) -> str:
+    assert isinstance(error, dict), "pydantic's errors are dicts"
+    reason = "is required" if error["type"] == "missing" else error["msg"]
+    # What concerns several variables names them itself.
+    where = f"{error['loc'][0]}: " if error["loc"] else ""
+    return where + str(reason).removeprefix("Value error, ")
