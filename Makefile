@@ -53,10 +53,10 @@ fix: $(VENV)/.dev ## let ruff repair and format
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.demo ## seconds per stage of a job, bf16 beside w8a8
-	@$(BIN)/python -m benchmarks.job
+	@$(BIN)/python -m benchmarks.serving.job_latency
 
 $(VENV)/.venv:
-	@sh deploy/venv.sh "$(PYTHON)" "$(VENV)"
+	@sh deploy/install/venv.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
@@ -66,7 +66,7 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "installing everything, development tools included (some minutes, once)"
-	@sh deploy/compiler.sh "$(VENV)"
+	@sh deploy/install/compiler.sh "$(VENV)"
 	@$(PIP) -e '.[dev]' -c constraints.txt
 	@touch $(VENV)/.demo $@
 

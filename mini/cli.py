@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from mini.scenes import Split, captions_of
-from mini.train import TrainingRun
-from mini.training_settings import TrainingSettings
+from mini.training.settings import TrainingSettings
+from mini.training.train import TrainingRun
+from mini.world.scenes import Split, captions_of
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 

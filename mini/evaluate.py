@@ -15,8 +15,8 @@ from diffusers import WanPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from mini.architecture import HEIGHT_PX, NUM_FRAMES, TEXT_TOKENS, WIDTH_PX
-from mini.oracle import ATTRIBUTES, Frames, verdicts
-from mini.scenes import parse_caption
+from mini.world.oracle import ATTRIBUTES, Frames, verdicts
+from mini.world.scenes import parse_caption
 
 SAMPLING_STEPS, GUIDANCE_SCALE = 20, 4.0
 SHEET_PAPER, SHEET_INK = "#fafafa", "#202020"

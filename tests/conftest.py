@@ -20,7 +20,7 @@ from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
-from tests.s3_server import make_bucket, s3_server
+from tests.support.s3_server import make_bucket, s3_server
 
 # Read when Triton is imported, which other libraries do: its kernels are interpreted, without a
 # card. Tests that have one (`-m cuda`) are run with TRITON_INTERPRET=0.

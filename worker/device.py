@@ -19,8 +19,9 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.selection import KernelChoice, multiplies_fp8, pick_kernels
 from quant.kernels.self_test import BlockShape
 from worker.errors import CardsLost, DeviceUnavailable
+from worker.interface import DeviceMemory
+from worker.settings import DeviceChoice
 
-DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 DeviceKind = Literal["cpu", "cuda", "npu"]
 
 # diffusers' fused attention for Ascend; elsewhere torch's own dispatch is the right default.
@@ -42,15 +43,6 @@ _FULL = (
 # torch_npu's queue of tasks stops for good with the first; what is given to it afterwards is not
 # run, and no error says so. The others are a memory fault of the card, and a stop from outside.
 _NPU_LOST = ("The process exits for this inner error", "UCE ERROR", "FORCE STOP")
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes this process holds on the device now, held at most, and the device's total."""
-
-    allocated_bytes: int
-    peak_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from jobs.logs import LogFormat
-from worker.device import DeviceChoice
-from worker.process.drain import DrainChoice
-from worker.process.stats import StallLimits
+
+DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
+DrainChoice = Literal["finish", "requeue"]
+
+
+@dataclass(frozen=True)
+class StallLimits:
+    """How long a job may be silent: at least `floor_s`, and `first_step_s` where no step of its
+    kind was measured yet (kernels are compiled and tuned then)."""
+
+    floor_s: float = 15.0
+    first_step_s: float = 600.0
 
 
 class WorkerSettings(BaseSettings):

@@ -13,7 +13,8 @@ import httpx
 import typer
 from rich.console import Console
 
-from deploy.local import client, screen
+from deploy.local import client
+from deploy.local.console import JobBar, demo_text, stopping_text, summary
 from deploy.local.errors import Interrupted, LocalError
 from deploy.local.ports import find_free_port, require_free
 from deploy.local.session import VAR, running, throwaway_stack
@@ -48,11 +49,11 @@ def demo(
         )
         try:
             with running(console, setup, signals) as stack:
-                _tell(screen.demo_text(setup))
+                _tell(demo_text(setup))
                 try:
                     stack.keep_running(_tell)
                 except Interrupted:
-                    _tell(screen.stopping_text(setup))
+                    _tell(stopping_text(setup))
                     raise
         except Interrupted:
             _tell("Stopped: nothing is left running.")
@@ -76,11 +77,11 @@ def generate(
         _require_writable(out)
         with throwaway_stack(console, config, signals) as stack:
             job = _run(stack, order, out, console)
-        print(screen.summary(job, out))
+        print(summary(job, out))
 
 
 def _run(stack: Stack, order: client.Order, out: Path, console: Console) -> client.Job:
-    with client.connect(stack.config.service_url) as service, screen.JobBar(console) as bar:
+    with client.connect(stack.config.service_url) as service, JobBar(console) as bar:
 
         def watch(job: client.Job) -> None:
             stack.check()

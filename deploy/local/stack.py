@@ -16,9 +16,9 @@ from pathlib import Path
 import httpx
 
 from deploy.local import client, valkey
+from deploy.local.child_process import Child
 from deploy.local.errors import LocalError
 from deploy.local.ports import LOOPBACK
-from deploy.local.processes import Child
 from deploy.local.signals import Signals
 
 ROOT = Path(__file__).resolve().parents[2]

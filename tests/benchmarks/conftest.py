@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fabricate import Plan, calibrate_briefly, fabricate
+from benchmarks.fixtures.fabricate import Plan, calibrate_briefly, fabricate
 from quant import QuantRecipe
 
 SEED = 7

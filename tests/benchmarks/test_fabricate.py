@@ -6,8 +6,8 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.fabricate import FABRICATED, Plan, fabricate
-from benchmarks.fabricated_weights import LOUD_FROM, LOUD_TO, Fabricator
+from benchmarks.fixtures.fabricate import FABRICATED, Plan, fabricate
+from benchmarks.fixtures.fabricated_weights import LOUD_FROM, LOUD_TO, Fabricator
 from quant import QuantRecipe, check_scales, load_scales, model_fingerprint
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_model_whatever_the_threads(fabricated, tmp
 def test_files_say_that_they_are_fabricated(fabricated):
     for file in fabricated.glob("*/*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            assert opened.metadata()["fabricated"] == "seed 7, benchmarks.fabricate"
+            assert opened.metadata()["fabricated"] == "seed 7, benchmarks.fixtures.fabricate"
 
 
 def test_a_few_channels_are_loud_where_norms_hand_them_on():

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loading, loading_case
-from benchmarks.loading_case import Start
+from benchmarks.speed import loading, loading_case
+from benchmarks.speed.loading_case import Start
 from quant import QuantRecipe, convert
 from quant.packed.format import SHARD_PATTERN
 from quant.weights.header import read_header, stored_tensors

@@ -14,7 +14,7 @@ from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
 from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
-from tests.service.process import address, service
+from tests.support.http_service import address, service
 
 ORDER = client.Order("a small red circle")
 

@@ -1,4 +1,5 @@
-"""deploy/compiler.sh: apt-get is asked for a compiler only where one is certainly needed."""
+"""deploy/install/compiler.sh: apt-get is asked for a compiler only where one is certainly
+needed."""
 
 import os
 import subprocess
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "compiler.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "compiler.sh"
 
 # A Python in which exactly the facts in FACTS are true.
 PYTHON = """#!/bin/sh

@@ -3,7 +3,6 @@
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from redis import Redis
 
 from deploy.local import valkey
+from deploy.local.waiting import wait_until
 
 OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 
@@ -19,10 +19,7 @@ OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 def server(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
     process = subprocess.Popen(valkey.server_command(folder, port), stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
-        while not valkey.answers(port):
-            assert time.monotonic() < deadline, "it does not answer"
-            time.sleep(0.05)
+        wait_until(lambda: valkey.answers(port), 30, "Valkey answers")
         yield process
     finally:
         process.kill()

@@ -1,11 +1,12 @@
-"""deploy/venv.sh on machines that lack something: stand-ins for python3 and apt-get on PATH."""
+"""deploy/install/venv.sh on machines that lack something: stand-ins for python3 and apt-get on
+PATH."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "venv.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "venv.sh"
 
 # A Debian python3: 3.11, without ensurepip until the package is there.
 DEBIAN_PYTHON = """#!/bin/sh

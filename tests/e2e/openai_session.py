@@ -2,7 +2,7 @@
 
 A program of its own, because two versions cannot be imported into one: `python -m
 tests.e2e.openai_session BASE_URL KEY VERSION FOLDER` ends with 0 if all went as it should. KEY is
-`none` where none is needed. `test_openai_client.py` runs it against the pattern engine.
+`none` where none is needed. `test_openai_client.py` runs it against the fake engine.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 
-from tests.worker.orders import FAILING
+from worker.engine.fake_engine import FAILING
 
 PROMPT = "a small red circle moving right on a black background"
 
@@ -55,7 +55,7 @@ def create(videos: Any, version: str) -> str:
     assert sent == ("application/json" if version == "2.8.0" else "multipart/form-data"), sent
     assert 500 <= int(answer.headers["openai-poll-after-ms"]) <= 5000
     video = answer.parse()
-    assert (video.object, video.model, video.status) == ("video", "pattern:plain", "queued"), video
+    assert (video.object, video.model, video.status) == ("video", "fake:plain", "queued"), video
     assert (video.seconds, video.size, video.prompt) == ("1", "64x32", PROMPT), video
     extra = (video.seed, video.num_frames, video.num_inference_steps, video.guidance_scale)
     assert extra == (200, 9, 5, 2.5), video
@@ -68,9 +68,7 @@ def create(videos: Any, version: str) -> str:
 
 def create_and_poll(videos: Any) -> str:
     video = videos.create_and_poll(prompt=PROMPT, extra_body={"num_frames": 5})
-    assert (video.status, video.model, video.seconds) == ("completed", "pattern:plain", "0.5"), (
-        video
-    )
+    assert (video.status, video.model, video.seconds) == ("completed", "fake:plain", "0.5"), video
     return str(video.id)
 
 
@@ -105,7 +103,7 @@ def refusals(videos: Any) -> None:
         assert error.code == "job_not_found", error
     error = raised(openai.BadRequestError, lambda: videos.create(prompt=PROMPT, model="sora-2"))
     assert error.param == "model", error
-    assert "pattern:plain" in error.message, error
+    assert "fake:plain" in error.message, error
     error = raised(openai.BadRequestError, lambda: videos.create(prompt=PROMPT, seconds="8"))
     assert error.param == "seconds", error
     image = ("a.png", b"\x89PNG", "image/png")

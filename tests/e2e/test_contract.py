@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import Cluster
-from tests.e2e.stack import ROOT
+from deploy.local.cluster import Cluster
+from tests.support.launcher import ROOT
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 """Generated requests per operation and phase."""
@@ -23,7 +23,7 @@ LEAST_CASES = int(os.environ.get("FUZZ_LEAST_CASES", "1000"))
 
 @pytest.mark.timeout(3600)
 def test_every_answer_is_in_the_document(tmp_path: Path) -> None:
-    engine = (sys.executable, "-m", "benchmarks.steady_worker", "0")
+    engine = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0")
     environment = {"SERVICE_MAX_WAITING": "100000", "SERVICE_RATE": "10000000/minute"}
     site = Cluster(tmp_path / "site", apis=1, workers=1, worker=engine, environment=environment)
     with site:

@@ -11,11 +11,12 @@ from pathlib import Path
 import httpx
 
 from deploy.local import valkey
+from deploy.local.waiting import wait_until
 from jobs.record import JobRecord
 from jobs.redis_client import connect
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.e2e.stack import Launcher, free_port, run
+from tests.support.launcher import Launcher, free_port, run
 
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -117,10 +118,12 @@ def _begin_a_job(url: str, steps: int) -> str:
     order = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": steps}
     with httpx.Client(base_url=url, trust_env=False) as client:
         job = client.post("/generate", json=order).json()
-        deadline = time.monotonic() + 60
-        while (client.get(f"/jobs/{job['id']}").json()["progress"] or {}).get("stage") != "denoise":
-            assert time.monotonic() < deadline, job
-            time.sleep(0.05)
+
+        def is_denoised() -> bool:
+            progress = client.get(f"/jobs/{job['id']}").json()["progress"]
+            return progress is not None and progress["stage"] == "denoise"
+
+        wait_until(is_denoised, 60, "the job is being denoised", every_s=0.05)
     return str(job["id"])
 
 
@@ -129,10 +132,7 @@ def _record(folder: Path, job_id: str) -> JobRecord:
     command = valkey.server_command(folder / "valkey", port := free_port())
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
-            deadline = time.monotonic() + 30
-            while not valkey.answers(port):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_until(lambda: valkey.answers(port), 30, "Valkey answers")
             with closing(connect(f"redis://127.0.0.1:{port}/0")) as redis:
                 return JobStore(redis).get(job_id)
         finally:

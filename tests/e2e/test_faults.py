@@ -21,8 +21,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import ENDED, Cluster, wait_until
-from tests.e2e.stack import describe_video
+from deploy.local.cluster import ENDED, Cluster
+from deploy.local.waiting import wait_until
+from tests.support.launcher import describe_video
 
 RECOVERED_S = 30
 """A job whose worker is gone is being run again within this time."""
@@ -104,7 +105,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         subprocess.run(mount, check=True)
     cluster = Cluster(
         folder,
-        worker=(sys.executable, "-m", "tests.e2e.faulty_worker", str(faults)),
+        worker=(sys.executable, "-m", "tests.support.faulty_worker", str(faults)),
         environment={
             "WORKER_STALL_FLOOR_S": "5",
             "WORKER_FIRST_STEP_S": "15",

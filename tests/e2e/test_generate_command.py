@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mini.oracle import verdicts
-from mini.scenes import parse_caption
-from tests.e2e.stack import ROOT, decode_video, describe_video, run
+from mini.world.oracle import verdicts
+from mini.world.scenes import parse_caption
+from tests.support.launcher import ROOT, decode_video, describe_video, run
 
 PROMPT = "a small red circle moving right on a black background"
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.cluster import Cluster
+from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from service.auth.api_keys import KeyStore, Role
-from tests.e2e.cluster import Cluster, wait_until
-from tests.e2e.stack import ROOT, describe_video
+from tests.support.launcher import ROOT, describe_video
 
 OLDER = Path(sys.prefix) / "openai-2.8.0"
-ENGINE = (sys.executable, "-m", "benchmarks.steady_worker", "0.02")
+ENGINE = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0.02")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from pathlib import Path
 import httpx2
 from redis import Redis
 
+from deploy.local.waiting import wait_until
 from jobs import redis_keys
-from tests.e2e.pattern import pattern_worker, wait_for
-from tests.service.process import address, service
+from tests.support.http_service import address, service
+from tests.support.worker_processes import fake_worker
 
 
 def value(metrics: str, sample: str) -> float:
@@ -28,15 +29,15 @@ def test_a_run_is_seen_and_leaves_nothing(redis_url: str, redis: Redis, tmp_path
     }
     with (
         service(**environment) as process,
-        pattern_worker(tmp_path / "worker.log", **environment),
+        fake_worker(tmp_path / "worker.log", **environment),
         httpx2.Client(base_url=address(process), trust_env=False, timeout=30) as client,
     ):
-        wait_for(lambda: client.get("/readyz").status_code == 200)
+        wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"prompt": "red", "num_inference_steps": 2}
         job = client.post("/generate", json=body).json()
-        wait_for(lambda: client.get(f"/jobs/{job['id']}").json()["state"] == "succeeded")
-        wait_for(lambda: "wan_worker_jobs_done_total" in client.get("/metrics").text)
-        wait_for(lambda: value(client.get("/metrics").text, "wan_worker_jobs_done_total") == 1)
+        wait_until(lambda: client.get(f"/jobs/{job['id']}").json()["state"] == "succeeded")
+        wait_until(lambda: "wan_worker_jobs_done_total" in client.get("/metrics").text)
+        wait_until(lambda: value(client.get("/metrics").text, "wan_worker_jobs_done_total") == 1)
 
         metrics = client.get("/metrics").text
         assert value(metrics, "wan_jobs_ended_total") == 1
@@ -52,7 +53,7 @@ def test_a_run_is_seen_and_leaves_nothing(redis_url: str, redis: Redis, tmp_path
     redis.delete(redis_keys.RETENTION_DONE)
     with service(**environment, SERVICE_KEEP_JOBS_H="0.000001") as process:
         address(process)
-        wait_for(lambda: not redis.keys(f"*{job['id']}*"))
+        wait_until(lambda: not redis.keys(f"*{job['id']}*"))
     assert list(artifacts.rglob("*.mp4")) == []
     for name in redis.keys("rq:*"):
         kind = redis.type(name)

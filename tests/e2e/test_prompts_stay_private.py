@@ -10,9 +10,10 @@ import httpx2
 import pytest
 from redis import Redis
 
+from deploy.local.waiting import wait_until
 from jobs import redis_keys
-from tests.e2e.pattern import pattern_worker, wait_for
-from tests.service.process import address, service
+from tests.support.http_service import address, service
+from tests.support.worker_processes import fake_worker
 
 SECRET = "xyzzy-nobody-may-read-this"
 
@@ -33,11 +34,11 @@ class Caller:
 
     def finish(self) -> None:
         job_id = self.order().json()["id"]
-        wait_for(lambda: self.state(job_id) == "succeeded")
+        wait_until(lambda: self.state(job_id) == "succeeded")
 
     def fail(self) -> None:
         job_id = self.order(num_inference_steps=4).json()["id"]
-        wait_for(lambda: self.state(job_id) == "failed")
+        wait_until(lambda: self.state(job_id) == "failed")
 
     def be_refused(self) -> None:
         statuses = [
@@ -96,10 +97,10 @@ def test_no_prompt_is_logged(redis_url: str, redis: Redis, tmp_path: Path, log_f
     worker_log = tmp_path / "worker.log"
     with (
         service(**environment) as process,
-        pattern_worker(worker_log, **environment),
+        fake_worker(worker_log, **environment),
         httpx2.Client(base_url=address(process), trust_env=False, timeout=30) as client,
     ):
-        wait_for(lambda: client.get("/readyz").status_code == 200)
+        wait_until(lambda: client.get("/readyz").status_code == 200)
         caller = Caller(client, redis)
         caller.finish()
         caller.fail()
@@ -123,4 +124,4 @@ def test_no_prompt_is_logged(redis_url: str, redis: Redis, tmp_path: Path, log_f
             json.loads(line)
         begun = [each for each in map(json.loads, said_by_worker.splitlines()) if "job_id" in each]
         assert begun
-        assert all(each["worker_id"].startswith("pattern.") for each in begun)
+        assert all(each["worker_id"].startswith("fake.") for each in begun)

@@ -1,6 +1,6 @@
 """models/wan-mini as committed: small enough, stored as promised, and showing what it is told.
 
-Rates over many captions are measured by benchmarks/miniature.py.
+Rates over many captions are measured by benchmarks/quality/miniature.py.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 
 from mini.evaluate import load_pipeline, sample
-from mini.oracle import verdicts
-from mini.scenes import EXAMPLE, Split, captions_of, parse_caption, plain_caption, split_of
+from mini.world.oracle import verdicts
+from mini.world.scenes import EXAMPLE, Split, captions_of, parse_caption, plain_caption, split_of
 
 MODEL = Path(__file__).parents[2] / "models" / "wan-mini"
 WEIGHTS_LIMIT_BYTES = 32_000_000

@@ -10,7 +10,7 @@ from redis import Redis
 
 from jobs.catalog import WorkerOffer
 from service.auth.api_keys import KeyStore, Role
-from tests.service.process import address, service
+from tests.support.http_service import address, service
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from quant import (
     run_calibration,
     save_scales,
 )
-from tests.worker.mortal_valkey import MortalValkey
+from tests.support.killable_valkey import MortalValkey
 from worker.config import WorkerConfig, load_config
 from worker.device import Device, pick_device
 from worker.engine.wan_engine import WanEngine

@@ -39,13 +39,13 @@ from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import WorkerOffer, WorkerStatus
 from jobs.store.job_store import JobStore
 from worker.consumer.heartbeat import Patrol, StandingOffer
-from worker.device import DeviceMemory
-from worker.engine.interface import Engine
+from worker.interface import DeviceMemory, Engine
 from worker.job.context import Workplace
 from worker.process.drain import Drain, JobInHand
 from worker.process.logs import JOB_ID
 from worker.process.scratch import scratch_folder
-from worker.process.stats import Journal, StallLimits
+from worker.process.stats import Journal
+from worker.settings import StallLimits
 from worker.tasks import WORKPLACE
 
 logger = logging.getLogger(__name__)

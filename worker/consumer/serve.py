@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from jobs.artifacts.store import ArtifactStore
 from worker.consumer.rq_worker import ResidentWorker
-from worker.engine.interface import Engine
+from worker.interface import Engine
 from worker.process.drain import Drain
 from worker.process.logs import WorkerIds
 from worker.process.redis_retry import Pauses

@@ -20,8 +20,8 @@ from worker.config import ModelConfig
 from worker.device import Device
 from worker.engine.checks import checked, require_finite
 from worker.engine.denoiser import Embeddings
-from worker.engine.interface import Watch
 from worker.engine.offload import Visitor
+from worker.interface import Watch
 from worker.model_loader.components import SharedParts
 
 MOST_KEPT: Final = 16

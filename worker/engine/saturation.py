@@ -8,8 +8,6 @@ where they run as they are, by the kernels where blocks are fused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,14 +18,7 @@ from quant.numerics import reference
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import choose_scale
 from quant.transformer.wan_block import FusedWanBlock
-
-
-@dataclass(frozen=True, slots=True)
-class ActShares:
-    """Shares of the values that went into the quantized layers, 0 to 1."""
-
-    saturated: float
-    flushed: float
+from worker.interface import ActShares
 
 
 class ActSample:

@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from worker.engine.interface import Frame
+from worker.interface import Frame
 
 
 def denormalize(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:

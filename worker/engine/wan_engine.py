@@ -29,7 +29,6 @@ from worker.config import ModelConfig
 from worker.device import Device
 from worker.engine.checks import checked, require_finite
 from worker.engine.denoiser import Denoise, denoise_on
-from worker.engine.interface import Clip, Frame, StageSeconds, Watch
 from worker.engine.prompt_encoder import PromptEncoder
 from worker.engine.saturation import ActSample
 from worker.engine.step_cache import step_cache
@@ -40,6 +39,7 @@ from worker.engine.vae_decoder import (
     stop_points,
     to_frames,
 )
+from worker.interface import Clip, Frame, StageSeconds, Watch
 from worker.model_loader.components import SharedParts
 from worker.model_loader.loader import Mode
 

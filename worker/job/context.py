@@ -9,9 +9,10 @@ from redis import Redis
 
 from jobs.artifacts.store import ArtifactStore
 from jobs.store.job_store import JobStore
-from worker.engine.interface import Engine
+from worker.interface import Engine
 from worker.process.drain import Drain, JobInHand
-from worker.process.stats import Journal, StallLimits
+from worker.process.stats import Journal
+from worker.settings import StallLimits
 
 
 @dataclass(frozen=True, slots=True)

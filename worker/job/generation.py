@@ -16,7 +16,7 @@ from jobs import durations
 from jobs.artifacts.store import artifact_key
 from jobs.durations import Pace
 from jobs.record import Attempt, JobRecord, Stage, StageTimings, Video, now
-from worker.engine.interface import Clip, Engine, Frame
+from worker.interface import Clip, Engine, Frame
 from worker.job.context import Workplace
 from worker.job.lease import Lifeline
 from worker.job.mp4_encoder import VideoFormat, encode_mp4

@@ -26,7 +26,7 @@ from typing import IO
 import imageio_ffmpeg
 
 from jobs.errors import GenerationFailed
-from worker.engine.interface import Frame
+from worker.interface import Frame
 
 # Visually lossless for the eye at any size; the miniature's 17 frames take a few kilobytes.
 CRF = 17

@@ -17,7 +17,8 @@ from jobs.spec import GenerationRequest
 from worker.job.lease import Lifeline
 from worker.job.watchdog import Watchdog
 from worker.process.drain import Drain, JobInHand
-from worker.process.stats import StallLimits, StepTimes
+from worker.process.stats import StepTimes
+from worker.settings import StallLimits
 
 STALLED: Final = 10
 """A step that takes this many times the median hangs."""

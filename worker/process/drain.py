@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-DrainChoice = Literal["finish", "requeue"]
+from worker.settings import DrainChoice
 
 SAME_WISH_S: Final = 1.0
 """Two signals within this time are one wish: a terminal and a launcher may both send theirs."""

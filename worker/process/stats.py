@@ -6,13 +6,12 @@ import statistics
 import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from jobs.catalog import ModeStatus
 from jobs.record import Stage
-from worker.engine.saturation import ActShares
 from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
+from worker.interface import ActShares
 from worker.process.redis_retry import Outage
 
 KEPT: Final = 50
@@ -20,15 +19,6 @@ KEPT: Final = 50
 
 
 OUT_OF_MEMORY_LIMIT: Final = 2
-
-
-@dataclass(frozen=True)
-class StallLimits:
-    """How long a job may be silent: at least `floor_s`, and `first_step_s` where no step of its
-    kind was measured yet (kernels are compiled and tuned then)."""
-
-    floor_s: float = 15.0
-    first_step_s: float = 600.0
 
 
 class StepTimes:

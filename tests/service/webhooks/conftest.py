@@ -21,7 +21,7 @@ from service.webhooks.dispatcher import Courier
 from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, TimeLimits, tls_context
 from tests.service.conftest import MakeJob
-from tests.service.webhooks.receiver import Receiver
+from tests.support.webhook_receiver import Receiver
 
 HOST = "hooks.example.com"
 SECRET = "whsec_" + base64.b64encode(b"first secret of the tests".ljust(32)).decode()

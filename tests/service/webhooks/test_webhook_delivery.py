@@ -12,6 +12,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from jobs.record import Failure
 from jobs.redis_client import connect
@@ -33,9 +34,8 @@ from tests.service.webhooks.conftest import (
     resolve_to_loopback,
     working,
 )
-from tests.service.webhooks.receiver import Call, Receiver, hold, in_turn
-from tests.service.webhooks.receiver import status as answered
-from tests.service.webhooks.waiting import until
+from tests.support.webhook_receiver import Call, Receiver, hold, in_turn
+from tests.support.webhook_receiver import status as answered
 
 
 def webhook_id(call: Call) -> str:
@@ -54,7 +54,7 @@ def test_delivered_once_and_verified(
     before = client.get(f"/jobs/{job.id}").json()
     with working(office):
         receiver.wait()
-        until(lambda: client.get(f"/jobs/{job.id}").json()["webhook"]["state"] == "delivered")
+        wait_until(lambda: client.get(f"/jobs/{job.id}").json()["webhook"]["state"] == "delivered")
     (call,) = receiver.calls
     assert webhook_id(call) == f"msg_{job.id}"
     assert call.headers["content-type"] == "application/json"
@@ -128,12 +128,12 @@ def test_a_receiver_that_was_down_is_told_later(
     job = make_ended(url)
     late = Receiver()
     with working(patient):
-        until(lambda: status(job).tries >= 2)
+        wait_until(lambda: status(job).tries >= 2)
         assert status(job).state is WebhookState.PENDING
         assert status(job).last_error == "no connection"
         with late.listening(port=unused_port):
             late.wait()
-            until(lambda: status(job).state is WebhookState.DELIVERED)
+            wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert len(late.calls) == 1
     assert status(job).tries >= 3
     assert status(job).last_error is None
@@ -150,7 +150,7 @@ def test_errors_are_repeated_with_the_same_id(
     job = make_ended()
     with working(office):
         receiver.wait(3)
-        until(lambda: status(job).state is WebhookState.DELIVERED)
+        wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert {webhook_id(call) for call in receiver.calls} == {f"msg_{job.id}"}
     assert [json.loads(call.body)["data"]["webhook"]["tries"] for call in receiver.calls] == [
         0,
@@ -177,7 +177,7 @@ def test_given_up_in_the_end(
     receiver.answer = answered(code, Location=f"http://127.0.0.1:{receiver.port}/trap")
     job = make_ended()
     with working(office):
-        until(lambda: status(job).state is WebhookState.GIVEN_UP)
+        wait_until(lambda: status(job).state is WebhookState.GIVEN_UP)
     assert (status(job).tries, status(job).last_status) == (tries, code)
     assert [call.path for call in receiver.calls] == ["/done"] * tries
 
@@ -191,7 +191,7 @@ def test_an_allowed_name_that_leads_inside_is_not_called(
     strict = Sender(tls_context(), private=False, resolve=resolve_to_loopback)
     job = make_ended()
     with working(replace(office, sender=strict)):
-        until(lambda: status(job).state is WebhookState.GIVEN_UP)
+        wait_until(lambda: status(job).state is WebhookState.GIVEN_UP)
     assert receiver.calls == []
     assert status(job).last_error == "the host has an address which may not be called"
 
@@ -204,7 +204,7 @@ def test_what_is_no_longer_allowed_is_given_up_at_once(
 ) -> None:
     job = make_ended()
     with working(replace(office, rules=replace(office.rules, http=False))):
-        until(lambda: status(job).state is WebhookState.GIVEN_UP)
+        wait_until(lambda: status(job).state is WebhookState.GIVEN_UP)
     assert receiver.calls == []
     assert status(job).tries == 1
     assert "https://" in str(status(job).last_error)
@@ -220,9 +220,9 @@ def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
     odd, sound = make_ended(), make_ended()
     redis.hset(redis_keys.record(odd.id), "from_the_future", "1")
     with working(office):
-        until(lambda: status(odd).tries >= 1)
+        wait_until(lambda: status(odd).tries >= 1)
         assert status(odd).state is WebhookState.PENDING
-        until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
+        wait_until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     found = status(odd)
     assert (found.state, found.tries) == (WebhookState.GIVEN_UP, 4)
     assert "cannot be read" in str(found.last_error)
@@ -245,7 +245,7 @@ def test_deleted_jobs_are_dropped(
     redis.delete(redis_keys.record(deleted.id))
     assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 3
     with working(office):
-        until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
+        wait_until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     assert receiver.calls == []
 
 
@@ -284,7 +284,7 @@ def test_processes_share_the_work(
         for _ in range(3):
             stack.enter_context(working(office))
         receiver.wait(len(jobs), timeout=60)
-        until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
+        wait_until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     assert sorted(map(webhook_id, receiver.calls)) == sorted(f"msg_{job.id}" for job in jobs)
 
 
@@ -303,7 +303,7 @@ def test_a_call_in_hand_at_the_end_is_given_back(
     with working(office):
         # Long before the lease would have run out.
         receiver.wait(timeout=20)
-        until(lambda: status(job).state is WebhookState.DELIVERED)
+        wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert len(receiver.calls) == 2
 
 
@@ -328,6 +328,6 @@ def test_addresses_are_not_logged(
     receiver.answer = in_turn(500, 204)
     job = make_ended(f"{hook}?token=hidden")
     with working(office):
-        until(lambda: status(job).state is WebhookState.DELIVERED)
+        wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert job.id in caplog.text
     assert "hidden" not in caplog.text

@@ -7,13 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from deploy.local.waiting import wait_until
 from jobs.store.webhook_outbox import WebhookState
 from service.webhooks.delivery import Office
 from service.webhooks.message import Signer
 from service.webhooks.retry import Schedule
 from service.webhooks.url_rules import HostRule
 from tests.service.webhooks.conftest import HOST, SECRET, MakeEnded, Status, working
-from tests.service.webhooks.waiting import until
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "webhooks.md"
 
@@ -38,9 +38,9 @@ def test_the_example_receives(
         try:
             job = make_ended(f"http://{HOST}:{unused_port}/wan")
             with working(forger):
-                until(lambda: status(job).last_status == 401)
+                wait_until(lambda: status(job).last_status == 401)
             with working(office):
-                until(lambda: status(job).state is WebhookState.DELIVERED)
+                wait_until(lambda: status(job).state is WebhookState.DELIVERED)
         finally:
             example_process.terminate()
         assert example_process.stdout is not None

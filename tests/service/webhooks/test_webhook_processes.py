@@ -11,14 +11,14 @@ import pytest
 from redis import Redis
 from standardwebhooks import Webhook
 
+from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.store.webhook_outbox import WebhookState
 from service.webhooks.delivery import Office
-from tests.service.process import address, service
 from tests.service.webhooks.conftest import SECRET, MakeEnded, Status, working
-from tests.service.webhooks.receiver import Receiver
-from tests.service.webhooks.waiting import until
+from tests.support.http_service import address, service
+from tests.support.webhook_receiver import Receiver
 
 LEASE_S = 2.0
 
@@ -51,7 +51,7 @@ def test_from_the_request_to_the_receiver(
         assert client.get(job).json()["webhook"]["state"] == "pending"
         assert client.delete(job).json()["state"] == "cancelled"
         receiver.wait()
-        until(lambda: client.get(job).json()["webhook"]["state"] == "delivered")
+        wait_until(lambda: client.get(job).json()["webhook"]["state"] == "delivered")
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     (call,) = receiver.calls
@@ -85,7 +85,7 @@ def test_what_a_killed_process_had_in_hand_is_delivered_by_another(
     assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 1
     with working(office):
         receiver.wait()
-        until(lambda: status(job).state is WebhookState.DELIVERED)
+        wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert [call.headers["webhook-id"] for call in receiver.calls] == [f"msg_{job.id}"]
 
 

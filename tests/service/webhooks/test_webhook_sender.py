@@ -14,8 +14,8 @@ from service.webhooks.ip_rules import Resolve
 from service.webhooks.sender import Answer, Sender, TimeLimits, tls_context
 from service.webhooks.url_rules import HostRule, Target, WebhookRules
 from tests.conftest import free_port
-from tests.service.webhooks.certificates import Authority
-from tests.service.webhooks.receiver import Receiver, hold, status
+from tests.support.certificates import Authority
+from tests.support.webhook_receiver import Receiver, hold, status
 
 NAME = "hooks.example.com"
 QUICK = TimeLimits(connect_s=1, total_s=1, rest_s=0.5)

@@ -1,0 +1,30 @@
+"""Run a worker whose engine only waits: `python -m benchmarks.serving.fake_worker
+SECONDS_PER_STEP`.
+
+It takes jobs at a known rate and leaves the cores to what is measured.
+"""
+
+import sys
+import time
+from contextlib import closing
+
+from jobs.artifacts.store import open_artifacts
+from jobs.redis_client import connect
+from worker.consumer.serve import Parts, serve
+from worker.engine.fake_engine import FakeEngine
+from worker.process.logs import configure_logging
+from worker.settings import WorkerSettings
+
+
+def main() -> None:
+    step_s = float(sys.argv[1])
+    settings = WorkerSettings()
+    ids = configure_logging(settings.log_format)
+    engine = FakeEngine(lambda _: time.sleep(step_s))
+    with closing(connect(settings.redis_url.get_secret_value())) as redis:
+        status = serve(Parts(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

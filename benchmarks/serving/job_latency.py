@@ -1,0 +1,104 @@
+"""Where the seconds of one job go, w8a8 beside bf16: `make bench` or `python -m
+benchmarks.serving.job_latency`.
+
+Runs the whole system (Valkey, worker, service) and asks it over HTTP, so the queue and the front
+end are in the figures. The modes take turns, after a round that is not counted; the figure is the
+median. Each job has a prompt of its own, since a worker keeps what it has encoded. Prints a table,
+then the result as one line of JSON, and keeps it in benchmarks/results/.
+"""
+
+import json
+import os
+import statistics
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from deploy.local import client
+from deploy.local.cli import clear_errors
+from deploy.local.session import throwaway_stack
+from deploy.local.signals import listen_for_signals
+from deploy.local.stack import WORKER_CONFIG, Stack
+
+PROMPT = "a small red circle moving right on a black background"
+SEED = 7
+BASELINE, CANDIDATE = "bf16", "w8a8"
+_STAGES = ("queue_s", "text_encoder_s", "denoise_s", "vae_s", "mp4_s")
+
+Seconds = dict[str, float]  # stage → seconds
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Jobs of each mode that count.")] = 5,
+    config: Annotated[Path, typer.Option(help="The worker's configuration.")] = WORKER_CONFIG,
+) -> None:
+    """Measure one job in both modes."""
+    console = Console(stderr=True)
+    with (
+        clear_errors(),
+        listen_for_signals() as signals,
+        throwaway_stack(console, config, signals) as stack,
+        client.connect(stack.config.service_url) as service,
+    ):
+        model = service.get("/models").json()["models"][0]
+        measured: dict[str, list[Seconds]] = {BASELINE: [], CANDIDATE: []}
+        for number in range(rounds + 1):
+            for mode, seconds in measured.items():
+                job = _run(stack, service, mode, f"{PROMPT}, take {number} for {mode}")
+                if number:
+                    seconds.append(_seconds(job))
+                total_s = job["timings"]["total_s"]
+                console.print(f"round {number} of {rounds}, {mode}: {total_s:.2f} s")
+    rows = _rows(measured)
+    device = model["workers"][0]["device"]
+    document = report.result("job", device, _settings(job["request"], rounds), rows)
+    report.print_table(rows)
+    report.keep(document)
+    print(json.dumps(document))
+
+
+def _run(stack: Stack, service: httpx.Client, mode: str, prompt: str) -> client.Job:
+    order = client.Order(prompt, mode, SEED)
+    return client.follow(service, client.send(service, order), lambda _: stack.check())
+
+
+def _seconds(job: client.Job) -> Seconds:
+    """Each stage, what lies between the stages, and the whole from creation to end."""
+    times = {name: float(job["timings"][name]) for name in _STAGES}
+    created, finished = (
+        datetime.fromisoformat(job[f"{what}_at"]) for what in ("created", "finished")
+    )
+    whole = (finished - created).total_seconds()
+    return times | {"rest_s": whole - sum(times.values()), "whole_s": whole}
+
+
+def _rows(measured: dict[str, list[Seconds]]) -> list[report.Row]:
+    medians = {
+        mode: {stage: statistics.median(s[stage] for s in seconds) for stage in seconds[0]}
+        for mode, seconds in measured.items()
+    }
+    return [
+        report.Row(
+            what=f"{stage.removesuffix('_s')}, {CANDIDATE} beside {BASELINE}",
+            value=round(value, 4),
+            unit="s",
+            baseline=round(medians[BASELINE][stage], 4),
+        )
+        for stage, value in medians[CANDIDATE].items()
+    ]
+
+
+def _settings(request: dict[str, Any], rounds: int) -> dict[str, Any]:
+    asked = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
+    cores = len(os.sched_getaffinity(0))
+    ours = {"prompt": PROMPT, "rounds": rounds, "statistic": "median", "cores": cores}
+    return asked | ours
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,201 @@
+"""What a step cache saves and costs: `python -m benchmarks.speed.step_cache`
+
+The miniature in w8a8 on captions it never saw, one video at a time as a worker makes them: without
+a cache, with diffusers' first-block cache and with its MagCache under several thresholds. For each:
+the share of forward passes whose blocks were left out, seconds of denoising beside those without a
+cache (of CPU time, so that other work on the machine counts little), PSNR against the videos
+without, and how many show all that was said. MagCache's ratios are measured first, on calibration
+captions; the last line on stdout has them, for `mag_ratios`.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import WanPipeline
+from diffusers.hooks import MagCacheConfig
+
+import quant
+from benchmarks import report
+from benchmarks.quality.miniature import MODEL, bootstrap, psnr_db, rate_row
+from mini.architecture import HEIGHT_PX, NUM_FRAMES, TEXT_TOKENS, WIDTH_PX
+from mini.evaluate import GUIDANCE_SCALE, SAMPLING_STEPS, Rate, load_pipeline, noise
+from mini.world.oracle import Frames, verdicts
+from mini.world.scenes import Split, captions_of, parse_caption
+from quant.kernels.eager import EagerKernels
+from worker.config import FirstBlockCache, MagCache, StepCache
+from worker.engine.step_cache import register_fused_blocks, step_cache
+from worker.engine.vae_decoder import decode_chunks, denormalize, to_frames
+
+RECIPE = "boundary-hif8"
+BASELINE = "no cache"
+FIRST_BLOCK_THRESHOLDS = (0.05, 0.1, 0.2)
+MAG_THRESHOLDS = (0.06, 0.12, 0.24)
+PASSES = 2 * SAMPLING_STEPS  # with the prompt and without
+
+
+@dataclass(slots=True)
+class Made:
+    """What one setting has made: per caption the video, its CPU seconds, and its full passes."""
+
+    videos: list[Frames] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    full_passes: list[int] = field(default_factory=list)
+
+
+def main(
+    count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 8,
+    calibration: Annotated[int, typer.Option(min=1, help="Captions for MagCache's ratios.")] = 4,
+) -> None:
+    """Measure every setting and write the result."""
+    pipeline = w8a8_pipeline()
+    ratios = measure_ratios(pipeline, captions_of(Split.CALIBRATION, calibration))
+    texts = captions_of(Split.EVALUATION, count)
+    made = make(pipeline, texts, {BASELINE: None} | settings(ratios))
+    rows = [row for name in made for row in setting_rows(name, made, texts)]
+    report.print_table(rows)
+    document = {
+        "captions": count,
+        "calibration_captions": calibration,
+        "split": str(Split.EVALUATION),
+        "steps": SAMPLING_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "model": quant.model_fingerprint(MODEL),
+        "recipe": quant.QuantRecipe.load(RECIPE).fingerprint,
+        "mag_ratios": list(ratios),
+    }
+    report.keep(report.result("step-cache", "cpu", document, rows))
+    print(json.dumps({"mag_ratios": ratios}))
+
+
+def w8a8_pipeline() -> WanPipeline:
+    """The miniature in w8a8 with fused blocks."""
+    pipeline = load_pipeline(MODEL, "cpu")
+    recipe = quant.QuantRecipe.load(RECIPE)
+    scales = quant.load_scales(MODEL / "scales" / f"{RECIPE}.safetensors", recipe=recipe)
+    quant.check_scales(scales, model_fingerprint=quant.model_fingerprint(MODEL), recipe=recipe)
+    pipeline.transformer = quant.prepare_transformer(
+        pipeline.transformer, EagerKernels(), recipe, scales
+    ).transformer
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def settings(ratios: tuple[float, ...]) -> dict[str, StepCache]:
+    """What is compared, by name."""
+    first_block: dict[str, StepCache] = {
+        f"first_block {each}": FirstBlockCache(method="first_block", threshold=each)
+        for each in FIRST_BLOCK_THRESHOLDS
+    }
+    return first_block | {
+        f"mag {each}": MagCache(method="mag", threshold=each, mag_ratios=ratios)
+        for each in MAG_THRESHOLDS
+    }
+
+
+def measure_ratios(pipeline: WanPipeline, texts: list[str]) -> tuple[float, ...]:
+    """MagCache's ratios by diffusers' own calibration, which prints them for each kind of pass."""
+    register_fused_blocks()
+    config = MagCacheConfig(calibrate=True, num_inference_steps=SAMPLING_STEPS)
+    pipeline.transformer.enable_cache(config)
+    printed = StringIO()
+    try:
+        with redirect_stdout(printed):
+            for seed, text in enumerate(texts):
+                denoise(pipeline, text, seed)
+    finally:
+        pipeline.transformer.disable_cache()
+    found = [json.loads(each) for each in re.findall(r"^\[[\d.].*\]$", printed.getvalue(), re.M)]
+    if len(found) != 2 * len(texts):
+        raise RuntimeError(f"diffusers printed {len(found)} calibrations of {2 * len(texts)}")
+    return tuple(round(each, 5) for each in np.mean(found, axis=0).tolist())
+
+
+def make(
+    pipeline: WanPipeline, texts: list[str], compared: dict[str, StepCache | None]
+) -> dict[str, Made]:
+    """A video for every caption in every setting, in turn, so that all see the same machine."""
+    made = {name: Made() for name in compared}
+    for seed, text in enumerate(texts):
+        for name, setting in compared.items():
+            with counted(pipeline) as calls:
+                started = time.process_time()
+                with step_cache(pipeline.transformer, setting, SAMPLING_STEPS):
+                    latents = denoise(pipeline, text, seed)
+                made[name].seconds.append(time.process_time() - started)
+            made[name].full_passes.append(len(calls))
+            made[name].videos.append(decode(pipeline, latents))
+        print(f"caption {seed + 1} of {len(texts)}: done", flush=True)
+    return made
+
+
+@torch.no_grad()
+def denoise(pipeline: WanPipeline, text: str, seed: int) -> torch.Tensor:
+    """The latents of one video, text encoder included."""
+    latents: torch.Tensor = pipeline(
+        prompt=text,
+        negative_prompt="",
+        latents=noise([seed], pipeline),
+        height=HEIGHT_PX,
+        width=WIDTH_PX,
+        num_frames=NUM_FRAMES,
+        num_inference_steps=SAMPLING_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        max_sequence_length=TEXT_TOKENS,
+        output_type="latent",
+    ).frames
+    return latents
+
+
+@torch.no_grad()
+def decode(pipeline: WanPipeline, latents: torch.Tensor) -> Frames:
+    """The frames of latents: [F, H, W, 3] uint8."""
+    chunks = decode_chunks(pipeline.vae, denormalize(pipeline.vae, latents.float()))
+    return np.concatenate([np.stack(list(to_frames(chunk))) for chunk in chunks])
+
+
+@contextmanager
+def counted(pipeline: WanPipeline) -> Iterator[list[int]]:
+    """How many passes ran the blocks behind the first, as the length of a list."""
+    calls: list[int] = []
+    handle = pipeline.transformer.blocks[-1].qkv.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def setting_rows(name: str, all_made: dict[str, Made], texts: list[str]) -> list[report.Row]:
+    """One setting: what it left out, how long it took, and what that cost."""
+    made, without = all_made[name], all_made[BASELINE]
+    psnr = [psnr_db(a, b) for a, b in zip(made.videos, without.videos, strict=True)]
+    low, high = bootstrap(np.array(psnr))
+    judged = [
+        all(verdicts(video, parse_caption(text)).values())
+        for video, text in zip(made.videos, texts, strict=True)
+    ]
+    skipped = 1 - sum(made.full_passes) / (PASSES * len(texts))
+    seconds, baseline = (float(np.median(each.seconds)) for each in (made, without))
+    rows = [
+        report.Row(f"{name}, passes left out", skipped, "share"),
+        report.Row(f"{name}, denoising, median CPU time", seconds, "s", baseline=baseline),
+        rate_row(f"{name}, shows all that was said", Rate(sum(judged), len(judged))),
+    ]
+    if made is not without:
+        rows += [
+            report.Row(f"{name}, mean PSNR", float(np.mean(psnr)), "dB", low=low, high=high),
+            report.Row(f"{name}, lowest PSNR", min(psnr), f"dB, of {len(psnr)}"),
+        ]
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)

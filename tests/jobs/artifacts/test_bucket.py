@@ -1,0 +1,208 @@
+"""The artifact bucket, when its server stumbles, is away, refuses, is full, or we are killed."""
+
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import obstore
+import pytest
+from obstore.store import S3Store
+
+from jobs.artifacts.bucket import BucketArtifactStore
+from jobs.artifacts.s3_url import BucketAddress
+from jobs.errors import AppError, ArtifactNotStored, ArtifactsUnavailable, GenerationCancelled
+from tests.support.s3_server import Gate
+
+KEY = "videos/01a2/1.mp4"
+
+
+@pytest.fixture
+def gate(s3_endpoint: str) -> Iterator[Gate]:
+    gate = Gate(s3_endpoint)
+    yield gate
+    gate.close()
+
+
+@pytest.fixture
+def direct(bucket: str, s3_endpoint: str) -> BucketArtifactStore:
+    return BucketArtifactStore(BucketAddress(bucket, "wan", s3_endpoint))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "made.mp4"
+    path.write_bytes(b"v" * 300_000)
+    return path
+
+
+def through(gate: Gate, bucket: str, patience_s: float = 0.5) -> BucketArtifactStore:
+    return BucketArtifactStore(BucketAddress(bucket, "wan", gate.endpoint), patience_s)
+
+
+def test_the_object_has_its_prefix_and_its_type(
+    direct: BucketArtifactStore, bucket: str, s3_endpoint: str, source: Path
+) -> None:
+    direct.put(KEY, source)
+    whole = S3Store(bucket, endpoint=s3_endpoint, client_options={"allow_http": True})
+    assert obstore.get(whole, f"wan/{KEY}").attributes["Content-Type"] == "video/mp4"
+
+
+def test_a_file_too_large_for_one_request_goes_in_parts(
+    direct: BucketArtifactStore, source: Path
+) -> None:
+    os.truncate(source, 17 * 1024 * 1024)
+    direct.put(KEY, source)
+    assert direct.size(KEY) == 17 * 1024 * 1024
+
+
+def test_objects_that_are_not_ours_are_not_listed(
+    direct: BucketArtifactStore, bucket: str, s3_endpoint: str, source: Path
+) -> None:
+    direct.put(KEY, source)
+    for name in ("wan/odd%20name", "elsewhere/a.mp4"):
+        url = f"{s3_endpoint}/{bucket}/{name}"
+        asked = urllib.request.Request(url, data=b"x", method="PUT")
+        urllib.request.urlopen(asked, timeout=30).close()
+    assert [each.key for each in direct.list()] == [KEY]
+
+
+def test_the_environment_does_not_outrank_the_address(
+    bucket: str, s3_endpoint: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    artifacts = BucketArtifactStore(BucketAddress(bucket, "", s3_endpoint), patience_s=0)
+    artifacts.put(KEY, source)
+    assert artifacts.size(KEY) == 300_000
+
+
+def test_plain_http_must_be_asked_for(
+    bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    with pytest.raises(ArtifactsUnavailable):
+        BucketArtifactStore(BucketAddress(bucket)).size(KEY)
+
+
+def test_a_server_that_comes_back_gets_the_video(
+    gate: Gate, bucket: str, direct: BucketArtifactStore, source: Path
+) -> None:
+    gate.is_open = False
+    waited = threading.Event()
+
+    def check() -> None:
+        waited.set()
+        gate.is_open = True
+
+    through(gate, bucket, patience_s=60).put(KEY, source, check)
+    assert waited.is_set()
+    assert direct.size(KEY) == 300_000
+
+
+def test_a_server_that_stays_away_is_told(gate: Gate, bucket: str, source: Path) -> None:
+    gate.is_open = False
+    artifacts = through(gate, bucket)
+    with pytest.raises(ArtifactNotStored, match="does not answer") as caught:
+        artifacts.put(KEY, source)
+    assert "127.0.0.1" not in caught.value.detail
+    uses = (
+        lambda: artifacts.size(KEY),
+        lambda: list(artifacts.list()),
+        lambda: list(artifacts.read(KEY, 0, 1)),
+        lambda: artifacts.delete(KEY),
+    )
+    for use in uses:
+        with pytest.raises(ArtifactsUnavailable, match="does not answer"):
+            use()
+
+
+def test_a_cancel_ends_the_waiting(gate: Gate, bucket: str, source: Path) -> None:
+    gate.is_open = False
+
+    def check() -> None:
+        raise GenerationCancelled("The job was cancelled.")
+
+    with pytest.raises(GenerationCancelled):
+        through(gate, bucket, patience_s=1000).put(KEY, source, check)
+
+
+def http(status: str, code: str) -> bytes:
+    body = f"<Error><Code>{code}</Code></Error>"
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence", "patience_s"),
+    [
+        (http("403 Forbidden", "AccessDenied"), "refuses the credentials", 1000),
+        (http("404 Not Found", "NoSuchBucket"), "does not exist", 1000),
+        (http("507 Insufficient Storage", "XMinioStorageFull"), "disk .* is full", 0.5),
+        (http("503 Service Unavailable", "SlowDown"), "answers with errors", 0.5),
+    ],
+)
+def test_what_the_server_says_is_told(
+    gate: Gate, bucket: str, source: Path, answer: bytes, sentence: str, patience_s: float
+) -> None:
+    """The 1000 s are never waited for: these faults are there to stay."""
+    gate.answer = answer
+    artifacts = through(gate, bucket, patience_s)
+    with pytest.raises(ArtifactNotStored, match=sentence):
+        artifacts.put(KEY, source)
+    with pytest.raises(ArtifactsUnavailable, match=f"{bucket} cannot be used: .*{sentence}"):
+        artifacts.probe()
+
+
+def test_a_bucket_that_is_missing_is_told(s3_endpoint: str, bucket: str, source: Path) -> None:
+    artifacts = BucketArtifactStore(BucketAddress("none-such", "", s3_endpoint), patience_s=1000)
+    with pytest.raises(ArtifactNotStored, match="does not exist"):
+        artifacts.put(KEY, source)
+    with pytest.raises(ArtifactsUnavailable, match="none-such cannot be used"):
+        artifacts.probe()
+
+
+@pytest.mark.parametrize(
+    ("set_variables", "sentence"),
+    [({}, "there are no credentials"), ({"AWS_ACCESS_KEY_ID": "key"}, "Missing SecretAccessKey")],
+)
+def test_missing_credentials_are_told(
+    s3_endpoint: str,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    set_variables: dict[str, str],
+    sentence: str,
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    for name, value in set_variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AppError, match=sentence):
+        BucketArtifactStore(BucketAddress(bucket, "", s3_endpoint)).probe()
+
+
+PUTTING = """
+import sys
+from pathlib import Path
+from jobs.artifacts.store import open_artifacts
+open_artifacts(sys.argv[1]).put(sys.argv[2], Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("mib", [4, 40])  # in one request, and in parts
+def test_a_put_that_is_killed_half_way_leaves_nothing_visible(
+    gate: Gate, bucket: str, direct: BucketArtifactStore, source: Path, mib: int
+) -> None:
+    os.truncate(source, mib * 1024 * 1024)
+    gate.hold_after = 3 * 1024 * 1024
+    url = f"s3://{bucket}/wan?endpoint={gate.endpoint}"
+    with subprocess.Popen([sys.executable, "-c", PUTTING, url, KEY, str(source)]) as process:
+        try:
+            assert gate.held.wait(60)
+        finally:
+            process.kill()
+    assert direct.size(KEY) is None
+    assert list(direct.list()) == []

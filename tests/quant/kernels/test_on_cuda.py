@@ -1,0 +1,168 @@
+"""What only a card can show: `TRITON_INTERPRET=0 pytest -m cuda
+tests/quant/kernels/test_on_cuda.py`."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from quant.kernels.selection import pick_kernels
+from quant.kernels.self_test import BlockShape
+from quant.numerics import hif8
+from quant.transformer.meta_model import materialize
+from quant.weights.fastsafetensors_reader import FileReader, file_reader
+from quant.weights.header import SMALL_BYTES, stored_tensors
+from quant.weights.reader import Copier, CopierBeside
+from quant.weights.transfer import BUFFERS, ByFileReader, ByPinnedBuffers
+from quant.weights.writer import spec_of, split_into_shards, write_safetensors
+
+pytestmark = pytest.mark.cuda
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Elsewhere Triton's interpreter stands in for its compiler."""
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "run it with TRITON_INTERPRET=0"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """Tensors of many sizes and types, together far more than all buffers of the test hold."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{size}.{dtype}": torch.randn(size, generator=generator).to(dtype)
+        for size in (0, 1, 7, 511, 9001, 70_001)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    path: Path = tmp_path_factory.mktemp("weights") / "many.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def by_file_reader() -> ByFileReader:
+    reader = file_reader(CARD)
+    assert reader is not None, "the extra `cuda` has fastsafetensors"
+    return ByFileReader(CARD, reader, run_bytes=8192, gather_bytes=400)
+
+
+@pytest.mark.parametrize(
+    "way", [by_file_reader, partial(ByPinnedBuffers, CARD, run_bytes=8192), None]
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+def test_every_tensor_arrives_on_the_card(file, dtype, way):
+    stored = stored_tensors([file])
+    assert file.stat().st_size > 4 * BUFFERS * 8192
+    targets = {
+        name: torch.full(s.shape, 77, dtype=dtype or s.dtype, device=CARD)
+        for name, s in stored.items()
+    }
+    with CopierBeside(Copier(CARD, way)) as beside:
+        beside.read((stored[name], targets[name]) for name in stored)
+    elsewhere = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
+    Copier(torch.device("cpu")).read((stored[name], elsewhere[name]) for name in stored)
+    for name, target in targets.items():
+        assert torch.equal(target.cpu(), elsewhere[name].to(target.dtype)), name
+
+
+@pytest.mark.parametrize("wide_first", [False, True])
+@pytest.mark.parametrize(
+    "way", [by_file_reader, partial(ByPinnedBuffers, CARD, run_bytes=8192), None]
+)
+def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, way, wide_first):
+    """As a BF16 transformer is stored, some of which runs in FP32."""
+    file = tmp_path / "bf16.safetensors"
+    tensors = {f"{n:02}": torch.randn(100 + n).to(torch.bfloat16) for n in range(40)}
+    save_file(tensors, file)
+    dtypes = (torch.bfloat16, torch.float32)
+    wanted = [
+        (s, torch.full(s.shape, 77.0, dtype=dtypes[(n + wide_first) % 2], device=CARD))
+        for n, s in enumerate(stored_tensors([file]).values())
+    ]
+    Copier(CARD, way).read(wanted)
+    for stored, target in wanted:
+        assert torch.equal(target.cpu(), tensors[stored.name].to(target.dtype)), stored.name
+
+
+class Layers(nn.Module):
+    """Large tensors and small ones between them, without weights."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(1024, 1024 * (1 + number % 3), device="meta", dtype=torch.bfloat16)
+            for number in range(count)
+        )
+
+
+@pytest.mark.parametrize("way", [None, partial(ByPinnedBuffers, CARD)])
+def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch, way):
+    """As a worker loads them: many at once, into memory that others' work still writes to."""
+    generator = torch.Generator().manual_seed(0)
+    specs = [spec_of(name, tensor) for name, tensor in Layers(60).state_dict().items()]
+    values = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, dtype, shape in specs
+    }
+    for number, shard in enumerate(split_into_shards(specs, 100 << 20)):
+        write_safetensors(tmp_path / f"{number}.safetensors", shard, {}, values.__getitem__)
+    stored = stored_tensors(sorted(tmp_path.iterdir()))
+    sizes: list[int] = []
+    begin = FileReader.begin
+
+    def noted(reader: FileReader, file: int, start: int, nbytes: int, address: int) -> int:
+        sizes.append(nbytes)
+        return begin(reader, file, start, nbytes, address)
+
+    monkeypatch.setattr(FileReader, "begin", noted)
+    torch.cuda.empty_cache()  # or the first would be given what others have left
+    at_once = 0
+    for _ in range(3):
+        module = Layers(60)
+        with CopierBeside(Copier(CARD, way)) as beside:
+            materialize(module, stored, beside)
+        at_once = at_once or len(sizes)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor.cpu(), values[name]), name
+        torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
+        for tensor in module.state_dict().values():
+            tensor.fill_(77)
+        del module, tensor
+    if way is not None:
+        return
+    assert sum(sizes) == 3 * sum(s.nbytes for s in stored.values() if s.nbytes >= SMALL_BYTES)
+    assert at_once < 60 / 4, "where memory is whole, most are read with their neighbours"
+
+
+def test_the_card_runs_its_own_kernels():
+    for rows in (False, True):
+        for shape in (None, BlockShape(40, 5120, 13824), BlockShape(4, 128, 344)):
+            choice = pick_kernels(
+                CARD, quantized=True, shape=shape, scales_rows=rows, fp8_attention=True
+            )
+            assert (choice.kernels.name, choice.warning) == ("cuda", None)
+
+
+def test_codes_become_the_same_e4m3_on_card_and_host():
+    from quant.kernels import triton_recode  # noqa: PLC0415 (needs Triton's compiler)
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 70_001), dtype=torch.uint8, generator=generator)
+    codes[hif8.code_values()[codes.long()].isnan()] = 0
+    values = hif8.code_values()[codes.long()]
+    on_card = codes.to(CARD)
+    out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn, device=CARD)
+    wrong = torch.zeros(1, dtype=torch.int32, device=CARD)
+    triton_recode.to_e4m3(on_card, 4.0, out, wrong)
+    expected = (values * 4).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8))
+    assert wrong.item() == (expected.float() != values * 4).sum()
+    finite = values.abs().nan_to_num(0, 0)
+    ranks = triton_recode.largest_ranks(list(on_card)).tolist()
+    assert [triton_recode.magnitude(rank) for rank in ranks] == finite.amax(1).tolist()

@@ -1,0 +1,195 @@
+"""`GET /jobs/{id}/video.mp4`: the whole file, parts of it, and why there may be none.
+
+Every test runs with a folder and with a bucket.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from fastapi.testclient import TestClient
+
+from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
+from jobs.record import Failure, StageTimings, Video
+from jobs.spec import GenerationRequest
+from jobs.store.job_store import JobStore
+from service.settings import ServiceSettings
+from tests.support.s3_server import Gate
+
+DATA = bytes(range(256)) * 8
+SHA256 = hashlib.sha256(DATA).hexdigest()
+TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
+
+
+@pytest.fixture
+def settings(settings: ServiceSettings, each_artifacts_url: str) -> ServiceSettings:
+    return settings.model_copy(update={"artifacts_url": each_artifacts_url})
+
+
+@pytest.fixture
+def artifacts(settings: ServiceSettings) -> ArtifactStore:
+    return open_artifacts(settings.artifacts_url)
+
+
+@pytest.fixture
+def url(
+    store: JobStore,
+    artifacts: ArtifactStore,
+    request_for_video: GenerationRequest,
+    tmp_path: Path,
+    client: TestClient,
+) -> str:
+    """The path of a finished video, as the job's JSON gives it."""
+    attempt = store.claim(store.create(request_for_video, "q").job.id, "w")
+    made = tmp_path / "made.mp4"
+    made.write_bytes(DATA)
+    key = artifact_key(attempt.job_id, attempt.label)
+    artifacts.put(key, made)
+    video = Video(
+        key=key, bytes=len(DATA), sha256=SHA256, width=96, height=96, num_frames=17, fps=8
+    )
+    store.succeed(attempt, video, TIMINGS)
+    return urlsplit(str(client.get(f"/jobs/{attempt.job_id}").json()["video"]["url"])).path
+
+
+def test_whole_file(client: TestClient, url: str) -> None:
+    answer = client.get(url)
+    assert answer.status_code == 200
+    assert answer.content == DATA
+    assert answer.headers["content-type"] == "video/mp4"
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["etag"] == f'"{SHA256}"'
+    assert answer.headers["content-length"] == str(len(DATA))
+    job_id = url.split("/")[2]
+    assert answer.headers["content-disposition"] == f'inline; filename="{job_id}.mp4"'
+
+
+@pytest.mark.parametrize("headers", [{}, {"range": "bytes=0-9"}, {"range": "bytes=99999-"}])
+def test_head(client: TestClient, url: str, headers: dict[str, str]) -> None:
+    """RFC 9110 knows ranges for GET only."""
+    answer = client.head(url, headers=headers)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == str(len(DATA))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "end"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=10-19", 10, 20),
+        ("bytes=2000-", 2000, 2048),
+        ("bytes=-5", 2043, 2048),
+        ("bytes=2000-99999", 2000, 2048),
+        ("bytes=-99999", 0, 2048),
+        ("Bytes = 1-1", 1, 2),
+    ],
+)
+def test_range(client: TestClient, url: str, wanted: str, first: int, end: int) -> None:
+    answer = client.get(url, headers={"range": wanted})
+    assert answer.status_code == 206
+    assert answer.content == DATA[first:end]
+    assert answer.headers["content-range"] == f"bytes {first}-{end - 1}/{len(DATA)}"
+    assert answer.headers["content-length"] == str(end - first)
+
+
+def test_several_ranges_get_the_whole_file(client: TestClient, url: str) -> None:
+    answer = client.get(url, headers={"range": "bytes=0-9, 20-29"})
+    assert (answer.status_code, answer.content) == (200, DATA)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status", "code"),
+    [
+        ("bytes=2048-", 416, "range_not_satisfiable"),
+        ("bytes=-0", 416, "range_not_satisfiable"),
+        ("bytes=9-3", 400, "bad_request"),
+        ("miles=1-2", 400, "bad_request"),
+        ("bytes=", 400, "bad_request"),
+        ("bytes=-", 400, "bad_request"),
+        ("bytes=0-1,x", 400, "bad_request"),
+        ("bytes=" + "9" * 5000 + "-", 400, "bad_request"),
+    ],
+)
+def test_bad_range_is_a_problem(
+    client: TestClient, url: str, wanted: str, status: int, code: str
+) -> None:
+    answer = client.get(url, headers={"range": wanted})
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert answer.headers["content-type"] == "application/problem+json"
+    if status == 416:
+        assert answer.headers["content-range"] == f"bytes */{len(DATA)}"
+
+
+@pytest.mark.parametrize("tags", [f'"{SHA256}"', f'W/"{SHA256}"', f'"x", "{SHA256}"', "*"])
+def test_held_copy_is_not_sent_again(client: TestClient, url: str, tags: str) -> None:
+    answer = client.get(url, headers={"if-none-match": tags, "range": "bytes=0-9"})
+    assert (answer.status_code, answer.content) == (304, b"")
+    assert answer.headers["etag"] == f'"{SHA256}"'
+
+
+def test_if_range_with_another_tag_sends_everything(client: TestClient, url: str) -> None:
+    headers = {"range": "bytes=0-9", "if-range": '"other"'}
+    assert client.get(url, headers=headers).content == DATA
+    headers["if-range"] = f'"{SHA256}"'
+    assert client.get(url, headers=headers).content == DATA[:10]
+
+
+def test_no_video_yet_or_ever(
+    client: TestClient, store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    job_id = store.create(request_for_video, "q").job.id
+    for state in ("queued", "running", "failed"):
+        if state == "running":
+            attempt = store.claim(job_id, "w")
+        if state == "failed":
+            store.fail(attempt, Failure(code="generation_failed", detail="no"))
+        answer = client.get(f"/jobs/{job_id}/video.mp4")
+        assert answer.status_code == 404
+        assert (answer.json()["code"], answer.json()["state"]) == ("video_not_ready", state)
+
+
+def test_deleted_file_is_gone(client: TestClient, artifacts: ArtifactStore, url: str) -> None:
+    for each in artifacts.list():
+        artifacts.delete(each.key)
+    for answer in (client.get(url), client.get(url, headers={"range": "bytes=0-9"})):
+        assert (answer.status_code, answer.json()["code"]) == (410, "video_gone")
+
+
+def test_a_file_that_is_not_the_one_stored_is_not_sent(
+    client: TestClient, artifacts: ArtifactStore, url: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.mp4"
+    other.write_bytes(DATA[:-1])
+    for each in list(artifacts.list()):
+        artifacts.put(each.key, other)
+    assert client.get(url).json()["code"] == "video_gone"
+
+
+def test_unknown_job(client: TestClient) -> None:
+    assert client.get("/jobs/none/video.mp4").json()["code"] == "job_not_found"
+
+
+@pytest.fixture
+def gate(s3_endpoint: str) -> Iterator[Gate]:
+    gate = Gate(s3_endpoint)
+    yield gate
+    gate.close()
+
+
+class TestBucketBehindAGate:
+    @pytest.fixture
+    def each_artifacts_url(self, gate: Gate, bucket: str) -> str:
+        return f"s3://{bucket}?endpoint={gate.endpoint}"
+
+    def test_a_bucket_that_is_away_is_a_problem_to_try_again(
+        self, client: TestClient, url: str, gate: Gate
+    ) -> None:
+        gate.is_open = False
+        answer = client.get(url)
+        assert (answer.status_code, answer.json()["code"]) == (503, "artifacts_unavailable")
+        assert "retry-after" in answer.headers
+        assert "127.0.0.1" not in answer.json()["detail"]
+        gate.is_open = True
+        assert client.get(url).content == DATA

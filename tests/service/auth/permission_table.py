@@ -1,0 +1,109 @@
+"""Who may do what: one row for each endpoint, proven by `test_permissions.py`.
+
+`.venv/bin/python -m tests.service.auth.permission_table` writes docs/permissions.md from these
+rows.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+DOCUMENT: Final = Path(__file__).resolve().parents[3] / "docs" / "permissions.md"
+
+CALLERS: Final = ("nobody", "owner", "other user", "ops", "revoked key", "signed link")
+"""Owner: the key that asked for the job in question, or, where none is, any key of role user."""
+
+Refusals = tuple[int | None, int | None, int | None, int | None, int | None, int | None]
+
+
+class Policy(Enum):
+    """What each of CALLERS is answered; None where they may."""
+
+    PUBLIC = (None,) * 6
+    KEY = (401, None, None, None, 401, 401)
+    OWN_JOB = (401, None, 404, None, 401, 401)
+    OWN_VIDEO = (401, None, 404, None, 401, None)
+    OPS = (401, 403, 403, None, 401, 401)
+
+    def refusal(self, caller: str) -> int | None:
+        refusals: Refusals = self.value
+        return refusals[CALLERS.index(caller)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One endpoint.
+
+    Attributes:
+        done: the status of a request that may be made.
+        finished: whether the job in the path has its video already.
+        lists: whether the answer shows jobs: then only those the caller may see.
+        json: the body to send.
+    """
+
+    policy: Policy
+    does: str
+    done: int = 200
+    finished: bool = True
+    lists: bool = False
+    json: Any = None
+
+
+ASK: Final = {"prompt": "a small red circle"}
+
+ROWS: Final[dict[str, Row]] = {
+    "POST /generate": Row(Policy.KEY, "ask for a video", done=202, json=ASK),
+    "GET /jobs": Row(Policy.KEY, "list the jobs one may see", lists=True),
+    "GET /jobs/{job_id}": Row(Policy.OWN_JOB, "read a job"),
+    "GET /jobs/{job_id}/events": Row(Policy.OWN_JOB, "follow a job"),
+    "DELETE /jobs/{job_id}": Row(Policy.OWN_JOB, "cancel a job", finished=False),
+    "GET /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "fetch a video"),
+    "HEAD /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "ask whether there is a video"),
+    "POST /v1/videos": Row(Policy.KEY, "ask for a video", json=ASK),
+    "GET /v1/videos": Row(Policy.KEY, "list the jobs one may see", lists=True),
+    "GET /v1/videos/{video_id}": Row(Policy.OWN_JOB, "read a job"),
+    "DELETE /v1/videos/{video_id}": Row(Policy.OWN_JOB, "delete a job and its video"),
+    "GET /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "fetch a video"),
+    "HEAD /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "ask whether there is a video"),
+    "GET /models": Row(Policy.KEY, "see what is offered"),
+    "GET /metrics": Row(Policy.OPS, "read the metrics"),
+    "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
+    "GET /healthz": Row(Policy.PUBLIC, "ask whether the process is alive"),
+    "GET /readyz": Row(Policy.PUBLIC, "ask whether jobs can be run"),
+    "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),
+    "GET /docs": Row(Policy.PUBLIC, "read the same as a page"),
+    "GET /docs/oauth2-redirect": Row(Policy.PUBLIC, "part of that page"),
+    "GET /redoc": Row(Policy.PUBLIC, "read the same as another page"),
+}
+
+_HEAD: Final = f"""\
+# Who may do what
+
+Proven by `tests/service/auth/test_permissions.py`, which tries every row with every caller; written
+by `.venv/bin/python -m tests.service.auth.permission_table`.
+
+A job belongs to the key that asked for it: its *owner*. A job of somebody else is answered exactly
+like one that does not exist (404). A *signed link* is the address in a finished job's `video.url`:
+it opens that one video until it expires, without a key. Where no key was ever made and the service
+listens on loopback only, everybody who reaches it may do what *ops* may.
+
+| request | to | {" | ".join(CALLERS)} |
+|---|---|{"---|" * len(CALLERS)}
+"""
+
+
+def table() -> str:
+    """Return the document's text."""
+    lines = []
+    for endpoint, row in ROWS.items():
+        cells = (
+            "yes" if refusal is None else f"no ({refusal})"
+            for refusal in map(row.policy.refusal, CALLERS)
+        )
+        lines.append(f"| `{endpoint}` | {row.does} | {' | '.join(cells)} |\n")
+    return _HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(table(), encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Every endpoint with every kind of caller, against the table in `permissions.py`."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+from fastapi.routing import iter_route_contexts
+from fastapi.testclient import TestClient
+from redis import Redis
+
+from jobs.catalog import WorkerOffer
+from jobs.store.job_store import JobStore
+from service.app import create_app
+from service.auth.api_keys import KeyStore, Role
+from service.schemas.video_url import LinkSigner, video_path
+from service.settings import ServiceSettings
+from tests.service.auth.permission_table import CALLERS, DOCUMENT, ROWS, Row, table
+from tests.service.conftest import MakeJob, MakeKey
+
+
+def endpoints(settings: ServiceSettings) -> Iterator[str]:
+    """Every method and path of the application, as it routes them."""
+    for route in iter_route_contexts(create_app(settings).routes):
+        methods = route.methods or {"ANY"}
+        # GET's own HEAD is no endpoint of its own.
+        for method in methods - ({"HEAD"} if "GET" in methods else set()):
+            yield f"{method} {route.path}"
+
+
+def test_every_endpoint_has_a_row(settings: ServiceSettings) -> None:
+    found = list(endpoints(settings))
+    assert sorted(found) == sorted(ROWS), (
+        "an endpoint was added or removed: give it a row in tests/service/auth/permission_table.py,
+        and run " "`.venv/bin/python -m tests.service.auth.permission_table`"
+    )
+
+
+def test_the_document_is_the_table() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == table(), (
+        "docs/permissions.md is stale: run `.venv/bin/python -m
+        tests.service.auth.permission_table`"
+    )
+
+
+@pytest.fixture
+def keys_of(make_key: MakeKey, key_store: KeyStore) -> dict[str, dict[str, str]]:
+    """The headers each caller sends."""
+    keys = {
+        "owner": make_key("owner"),
+        "other user": make_key("other"),
+        "ops": make_key("ops", Role.OPS),
+        "revoked key": make_key("revoked"),
+    }
+    key_store.revoke("revoked")
+    return {caller: keys.get(caller, {}) for caller in CALLERS}
+
+
+def send(
+    client: TestClient, endpoint: str, job_id: str, query: str, **extra: object
+) -> httpx2.Response:
+    method, path = endpoint.split(" ")
+    for name in ("job_id", "video_id"):
+        path = path.replace(f"{{{name}}}", job_id)
+    assert "{" not in path, f"no value for a parameter of {endpoint}"
+    return client.request(method, path + query, **extra)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("live_worker")
+@pytest.mark.parametrize(("endpoint", "row"), ROWS.items(), ids=ROWS.keys())
+def test_the_row_is_true(
+    client: TestClient,
+    redis: Redis,
+    keys_of: dict[str, dict[str, str]],
+    make_job: MakeJob,
+    endpoint: str,
+    row: Row,
+) -> None:
+    signer = LinkSigner(redis, None, 3600)
+    theirs = make_job("other", video=True)
+    for caller in CALLERS:
+        # A job for each: what one caller does must not change what the next one finds.
+        job = make_job("owner", video=row.finished)
+        link = caller == "signed link"
+        query = "?" + urlsplit(signer.sign(video_path(job.id))).query if link else ""
+        answer = send(client, endpoint, job.id, query, headers=keys_of[caller], json=row.json)
+        assert answer.status_code == (row.policy.refusal(caller) or row.done), (caller, answer.text)
+        if answer.status_code >= 400:
+            assert job.request.prompt not in answer.text, caller
+        elif row.lists:
+            assert (job.id in answer.text) is (caller in ("owner", "ops")), caller
+            assert (theirs.id in answer.text) is (caller in ("other user", "ops")), caller
+
+
+@pytest.mark.usefixtures("live_worker")
+@pytest.mark.parametrize("caller", ["nobody", "other user", "revoked key", "signed link"])
+def test_who_is_refused_has_changed_nothing(
+    client: TestClient,
+    redis: Redis,
+    store: JobStore,
+    keys_of: dict[str, dict[str, str]],
+    make_job: MakeJob,
+    caller: str,
+) -> None:
+    jobs = [make_job("owner"), make_job("owner", video=True)]
+    before = [store.get(job.id) for job in jobs]
+    signer = LinkSigner(redis, None, 3600)
+    for endpoint, row in ROWS.items():
+        if row.policy.refusal(caller) is None:
+            continue
+        for job in jobs:
+            query = "?" + urlsplit(signer.sign(video_path(job.id))).query
+            link = query if caller == "signed link" else ""
+            send(client, endpoint, job.id, link, headers=keys_of[caller], json=row.json)
+    assert [store.get(job.id) for job in jobs] == before
+    assert {job.id for job in store.list().jobs} == {job.id for job in jobs}
+
+
+@pytest.mark.parametrize(("endpoint", "row"), ROWS.items(), ids=ROWS.keys())
+def test_an_open_service_lets_everybody_do_what_ops_may(
+    client: TestClient, live_worker: WorkerOffer, make_job: MakeJob, endpoint: str, row: Row
+) -> None:
+    job = make_job("somebody", video=row.finished)
+    assert send(client, endpoint, job.id, "", json=row.json).status_code == row.done

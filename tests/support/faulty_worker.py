@@ -1,0 +1,72 @@
+"""The real worker with the real engine on a device that fails when it is told to.
+
+`python -m tests.support.faulty_worker FOLDER`: each file in the folder is one fault, named after
+what is to happen; the device takes one at the end of a piece of work, where real ones fail, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from jobs.artifacts.store import open_artifacts
+from worker.config import load_config
+from worker.consumer.serve import Parts, serve
+from worker.device import Device, pick_device
+from worker.process.logs import configure_logging
+from worker.settings import WorkerSettings
+from worker.startup import load_engine, open_redis
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyDevice(Device):
+    """A device with a folder of faults; `kind` and `name` are the real one's."""
+
+    faults: Path = Path()
+
+    def synchronize(self) -> None:
+        for path in sorted(self.faults.iterdir()):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                continue  # another worker was given this one
+            _fail(path.name.partition("-")[0])
+            return
+
+
+def _fail(fault: str) -> None:
+    match fault:
+        case "oom":
+            raise torch.OutOfMemoryError("the fault test fills the memory")
+        case "hang":
+            ctypes.CDLL(None).sleep(3600)  # in native code, like a driver that waits for ever
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case _:
+            raise AssertionError(f"no such fault: {fault}")
+
+
+def main() -> None:
+    faults = Path(sys.argv[1])
+    settings = WorkerSettings()
+    ids = configure_logging(settings.log_format)
+    with ExitStack() as opened:
+        redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
+        device = pick_device(settings.device, settings.threads)
+        real = {each.name: getattr(device, each.name) for each in dataclasses.fields(device)}
+        engine = load_engine(load_config(settings.config), FaultyDevice(**real, faults=faults))
+        status = serve(Parts(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids)
+    if status:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What stands for a job's control where a test runs an engine by itself."""
+
+from __future__ import annotations
+
+from jobs.errors import GenerationCancelled
+from jobs.record import Stage
+
+
+class Unwatched:
+    """A watch that never stops anything."""
+
+    def progress(self, stage: Stage, step: int, steps: int) -> None: ...
+
+    def check(self) -> None: ...
+
+
+class Notes:
+    """A watch that writes down what it is told, and raises at the n-th check of a stage."""
+
+    def __init__(self, stop_after: tuple[Stage, int] | None = None) -> None:
+        self.seen: list[tuple[Stage, int, int]] = []
+        self.checks: dict[Stage | None, int] = {}
+        self._stop_after = stop_after
+
+    def progress(self, stage: Stage, step: int, steps: int) -> None:
+        self.seen.append((stage, step, steps))
+
+    def check(self) -> None:
+        stage = self.seen[-1][0]
+        self.checks[stage] = self.checks.get(stage, 0) + 1
+        if self._stop_after == (stage, self.checks[stage]):
+            raise GenerationCancelled("the test said so")
+
+
+class StopAtStep(Notes):
+    """A watch that stops the job when a stage reports a step."""
+
+    def __init__(self, stage: Stage, step: int) -> None:
+        super().__init__()
+        self._at = (stage, step)
+
+    def progress(self, stage: Stage, step: int, steps: int) -> None:
+        super().progress(stage, step, steps)
+        if (stage, step) == self._at:
+            raise GenerationCancelled("the test said so")

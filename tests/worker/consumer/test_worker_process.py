@@ -1,0 +1,187 @@
+"""`python -m worker`: what it says when it starts, and how it ends when it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Never
+
+import pytest
+import torch
+import typer
+from redis import Redis
+
+from jobs import catalog
+from jobs.state import JobState
+from jobs.store.job_store import JobStore
+from tests.support.requests import order
+from worker.errors import EXIT_DEVICE_LOST
+from worker.startup import main
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def environment(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sound environment, for this process and its children."""
+    values = {
+        "REDIS_URL": redis_url,
+        "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
+        "WORKER_DEVICE": "cpu",
+        "WORKER_THREADS": "1",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def worker(
+    environment: None, config_file: Path, tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A worker process with the miniature, and the file it logs to."""
+    log = tmp_path / "worker.log"
+    command = [sys.executable, "-m", "worker", "--config", str(config_file)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=out, env=os.environ)
+    yield process, log
+    process.kill()
+    process.wait()
+
+
+def wait_for_line(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
+    deadline = time.monotonic() + 120
+    while True:
+        text = log.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, f"no {pattern!r} in {text}"
+        if found := re.search(pattern, text, re.MULTILINE):
+            return found.group()
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.fail(f"the worker ended: {text}")
+
+
+def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
+    worker: tuple[subprocess.Popen[bytes], Path], redis: Redis, store: JobStore
+) -> None:
+    process, log = worker
+    wait_for_line(process, log, r"ready: wan-mini\.")
+    (offer,) = catalog.read(redis).offers
+    assert [mode.name for mode in offer.modes] == ["bf16", "w8a8"]
+    assert offer.model.tokenizer is not None
+    assert catalog.read_tokenizer(redis, offer.model.tokenizer) is not None
+    job = store.create(order(mode="w8a8", num_frames=5, num_inference_steps=1), offer.queue).job
+    wait_for_line(process, log, rf"{job.id}\] succeeded")
+    record = store.get(job.id)
+    assert record.state is JobState.SUCCEEDED
+    assert record.video is not None
+    assert record.video.num_frames == 5
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    said = log.read_text(encoding="utf-8")
+    for line in (
+        r"model: wan-mini \(sha256-full-v2:[0-9a-f]{64}\)",
+        "device: cpu, 1 threads",
+        "modes: bf16, w8a8",
+        "mode w8a8: 350 linears in 35 of 40 blocks quantized",
+        r"mode bf16: [0-9,]+ bytes",
+        r"mode w8a8: [0-9,]+ bytes",
+        r"seconds to ready: [0-9.]+",
+        "ready: wan-mini",
+    ):
+        assert re.search(line, said), line
+    assert "Traceback" not in said
+    assert order().prompt not in said
+
+
+FAULTS = {
+    "no config": ({}, "none.toml", "no configuration file .*none.toml"),
+    "no Redis": (
+        {"REDIS_URL": "redis://127.0.0.1:1/0"},
+        None,
+        "Redis cannot be reached: .*127.0.0.1:1.* REDIS_URL",
+    ),
+    "not a Redis": ({"REDIS_URL": "http://127.0.0.1"}, None, "Redis URL must specify"),
+    "no artifacts": ({"ARTIFACTS_URL": ""}, None, "ARTIFACTS_URL: Field required"),
+    "a file": ({"ARTIFACTS_URL": "file:///dev/null"}, None, "ARTIFACTS_URL .* cannot be used"),
+    "a web page": ({"ARTIFACTS_URL": "https://a"}, None, "ARTIFACTS_URL is 'https://a'"),
+    "no bucket": (
+        {
+            "ARTIFACTS_URL": "s3://bucket?endpoint=http://127.0.0.1:1",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        },
+        None,
+        "The bucket bucket cannot be used: the bucket does not answer",
+    ),
+    "no such device": ({"WORKER_DEVICE": "tpu"}, None, "WORKER_DEVICE: Input should be 'auto'"),
+    "no npu": ({"WORKER_DEVICE": "npu"}, None, "WORKER_DEVICE is 'npu'"),
+    "no threads": ({"WORKER_THREADS": "0"}, None, "WORKER_THREADS: .*greater than"),
+    "no scales": ({}, "unscaled.toml", "there is no scales file .*-m quant calibrate"),
+    "no model": ({}, "unmodelled.toml", "model folder .*nowhere lacks model_index.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.usefixtures("environment")
+def test_a_fault_ends_the_start_with_one_line_and_a_status(
+    fault: str,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    variables, config, message = FAULTS[fault]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = config_file.read_text(encoding="utf-8")
+    (tmp_path / "unscaled.toml").write_text(text, encoding="utf-8")
+    nowhere = re.sub(r"(?m)^path = .*", 'path = "nowhere"', text)
+    (tmp_path / "unmodelled.toml").write_text(nowhere, encoding="utf-8")
+    with pytest.raises(typer.Exit) as caught:
+        main(tmp_path / config if config else config_file)
+    assert caught.value.exit_code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert re.match(f"worker: .*{message}", said[-1]), said
+    assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_device_that_fails_at_the_start_ends_the_process_at_once(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an orderly end Python would wait for the device once more."""
+
+    def fail(*_: object) -> Never:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `X`")
+
+    def leave(status: int) -> Never:
+        raise Left(status)
+
+    class Left(BaseException):
+        pass
+
+    monkeypatch.setattr("worker.startup.start", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match=str(EXIT_DEVICE_LOST)):
+        main(config_file)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "worker: The device has failed: CUDA error: unspecified launch failure Compile with `X`"
+    ]
+
+
+def test_the_process_ends_with_a_status_and_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "worker", "--config", str(tmp_path / "none.toml")]
+    environment = os.environ | {"ARTIFACTS_URL": tmp_path.as_uri()}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith("worker: There is no configuration file")
+    assert done.stderr.count(b"\n") == 1

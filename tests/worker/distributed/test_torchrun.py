@@ -1,0 +1,140 @@
+"""`torchrun -m worker`: two cards serve jobs as one worker, and end as one.
+
+On a machine with two NVIDIA cards also with those:
+`TRITON_INTERPRET=0 pytest -m cuda tests/worker/distributed/test_torchrun.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from redis import Redis
+from torch.distributed.run import get_args_parser
+
+from jobs import catalog
+from jobs.state import JobState
+from jobs.store.job_store import JobStore
+from tests.support.requests import order
+from tests.support.worker_processes import has_ended, is_denoising, wait_for
+from worker.config import WorkerConfig
+from worker.errors import ConfigError
+from worker.settings import WorkerSettings
+from worker.startup import pick_cards
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Torchrun:
+    """torchrun with two cards, and what they log."""
+
+    def __init__(self, config: Path, log: Path, **variables: str) -> None:
+        self._log = log
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        # A machine's own name need not resolve; gloo is told the same below.
+        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+        if "--shutdown-timeout" in get_args_parser().format_help():  # torch 2.11 has 30 s for all
+            command += ["--shutdown-timeout", "60"]
+        command += ["-m", "worker", "--config", str(config)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | variables,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def says(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def wait_for_line(self, pattern: str) -> str:
+        deadline = time.monotonic() + 150
+        while not (found := re.search(pattern, self.says(), re.MULTILINE)):
+            assert self.process.poll() is None, self.says()
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.says()}"
+            time.sleep(0.1)
+        return found.group()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of device that the cards' processes work on."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip(f"two cards are needed, and here are {torch.cuda.device_count()}")
+    return str(request.param)
+
+
+@pytest.fixture
+def torchrun(redis_url: str, config_file: Path, tmp_path: Path, kind: str) -> Iterator[Torchrun]:
+    run = Torchrun(
+        config_file,
+        tmp_path / "log",
+        REDIS_URL=redis_url,
+        ARTIFACTS_URL=(tmp_path / "artifacts").as_uri(),
+        WORKER_DEVICE=kind,
+        WORKER_THREADS="1",
+        OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    yield run
+    run.kill()
+
+
+def test_two_cards_are_one_worker(
+    torchrun: Torchrun, kind: str, redis: Redis, store: JobStore
+) -> None:
+    torchrun.wait_for_line(r"ready: wan-mini\.")
+    (offer,) = catalog.read(redis).offers
+    card = "cpu, 1 threads" if kind == "cpu" else torch.cuda.get_device_name()
+    assert offer.device == f"2 x {card}"
+
+    short = order(mode="w8a8", num_frames=5, num_inference_steps=1)
+    done = store.create(short, offer.queue).job
+    long = order(num_frames=1, num_inference_steps=50)
+    cancelled = store.create(long, offer.queue).job
+    assert wait_for(store, done.id, has_ended).state is JobState.SUCCEEDED
+    wait_for(store, cancelled.id, is_denoising)
+    store.cancel(cancelled.id)
+    assert wait_for(store, cancelled.id, has_ended, 10).state is JobState.CANCELLED
+    # The follower names the job, too, and why it ended.
+    torchrun.wait_for_line(rf"\[card-1 {cancelled.id}\].*card 0: GenerationCancelled")
+
+    last = store.create(order(num_frames=1, num_inference_steps=8), offer.queue).job
+    wait_for(store, last.id, is_denoising)
+    torchrun.process.send_signal(signal.SIGTERM)
+    torchrun.process.wait(60)
+    assert store.get(last.id).state is JobState.SUCCEEDED, "a drain finishes the job in hand"
+    assert catalog.read(redis).offers == ()
+    said = torchrun.says()
+    assert "the process ends" not in said, "the follower was told to end, and not left"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(torchrun.process.pid, 0)
+
+
+def test_a_number_of_cards_that_does_not_divide_is_refused_before_anybody_is_waited_for(
+    config: WorkerConfig,
+) -> None:
+    settings = WorkerSettings(
+        artifacts_url="file:///none", device="cpu", threads=1, world_size=3, rank=1, local_rank=1
+    )
+    with (
+        pytest.raises(ConfigError, match=r"3 cards share .* 4 attention heads"),
+        pick_cards(settings, config),
+    ):
+        pass

@@ -1,0 +1,254 @@
+"""The resident engine on the real classes: both modes, to the last bit, and stopped anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+
+import quant
+from jobs.errors import GenerationCancelled, GenerationFailed, PromptTooLong
+from jobs.record import Stage
+from tests.support.diffusers_reference import with_our_products
+from tests.support.job_controls import Notes, StopAtStep
+from tests.support.requests import OWNER, order, unseen
+from worker.config import WorkerConfig
+from worker.device import Device
+from worker.engine.wan_engine import WanEngine
+from worker.interface import Frame
+from worker.model_loader.components import load_shared_parts
+from worker.model_loader.loader import load_modes
+from worker.model_loader.mode_plan import plan_modes
+
+# Short clips where the length does not matter: 5 frames are two latent ones.
+SHORT: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 1}
+
+
+def frames(engine: WanEngine, watch: Notes | None = None, **changes: object) -> np.ndarray:
+    clip = engine.generate(order(**changes), watch or Notes(), OWNER)
+    taken: list[Frame] = list(clip.frames)
+    assert len(taken) == clip.num_frames
+    return np.stack(taken)
+
+
+@pytest.fixture(scope="module")
+def whole(engine: WanEngine) -> np.ndarray:
+    """The short clip in BF16, undisturbed."""
+    return frames(engine, **SHORT)
+
+
+def test_bf16_is_diffusers_own_pipeline_to_the_last_bit(
+    engine: WanEngine, model_folder: Path
+) -> None:
+    vae = AutoencoderKLWan.from_pretrained(model_folder / "vae", dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(model_folder, vae=vae, dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    with_our_products(pipeline.transformer)
+    wanted = order()
+    theirs = pipeline(
+        prompt=wanted.prompt,
+        negative_prompt=wanted.negative_prompt,
+        width=96,
+        height=96,
+        num_frames=17,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(7),
+        max_sequence_length=64,
+    ).frames[0]
+    ours = frames(engine)
+    assert ours.shape == (17, 96, 96, 3)
+    assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
+
+
+def test_latents_that_are_no_numbers_are_no_video(
+    engine: WanEngine, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = torch.full_like(engine.loaded["bf16"].transformer.proj_out.weight, torch.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.loaded["bf16"].transformer.proj_out.weight, "data", broken)
+        with pytest.raises(GenerationFailed, match=r"mode 'bf16' gave (\d+) of \1 .* another mode"):
+            frames(engine, **SHORT)
+    assert np.array_equal(frames(engine, **SHORT), whole)
+
+
+def test_modes_do_not_disturb_each_other(engine: WanEngine, whole: np.ndarray) -> None:
+    quantized = frames(engine, mode="w8a8", **SHORT)
+    assert np.array_equal(frames(engine, **SHORT), whole)
+    assert np.array_equal(frames(engine, mode="w8a8", **SHORT), quantized)
+    assert not np.array_equal(whole, quantized)
+
+
+def test_quantized_frames_are_near_those_of_the_same_seed(
+    engine: WanEngine, whole: np.ndarray
+) -> None:
+    quantized = frames(engine, mode="w8a8", **SHORT).astype(float)
+    other_seed = frames(engine, seed=8, **SHORT).astype(float)
+    assert np.abs(quantized - whole).mean() < np.abs(other_seed - whole).mean() / 3
+
+
+def test_without_guidance_the_negative_prompt_does_not_count(
+    engine: WanEngine, whole: np.ndarray
+) -> None:
+    free = frames(engine, guidance_scale=1.0, **SHORT)
+    assert np.array_equal(free, frames(engine, guidance_scale=1.0, negative_prompt="blue", **SHORT))
+    guided = frames(engine, negative_prompt="blue", **SHORT)
+    assert not np.array_equal(guided, whole)
+
+
+def test_progress_is_told_in_order(engine: WanEngine) -> None:
+    watch = Notes()
+    frames(engine, watch, prompt=unseen(), num_frames=9, num_inference_steps=3)
+    assert watch.seen == [
+        (Stage.TEXT_ENCODER, 0, 1),
+        *[(Stage.DENOISE, step, 3) for step in range(4)],
+        *[(Stage.VAE, step, 3) for step in range(4)],
+    ]
+
+
+def test_seconds_are_counted_per_stage(engine: WanEngine) -> None:
+    clip = engine.generate(order(prompt=unseen(), **SHORT), Notes(), OWNER)
+    assert clip.seconds.text_encoder_s > 0
+    assert clip.seconds.denoise_s > 0
+    assert clip.seconds.vae_s == 0
+    list(clip.frames)
+    assert clip.seconds.vae_s > 0
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        pytest.param(Notes((Stage.TEXT_ENCODER, 2)), id="between text encoder layers"),
+        pytest.param(StopAtStep(Stage.DENOISE, 1), id="after a denoising step"),
+        pytest.param(Notes((Stage.VAE, 3)), id="inside the first latent frame"),
+        pytest.param(StopAtStep(Stage.VAE, 1), id="between latent frames"),
+    ],
+)
+def test_a_job_stops_where_it_is_told_and_the_next_one_is_whole(
+    engine: WanEngine, watch: Notes, whole: np.ndarray
+) -> None:
+    with pytest.raises(GenerationCancelled):
+        frames(engine, watch, prompt=unseen(), **SHORT)
+    assert np.array_equal(frames(engine, **SHORT), whole)
+
+
+def test_no_hooks_stay_behind(engine: WanEngine) -> None:
+    with pytest.raises(GenerationCancelled):
+        frames(engine, Notes((Stage.VAE, 3)), **SHORT)
+    clip = engine.generate(order(**SHORT), Notes(), OWNER)
+    next(clip.frames)
+    clip.frames.close()
+    for part in (engine.parts.vae, engine.parts.text_encoder):
+        assert not any(module._forward_pre_hooks for module in part.modules())
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_text_that_would_be_cut_is_refused(engine: WanEngine, field: str) -> None:
+    fits = " ".join(["red"] * 63)
+    assert len(engine.parts.tokenizer.tokenize(fits).input_ids) == 64
+    assert len(frames(engine, **{**SHORT, field: fits})) == 5
+    with pytest.raises(PromptTooLong, match=f"{field} has 65 tokens, more than 64") as caught:
+        frames(engine, **{**SHORT, field: fits + " red"})
+    assert caught.value.context == {"field": field, "tokens": 65, "bound": 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "fp4"}, "not fp4 at 96x96"),
+        ({"size": "64x64"}, "not bf16 at 64x64"),
+        ({"num_frames": 16}, "num_frames is 16"),
+        ({"num_frames": 21}, "num_frames is 21"),
+    ],
+)
+def test_an_order_the_pipeline_would_round_is_refused(
+    engine: WanEngine, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(GenerationFailed, match=message):
+        engine.generate(order(**changes), Notes(), OWNER)
+
+
+def test_each_size_may_have_its_own_shift(
+    engine: WanEngine, config: WorkerConfig, device: Device
+) -> None:
+    shifted = config.model.model_copy(update={"flow_shift": {"96x96": 9.0}})
+    modes = tuple(engine.loaded.values())
+    other = WanEngine(shifted, "fingerprint", device, engine.parts, modes)
+    # The shift bends the way between the first and the last step, so it takes two to show.
+    two_steps = SHORT | {"num_inference_steps": 2}
+    assert not np.array_equal(frames(other, **two_steps), frames(engine, **two_steps))
+    assert engine.parts.scheduler.config.flow_shift == 3.0
+
+
+def test_the_modes_share_what_is_not_quantized(engine: WanEngine) -> None:
+    bf16, quantized = (mode.transformer for mode in engine.loaded.values())
+    for block in (0, 1, 37, 38, 39):
+        ours, theirs = quantized.blocks[block].parameters(), bf16.blocks[block].parameters()
+        assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    together = quant.weight_bytes(bf16, quantized)
+    codes = sum(
+        module.weight.numel()
+        for block in bf16.blocks[2:37]
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    scales = 350 * 2 * 4
+    assert together == quant.weight_bytes(bf16) + codes + scales
+
+
+def test_a_quantized_mode_alone_keeps_no_bf16_weights_of_quantized_blocks(
+    engine: WanEngine, config: WorkerConfig, device: Device
+) -> None:
+    alone = config.model_copy(update={"modes": config.modes[1:]})
+    plans = plan_modes(alone, engine.model.fingerprint)
+    (mode,) = load_modes(config.model.path, plans, device)
+    assert not any(
+        isinstance(module, torch.nn.Linear)
+        for block in mode.transformer.blocks[2:37]
+        for module in block.modules()
+    )
+    parts = load_shared_parts(config.model.path, device)
+    only = WanEngine(config.model, "fingerprint", device, parts, (mode,))
+    assert np.array_equal(frames(only, mode="w8a8", **SHORT), frames(engine, mode="w8a8", **SHORT))
+
+
+def test_the_start_log_names_what_was_loaded(engine: WanEngine) -> None:
+    log = "\n".join(engine.describe())
+    assert f"model: wan-mini ({engine.model.fingerprint})" in log
+    assert "device: cpu, 1 threads" in log
+    assert "modes: bf16, w8a8" in log
+    assert "mode w8a8: 350 linears in 35 of 40 blocks quantized" in log
+    for name, mode in engine.loaded.items():
+        assert f"mode {name}: {mode.weight_bytes:,} bytes" in log
+    assert engine.loaded["w8a8"].weight_bytes < 0.65 * engine.loaded["bf16"].weight_bytes
+
+
+def test_the_offer_is_what_was_loaded(engine: WanEngine) -> None:
+    assert engine.model.name == "wan-mini"
+    assert engine.model.fingerprint == quant.model_fingerprint(engine.config.path)
+    assert engine.modes[0].recipe_fingerprint is None
+    assert engine.modes[1].recipe_fingerprint == quant.QuantRecipe.load("boundary-hif8").fingerprint
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_each_quantized_job_samples_how_its_activations_fit(engine: WanEngine, steps: int) -> None:
+    wanted: dict[str, Any] = {"num_frames": 1, "num_inference_steps": steps}
+    shares = engine.generate(order(mode="w8a8", **wanted), Notes(), OWNER).act_shares
+    assert shares is not None
+    assert 0 <= shares.saturated < 0.001
+    assert 0 <= shares.flushed < 0.1
+    assert engine.generate(order(**wanted), Notes(), OWNER).act_shares is None
+
+
+def test_a_job_that_stops_leaves_neither_hooks_nor_latents_behind(engine: WanEngine) -> None:
+    wanted = order(mode="w8a8", num_frames=1, num_inference_steps=2)
+    with pytest.raises(GenerationCancelled):
+        engine.generate(wanted, StopAtStep(Stage.DENOISE, 1), OWNER)
+    transformer = engine.loaded["w8a8"].transformer
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in transformer.modules())
+    pipeline = engine._pipelines["w8a8"]
+    assert pipeline.scheduler is engine.parts.scheduler

@@ -1,0 +1,394 @@
+"""A job's way through the worker, in front of a real Valkey, with an engine that is all pattern.
+
+Every job goes the way of production: `JobStore.create`, RQ's queue, `ResidentWorker.work`.
+"""
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from rq.command import send_stop_job_command
+from rq.exceptions import DeserializationError
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+from jobs import catalog, redis_keys
+from jobs.artifacts.folder import FolderArtifactStore
+from jobs.errors import GenerationFailed, PromptTooLong
+from jobs.record import Attempt, JobRecord
+from jobs.state import JobState
+from jobs.store.job_store import JobStore
+from jobs.store.recovery import Recovery
+from jobs.store.submission import Submission
+from tests.support.requests import order
+from worker.consumer.rq_worker import ResidentWorker
+from worker.device import Device
+from worker.engine.fake_engine import FakeEngine, OnStep
+from worker.errors import EXIT_DEVICE_LOST
+from worker.process.stats import Journal
+from worker.tasks import WORKPLACE
+
+ORDER = order(model="fake", mode="plain", size="64x32", num_frames=9, seed=200)
+SECRET = "a prompt nobody may read in a log"
+QUEUE = catalog.queue_name(FakeEngine.model, FakeEngine.modes)
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> FolderArtifactStore:
+    return FolderArtifactStore(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def worker_for(redis: Redis, artifacts: FolderArtifactStore) -> Callable[[OnStep], ResidentWorker]:
+    """A worker whose engine calls a function at each step."""
+    return lambda on_step: ResidentWorker(FakeEngine(on_step), redis, artifacts)
+
+
+@pytest.fixture
+def run(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> Callable[..., JobRecord]:
+    """Create a job, have a worker run it, and return its record."""
+
+    def run_job(on_step: OnStep = lambda step: None, **changes: object) -> JobRecord:
+        job = store.create(ORDER.model_copy(update=changes), QUEUE).job
+        worker_for(on_step).work(burst=True, logging_level="WARNING")
+        return store.get(job.id)
+
+    return run_job
+
+
+def failing(error: BaseException) -> OnStep:
+    def on_step(step: int) -> None:
+        raise error
+
+    return on_step
+
+
+def rq_job(redis: Redis, job_id: str) -> Job:
+    return Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+
+
+def test_a_job_becomes_a_stored_video(
+    run: Callable[..., JobRecord], artifacts: FolderArtifactStore, redis: Redis
+) -> None:
+    record = run()
+    assert record.state is JobState.SUCCEEDED
+    assert record.video is not None
+    data = artifacts.path(record.video.key).read_bytes()
+    assert re.fullmatch(rf"videos/{record.id}/1-[0-9a-f]{{8}}\.mp4", record.video.key)
+    assert record.video.bytes == len(data)
+    assert record.video.sha256 == hashlib.sha256(data).hexdigest()
+    assert (record.video.width, record.video.height, record.video.num_frames) == (64, 32, 9)
+    assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
+
+
+def test_an_engine_is_told_whose_job_it_is(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore
+) -> None:
+    engine = FakeEngine()
+    for owner in ("ann", "bob"):
+        store.create(ORDER, QUEUE, Submission(owner))
+    ResidentWorker(engine, redis, artifacts).work(burst=True, logging_level="WARNING")
+    assert engine.owners == ["ann", "bob"]
+
+
+def test_the_seconds_of_a_job_add_up(run: Callable[..., JobRecord]) -> None:
+    timings = run().timings
+    assert timings is not None
+    assert (timings.text_encoder_s, timings.denoise_s, timings.vae_s) == (0.5, 1.5, 0.25)
+    assert timings.queue_s >= 0
+    assert 0 < timings.mp4_s < timings.total_s
+
+
+def test_the_file_tells_what_made_it_but_not_the_prompt(
+    run: Callable[..., JobRecord], artifacts: FolderArtifactStore
+) -> None:
+    record = run(prompt=SECRET)
+    assert record.video is not None
+    data = artifacts.path(record.video.key).read_bytes()
+    for fact in (record.id, "recipe-1", '"seed": 200', hashlib.sha256(SECRET.encode()).hexdigest()):
+        assert fact.encode() in data
+    assert SECRET.encode() not in data
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PromptTooLong("prompt has 99 tokens"), "prompt_too_long"),
+        (GenerationFailed("it failed"), "generation_failed"),
+        (torch.OutOfMemoryError("2 GiB wanted"), "out_of_device_memory"),
+        (ZeroDivisionError("a bug"), "internal_error"),
+        (DeserializationError("any library's error"), "internal_error"),
+    ],
+)
+def test_a_failure_has_a_code_and_no_traceback(
+    run: Callable[..., JobRecord], redis: Redis, error: Exception, code: str
+) -> None:
+    record = run(failing(error))
+    assert record.state is JobState.FAILED
+    assert record.failure is not None
+    assert record.failure.code == code
+    assert "Traceback" not in record.failure.detail
+    assert "a bug" not in record.failure.detail
+    # Delivered, and not to be delivered again.
+    assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
+    assert record.attempts == 1
+
+
+def test_the_log_has_the_traceback_under_the_job_and_never_the_prompt(
+    run: Callable[..., JobRecord], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        run(failing(ZeroDivisionError("a bug")), prompt=SECRET)
+    assert "ZeroDivisionError: a bug" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_the_time_limit_is_a_failure_of_its_own(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    redis.hset(redis_keys.record(job.id), "deadline_s", 1)
+    worker_for(lambda step: time.sleep(0.4)).work(burst=True, logging_level="WARNING")
+    failure = store.get(job.id).failure
+    assert failure is not None
+    assert failure.code == "generation_timed_out"
+    assert "1 s" in failure.detail
+
+
+def test_a_running_job_is_cancelled_between_two_steps(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    steps: list[int] = []
+
+    def on_step(step: int) -> None:
+        steps.append(step)
+        time.sleep(0.01)
+        if step == 3:
+            store.cancel(job.id)
+
+    worker_for(on_step).work(burst=True, logging_level="WARNING")
+    record = store.get(job.id)
+    assert record.state is JobState.CANCELLED
+    assert record.video is None
+    assert len(steps) < 30
+
+
+def test_rq_can_stop_a_job_and_the_next_one_runs(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    stopped = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    after = store.create(ORDER, QUEUE).job
+
+    def on_step(step: int) -> None:
+        if step == 2:
+            send_stop_job_command(redis, stopped.id, serializer=JSONSerializer)
+        time.sleep(0.01)
+
+    worker_for(on_step).work(burst=True, logging_level="WARNING")
+    assert store.get(stopped.id).state is JobState.CANCELLED
+    assert store.get(after.id).state is JobState.SUCCEEDED
+
+
+def test_a_job_that_has_ended_is_not_run_again(
+    store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    attempt = store.claim(job.id, "w")
+    store.cancelled(attempt)
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    assert store.get(job.id).state is JobState.CANCELLED
+
+
+def overtake(redis: Redis, store: JobStore, job_id: str) -> None:
+    """What becomes of a job whose worker was silent for too long."""
+    redis.hset(redis_keys.record(job_id), "lease_ms", 1)
+    Recovery(redis).run()  # or the worker's own patrol, if that is first
+    redis.delete(f"rq:queue:{QUEUE}")  # out of the queue, as a worker takes it
+    store.claim(job_id, "other")
+
+
+def test_a_stale_attempt_stops_and_writes_nothing(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    steps: list[int] = []
+
+    def on_step(step: int) -> None:
+        steps.append(step)
+        time.sleep(0.01)
+        if step == 1:
+            overtake(redis, store, job.id)
+
+    worker_for(on_step).work(burst=True, logging_level="WARNING")
+    assert len(steps) < 30
+    record = store.get(job.id)
+    assert record.state is JobState.RUNNING
+    assert (record.attempts, record.worker) == (2, "other")
+    assert record.video is None
+    # RQ's hash is the other attempt's now.
+    assert rq_job(redis, job.id).get_status() is not JobStatus.FINISHED
+
+
+def test_a_job_that_another_worker_holds_is_left_to_it(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    held = store.claim(job.id, "other")
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    assert store.renew(held) is False
+    assert store.get(job.id).attempts == 1
+
+
+def test_a_record_that_cannot_be_read_ends_its_job(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    redis.hset(redis_keys.record(job.id), "field_of_another_version", "1")
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    redis.hdel(redis_keys.record(job.id), "field_of_another_version")
+    record = store.get(job.id)
+    assert record.state is JobState.FAILED
+    assert record.failure is not None
+    assert record.failure.code == "record_unreadable"
+    assert "field_of_another_version" in record.failure.detail
+
+
+def test_a_claim_whose_answer_is_lost_is_made_once_and_its_job_is_run(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    claim, claims = JobStore.claim, list[str | None]()
+
+    def lossy(self: JobStore, job_id: str, worker: str, token: str | None = None) -> Attempt:
+        attempt = claim(self, job_id, worker, token)
+        claims.append(token)
+        if len(claims) == 1:
+            raise RedisConnectionError("cut after it was made")
+        return attempt
+
+    monkeypatch.setattr(JobStore, "claim", lossy)
+    ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    assert claims == [claims[0]] * 2
+    record = store.get(job.id)
+    assert (record.state, record.attempts, record.lost) == (JobState.SUCCEEDED, 1, 0)
+
+
+class BrokenDevice(Device):
+    def empty_cache(self) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_device_that_cannot_empty_its_cache_fails_the_job_and_ends_the_process(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore
+) -> None:
+    job, journal = store.create(ORDER, QUEUE).job, Journal()
+    engine = FakeEngine(failing(torch.OutOfMemoryError("2 GiB wanted")))
+    engine.device = BrokenDevice("cpu", "none")
+    ResidentWorker(engine, redis, artifacts, journal).work(burst=True, logging_level="WARNING")
+    failure = store.get(job.id).failure
+    assert failure is not None
+    assert failure.code == "out_of_device_memory"
+    assert journal.exit_status == EXIT_DEVICE_LOST
+
+
+class MuteDevice(Device):
+    """Does not tell its memory: each question hangs, once a job has begun."""
+
+    asked = threading.Event()
+    answers = threading.Event()
+
+    def memory(self) -> None:
+        if self.asked.is_set():
+            self.answers.wait(60)
+
+    def is_lost(self, error: BaseException) -> bool:
+        return True
+
+
+def test_a_lost_device_that_hangs_when_it_is_asked_does_not_keep_the_worker(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore
+) -> None:
+    store.create(ORDER, QUEUE)
+
+    def lose(step: int) -> None:
+        MuteDevice.asked.set()
+        worker._standing_offer.refresh()
+        time.sleep(0.5)  # the thread of the offer asks, and hangs
+        raise RuntimeError("the device is gone")
+
+    engine, journal = FakeEngine(lose), Journal()
+    engine.device = MuteDevice("npu", "none")
+    worker = ResidentWorker(engine, redis, artifacts, journal)
+    began = time.monotonic()
+    worker.work(burst=True, logging_level="WARNING")
+    assert time.monotonic() - began < 30
+    assert journal.exit_status == EXIT_DEVICE_LOST
+    MuteDevice.answers.set()
+    worker._standing_offer._thread.join()
+
+
+class OvertakenStore(FolderArtifactStore):
+    """Each time a video has just been stored, something happens to its job."""
+
+    def __init__(self, root: Path, happens: Callable[[], object]) -> None:
+        super().__init__(root)
+        self.happens = happens
+        self.stored: list[Path] = []
+
+    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+        super().put(key, source, check)
+        self.stored.append(self.path(key))
+        assert self.stored[-1].is_file()
+        self.happens()
+
+
+def test_the_video_of_an_attempt_that_became_stale_is_deleted(
+    store: JobStore, redis: Redis, tmp_path: Path
+) -> None:
+    job = store.create(ORDER, QUEUE).job
+    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: overtake(redis, store, job.id))
+    ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    assert store.get(job.id).state is JobState.RUNNING
+    assert len(artifacts.stored) == 1
+    assert not artifacts.stored[0].exists()
+
+
+def test_a_worker_is_offered_while_it_works_and_not_afterwards(
+    redis: Redis, store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    during: list[str] = []
+    store.create(ORDER, QUEUE)
+    worker = worker_for(lambda step: during.extend(o.worker_id for o in catalog.read(redis).offers))
+    worker.work(burst=True, logging_level="WARNING")
+    assert set(during) == {worker.name}
+    assert not worker.pubsub_thread.is_alive()
+    assert catalog.read(redis).offers == ()
+
+
+def test_outside_a_job_there_is_no_workplace() -> None:
+    with pytest.raises(LookupError):
+        WORKPLACE.get()
+
+
+def test_names_are_unique_and_equal_workers_share_a_queue(
+    worker_for: Callable[[OnStep], ResidentWorker],
+) -> None:
+    one, two = worker_for(lambda step: None), worker_for(lambda step: None)
+    assert one.name != two.name
+    assert one.queue_names() == two.queue_names() == [QUEUE]
+
+
+def test_the_threads_of_a_worker_end_with_it(run: Callable[..., JobRecord]) -> None:
+    run()
+    ours = {"lifeline", "watchdog", "patrol", "standing-offer"}
+    assert not ours & {thread.name for thread in threading.enumerate()}

@@ -1,0 +1,386 @@
+"""What is refused before anything large is read."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
+from quant.kernels.eager import EagerKernels
+from quant.kernels.interface import AttentionScales
+from quant.kernels.selection import KernelChoice
+from quant.numerics.scaling import POLICIES
+from quant.weights.read_plan import Wanted
+from worker.config import FirstBlockCache, WorkerConfig
+from worker.device import Device
+from worker.errors import ModelUnusable
+from worker.model_loader import loader
+from worker.model_loader.components import ComingParts, load_shared_parts
+from worker.model_loader.loader import load_model, load_modes
+from worker.model_loader.mode_plan import (
+    check_folder,
+    choose_kernels,
+    fingerprint_model,
+    plan_modes,
+)
+from worker.startup import load_engine
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the miniature that a test may break."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def with_scales(config: WorkerConfig, path: Path) -> WorkerConfig:
+    quantized = config.modes[1].model_copy(update={"scales": path})
+    return config.model_copy(update={"modes": (config.modes[0], quantized)})
+
+
+def test_the_miniature_is_whole(model_folder: Path) -> None:
+    check_folder(model_folder)
+
+
+def test_scales_that_fit_are_planned(config: WorkerConfig, scales: Scales) -> None:
+    bf16, quantized = plan_modes(config, scales.model_fingerprint)
+    assert (bf16.recipe, bf16.scales) == (None, None)
+    assert quantized.recipe == QuantRecipe.load("boundary-hif8")
+
+
+def test_scales_of_another_model_are_refused_with_the_command(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    save_scales(replace(scales, model_fingerprint="sha256-full-v2:00"), path)
+    with pytest.raises(ScalesMismatch, match="sha256-full-v2:00") as caught:
+        plan_modes(with_scales(config, path), scales.model_fingerprint)
+    command = str(caught.value).rpartition("-m quant calibrate ")[2]
+    assert f"--model {config.model.path}" in command
+    assert f"--out {path}" in command
+
+
+def test_scales_of_another_recipe_are_refused_with_the_command(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    recipe = replace(scales.recipe, name="other", protected_blocks=(0, 1))
+    save_scales(replace(scales, recipe=recipe), path)
+    with pytest.raises(ScalesMismatch, match=r"'other'.*-m quant calibrate"):
+        plan_modes(with_scales(config, path), scales.model_fingerprint)
+
+
+def test_scales_of_another_format_are_refused_with_the_command(
+    config: WorkerConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"format_version": "99"})
+    with pytest.raises(ScalesMismatch, match=r"99.*-m quant calibrate"):
+        plan_modes(with_scales(config, path), "fingerprint")
+
+
+def test_missing_scales_are_refused_with_the_command(config: WorkerConfig, tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    with pytest.raises(QuantError, match=r"none\.safetensors.*-m quant calibrate"):
+        plan_modes(with_scales(config, path), "fingerprint")
+
+
+@pytest.mark.parametrize("fault", ["missing", "another format"])
+def test_the_command_makes_scales_for_the_configured_recipe(
+    config: WorkerConfig, scales: Scales, tmp_path: Path, fault: str
+) -> None:
+    recipe, path = tmp_path / "my recipe.json", tmp_path / "mine.safetensors"
+    recipe.write_text(replace(scales.recipe, name="mine").to_json(), encoding="utf-8")
+    if fault == "another format":
+        save_file({"x": torch.zeros(1)}, path, {"format_version": "99"})
+    mode = config.modes[1].model_copy(update={"recipe": str(recipe), "scales": path})
+    with pytest.raises(QuantError) as caught:
+        plan_modes(config.model_copy(update={"modes": (mode,)}), "fingerprint")
+    command = shlex.split(str(caught.value).rpartition("with: ")[2])
+    assert command[:4] == [sys.executable, "-m", "quant", "calibrate"]
+    assert command[command.index("--recipe") + 1] == str(recipe)
+
+
+def test_an_unknown_recipe_is_refused(config: WorkerConfig) -> None:
+    mode = config.modes[1].model_copy(update={"recipe": "fp4"})
+    with pytest.raises(QuantError, match=r"'fp4'.*boundary-hif8"):
+        plan_modes(config.model_copy(update={"modes": (mode,)}), "fingerprint")
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "tokenizer", "vae/config.json"])
+def test_a_missing_part_is_named(folder: Path, part: str) -> None:
+    path = folder / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ModelUnusable, match=f"lacks {part}"):
+        check_folder(folder)
+
+
+OTHER_INDEXES = {
+    "with two transformers": {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+    "holds a FluxPipeline": {"_class_name": "FluxPipeline"},
+    "scheduler NoScheduler, which this diffusers lacks": {
+        "scheduler": ["diffusers", "NoScheduler"]
+    },
+    "cannot be read": {"scheduler": None},
+}
+
+
+@pytest.mark.parametrize("message", OTHER_INDEXES)
+def test_another_kind_of_folder_is_refused(folder: Path, message: str) -> None:
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) | OTHER_INDEXES[message]
+    path.write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelUnusable, match=message):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelUnusable, match=r"model_index\.json cannot be read"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
+def test_a_damaged_part_is_named(folder: Path, device: Device, part: str, damage: str) -> None:
+    do_damage(folder / part, damage)
+    with pytest.raises(ModelUnusable, match=part.partition("/")[0]) as caught:
+        load_shared_parts(folder, device)
+    assert says_file_and_fault(str(caught.value), folder / part, damage)
+
+
+@pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
+def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
+    folder: Path, config: WorkerConfig, device: Device, modes: slice, monkeypatch
+) -> None:
+    model = config.model.model_copy(update={"path": folder})
+    broken = config.model_copy(update={"model": model, "modes": config.modes[modes]})
+    plans = plan_modes(broken, fingerprint_model(config))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    save_file(tensors, file)
+    read: list[Wanted] = []
+    monkeypatch.setattr(Copier, "read", lambda self, wanted, arrived=None: read.extend(wanted))
+    with pytest.raises(QuantError, match=r"text_encoder.* lacks tensor .*SelfAttention\.q"):
+        load_model(folder, plans, device)
+    # Nor anything else where it would have been waited for, to be quantized.
+    quantizes = any(mode.scales is not None for mode in broken.modes)
+    expected = set() if quantizes else {folder / "transformer"}
+    assert {stored.file.parent for stored, _ in read} <= expected
+
+
+def test_the_copy_of_shared_parts_ends_when_nobody_wants_it_any_more(
+    config: WorkerConfig, device: Device, monkeypatch
+) -> None:
+    """As where a transformer is damaged that is to be quantized, for which they come first."""
+    read: list[str] = []
+
+    def fail(*_args: object) -> None:
+        raise ModelUnusable("a damaged transformer")
+
+    def slowly(_copier: Copier, wanted: Iterable[Wanted], _arrived: object = None) -> None:
+        for stored, _ in wanted:
+            time.sleep(0.01)
+            read.append(stored.name)
+
+    monkeypatch.setattr(loader, "_begin_modes", fail)
+    monkeypatch.setattr(Copier, "read", slowly)
+    plans = plan_modes(config, fingerprint_model(config))[1:2]
+    with pytest.raises(ModelUnusable, match="a damaged transformer"):
+        load_model(config.model.path, plans, device)
+    assert len(read) < 10
+
+
+@pytest.mark.parametrize(("policy", "rows"), [("pow2", False), ("amax15", True)])
+def test_kernels_are_tried_as_the_recipe_multiplies(
+    config: WorkerConfig, device: Device, monkeypatch, policy: str, rows: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: asked.append(how))
+    plan = plan_modes(config, fingerprint_model(config))[1]
+    assert plan.recipe is not None
+    recipe = replace(plan.recipe, weight_policy=POLICIES[policy])
+    choose_kernels([replace(plan, recipe=recipe)], device)
+    assert [how["scales_rows"] for how in asked] == [rows]
+
+
+@pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
+def test_the_transformer_comes_first_unless_it_is_waited_for(
+    config: WorkerConfig, device: Device, modes: slice, monkeypatch
+) -> None:
+    chosen = config.model_copy(update={"modes": config.modes[modes]})
+    plans = plan_modes(chosen, fingerprint_model(config))
+    order: list[str] = []
+    begin = loader._begin_modes
+
+    class Noted(ComingParts):
+        def __init__(self, *args: Any) -> None:
+            order.append("shared parts")
+            super().__init__(*args)
+
+    def begin_modes(*args: Any) -> Any:
+        order.append("transformer")
+        return begin(*args)
+
+    monkeypatch.setattr(loader, "ComingParts", Noted)
+    monkeypatch.setattr(loader, "_begin_modes", begin_modes)
+    load_model(config.model.path, plans, device)
+    quantizes = any(mode.scales is not None for mode in chosen.modes)
+    assert order == sorted(["transformer", "shared parts"], reverse=not quantizes)
+
+
+@pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
+def test_a_damaged_transformer_is_named(
+    folder: Path, config: WorkerConfig, device: Device, part: str, damage: str
+) -> None:
+    do_damage(folder / "transformer" / part, damage)
+    model = config.model.model_copy(update={"path": folder})
+    bf16 = config.model_copy(update={"model": model, "modes": config.modes[:1]})
+    with pytest.raises((ModelUnusable, QuantError)) as caught:
+        load_engine(bf16, device)
+    assert "transformer/" in str(caught.value)
+    assert says_file_and_fault(str(caught.value), folder / "transformer" / part, damage)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_cut_model_is_not_another_model(
+    folder: Path, config: WorkerConfig, device: Device, part: str
+) -> None:
+    """Which new scales would be recommended for."""
+    file = next((folder / part).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    model = config.model.model_copy(update={"path": folder})
+    with pytest.raises(QuantError, match=rf"{file} ends after .* within tensor .* was cut"):
+        load_engine(config.model_copy(update={"model": model}), device)
+
+
+def do_damage(path: Path, damage: str) -> None:
+    match damage:
+        case "missing":
+            path.unlink()
+        case "cut":
+            path.write_bytes(path.read_bytes()[:100])
+        case _:
+            path.write_text("[]", encoding="utf-8")
+
+
+def says_file_and_fault(message: str, path: Path, damage: str) -> bool:
+    """One line that names the file (a missing one by its kind), and no talk of downloads."""
+    named = "lacks" in message if damage == "missing" else str(path) in message
+    return named and "huggingface" not in message and "\n" not in message
+
+
+def test_modes_that_differ_only_in_their_step_cache_share_a_transformer(
+    config: WorkerConfig, scales: Scales, device: Device
+) -> None:
+    cache = FirstBlockCache(method="first_block", threshold=0.1)
+    cached = tuple(
+        mode.model_copy(update={"name": f"{mode.name}-cached", "step_cache": cache})
+        for mode in config.modes
+    )
+    four = config.model_copy(update={"modes": (*config.modes, *cached)})
+    modes = load_modes(config.model.path, plan_modes(four, scales.model_fingerprint), device)
+    assert [mode.offer.name for mode in modes] == ["bf16", "w8a8", "bf16-cached", "w8a8-cached"]
+    assert [mode.step_cache for mode in modes] == [None, None, cache, cache]
+    bf16, w8a8, *others = (mode.transformer for mode in modes)
+    assert others == [bf16, w8a8]
+    assert bf16 is not w8a8
+
+
+def with_fp8_attention(config: WorkerConfig, scales: Scales, path: Path) -> WorkerConfig:
+    """The quantized mode alone, with FP8 attention under scales that are all 1."""
+    recipe = QuantRecipe.load("boundary-hif8-fp8attn")
+    fit = {name: torch.tensor(1.0) for name in recipe.attention_inputs}
+    save_scales(replace(scales, recipe=recipe, attention_scale=fit), path)
+    mode = config.modes[1].model_copy(update={"recipe": recipe.name, "scales": path})
+    return config.model_copy(update={"modes": (mode,)})
+
+
+def test_quantized_blocks_get_the_attention_their_recipe_wants(
+    config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path
+) -> None:
+    fp8 = with_fp8_attention(config, scales, tmp_path / "fp8.safetensors")
+    (mode,) = load_modes(fp8.model.path, plan_modes(fp8, scales.model_fingerprint), device)
+    blocks = mode.transformer.blocks
+    assert [i for i, block in enumerate(blocks) if block.attention_scales] == list(range(2, 37))
+    out = scales.act_scale["blocks.2.attn1.to_out.0"].item()
+    assert blocks[2].attention_scales == AttentionScales(1, 1, 1, out)
+
+
+def test_kernels_that_do_not_run_are_said_once_and_offered_with_their_warning(
+    config: WorkerConfig, scales: Scales, device: Device, monkeypatch, caplog
+) -> None:
+    warning = "The kernels for Some Card do not run; plain torch runs instead."
+    monkeypatch.setattr(
+        Device, "pick_kernels", lambda _self, **how: KernelChoice(EagerKernels(), warning)
+    )
+    with caplog.at_level("WARNING"):
+        plans = plan_modes(config, scales.model_fingerprint)
+        modes = load_modes(config.model.path, plans, device)
+    assert [record.getMessage() for record in caplog.records] == [f"bf16, w8a8: {warning}"]
+    assert [(mode.offer.kernels, mode.offer.warning) for mode in modes] == [("eager", warning)] * 2
+
+
+class FastKernels(EagerKernels):
+    """As if plain torch were a card's own kernels."""
+
+    name = "cuda"
+
+
+def test_blocks_that_run_in_plain_torch_beside_fast_ones_are_said(
+    config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    text = (ROOT / "quant" / "recipe" / "presets" / "boundary-hif8.toml").read_text(
+        encoding="utf-8"
+    )
+    before, _, acts = text.partition("[act]")
+    file = tmp_path / "per-token.toml"
+    file.write_text(f"{before}[act]{acts.replace('per_tensor', 'per_token', 1)}", encoding="utf-8")
+    recipe = QuantRecipe.load(file)
+    save_scales(replace(scales, recipe=recipe, act_scale={}), tmp_path / "scales.safetensors")
+    mode = config.modes[1].model_copy(
+        update={"recipe": str(file), "scales": tmp_path / "scales.safetensors"}
+    )
+    alone = config.model_copy(update={"modes": (mode,)})
+    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: KernelChoice(FastKernels()))
+    plans = plan_modes(alone, scales.model_fingerprint)
+    (loaded,) = load_modes(config.model.path, plans, device)
+    assert loaded.offer.warning is not None
+    assert loaded.offer.warning.startswith("35 of 40 blocks run in plain torch")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"w8a8: {loaded.offer.warning}"
+    ]
+
+
+def test_fp8_attention_is_refused_where_no_kernels_run_it(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    fp8 = with_fp8_attention(config, scales, tmp_path / "fp8.safetensors")
+    plans = plan_modes(fp8, scales.model_fingerprint)
+    with pytest.raises(ModelUnusable, match=r"FP8 attention, which Ascend 910B does not run"):
+        load_modes(config.model.path, plans, Device("npu", "Ascend 910B"))

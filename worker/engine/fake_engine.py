@@ -1,0 +1,84 @@
+"""Stand in for a model: an engine that makes frames of one colour, for tests and benchmarks.
+
+It keeps to the same interface as the real engine, needs no weights and no torch, and takes as long
+as it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import numpy as np
+
+from jobs.catalog import ModelOffer, ModeOffer
+from jobs.errors import GenerationFailed
+from jobs.record import Stage
+from jobs.spec import GenerationRequest
+from worker.interface import Clip, DeviceMemory, EngineDevice, Frame, StageSeconds, Watch
+
+OnStep = Callable[[int], None]
+
+FAILING = "fail, please"
+"""A prompt with these words ends as a failure."""
+
+
+class FakeDevice:
+    """The host, which runs out of memory as Python says it, and is never lost."""
+
+    name = "none"
+
+    def memory(self) -> DeviceMemory | None:
+        return None
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, MemoryError)
+
+    def is_lost(self, error: BaseException) -> bool:
+        return False
+
+    def empty_cache(self) -> None:
+        """There is none."""
+
+
+class FakeEngine:
+    """Every frame has one colour, drawn from the seed. `on_step` may wait or raise."""
+
+    device: EngineDevice = FakeDevice()
+    tokenizer_text = None
+    model = ModelOffer(
+        name="fake",
+        fingerprint="none",
+        sizes=("64x32",),
+        default_size="64x32",
+        min_frames=1,
+        max_frames=9,
+        default_frames=9,
+        fps=8,
+        max_steps=1000,
+        default_steps=4,
+        default_guidance_scale=1.0,
+        default_mode="plain",
+        max_prompt_chars=100,
+    )
+    modes = (ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),)
+
+    def __init__(self, on_step: OnStep = lambda step: None) -> None:
+        self._on_step = on_step
+        self.owners: list[str] = []
+
+    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
+        self.owners.append(owner)
+        if FAILING in request.prompt:
+            raise GenerationFailed("The prompt asks for a failure.")
+        watch.progress(Stage.TEXT_ENCODER, 1, 1)
+        watch.progress(Stage.DENOISE, 0, request.num_inference_steps)
+        for step in range(1, request.num_inference_steps + 1):
+            self._on_step(step)
+            watch.progress(Stage.DENOISE, step, request.num_inference_steps)
+        seconds = StageSeconds(text_encoder_s=0.5, denoise_s=1.5, vae_s=0.25)
+        return Clip(self._frames(request, watch), request.num_frames, seconds)
+
+    def _frames(self, request: GenerationRequest, watch: Watch) -> Generator[Frame]:
+        for index in range(request.num_frames):
+            watch.progress(Stage.VAE, index + 1, request.num_frames)
+            yield np.full((request.height, request.width, 3), request.seed % 256, np.uint8)
