@@ -32,14 +32,14 @@ def test_every_endpoint_has_a_row(settings: ServiceSettings) -> None:
     found = list(endpoints(settings))
     assert sorted(found) == sorted(ROWS), (
         "an endpoint was added or removed: give it a row in tests/service/auth/permission_table.py,
-        and run " "`.venv/bin/python -m tests.service.auth.permission_table`"
+        " "and run `.venv/bin/python -m tests.service.auth.permission_table`"
     )
 
 
 def test_the_document_is_the_table() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == table(), (
-        "docs/permissions.md is stale: run `.venv/bin/python -m
-        tests.service.auth.permission_table`"
+        "docs/permissions.md is stale: "
+        "run `.venv/bin/python -m tests.service.auth.permission_table`"
     )
 
 
