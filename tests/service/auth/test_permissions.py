@@ -31,8 +31,8 @@ def endpoints(settings: ServiceSettings) -> Iterator[str]:
 def test_every_endpoint_has_a_row(settings: ServiceSettings) -> None:
     found = list(endpoints(settings))
     assert sorted(found) == sorted(ROWS), (
-        "an endpoint was added or removed: give it a row in tests/service/auth/permission_table.py,
-        " "and run `.venv/bin/python -m tests.service.auth.permission_table`"
+        "an endpoint was added or removed: give it a row in permission_table.py and run "
+        "`.venv/bin/python -m tests.service.auth.permission_table`"
     )
 
 
