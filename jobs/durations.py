@@ -33,7 +33,7 @@ MOST_REMEMBERED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Durations:
     """Seconds of a job.
 
     Attributes:
@@ -57,7 +57,7 @@ def shape(request: GenerationRequest) -> str:
     return f"{request.model}|{request.mode}|{request.size}|{request.num_frames}|{guided}"
 
 
-def read(redis: Redis, request: GenerationRequest) -> Pace | None:
+def read(redis: Redis, request: GenerationRequest) -> Durations | None:
     """The pace of the request's shape; None where none was measured."""
     found = redis.hget(redis_keys.PACE, shape(request))
     if found is None:
@@ -68,13 +68,13 @@ def read(redis: Redis, request: GenerationRequest) -> Pace | None:
         return None
 
 
-def parse(text: bytes) -> Pace:
+def parse(text: bytes) -> Durations:
     """What Redis has of a shape; ValueError if that is no pace of this version."""
     step_s, rest_s, texts_s = map(float, text.split())
-    return Pace(step_s, rest_s, texts_s)
+    return Durations(step_s, rest_s, texts_s)
 
 
-def measure(redis: Redis, request: GenerationRequest, measured: Pace) -> Pace:
+def measure(redis: Redis, request: GenerationRequest, measured: Durations) -> Durations:
     """Add a measurement, and return what is now kept.
 
     Two workers that measure at the same moment may lose one of the two, which harms nothing.
@@ -82,14 +82,14 @@ def measure(redis: Redis, request: GenerationRequest, measured: Pace) -> Pace:
     kept = read(redis, request)
     if kept is not None:
         pairs = zip(astuple(kept), astuple(measured), strict=True)
-        measured = Pace(*(old + WEIGHT_OF_LATEST * (new - old) for old, new in pairs))
+        measured = Durations(*(old + WEIGHT_OF_LATEST * (new - old) for old, new in pairs))
     redis.hset(
         redis_keys.PACE, shape(request), " ".join(f"{each:.6f}" for each in astuple(measured))
     )
     return measured
 
 
-class Paces:
+class DurationCache:
     """Paces as they were some seconds ago, for who asks with every job that is created.
 
     Safe to share between threads.
@@ -97,9 +97,9 @@ class Paces:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._read: dict[str, tuple[float, Pace | None]] = {}
+        self._read: dict[str, tuple[float, Durations | None]] = {}
 
-    def of(self, request: GenerationRequest) -> Pace | None:
+    def of(self, request: GenerationRequest) -> Durations | None:
         name = shape(request)
         now = time.monotonic()
         until, pace = self._read.get(name, (0.0, None))
@@ -121,7 +121,7 @@ SLACK = 10
 """At least this many times the measured duration."""
 
 
-def timeout_s(request: GenerationRequest, pace: Pace | None = None) -> int:
+def timeout_s(request: GenerationRequest, pace: Durations | None = None) -> int:
     """Return the limit in whole seconds; `pace` is that of the request's shape, if measured."""
     frames = 1 + (request.num_frames - 1) // FRAME_STRIDE
     tokens = (request.width / PATCH_PX) * (request.height / PATCH_PX) * frames

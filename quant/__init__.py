@@ -41,16 +41,15 @@ from quant.transformer.fuse import (
 )
 from quant.transformer.quantize import quantize_transformer
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
-from quant.weights.reader import Copier, CopierBeside, Reader
+from quant.weights.reader import BackgroundReader, Reader, TensorReader
 
 __all__ = [
+    "BackgroundReader",
     "CalibrationError",
     "CalibrationPlan",
     "ConversionError",
     "ConversionReport",
     "ConvertedLinear",
-    "Copier",
-    "CopierBeside",
     "Hif8Linear",
     "PackedCheckpoint",
     "PackedMismatch",
@@ -64,6 +63,7 @@ __all__ = [
     "Scales",
     "ScalesError",
     "ScalesMismatch",
+    "TensorReader",
     "WeightsError",
     "attention_scales",
     "check_packed",

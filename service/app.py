@@ -14,10 +14,10 @@ from jobs import catalog
 from jobs.artifacts.store import open_artifacts
 from jobs.redis_client import connect
 from jobs.store.job_store import JobStore
-from jobs.store.queue_positions import Places
+from jobs.store.queue_positions import QueuePositions
 from jobs.store.webhook_outbox import Outbox
 from service.api import openapi
-from service.api.deps import Parts
+from service.api.deps import AppState
 from service.api.events.hub import EventHub
 from service.api.openai import errors as openai_errors
 from service.api.openai import routes as videos
@@ -27,8 +27,8 @@ from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore
 from service.auth.gate import Gate
 from service.auth.rate_limit import RateLimiter
-from service.lookups.cached import Remembered
-from service.lookups.queue_positions import QueuePlaces
+from service.lookups.cached import CachedValue
+from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
 from service.maintenance.scheduler import Housekeeping
 from service.maintenance.tasks import chores
@@ -37,7 +37,7 @@ from service.middleware.body_limit import BodyLimit
 from service.middleware.host_check import HostCheck, OriginCheck
 from service.middleware.request_log import Observed
 from service.middleware.security_headers import SecurityHeaders
-from service.monitoring.access import Readers
+from service.monitoring.access import MetricsAccess
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.schemas.video_url import LinkSigner
@@ -67,10 +67,10 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     artifacts = open_artifacts(settings.artifacts_url)
     # That nobody offers anything is not kept: whoever saw the first worker come, at /readyz say,
     # may send it a job at once.
-    offered = Remembered(
+    offered = CachedValue(
         lambda: catalog.read(redis), settings.catalog_kept_s, lambda found: bool(found.offers)
     )
-    places = QueuePlaces(Places(redis), offered)
+    places = CachedQueuePositions(QueuePositions(redis), offered)
 
     app = FastAPI(
         redirect_slashes=False,
@@ -85,7 +85,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     gate = Gate(KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local)
     _build_wall(app, settings)
     app.add_middleware(Observed, measures=exposition.http)
-    app.state.parts = Parts(
+    app.state.parts = AppState(
         settings=settings,
         redis=redis,
         store=JobStore(redis),
@@ -99,7 +99,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         gate=gate,
         admission=Admission(gate),
         exposition=exposition,
-        readers=Readers(gate),
+        readers=MetricsAccess(gate),
         signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
     for routes in (jobs, events, videos, models, operations, health):
@@ -111,7 +111,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    parts: Parts = app.state.parts
+    parts: AppState = app.state.parts
     housekeeping = Housekeeping(chores(parts))
     housekeeping.start()
     parts.hub.start()

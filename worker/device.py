@@ -18,7 +18,7 @@ from quant.device import ACCELERATORS, backend, why_not
 from quant.kernels.eager import EagerKernels
 from quant.kernels.selection import KernelChoice, multiplies_fp8, pick_kernels
 from quant.kernels.self_test import BlockShape
-from worker.errors import CardsLost, DeviceUnavailable
+from worker.errors import DeviceUnavailable, RanksLost
 from worker.interface import DeviceMemory
 from worker.settings import DeviceChoice
 
@@ -129,7 +129,7 @@ class Device:
         """
         if self.is_out_of_memory(error):
             return False
-        if isinstance(error, CardsLost):
+        if isinstance(error, RanksLost):
             return True
         if self.kind == "cuda":
             return isinstance(error, torch.AcceleratorError)

@@ -3,11 +3,11 @@
     StartError
     ├── ConfigError         the configuration file is missing, malformed or contradicts itself
     ├── DeviceUnavailable   the device asked for is not there
-    ├── CardsUnlike         several cards that would run the same jobs differently
+    ├── RanksUnlike         several cards that would run the same jobs differently
     ├── ModelUnusable       the model folder lacks a part, or a part cannot be read
     └── TooLittleMemory     the device cannot hold what the configuration asks for
-    CardsLost               a process that runs the same jobs on another card is gone
-    CardFailed              another card could not do its part of a job
+    RanksLost               a process that runs the same jobs on another card is gone
+    RankFailed              another card could not do its part of a job
 
 Each message is one sentence or two for an operator: the value, the bound, the remedy.
 `worker/startup.py` prints it and exits. What goes wrong during a job belongs to `jobs/errors.py`.
@@ -30,7 +30,7 @@ class DeviceUnavailable(StartError):
     """The device asked for cannot be used from this process."""
 
 
-class CardsUnlike(StartError):
+class RanksUnlike(StartError):
     """Cards that are to run jobs together run a mode on different kernels."""
 
 
@@ -42,11 +42,11 @@ class TooLittleMemory(StartError):
     """The model in its modes does not fit onto the device; nothing was loaded."""
 
 
-class CardsLost(Exception):
+class RanksLost(Exception):
     """Of several cards that run jobs together one can do nothing more, so none can."""
 
 
-class CardFailed(Exception):
+class RankFailed(Exception):
     """The job has ended on another card; this one, and that one, are fit for the next."""
 
 

@@ -1,7 +1,7 @@
 """The seam between the queue and the model: what a job asks of an engine, and hears from it.
 
-An engine turns one complete request into frames and reports to a `Watch` while it works. It knows
-no Redis, no queue and no files. The job's side (`worker/tasks.py`, `worker/job/attempt.py`,
+An engine turns one complete request into frames and reports to a `JobControl` while it works. It
+knows no Redis, no queue and no files. The job's side (`worker/tasks.py`, `worker/job/attempt.py`,
 `worker/job/progress.py`) knows no model: of the device it asks what an error means and how full it
 is.
 """
@@ -59,7 +59,7 @@ class ActShares:
     flushed: float
 
 
-class Watch(Protocol):
+class JobControl(Protocol):
     """The job's eyes and its brake. Both methods are called from the thread that runs the job."""
 
     def progress(self, stage: Stage, step: int, steps: int) -> None:
@@ -110,7 +110,7 @@ class Engine(Protocol):
     def tokenizer_text(self) -> bytes | None:
         """What `model.tokenizer` names, as `tokenizer.json`; None where there is no such text."""
 
-    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
+    def generate(self, request: GenerationRequest, watch: JobControl, owner: str) -> Clip:
         """Run everything up to the first frame; the caller takes the frames, or closes them.
 
         Args:

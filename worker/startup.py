@@ -32,14 +32,14 @@ from jobs.errors import AppError
 from jobs.redis_client import connect
 from quant import QuantError
 from worker.config import WorkerConfig, load_config
-from worker.consumer.serve import Parts, serve
+from worker.consumer.serve import ServeContext, serve
 from worker.device import Device, pick_device, usable_cores
 from worker.distributed.follower import follow, lead, load_follower
-from worker.distributed.layout import check_cards
-from worker.distributed.rank_group import Cards, meet
-from worker.engine.step_cache import check_one_card
+from worker.distributed.layout import check_ranks
+from worker.distributed.rank_group import RankGroup, meet
+from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
-from worker.errors import EXIT_DEVICE_LOST, CardsLost, StartError
+from worker.errors import EXIT_DEVICE_LOST, RanksLost, StartError
 from worker.model_loader.loader import load_model
 from worker.model_loader.memory_plan import place_model
 from worker.model_loader.mode_plan import (
@@ -80,7 +80,7 @@ def main(
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         fail(f"The environment is not set up: {'; '.join(problems)}.")
-    except (StartError, QuantError, AppError, CardsLost) as error:
+    except (StartError, QuantError, AppError, RanksLost) as error:
         fail(str(error))
     except torch.OutOfMemoryError as error:
         fail(f"The device has too little memory for the model: {error}")
@@ -89,7 +89,7 @@ def main(
         os._exit(EXIT_DEVICE_LOST)  # as above
 
 
-def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> Parts:
+def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> ServeContext:
     """Load the model and log what an operator wants to know about it.
 
     What has to be closed again is left in `opened`, also when the start fails.
@@ -100,15 +100,15 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
         redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
         artifacts = open_artifacts(settings.artifacts_url)
         artifacts.probe()
-        device, cards = opened.enter_context(pick_cards(settings, config))
+        device, cards = opened.enter_context(join_ranks(settings, config))
         engine = load_engine(config, device, cards)
     for line in engine.describe():
         logger.info(line)
     logger.info("seconds to ready: %.1f", time.perf_counter() - started)
-    return Parts(engine, redis, artifacts)
+    return ServeContext(engine, redis, artifacts)
 
 
-def load_engine(config: WorkerConfig, device: Device, cards: Cards | None = None) -> WanEngine:
+def load_engine(config: WorkerConfig, device: Device, cards: RankGroup | None = None) -> WanEngine:
     """Load the configured model and modes onto `device`, after checking that everything fits.
 
     Args:
@@ -140,16 +140,16 @@ def start_follower(settings: WorkerSettings, config_path: Path | None, opened: E
     """Load the model and follow the leading card until it ends; returns the status to end with."""
     with resting_collector():
         config = load_config(config_path or settings.config)
-        _, cards = opened.enter_context(pick_cards(settings, config))
+        _, cards = opened.enter_context(join_ranks(settings, config))
         assert cards is not None, "a follower is one of several"
         loaded = load_follower(config, cards)
     return follow(cards, loaded)
 
 
 @contextmanager
-def pick_cards(
+def join_ranks(
     settings: WorkerSettings, config: WorkerConfig
-) -> Iterator[tuple[Device, Cards | None]]:
+) -> Iterator[tuple[Device, RankGroup | None]]:
     """Take this process' device and, where there are several processes, meet the others.
 
     The leader's end, unless it is an error, is the followers' end, too.
@@ -161,8 +161,8 @@ def pick_cards(
         yield device, None
         return
     check_folder(config.model.path)
-    check_cards(world, config.model.path, config.model.sizes)
-    check_one_card(config)
+    check_ranks(world, config.model.path, config.model.sizes)
+    check_single_rank(config)
     device = replace(device, name=f"{world} x {device.name}")
     with meet(device) as cards:
         yield device, cards

@@ -1,8 +1,8 @@
 """The only function RQ calls, by name, with a job's id and nothing else.
 
-Where is the engine? `ResidentWorker.execute_job` sets `WORKPLACE` for the length of one job, in the
-same thread. A context variable rather than a module global: outside a job there is none, and two
-workers in one process (tests) do not see each other's.
+Where is the engine? `ResidentWorker.execute_job` sets `JOB_CONTEXT` for the length of one job, in
+the same thread. A context variable rather than a module global: outside a job there is none, and
+two workers in one process (tests) do not see each other's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jobs.errors import (
 from jobs.record import Attempt, Failure, JobRecord
 from jobs.store.job_store import new_token
 from worker.job.attempt import Cancelled, Outcome, Released, run_attempt
-from worker.job.context import Workplace
+from worker.job.context import JobContext
 from worker.job.generation import Success, remember_pace
-from worker.job.lease import Lifeline
+from worker.job.lease import LeaseKeeper
 from worker.process.redis_retry import keep_asking
 
 logger = logging.getLogger(__name__)
 
-WORKPLACE: ContextVar[Workplace] = ContextVar("workplace")
+JOB_CONTEXT: ContextVar[JobContext] = ContextVar("workplace")
 
 CLAIM_PATIENCE_S: Final = 60.0
 """How long a claim is repeated whose answer did not come: it may have been made, and an attempt
@@ -48,14 +48,14 @@ def generate(job_id: str) -> None:
             or either for some seconds when the worker was told to stop at once. RQ may then call
             its job failed; the record stands, and the job is found abandoned.
     """
-    place, token = WORKPLACE.get(), new_token()
+    place, token = JOB_CONTEXT.get(), new_token()
     try:
         attempt = _surely(
             place, lambda: place.store.claim(job_id, place.worker, token), CLAIM_PATIENCE_S
         )
         logger.info("attempt %d begins", attempt.number)
         # The lease is held until the outcome is written, however long that takes.
-        with Lifeline(place.store, attempt, place.journal.outage) as lifeline:
+        with LeaseKeeper(place.store, attempt, place.journal.outage) as lifeline:
             _run(place, attempt, lifeline)
     except (JobAlreadyFinished, JobNotFound) as error:
         logger.info("nothing to do: %s", error)
@@ -64,7 +64,7 @@ def generate(job_id: str) -> None:
         logger.info("nothing to do: %s", error)
 
 
-def _run(place: Workplace, attempt: Attempt, lifeline: Lifeline) -> None:
+def _run(place: JobContext, attempt: Attempt, lifeline: LeaseKeeper) -> None:
     """Raises what `_write` raises."""
     try:
         record = _surely(place, lambda: place.store.get_for(attempt))
@@ -77,12 +77,12 @@ def _run(place: Workplace, attempt: Attempt, lifeline: Lifeline) -> None:
     _write(place, attempt, record, run_attempt(place, attempt, record, lifeline))
 
 
-def _surely(place: Workplace, call: Callable[[], T], patience_s: float | None = None) -> T:
+def _surely(place: JobContext, call: Callable[[], T], patience_s: float | None = None) -> T:
     """Repeat a call until Redis answers; not for long once the worker is to be gone."""
     return keep_asking(call, place.journal.outage, patience_s, lambda: place.drain.give_back)
 
 
-def _write(place: Workplace, attempt: Attempt, record: JobRecord, outcome: Outcome) -> None:
+def _write(place: JobContext, attempt: Attempt, record: JobRecord, outcome: Outcome) -> None:
     """Write the outcome, however long Redis is away: a finished video must not be lost to that.
 
     Raises:

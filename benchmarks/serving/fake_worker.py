@@ -10,7 +10,7 @@ from contextlib import closing
 
 from jobs.artifacts.store import open_artifacts
 from jobs.redis_client import connect
-from worker.consumer.serve import Parts, serve
+from worker.consumer.serve import ServeContext, serve
 from worker.engine.fake_engine import FakeEngine
 from worker.process.logs import configure_logging
 from worker.settings import WorkerSettings
@@ -22,7 +22,9 @@ def main() -> None:
     ids = configure_logging(settings.log_format)
     engine = FakeEngine(lambda _: time.sleep(step_s))
     with closing(connect(settings.redis_url.get_secret_value())) as redis:
-        status = serve(Parts(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids)
+        status = serve(
+            ServeContext(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids
+        )
     sys.exit(status)
 
 

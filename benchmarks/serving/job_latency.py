@@ -63,7 +63,7 @@ def main(
 
 
 def _run(stack: Stack, service: httpx.Client, mode: str, prompt: str) -> client.Job:
-    order = client.Order(prompt, mode, SEED)
+    order = client.VideoRequest(prompt, mode, SEED)
     return client.follow(service, client.send(service, order), lambda _: stack.check())
 
 

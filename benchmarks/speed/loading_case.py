@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import quant
 from quant.packed.format import SCALES_FILE
-from quant.transformer.meta_model import empty_transformer, materialize
+from quant.transformer.meta_model import empty_transformer, load_weights
 from quant.weights.fingerprint import read_transformer_config
 from quant.weights.header import stored_tensors
 from worker.config import WorkerConfig, load_config
 from worker.device import Device, pick_device
 from worker.engine.wan_engine import WanEngine
-from worker.model_loader.components import ComingParts
+from worker.model_loader.components import ComponentLoader
 from worker.model_loader.loader import load_model, load_modes
 from worker.model_loader.memory_plan import place_model
 from worker.model_loader.mode_plan import (
@@ -226,14 +226,14 @@ def bits(tensor: Tensor) -> Tensor:
 def load_again(folder: Path, config: WorkerConfig, device: Device) -> Mapping[str, Tensor]:
     """A part's tensors by name, loaded as a worker does but not put on kernels."""
     if folder.name in {"text_encoder", "vae"}:
-        parts = ComingParts(config.model.path, device)
+        parts = ComponentLoader(config.model.path, device)
         parts.copy()
         module: nn.Module = getattr(parts, folder.name)
         return module.state_dict()
-    with quant.CopierBeside(quant.Copier(device.torch_device)) as reader:
+    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as reader:
         if folder == config.model.path / "transformer":
             tree: nn.Module = empty_transformer(read_transformer_config(config.model.path))
-            materialize(tree, stored_tensors(sorted(folder.glob("*.safetensors"))), reader)
+            load_weights(tree, stored_tensors(sorted(folder.glob("*.safetensors"))), reader)
         else:
             tree = quant.load_packed(quant.open_packed(folder), reader)
     return tree.state_dict()

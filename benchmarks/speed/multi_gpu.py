@@ -34,9 +34,9 @@ from benchmarks.timing import device_name, medians_ms
 from jobs.spec import GenerationRequest
 from quant.transformer.context_parallel import split_tokens
 from worker.device import pick_device
-from worker.distributed.cfg_parallel import denoise_among
-from worker.distributed.layout import CardLayout
-from worker.distributed.rank_group import Cards, meet
+from worker.distributed.cfg_parallel import denoise_over_ranks
+from worker.distributed.layout import RankLayout
+from worker.distributed.rank_group import RankGroup, meet
 from worker.engine.denoiser import Denoise, Embeddings, denoise_on
 from worker.settings import DeviceChoice
 
@@ -102,7 +102,7 @@ def main(
         print(json.dumps(document))
 
 
-def measure(cards: Cards, job: Job, modes: list[str], tiny: bool) -> list[Row]:
+def measure(cards: RankGroup, job: Job, modes: list[str], tiny: bool) -> list[Row]:
     on = cards.device.torch_device
     base = random_transformer(on, tiny=tiny, tiny_heads=4)
     inputs = random_inputs(on, job.size, job.frames)
@@ -123,7 +123,7 @@ def measure(cards: Cards, job: Job, modes: list[str], tiny: bool) -> list[Row]:
     return rows
 
 
-def prepared(cards: Cards, base: Any, mode: str, size: str) -> Any:
+def prepared(cards: RankGroup, base: Any, mode: str, size: str) -> Any:
     """A twin of `base` in a mode, on the device's kernels."""
     name, device = RECIPES[mode], cards.device
     choice = device.pick_kernels(quantized=name is not None)
@@ -143,7 +143,11 @@ def prepared(cards: Cards, base: Any, mode: str, size: str) -> Any:
 
 
 def compare(
-    cards: Cards, what: str, transformer: Any, request: GenerationRequest, embeddings: Embeddings
+    cards: RankGroup,
+    what: str,
+    transformer: Any,
+    request: GenerationRequest,
+    embeddings: Embeddings,
 ) -> list[Row]:
     """Rows on the leader; the others only take part."""
 
@@ -164,7 +168,7 @@ def compare(
 
     alone = run(denoise_on(cards.device)) if cards.leads else None
     cards.vote()
-    latents, ms = run(denoise_among(cards))
+    latents, ms = run(denoise_over_ranks(cards))
     if alone is None:
         return []
     same = torch.equal(alone[0], latents)
@@ -177,12 +181,12 @@ def compare(
     ]
 
 
-def business(cards: Cards, tokens: int, heads: int) -> list[Row]:
+def business(cards: RankGroup, tokens: int, heads: int) -> list[Row]:
     """What votes and trades cost, by themselves."""
     on = cards.device.torch_device
     rows = [Row("a vote", timed(cards, cards.vote), "ms")]
     for guidance, scale in GUIDANCE.items():
-        layout = CardLayout.of(cards.world, scale > 1)
+        layout = RankLayout.of(cards.world, scale > 1)
         if layout.ulysses == 1:
             continue
         for dtype in (torch.bfloat16, torch.float8_e4m3fn):
@@ -197,7 +201,7 @@ def business(cards: Cards, tokens: int, heads: int) -> list[Row]:
     return rows
 
 
-def timed(cards: Cards, run: Callable[[], object]) -> float:
+def timed(cards: RankGroup, run: Callable[[], object]) -> float:
     """The median of some runs, begun together."""
     cards.vote()
     return medians_ms({"": run}, cards.device.torch_device, ROUNDS)[""]

@@ -55,7 +55,7 @@ Seconds = dict[str, float]
 
 
 class Unwatched:
-    """A `Watch` that nobody listens to."""
+    """A `JobControl` that nobody listens to."""
 
     def progress(self, stage: Stage, step: int, steps: int) -> None: ...
 

@@ -70,7 +70,7 @@ def generate(
 ) -> None:
     """Start everything, turn one prompt into an MP4 over HTTP, stop everything."""
     console = Console(stderr=True)
-    order = client.Order(prompt, mode, seed, steps)
+    order = client.VideoRequest(prompt, mode, seed, steps)
     with clear_errors(), listen_for_signals() as signals:
         if not prompt.strip():
             raise LocalError('no prompt was given: say what the video shows, PROMPT="a red circle"')
@@ -80,7 +80,7 @@ def generate(
         print(summary(job, out))
 
 
-def _run(stack: Stack, order: client.Order, out: Path, console: Console) -> client.Job:
+def _run(stack: Stack, order: client.VideoRequest, out: Path, console: Console) -> client.Job:
     with client.connect(stack.config.service_url) as service, JobBar(console) as bar:
 
         def watch(job: client.Job) -> None:

@@ -25,7 +25,7 @@ Job = dict[str, Any]  # the JSON of GET /jobs/{id}
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class VideoRequest:
     """What to generate; None leaves the choice to the service."""
 
     prompt: str
@@ -54,7 +54,7 @@ def connect(url: str) -> httpx.Client:
     )
 
 
-def send(client: httpx.Client, order: Order) -> Job:
+def send(client: httpx.Client, order: VideoRequest) -> Job:
     """Enqueues the order. Raises Refused with what the problem document says."""
     answer = client.post("/generate", json=order.body())
     if answer.is_client_error:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from redis import Redis
 
 from jobs import ids, record, redis_keys
-from jobs.durations import Paces, timeout_s
+from jobs.durations import DurationCache, timeout_s
 from jobs.errors import (
     IdempotencyConflict,
     InvalidSpec,
@@ -76,7 +76,7 @@ class JobStore:
         self._cancel = scripts.load(redis, "cancel")
         self._put_back = scripts.load(redis, "put_back")
         self._purge = scripts.load(redis, "purge")
-        self._paces = Paces(redis)
+        self._paces = DurationCache(redis)
 
     def create(
         self, request: GenerationRequest, queue: str, submission: Submission | None = None

@@ -24,7 +24,7 @@ KEPT_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class QueuePosition:
     """`position` jobs go before it; None for seconds that are not known."""
 
     position: int
@@ -47,7 +47,7 @@ class _Starts:
         return self.starts_s[-1] + (position - self.reach) * self.each_s
 
 
-class Places:
+class QueuePositions:
     """Looks up places. Safe to share between threads; one per process is enough."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Places:
         self._kept_s = kept_s
         self._kept: dict[tuple[str, int], tuple[float, _Starts]] = {}
 
-    def of(self, jobs: Iterable[JobRecord], workers: Mapping[str, int]) -> dict[str, Place]:
+    def of(self, jobs: Iterable[JobRecord], workers: Mapping[str, int]) -> dict[str, QueuePosition]:
         """Find the places of those among `jobs` that wait, by their ids.
 
         workers: how many live workers serve each queue; one that is left out has none.
@@ -69,17 +69,19 @@ class Places:
         for job, position in zip(waiting, self._positions(waiting), strict=True):
             if position is not None:
                 queues.setdefault(job.queue, {})[job.id] = position
-        found: dict[str, Place] = {}
+        found: dict[str, QueuePosition] = {}
         for queue, positions in queues.items():
             starts = self._starts(queue, workers.get(queue, 0), max(positions.values()))
             for job_id, position in positions.items():
-                found[job_id] = Place(position, None if starts is None else starts.of(position))
+                found[job_id] = QueuePosition(
+                    position, None if starts is None else starts.of(position)
+                )
         return found
 
-    def at(self, queue: str, position: int, workers: int) -> Place:
+    def at(self, queue: str, position: int, workers: int) -> QueuePosition:
         """Describe a place that is known."""
         starts = self._starts(queue, workers, position)
-        return Place(position, None if starts is None else starts.of(position))
+        return QueuePosition(position, None if starts is None else starts.of(position))
 
     def _positions(self, jobs: Sequence[JobRecord]) -> Sequence[int | None]:
         if not jobs:

@@ -29,7 +29,7 @@ from quant.transformer.meta_model import check_stored, empty_transformer, quanti
 from quant.transformer.quantize import require_scales
 from quant.weights.fingerprint import model_fingerprint, parts_fingerprint, read_transformer_config
 from quant.weights.header import StoredTensor, stored_tensors
-from quant.weights.reader import Copier
+from quant.weights.reader import TensorReader
 from quant.weights.writer import spec_of, split_into_shards, write_safetensors
 
 SHARD_BYTES = 5_000_000_000
@@ -142,7 +142,7 @@ class _Packing:
         check_stored(self._source, self.stored, source=str(folder), exact=False)
         self.state = quantized_skeleton(source, recipe).state_dict()
         self._scales = scales
-        self._copier = Copier(torch.device("cpu"))
+        self._copier = TensorReader(torch.device("cpu"))
         self._device = device
 
     @property

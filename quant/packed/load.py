@@ -33,13 +33,13 @@ from quant.recipe.recipe import QuantRecipe
 from quant.transformer.meta_model import (
     check_stored,
     empty_transformer,
-    materialize,
+    load_weights,
     move_buffers,
     quantized_skeleton,
     shared_quantized_skeleton,
     stored_state,
 )
-from quant.transformer.module_tree import twin_tree
+from quant.transformer.module_tree import share_tree
 from quant.weights.header import Header, StoredTensor, read_header, tensors_by_name
 from quant.weights.reader import Reader
 
@@ -173,8 +173,8 @@ def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DMod
         WeightsError: a file cannot be read, or has become shorter.
     """
     skeleton = shared_quantized_skeleton(packed.info.transformer_config, packed.info.recipe)
-    transformer = twin_tree(skeleton, lambda _name, _module: None)
-    return move_buffers(materialize(transformer, packed.stored, reader), reader.device)
+    transformer = share_tree(skeleton, lambda _name, _module: None)
+    return move_buffers(load_weights(transformer, packed.stored, reader), reader.device)
 
 
 def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanTransformer3DModel:
@@ -189,7 +189,7 @@ def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanT
     for each in packed:
         twin = quantized_skeleton(base, each.info.recipe)
         shared = stored_state(twin).keys() & stored_state(base).keys()
-        materialize(base, each.stored, reader, shared)
+        load_weights(base, each.stored, reader, shared)
     return move_buffers(base, reader.device)
 
 
@@ -204,7 +204,7 @@ def load_packed_beside(packed: PackedCheckpoint, transformer: M, reader: Reader)
     """
     twin = quantized_skeleton(transformer, packed.info.recipe)
     check_stored(stored_state(twin), packed.stored, source=str(packed.folder), exact=True)
-    return materialize(twin, packed.stored, reader)
+    return load_weights(twin, packed.stored, reader)
 
 
 def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe | None) -> str:

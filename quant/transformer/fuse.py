@@ -17,7 +17,7 @@ from quant.errors import ConversionError
 from quant.kernels.interface import AttentionScales, Kernels
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport
-from quant.transformer.module_tree import twin_tree
+from quant.transformer.module_tree import share_tree
 from quant.transformer.quantize import quantize_transformer
 from quant.transformer.wan_block import fuse_blocks
 
@@ -59,7 +59,7 @@ def prepare_transformer(
             the recipe wants, or the tree carries hooks.
     """
     if recipe is None or scales is None:
-        twin = twin_tree(transformer, lambda name, module: None)
+        twin = share_tree(transformer, lambda name, module: None)
         return PreparedTransformer(twin, None, fuse_blocks(twin, kernels))
     twin, report = quantize_transformer(transformer, recipe, scales)
     left = fuse_quantized(twin, kernels, attention_scales(recipe, scales))

@@ -22,9 +22,9 @@ from quant.numerics.granularity import PerChannel, PerToken
 from quant.numerics.linear import Hif8Linear
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
-from quant.transformer.module_tree import twin_tree
+from quant.transformer.module_tree import share_tree
 from quant.weights.header import SMALL_BYTES, StoredTensor
-from quant.weights.read_plan import Wanted
+from quant.weights.read_plan import ReadRequest
 from quant.weights.reader import Reader
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def empty_transformer(
     Raises:
         WeightsError: no transformer can be built from this configuration.
     """
-    return twin_tree(shared_skeleton(config, dtype), lambda _name, _module: None)
+    return share_tree(shared_meta_model(config, dtype), lambda _name, _module: None)
 
 
-def shared_skeleton(
+def shared_meta_model(
     config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> WanTransformer3DModel:
     """As `empty_transformer`, but the same tree each time, to be read or to be made a twin of.
@@ -117,7 +117,7 @@ def _repeat_block(transformer: WanTransformer3DModel, count: int) -> None:
     """Make a transformer of one block one of many: they are alike, and slow to construct."""
     first = transformer.blocks[0]
     for _ in range(count - 1):
-        block = twin_tree(first, lambda _name, _module: None)
+        block = share_tree(first, lambda _name, _module: None)
         for module in block.modules():
             module._parameters = {
                 name: None if each is None else nn.Parameter(each)
@@ -141,13 +141,13 @@ def quantized_skeleton(transformer: M, recipe: QuantRecipe) -> M:
     def convert(name: str, _module: nn.Module) -> nn.Module | None:
         return _empty_linear(targets[name], recipe) if name in targets else None
 
-    return twin_tree(transformer, convert)
+    return share_tree(transformer, convert)
 
 
 def shared_quantized_skeleton(
     config: Mapping[str, Any], recipe: QuantRecipe, dtype: torch.dtype = torch.bfloat16
 ) -> WanTransformer3DModel:
-    """As `quantized_skeleton` of `shared_skeleton`, and like that the same tree each time.
+    """As `quantized_skeleton` of `shared_meta_model`, and like that the same tree each time.
 
     Raises:
         WeightsError, ConversionError: as these.
@@ -202,7 +202,7 @@ def check_stored(
             )
 
 
-def materialize(
+def load_weights(
     module: M,
     stored: Mapping[str, StoredTensor],
     reader: Reader,
@@ -239,7 +239,7 @@ def allocate(
     stored: Mapping[str, StoredTensor],
     device: torch.device,
     names: Collection[str] | None = None,
-) -> Iterator[Wanted]:
+) -> Iterator[ReadRequest]:
     """Make room for a tree's weights, one by one in the order of the files, for `Reader.read`.
 
     Of each file the small ones come first: they can be read together, and large ones that lie one

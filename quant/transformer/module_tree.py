@@ -20,7 +20,7 @@ Convert = Callable[[str, nn.Module], nn.Module | None]
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-def twin_tree(root: M, convert: Convert) -> M:
+def share_tree(root: M, convert: Convert) -> M:
     """Copy a module tree without copying tensors: modules are new, parameters and buffers shared.
 
     Args:
@@ -29,12 +29,12 @@ def twin_tree(root: M, convert: Convert) -> M:
     Raises:
         ConversionError: a module carries hooks or a patched forward, which a copy would lose.
     """
-    twin = _twin_of("", root, convert, {})
+    twin = _share("", root, convert, {})
     assert isinstance(twin, type(root)), "the root of a tree is never converted"
     return twin
 
 
-def _twin_of(
+def _share(
     name: str, module: nn.Module, convert: Convert, copies: dict[int, nn.Module]
 ) -> nn.Module:
     # Not a closure: one that calls itself lives on in a cycle, and with it every module it saw.
@@ -43,7 +43,7 @@ def _twin_of(
         for child_name, child in twin._modules.items():
             if child is not None:
                 full_name = f"{name}.{child_name}".lstrip(".")
-                twin._modules[child_name] = _twin_of(full_name, child, convert, copies)
+                twin._modules[child_name] = _share(full_name, child, convert, copies)
     return copies[id(module)]
 
 

@@ -23,7 +23,7 @@ from quant.numerics.metrics import sqnr_db
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
-from quant.transformer.module_tree import M, twin_tree
+from quant.transformer.module_tree import M, share_tree
 
 
 def quantize_transformer(
@@ -53,7 +53,7 @@ def quantize_transformer(
         rows.append(_row(name, targets[name], quantized))
         return quantized
 
-    twin = twin_tree(transformer, convert)
+    twin = share_tree(transformer, convert)
     report = ConversionReport(
         rows=tuple(rows),
         blocks=len(recipe.quantized_blocks),

@@ -14,12 +14,12 @@ from quant.weights.header import StoredTensor
 _ALIGNMENT = 16  # what any dtype's view of a buffer may ask for
 _GAP_BYTES = 64 << 10  # what is read in vain rather than asked for in two pieces
 
-Wanted = tuple[StoredTensor, Tensor]
+ReadRequest = tuple[StoredTensor, Tensor]
 """A tensor in a file, and the contiguous tensor of the same shape that is to hold it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ReadLimits:
     """How a way likes its runs.
 
     Attributes:
@@ -34,7 +34,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorSlice:
     """Some of a stored tensor's elements, flat, and where they go.
 
     Attributes:
@@ -70,7 +70,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class FileRange:
     """Bytes of a file: [start, start + nbytes), and where they begin in those of their run."""
 
     start: int
@@ -79,7 +79,7 @@ class Span:
 
 
 @dataclass(slots=True)
-class Run:
+class ReadRange:
     """Bytes that are read together, and the tensors in them.
 
     Attributes:
@@ -90,8 +90,8 @@ class Run:
     """
 
     file: Path
-    spans: list[Span] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
+    spans: list[FileRange] = field(default_factory=list)
+    pieces: list[TensorSlice] = field(default_factory=list)
     completes: list[Tensor] = field(default_factory=list)
     address: int | None = None
     gathered: bool = False
@@ -115,25 +115,25 @@ class Run:
         end = start + count * stored.dtype.itemsize
         last = self.spans[-1] if self.spans else None
         if last is not None and 0 <= start - (last.start + last.nbytes) < _GAP_BYTES:
-            self.spans[-1] = last = Span(last.start, end - last.start, last.at)
+            self.spans[-1] = last = FileRange(last.start, end - last.start, last.at)
         else:
             whole = count == target.numel() and self.address is None
             # From a multiple on, so that what is aligned in the file is so here.
             begin = start // _ALIGNMENT * _ALIGNMENT if whole else start
             at = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
-            last = Span(begin, end - begin, at)
+            last = FileRange(begin, end - begin, at)
             self.spans.append(last)
-        self.pieces.append(Piece(stored, target, first, count, last.at + start - last.start))
+        self.pieces.append(TensorSlice(stored, target, first, count, last.at + start - last.start))
         if first + count == target.numel():
             self.completes.append(target)
 
 
-def cut_into_runs(wanted: Iterable[Wanted], cut: Cut) -> Iterator[Run]:
+def cut_into_runs(wanted: Iterable[ReadRequest], cut: ReadLimits) -> Iterator[ReadRange]:
     """Put what can be read together into runs, and cut what is too large for one by itself.
 
     Tensors without elements are in no run.
     """
-    run: Run | None = None
+    run: ReadRange | None = None
     for stored, target in wanted:
         if not target.numel():
             continue
@@ -155,22 +155,22 @@ def cut_into_runs(wanted: Iterable[Wanted], cut: Cut) -> Iterator[Run]:
         yield run
 
 
-def _new_run(stored: StoredTensor, target: Tensor, first: int, cut: Cut) -> Run:
+def _new_run(stored: StoredTensor, target: Tensor, first: int, cut: ReadLimits) -> ReadRange:
     address = None
     if _goes_straight(stored, target, cut):
         address = target.data_ptr() + first * target.dtype.itemsize
-    return Run(stored.file, address=address, gathered=_is_gathered(stored, cut))
+    return ReadRange(stored.file, address=address, gathered=_is_gathered(stored, cut))
 
 
-def _is_gathered(stored: StoredTensor, cut: Cut) -> bool:
+def _is_gathered(stored: StoredTensor, cut: ReadLimits) -> bool:
     return stored.nbytes < cut.gather_bytes
 
 
-def _goes_straight(stored: StoredTensor, target: Tensor, cut: Cut) -> bool:
+def _goes_straight(stored: StoredTensor, target: Tensor, cut: ReadLimits) -> bool:
     return cut.join and target.dtype is stored.dtype and not _is_gathered(stored, cut)
 
 
-def _fits(run: Run, stored: StoredTensor, target: Tensor, cut: Cut) -> bool:
+def _fits(run: ReadRange, stored: StoredTensor, target: Tensor, cut: ReadLimits) -> bool:
     """Whether a tensor may be read together with those of a run."""
     if stored.file != run.file or run.gathered != _is_gathered(stored, cut):
         return False
@@ -188,7 +188,7 @@ def _fits(run: Run, stored: StoredTensor, target: Tensor, cut: Cut) -> bool:
 
 
 @torch.no_grad()
-def deliver(data: Tensor, run: Run) -> None:
+def deliver(data: Tensor, run: ReadRange) -> None:
     """Give each piece of a run its elements, in the dtype it is wanted in.
 
     Args:

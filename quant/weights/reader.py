@@ -22,8 +22,8 @@ from torch import Tensor
 
 from quant.errors import WeightsError
 from quant.weights.fastsafetensors_reader import file_reader
-from quant.weights.read_plan import Run, Wanted, cut_into_runs
-from quant.weights.transfer import ByFileReader, ByPinnedBuffers, InPlace, Way
+from quant.weights.read_plan import ReadRange, ReadRequest, cut_into_runs
+from quant.weights.transfer import FastSafetensorsTransfer, HostTransfer, PinnedTransfer, Transfer
 
 SWITCH_INTERVAL_S = 5e-5
 BATCH = 64
@@ -31,23 +31,24 @@ BATCH = 64
 
 
 class Reader(Protocol):
-    """Fills tensors of one device from files: at once (`Copier`) or soon (`CopierBeside`).
+    """Fills tensors of one device from files: at once (`TensorReader`) or soon
+    (`BackgroundReader`).
 
     What `read` can raise (`WeightsError`: a file cannot be read, or has become shorter) comes from
-    it in the first case. In the second it comes from whatever waits: `CopierBeside.wait` and
+    it in the first case. In the second it comes from whatever waits: `BackgroundReader.wait` and
     `wait_for`, and the end of its context.
     """
 
     @property
     def device(self) -> torch.device: ...
 
-    def read(self, wanted: Iterable[Wanted]) -> None: ...
+    def read(self, wanted: Iterable[ReadRequest]) -> None: ...
 
 
-class Copier:
+class TensorReader:
     """Reads stored tensors into tensors of one device."""
 
-    def __init__(self, device: torch.device, way: Callable[[], Way] | None = None) -> None:
+    def __init__(self, device: torch.device, way: Callable[[], Transfer] | None = None) -> None:
         """Prepare to copy; buffers are made when something is copied.
 
         Args:
@@ -65,7 +66,7 @@ class Copier:
         file_reader(self.device)
 
     def read(
-        self, wanted: Iterable[Wanted], arrived: Callable[[list[Tensor]], None] | None = None
+        self, wanted: Iterable[ReadRequest], arrived: Callable[[list[Tensor]], None] | None = None
     ) -> None:
         """Fill every wanted tensor; when it returns, all have arrived.
 
@@ -78,7 +79,7 @@ class Copier:
         Raises:
             WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
-        under_way: deque[Run] = deque()
+        under_way: deque[ReadRange] = deque()
         begun: deque[Any] = deque()
 
         def end_first() -> None:
@@ -97,15 +98,15 @@ class Copier:
                 end_first()
 
 
-def best_way(device: torch.device) -> Way:
+def best_way(device: torch.device) -> Transfer:
     """The fastest way to a device that this process has."""
     if device.type == "cpu":
-        return InPlace()
+        return HostTransfer()
     reader = file_reader(device)
-    return ByPinnedBuffers(device) if reader is None else ByFileReader(device, reader)
+    return PinnedTransfer(device) if reader is None else FastSafetensorsTransfer(device, reader)
 
 
-class CopierBeside:
+class BackgroundReader:
     """A copier in a thread of its own: `read` returns at once, and `wait` when all has arrived.
 
     A context: left in order it waits, too; left by an error, for no more than what is under way.
@@ -113,7 +114,7 @@ class CopierBeside:
     wait milliseconds for each tensor while the thread that made it is busy with Python.
     """
 
-    def __init__(self, copier: Copier) -> None:
+    def __init__(self, copier: TensorReader) -> None:
         self._copier = copier
         self._pool = ThreadPoolExecutor(1, "weights")
         self._begun: list[Future[None]] = []
@@ -126,7 +127,7 @@ class CopierBeside:
     def device(self) -> torch.device:
         return self._copier.device
 
-    def read(self, wanted: Iterable[Wanted], copier: Copier | None = None) -> None:
+    def read(self, wanted: Iterable[ReadRequest], copier: TensorReader | None = None) -> None:
         """Take what is wanted, all of it now, and fill it after what was wanted before.
 
         The first is read while the last is still being taken, which is when memory is made for it.
@@ -134,7 +135,7 @@ class CopierBeside:
         Args:
             copier: another than its own, for tensors of another device.
         """
-        taken: SimpleQueue[deque[Wanted] | None] = SimpleQueue()
+        taken: SimpleQueue[deque[ReadRequest] | None] = SimpleQueue()
         read = (copier or self._copier).read
         task = partial(read, self._each_once(taken), self._note_arrival)
         self._begun.append(self._pool.submit(self._unless_failed, task))
@@ -154,7 +155,7 @@ class CopierBeside:
         """Wait for all that is to be done; after the first error nothing more is.
 
         Raises:
-            WeightsError: as `Copier.read`.
+            WeightsError: as `TensorReader.read`.
         """
         while self._begun:
             self._begun.pop(0).result()
@@ -165,7 +166,7 @@ class CopierBeside:
         Work that is given to the device from then on will find them filled.
 
         Raises:
-            WeightsError: as `Copier.read`.
+            WeightsError: as `TensorReader.read`.
         """
         wanted = {id(tensor) for tensor in tensors}
         with self._changed:
@@ -209,7 +210,7 @@ class CopierBeside:
             self._coming.difference_update(id(tensor) for tensor in tensors)
             self._changed.notify_all()
 
-    def _each_once(self, taken: SimpleQueue[deque[Wanted] | None]) -> Iterator[Wanted]:
+    def _each_once(self, taken: SimpleQueue[deque[ReadRequest] | None]) -> Iterator[ReadRequest]:
         """Hand them out and forget them, so that their memory can be given back before the last."""
         while (batch := taken.get()) is not None:
             while batch:

@@ -1,4 +1,4 @@
-"""The ways that bytes of files take into tensors; `Copier` takes the best that a device has.
+"""The ways that bytes of files take into tensors; `TensorReader` takes the best that a device has.
 
 - Into the host's memory, threads read in place, or beside it where something has to be converted.
 - A device reads host memory at full speed only where it is pinned, and pages of a file are not. So
@@ -24,7 +24,7 @@ from torch import Tensor
 from quant.errors import WeightsError
 from quant.weights.fastsafetensors_reader import FileReader
 from quant.weights.header import SMALL_BYTES
-from quant.weights.read_plan import Cut, Run, deliver
+from quant.weights.read_plan import ReadLimits, ReadRange, deliver
 
 BUFFER_BYTES = 16 << 20
 BUFFERS = 6
@@ -38,25 +38,25 @@ AHEAD_BYTES = 4 << 30
 """What a library's threads are given ahead: a tenth of a second's work, should Python be busy."""
 
 
-class Way(ABC):
+class Transfer(ABC):
     """A context in which runs are begun in their order, a few at a time, and ended in the same.
 
     Attributes:
         cut: how it likes its runs.
     """
 
-    cut: Cut
+    cut: ReadLimits
 
     def __init__(self) -> None:
         self._opened = ExitStack()
         self._files: dict[Path, int] = {}
 
     @abstractmethod
-    def has_room(self, under_way: Collection[Run]) -> bool:
+    def has_room(self, under_way: Collection[ReadRange]) -> bool:
         """Whether another run can be begun beside those that have not yet been ended."""
 
     @abstractmethod
-    def begin(self, run: Run) -> Any:
+    def begin(self, run: ReadRange) -> Any:
         """Have a run read; what is returned goes to `end`.
 
         Raises:
@@ -64,7 +64,7 @@ class Way(ABC):
         """
 
     @abstractmethod
-    def end(self, run: Run, begun: Any) -> None:
+    def end(self, run: ReadRange, begun: Any) -> None:
         """Wait until a run is read, and hand its elements on to their tensors.
 
         What the device is given to do afterwards, in its current stream, sees them.
@@ -95,18 +95,18 @@ class Way(ABC):
         return self._files[file]
 
 
-class InPlace(Way):
+class HostTransfer(Transfer):
     """Into the host's own memory."""
 
     def __init__(self, *, run_bytes: int = BUFFER_BYTES, gather_bytes: int = SMALL_BYTES) -> None:
         super().__init__()
-        self.cut = Cut(run_bytes, gather_bytes)
+        self.cut = ReadLimits(run_bytes, gather_bytes)
         self._readers = _Readers()
 
-    def has_room(self, under_way: Collection[Run]) -> bool:
+    def has_room(self, under_way: Collection[ReadRange]) -> bool:
         return len(under_way) < BUFFERS  # as many as the other way has, though nothing is buffered
 
-    def begin(self, run: Run) -> tuple[Tensor, list[Future[None]]]:
+    def begin(self, run: ReadRange) -> tuple[Tensor, list[Future[None]]]:
         target = run.in_place
         data = (
             torch.empty(run.nbytes, dtype=torch.uint8)
@@ -115,7 +115,7 @@ class InPlace(Way):
         )
         return data, self._readers.begin(self._open(run.file), run, data)
 
-    def end(self, run: Run, begun: tuple[Tensor, list[Future[None]]]) -> None:
+    def end(self, run: ReadRange, begun: tuple[Tensor, list[Future[None]]]) -> None:
         data, reads = begun
         for each in reads:
             each.result()
@@ -126,7 +126,7 @@ class InPlace(Way):
         self._readers.finish()
 
 
-class ByPinnedBuffers(Way):
+class PinnedTransfer(Transfer):
     """Through pinned buffers and a stream; on the host (for tests) the buffers are not pinned.
 
     What has to be parted or converted takes a buffer on the device, too.
@@ -140,7 +140,7 @@ class ByPinnedBuffers(Way):
         gather_bytes: int = SMALL_BYTES,
     ) -> None:
         super().__init__()
-        self.cut = Cut(run_bytes, gather_bytes)
+        self.cut = ReadLimits(run_bytes, gather_bytes)
         self._device = device
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._readers = _Readers()
@@ -156,10 +156,10 @@ class ByPinnedBuffers(Way):
             self._opened.enter_context(self._backend.device(self._device))
         return self
 
-    def has_room(self, under_way: Collection[Run]) -> bool:
+    def has_room(self, under_way: Collection[ReadRange]) -> bool:
         return len(under_way) < BUFFERS - 1  # one is on its way
 
-    def begin(self, run: Run) -> tuple[Tensor, Any, list[Future[None]]]:
+    def begin(self, run: ReadRange) -> tuple[Tensor, Any, list[Future[None]]]:
         """Read into the buffer that was sent off first, once it has arrived."""
         file, turn = self._open(run.file), next(self._turn)
         if turn == len(self._buffers):  # while others are being read, as pinning takes its time
@@ -170,7 +170,7 @@ class ByPinnedBuffers(Way):
         data = buffer[: run.nbytes]
         return data, sent, self._readers.begin(file, run, data)
 
-    def end(self, run: Run, begun: tuple[Tensor, Any, list[Future[None]]]) -> None:
+    def end(self, run: ReadRange, begun: tuple[Tensor, Any, list[Future[None]]]) -> None:
         data, sent, reads = begun
         for each in reads:
             each.result()
@@ -198,7 +198,7 @@ class ByPinnedBuffers(Way):
         return buffer, self._backend.Event() if pin else None
 
 
-class ByFileReader(Way):
+class FastSafetensorsTransfer(Transfer):
     """By a library's threads, large tensors straight to where they are wanted.
 
     What has to be converted lands beside it first. Small tensors, whose number is what costs, are
@@ -215,15 +215,15 @@ class ByFileReader(Way):
         gather_bytes: int = SMALL_BYTES,
     ) -> None:
         super().__init__()
-        self.cut = Cut(run_bytes, gather_bytes, join=True)
+        self.cut = ReadLimits(run_bytes, gather_bytes, join=True)
         self._device, self._reader = device, reader
         self._under_way: dict[int, Tensor | None] = {}
 
-    def has_room(self, under_way: Collection[Run]) -> bool:
+    def has_room(self, under_way: Collection[ReadRange]) -> bool:
         landing = sum(run.address is None and not run.gathered for run in under_way)
         return landing < CHUNKS and sum(run.nbytes for run in under_way) < AHEAD_BYTES
 
-    def begin(self, run: Run) -> int | None:
+    def begin(self, run: ReadRange) -> int | None:
         file = self._open(run.file)
         if run.gathered:
             return None  # read by this thread, which had better give the others something first
@@ -236,7 +236,7 @@ class ByFileReader(Way):
         self._under_way[number] = landing
         return number
 
-    def end(self, run: Run, begun: int | None) -> None:
+    def end(self, run: ReadRange, begun: int | None) -> None:
         arrived, data = False, None
         if begun is not None:
             arrived = self._reader.wait(begun)
@@ -264,7 +264,7 @@ class _Readers:
         """Read no more than what is being read."""
         self._pool.shutdown(cancel_futures=True)
 
-    def begin(self, file: int, run: Run, data: Tensor) -> list[Future[None]]:
+    def begin(self, file: int, run: ReadRange, data: Tensor) -> list[Future[None]]:
         view = data.numpy().data
         return [
             self._pool.submit(_read_slice, file, run, span.start + first, view[at : at + count])
@@ -274,7 +274,7 @@ class _Readers:
         ]
 
 
-def _read_whole(file: int, run: Run) -> Tensor:
+def _read_whole(file: int, run: ReadRange) -> Tensor:
     """A run's bytes, [bytes] uint8, read by this thread into the host's memory."""
     data = torch.empty(run.nbytes, dtype=torch.uint8)
     view = data.numpy().data
@@ -283,7 +283,7 @@ def _read_whole(file: int, run: Run) -> Tensor:
     return data
 
 
-def _read_slice(file: int, run: Run, start: int, view: memoryview) -> None:
+def _read_slice(file: int, run: ReadRange, start: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
         try:
@@ -295,7 +295,7 @@ def _read_slice(file: int, run: Run, start: int, view: memoryview) -> None:
         done += count
 
 
-def _cut_off(file: int, run: Run) -> WeightsError:
+def _cut_off(file: int, run: ReadRange) -> WeightsError:
     size = os.fstat(file).st_size  # and not where this read ended: it may lie far behind
     lacking = [piece for piece in run.pieces if piece.start + piece.nbytes > size]
     if not lacking:

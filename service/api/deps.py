@@ -17,10 +17,10 @@ from service.api.events.hub import EventHub
 from service.api.json_body import json_body
 from service.auth.admission import Admission
 from service.auth.gate import Gate, Principal, listed_owner, require_ops
-from service.lookups.cached import Remembered
-from service.lookups.queue_positions import QueuePlaces
+from service.lookups.cached import CachedValue
+from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
-from service.monitoring.access import Readers
+from service.monitoring.access import MetricsAccess
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.schemas.jobs import JobViews
@@ -29,15 +29,15 @@ from service.settings import ServiceSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class AppState:
     """What one application holds for its whole life."""
 
     settings: ServiceSettings
     redis: Redis
     store: JobStore
     outbox: Outbox
-    catalog: Remembered[Catalog]
-    places: QueuePlaces
+    catalog: CachedValue[Catalog]
+    places: CachedQueuePositions
     hub: EventHub
     readiness: Readiness
     artifacts: ArtifactStore
@@ -45,42 +45,42 @@ class Parts:
     gate: Gate
     admission: Admission
     exposition: Exposition
-    readers: Readers
+    readers: MetricsAccess
     signer: LinkSigner
 
 
-def _parts_of(request: Request) -> Parts:
-    return cast("Parts", request.app.state.parts)
+def _parts_of(request: Request) -> AppState:
+    return cast("AppState", request.app.state.parts)
 
 
-async def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> AppState:
     return _parts_of(request)
 
 
 # What nearly every request needs takes its parts from the request itself: each dependency that
 # FastAPI resolves costs some hundredths of a millisecond.
-PartsDep = Annotated[Parts, Depends(_parts)]
+AppStateDep = Annotated[AppState, Depends(_parts)]
 
 
-async def _store(parts: PartsDep) -> JobStore:
+async def _store(parts: AppStateDep) -> JobStore:
     return parts.store
 
 
-async def _outbox(parts: PartsDep) -> Outbox:
+async def _outbox(parts: AppStateDep) -> Outbox:
     return parts.outbox
 
 
-async def _artifacts(parts: PartsDep) -> ArtifactStore:
+async def _artifacts(parts: AppStateDep) -> ArtifactStore:
     return parts.artifacts
 
 
-async def _catalog(parts: PartsDep) -> Catalog:
+async def _catalog(parts: AppStateDep) -> Catalog:
     # Mostly there is nothing to read, and no need for the thread pool.
     kept = parts.catalog.fresh()
     return await run_in_threadpool(parts.catalog.get) if kept is None else kept
 
 
-async def _tokens(parts: PartsDep) -> TokenCounter:
+async def _tokens(parts: AppStateDep) -> TokenCounter:
     return parts.tokens
 
 

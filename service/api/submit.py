@@ -6,7 +6,7 @@ from typing import Any, Final
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import Created
 from jobs.store.submission import Idempotency, Submission
-from service.api.deps import Parts
+from service.api.deps import AppState
 from service.auth.api_keys import Role
 from service.auth.gate import Principal
 from service.middleware.request_log import note_created
@@ -19,7 +19,7 @@ Resolve = Callable[[], tuple[GenerationRequest, str]]
 
 
 def accept(
-    parts: Parts,
+    parts: AppState,
     principal: Principal,
     body: Any,
     idempotency_key: str | None,

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Remembered(Generic[Value]):
+class CachedValue(Generic[Value]):
     """Reads a value for many threads: at most one of them reads, and the others get what it got.
 
     That goes for errors, too: a Redis that is away is not asked by each of them in turn. Errors are

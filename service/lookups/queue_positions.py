@@ -10,20 +10,20 @@ from redis.exceptions import RedisError
 from jobs.catalog import Catalog
 from jobs.record import JobRecord
 from jobs.state import JobState
-from jobs.store.queue_positions import Place, Places
-from service.lookups.cached import Remembered
+from jobs.store.queue_positions import QueuePosition, QueuePositions
+from service.lookups.cached import CachedValue
 
 logger = logging.getLogger(__name__)
 
 
-class QueuePlaces:
+class CachedQueuePositions:
     """Looks up where waiting jobs stand. Safe to share between threads."""
 
-    def __init__(self, places: Places, catalog: Remembered[Catalog]) -> None:
+    def __init__(self, places: QueuePositions, catalog: CachedValue[Catalog]) -> None:
         self._places = places
         self._catalog = catalog
 
-    def of(self, jobs: Sequence[JobRecord]) -> Mapping[str, Place]:
+    def of(self, jobs: Sequence[JobRecord]) -> Mapping[str, QueuePosition]:
         """Find the places of those that wait, by id; none where Redis does not answer.
 
         An estimate is no reason to answer with an error, least of all when a job was just created.
@@ -34,11 +34,11 @@ class QueuePlaces:
             return self._places.of(jobs, self._workers())
         return {}
 
-    def at(self, queue: str, position: int) -> Place:
+    def at(self, queue: str, position: int) -> QueuePosition:
         """Describe a place that is known; without its start where Redis does not answer."""
         with _told_of_redis():
             return self._places.at(queue, position, self._workers()[queue])
-        return Place(position, None)
+        return QueuePosition(position, None)
 
     def _workers(self) -> Counter[str]:
         return Counter(offer.queue for offer in self._catalog.get().offers)

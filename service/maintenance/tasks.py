@@ -7,14 +7,14 @@ from typing import Final
 from jobs.record import JobRecord
 from jobs.store import recovery
 from jobs.store.webhook_outbox import WebhookStatus
-from service.api.deps import Parts
+from service.api.deps import AppState
 from service.maintenance import retention
 from service.maintenance.retention import Retention
 from service.maintenance.scheduler import Task
 from service.schemas.jobs import JobView
 from service.schemas.video_url import VideoLinks
-from service.webhooks.delivery import Deliveries, Office
-from service.webhooks.dispatcher import Courier
+from service.webhooks.delivery import Deliveries, DeliveryContext
+from service.webhooks.dispatcher import Dispatcher
 from service.webhooks.message import Signer
 from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, tls_context
@@ -27,7 +27,7 @@ WEBHOOKS_AGAIN_S: Final = 1.0
 """After a fault: until then they are under way all the time."""
 
 
-def chores(parts: Parts) -> Sequence[Task]:
+def chores(parts: AppState) -> Sequence[Task]:
     """Name every task; each works on the parts of the application."""
     recover = recovery.Recovery(parts.redis)
     retain = Retention(parts.redis, parts.artifacts, parts.settings.keep)
@@ -44,19 +44,19 @@ def chores(parts: Parts) -> Sequence[Task]:
     return tasks
 
 
-def _prepare_tokenizers(parts: Parts) -> None:
+def _prepare_tokenizers(parts: AppState) -> None:
     named = (offer.model.tokenizer for offer in parts.catalog.get().offers)
     parts.tokens.prepare(name for name in named if name is not None)
 
 
-def courier(parts: Parts) -> Courier | None:
+def courier(parts: AppState) -> Dispatcher | None:
     """Build what delivers webhooks; None where no host may be called."""
     if not parts.settings.webhook_rules.hosts:
         return None
-    return Courier(parts.outbox, Deliveries(office(parts)).deliver)
+    return Dispatcher(parts.outbox, Deliveries(office(parts)).deliver)
 
 
-def office(parts: Parts) -> Office:
+def office(parts: AppState) -> DeliveryContext:
     """Gather what deliveries work with."""
     settings = parts.settings
     assert settings.public_url is not None, "the settings demand it where there are hosts"
@@ -65,7 +65,7 @@ def office(parts: Parts) -> Office:
     def present(job: JobRecord, status: WebhookStatus) -> JobView:
         return JobView.of(job, links, status)
 
-    return Office(
+    return DeliveryContext(
         store=parts.store,
         outbox=parts.outbox,
         present=present,

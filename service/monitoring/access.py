@@ -15,7 +15,7 @@ REMEMBERED_S: Final = 3600.0
 """How long after its last success a reader is let in without Redis; after that it is refused."""
 
 
-class Readers:
+class MetricsAccess:
     """Remembers the last reader that was let in: one scrapes, again and again."""
 
     def __init__(self, gate: Gate) -> None:

@@ -30,7 +30,7 @@ _MEASURED: Final = {
     ),
 }
 
-Told = Sequence[tuple[WorkerState, WorkerStatus]]
+WorkerStates = Sequence[tuple[WorkerState, WorkerStatus]]
 """The workers that say something of themselves, and what they say."""
 
 
@@ -99,7 +99,7 @@ def _degraded(workers: Sequence[WorkerState]) -> Metric:
     return family
 
 
-def _memory(told: Told) -> Iterator[Metric]:
+def _memory(told: WorkerStates) -> Iterator[Metric]:
     for name, text in _MEMORY.items():
         family = GaugeMetricFamily(f"wan_worker_{name}", text, labels=("worker", "model", "device"))
         for worker, status in told:
@@ -109,7 +109,7 @@ def _memory(told: Told) -> Iterator[Metric]:
         yield family
 
 
-def _measured(told: Told) -> Iterator[Metric]:
+def _measured(told: WorkerStates) -> Iterator[Metric]:
     for name, (field, text) in _MEASURED.items():
         family = GaugeMetricFamily(name, text, labels=("worker", "model", "mode"))
         for worker, status in told:

@@ -10,7 +10,7 @@ from anyio import CapacityLimiter, to_thread
 
 from jobs import catalog
 from jobs.redis_client import BRIEF, connect
-from service.lookups.cached import Remembered
+from service.lookups.cached import CachedValue
 
 THREADS: Final = 4
 
@@ -28,7 +28,7 @@ class Readiness:
     def __init__(self, redis_url: str) -> None:
         self._redis = connect(redis_url, BRIEF)
         # Not kept; but who asks while another asks shares its answer.
-        self._catalog = Remembered(lambda: catalog.read(self._redis), kept_s=0)
+        self._catalog = CachedValue(lambda: catalog.read(self._redis), kept_s=0)
         self._limiter = CapacityLimiter(THREADS)
 
     async def workers(self) -> LiveWorkers:

@@ -12,9 +12,9 @@ from jobs.record import Failure, JobRecord, Progress, StageTimings
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import Created
-from jobs.store.queue_positions import Place
+from jobs.store.queue_positions import QueuePosition
 from jobs.store.webhook_outbox import Outbox, WebhookStatus
-from service.lookups.queue_positions import QueuePlaces
+from service.lookups.queue_positions import CachedQueuePositions
 from service.schemas.video_url import VideoLinks
 
 _JOB_EXAMPLE: dict[str, Any] = {
@@ -107,7 +107,7 @@ class QueueView(BaseModel):
     )
 
     @classmethod
-    def of(cls, place: Place) -> Self:
+    def of(cls, place: QueuePosition) -> Self:
         seconds = place.starts_in_s
         return cls(
             position=place.position, starts_in_s=None if seconds is None else round(seconds, 1)
@@ -144,7 +144,7 @@ class JobView(BaseModel):
         job: JobRecord,
         links: VideoLinks,
         status: WebhookStatus | None,
-        place: Place | None = None,
+        place: QueuePosition | None = None,
     ) -> Self:
         """status: that of the job's webhook, from the outbox; place: that in the queue."""
         video = None
@@ -183,7 +183,7 @@ class JobViews:
 
     links: VideoLinks
     outbox: Outbox
-    places: QueuePlaces
+    places: CachedQueuePositions
 
     def of(self, job: JobRecord) -> JobView:
         return self.all([job])[0]

@@ -35,7 +35,7 @@ Present = Callable[[JobRecord, WebhookStatus], JobView]
 
 
 @dataclass(frozen=True, slots=True)
-class Office:
+class DeliveryContext:
     """What deliveries work with."""
 
     store: JobStore
@@ -59,7 +59,7 @@ class _Call:
 class Deliveries:
     """Delivers leased webhooks. Belongs to one event loop."""
 
-    def __init__(self, office: Office) -> None:
+    def __init__(self, office: DeliveryContext) -> None:
         self._office = office
         self._under_way: Counter[str] = Counter()
 

@@ -28,7 +28,7 @@ THREADS: Final = 4 * MOST_UNDER_WAY
 Deliver = Callable[[Lease], Awaitable[None]]
 
 
-class Courier:
+class Dispatcher:
     """Hands out leases until it is told to end."""
 
     def __init__(self, outbox: Outbox, deliver: Deliver) -> None:

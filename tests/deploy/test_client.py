@@ -16,7 +16,7 @@ from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
 from tests.support.http_service import address, service
 
-ORDER = client.Order("a small red circle")
+ORDER = client.VideoRequest("a small red circle")
 
 
 def test_it_sends_the_key_from_the_environment(

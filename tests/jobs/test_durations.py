@@ -6,7 +6,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from jobs import durations
-from jobs.durations import Pace, timeout_s
+from jobs.durations import Durations, timeout_s
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 
@@ -28,13 +28,13 @@ def test_limit_grows_with_each_factor(request_for_video: GenerationRequest) -> N
 @pytest.mark.parametrize(
     ("measured", "limit"),
     [
-        (Pace(step_s=0.001, rest_s=0.1), None),
-        (Pace(step_s=60, rest_s=30), 10 * (20 * 60 + 30)),
-        (Pace(step_s=0, rest_s=1000.01), 10_001),
+        (Durations(step_s=0.001, rest_s=0.1), None),
+        (Durations(step_s=60, rest_s=30), 10 * (20 * 60 + 30)),
+        (Durations(step_s=0, rest_s=1000.01), 10_001),
     ],
 )
 def test_a_slow_pace_widens_the_limit_and_a_quick_one_does_not_narrow_it(
-    request_for_video: GenerationRequest, measured: Pace, limit: int | None
+    request_for_video: GenerationRequest, measured: Durations, limit: int | None
 ) -> None:
     expected = timeout_s(request_for_video) if limit is None else limit
     assert timeout_s(request_for_video, measured) == expected
@@ -43,12 +43,12 @@ def test_a_slow_pace_widens_the_limit_and_a_quick_one_does_not_narrow_it(
 def test_the_limit_of_a_new_job_is_in_its_record_and_in_rqs_hash(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, Pace(step_s=60, rest_s=30))
+    durations.measure(redis, request_for_video, Durations(step_s=60, rest_s=30))
     store = JobStore(redis)
     job = store.create(request_for_video, "q").job
     assert store.get(job.id).deadline_s == job.deadline_s == 12_300
     attempt = store.claim(job.id, "w")
-    durations.measure(redis, request_for_video, Pace(step_s=1, rest_s=1))
+    durations.measure(redis, request_for_video, Durations(step_s=1, rest_s=1))
     store.give_up(attempt)
     rq_job = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
     assert rq_job.timeout == 12_300

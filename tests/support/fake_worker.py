@@ -65,7 +65,7 @@ def main() -> None:
     ids = configure_logging(settings.log_format)
     engine, store = FakeEngine(on_step), FolderArtifactStore(Path(artifacts))
     with closing(connect(redis_url)) as redis:
-        status = serve.serve(serve.Parts(engine, redis, store), settings, ids)
+        status = serve.serve(serve.ServeContext(engine, redis, store), settings, ids)
     sys.exit(status)
 
 

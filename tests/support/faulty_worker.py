@@ -19,7 +19,7 @@ import torch
 
 from jobs.artifacts.store import open_artifacts
 from worker.config import load_config
-from worker.consumer.serve import Parts, serve
+from worker.consumer.serve import ServeContext, serve
 from worker.device import Device, pick_device
 from worker.process.logs import configure_logging
 from worker.settings import WorkerSettings
@@ -63,7 +63,9 @@ def main() -> None:
         device = pick_device(settings.device, settings.threads)
         real = {each.name: getattr(device, each.name) for each in dataclasses.fields(device)}
         engine = load_engine(load_config(settings.config), FaultyDevice(**real, faults=faults))
-        status = serve(Parts(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids)
+        status = serve(
+            ServeContext(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids
+        )
     if status:
         os._exit(status)
 

@@ -14,7 +14,7 @@ from deploy.local.waiting import wait_until
 from jobs.redis_client import connect
 
 
-class MortalValkey:
+class KillableValkey:
     """Runs from its construction on."""
 
     def __init__(self, folder: Path, port: int) -> None:

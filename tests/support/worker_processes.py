@@ -23,7 +23,7 @@ ORDER = order(model="fake", mode="plain", size="64x32", num_frames=9)
 QUEUE = catalog.queue_name(FakeEngine.model, FakeEngine.modes)
 
 
-class Crew:
+class WorkerProcesses:
     """Worker processes over one Redis and one folder of artifacts; `dismiss` leaves none behind."""
 
     def __init__(self, redis_url: str, folder: Path) -> None:

@@ -20,7 +20,7 @@ from quant import (
     run_calibration,
     save_scales,
 )
-from tests.support.killable_valkey import MortalValkey
+from tests.support.killable_valkey import KillableValkey
 from worker.config import WorkerConfig, load_config
 from worker.device import Device, pick_device
 from worker.engine.wan_engine import WanEngine
@@ -39,9 +39,9 @@ def collector_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def mortal(tmp_path: Path, unused_port: int) -> Iterator[MortalValkey]:
+def mortal(tmp_path: Path, unused_port: int) -> Iterator[KillableValkey]:
     """A Valkey of this test's own, to be killed."""
-    server = MortalValkey(tmp_path / "valkey", unused_port)
+    server = KillableValkey(tmp_path / "valkey", unused_port)
     yield server
     server.kill()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from worker.device import Device, pick_device, usable_cores
-from worker.errors import CardsLost, DeviceUnavailable
+from worker.errors import DeviceUnavailable, RanksLost
 from worker.settings import DeviceChoice
 
 
@@ -74,7 +74,7 @@ def test_a_card_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_the_other_cards_a_device_is_of_no_use() -> None:
-    error = CardsLost("A card can do nothing more.")
+    error = RanksLost("A card can do nothing more.")
     assert all(each.is_lost(error) for each in (CPU, CUDA, NPU))
 
 

@@ -19,13 +19,13 @@ from redis.exceptions import RedisError
 from jobs import catalog
 from jobs.catalog import WorkerOffer, WorkerStatus
 from jobs.store.recovery import EVERY_S, Recovery
-from worker.process.background import Companion
-from worker.process.redis_retry import END_WAIT_S, Outage
+from worker.process.background import BackgroundThread
+from worker.process.redis_retry import END_WAIT_S, RedisOutage
 
 REPEAT_EVERY_S = 5.0
 
 
-class StandingOffer(Companion):
+class Heartbeat(BackgroundThread):
     """A context in which `offer` and a status are in the catalog.
 
     `close` takes the offer out and leaves the status, which a worker has until its last job is
@@ -38,7 +38,7 @@ class StandingOffer(Companion):
         offer: WorkerOffer,
         tokenizer: bytes | None,
         status: Callable[[], WorkerStatus],
-        outage: Outage,
+        outage: RedisOutage,
         repeat_every_s: float = REPEAT_EVERY_S,
     ) -> None:
         """tokenizer: the text that the offer names; it is kept in the catalog with the offer."""
@@ -101,10 +101,10 @@ class StandingOffer(Companion):
         catalog.publish_status(self._redis, self._status())
 
 
-class Patrol(Companion):
+class RecoveryThread(BackgroundThread):
     """A context in which jobs that nobody works on are found and put back."""
 
-    def __init__(self, redis: Redis, outage: Outage, every_s: float = EVERY_S) -> None:
+    def __init__(self, redis: Redis, outage: RedisOutage, every_s: float = EVERY_S) -> None:
         super().__init__("patrol", END_WAIT_S)
         self._recovery = Recovery(redis)
         self._outage = outage

@@ -38,15 +38,15 @@ from jobs import catalog
 from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import WorkerOffer, WorkerStatus
 from jobs.store.job_store import JobStore
-from worker.consumer.heartbeat import Patrol, StandingOffer
+from worker.consumer.heartbeat import Heartbeat, RecoveryThread
 from worker.interface import DeviceMemory, Engine
-from worker.job.context import Workplace
+from worker.job.context import JobContext
 from worker.process.drain import Drain, JobInHand
 from worker.process.logs import JOB_ID
 from worker.process.scratch import scratch_folder
-from worker.process.stats import Journal
+from worker.process.stats import WorkerStats
 from worker.settings import StallLimits
-from worker.tasks import WORKPLACE
+from worker.tasks import JOB_CONTEXT
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         engine: Engine,
         redis: Redis,
         artifacts: ArtifactStore,
-        journal: Journal | None = None,
+        journal: WorkerStats | None = None,
         drain: Drain | None = None,
         limits: StallLimits | None = None,
     ) -> None:
@@ -109,9 +109,9 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             started_at=datetime.now(UTC),
         )
         self.drain = drain or Drain()
-        self._journal = journal or Journal()
+        self._journal = journal or WorkerStats()
         self._idle = JobInHand(job_id="")
-        self._place = Workplace(
+        self._place = JobContext(
             worker=name,
             engine=engine,
             redis=redis,
@@ -124,8 +124,8 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             job=self._idle,
         )
         outage = self._journal.outage
-        self._patrol = Patrol(redis, outage)
-        self._standing_offer = StandingOffer(
+        self._patrol = RecoveryThread(redis, outage)
+        self._standing_offer = Heartbeat(
             redis, self.offer, engine.tokenizer_text, self._report, outage
         )
 
@@ -157,12 +157,12 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         self._place = dataclasses.replace(self._place, job=JobInHand(job.id))
         if self.drain.told:
             self.drain.give_back = True  # told to stop while the id was on its way here
-        place, job_id = WORKPLACE.set(self._place), JOB_ID.set(job.id)
+        place, job_id = JOB_CONTEXT.set(self._place), JOB_ID.set(job.id)
         self._standing_offer.refresh()
         try:
             super().execute_job(job, queue)
         finally:
-            WORKPLACE.reset(place)
+            JOB_CONTEXT.reset(place)
             JOB_ID.reset(job_id)
             self._place = dataclasses.replace(self._place, job=self._idle)
             self._standing_offer.refresh()

@@ -13,8 +13,8 @@ from worker.consumer.rq_worker import ResidentWorker
 from worker.interface import Engine
 from worker.process.drain import Drain
 from worker.process.logs import WorkerIds
-from worker.process.redis_retry import Pauses
-from worker.process.stats import Journal
+from worker.process.redis_retry import Backoff
+from worker.process.stats import WorkerStats
 from worker.settings import WorkerSettings
 
 LONGEST_PAUSE_S = 10.0
@@ -27,7 +27,7 @@ _LOOK_UP_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class ServeContext:
     """What is loaded once and outlives every loss of Redis."""
 
     engine: Engine
@@ -35,9 +35,9 @@ class Parts:
     artifacts: ArtifactStore
 
 
-def serve(parts: Parts, settings: WorkerSettings, ids: WorkerIds) -> int:
+def serve(parts: ServeContext, settings: WorkerSettings, ids: WorkerIds) -> int:
     """Run one `ResidentWorker` after the other; returns the status to end the process with."""
-    journal, drain, pauses = Journal(), Drain(settings.drain), Pauses(LONGEST_PAUSE_S)
+    journal, drain, pauses = WorkerStats(), Drain(settings.drain), Backoff(LONGEST_PAUSE_S)
     while not _over(journal, drain):
         began = time.monotonic()
         try:
@@ -54,12 +54,12 @@ def serve(parts: Parts, settings: WorkerSettings, ids: WorkerIds) -> int:
     return journal.exit_status or 0
 
 
-def _wait(seconds: float, journal: Journal, drain: Drain) -> None:
+def _wait(seconds: float, journal: WorkerStats, drain: Drain) -> None:
     """Look up now and then: a sleep is not cut short by a signal."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and not _over(journal, drain):
         time.sleep(_LOOK_UP_S)
 
 
-def _over(journal: Journal, drain: Drain) -> bool:
+def _over(journal: WorkerStats, drain: Drain) -> bool:
     return drain.told or journal.exit_status is not None

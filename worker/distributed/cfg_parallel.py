@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from jobs.spec import GenerationRequest
 from quant.transformer.context_parallel import gather
-from worker.distributed.layout import CardLayout
-from worker.distributed.rank_group import Cards
+from worker.distributed.layout import RankLayout
+from worker.distributed.rank_group import RankGroup
 from worker.engine.denoiser import Denoise, Embeddings, OnStep, denoise_on
 
 
-def denoise_among(cards: Cards) -> Denoise:
+def denoise_over_ranks(cards: RankGroup) -> Denoise:
     """One card's part of the denoising; every card has to run it, with equal arguments."""
     alone = denoise_on(cards.device)
 
@@ -34,7 +34,7 @@ def denoise_among(cards: Cards) -> Denoise:
             on_step(done)
             cards.vote()  # nobody begins a step that another was told not to
 
-        layout = CardLayout.of(cards.world, request.guidance_scale > 1.0)
+        layout = RankLayout.of(cards.world, request.guidance_scale > 1.0)
         with cards.laid_out(layout) as branches:
             if branches is None:
                 return alone(pipeline, request, embeddings, on_each_step)

@@ -22,10 +22,10 @@ from torch import Tensor
 from jobs.spec import GenerationRequest
 from quant.transformer.context_parallel import split_tokens
 from worker.config import WorkerConfig
-from worker.distributed.cfg_parallel import denoise_among
-from worker.distributed.rank_group import Cards
+from worker.distributed.cfg_parallel import denoise_over_ranks
+from worker.distributed.rank_group import RankGroup
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
-from worker.errors import EXIT_DEVICE_LOST, CardFailed, CardsLost, CardsUnlike
+from worker.errors import EXIT_DEVICE_LOST, RankFailed, RanksLost, RanksUnlike
 from worker.model_loader.loader import Mode, load_modes
 from worker.model_loader.memory_plan import check_follower
 from worker.model_loader.mode_plan import check_folder, plan_modes
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RankTask:
     """All a follower needs for one job. Embeddings are on the host."""
 
     job_id: str | None
@@ -45,16 +45,16 @@ class Order:
     scheduler_config: dict[str, Any]
 
 
-def lead(cards: Cards, modes: Sequence[Mode]) -> Denoise:
+def lead(cards: RankGroup, modes: Sequence[Mode]) -> Denoise:
     """The leader's denoising: over all cards. Returns when they all have loaded `modes`.
 
     Raises:
         quant.ConversionError: a mode cannot run on several cards.
-        CardsUnlike: a mode runs on other kernels on another card.
-        CardsLost: another card could not load.
+        RanksUnlike: a mode runs on other kernels on another card.
+        RanksLost: another card could not load.
     """
     _share_out(cards, modes)
-    among = denoise_among(cards)
+    among = denoise_over_ranks(cards)
 
     def denoise(
         pipeline: WanPipeline,
@@ -66,19 +66,19 @@ def lead(cards: Cards, modes: Sequence[Mode]) -> Denoise:
         prompt, negative = embeddings
         on_host = (prompt.cpu(), None if negative is None else negative.cpu())
         config = dict(scheduler.config)
-        order = Order(JOB_ID.get(), request, on_host, type(scheduler).__name__, config)
+        order = RankTask(JOB_ID.get(), request, on_host, type(scheduler).__name__, config)
         cards.tell(order)
         return cards.in_step(lambda: among(pipeline, request, embeddings, on_step))
 
     return denoise
 
 
-def load_follower(config: WorkerConfig, cards: Cards) -> tuple[Mode, ...]:
+def load_follower(config: WorkerConfig, cards: RankGroup) -> tuple[Mode, ...]:
     """Load what a follower needs of the model, while the leader loads the whole of it.
 
     Raises:
         StartError, quant.QuantError: with a sentence for the operator.
-        CardsLost: another card could not load.
+        RanksLost: another card could not load.
     """
     path = config.model.path
     check_folder(path)
@@ -91,7 +91,7 @@ def load_follower(config: WorkerConfig, cards: Cards) -> tuple[Mode, ...]:
     return modes
 
 
-def follow(cards: Cards, modes: Sequence[Mode]) -> int:
+def follow(cards: RankGroup, modes: Sequence[Mode]) -> int:
     """Run the leader's orders until there are no more; returns the process' exit status."""
     transformers = {mode.offer.name: mode.transformer for mode in modes}
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -105,13 +105,13 @@ def follow(cards: Cards, modes: Sequence[Mode]) -> int:
                     return EXIT_DEVICE_LOST
             finally:
                 JOB_ID.reset(job)
-    except CardsLost as error:
+    except RanksLost as error:
         logger.critical("the process ends: %s", error)
         return EXIT_DEVICE_LOST
     return 0
 
 
-def _share_out(cards: Cards, modes: Sequence[Mode]) -> None:
+def _share_out(cards: RankGroup, modes: Sequence[Mode]) -> None:
     offers = [mode.offer for mode in modes]
     check_alike(cards.ask_all([(each.name, each.kernels, each.warning) for each in offers]))
     # Modes may have one transformer between them.
@@ -127,14 +127,14 @@ def check_alike(cards: Sequence[Sequence[tuple[str, str | None, str | None]]]) -
         cards: of each card, the modes' names, kernels, and why these are not the fastest.
 
     Raises:
-        CardsUnlike: naming the first mode and card, with that card's or the leader's warning.
+        RanksUnlike: naming the first mode and card, with that card's or the leader's warning.
     """
     for rank, modes in enumerate(cards):
         for (name, kernels, warning), (_, leaders, leaders_warning) in zip(
             modes, cards[0], strict=True
         ):
             if kernels != leaders:
-                raise CardsUnlike(
+                raise RanksUnlike(
                     f"Mode {name!r} runs on {kernels} kernels on card {rank} and on {leaders} on "
                     f"card 0: {warning or leaders_warning or 'the cards are not alike.'} Give the "
                     "worker cards of one kind, on which the same libraries run."
@@ -142,19 +142,19 @@ def check_alike(cards: Sequence[Sequence[tuple[str, str | None, str | None]]]) -
 
 
 def _survives(
-    cards: Cards, transformers: Mapping[str, WanTransformer3DModel], order: Order
+    cards: RankGroup, transformers: Mapping[str, WanTransformer3DModel], order: RankTask
 ) -> bool:
-    """Run one order; whether the device is fit for another one. Raises CardsLost."""
+    """Run one order; whether the device is fit for another one. Raises RanksLost."""
     try:
         cards.in_step(lambda: _run(cards, transformers[order.request.mode], order))
-    except CardsLost:
+    except RanksLost:
         raise
     except Exception as error:
         # Whatever it is: the leader has heard of it and answers the job's owner for it.
         if cards.device.is_lost(error):
             logger.exception("the device is lost to this process")
             return False
-        if isinstance(error, CardFailed) or cards.device.is_out_of_memory(error):
+        if isinstance(error, RankFailed) or cards.device.is_out_of_memory(error):
             logger.warning("the job ended here with %s: %s", type(error).__name__, error)
         else:
             logger.exception("failed with an unexpected error")
@@ -165,7 +165,7 @@ def _survives(
     return True
 
 
-def _run(cards: Cards, transformer: WanTransformer3DModel, order: Order) -> None:
+def _run(cards: RankGroup, transformer: WanTransformer3DModel, order: RankTask) -> None:
     pipeline = WanPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -178,4 +178,4 @@ def _run(cards: Cards, transformer: WanTransformer3DModel, order: Order) -> None
         None if each is None else each.to(cards.device.torch_device) for each in order.embeddings
     )
     assert prompt is not None, "every order has a prompt"
-    denoise_among(cards)(pipeline, order.request, (prompt, negative), lambda _: None)
+    denoise_over_ranks(cards)(pipeline, order.request, (prompt, negative), lambda _: None)

@@ -22,7 +22,7 @@ PROMPT, NEGATIVE = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
-class CardLayout:
+class RankLayout:
     """`cfg` branches of `ulysses` cards each; a card's rank is branch * ulysses + its part."""
 
     world: int
@@ -61,7 +61,7 @@ class CardLayout:
         return sorted(ranks for ranks in found if len(ranks) > 1)
 
 
-def check_cards(world: int, model: Path, sizes: Sequence[str]) -> None:
+def check_ranks(world: int, model: Path, sizes: Sequence[str]) -> None:
     """Refuse a number of cards that a model's heads or a size's tokens do not divide by.
 
     Raises:
@@ -70,7 +70,7 @@ def check_cards(world: int, model: Path, sizes: Sequence[str]) -> None:
     text = (model / "transformer" / "config.json").read_text(encoding="utf-8")
     heads = json.loads(text)["num_attention_heads"]
     for guided in (True, False):
-        shares = CardLayout.of(world, guided).ulysses
+        shares = RankLayout.of(world, guided).ulysses
         passes = f"{world} cards share the tokens of a pass in {shares} parts"
         if heads % shares:
             raise ConfigError(

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from quant.transformer.context_parallel import Ulysses, gather
 from worker.device import Device
-from worker.distributed.layout import CardLayout
-from worker.errors import CardFailed, CardsLost
+from worker.distributed.layout import RankLayout
+from worker.errors import RankFailed, RanksLost
 
 FOR_EVER = timedelta(days=3650)
 """How long a card waits for the next order, and for a vote: the watchdog knows when to give up."""
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class CardReport:
+class RankError:
     """Why a card voted against."""
 
     card: int
@@ -44,11 +44,11 @@ class CardReport:
     error: str
 
 
-class Dissent(Exception):
+class PeerFailed(Exception):
     """Another card voted against."""
 
 
-class Cards:
+class RankGroup:
     """This process among those of one job."""
 
     def __init__(self, rank: int, world: int, device: Device) -> None:
@@ -59,7 +59,7 @@ class Cards:
         self._control = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self._groups: dict[tuple[int, ...], Any] = {}
         for guided in (True, False):
-            for ranks in CardLayout.of(world, guided).groups():
+            for ranks in RankLayout.of(world, guided).groups():
                 if ranks not in self._groups:
                     group = dist.new_group(list(ranks), backend=device.collectives)
                     self._groups[ranks] = group
@@ -74,13 +74,13 @@ class Cards:
         """Give every follower a value; it has to wait for one with `hear`.
 
         Raises:
-            CardsLost: a follower's process has ended.
+            RanksLost: a follower's process has ended.
         """
         with self._heard():
             dist.broadcast_object_list([value], src=0, group=self._control)
 
     def hear(self) -> Any:
-        """Wait for the leader's next value; raises CardsLost."""
+        """Wait for the leader's next value; raises RanksLost."""
         values: list[Any] = [None]
         with self._heard():
             dist.broadcast_object_list(values, src=0, group=self._control)
@@ -92,7 +92,7 @@ class Cards:
             self.tell(None)
 
     def ask_all(self, value: T) -> list[T]:
-        """What every card says, in the order of their ranks; raises CardsLost."""
+        """What every card says, in the order of their ranks; raises RanksLost."""
         every: list[Any] = [None] * self.world
         with self._heard():
             dist.all_gather_object(every, value, group=self._control)
@@ -104,16 +104,16 @@ class Cards:
         """Run this card's part of what all cards do at once; it ends well on all, or on none.
 
         Raises:
-            torch.OutOfMemoryError, CardFailed: another card failed, or was told to stop.
-            CardsLost: another card can do nothing more, or its process has ended.
+            torch.OutOfMemoryError, RankFailed: another card failed, or was told to stop.
+            RanksLost: another card can do nothing more, or its process has ended.
             Exception: what `work` raised here.
         """
         try:
             result = work()
             self.vote()
-        except CardsLost:
+        except RanksLost:
             raise
-        except Dissent:
+        except PeerFailed:
             raise _error(self._reports(None)) from None
         except Exception as error:
             self._tally(False)
@@ -125,14 +125,14 @@ class Cards:
         """Wait until all cards are here.
 
         Raises:
-            Dissent: one of them will not come; nothing is to be exchanged.
-            CardsLost: the process of one has ended.
+            PeerFailed: one of them will not come; nothing is to be exchanged.
+            RanksLost: the process of one has ended.
         """
         if not self._tally(True):
-            raise Dissent
+            raise PeerFailed
 
     @contextmanager
-    def laid_out(self, layout: CardLayout) -> Iterator[Any]:
+    def laid_out(self, layout: RankLayout) -> Iterator[Any]:
         """Share tokens out as `layout` says; gives the group that shares the branches, or None."""
         with self.ulysses.over(self._group(layout.ulysses_ranks(self.rank))):
             yield self._group(layout.cfg_ranks(self.rank))
@@ -159,15 +159,15 @@ class Cards:
             dist.all_reduce(votes, dist.ReduceOp.MIN, group=self._control)
         return bool(votes.item())
 
-    def _report(self, error: Exception) -> CardReport:
+    def _report(self, error: Exception) -> RankError:
         kind: Literal["out of memory", "lost", "stopped"] = "stopped"
         if self.device.is_out_of_memory(error):
             kind = "out of memory"
         elif self.device.is_lost(error):
             kind = "lost"
-        return CardReport(self.rank, kind, type(error).__name__)
+        return RankError(self.rank, kind, type(error).__name__)
 
-    def _reports(self, own: CardReport | None) -> list[CardReport]:
+    def _reports(self, own: RankError | None) -> list[RankError]:
         return [report for report in self.ask_all(own) if report is not None]
 
     @contextmanager
@@ -176,33 +176,33 @@ class Cards:
             yield
         except RuntimeError as error:
             self._lost = True
-            raise CardsLost(
+            raise RanksLost(
                 "Another card's process has ended, and none goes on without it; its own lines say "
                 f"why ({str(error).partition('. ')[0][-200:]})."
             ) from error
 
 
 @contextmanager
-def meet(device: Device) -> Iterator[Cards]:
+def meet(device: Device) -> Iterator[RankGroup]:
     """Wait for the other processes that torchrun has started, and be one of them.
 
     The leader's end of the context, unless it is an error, is the followers' end, too.
 
     Raises:
-        CardsLost: one of them has ended meanwhile.
+        RanksLost: one of them has ended meanwhile.
     """
     try:
         dist.init_process_group("gloo")
     except RuntimeError as error:
-        raise CardsLost(f"The other cards' processes were not met: {error}.") from error
-    cards = Cards(dist.get_rank(), dist.get_world_size(), device)
+        raise RanksLost(f"The other cards' processes were not met: {error}.") from error
+    cards = RankGroup(dist.get_rank(), dist.get_world_size(), device)
     yield cards
     if cards.leads:
         cards.dismiss()
     dist.destroy_process_group()
 
 
-def _error(reports: list[CardReport]) -> Exception:
+def _error(reports: list[RankError]) -> Exception:
     """What the reports of other cards mean for this one."""
     for kind in ("lost", "out of memory", "stopped"):
         for report in reports:
@@ -210,8 +210,8 @@ def _error(reports: list[CardReport]) -> Exception:
                 continue
             text = f"card {report.card}: {report.error}"
             if kind == "lost":
-                return CardsLost(f"A card can do nothing more: {text}.")
+                return RanksLost(f"A card can do nothing more: {text}.")
             if kind == "out of memory":
                 return torch.OutOfMemoryError(f"A card ran out of memory: {text}.")
-            return CardFailed(f"The job ended on another card: {text}.")
+            return RankFailed(f"The job ended on another card: {text}.")
     raise AssertionError("a vote was against, and no card says why")

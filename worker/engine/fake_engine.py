@@ -14,7 +14,7 @@ from jobs.catalog import ModelOffer, ModeOffer
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
-from worker.interface import Clip, DeviceMemory, EngineDevice, Frame, StageSeconds, Watch
+from worker.interface import Clip, DeviceMemory, EngineDevice, Frame, JobControl, StageSeconds
 
 OnStep = Callable[[int], None]
 
@@ -66,7 +66,7 @@ class FakeEngine:
         self._on_step = on_step
         self.owners: list[str] = []
 
-    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
+    def generate(self, request: GenerationRequest, watch: JobControl, owner: str) -> Clip:
         self.owners.append(owner)
         if FAILING in request.prompt:
             raise GenerationFailed("The prompt asks for a failure.")
@@ -78,7 +78,7 @@ class FakeEngine:
         seconds = StageSeconds(text_encoder_s=0.5, denoise_s=1.5, vae_s=0.25)
         return Clip(self._frames(request, watch), request.num_frames, seconds)
 
-    def _frames(self, request: GenerationRequest, watch: Watch) -> Generator[Frame]:
+    def _frames(self, request: GenerationRequest, watch: JobControl) -> Generator[Frame]:
         for index in range(request.num_frames):
             watch.progress(Stage.VAE, index + 1, request.num_frames)
             yield np.full((request.height, request.width, 3), request.seed % 256, np.uint8)

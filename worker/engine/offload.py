@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Visitor:
+class OffloadedModule:
     """Keeps a module's weights in pinned memory of the host and lends them to a device.
 
     Nothing is copied back, since weights do not change: the device's copies are dropped.

@@ -20,9 +20,9 @@ from worker.config import ModelConfig
 from worker.device import Device
 from worker.engine.checks import checked, require_finite
 from worker.engine.denoiser import Embeddings
-from worker.engine.offload import Visitor
-from worker.interface import Watch
-from worker.model_loader.components import SharedParts
+from worker.engine.offload import OffloadedModule
+from worker.interface import JobControl
+from worker.model_loader.components import Components
 
 MOST_KEPT: Final = 16
 """Texts whose embeddings stay in the host's memory: the 14B's have 4 MB each."""
@@ -40,7 +40,7 @@ class PromptEncoder:
     everybody's. Texts themselves are not kept.
     """
 
-    def __init__(self, parts: SharedParts, device: Device, config: ModelConfig) -> None:
+    def __init__(self, parts: Components, device: Device, config: ModelConfig) -> None:
         """Encode with `parts`, for `device`."""
         self._parts = parts
         self._device = device
@@ -55,7 +55,7 @@ class PromptEncoder:
             scheduler=parts.scheduler,
         )
         visits = parts.text_encoder_place == "encode"
-        self._visitor = Visitor(parts.text_encoder, device.torch_device) if visits else None
+        self._visitor = OffloadedModule(parts.text_encoder, device.torch_device) if visits else None
         self._kept: OrderedDict[Key, Tensor] = OrderedDict()  # on the host
 
     def count_tokens(self, text: str) -> int:
@@ -75,7 +75,7 @@ class PromptEncoder:
                     bound=bound,
                 )
 
-    def encode(self, request: GenerationRequest, watch: Watch, owner: str) -> Embeddings:
+    def encode(self, request: GenerationRequest, watch: JobControl, owner: str) -> Embeddings:
         """Embed both prompts, on the device; `watch` is asked before each of the encoder's layers.
 
         The stage is reported only if a text has to be encoded: a job that finds all it needs tells

@@ -44,7 +44,7 @@ def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterat
         transformer.disable_cache()
 
 
-def check_one_card(config: WorkerConfig) -> None:
+def check_single_rank(config: WorkerConfig) -> None:
     """Refuse step caches where a job runs on several cards.
 
     Each card would judge by its own part of the tokens what a step may leave out, and wait for

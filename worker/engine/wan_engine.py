@@ -39,8 +39,8 @@ from worker.engine.vae_decoder import (
     stop_points,
     to_frames,
 )
-from worker.interface import Clip, Frame, StageSeconds, Watch
-from worker.model_loader.components import SharedParts
+from worker.interface import Clip, Frame, JobControl, StageSeconds
+from worker.model_loader.components import Components
 from worker.model_loader.loader import Mode
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class WanEngine:
         config: ModelConfig,
         fingerprint: str,
         device: Device,
-        parts: SharedParts,
+        parts: Components,
         modes: tuple[Mode, ...],
         denoise: Denoise | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class WanEngine:
             )
         return lines
 
-    def generate(self, request: GenerationRequest, watch: Watch, owner: str) -> Clip:
+    def generate(self, request: GenerationRequest, watch: JobControl, owner: str) -> Clip:
         """Encode the prompt and denoise; frames are decoded as the caller takes them.
 
         The clip's seconds are wall time with the device synchronised at the end of each stage.
@@ -157,7 +157,9 @@ class WanEngine:
             )
         self.prompts.refuse_too_long(request)
 
-    def _frames(self, latents: Tensor, seconds: StageSeconds, watch: Watch) -> Generator[Frame]:
+    def _frames(
+        self, latents: Tensor, seconds: StageSeconds, watch: JobControl
+    ) -> Generator[Frame]:
         """Decode frame by frame; only the time inside the VAE counts."""
         vae = self.parts.vae
         total = latents.shape[2]
@@ -188,7 +190,7 @@ class WanEngine:
         setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
 
 
-def _pipeline(parts: SharedParts, mode: Mode) -> WanPipeline:
+def _pipeline(parts: Components, mode: Mode) -> WanPipeline:
     pipeline = WanPipeline(
         tokenizer=None,  # prompts come embedded
         text_encoder=None,

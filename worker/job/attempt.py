@@ -17,9 +17,9 @@ from redis.exceptions import RedisError
 from jobs import catalog
 from jobs.errors import AppError, GenerationCancelled, OutOfDeviceMemory, StaleAttempt
 from jobs.record import Attempt, Failure, JobRecord
-from worker.job.context import Workplace
-from worker.job.generation import Guards, Success, make_video
-from worker.job.lease import Lifeline
+from worker.job.context import JobContext
+from worker.job.generation import JobThreads, Success, make_video
+from worker.job.lease import LeaseKeeper
 from worker.job.progress import GivenBack
 from worker.job.watchdog import Watchdog
 
@@ -45,7 +45,7 @@ Outcome = Success | Failure | Cancelled | Released | DeviceLost
 
 
 def run_attempt(
-    place: Workplace, attempt: Attempt, record: JobRecord, lifeline: Lifeline
+    place: JobContext, attempt: Attempt, record: JobRecord, lifeline: LeaseKeeper
 ) -> Outcome:
     """Make the job's video and store it.
 
@@ -53,7 +53,7 @@ def run_attempt(
         StaleAttempt: the job is no longer this attempt's; nothing is to be written.
     """
     with _watchdog(place, attempt) as watchdog:
-        outcome = _outcome(place, attempt, record, Guards(lifeline, watchdog))
+        outcome = _outcome(place, attempt, record, JobThreads(lifeline, watchdog))
         if isinstance(outcome, Failure) and outcome.code == OutOfDeviceMemory.code:
             # Only here are the frames gone that held the job's tensors.
             watchdog.alive()
@@ -61,7 +61,7 @@ def run_attempt(
     return outcome
 
 
-def _empty_cache(place: Workplace) -> None:
+def _empty_cache(place: JobContext) -> None:
     try:
         place.engine.device.empty_cache()
     except Exception:
@@ -70,7 +70,7 @@ def _empty_cache(place: Workplace) -> None:
         place.journal.device_lost()
 
 
-def _outcome(place: Workplace, attempt: Attempt, record: JobRecord, guards: Guards) -> Outcome:
+def _outcome(place: JobContext, attempt: Attempt, record: JobRecord, guards: JobThreads) -> Outcome:
     try:
         return make_video(place, attempt, record, guards)
     except StaleAttempt:
@@ -92,7 +92,7 @@ def _outcome(place: Workplace, attempt: Attempt, record: JobRecord, guards: Guar
         return _of_unexpected(place, record, error)
 
 
-def _of_unexpected(place: Workplace, record: JobRecord, error: Exception) -> Outcome:
+def _of_unexpected(place: JobContext, record: JobRecord, error: Exception) -> Outcome:
     device = place.engine.device
     if device.is_lost(error):
         place.journal.device_lost()
@@ -120,7 +120,7 @@ def _forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _watchdog(place: Workplace, attempt: Attempt) -> Watchdog:
+def _watchdog(place: JobContext, attempt: Attempt) -> Watchdog:
     def last_words() -> None:
         with suppress(RedisError, StaleAttempt):
             state = place.store.give_up(attempt)

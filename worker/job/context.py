@@ -11,12 +11,12 @@ from jobs.artifacts.store import ArtifactStore
 from jobs.store.job_store import JobStore
 from worker.interface import Engine
 from worker.process.drain import Drain, JobInHand
-from worker.process.stats import Journal
+from worker.process.stats import WorkerStats
 from worker.settings import StallLimits
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
+class JobContext:
     """Where one job is run: by which worker, with what, and under which rules.
 
     Attributes:
@@ -30,7 +30,7 @@ class Workplace:
     store: JobStore
     artifacts: ArtifactStore
     scratch: Path
-    journal: Journal
+    journal: WorkerStats
     drain: Drain
     limits: StallLimits
     job: JobInHand

@@ -14,13 +14,13 @@ from redis.exceptions import RedisError
 
 from jobs import durations
 from jobs.artifacts.store import artifact_key
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.record import Attempt, JobRecord, Stage, StageTimings, Video, now
 from worker.interface import Clip, Engine, Frame
-from worker.job.context import Workplace
-from worker.job.lease import Lifeline
+from worker.job.context import JobContext
+from worker.job.lease import LeaseKeeper
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
-from worker.job.progress import JobClock, JobWatch
+from worker.job.progress import JobClock, JobProgress
 from worker.job.watchdog import Watchdog
 
 
@@ -33,14 +33,16 @@ class Success:
 
 
 @dataclass(frozen=True, slots=True)
-class Guards:
+class JobThreads:
     """The two threads beside a job."""
 
-    lifeline: Lifeline
+    lifeline: LeaseKeeper
     watchdog: Watchdog
 
 
-def make_video(place: Workplace, attempt: Attempt, record: JobRecord, guards: Guards) -> Success:
+def make_video(
+    place: JobContext, attempt: Attempt, record: JobRecord, guards: JobThreads
+) -> Success:
     """Run the engine, encode its frames and store the file; raises whatever any of them does."""
     claimed = time.perf_counter()
     # Two hosts' clocks: the service wrote one time, this worker the other.
@@ -48,7 +50,7 @@ def make_video(place: Workplace, attempt: Attempt, record: JobRecord, guards: Gu
     request, journal = record.request, place.journal
     clock = JobClock(request, _measured(place, record), journal.step_times, place.limits)
     wishes = (place.drain, place.job)
-    watch = JobWatch(guards.lifeline, guards.watchdog, clock, wishes, record.deadline_s)
+    watch = JobProgress(guards.lifeline, guards.watchdog, clock, wishes, record.deadline_s)
     clip = place.engine.generate(request, watch, record.owner)
     journal.measured(request.mode, clock.own_steps, clip.act_shares)
     video, mp4_s = _encode_and_store(place, attempt, record, clip, watch)
@@ -63,23 +65,23 @@ def make_video(place: Workplace, attempt: Attempt, record: JobRecord, guards: Gu
     return Success(video, timings)
 
 
-def remember_pace(place: Workplace, record: JobRecord, timings: StageTimings) -> None:
+def remember_pace(place: JobContext, record: JobRecord, timings: StageTimings) -> None:
     """Add what a job took to what is known of its shape; an estimate is not worth a wait."""
     steps, texts_s = record.request.num_inference_steps, timings.text_encoder_s
     rest_s = max(0.0, timings.total_s - timings.denoise_s - texts_s)
-    took = Pace(timings.denoise_s / steps, rest_s, texts_s)
+    took = Durations(timings.denoise_s / steps, rest_s, texts_s)
     with suppress(RedisError):
         durations.measure(place.redis, record.request, took)
 
 
-def _measured(place: Workplace, record: JobRecord) -> Pace | None:
+def _measured(place: JobContext, record: JobRecord) -> Durations | None:
     with suppress(RedisError):
         return durations.read(place.redis, record.request)
     return None
 
 
 def _encode_and_store(
-    place: Workplace, attempt: Attempt, record: JobRecord, clip: Clip, watch: JobWatch
+    place: JobContext, attempt: Attempt, record: JobRecord, clip: Clip, watch: JobProgress
 ) -> tuple[Video, float]:
     """Encode the clip into an MP4, store it, and say how many seconds the MP4 cost.
 
@@ -112,7 +114,7 @@ def _encode_and_store(
     return video, encoded.waited_s
 
 
-def _reporting_the_end(frames: Generator[Frame], watch: JobWatch) -> Iterator[Frame]:
+def _reporting_the_end(frames: Generator[Frame], watch: JobProgress) -> Iterator[Frame]:
     """Once the last frame is taken, the device has nothing more to do with the job."""
     yield from frames
     watch.progress(Stage.MP4, 0, 1)

@@ -19,8 +19,8 @@ from redis.exceptions import RedisError
 from jobs.errors import AppError, GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress
 from jobs.store.job_store import LEASE_S, JobStore
-from worker.process.background import Companion
-from worker.process.redis_retry import Outage, Pauses
+from worker.process.background import BackgroundThread
+from worker.process.redis_retry import Backoff, RedisOutage
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ TELL_EVERY_S: Final = 0.25
 """Faster steps are published in part; the first and the last of a stage always are."""
 
 
-class Lifeline(Companion):
+class LeaseKeeper(BackgroundThread):
     """A context in which `attempt` stays alive in Redis.
 
     Attributes:
         stop: why the attempt is to end, once that is known: GenerationCancelled or StaleAttempt.
     """
 
-    def __init__(self, store: JobStore, attempt: Attempt, outage: Outage) -> None:
+    def __init__(self, store: JobStore, attempt: Attempt, outage: RedisOutage) -> None:
         super().__init__("lifeline")
         self.stop: AppError | None = None
         self._store = store
@@ -59,7 +59,7 @@ class Lifeline(Companion):
             self._untold.append(progress)
 
     def _run(self) -> None:
-        pauses, pause_s = Pauses(), ASK_EVERY_S
+        pauses, pause_s = Backoff(), ASK_EVERY_S
         while not self._done.wait(pause_s):
             try:
                 with self._outage.watched():

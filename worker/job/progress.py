@@ -1,6 +1,6 @@
 """The engine's view of its job: it reports here where it is, and hears here that it is to stop.
 
-Nothing here waits: Redis is asked and told by the `Lifeline`'s thread. So the engine may call
+Nothing here waits: Redis is asked and told by the `LeaseKeeper`'s thread. So the engine may call
 hundreds of times a second, and a Redis that is away does not hold it up.
 """
 
@@ -10,11 +10,11 @@ import time
 from typing import Final
 
 from jobs import durations
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.errors import GenerationCancelled, GenerationTimedOut
 from jobs.record import Progress, Stage
 from jobs.spec import GenerationRequest
-from worker.job.lease import Lifeline
+from worker.job.lease import LeaseKeeper
 from worker.job.watchdog import Watchdog
 from worker.process.drain import Drain, JobInHand
 from worker.process.stats import StepTimes
@@ -45,7 +45,7 @@ class JobClock:
     def __init__(
         self,
         request: GenerationRequest,
-        measured: Pace | None,
+        measured: Durations | None,
         times: StepTimes,
         limits: StallLimits,
     ) -> None:
@@ -111,7 +111,7 @@ class JobClock:
             return left_s + in_stage * self._step_s(self._pace)
         return left_s
 
-    def _step_s(self, measured: Pace) -> float:
+    def _step_s(self, measured: Durations) -> float:
         total = WEIGHT_OF_PACE * measured.step_s + sum(self.own_steps)
         return total / (WEIGHT_OF_PACE + len(self.own_steps))
 
@@ -123,12 +123,12 @@ class JobClock:
             self.own_steps += [seconds] * count
 
 
-class JobWatch:
-    """The `Watch` of one attempt."""
+class JobProgress:
+    """The `JobControl` of one attempt."""
 
     def __init__(
         self,
-        lifeline: Lifeline,
+        lifeline: LeaseKeeper,
         watchdog: Watchdog,
         clock: JobClock,
         wishes: tuple[Drain, JobInHand],

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from worker.errors import EXIT_HUNG
-from worker.process.background import Companion
+from worker.process.background import BackgroundThread
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ continued; its job is another's by then."""
 _STDERR = 2
 
 
-class Watchdog(Companion):
+class Watchdog(BackgroundThread):
     """A context in which the job's thread has to call `alive` every now and then."""
 
     def __init__(

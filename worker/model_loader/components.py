@@ -13,10 +13,10 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from quant import Copier, CopierBeside
+from quant import BackgroundReader, TensorReader
 from quant.transformer.meta_model import allocate, check_stored, without_weights
 from quant.weights.header import stored_tensors
-from quant.weights.read_plan import Wanted
+from quant.weights.read_plan import ReadRequest
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader.component_files import CONFIG, WEIGHTS, check_files, read_json, read_part
@@ -24,7 +24,7 @@ from worker.model_loader.tokenizer import ModelTokenizer, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class SharedParts:
+class Components:
     """What all modes use.
 
     Attributes:
@@ -41,7 +41,7 @@ class SharedParts:
     vae_tiling: bool = False
 
 
-class ComingParts:
+class ComponentLoader:
     """Shared parts on their way: checked, then copied, by another thread if one likes, then there.
 
     Everything that torch's and the libraries' global switches could get into the way of happens
@@ -72,12 +72,12 @@ class ComingParts:
                 f"The configurations of text encoder and VAE in {path} describe none: {error!r}"
             ) from error
         self.text_encoder.tie_weights()
-        self._copies: list[tuple[Copier, list[Wanted]]] = []
+        self._copies: list[tuple[TensorReader, list[ReadRequest]]] = []
         place = text_encoder_on or device.torch_device
         self._expect(self.text_encoder, path / "text_encoder", device.dtype, place)
         self._expect(self.vae, path / "vae", device.vae_dtype, device.torch_device)
 
-    def copy(self, beside: CopierBeside | None = None) -> None:
+    def copy(self, beside: BackgroundReader | None = None) -> None:
         """Copy the weights, at once or by a thread beside.
 
         Raises:
@@ -89,7 +89,7 @@ class ComingParts:
             else:
                 beside.read(wanted, copier)
 
-    def finish(self, tokenizer: Callable[[], ModelTokenizer] | None = None) -> SharedParts:
+    def finish(self, tokenizer: Callable[[], ModelTokenizer] | None = None) -> Components:
         """Read what is left; `copy` may still be under way.
 
         Args:
@@ -100,7 +100,7 @@ class ComingParts:
         """
         index: Mapping[str, Any] = read_json(self._path / "model_index.json")
         scheduler = getattr(diffusers, index["scheduler"][1])
-        return SharedParts(
+        return Components(
             tokenizer=tokenizer() if tokenizer else read_tokenizer(self._path / "tokenizer"),
             text_encoder=self.text_encoder.eval(),
             vae=self.vae.eval(),
@@ -115,22 +115,22 @@ class ComingParts:
         stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
         wanted = dict(module.named_parameters())  # a parameter under two names counts once
         check_stored(wanted, stored, source=str(folder), exact=False)
-        copier = Copier(place)
+        copier = TensorReader(place)
         # All room is made now: memory that is freed under work still running must not be among it.
         self._copies.append((copier, list(allocate(module, stored, copier.device))))
 
 
 def load_shared_parts(
     path: Path, device: Device, text_encoder_on: torch.device | None = None
-) -> SharedParts:
+) -> Components:
     """Load tokenizer, text encoder, VAE and scheduler from the folder `path`.
 
     Args:
         text_encoder_on: where the text encoder goes; by default to the device.
 
     Raises:
-        ModelUnusable, quant.WeightsError: as `ComingParts`.
+        ModelUnusable, quant.WeightsError: as `ComponentLoader`.
     """
-    parts = ComingParts(path, device, text_encoder_on)
+    parts = ComponentLoader(path, device, text_encoder_on)
     parts.copy()
     return parts.finish()

@@ -36,17 +36,17 @@ from quant.kernels.selection import KernelChoice
 from quant.transformer.meta_model import (
     check_stored,
     empty_transformer,
-    materialize,
+    load_weights,
     move_buffers,
 )
 from quant.weights.header import stored_tensors
 from worker.config import StepCache
 from worker.device import Device
 from worker.model_loader.component_files import WEIGHTS, check_files, read_json
-from worker.model_loader.components import ComingParts, SharedParts
+from worker.model_loader.components import ComponentLoader, Components
 from worker.model_loader.memory_plan import Placement
 from worker.model_loader.mode_plan import (
-    Choices,
+    KernelsByMode,
     ModePlan,
     choose_kernels,
     distinct,
@@ -72,7 +72,7 @@ class Mode:
 
 
 def load_modes(
-    path: Path, plans: list[ModePlan], device: Device, choices: Choices | None = None
+    path: Path, plans: list[ModePlan], device: Device, choices: KernelsByMode | None = None
 ) -> tuple[Mode, ...]:
     """Load or make the transformer of every planned mode; `path` is the model's folder.
 
@@ -87,7 +87,7 @@ def load_modes(
     """
     if choices is None:
         choices = choose_kernels(plans, device)
-    with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
+    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as beside:
         begun = _begin_modes(path, plans, device, beside)
         return _finish_modes(begun, plans, choices, device, beside)
 
@@ -97,9 +97,9 @@ def load_model(
     plans: list[ModePlan],
     device: Device,
     placement: Placement | None = None,
-    choices: Choices | None = None,
+    choices: KernelsByMode | None = None,
     tokenizer: Callable[[], ModelTokenizer] | None = None,
-) -> tuple[tuple[Mode, ...], SharedParts]:
+) -> tuple[tuple[Mode, ...], Components]:
     """Load the modes and what they share: a thread copies, while this one makes modules.
 
     Args:
@@ -114,10 +114,10 @@ def load_model(
     if choices is None:
         choices = choose_kernels(plans, device)
     home = None if placement is None else placement.text_encoder_home(device)
-    with quant.CopierBeside(quant.Copier(device.torch_device)) as beside:
+    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as beside:
 
-        def begin_shared() -> ComingParts:
-            shared = ComingParts(path, device, home)
+        def begin_shared() -> ComponentLoader:
+            shared = ComponentLoader(path, device, home)
             shared.copy(beside)
             return shared
 
@@ -142,7 +142,7 @@ def _quantizes(plan: ModePlan) -> bool:
 
 
 def _begin_modes(
-    path: Path, plans: list[ModePlan], device: Device, reader: quant.CopierBeside
+    path: Path, plans: list[ModePlan], device: Device, reader: quant.BackgroundReader
 ) -> tuple[Mode, ...]:
     """Make the distinct modes' trees; what is in them may still be on its way."""
     plans = distinct(plans)
@@ -150,7 +150,7 @@ def _begin_modes(
     base = None
     if len(packed) < len(plans):
         convert_first = len(plans) == 1 and plans[0].recipe is not None
-        host = quant.Copier(torch.device("cpu"))
+        host = quant.TensorReader(torch.device("cpu"))
         base = _load_bf16(path / "transformer", device, host if convert_first else reader)
     elif len(packed) > 1:
         base = quant.load_packed_base(packed, reader)
@@ -160,9 +160,9 @@ def _begin_modes(
 def _finish_modes(
     begun: tuple[Mode, ...],
     plans: list[ModePlan],
-    choices: Choices,
+    choices: KernelsByMode,
     device: Device,
-    reader: quant.CopierBeside,
+    reader: quant.BackgroundReader,
 ) -> tuple[Mode, ...]:
     """Put modes on their kernels, block by block as their weights arrive.
 
@@ -185,7 +185,7 @@ def _put_on_kernels(
     plan: ModePlan,
     choice: KernelChoice | None,
     device: Device,
-    reader: quant.CopierBeside,
+    reader: quant.BackgroundReader,
 ) -> Mode:
     """Have a mode's blocks run on the kernels that were chosen for it."""
     if choice is None:
@@ -217,11 +217,11 @@ def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransfo
     transformer = empty_transformer(read_json(folder / "config.json"), device.dtype)
     stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
     check_stored(transformer.state_dict(), stored, source=str(folder), exact=False)
-    return move_buffers(materialize(transformer, stored, reader), reader.device)
+    return move_buffers(load_weights(transformer, stored, reader), reader.device)
 
 
 def _make_mode(
-    plan: ModePlan, base: WanTransformer3DModel | None, reader: quant.CopierBeside
+    plan: ModePlan, base: WanTransformer3DModel | None, reader: quant.BackgroundReader
 ) -> Mode:
     """Make one mode beside `base`, or from its packed checkpoint alone where there is none."""
     transformer, report = base, None

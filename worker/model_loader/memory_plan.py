@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from quant import QuantRecipe
-from quant.transformer.meta_model import shared_quantized_skeleton, shared_skeleton
+from quant.transformer.meta_model import shared_meta_model, shared_quantized_skeleton
 from quant.weights.fingerprint import read_transformer_config
 from quant.weights.header import stored_tensors
 from worker.config import WorkerConfig, split_size
@@ -198,7 +198,7 @@ def measure_model(
     """
     folder = config.model.path
     transformer = read_transformer_config(folder)
-    base = shared_skeleton(transformer, device.dtype)
+    base = shared_meta_model(transformer, device.dtype)
     distinct = {
         mode.made_with: (mode, recipe) for mode, recipe in zip(config.modes, recipes, strict=True)
     }.values()

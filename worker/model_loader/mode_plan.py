@@ -18,7 +18,7 @@ import quant
 from quant.kernels.selection import KernelChoice
 from quant.kernels.self_test import BlockShape
 from quant.transformer.meta_model import (
-    shared_skeleton,
+    shared_meta_model,
 )
 from quant.weights.fingerprint import read_transformer_config
 from worker.config import ModeConfig, WorkerConfig
@@ -37,7 +37,7 @@ _PARTS = (
 )
 
 
-Choices = dict[tuple[object, ...], KernelChoice | None]
+KernelsByMode = dict[tuple[object, ...], KernelChoice | None]
 """The kernels of each distinct mode, by what it is made with."""
 
 
@@ -89,7 +89,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
         quant.QuantError: a recipe, a scales file or a packed checkpoint cannot be read, or a tensor
             in it is not as it should be.
     """
-    shape = BlockShape.of(shared_skeleton(read_transformer_config(config.model.path)).config)
+    shape = BlockShape.of(shared_meta_model(read_transformer_config(config.model.path)).config)
     plans = []
     for mode in config.modes:
         if mode.recipe is None:
@@ -119,7 +119,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
     return plans
 
 
-def choose_kernels(plans: list[ModePlan], device: Device) -> Choices:
+def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:
     """Try which kernels the modes run on here, before any weights are read.
 
     Beside, what will read them is made ready.
@@ -129,14 +129,14 @@ def choose_kernels(plans: list[ModePlan], device: Device) -> Choices:
     """
     _refuse_fp8_attention(plans, device)
     with ThreadPoolExecutor(1) as beside:
-        ready = beside.submit(quant.Copier(device.torch_device).prepare)
+        ready = beside.submit(quant.TensorReader(device.torch_device).prepare)
         choices = {plan.config.made_with: _kernels_of(plan, device) for plan in distinct(plans)}
     ready.result()
     _warn(plans, choices)
     return choices
 
 
-def _warn(plans: list[ModePlan], choices: Choices) -> None:
+def _warn(plans: list[ModePlan], choices: KernelsByMode) -> None:
     """Say once of each warning which modes it is of."""
     modes: dict[str, list[str]] = {}
     for plan in plans:

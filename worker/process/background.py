@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 
-class Companion(ABC):
+class BackgroundThread(ABC):
     """A context in which `_run` runs in a thread of its own.
 
     `_run` has to return soon after `_done` is set.

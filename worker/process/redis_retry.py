@@ -1,6 +1,6 @@
 """Redis goes away and comes back; a worker with its model stays.
 
-Every thread of a worker that talks to Redis reports to one `Outage`, so the log says once that
+Every thread of a worker that talks to Redis reports to one `RedisOutage`, so the log says once that
 Redis has gone and once that it is back, however many ask in between.
 """
 
@@ -44,7 +44,7 @@ END_WAIT_S = 5.0
 """How long the end of a worker waits for a thread beside its jobs. They are daemons."""
 
 
-class Outage:
+class RedisOutage:
     """What is known of Redis: here, or away since some time."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Outage:
                 self._since = None
 
 
-class Pauses:
+class Backoff:
     """How long to wait after each failure: twice as long each time, up to a limit, with jitter."""
 
     def __init__(self, longest_s: float = LONGEST_PAUSE_S) -> None:
@@ -103,7 +103,7 @@ class Pauses:
 
 def keep_asking(
     call: Callable[[], T],
-    outage: Outage,
+    outage: RedisOutage,
     patience_s: float | None = None,
     hurried: Callable[[], bool] = lambda: False,
 ) -> T:
@@ -117,7 +117,7 @@ def keep_asking(
             Whatever else the call raises, at once.
     """
     deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
-    pauses, in_a_hurry = Pauses(), False
+    pauses, in_a_hurry = Backoff(), False
     while True:
         try:
             with outage.watched():

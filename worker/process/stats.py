@@ -12,7 +12,7 @@ from jobs.catalog import ModeStatus
 from jobs.record import Stage
 from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
 from worker.interface import ActShares
-from worker.process.redis_retry import Outage
+from worker.process.redis_retry import RedisOutage
 
 KEPT: Final = 50
 """Of each kind of step, this many of the latest durations are remembered."""
@@ -42,7 +42,7 @@ class StepTimes:
         return found[(9 * len(found) - 1) // 10] if found else None
 
 
-class Journal:
+class WorkerStats:
     """One for each process. Jobs write it, in turn; the status is read from another thread.
 
     Attributes:
@@ -50,7 +50,7 @@ class Journal:
     """
 
     def __init__(self) -> None:
-        self.outage = Outage()
+        self.outage = RedisOutage()
         self.step_times = StepTimes()
         self.exit_status: int | None = None
         self._out_of_memory = 0

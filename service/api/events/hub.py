@@ -26,9 +26,9 @@ from jobs.errors import TooManyOwnStreams, TooManyStreams
 from jobs.record import JobRecord
 from jobs.redis_client import connect_async
 from jobs.state import JobState
-from jobs.store.queue_positions import Place
-from service.api.events.reader import EventReader, News
-from service.lookups.queue_positions import QueuePlaces
+from jobs.store.queue_positions import QueuePosition
+from service.api.events.reader import EventBatch, EventReader
+from service.lookups.queue_positions import CachedQueuePositions
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,13 @@ class Follower:
         self.owner = owner
         self.changed = asyncio.Event()
         self.waits = job.state is JobState.QUEUED
-        self.place: Place | None = None
+        self.place: QueuePosition | None = None
 
 
 class EventHub:
     """Runs from `start` to `stop`; `most` streams may be open at a time."""
 
-    def __init__(self, url: str, places: QueuePlaces, most: int) -> None:
+    def __init__(self, url: str, places: CachedQueuePositions, most: int) -> None:
         self._redis: Redis = connect_async(url, CONNECTIONS)
         self._reader = EventReader(self._redis)
         self._places = places
@@ -164,7 +164,7 @@ class EventHub:
         else:
             follower.place = None
 
-    async def read(self, job_id: str, after: str) -> News:
+    async def read(self, job_id: str, after: str) -> EventBatch:
         """Read what happened after the event `after`. Raises RedisError."""
         return await self._reader.read(job_id, after)
 

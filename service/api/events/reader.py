@@ -16,7 +16,7 @@ from service.schemas.jobs import EventView, JobView
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class EncodedEvent:
     """An event, and what is sent of it where nothing is added."""
 
     event: JobEvent
@@ -28,11 +28,11 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class EventBatch:
     """What happened to a job after some event; `state` is None when the job is gone."""
 
     state: JobState | None
-    told: tuple[Told, ...]
+    told: tuple[EncodedEvent, ...]
 
 
 class EventReader:
@@ -40,9 +40,9 @@ class EventReader:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._reads: dict[tuple[str, str], asyncio.Task[News]] = {}
+        self._reads: dict[tuple[str, str], asyncio.Task[EventBatch]] = {}
         self._end: asyncio.Future[None]
-        self.tasks: set[asyncio.Task[News]] = set()
+        self.tasks: set[asyncio.Task[EventBatch]] = set()
 
     def start(self) -> None:
         self._end = asyncio.get_running_loop().create_future()
@@ -52,7 +52,7 @@ class EventReader:
         if not self._end.done():
             self._end.set_result(None)
 
-    async def read(self, job_id: str, after: str) -> News:
+    async def read(self, job_id: str, after: str) -> EventBatch:
         """Read what happened after the event `after`. Raises RedisError."""
         read = self._reads.get((job_id, after))
         if read is None or read.done():
@@ -72,23 +72,23 @@ class EventReader:
         for each in [each for each in self._reads if each[0] == job_id]:
             del self._reads[each]
 
-    def _drop(self, asked: tuple[str, str], read: asyncio.Task[News]) -> None:
+    def _drop(self, asked: tuple[str, str], read: asyncio.Task[EventBatch]) -> None:
         self.tasks.discard(read)
         if not read.cancelled():
             read.exception()  # everybody who asked may be gone
         if self._reads.get(asked) is read:
             del self._reads[asked]
 
-    async def _read(self, job_id: str, after: str) -> News:
+    async def _read(self, job_id: str, after: str) -> EventBatch:
         async with self._redis.pipeline(transaction=False) as pipe:
             # The state first: events up to an end that is seen here are seen below.
             pipe.hmget(redis_keys.record(job_id), ["state", "delete_requested"])
             pipe.xrange(*events.range_after(job_id, after))
             (state, deleted), entries = await pipe.execute()
         if state is None or deleted is not None:
-            return News(None, ())
-        told = (Told(event, encode(job_id, event)) for event in events.decode(entries))
-        return News(JobState(state.decode()), tuple(told))
+            return EventBatch(None, ())
+        told = (EncodedEvent(event, encode(job_id, event)) for event in events.decode(entries))
+        return EventBatch(JobState(state.decode()), tuple(told))
 
 
 def encode(job_id: str, event: JobEvent, job: JobView | None = None) -> bytes:

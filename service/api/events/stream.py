@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jobs.errors import JobNotFound
 from jobs.state import JobState
-from jobs.store.queue_positions import Place
+from jobs.store.queue_positions import QueuePosition
 from service.api.events.hub import EventHub, Follower
 from service.api.events.reader import encode
 from service.schemas.jobs import JobView, QueueView
@@ -62,7 +62,7 @@ class EventStream(StreamingResponse):
         self._after = after
         self._heartbeat_s = heartbeat_s
         self._view = view
-        self._place: Place | None = None
+        self._place: QueuePosition | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Here and not in the generator, which may be left standing when the client goes away.

@@ -8,10 +8,10 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from jobs.durations import Paces
+from jobs.durations import DurationCache
 from jobs.record import JobRecord
-from jobs.store.queue_positions import Place
-from service.api.deps import Parts
+from jobs.store.queue_positions import QueuePosition
+from service.api.deps import AppState
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ POLLS_LEFT: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class VideoStatus:
     """None for what is not known or does not apply. `seconds_left` are those until the end."""
 
     fps: int | None
-    place: Place | None = None
+    place: QueuePosition | None = None
     seconds_left: float | None = None
     expires_at: datetime | None = None
 
@@ -39,7 +39,7 @@ class Outlook:
         return min(MAX_POLL_MS, max(MIN_POLL_MS, round(self.seconds_left * 1000 / POLLS_LEFT)))
 
 
-def outlooks(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
+def outlooks(parts: AppState, jobs: Sequence[JobRecord]) -> dict[str, VideoStatus]:
     """Find the outlook of each job, by its id.
 
     Where Redis does not answer, an unfinished job has none: that is no reason to answer with an
@@ -55,25 +55,27 @@ def outlooks(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
     return found
 
 
-def _of_video(parts: Parts, job: JobRecord) -> Outlook:
+def _of_video(parts: AppState, job: JobRecord) -> VideoStatus:
     if job.video is None:
-        return Outlook(None)
-    return Outlook(job.video.fps, expires_at=parts.settings.keep.video_until(job))
+        return VideoStatus(None)
+    return VideoStatus(job.video.fps, expires_at=parts.settings.keep.video_until(job))
 
 
-def _of_unfinished(parts: Parts, jobs: Sequence[JobRecord]) -> dict[str, Outlook]:
+def _of_unfinished(parts: AppState, jobs: Sequence[JobRecord]) -> dict[str, VideoStatus]:
     fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
     places = parts.places.of(jobs)
-    paces = Paces(parts.redis)
+    paces = DurationCache(parts.redis)
     found = {}
     for job in jobs:
         place = places.get(job.id)
         seconds_left = _seconds_left(job, place, paces)
-        found[job.id] = Outlook(fps.get(job.request.model), place, seconds_left)
+        found[job.id] = VideoStatus(fps.get(job.request.model), place, seconds_left)
     return found
 
 
-def _seconds_left(job: JobRecord, place: Place | None, paces: Paces) -> float | None:
+def _seconds_left(
+    job: JobRecord, place: QueuePosition | None, paces: DurationCache
+) -> float | None:
     if job.progress is not None:
         return job.progress.seconds_left
     if place is None or place.starts_in_s is None:

@@ -11,7 +11,7 @@ from jobs.record import JobRecord
 from jobs.spec import GenerationRequest, shown
 from jobs.store.deletion import delete_job
 from jobs.store.job_store import MAX_PAGE
-from service.api.deps import IdempotencyKeyDep, PartsDep, PrincipalDep
+from service.api.deps import AppStateDep, IdempotencyKeyDep, PrincipalDep
 from service.api.openai.body import video_fields
 from service.api.openai.job_progress import outlooks
 from service.api.openai.openapi import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
@@ -40,7 +40,7 @@ def create_video(
     # First: a stranger's body is not even read.
     principal: PrincipalDep,
     fields: FieldsDep,
-    parts: PartsDep,
+    parts: AppStateDep,
     response: Response,
     idempotency_key: IdempotencyKeyDep = None,
 ) -> VideoObject:
@@ -62,7 +62,7 @@ def create_video(
 @router.get("", summary="List videos", responses=errors(401, 422, 429, 503))
 def list_videos(
     principal: PrincipalDep,
-    parts: PartsDep,
+    parts: AppStateDep,
     after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,
     limit: Annotated[
         int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})
@@ -91,7 +91,7 @@ def list_videos(
     responses={**VIDEO_ANSWER, **errors(401, 404, 429, 503)},
 )
 def read_video(
-    principal: PrincipalDep, video_id: str, parts: PartsDep, response: Response
+    principal: PrincipalDep, video_id: str, parts: AppStateDep, response: Response
 ) -> VideoObject:
     """Read a job as it stands. A failed job is answered with 200 and its `error`."""
     return _described(visible_job(parts.store, principal, video_id), parts, response)
@@ -107,7 +107,7 @@ def read_video(
 def read_content(
     principal: PrincipalDep,
     video_id: str,
-    parts: PartsDep,
+    parts: AppStateDep,
     wanted: WantedDep,
     variant: Annotated[
         str, Query(description="Only `video` is offered.", json_schema_extra={"enum": ["video"]})
@@ -126,7 +126,7 @@ def read_content(
 
 
 @router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
-def delete_video(principal: PrincipalDep, video_id: str, parts: PartsDep) -> VideoDeleted:
+def delete_video(principal: PrincipalDep, video_id: str, parts: AppStateDep) -> VideoDeleted:
     """Delete the job, its video and its record, for good.
 
     A queued job will not run; a running one is stopped. Nobody can read it from now on.
@@ -137,7 +137,7 @@ def delete_video(principal: PrincipalDep, video_id: str, parts: PartsDep) -> Vid
     return VideoDeleted(id=video_id)
 
 
-def _described(job: JobRecord, parts: PartsDep, response: Response) -> VideoObject:
+def _described(job: JobRecord, parts: AppStateDep, response: Response) -> VideoObject:
     outlook = outlooks(parts, [job])[job.id]
     if not job.state.is_terminal:
         response.headers[POLL_HEADER] = str(outlook.poll_after_ms)

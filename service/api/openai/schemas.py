@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.record import JobRecord, Stage
 from jobs.state import JobState
-from service.api.openai.job_progress import Outlook
+from service.api.openai.job_progress import VideoStatus
 
 _STATUS: Final = {
     JobState.QUEUED: "queued",
@@ -87,7 +87,7 @@ class VideoObject(BaseModel):
     seconds_left: float | None = Field(description="Until the job's end, as far as is known.")
 
     @classmethod
-    def of(cls, job: JobRecord, outlook: Outlook) -> Self:
+    def of(cls, job: JobRecord, outlook: VideoStatus) -> Self:
         request = job.request
         return cls(
             id=job.id,

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from jobs.store import events
-from service.api.deps import JobViewsDep, PartsDep, PrincipalDep
+from service.api.deps import AppStateDep, JobViewsDep, PrincipalDep
 from service.api.events.hub import Follower
 from service.api.events.stream import EventStream
 from service.api.openapi import EVENT_ANSWER, problems
@@ -27,7 +27,7 @@ _ID: Final = r"^[0-9]{1,19}-[0-9]{1,19}$"
 async def follow_job(
     principal: PrincipalDep,
     job_id: str,
-    parts: PartsDep,
+    parts: AppStateDep,
     views: JobViewsDep,
     last_event_id: Annotated[
         str | None,

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from jobs.errors import NoLiveWorker
-from service.api.deps import PartsDep
+from service.api.deps import AppStateDep
 from service.api.openapi import problems
 from service.schemas.jobs import HealthView, ReadyView
 
@@ -17,7 +17,7 @@ async def healthz() -> HealthView:
 
 
 @router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
-async def readyz(parts: PartsDep) -> ReadyView:
+async def readyz(parts: AppStateDep) -> ReadyView:
     """Answer 200 when Redis is reachable and at least one worker is live; within two seconds."""
     workers = await parts.readiness.workers()
     if not workers.live:

@@ -13,12 +13,12 @@ from jobs.spec import GenerationRequest, resolve_json
 from jobs.state import JobState
 from jobs.store.job_store import MAX_PAGE
 from service.api.deps import (
+    AppStateDep,
     ArtifactsDep,
     IdempotencyKeyDep,
     JobViewsDep,
     JsonBodyDep,
     ListedOwnerDep,
-    PartsDep,
     PrincipalDep,
     StoreDep,
     ViewerDep,
@@ -58,7 +58,7 @@ def generate(
     principal: PrincipalDep,
     # Any JSON: jobs.spec reports malformed fields and broken bounds in one answer.
     body: JsonBodyDep,
-    parts: PartsDep,
+    parts: AppStateDep,
     views: JobViewsDep,
     idempotency_key: IdempotencyKeyDep = None,
 ) -> Response:

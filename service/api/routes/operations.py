@@ -6,7 +6,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 from starlette.concurrency import run_in_threadpool
 
-from service.api.deps import BearerDep, OpsDep, PartsDep
+from service.api.deps import AppStateDep, BearerDep, OpsDep
 from service.api.openapi import problems
 from service.monitoring.fleet import look
 from service.schemas.operations import FleetView
@@ -29,7 +29,7 @@ router = APIRouter(tags=["operations"])
         **problems(401, 403, 429, 503),
     },
 )
-async def read_metrics(request: Request, parts: PartsDep, bearer: BearerDep) -> Response:
+async def read_metrics(request: Request, parts: AppStateDep, bearer: BearerDep) -> Response:
     """Show the metrics to ops.
 
     Without Redis nobody can be asked who is ops. Then whoever could read the metrics within the
@@ -56,6 +56,6 @@ async def read_metrics(request: Request, parts: PartsDep, bearer: BearerDep) -> 
     summary="Live workers and their queues",
     responses=problems(401, 403, 429, 503),
 )
-def read_fleet(principal: OpsDep, parts: PartsDep) -> FleetView:
+def read_fleet(principal: OpsDep, parts: AppStateDep) -> FleetView:
     """Show ops how each live worker is doing, and what waits in which queue."""
     return FleetView.of(look(parts.redis))

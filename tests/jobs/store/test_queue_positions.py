@@ -5,15 +5,15 @@ from redis import Redis
 from rq import Queue
 
 from jobs import durations
-from jobs.durations import Pace, Paces
+from jobs.durations import DurationCache, Durations
 from jobs.record import JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
-from jobs.store.queue_positions import Place, Places
+from jobs.store.queue_positions import QueuePosition, QueuePositions
 from jobs.store.submission import Submission
 
 QUEUE = "q"
-PACE = Pace(step_s=2.0, rest_s=4.0, texts_s=1.0)
+PACE = Durations(step_s=2.0, rest_s=4.0, texts_s=1.0)
 JOB_S = PACE.job_s(20)
 
 
@@ -22,25 +22,25 @@ def jobs(store: JobStore, request_for_video: GenerationRequest) -> list[JobRecor
     return [store.create(request_for_video, QUEUE).job for _ in range(6)]
 
 
-def place(redis: Redis, job: JobRecord, workers: int) -> Place | None:
-    return Places(redis).of([job], {QUEUE: workers}).get(job.id)
+def place(redis: Redis, job: JobRecord, workers: int) -> QueuePosition | None:
+    return QueuePositions(redis).of([job], {QUEUE: workers}).get(job.id)
 
 
 def test_a_start_is_not_known_before_anything_was_measured(
     redis: Redis, jobs: list[JobRecord]
 ) -> None:
-    assert place(redis, jobs[2], workers=1) == Place(2, None)
-    assert place(redis, jobs[0], workers=1) == Place(0, 0)
+    assert place(redis, jobs[2], workers=1) == QueuePosition(2, None)
+    assert place(redis, jobs[0], workers=1) == QueuePosition(0, 0)
 
 
 def test_each_job_goes_to_the_worker_that_is_free_first(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
     durations.measure(redis, request_for_video, PACE)
-    assert place(redis, jobs[2], workers=1) == Place(2, 2 * JOB_S)
-    assert place(redis, jobs[2], workers=2) == Place(2, JOB_S)
-    assert place(redis, jobs[2], workers=3) == Place(2, 0)
-    assert place(redis, jobs[2], workers=0) == Place(2, None)
+    assert place(redis, jobs[2], workers=1) == QueuePosition(2, 2 * JOB_S)
+    assert place(redis, jobs[2], workers=2) == QueuePosition(2, JOB_S)
+    assert place(redis, jobs[2], workers=3) == QueuePosition(2, 0)
+    assert place(redis, jobs[2], workers=0) == QueuePosition(2, None)
 
 
 def test_running_jobs_count_with_what_they_have_left(
@@ -53,7 +53,7 @@ def test_running_jobs_count_with_what_they_have_left(
     assert first is not None
     assert first.starts_in_s == pytest.approx(2 * JOB_S, abs=5)
     store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=4.0))
-    assert place(redis, jobs[2], workers=1) == Place(1, 4 + JOB_S)
+    assert place(redis, jobs[2], workers=1) == QueuePosition(1, 4 + JOB_S)
     assert place(redis, store.get(jobs[0].id), workers=1) is None
     # As it was read before it was taken.
     assert place(redis, jobs[0], workers=1) is None
@@ -66,12 +66,12 @@ def test_many_jobs_of_several_queues_at_once(
     other = store.create(request_for_video, "other").job
     store.cancel(jobs[1].id)
     asked = [*(store.get(job.id) for job in reversed(jobs)), other]
-    assert Places(redis).of(asked, {QUEUE: 1}) == {
-        jobs[0].id: Place(0, 0),
-        **{job.id: Place(n, n * JOB_S) for n, job in enumerate(jobs[2:], start=1)},
-        other.id: Place(0, None),
+    assert QueuePositions(redis).of(asked, {QUEUE: 1}) == {
+        jobs[0].id: QueuePosition(0, 0),
+        **{job.id: QueuePosition(n, n * JOB_S) for n, job in enumerate(jobs[2:], start=1)},
+        other.id: QueuePosition(0, None),
     }
-    assert Places(redis).of([], {}) == {}
+    assert QueuePositions(redis).of([], {}) == {}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -79,8 +79,8 @@ def test_far_behind_the_mean_of_those_in_front_is_taken(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest, workers: int
 ) -> None:
     durations.measure(redis, request_for_video, PACE)
-    asked = Places(redis, 2).of(jobs, {QUEUE: workers})
-    exact = Places(redis, 100).of(jobs, {QUEUE: workers})
+    asked = QueuePositions(redis, 2).of(jobs, {QUEUE: workers})
+    exact = QueuePositions(redis, 100).of(jobs, {QUEUE: workers})
     assert [asked[job.id].position for job in jobs] == list(range(6))
     assert asked[jobs[2].id] == exact[jobs[2].id]
     for job in jobs:
@@ -97,7 +97,7 @@ def test_behind_a_kind_never_measured_nothing_is_known(
         store.create(request, QUEUE).job
         for request in (request_for_video, strange, request_for_video)
     )
-    found = Places(redis).of([known, unknown, behind], {QUEUE: 1})
+    found = QueuePositions(redis).of([known, unknown, behind], {QUEUE: 1})
     assert [found[job.id].starts_in_s for job in (known, unknown, behind)] == [0, JOB_S, None]
 
 
@@ -108,15 +108,15 @@ def test_priority_goes_first(
     request_for_video: GenerationRequest,
 ) -> None:
     first = store.create(request_for_video, QUEUE, Submission(priority=True)).job
-    assert place(redis, first, workers=1) == Place(0, 0)
-    assert place(redis, jobs[0], workers=1) == Place(1, None)
+    assert place(redis, first, workers=1) == QueuePosition(0, 0)
+    assert place(redis, jobs[0], workers=1) == QueuePosition(1, None)
 
 
 def test_a_pace_follows_new_measurements_slowly(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, Pace(1.0, 10.0, 5.0))
-    durations.measure(redis, request_for_video, Pace(2.0, 10.0, 0.0))
+    durations.measure(redis, request_for_video, Durations(1.0, 10.0, 5.0))
+    durations.measure(redis, request_for_video, Durations(2.0, 10.0, 0.0))
     kept = durations.read(redis, request_for_video)
     assert kept is not None
     assert kept.step_s == pytest.approx(1.3)
@@ -129,24 +129,24 @@ def test_a_pace_follows_new_measurements_slowly(
 def test_a_pace_is_asked_for_once_in_a_while(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
-    paces = Paces(redis)
+    paces = DurationCache(redis)
     durations.measure(redis, request_for_video, PACE)
     assert paces.of(request_for_video) == PACE
-    durations.measure(redis, request_for_video, Pace(4.0, 5.0))
+    durations.measure(redis, request_for_video, Durations(4.0, 5.0))
     assert paces.of(request_for_video) == PACE
-    assert Paces(redis).of(request_for_video) != PACE
+    assert DurationCache(redis).of(request_for_video) != PACE
 
 
 def test_the_estimate_of_a_queue_is_kept_for_a_moment_and_the_place_is_not(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
     durations.measure(redis, request_for_video, PACE)
-    places = Places(redis, kept_s=60)
-    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(1, JOB_S)
-    durations.measure(redis, request_for_video, Pace(1.0, 1.0))
-    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(1, JOB_S)
+    places = QueuePositions(redis, kept_s=60)
+    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
+    durations.measure(redis, request_for_video, Durations(1.0, 1.0))
+    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
     redis.lpop(Queue(QUEUE, connection=redis).key)
-    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == Place(0, 0)
+    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(0, 0)
     # What it does not reach to is looked into now.
     found = places.of([jobs[5]], {QUEUE: 1})[jobs[5].id]
     assert found.position == 4

@@ -15,11 +15,11 @@ from torch import nn
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape
 from quant.numerics import hif8
-from quant.transformer.meta_model import materialize
+from quant.transformer.meta_model import load_weights
 from quant.weights.fastsafetensors_reader import FileReader, file_reader
 from quant.weights.header import SMALL_BYTES, stored_tensors
-from quant.weights.reader import Copier, CopierBeside
-from quant.weights.transfer import BUFFERS, ByFileReader, ByPinnedBuffers
+from quant.weights.reader import BackgroundReader, TensorReader
+from quant.weights.transfer import BUFFERS, FastSafetensorsTransfer, PinnedTransfer
 from quant.weights.writer import spec_of, split_into_shards, write_safetensors
 
 pytestmark = pytest.mark.cuda
@@ -47,14 +47,14 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-def by_file_reader() -> ByFileReader:
+def by_file_reader() -> FastSafetensorsTransfer:
     reader = file_reader(CARD)
     assert reader is not None, "the extra `cuda` has fastsafetensors"
-    return ByFileReader(CARD, reader, run_bytes=8192, gather_bytes=400)
+    return FastSafetensorsTransfer(CARD, reader, run_bytes=8192, gather_bytes=400)
 
 
 @pytest.mark.parametrize(
-    "way", [by_file_reader, partial(ByPinnedBuffers, CARD, run_bytes=8192), None]
+    "way", [by_file_reader, partial(PinnedTransfer, CARD, run_bytes=8192), None]
 )
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
 def test_every_tensor_arrives_on_the_card(file, dtype, way):
@@ -64,17 +64,17 @@ def test_every_tensor_arrives_on_the_card(file, dtype, way):
         name: torch.full(s.shape, 77, dtype=dtype or s.dtype, device=CARD)
         for name, s in stored.items()
     }
-    with CopierBeside(Copier(CARD, way)) as beside:
+    with BackgroundReader(TensorReader(CARD, way)) as beside:
         beside.read((stored[name], targets[name]) for name in stored)
     elsewhere = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
-    Copier(torch.device("cpu")).read((stored[name], elsewhere[name]) for name in stored)
+    TensorReader(torch.device("cpu")).read((stored[name], elsewhere[name]) for name in stored)
     for name, target in targets.items():
         assert torch.equal(target.cpu(), elsewhere[name].to(target.dtype)), name
 
 
 @pytest.mark.parametrize("wide_first", [False, True])
 @pytest.mark.parametrize(
-    "way", [by_file_reader, partial(ByPinnedBuffers, CARD, run_bytes=8192), None]
+    "way", [by_file_reader, partial(PinnedTransfer, CARD, run_bytes=8192), None]
 )
 def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, way, wide_first):
     """As a BF16 transformer is stored, some of which runs in FP32."""
@@ -86,7 +86,7 @@ def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, way, w
         (s, torch.full(s.shape, 77.0, dtype=dtypes[(n + wide_first) % 2], device=CARD))
         for n, s in enumerate(stored_tensors([file]).values())
     ]
-    Copier(CARD, way).read(wanted)
+    TensorReader(CARD, way).read(wanted)
     for stored, target in wanted:
         assert torch.equal(target.cpu(), tensors[stored.name].to(target.dtype)), stored.name
 
@@ -102,7 +102,7 @@ class Layers(nn.Module):
         )
 
 
-@pytest.mark.parametrize("way", [None, partial(ByPinnedBuffers, CARD)])
+@pytest.mark.parametrize("way", [None, partial(PinnedTransfer, CARD)])
 def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch, way):
     """As a worker loads them: many at once, into memory that others' work still writes to."""
     generator = torch.Generator().manual_seed(0)
@@ -125,8 +125,8 @@ def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch
     at_once = 0
     for _ in range(3):
         module = Layers(60)
-        with CopierBeside(Copier(CARD, way)) as beside:
-            materialize(module, stored, beside)
+        with BackgroundReader(TensorReader(CARD, way)) as beside:
+            load_weights(module, stored, beside)
         at_once = at_once or len(sizes)
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor.cpu(), values[name]), name

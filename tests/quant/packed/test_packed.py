@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from quant import (
-    Copier,
     PackedMismatch,
     QuantError,
     QuantRecipe,
     ScalesMismatch,
+    TensorReader,
     WeightsError,
     check_packed,
     convert,
@@ -43,16 +43,16 @@ from quant.transformer.meta_model import (
     allocate,
     check_stored,
     empty_transformer,
-    materialize,
+    load_weights,
     quantized_skeleton,
     shared_quantized_skeleton,
 )
-from quant.transformer.module_tree import twin_tree
+from quant.transformer.module_tree import share_tree
 from quant.weights.fingerprint import read_transformer_config
 from quant.weights.header import SMALL_BYTES, stored_tensors
 from quant.weights.writer import spec_of, split_into_shards
 
-CPU = Copier(torch.device("cpu"))
+CPU = TensorReader(torch.device("cpu"))
 NO_HEADERS = [b"", b"\x00" * 7, b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"[1,2,3] "]
 QDATA = "blocks.1.attn1.to_q.weight_qdata"
 
@@ -107,7 +107,7 @@ def bf16(tiny_model):
     """The model's transformer, in the dtypes diffusers gives it."""
     transformer = empty_transformer(read_transformer_config(tiny_model))
     stored = stored_tensors((tiny_model / "transformer").glob("*.safetensors"))
-    return materialize(transformer, stored, CPU)
+    return load_weights(transformer, stored, CPU)
 
 
 def opened(folder: Path, tiny_model: Path, recipe: QuantRecipe):
@@ -228,7 +228,7 @@ def test_large_tensors_of_a_shard_lie_one_behind_the_other(tiny_model, tiny_reci
 def test_small_tensors_of_a_file_are_taken_first(made, tiny_model, tiny_recipe, monkeypatch):
     monkeypatch.setattr("quant.transformer.meta_model.SMALL_BYTES", 500)
     packed = opened(made, tiny_model, tiny_recipe)
-    skeleton = twin_tree(
+    skeleton = share_tree(
         shared_quantized_skeleton(packed.info.transformer_config, tiny_recipe), lambda *_: None
     )
     taken = [stored for stored, _ in allocate(skeleton, packed.stored, torch.device("cpu"))]

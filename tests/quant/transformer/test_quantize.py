@@ -15,7 +15,7 @@ from quant.numerics.metrics import sqnr_db
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.conversion_report import weight_bytes
-from quant.transformer.module_tree import twin_tree
+from quant.transformer.module_tree import share_tree
 from quant.transformer.quantize import quantize_transformer
 
 KINDS = 10
@@ -172,18 +172,18 @@ def test_a_missing_scale_is_refused(tiny_transformer, tiny_recipe, tiny_scales: 
 def test_hooked_or_patched_modules_are_refused(tiny_transformer):
     handle = tiny_transformer.blocks[1].register_forward_hook(lambda *_: None)
     with pytest.raises(ConversionError, match=r"'blocks.1' carries _forward_hooks: quantize first"):
-        twin_tree(tiny_transformer, lambda *_: None)
+        share_tree(tiny_transformer, lambda *_: None)
     handle.remove()
     tiny_transformer.blocks[1].forward = lambda *_: None
     with pytest.raises(ConversionError, match="a patched forward"):
-        twin_tree(tiny_transformer, lambda *_: None)
+        share_tree(tiny_transformer, lambda *_: None)
 
 
 def test_a_tree_that_a_pipeline_has_run_gives_a_twin_that_can_be_cached(tiny_transformer):
     """A pipeline leaves diffusers' registry of hooks on its transformer, which names its owner."""
     with tiny_transformer.cache_context("cond"):
         before = run(tiny_transformer)
-    twin = twin_tree(tiny_transformer, lambda *_: None)
+    twin = share_tree(tiny_transformer, lambda *_: None)
     twin.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
     with twin.cache_context("cond"):
         assert torch.equal(run(twin), before)
@@ -191,6 +191,6 @@ def test_a_tree_that_a_pipeline_has_run_gives_a_twin_that_can_be_cached(tiny_tra
 
 def test_a_module_used_twice_stays_one_module():
     shared = nn.Linear(2, 2)
-    twin = twin_tree(nn.ModuleDict({"a": shared, "b": shared}), lambda *_: None)
+    twin = share_tree(nn.ModuleDict({"a": shared, "b": shared}), lambda *_: None)
     assert twin["a"] is twin["b"]
     assert twin["a"] is not shared

@@ -17,7 +17,7 @@ from quant.kernels.joined_linear import JoinedLinear, SeparateLinears
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape, check_kernels
 from quant.numerics.linear import Hif8Linear
-from quant.transformer.module_tree import twin_tree
+from quant.transformer.module_tree import share_tree
 from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
 from tests.support.diffusers_reference import with_our_products
 
@@ -61,7 +61,7 @@ def run(model: WanTransformer3DModel, given: tuple[Tensor, Tensor, Tensor]) -> T
 
 
 def test_fused_is_diffusers_to_the_last_bit(transformer: WanTransformer3DModel) -> None:
-    fused = twin_tree(transformer, lambda name, module: None)
+    fused = share_tree(transformer, lambda name, module: None)
     assert fuse_blocks(fused, EagerKernels()) == ()
     assert all(isinstance(block, FusedWanBlock) for block in fused.blocks)
     with_our_products(transformer)

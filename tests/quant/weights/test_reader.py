@@ -20,9 +20,9 @@ from quant.weights import reader as copier_module
 from quant.weights import transfer
 from quant.weights.fastsafetensors_reader import FileReader, file_reader
 from quant.weights.header import read_header, stored_tensors
-from quant.weights.read_plan import Cut, cut_into_runs
-from quant.weights.reader import Copier, CopierBeside
-from quant.weights.transfer import ByFileReader, ByPinnedBuffers, InPlace, Way
+from quant.weights.read_plan import ReadLimits, cut_into_runs
+from quant.weights.reader import BackgroundReader, TensorReader
+from quant.weights.transfer import FastSafetensorsTransfer, HostTransfer, PinnedTransfer, Transfer
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float16)
@@ -55,14 +55,14 @@ def library() -> FileReader:
 def copier(request, library):
     """Makes a copier to the host that takes one of the ways, in runs of so many bytes."""
 
-    def make(run_bytes: int) -> Copier:
-        kinds: dict[str, Callable[..., Way]] = {
-            "in place": InPlace,
-            "by pinned buffers": partial(ByPinnedBuffers, CPU),
-            "by file reader": partial(ByFileReader, CPU, library),
+    def make(run_bytes: int) -> TensorReader:
+        kinds: dict[str, Callable[..., Transfer]] = {
+            "in place": HostTransfer,
+            "by pinned buffers": partial(PinnedTransfer, CPU),
+            "by file reader": partial(FastSafetensorsTransfer, CPU, library),
         }
         way = partial(kinds[request.param], run_bytes=run_bytes, gather_bytes=400)
-        return Copier(CPU, way)
+        return TensorReader(CPU, way)
 
     return make
 
@@ -83,7 +83,7 @@ def test_reads_that_come_short_are_gone_on_with(files, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda file, views, at: whole(file, [views[0][:100]], at))
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    Copier(CPU).read((stored[n], targets[n]) for n in stored)
+    TensorReader(CPU).read((stored[n], targets[n]) for n in stored)
     check(files, targets)
 
 
@@ -124,8 +124,8 @@ def test_what_lies_in_memory_as_in_the_file_is_read_at_once(tmp_path, library, s
     memory = torch.full((8000,), 77.0)
     rows = [*memory[:3000].split(1000), *memory[4000:7000].split(1000)]
     wanted = list(zip(stored, rows, strict=True))
-    way = partial(ByFileReader, CPU, library, gather_bytes=400)
-    Copier(CPU, way).read(wanted)
+    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
+    TensorReader(CPU, way).read(wanted)
     check([file], {each.name: row for each, row in wanted})
     assert submitted == [12_000, 12_000]
     assert (memory[3000:4000] == 77).all(), "between them is somebody else's"
@@ -133,12 +133,12 @@ def test_what_lies_in_memory_as_in_the_file_is_read_at_once(tmp_path, library, s
 
     submitted.clear()
     memory.fill_(77)
-    Copier(CPU, partial(way, run_bytes=9000)).read(wanted)
+    TensorReader(CPU, partial(way, run_bytes=9000)).read(wanted)
     check([file], {each.name: row for each, row in wanted})
     assert submitted == [8000, 4000, 8000, 4000]
 
     submitted.clear()
-    Copier(CPU, way).read(wanted[::-1])
+    TensorReader(CPU, way).read(wanted[::-1])
     assert submitted == [4000] * 6
 
 
@@ -148,8 +148,8 @@ def test_neighbours_in_memory_only_are_not_read_at_once(tmp_path, library, submi
     first, _, last = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
     memory = torch.full((4000,), 77.0)
     rows = memory[:2000].split(1000)
-    way = partial(ByFileReader, CPU, library, gather_bytes=400)
-    Copier(CPU, way).read(zip([first, last], rows, strict=True))
+    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
+    TensorReader(CPU, way).read(zip([first, last], rows, strict=True))
     check([file], {first.name: rows[0], last.name: rows[1]})
     assert submitted == [4000, 4000]
     assert (memory[2000:] == 77).all()
@@ -161,8 +161,8 @@ def test_what_is_converted_lands_beside(tmp_path, library, submitted):
     stored = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
     memory = torch.full((4, 1000), 77.0, dtype=torch.bfloat16)
     targets = {each.name: row for each, row in zip(stored, memory, strict=True)}
-    way = partial(ByFileReader, CPU, library, gather_bytes=400)
-    Copier(CPU, way).read((each, targets[each.name]) for each in stored)
+    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
+    TensorReader(CPU, way).read((each, targets[each.name]) for each in stored)
     check([file], targets)
     assert sum(submitted) == pytest.approx(16_000, abs=64)
 
@@ -175,11 +175,13 @@ def test_small_tensors_from_anywhere_in_a_file_are_read_together(tmp_path, libra
     stored = stored_tensors([file])
     order = sorted(stored, key=lambda name: stored[name].nbytes)  # small ones first
     targets = {name: torch.full(stored[name].shape, 77.0) for name in order}
-    runs = list(cut_into_runs(((stored[n], targets[n]) for n in order), Cut(1 << 20, 400, True)))
+    runs = list(
+        cut_into_runs(((stored[n], targets[n]) for n in order), ReadLimits(1 << 20, 400, True))
+    )
     assert [len(run.pieces) for run in runs] == [4, 1, 1, 1]
     assert [len(run.spans) for run in runs] == [3, 1, 1, 1]
-    way = partial(ByFileReader, CPU, library, gather_bytes=400)
-    Copier(CPU, way).read((stored[name], targets[name]) for name in order)
+    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
+    TensorReader(CPU, way).read((stored[name], targets[name]) for name in order)
     check([file], targets)
     assert submitted == [160_000] * 3
 
@@ -189,7 +191,7 @@ def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
     monkeypatch.setattr(transfer, "AHEAD_BYTES", 100_000)
     most = {"landing": 0, "bytes": 0}
 
-    class Watched(ByFileReader):
+    class Watched(FastSafetensorsTransfer):
         def has_room(self, under_way):
             landing = [run for run in under_way if run.address is None]
             if len(landing) == len(under_way):
@@ -202,7 +204,7 @@ def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
     stored = stored_tensors(files)
     for dtype in (None, torch.float64):
         targets = {n: torch.empty(s.shape, dtype=dtype or s.dtype) for n, s in stored.items()}
-        Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
+        TensorReader(CPU, way).read((stored[name], targets[name]) for name in stored)
         check(files, targets)
     assert most["landing"] == transfer.CHUNKS
     assert 100_000 <= most["bytes"] < 100_000 + 8192
@@ -260,8 +262,8 @@ def test_what_the_library_does_not_bring_is_read_again(files, library, monkeypat
     monkeypatch.setattr(library, "wait", lambda number: FileReader.wait(library, number) and False)
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    way = partial(ByFileReader, CPU, library, run_bytes=5000, gather_bytes=400)
-    Copier(CPU, way).read((stored[name], targets[name]) for name in stored)
+    way = partial(FastSafetensorsTransfer, CPU, library, run_bytes=5000, gather_bytes=400)
+    TensorReader(CPU, way).read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
 
@@ -327,16 +329,18 @@ def test_what_is_under_way_is_waited_for_before_memory_goes(files, tmp_path, lib
     gone.unlink()
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match="No such file"):
-        Copier(CPU, partial(ByFileReader, CPU, library, gather_bytes=400)).read(wanted)
+        TensorReader(CPU, partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)).read(
+            wanted
+        )
     assert begun
     assert sorted(ended) == begun
 
 
-class Held(Copier):
+class Held(TensorReader):
     """Reads when it is let."""
 
     def __init__(self) -> None:
-        super().__init__(CPU, partial(InPlace, run_bytes=1024))
+        super().__init__(CPU, partial(HostTransfer, run_bytes=1024))
         self.let = threading.Event()
 
     def read(self, wanted, arrived=None):
@@ -346,7 +350,7 @@ class Held(Copier):
 
 def test_beside_threads_take_turns_more_often_and_as_before_afterwards():
     before = sys.getswitchinterval()
-    with CopierBeside(Copier(CPU)):
+    with BackgroundReader(TensorReader(CPU)):
         assert sys.getswitchinterval() < before
     assert sys.getswitchinterval() == before
 
@@ -360,7 +364,7 @@ def test_without_the_library_python_reads(monkeypatch, caplog):
     assert "takes longer" in caplog.text
 
 
-class Other(Copier):
+class Other(TensorReader):
     """Another copier, which notes when it is its turn."""
 
     def __init__(self, note: Callable[[], None]) -> None:
@@ -376,7 +380,7 @@ def test_beside_everything_arrives_in_turn(files):
     stored = stored_tensors(files)
     targets = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in stored.items()}
     held, taken = Held(), []
-    with CopierBeside(held) as beside:
+    with BackgroundReader(held) as beside:
         for number in range(2):
             names = [name for name in stored if name.startswith(f"{number}.")]
             beside.read((stored[name], targets[name]) for name in names)
@@ -388,7 +392,7 @@ def test_beside_everything_arrives_in_turn(files):
     check(files, targets)
 
 
-class Stepwise(InPlace):
+class Stepwise(HostTransfer):
     """Ends a run when it is let."""
 
     def __init__(self) -> None:
@@ -405,7 +409,7 @@ def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
     wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored.values()]
     wanted.sort(key=lambda each: each[0].start)
     way = Stepwise()
-    with CopierBeside(Copier(CPU, lambda: way)) as beside:
+    with BackgroundReader(TensorReader(CPU, lambda: way)) as beside:
         beside.read(wanted)
         for each, target in wanted:
             waiting = threading.Thread(target=beside.wait_for, args=([target],))
@@ -429,8 +433,8 @@ def test_beside_the_first_is_read_while_the_last_is_still_taken(files):
                 check(files, {stored[0].name: targets[0]})
             yield each
 
-    way = partial(InPlace, run_bytes=1024, gather_bytes=1)
-    with CopierBeside(Copier(CPU, way)) as beside:
+    way = partial(HostTransfer, run_bytes=1024, gather_bytes=1)
+    with BackgroundReader(TensorReader(CPU, way)) as beside:
         beside.read(wanted())
 
 
@@ -443,7 +447,7 @@ def test_beside_an_error_elsewhere_ends_what_is_being_read(files, later):
     way = Stepwise()
 
     def read_and_fail() -> None:
-        with CopierBeside(Copier(CPU, lambda: way)) as beside:
+        with BackgroundReader(TensorReader(CPU, lambda: way)) as beside:
             try:
                 beside.read(_failing(wanted))
             except MemoryError:
@@ -463,7 +467,7 @@ def test_beside_an_error_elsewhere_ends_what_is_being_read(files, later):
 
 def test_beside_whoever_goes_on_without_the_last_is_told_at_the_end(files):
     def read_and_go_on() -> None:
-        with CopierBeside(Copier(CPU)) as beside, suppress(MemoryError):
+        with BackgroundReader(TensorReader(CPU)) as beside, suppress(MemoryError):
             beside.read(_failing(wanted, after_s=0.2))  # in which all that was taken is begun
 
     stored = list(stored_tensors(files).values())
@@ -483,21 +487,21 @@ def test_beside_an_error_in_its_context_ends_what_is_being_read(files):
     wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
     ended: list[int] = []
 
-    class Slow(InPlace):
+    class Slow(HostTransfer):
         def end(self, run, begun):
             time.sleep(0.01)
             super().end(run, begun)
             ended.append(1)
 
     way = partial(Slow, run_bytes=1024, gather_bytes=1)
-    with pytest.raises(KeyError), CopierBeside(Copier(CPU, way)) as beside:  # noqa: PT012
+    with pytest.raises(KeyError), BackgroundReader(TensorReader(CPU, way)) as beside:  # noqa: PT012
         beside.read(wanted)
         raise KeyError
     assert len(ended) < len(stored) / 2
 
 
 def test_what_cannot_be_taken_leaves_nobody_waiting():
-    with pytest.raises(TypeError, match="iterable"), CopierBeside(Copier(CPU)) as beside:
+    with pytest.raises(TypeError, match="iterable"), BackgroundReader(TensorReader(CPU)) as beside:
         beside.read(5)  # type: ignore[arg-type]
 
 
@@ -513,7 +517,7 @@ def test_beside_a_fault_while_taking_ends_it(files):
                 raise MemoryError
             yield each
 
-    with pytest.raises(MemoryError), CopierBeside(held) as beside:
+    with pytest.raises(MemoryError), BackgroundReader(held) as beside:
         beside.read(wanted())
     assert not any(target.any() for target in targets), "nothing was under way yet"
 
@@ -523,7 +527,7 @@ def test_beside_what_has_arrived_is_not_kept(files):
     wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
     first, last = weakref.ref(wanted[0][1]), weakref.ref(wanted[-1][1])
     way = Stepwise()
-    with CopierBeside(Copier(CPU, lambda: way)) as beside:
+    with BackgroundReader(TensorReader(CPU, lambda: way)) as beside:
         beside.read(wanted)
         del wanted
         for _ in range(2 * transfer.BUFFERS):
@@ -544,7 +548,7 @@ def test_whoever_waits_for_a_tensor_is_told_of_a_fault(files, tmp_path):
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
 
     def read_and_wait() -> None:
-        with CopierBeside(Copier(CPU)) as beside:
+        with BackgroundReader(TensorReader(CPU)) as beside:
             beside.read(wanted)
             beside.wait_for([wanted[-1][1]])
             pytest.fail("it was not told")
@@ -557,7 +561,7 @@ def test_leaving_it_waits(files):
     stored = stored_tensors(files)
     targets = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in stored.items()}
     held = Held()
-    with CopierBeside(held) as beside:
+    with BackgroundReader(held) as beside:
         beside.read((stored[name], targets[name]) for name in stored)
         threading.Timer(0.1, held.let.set).start()
     check(files, targets)
@@ -565,7 +569,7 @@ def test_leaving_it_waits(files):
 
 def test_an_error_elsewhere_ends_what_has_not_begun():
     held, done = Held(), []
-    with pytest.raises(KeyError), CopierBeside(held) as beside:  # noqa: PT012
+    with pytest.raises(KeyError), BackgroundReader(held) as beside:  # noqa: PT012
         beside.read([])
         beside.read([], Other(lambda: done.append(1)))
         threading.Timer(0.1, held.let.set).start()
@@ -582,7 +586,7 @@ def test_beside_a_fault_ends_the_rest_and_is_told(files, tmp_path, waiting):
     done = []
 
     def read_and_leave() -> None:
-        with CopierBeside(Copier(CPU)) as beside:
+        with BackgroundReader(TensorReader(CPU)) as beside:
             beside.read((s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values())
             beside.read([], Other(lambda: done.append(1)))
             if waiting:

@@ -21,7 +21,7 @@ from jobs.store import events
 from jobs.store.job_store import JobStore
 from tests.conftest import free_port
 from tests.support.http_service import address, service
-from tests.support.killable_valkey import MortalValkey
+from tests.support.killable_valkey import KillableValkey
 from tests.support.sse_client import EventSource
 
 STEPS = 40
@@ -30,15 +30,15 @@ Process = subprocess.Popen[str]
 
 
 @pytest.fixture
-def valkey_of_its_own(tmp_path: Path) -> Iterator[MortalValkey]:
-    server = MortalValkey(tmp_path / "mortal", free_port())
+def valkey_of_its_own(tmp_path: Path) -> Iterator[KillableValkey]:
+    server = KillableValkey(tmp_path / "mortal", free_port())
     yield server
     server.thaw()
     server.kill()
 
 
 @pytest.fixture
-def environment(valkey_of_its_own: MortalValkey, tmp_path: Path) -> Mapping[str, str]:
+def environment(valkey_of_its_own: KillableValkey, tmp_path: Path) -> Mapping[str, str]:
     return {
         "REDIS_URL": valkey_of_its_own.url,
         "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
@@ -56,7 +56,7 @@ def processes(environment: Mapping[str, str]) -> Iterator[dict[str, Process]]:
 
 
 @pytest.fixture
-def own_redis(valkey_of_its_own: MortalValkey) -> Iterator[Redis]:
+def own_redis(valkey_of_its_own: KillableValkey) -> Iterator[Redis]:
     with valkey_of_its_own.connect() as redis:
         # What was answered is on the disk, so that a killed server has lost nothing.
         redis.config_set("appendfsync", "always")
@@ -118,7 +118,7 @@ def test_every_process_tells_everything_once_and_in_order(
 
 def test_streams_outlive_a_killed_redis(
     processes: dict[str, Process],
-    valkey_of_its_own: MortalValkey,
+    valkey_of_its_own: KillableValkey,
     own_redis: Redis,
     own_store: JobStore,
     own_job: str,
@@ -203,7 +203,7 @@ def test_open_streams_do_not_keep_a_process_and_go_on_at_another(
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
 def test_a_process_ends_though_redis_does_not_answer(
     processes: dict[str, Process],
-    valkey_of_its_own: MortalValkey,
+    valkey_of_its_own: KillableValkey,
     own_job: str,
     fault: str,
 ) -> None:
@@ -223,7 +223,7 @@ def test_a_process_ends_though_redis_does_not_answer(
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
 def test_a_dead_redis_is_noticed_soon(
     processes: dict[str, Process],
-    valkey_of_its_own: MortalValkey,
+    valkey_of_its_own: KillableValkey,
     own_redis: Redis,
     offer: WorkerOffer,
     own_job: str,

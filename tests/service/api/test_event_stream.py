@@ -17,7 +17,7 @@ from starlette.types import Message
 from deploy.local.waiting import wait_until
 from jobs import durations, redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -159,7 +159,7 @@ def test_a_waiting_job_is_told_its_place_whenever_that_changes(
     live_worker: WorkerOffer,
     request_for_video: GenerationRequest,
 ) -> None:
-    durations.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.0))
+    durations.measure(redis, request_for_video, Durations(step_s=2.0, rest_s=5.0))
     first, second = (store.create(request_for_video, live_worker.queue).job for _ in range(2))
     source = EventSource([site.url], second.id)
     source.start()

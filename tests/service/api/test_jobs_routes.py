@@ -7,7 +7,7 @@ from rq import Queue
 
 from jobs import durations, redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.record import Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -43,7 +43,7 @@ def test_waiting_jobs_show_their_places_and_no_others_do(
     live_worker: WorkerOffer,
     request_for_video: GenerationRequest,
 ) -> None:
-    durations.measure(redis, request_for_video, Pace(step_s=2.0, rest_s=5.04))
+    durations.measure(redis, request_for_video, Durations(step_s=2.0, rest_s=5.04))
     queue = live_worker.queue
     running, first, second = (store.create(request_for_video, queue).job.id for _ in range(3))
     elsewhere = store.create(request_for_video, "nobody-serves-it").job.id

@@ -11,7 +11,7 @@ from redis import Redis
 
 from jobs import catalog
 from jobs.catalog import ModelOffer, ModeOffer, WorkerOffer
-from jobs.durations import Pace, measure
+from jobs.durations import Durations, measure
 from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
@@ -345,7 +345,7 @@ def test_poll_after_follows_what_was_measured(
 ) -> None:
     body = {"prompt": PROMPT, "num_inference_steps": 20}
     first = store.get(client.post("/v1/videos", json=body).json()["id"])
-    measure(redis, first.request, Pace(step_s=0.7, rest_s=2))
+    measure(redis, first.request, Durations(step_s=0.7, rest_s=2))
     answer = client.get(f"/v1/videos/{first.id}")
     assert answer.json()["seconds_left"] == pytest.approx(16)
     assert answer.headers["openai-poll-after-ms"] == "1600"

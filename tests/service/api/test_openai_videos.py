@@ -13,7 +13,7 @@ from jobs.artifacts.store import open_artifacts
 from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
 from jobs.store.job_store import JobStore
-from service.api.openai.job_progress import Outlook, outlooks
+from service.api.openai.job_progress import VideoStatus, outlooks
 from service.api.openai.schemas import VideoObject
 from service.app import MAX_BODY_BYTES, create_app
 from service.settings import ServiceSettings
@@ -253,7 +253,7 @@ def test_a_job_is_described_though_redis_went_away_meanwhile(
     url = SecretStr(f"redis://127.0.0.1:{unused_port}/0")
     away = create_app(settings.model_copy(update={"redis_url": url})).state.parts
     found = outlooks(away, [waiting, done])
-    assert found[waiting.id] == Outlook(None)
+    assert found[waiting.id] == VideoStatus(None)
     assert found[waiting.id].poll_after_ms == 1000
     assert found[done.id].fps == 8
     assert VideoObject.of(done, found[done.id]).seconds == "2"

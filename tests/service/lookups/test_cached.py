@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.lookups.cached import Remembered
+from service.lookups.cached import CachedValue
 
 
 class Source:
@@ -26,7 +26,7 @@ class Source:
 
 def test_errors_are_passed_on_and_not_kept() -> None:
     source = Source()
-    remembered = Remembered(source.read, kept_s=60)
+    remembered = CachedValue(source.read, kept_s=60)
     with pytest.raises(ConnectionError):
         remembered.get()
     assert remembered.fresh() is None
@@ -37,7 +37,7 @@ def test_errors_are_passed_on_and_not_kept() -> None:
 def test_nothing_is_kept_for_no_time() -> None:
     source = Source()
     source.reads = 1
-    remembered = Remembered(source.read, kept_s=0)
+    remembered = CachedValue(source.read, kept_s=0)
     assert [remembered.get(), remembered.get()] == [2, 3]
     assert remembered.fresh() is None
 
@@ -45,7 +45,7 @@ def test_nothing_is_kept_for_no_time() -> None:
 def test_what_is_not_worth_it_is_not_kept() -> None:
     source = Source()
     source.reads = 1
-    remembered = Remembered(source.read, kept_s=60, worth_keeping=lambda value: value > 2)
+    remembered = CachedValue(source.read, kept_s=60, worth_keeping=lambda value: value > 2)
     assert [remembered.get(), remembered.get(), remembered.get()] == [2, 3, 3]
     assert remembered.fresh() == 3
 
@@ -55,7 +55,7 @@ def test_those_who_ask_meanwhile_get_what_the_reader_gets(reads_before: int) -> 
     source = Source()
     source.reads = reads_before
     source.open.clear()
-    remembered = Remembered(source.read, kept_s=60)
+    remembered = CachedValue(source.read, kept_s=60)
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(remembered.get) for _ in range(8)]
         source.open.set()

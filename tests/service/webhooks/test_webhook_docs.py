@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploy.local.waiting import wait_until
 from jobs.store.webhook_outbox import WebhookState
-from service.webhooks.delivery import Office
+from service.webhooks.delivery import DeliveryContext
 from service.webhooks.message import Signer
 from service.webhooks.retry import Schedule
 from service.webhooks.url_rules import HostRule
@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "webhooks.md"
 
 
 def test_the_example_receives(
-    office: Office, make_ended: MakeEnded, status: Status, unused_port: int, tmp_path: Path
+    office: DeliveryContext, make_ended: MakeEnded, status: Status, unused_port: int, tmp_path: Path
 ) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "receiver.py").write_text(example)

@@ -15,7 +15,7 @@ from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.store.webhook_outbox import WebhookState
-from service.webhooks.delivery import Office
+from service.webhooks.delivery import DeliveryContext
 from tests.service.webhooks.conftest import SECRET, MakeEnded, Status, working
 from tests.support.http_service import address, service
 from tests.support.webhook_receiver import Receiver
@@ -65,7 +65,7 @@ def test_from_the_request_to_the_receiver(
 
 def test_what_a_killed_process_had_in_hand_is_delivered_by_another(
     environment: dict[str, str],
-    office: Office,
+    office: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,

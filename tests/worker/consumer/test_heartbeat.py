@@ -5,8 +5,8 @@ from redis import Redis
 from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.catalog import WorkerOffer, WorkerStatus
-from worker.consumer.heartbeat import StandingOffer
-from worker.process.redis_retry import Outage
+from worker.consumer.heartbeat import Heartbeat
+from worker.process.redis_retry import RedisOutage
 
 TEXT = b'{"version": "1.0"}'
 
@@ -21,7 +21,7 @@ def test_offer_tokenizer_and_status_come_back_after_redis_lost_its_data(
     name = catalog.tokenizer_fingerprint(TEXT)
     model = offer.model.model_copy(update={"tokenizer": name})
     offer = offer.model_copy(update={"model": model})
-    with StandingOffer(redis, offer, TEXT, status, Outage(), repeat_every_s=0.05):
+    with Heartbeat(redis, offer, TEXT, status, RedisOutage(), repeat_every_s=0.05):
         assert catalog.read(redis).offers == (offer,)
         assert catalog.read_tokenizer(redis, name) == TEXT.decode()
         redis.flushdb()
@@ -33,13 +33,13 @@ def test_offer_tokenizer_and_status_come_back_after_redis_lost_its_data(
 
 
 def test_a_worker_without_a_tokenizer_text_stores_none(redis: Redis, offer: WorkerOffer) -> None:
-    with StandingOffer(redis, offer, None, status, Outage()):
+    with Heartbeat(redis, offer, None, status, RedisOutage()):
         assert catalog.read(redis).offers == (offer,)
         assert not list(redis.scan_iter("wan:tokenizer:*"))
 
 
 def test_a_closed_offer_leaves_the_status_until_the_end(redis: Redis, offer: WorkerOffer) -> None:
-    with StandingOffer(redis, offer, None, status, Outage(), repeat_every_s=60) as standing:
+    with Heartbeat(redis, offer, None, status, RedisOutage(), repeat_every_s=60) as standing:
         standing.close()
         wait_until(lambda: catalog.read(redis).offers == ())
         assert catalog.read_statuses(redis) == (status(),)
@@ -48,7 +48,9 @@ def test_a_closed_offer_leaves_the_status_until_the_end(redis: Redis, offer: Wor
 
 def test_a_change_is_published_at_once(redis: Redis, offer: WorkerOffer) -> None:
     now = [status()]
-    with StandingOffer(redis, offer, None, lambda: now[0], Outage(), repeat_every_s=60) as standing:
+    with Heartbeat(
+        redis, offer, None, lambda: now[0], RedisOutage(), repeat_every_s=60
+    ) as standing:
         now[0] = status().model_copy(update={"state": "busy"})
         standing.refresh()
         wait_until(lambda: catalog.read_statuses(redis) == (now[0],))

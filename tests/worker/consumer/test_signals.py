@@ -12,14 +12,21 @@ from deploy.local.waiting import wait_until
 from jobs import catalog, redis_keys
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.support.worker_processes import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
+from tests.support.worker_processes import (
+    ORDER,
+    QUEUE,
+    WorkerProcesses,
+    has_ended,
+    is_denoising,
+    wait_for,
+)
 
 LONG = ORDER.model_copy(update={"num_inference_steps": 1000})
 
 
 @pytest.fixture
-def crew(redis_url: str, tmp_path: Path) -> Iterator[Crew]:
-    crew = Crew(redis_url, tmp_path)
+def crew(redis_url: str, tmp_path: Path) -> Iterator[WorkerProcesses]:
+    crew = WorkerProcesses(redis_url, tmp_path)
     yield crew
     crew.dismiss()
 
@@ -30,7 +37,7 @@ def lost(redis: Redis) -> int:
 
 
 def test_sigterm_finishes_the_job_in_hand_and_takes_no_other(
-    crew: Crew, store: JobStore, redis: Redis
+    crew: WorkerProcesses, store: JobStore, redis: Redis
 ) -> None:
     first, second = store.create(ORDER, QUEUE).job, store.create(ORDER, QUEUE).job
     process = crew.hire(0.5)
@@ -48,7 +55,7 @@ def test_sigterm_finishes_the_job_in_hand_and_takes_no_other(
 
 
 def test_sigterm_gives_the_job_in_hand_back_when_told_so(
-    crew: Crew, store: JobStore, redis: Redis
+    crew: WorkerProcesses, store: JobStore, redis: Redis
 ) -> None:
     job, behind = store.create(LONG, QUEUE).job, store.create(LONG, QUEUE).job
     process = crew.hire(0.1, WORKER_DRAIN="requeue")
@@ -68,7 +75,7 @@ def test_sigterm_gives_the_job_in_hand_back_when_told_so(
 
 
 def test_a_second_sigterm_gives_back_what_the_first_would_have_finished(
-    crew: Crew, store: JobStore, redis: Redis
+    crew: WorkerProcesses, store: JobStore, redis: Redis
 ) -> None:
     job = store.create(LONG, QUEUE).job
     process = crew.hire(0.1)
@@ -83,7 +90,9 @@ def test_a_second_sigterm_gives_back_what_the_first_would_have_finished(
     assert not redis.keys("rq:failed:*")
 
 
-def test_a_job_that_is_to_be_cancelled_is_not_given_back(crew: Crew, store: JobStore) -> None:
+def test_a_job_that_is_to_be_cancelled_is_not_given_back(
+    crew: WorkerProcesses, store: JobStore
+) -> None:
     """A step is under way in native code when both wishes come: the cancel is what is written."""
     job = store.create(LONG, QUEUE).job
     process = crew.hire(1.5, WORKER_DRAIN="requeue")
@@ -94,7 +103,7 @@ def test_a_job_that_is_to_be_cancelled_is_not_given_back(crew: Crew, store: JobS
     assert wait_for(store, job.id, has_ended, 1).state is JobState.CANCELLED
 
 
-def test_sigterm_ends_an_idle_worker(crew: Crew, redis: Redis) -> None:
+def test_sigterm_ends_an_idle_worker(crew: WorkerProcesses, redis: Redis) -> None:
     process = crew.hire(0)
     wait_until(lambda: catalog.read(redis).offers, 60, "the worker offers its modes")
     assert [status.state for status in catalog.read_statuses(redis)] == ["idle"]

@@ -14,8 +14,15 @@ from jobs import catalog, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.support.killable_valkey import MortalValkey
-from tests.support.worker_processes import ORDER, QUEUE, Crew, has_ended, is_denoising, wait_for
+from tests.support.killable_valkey import KillableValkey
+from tests.support.worker_processes import (
+    ORDER,
+    QUEUE,
+    WorkerProcesses,
+    has_ended,
+    is_denoising,
+    wait_for,
+)
 from worker.consumer.rq_worker import ResidentWorker
 from worker.engine.fake_engine import FakeEngine
 from worker.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY
@@ -27,14 +34,18 @@ LONG = ORDER.model_copy(update={"num_inference_steps": 1000})
 
 
 @pytest.fixture
-def crew(redis_url: str, tmp_path: Path) -> Iterator[Crew]:
-    crew = Crew(redis_url, tmp_path)
+def crew(redis_url: str, tmp_path: Path) -> Iterator[WorkerProcesses]:
+    crew = WorkerProcesses(redis_url, tmp_path)
     yield crew
     crew.dismiss()
 
 
 def test_the_job_of_a_killed_worker_is_run_by_another_with_the_files_it_left_gone(
-    crew: Crew, store: JobStore, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crew: WorkerProcesses,
+    store: JobStore,
+    redis: Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both workers have production's timing: the bound is the one that is promised."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -61,7 +72,7 @@ def test_the_job_of_a_killed_worker_is_run_by_another_with_the_files_it_left_gon
 
 
 def test_a_hanging_engine_ends_its_process_and_the_second_time_its_job(
-    crew: Crew, store: JobStore
+    crew: WorkerProcesses, store: JobStore
 ) -> None:
     job = store.create(ORDER, QUEUE).job
     for state in (JobState.QUEUED, JobState.FAILED):
@@ -79,7 +90,7 @@ def test_a_hanging_engine_ends_its_process_and_the_second_time_its_job(
 
 
 def test_out_of_memory_fails_the_job_once_and_the_process_the_second_time(
-    crew: Crew, store: JobStore
+    crew: WorkerProcesses, store: JobStore
 ) -> None:
     first, second = store.create(ORDER, QUEUE).job, store.create(ORDER, QUEUE).job
     process = crew.hire(0.01, "oom")
@@ -93,7 +104,7 @@ def test_out_of_memory_fails_the_job_once_and_the_process_the_second_time(
 
 
 def test_a_stopped_worker_that_wakes_up_stops_and_stores_nothing(
-    crew: Crew, store: JobStore, redis: Redis
+    crew: WorkerProcesses, store: JobStore, redis: Redis
 ) -> None:
     job = store.create(ORDER.model_copy(update={"num_inference_steps": 8}), QUEUE).job
     process = crew.hire(0.5)
@@ -116,14 +127,14 @@ def test_a_stopped_worker_that_wakes_up_stops_and_stores_nothing(
 
 
 @pytest.fixture
-def mortal_crew(mortal: MortalValkey, tmp_path: Path) -> Iterator[Crew]:
-    crew = Crew(mortal.url, tmp_path)
+def mortal_crew(mortal: KillableValkey, tmp_path: Path) -> Iterator[WorkerProcesses]:
+    crew = WorkerProcesses(mortal.url, tmp_path)
     yield crew
     crew.dismiss()
 
 
 def test_a_job_survives_a_redis_that_is_killed_and_away_for_longer_than_its_lease(
-    mortal: MortalValkey, mortal_crew: Crew
+    mortal: KillableValkey, mortal_crew: WorkerProcesses
 ) -> None:
     """The engine ends while Redis is away; the video waits to be recorded."""
     with mortal.connect() as redis:
@@ -149,7 +160,7 @@ def test_a_job_survives_a_redis_that_is_killed_and_away_for_longer_than_its_leas
 
 
 def test_an_idle_worker_waits_for_a_redis_that_is_killed_and_ends_without_one_when_told(
-    mortal: MortalValkey, mortal_crew: Crew
+    mortal: KillableValkey, mortal_crew: WorkerProcesses
 ) -> None:
     with mortal.connect() as redis:
         store = JobStore(redis)
@@ -177,7 +188,9 @@ def test_an_idle_worker_waits_for_a_redis_that_is_killed_and_ends_without_one_wh
     assert "Traceback" not in mortal_crew.says()
 
 
-def test_a_job_runs_on_while_redis_hangs(mortal: MortalValkey, mortal_crew: Crew) -> None:
+def test_a_job_runs_on_while_redis_hangs(
+    mortal: KillableValkey, mortal_crew: WorkerProcesses
+) -> None:
     """The engine's thread waits for nobody: steps go on, and the watchdog keeps quiet."""
     with mortal.connect() as redis:
         store = JobStore(redis)
@@ -195,7 +208,7 @@ def test_a_job_runs_on_while_redis_hangs(mortal: MortalValkey, mortal_crew: Crew
 
 
 def test_a_worker_that_loses_redis_before_its_claim_repeats_it(
-    mortal: MortalValkey, mortal_crew: Crew
+    mortal: KillableValkey, mortal_crew: WorkerProcesses
 ) -> None:
     with mortal.connect() as redis:
         store = JobStore(redis)
@@ -213,7 +226,7 @@ def test_a_worker_that_loses_redis_before_its_claim_repeats_it(
 
 
 def test_a_worker_that_is_to_give_its_job_back_waits_for_no_redis(
-    mortal: MortalValkey, mortal_crew: Crew
+    mortal: KillableValkey, mortal_crew: WorkerProcesses
 ) -> None:
     with mortal.connect() as redis:
         store = JobStore(redis)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.distributed.layout import NEGATIVE, PROMPT, CardLayout, check_cards
+from worker.distributed.layout import NEGATIVE, PROMPT, RankLayout, check_ranks
 from worker.errors import ConfigError
 
 
@@ -23,11 +23,11 @@ from worker.errors import ConfigError
     ],
 )
 def test_guidance_is_split_first(world: int, guided: bool, cfg: int, ulysses: int) -> None:
-    assert CardLayout.of(world, guided) == CardLayout(world, cfg, ulysses)
+    assert RankLayout.of(world, guided) == RankLayout(world, cfg, ulysses)
 
 
 def test_every_card_has_its_branch_and_its_tokens() -> None:
-    layout = CardLayout.of(4, guided=True)
+    layout = RankLayout.of(4, guided=True)
     assert [layout.branch(rank) for rank in range(4)] == [PROMPT, PROMPT, NEGATIVE, NEGATIVE]
     assert [layout.ulysses_ranks(rank) for rank in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
     assert [layout.cfg_ranks(rank) for rank in range(4)] == [(0, 2), (1, 3), (0, 2), (1, 3)]
@@ -35,14 +35,14 @@ def test_every_card_has_its_branch_and_its_tokens() -> None:
 
 
 def test_groups_of_one_are_none() -> None:
-    assert CardLayout.of(2, guided=True).groups() == [(0, 1)]
-    assert CardLayout.of(4, guided=False).groups() == [(0, 1, 2, 3)]
+    assert RankLayout.of(2, guided=True).groups() == [(0, 1)]
+    assert RankLayout.of(4, guided=False).groups() == [(0, 1, 2, 3)]
 
 
 @pytest.mark.parametrize(("cfg", "ulysses"), [(3, 1), (2, 2), (0, 0)])
 def test_a_layout_uses_all_cards(cfg: int, ulysses: int) -> None:
     with pytest.raises(ValueError, match="3 cards are not"):
-        CardLayout(3, cfg, ulysses)
+        RankLayout(3, cfg, ulysses)
 
 
 @pytest.fixture
@@ -58,14 +58,14 @@ SIZES_14B = ["832x480", "480x832", "1280x720", "720x1280"]
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_the_real_model_runs_on_any_of_the_usual_numbers(world: int, model_14b: Path) -> None:
-    check_cards(world, model_14b, SIZES_14B)
+    check_ranks(world, model_14b, SIZES_14B)
 
 
 def test_heads_that_do_not_divide_are_refused(model_14b: Path) -> None:
     with pytest.raises(ConfigError, match=r"3 cards share .* in 3 parts, which .* 40 attention"):
-        check_cards(3, model_14b, SIZES_14B)
+        check_ranks(3, model_14b, SIZES_14B)
 
 
 def test_tokens_that_do_not_divide_are_refused(model_14b: Path) -> None:
     with pytest.raises(ConfigError, match=r"4 parts, which the 1590 tokens .* 848x480 do not"):
-        check_cards(4, model_14b, [*SIZES_14B, "848x480"])
+        check_ranks(4, model_14b, [*SIZES_14B, "848x480"])

@@ -18,7 +18,7 @@ import pytest
 from jobs.catalog import ModeOffer
 from tests.support.torchrun_ranks import JOBS, LAST, TEAMS, faults_of
 from worker.distributed.follower import check_alike, lead
-from worker.errors import CardsUnlike
+from worker.errors import RanksUnlike
 from worker.model_loader.loader import Mode
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +26,7 @@ ENDS = {
     "the leader is told to stop": "GenerationCancelled",
     "a follower's memory is full": "OutOfMemoryError",
     "the leader's memory is full": "MemoryError",
-    "a follower fails": "CardFailed",
+    "a follower fails": "RankFailed",
 }
 
 
@@ -63,7 +63,7 @@ def test_cards_on_different_kernels_are_refused() -> None:
     check_alike([[fine], [fine]])
     check_alike([[slow], [slow]])  # which the leader's offer says
     for cards in ([[fine], [fine], [slow]], [[slow], [fine]]):
-        with pytest.raises(CardsUnlike, match=r"'w8a8' runs on .* Its compiler is missing\. Give"):
+        with pytest.raises(RanksUnlike, match=r"'w8a8' runs on .* Its compiler is missing\. Give"):
             check_alike(cards)
 
 
@@ -78,7 +78,7 @@ class Unlike:
 def test_cards_are_compared_before_they_share_anything() -> None:
     offer = ModeOffer(name="w8a8", description="d", kernels="cuda")
     mode = Mode(offer, cast(Any, "no transformer"), None, 0)
-    with pytest.raises(CardsUnlike, match="on eager kernels on card 1 and on cuda on card 0"):
+    with pytest.raises(RanksUnlike, match="on eager kernels on card 1 and on cuda on card 0"):
         lead(cast(Any, Unlike()), [mode])
 
 
@@ -105,6 +105,6 @@ def test_a_job_ends_on_all_cards_and_the_next_one_is_whole(
 @pytest.mark.parametrize("cards", TEAMS)
 def test_a_card_that_dies_takes_the_others_with_it(made: Path, cards: int) -> None:
     ended = json.loads((made / str(cards) / "ended.json").read_text())
-    assert ended[LAST] == ["CardsLost", True]
+    assert ended[LAST] == ["RanksLost", True]
     statuses = json.loads((made / str(cards) / "statuses.json").read_text())
     assert statuses == [0, *[83] * (cards - 2), -signal.SIGKILL]

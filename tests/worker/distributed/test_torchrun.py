@@ -29,7 +29,7 @@ from tests.support.worker_processes import has_ended, is_denoising, wait_for
 from worker.config import WorkerConfig
 from worker.errors import ConfigError
 from worker.settings import WorkerSettings
-from worker.startup import pick_cards
+from worker.startup import join_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -135,6 +135,6 @@ def test_a_number_of_cards_that_does_not_divide_is_refused_before_anybody_is_wai
     )
     with (
         pytest.raises(ConfigError, match=r"3 cards share .* 4 attention heads"),
-        pick_cards(settings, config),
+        join_ranks(settings, config),
     ):
         pass

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from worker.engine.offload import Visitor
+from worker.engine.offload import OffloadedModule
 
 
 def test_a_visitor_is_home_again_after_each_visit():
@@ -13,7 +13,7 @@ def test_a_visitor_is_home_again_after_each_visit():
     x = torch.ones(1, 4)
     y = module(x)
     home = module.weight.data_ptr()
-    visitor = Visitor(module, torch.device("cpu"))
+    visitor = OffloadedModule(module, torch.device("cpu"))
     with visitor.on_device() as guest:
         assert guest is module
         assert module.weight.data_ptr() != home

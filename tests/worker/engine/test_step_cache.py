@@ -21,7 +21,7 @@ from quant.kernels.eager import EagerKernels
 from tests.support.requests import OWNER, order
 from worker.config import FirstBlockCache, MagCache, StepCache, WorkerConfig, load_config
 from worker.device import Device
-from worker.engine.step_cache import check_one_card
+from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import ConfigError
 from worker.interface import Clip
@@ -230,8 +230,8 @@ def test_what_is_wrong_in_it_is_named(
 
 
 def test_several_cards_refuse_it(config: WorkerConfig) -> None:
-    check_one_card(config)
+    check_single_rank(config)
     bf16, quantized = config.modes
     cached = quantized.model_copy(update={"step_cache": ALWAYS})
     with pytest.raises(ConfigError, match="Modes w8a8 have a step_cache, which works on one card"):
-        check_one_card(config.model_copy(update={"modes": (bf16, cached)}))
+        check_single_rank(config.model_copy(update={"modes": (bf16, cached)}))

@@ -32,8 +32,8 @@ from worker.consumer.rq_worker import ResidentWorker
 from worker.device import Device
 from worker.engine.fake_engine import FakeEngine, OnStep
 from worker.errors import EXIT_DEVICE_LOST
-from worker.process.stats import Journal
-from worker.tasks import WORKPLACE
+from worker.process.stats import WorkerStats
+from worker.tasks import JOB_CONTEXT
 
 ORDER = order(model="fake", mode="plain", size="64x32", num_frames=9, seed=200)
 SECRET = "a prompt nobody may read in a log"
@@ -291,7 +291,7 @@ class BrokenDevice(Device):
 def test_a_device_that_cannot_empty_its_cache_fails_the_job_and_ends_the_process(
     store: JobStore, redis: Redis, artifacts: FolderArtifactStore
 ) -> None:
-    job, journal = store.create(ORDER, QUEUE).job, Journal()
+    job, journal = store.create(ORDER, QUEUE).job, WorkerStats()
     engine = FakeEngine(failing(torch.OutOfMemoryError("2 GiB wanted")))
     engine.device = BrokenDevice("cpu", "none")
     ResidentWorker(engine, redis, artifacts, journal).work(burst=True, logging_level="WARNING")
@@ -326,7 +326,7 @@ def test_a_lost_device_that_hangs_when_it_is_asked_does_not_keep_the_worker(
         time.sleep(0.5)  # the thread of the offer asks, and hangs
         raise RuntimeError("the device is gone")
 
-    engine, journal = FakeEngine(lose), Journal()
+    engine, journal = FakeEngine(lose), WorkerStats()
     engine.device = MuteDevice("npu", "none")
     worker = ResidentWorker(engine, redis, artifacts, journal)
     began = time.monotonic()
@@ -377,7 +377,7 @@ def test_a_worker_is_offered_while_it_works_and_not_afterwards(
 
 def test_outside_a_job_there_is_no_workplace() -> None:
     with pytest.raises(LookupError):
-        WORKPLACE.get()
+        JOB_CONTEXT.get()
 
 
 def test_names_are_unique_and_equal_workers_share_a_queue(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.record import Stage
 from tests.support.requests import order
 from worker.job.progress import FINISH_S, JobClock
@@ -86,7 +86,7 @@ def test_the_next_job_of_the_shape_knows_and_one_of_another_does_not(
 def test_with_a_pace_the_rest_is_known_from_the_start_and_follows_the_own_steps(
     wait: Callable[[float], None],
 ) -> None:
-    clock = JobClock(ORDER, Pace(step_s=10, rest_s=4, texts_s=2), StepTimes(), LIMITS)
+    clock = JobClock(ORDER, Durations(step_s=10, rest_s=4, texts_s=2), StepTimes(), LIMITS)
     clock.at(Stage.TEXT_ENCODER, 0, 1)
     assert clock.seconds_left() == 46
     wait(2)
@@ -112,7 +112,7 @@ def test_a_job_that_encodes_nothing_and_one_that_does_know_it_of_themselves(
     wait: Callable[[float], None],
 ) -> None:
     times = StepTimes()
-    between = Pace(step_s=10, rest_s=4, texts_s=30)  # of jobs that took 90 s for it, or none
+    between = Durations(step_s=10, rest_s=4, texts_s=30)  # of jobs that took 90 s for it, or none
     kept = JobClock(ORDER, between, times, LIMITS)
     kept.at(Stage.DENOISE, 0, 4)
     assert kept.seconds_left() == 44

@@ -13,11 +13,11 @@ from jobs.record import Attempt, Progress, Stage
 from jobs.store import events
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
-from tests.support.killable_valkey import MortalValkey
+from tests.support.killable_valkey import KillableValkey
 from tests.support.requests import order
 from worker.job import lease as module
-from worker.job.lease import ASK_EVERY_S, TELL_EVERY_S, Lifeline
-from worker.process.redis_retry import Outage
+from worker.job.lease import ASK_EVERY_S, TELL_EVERY_S, LeaseKeeper
+from worker.process.redis_retry import RedisOutage
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def attempt(store: JobStore) -> Attempt:
 
 
 @pytest.fixture
-def lifeline(store: JobStore, attempt: Attempt) -> Iterator[Lifeline]:
-    with Lifeline(store, attempt, Outage()) as line:
+def lifeline(store: JobStore, attempt: Attempt) -> Iterator[LeaseKeeper]:
+    with LeaseKeeper(store, attempt, RedisOutage()) as line:
         yield line
 
 
@@ -41,7 +41,7 @@ def told(redis: Redis, job_id: str) -> list[Progress]:
 
 
 def test_fast_steps_are_published_in_part_and_the_edges_of_a_stage_always(
-    lifeline: Lifeline, redis: Redis, store: JobStore, attempt: Attempt
+    lifeline: LeaseKeeper, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
     for step in range(101):
         lifeline.tell(at(step))
@@ -54,14 +54,14 @@ def test_fast_steps_are_published_in_part_and_the_edges_of_a_stage_always(
 
 
 def test_the_latest_step_is_published_in_the_end(
-    lifeline: Lifeline, store: JobStore, attempt: Attempt
+    lifeline: LeaseKeeper, store: JobStore, attempt: Attempt
 ) -> None:
     for step in (0, 1, 2, 3):
         lifeline.tell(at(step))
     wait_until(lambda: store.get(attempt.job_id).progress == at(3), TELL_EVERY_S + 5)
 
 
-def test_redis_is_asked_only_now_and_then(lifeline: Lifeline, redis: Redis) -> None:
+def test_redis_is_asked_only_now_and_then(lifeline: LeaseKeeper, redis: Redis) -> None:
     def commands() -> int:
         return int(redis.info("stats")["total_commands_processed"])
 
@@ -70,14 +70,14 @@ def test_redis_is_asked_only_now_and_then(lifeline: Lifeline, redis: Redis) -> N
     assert commands() - before <= 2 + (time.monotonic() - started) / ASK_EVERY_S
 
 
-def test_a_cancel_comes_in(lifeline: Lifeline, store: JobStore, attempt: Attempt) -> None:
+def test_a_cancel_comes_in(lifeline: LeaseKeeper, store: JobStore, attempt: Attempt) -> None:
     assert lifeline.stop is None
     store.cancel(attempt.job_id)
     wait_until(lambda: isinstance(lifeline.stop, GenerationCancelled))
 
 
 def test_a_newer_attempt_ends_this_one(
-    lifeline: Lifeline, redis: Redis, store: JobStore, attempt: Attempt
+    lifeline: LeaseKeeper, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
     redis.hset(redis_keys.record(attempt.job_id), "lease_ms", 1)
     assert Recovery(redis).run() == {attempt.job_id: "queued"}
@@ -94,19 +94,19 @@ def test_the_lease_is_renewed_also_of_a_job_that_is_to_be_cancelled(
     def lease() -> int:
         return int(redis.hget(redis_keys.record(attempt.job_id), "lease_ms") or 0)
 
-    with Lifeline(store, attempt, Outage()):
+    with LeaseKeeper(store, attempt, RedisOutage()):
         for _ in range(2):
             before = lease()
             wait_until(lambda: lease() > before)  # noqa: B023
 
 
 def test_a_redis_that_is_away_stops_nothing_and_loses_no_progress(
-    mortal: MortalValkey, caplog: pytest.LogCaptureFixture
+    mortal: KillableValkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     with mortal.connect() as redis:
         store = JobStore(redis)
         attempt = store.claim(store.create(order(), "queue").job.id, "w")
-        with Lifeline(store, attempt, Outage()) as line:
+        with LeaseKeeper(store, attempt, RedisOutage()) as line:
             mortal.kill()
             line.tell(at(100))
             time.sleep(2)

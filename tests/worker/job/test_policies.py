@@ -27,7 +27,7 @@ from worker.device import Device
 from worker.engine.fake_engine import FakeEngine, OnStep
 from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
 from worker.interface import DeviceMemory
-from worker.process.stats import Journal
+from worker.process.stats import WorkerStats
 
 SHORT = ORDER.model_copy(update={"num_inference_steps": 2})
 
@@ -54,12 +54,12 @@ class Bench:
     store: JobStore
     artifacts: FolderArtifactStore
     device: Device = field(default_factory=lambda: Device("cpu", "none"))
-    journal: Journal = field(default_factory=Journal)
+    journal: WorkerStats = field(default_factory=WorkerStats)
 
     def run(self, on_step: OnStep, jobs: int = 1) -> list[JobRecord]:
         """Run new jobs until the queue is empty or the worker ends by itself."""
         names = [self.store.create(SHORT, QUEUE).job.id for _ in range(jobs)]
-        self.journal = Journal()
+        self.journal = WorkerStats()
         engine = FakeEngine(on_step)
         engine.device = self.device
         worker = ResidentWorker(engine, self.redis, self.artifacts, self.journal)

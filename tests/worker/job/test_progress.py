@@ -9,17 +9,17 @@ from redis import Redis
 
 from deploy.local.waiting import wait_until
 from jobs import redis_keys
-from jobs.durations import Pace
+from jobs.durations import Durations
 from jobs.errors import GenerationCancelled, GenerationTimedOut, StaleAttempt
 from jobs.record import Attempt, Progress, Stage
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.support.requests import order
-from worker.job.lease import Lifeline
-from worker.job.progress import GivenBack, JobClock, JobWatch
+from worker.job.lease import LeaseKeeper
+from worker.job.progress import GivenBack, JobClock, JobProgress
 from worker.job.watchdog import Watchdog
 from worker.process.drain import SAME_WISH_S, Drain, JobInHand
-from worker.process.redis_retry import Outage
+from worker.process.redis_retry import RedisOutage
 from worker.process.stats import StepTimes
 from worker.settings import StallLimits
 
@@ -30,11 +30,11 @@ class Site:
     def __init__(self, store: JobStore, attempt: Attempt, deadline_s: float = 60) -> None:
         self.drain = Drain()
         self.job = JobInHand(attempt.job_id)
-        self.lifeline = Lifeline(store, attempt, Outage())
+        self.lifeline = LeaseKeeper(store, attempt, RedisOutage())
         self.watchdog = Watchdog(60, lambda: None)
-        clock = JobClock(order(), Pace(step_s=2, rest_s=10), StepTimes(), StallLimits())
+        clock = JobClock(order(), Durations(step_s=2, rest_s=10), StepTimes(), StallLimits())
         wishes = (self.drain, self.job)
-        self.watch = JobWatch(self.lifeline, self.watchdog, clock, wishes, deadline_s)
+        self.watch = JobProgress(self.lifeline, self.watchdog, clock, wishes, deadline_s)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def site(store: JobStore, attempt: Attempt) -> Iterator[Site]:
         yield site
 
 
-def check_until_it_raises(watch: JobWatch, limit_s: float = 5) -> None:
+def check_until_it_raises(watch: JobProgress, limit_s: float = 5) -> None:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         watch.check()

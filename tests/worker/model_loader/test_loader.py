@@ -16,17 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant import Copier, QuantError, QuantRecipe, Scales, ScalesMismatch, save_scales
+from quant import QuantError, QuantRecipe, Scales, ScalesMismatch, TensorReader, save_scales
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.kernels.selection import KernelChoice
 from quant.numerics.scaling import POLICIES
-from quant.weights.read_plan import Wanted
+from quant.weights.read_plan import ReadRequest
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader import loader
-from worker.model_loader.components import ComingParts, load_shared_parts
+from worker.model_loader.components import ComponentLoader, load_shared_parts
 from worker.model_loader.loader import load_model, load_modes
 from worker.model_loader.mode_plan import (
     check_folder,
@@ -183,8 +183,10 @@ def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
     tensors = load_file(file)
     del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
     save_file(tensors, file)
-    read: list[Wanted] = []
-    monkeypatch.setattr(Copier, "read", lambda self, wanted, arrived=None: read.extend(wanted))
+    read: list[ReadRequest] = []
+    monkeypatch.setattr(
+        TensorReader, "read", lambda self, wanted, arrived=None: read.extend(wanted)
+    )
     with pytest.raises(QuantError, match=r"text_encoder.* lacks tensor .*SelfAttention\.q"):
         load_model(folder, plans, device)
     # Nor anything else where it would have been waited for, to be quantized.
@@ -202,13 +204,15 @@ def test_the_copy_of_shared_parts_ends_when_nobody_wants_it_any_more(
     def fail(*_args: object) -> None:
         raise ModelUnusable("a damaged transformer")
 
-    def slowly(_copier: Copier, wanted: Iterable[Wanted], _arrived: object = None) -> None:
+    def slowly(
+        _copier: TensorReader, wanted: Iterable[ReadRequest], _arrived: object = None
+    ) -> None:
         for stored, _ in wanted:
             time.sleep(0.01)
             read.append(stored.name)
 
     monkeypatch.setattr(loader, "_begin_modes", fail)
-    monkeypatch.setattr(Copier, "read", slowly)
+    monkeypatch.setattr(TensorReader, "read", slowly)
     plans = plan_modes(config, fingerprint_model(config))[1:2]
     with pytest.raises(ModelUnusable, match="a damaged transformer"):
         load_model(config.model.path, plans, device)
@@ -237,7 +241,7 @@ def test_the_transformer_comes_first_unless_it_is_waited_for(
     order: list[str] = []
     begin = loader._begin_modes
 
-    class Noted(ComingParts):
+    class Noted(ComponentLoader):
         def __init__(self, *args: Any) -> None:
             order.append("shared parts")
             super().__init__(*args)
@@ -246,7 +250,7 @@ def test_the_transformer_comes_first_unless_it_is_waited_for(
         order.append("transformer")
         return begin(*args)
 
-    monkeypatch.setattr(loader, "ComingParts", Noted)
+    monkeypatch.setattr(loader, "ComponentLoader", Noted)
     monkeypatch.setattr(loader, "_begin_modes", begin_modes)
     load_model(config.model.path, plans, device)
     quantizes = any(mode.scales is not None for mode in chosen.modes)

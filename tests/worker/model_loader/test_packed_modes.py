@@ -16,8 +16,8 @@ from jobs.spec import GenerationRequest
 from quant import PackedMismatch, QuantRecipe, WeightsError, convert, weight_bytes
 from quant.transformer import wan_block
 from quant.weights import reader
-from quant.weights.read_plan import Run
-from quant.weights.transfer import InPlace
+from quant.weights.read_plan import ReadRange
+from quant.weights.transfer import HostTransfer
 from tests.support.job_controls import Unwatched
 from tests.support.requests import OWNER
 from worker.config import ModeConfig, WorkerConfig, load_config
@@ -103,8 +103,8 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
     at_once = frames(load_engine(config, device))
     happened: list[str] = []
 
-    class Slow(InPlace):
-        def end(self, run: Run, begun: Any) -> None:
+    class Slow(HostTransfer):
+        def end(self, run: ReadRange, begun: Any) -> None:
             time.sleep(0.001)
             super().end(run, begun)
             happened.append("read")

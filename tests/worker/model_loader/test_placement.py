@@ -11,7 +11,7 @@ from tests.support.job_controls import Unwatched
 from tests.support.requests import OWNER, order
 from worker.config import WorkerConfig
 from worker.device import Device
-from worker.engine.offload import Visitor
+from worker.engine.offload import OffloadedModule
 from worker.engine.wan_engine import WanEngine
 from worker.errors import TooLittleMemory
 from worker.startup import load_engine
@@ -62,14 +62,14 @@ def test_the_encoder_visits_the_device_only_for_what_is_new(
     config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = load_engine(with_model(config, text_encoder="encode"), device).prompts
-    visits: list[Visitor] = []
-    lend = Visitor.on_device
+    visits: list[OffloadedModule] = []
+    lend = OffloadedModule.on_device
 
-    def noted(visitor: Visitor) -> AbstractContextManager[nn.Module]:
+    def noted(visitor: OffloadedModule) -> AbstractContextManager[nn.Module]:
         visits.append(visitor)
         return lend(visitor)
 
-    monkeypatch.setattr(Visitor, "on_device", noted)
+    monkeypatch.setattr(OffloadedModule, "on_device", noted)
     for prompt, expected in (("red", 1), ("red", 1), ("blue", 2)):
         prompts.encode(order(prompt=prompt), Unwatched(), OWNER)
         assert len(visits) == expected

@@ -14,7 +14,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.process.redis_retry import Outage, keep_asking
+from worker.process.redis_retry import RedisOutage, keep_asking
 
 
 def failing_once(error: RedisError) -> tuple[Callable[[], str], list[int]]:
@@ -42,14 +42,14 @@ def failing_once(error: RedisError) -> tuple[Callable[[], str], list[int]]:
 )
 def test_what_may_pass_is_asked_again(error: RedisError) -> None:
     call, calls = failing_once(error)
-    assert keep_asking(call, Outage()) == "answer"
+    assert keep_asking(call, RedisOutage()) == "answer"
     assert len(calls) == 2
 
 
 def test_what_would_come_again_is_raised_at_once() -> None:
     call, calls = failing_once(ResponseError("WRONGTYPE Operation against a key"))
     with pytest.raises(ResponseError, match="WRONGTYPE"):
-        keep_asking(call, Outage())
+        keep_asking(call, RedisOutage())
     assert len(calls) == 1
 
 
@@ -61,5 +61,5 @@ def test_who_is_hurried_gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
     began = time.monotonic()
     with pytest.raises(RedisConnectionError):
-        keep_asking(gone, Outage(), hurried=lambda: time.monotonic() - began > 0.3)
+        keep_asking(gone, RedisOutage(), hurried=lambda: time.monotonic() - began > 0.3)
     assert 0.5 <= time.monotonic() - began < 30
