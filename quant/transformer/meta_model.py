@@ -24,8 +24,7 @@ from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.module_tree import share_tree
 from quant.weights.header import SMALL_BYTES, StoredTensor
-from quant.weights.read_plan import ReadRequest
-from quant.weights.reader import Reader
+from quant.weights.reader import Reader, ReadRequest
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

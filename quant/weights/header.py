@@ -55,6 +55,16 @@ class StoredTensor:
         """How many bytes it takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it is more work by its number than by its bytes."""
+        return self.nbytes < SMALL_BYTES
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.start + self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from quant import BackgroundReader, TensorReader
 from quant.transformer.meta_model import allocate, check_stored, without_weights
 from quant.weights.header import stored_tensors
-from quant.weights.read_plan import ReadRequest
+from quant.weights.reader import ReadRequest
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader.component_files import CONFIG, WEIGHTS, check_files, read_json, read_part

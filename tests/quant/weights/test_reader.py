@@ -1,4 +1,4 @@
-"""Whatever the cut, every tensor arrives whole, with and without buffers on the way."""
+"""Every tensor arrives whole, whatever moves it and however it is cut."""
 
 import os
 import sys
@@ -16,13 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from quant.errors import WeightsError
-from quant.weights import reader as copier_module
-from quant.weights import transfer
-from quant.weights.fastsafetensors_reader import FileReader, file_reader
+from quant.weights import header, transfer
+from quant.weights import reader as reader_module
 from quant.weights.header import read_header, stored_tensors
-from quant.weights.read_plan import ReadLimits, cut_into_runs
 from quant.weights.reader import BackgroundReader, TensorReader
-from quant.weights.transfer import FastSafetensorsTransfer, HostTransfer, PinnedTransfer, Transfer
+from quant.weights.transfer import (
+    BUFFERS,
+    FastSafetensorsTransfer,
+    ThreadTransfer,
+    Transfer,
+    fastsafetensors,
+)
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float16)
@@ -45,35 +49,46 @@ def files(tmp_path_factory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def few_are_small(monkeypatch):
+    monkeypatch.setattr(header, "SMALL_BYTES", 400)
+
+
 @pytest.fixture(scope="module")
-def library() -> FileReader:
+def library() -> FastSafetensorsTransfer:
     """The library's own threads, which on a CPU copy into its memory."""
-    return FileReader(CPU)
+    return FastSafetensorsTransfer(CPU)
 
 
-@pytest.fixture(params=["in place", "by pinned buffers", "by file reader"])
-def copier(request, library):
-    """Makes a copier to the host that takes one of the ways, in runs of so many bytes."""
+def threads(chunk_bytes: int, *, buffered: bool = False) -> ThreadTransfer:
+    made = ThreadTransfer(CPU, buffered=buffered)
+    made.chunk_bytes = chunk_bytes
+    return made
 
-    def make(run_bytes: int) -> TensorReader:
-        kinds: dict[str, Callable[..., Transfer]] = {
-            "in place": HostTransfer,
-            "by pinned buffers": partial(PinnedTransfer, CPU),
-            "by file reader": partial(FastSafetensorsTransfer, CPU, library),
+
+@pytest.fixture(params=["threads", "threads and buffers", "library"])
+def make_reader(request, library, monkeypatch):
+    """Makes a reader to the host with one kind of transfer, in chunks of so many bytes."""
+
+    def make(chunk_bytes: int) -> TensorReader:
+        monkeypatch.setattr(library, "chunk_bytes", chunk_bytes, raising=False)
+        kinds: dict[str, Callable[[], Transfer]] = {
+            "threads": partial(threads, chunk_bytes),
+            "threads and buffers": partial(threads, chunk_bytes, buffered=True),
+            "library": lambda: library,
         }
-        way = partial(kinds[request.param], run_bytes=run_bytes, gather_bytes=400)
-        return TensorReader(CPU, way)
+        return TensorReader(CPU, kinds[request.param])
 
     return make
 
 
-@pytest.mark.parametrize("run_bytes", [1024, 5000, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [1024, 5000, 1 << 20])
 @pytest.mark.parametrize("slice_bytes", [300, transfer.SLICE_BYTES])
-def test_every_tensor_arrives(files, copier, run_bytes, slice_bytes, monkeypatch):
+def test_every_tensor_arrives(files, make_reader, chunk_bytes, slice_bytes, monkeypatch):
     monkeypatch.setattr(transfer, "SLICE_BYTES", slice_bytes)
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    reader = copier(run_bytes)
+    reader = make_reader(chunk_bytes)
     reader.read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
@@ -87,19 +102,19 @@ def test_reads_that_come_short_are_gone_on_with(files, monkeypatch):
     check(files, targets)
 
 
-def test_what_is_stored_in_another_dtype_is_converted(files, copier):
+def test_what_is_stored_in_another_dtype_is_converted(files, make_reader):
     stored = {n: s for n, s in stored_tensors(files).items() if s.dtype is torch.float32}
     targets = {name: torch.empty(s.shape, dtype=torch.bfloat16) for name, s in stored.items()}
-    reader = copier(1024)
+    reader = make_reader(1024)
     reader.read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
 
-def test_any_choice_of_tensors_can_be_read(files, copier):
+def test_any_choice_of_tensors_can_be_read(files, make_reader):
     stored = stored_tensors(files)
     chosen = list(stored)[::3][::-1]
     targets = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for name in chosen}
-    reader = copier(2048)
+    reader = make_reader(2048)
     reader.read((stored[name], targets[name]) for name in chosen)
     check(files, targets)
 
@@ -108,66 +123,33 @@ def test_any_choice_of_tensors_can_be_read(files, copier):
 def submitted(library, monkeypatch) -> list[int]:
     """How many bytes the library's threads were asked for at a time."""
     sizes: list[int] = []
+    begin = FastSafetensorsTransfer.begin
 
-    def begin(file: int, start: int, nbytes: int, address: int) -> int:
-        sizes.append(nbytes)
-        return FileReader.begin(library, file, start, nbytes, address)
+    def noted(file: int, start: int, target: torch.Tensor) -> tuple[int, int, int]:
+        sizes.append(target.nbytes)
+        return begin(library, file, start, target)
 
-    monkeypatch.setattr(library, "begin", begin)
+    monkeypatch.setattr(library, "begin", noted)
     return sizes
 
 
-def test_what_lies_in_memory_as_in_the_file_is_read_at_once(tmp_path, library, submitted):
+def test_neighbours_keep_what_lies_between_them(tmp_path, library, submitted):
     file = tmp_path / "rows.safetensors"
     save_file({f"{n}": torch.randn(1000) for n in range(6)}, file)
     stored = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
     memory = torch.full((8000,), 77.0)
     rows = [*memory[:3000].split(1000), *memory[4000:7000].split(1000)]
     wanted = list(zip(stored, rows, strict=True))
-    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
-    TensorReader(CPU, way).read(wanted)
+    TensorReader(CPU, lambda: library).read(wanted)
     check([file], {each.name: row for each, row in wanted})
-    assert submitted == [12_000, 12_000]
+    assert submitted == [4000] * 6
     assert (memory[3000:4000] == 77).all(), "between them is somebody else's"
     assert (memory[7000:] == 77).all()
 
-    submitted.clear()
-    memory.fill_(77)
-    TensorReader(CPU, partial(way, run_bytes=9000)).read(wanted)
-    check([file], {each.name: row for each, row in wanted})
-    assert submitted == [8000, 4000, 8000, 4000]
 
-    submitted.clear()
-    TensorReader(CPU, way).read(wanted[::-1])
-    assert submitted == [4000] * 6
-
-
-def test_neighbours_in_memory_only_are_not_read_at_once(tmp_path, library, submitted):
-    file = tmp_path / "rows.safetensors"
-    save_file({f"{n}": torch.randn(1000) for n in range(3)}, file)
-    first, _, last = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
-    memory = torch.full((4000,), 77.0)
-    rows = memory[:2000].split(1000)
-    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
-    TensorReader(CPU, way).read(zip([first, last], rows, strict=True))
-    check([file], {first.name: rows[0], last.name: rows[1]})
-    assert submitted == [4000, 4000]
-    assert (memory[2000:] == 77).all()
-
-
-def test_what_is_converted_lands_beside(tmp_path, library, submitted):
-    file = tmp_path / "rows.safetensors"
-    save_file({f"{n}": torch.randn(1000) for n in range(4)}, file)
-    stored = sorted(stored_tensors([file]).values(), key=lambda each: each.start)
-    memory = torch.full((4, 1000), 77.0, dtype=torch.bfloat16)
-    targets = {each.name: row for each, row in zip(stored, memory, strict=True)}
-    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
-    TensorReader(CPU, way).read((each, targets[each.name]) for each in stored)
-    check([file], targets)
-    assert sum(submitted) == pytest.approx(16_000, abs=64)
-
-
-def test_small_tensors_from_anywhere_in_a_file_are_read_together(tmp_path, library, submitted):
+def test_small_tensors_from_anywhere_in_a_file_are_read_together(
+    tmp_path, library, submitted, monkeypatch
+):
     file, generator = tmp_path / "mixed.safetensors", torch.Generator().manual_seed(0)
     sizes = [3, 40_000, 5, 7, 40_000, 11, 40_000]
     tensors = {f"{n}": torch.randn(size, generator=generator) for n, size in enumerate(sizes)}
@@ -175,39 +157,52 @@ def test_small_tensors_from_anywhere_in_a_file_are_read_together(tmp_path, libra
     stored = stored_tensors([file])
     order = sorted(stored, key=lambda name: stored[name].nbytes)  # small ones first
     targets = {name: torch.full(stored[name].shape, 77.0) for name in order}
-    runs = list(
-        cut_into_runs(((stored[n], targets[n]) for n in order), ReadLimits(1 << 20, 400, True))
+    arrived: list[int] = []
+    reads: list[int] = []
+    read = transfer.read_bytes
+
+    def noted(file: int, start: int, view: memoryview) -> None:
+        reads.append(len(view))
+        read(file, start, view)
+
+    monkeypatch.setattr(reader_module, "read_bytes", noted)
+    TensorReader(CPU, lambda: library).read(
+        ((stored[name], targets[name]) for name in order), lambda some: arrived.append(len(some))
     )
-    assert [len(run.pieces) for run in runs] == [4, 1, 1, 1]
-    assert [len(run.spans) for run in runs] == [3, 1, 1, 1]
-    way = partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)
-    TensorReader(CPU, way).read((stored[name], targets[name]) for name in order)
     check([file], targets)
     assert submitted == [160_000] * 3
+    assert arrived == [4, 1, 1, 1]
+    assert len(reads) == 3, "5 and 7 lie close together"
 
 
 def test_as_much_is_begun_as_there_is_room_for(files, library, monkeypatch):
-    """Where large tensors land beside, by their number; else by their bytes."""
-    monkeypatch.setattr(transfer, "AHEAD_BYTES", 100_000)
-    most = {"landing": 0, "bytes": 0}
+    """Of what is converted on arrival, by its own bytes; else by those of everything."""
+    monkeypatch.setattr(library, "chunk_bytes", 8192, raising=False)
+    monkeypatch.setattr(library, "most_bytes", 100_000, raising=False)
+    monkeypatch.setattr(reader_module, "CONVERTED_BYTES", 40_000)
+    monkeypatch.setattr(header, "SMALL_BYTES", 1)
+    in_flight, most = [0], [0]
+    begin, finish = library.begin, library.finish
 
-    class Watched(FastSafetensorsTransfer):
-        def has_room(self, under_way):
-            landing = [run for run in under_way if run.address is None]
-            if len(landing) == len(under_way):
-                most["landing"] = max(most["landing"], len(landing))
-            elif not landing:
-                most["bytes"] = max(most["bytes"], sum(run.nbytes for run in under_way))
-            return super().has_room(under_way)
+    def noted(file: int, start: int, target: torch.Tensor) -> object:
+        in_flight[0] += target.nbytes
+        most[0] = max(most[0], in_flight[0])
+        return begin(file, start, target), target.nbytes
 
-    way = partial(Watched, CPU, library, run_bytes=8192, gather_bytes=1)
+    def ended(begun) -> None:
+        finish(begun[0])
+        in_flight[0] -= begun[1]
+
+    monkeypatch.setattr(library, "begin", noted)
+    monkeypatch.setattr(library, "finish", ended)
     stored = stored_tensors(files)
-    for dtype in (None, torch.float64):
+    for dtype, bound in ((None, 100_000), (torch.float64, 40_000)):
+        most[0] = 0
         targets = {n: torch.empty(s.shape, dtype=dtype or s.dtype) for n, s in stored.items()}
-        TensorReader(CPU, way).read((stored[name], targets[name]) for name in stored)
+        TensorReader(CPU, lambda: library).read((stored[name], targets[name]) for name in stored)
         check(files, targets)
-    assert most["landing"] == transfer.CHUNKS
-    assert 100_000 <= most["bytes"] < 100_000 + 8192
+        assert bound <= most[0] < bound + 8192
+    assert in_flight == [0]
 
 
 def check(files: list[Path], targets: dict[str, torch.Tensor]) -> None:
@@ -233,17 +228,17 @@ def test_places_are_those_the_library_reads(files):
                 assert raw[each.start : each.start + each.nbytes] == data
 
 
-def test_what_is_no_file_is_said_so(files, tmp_path, copier):
+def test_what_is_no_file_is_said_so(files, tmp_path, make_reader):
     folder = tmp_path / "a folder.safetensors"
     folder.mkdir()
     stored = next(iter(stored_tensors(files).values()))
     wanted = [(replace(stored, file=folder, shape=(4,)), torch.empty(4, dtype=stored.dtype))]
     with pytest.raises(WeightsError, match=r"a folder\.safetensors cannot be read: Is a directory"):
-        copier(1024).read(wanted)
+        make_reader(1024).read(wanted)
 
 
 @pytest.mark.parametrize("wide_first", [False, True])
-def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, copier, wide_first):
+def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, make_reader, wide_first):
     """As a BF16 transformer is stored, some of which runs in FP32."""
     file = tmp_path / "bf16.safetensors"
     tensors = {f"{n:02}": torch.randn(100 + n).to(torch.bfloat16) for n in range(12)}
@@ -252,39 +247,49 @@ def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, copier
         (s, torch.full(s.shape, 77.0, dtype=(torch.bfloat16, torch.float32)[(n + wide_first) % 2]))
         for n, s in enumerate(stored_tensors([file]).values())
     ]
-    copier(1 << 20).read(wanted)
+    make_reader(1 << 20).read(wanted)
     for stored, target in wanted:
         assert torch.equal(target, tensors[stored.name].to(target.dtype)), stored.name
 
 
-def test_what_the_library_does_not_bring_is_read_again(files, library, monkeypatch):
+def test_what_the_library_does_not_bring_is_read_again(files, monkeypatch):
     """It takes a short read for a failed one; network file systems have such."""
-    monkeypatch.setattr(library, "wait", lambda number: FileReader.wait(library, number) and False)
+    library = FastSafetensorsTransfer(CPU)
+    library.chunk_bytes = 5000
+    reader = library._reader
+
+    class Failing:
+        submit_read = reader.submit_read
+
+        def wait_read(self, number: int) -> int:
+            reader.wait_read(number)
+            return 0
+
+    monkeypatch.setattr(library, "_reader", Failing())
     stored = stored_tensors(files)
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
-    way = partial(FastSafetensorsTransfer, CPU, library, run_bytes=5000, gather_bytes=400)
-    TensorReader(CPU, way).read((stored[name], targets[name]) for name in stored)
+    TensorReader(CPU, lambda: library).read((stored[name], targets[name]) for name in stored)
     check(files, targets)
 
 
-def test_a_file_that_is_gone_is_named(files, tmp_path, copier):
+def test_a_file_that_is_gone_is_named(files, tmp_path, make_reader):
     gone = tmp_path / "gone.safetensors"
     gone.write_bytes(files[0].read_bytes())
     stored = stored_tensors([gone, files[1]])
     gone.unlink()
-    reader = copier(1024)
+    reader = make_reader(1024)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match=r"gone\.safetensors cannot be read: No such file"):
         reader.read(wanted)
 
 
-def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, copier):
+def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, make_reader):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(files[0].read_bytes())
     stored = stored_tensors([cut])
     last = max(stored.values(), key=lambda each: each.start)
     os.truncate(cut, last.start + last.nbytes - 1)
-    reader = copier(1024)
+    reader = make_reader(1024)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match=rf"cut\.safetensors ends after .*{last.name}"):
         reader.read(wanted)
@@ -292,7 +297,7 @@ def test_a_file_that_was_cut_since_is_named_with_the_tensor(files, tmp_path, cop
 
 @pytest.mark.parametrize("left", [0.3, 0.9])
 @pytest.mark.parametrize(("small", "place"), [({"small": torch.ones(3)}, "before"), ({}, "within")])
-def test_what_is_told_of_a_cut_file_is_where_it_ends(tmp_path, copier, left, small, place):
+def test_what_is_told_of_a_cut_file_is_where_it_ends(tmp_path, make_reader, left, small, place):
     """Small tensors are read first, wherever they lie."""
     cut = tmp_path / "cut.safetensors"
     save_file({f"{n}.large": torch.randn(1000) for n in range(5)} | small, cut)
@@ -302,36 +307,34 @@ def test_what_is_told_of_a_cut_file_is_where_it_ends(tmp_path, copier, left, sma
     order = sorted(stored.values(), key=lambda each: each.nbytes)
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in order]
     with pytest.raises(WeightsError, match=rf"ends after {size:,} bytes, ") as caught:
-        copier(1 << 20).read(wanted)
+        make_reader(1 << 20).read(wanted)
     lacking = [s for s in order if s.start + s.nbytes > size]
     named = next(s for s in lacking if repr(s.name) in str(caught.value))
     assert ("within" in str(caught.value)) == (named.start < size)
     assert place in str(caught.value)
 
 
-def test_what_is_under_way_is_waited_for_before_memory_goes(files, tmp_path, library, monkeypatch):
-    begun: list[int] = []
-    ended: list[int] = []
+def test_what_is_in_flight_is_waited_for_before_memory_goes(files, tmp_path, monkeypatch):
+    library = FastSafetensorsTransfer(CPU)
+    reader, begun, ended = library._reader, [], []
 
-    def begin(*args: int) -> int:
-        begun.append(FileReader.begin(library, *args))
-        return begun[-1]
+    class Noting:
+        def submit_read(self, *args: object) -> int:
+            begun.append(reader.submit_read(*args))
+            return begun[-1]
 
-    def wait(number: int) -> bool:
-        ended.append(number)
-        return FileReader.wait(library, number)
+        def wait_read(self, number: int) -> int:
+            ended.append(number)
+            return reader.wait_read(number)
 
-    monkeypatch.setattr(library, "begin", begin)
-    monkeypatch.setattr(library, "wait", wait)
+    monkeypatch.setattr(library, "_reader", Noting())
     gone = tmp_path / "gone.safetensors"
     gone.write_bytes(files[0].read_bytes())
     stored = stored_tensors([files[1], gone])
     gone.unlink()
     wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
     with pytest.raises(WeightsError, match="No such file"):
-        TensorReader(CPU, partial(FastSafetensorsTransfer, CPU, library, gather_bytes=400)).read(
-            wanted
-        )
+        TensorReader(CPU, lambda: library).read(wanted)
     assert begun
     assert sorted(ended) == begun
 
@@ -340,7 +343,7 @@ class Held(TensorReader):
     """Reads when it is let."""
 
     def __init__(self) -> None:
-        super().__init__(CPU, partial(HostTransfer, run_bytes=1024))
+        super().__init__(CPU, partial(threads, 1024))
         self.let = threading.Event()
 
     def read(self, wanted, arrived=None):
@@ -348,24 +351,17 @@ class Held(TensorReader):
         super().read(wanted, arrived)
 
 
-def test_beside_threads_take_turns_more_often_and_as_before_afterwards():
-    before = sys.getswitchinterval()
-    with BackgroundReader(TensorReader(CPU)):
-        assert sys.getswitchinterval() < before
-    assert sys.getswitchinterval() == before
-
-
 def test_without_the_library_python_reads(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fastsafetensors", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with caplog.at_level("INFO"):  # not the cached function: what it answers here is for here only
-        assert file_reader.__wrapped__(torch.device("cuda", 0)) is None
+        assert fastsafetensors.__wrapped__(torch.device("cuda", 0)) is None
     assert "fastsafetensors" in caplog.text
     assert "takes longer" in caplog.text
 
 
 class Other(TensorReader):
-    """Another copier, which notes when it is its turn."""
+    """Another make_reader, which notes when it is its turn."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         super().__init__(CPU)
@@ -392,16 +388,18 @@ def test_beside_everything_arrives_in_turn(files):
     check(files, targets)
 
 
-class Stepwise(HostTransfer):
-    """Ends a run when it is let."""
+class Stepwise(ThreadTransfer):
+    """Finishes one after the other when it is let."""
+
+    chunk_bytes = 1024
 
     def __init__(self) -> None:
-        super().__init__(run_bytes=1024)
+        super().__init__(CPU)
         self.let = threading.Semaphore(0)
 
-    def end(self, run, begun):
+    def finish(self, begun):
         assert self.let.acquire(timeout=10)
-        super().end(run, begun)
+        super().finish(begun)
 
 
 def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
@@ -421,65 +419,34 @@ def test_beside_what_has_arrived_can_be_had_while_the_rest_is_coming(files):
         beside.wait_for([torch.zeros(1)])  # nobody reads that
 
 
-def test_beside_the_first_is_read_while_the_last_is_still_taken(files):
-    stored = [s for s in stored_tensors(files).values() for _ in range(3) if s.nbytes]
-    assert len(stored) > 2 * copier_module.BATCH
+def test_beside_an_error_while_tensors_are_made_reads_nothing(files):
+    stored = list(stored_tensors(files).values())
     targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored]
 
     def wanted():
-        for number, each in enumerate(zip(stored, targets, strict=True)):
-            if number == 2 * copier_module.BATCH:
-                beside.wait_for([targets[0]])
-                check(files, {stored[0].name: targets[0]})
-            yield each
+        yield from zip(stored, targets, strict=True)
+        raise MemoryError
 
-    way = partial(HostTransfer, run_bytes=1024, gather_bytes=1)
-    with BackgroundReader(TensorReader(CPU, way)) as beside:
+    with pytest.raises(MemoryError), BackgroundReader(TensorReader(CPU)) as beside:
         beside.read(wanted())
+    assert not any(target.any() for target in targets)
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_beside_an_error_elsewhere_ends_what_is_being_read(files, later):
-    """No more than what is under way is waited for."""
-    stored = list(stored_tensors(files).values())
-    targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored]
-    wanted = list(zip(stored, targets, strict=True))
-    way = Stepwise()
+def test_beside_whoever_goes_on_after_a_fault_is_told_again(files, tmp_path):
+    gone = tmp_path / "gone.safetensors"
+    gone.write_bytes(files[0].read_bytes())
+    wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored_tensors([gone]).values()]
+    gone.unlink()
 
-    def read_and_fail() -> None:
-        with BackgroundReader(TensorReader(CPU, lambda: way)) as beside:
-            try:
-                beside.read(_failing(wanted))
-            except MemoryError:
-                way.let.release(1000)
-                if not later:
-                    raise
-            beside.wait_for(targets)
+    def read_and_wait_twice() -> None:
+        with BackgroundReader(TensorReader(CPU)) as beside:
+            beside.read(wanted)
+            with suppress(WeightsError):
+                beside.wait_for([wanted[-2][1]])
+            beside.wait_for([wanted[-1][1]])
 
-    # Whoever goes on after it is told that not everything is there.
-    expected = WeightsError if later else MemoryError
-    with pytest.raises(expected):
-        read_and_fail()
-    last = targets[copier_module.BATCH - 1]
-    assert last.numel() > 0
-    assert not last.any()
-
-
-def test_beside_whoever_goes_on_without_the_last_is_told_at_the_end(files):
-    def read_and_go_on() -> None:
-        with BackgroundReader(TensorReader(CPU)) as beside, suppress(MemoryError):
-            beside.read(_failing(wanted, after_s=0.2))  # in which all that was taken is begun
-
-    stored = list(stored_tensors(files).values())
-    wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
     with pytest.raises(WeightsError, match="no more weights are read"):
-        read_and_go_on()
-
-
-def _failing(wanted, after_s=0.0):
-    yield from wanted[: copier_module.BATCH]
-    time.sleep(after_s)
-    raise MemoryError
+        read_and_wait_twice()
 
 
 def test_beside_an_error_in_its_context_ends_what_is_being_read(files):
@@ -487,13 +454,15 @@ def test_beside_an_error_in_its_context_ends_what_is_being_read(files):
     wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
     ended: list[int] = []
 
-    class Slow(HostTransfer):
-        def end(self, run, begun):
+    class Slow(ThreadTransfer):
+        chunk_bytes = 1024
+
+        def finish(self, begun):
             time.sleep(0.01)
-            super().end(run, begun)
+            super().finish(begun)
             ended.append(1)
 
-    way = partial(Slow, run_bytes=1024, gather_bytes=1)
+    way = partial(Slow, CPU)
     with pytest.raises(KeyError), BackgroundReader(TensorReader(CPU, way)) as beside:  # noqa: PT012
         beside.read(wanted)
         raise KeyError
@@ -505,23 +474,6 @@ def test_what_cannot_be_taken_leaves_nobody_waiting():
         beside.read(5)  # type: ignore[arg-type]
 
 
-def test_beside_a_fault_while_taking_ends_it(files):
-    stored = list(stored_tensors(files).values())
-    targets = [torch.zeros(each.shape, dtype=each.dtype) for each in stored * 3]
-    held = Held()
-
-    def wanted():
-        for number, each in enumerate(zip(stored * 3, targets, strict=True)):
-            if number == copier_module.BATCH + 1:
-                threading.Timer(0.1, held.let.set).start()
-                raise MemoryError
-            yield each
-
-    with pytest.raises(MemoryError), BackgroundReader(held) as beside:
-        beside.read(wanted())
-    assert not any(target.any() for target in targets), "nothing was under way yet"
-
-
 def test_beside_what_has_arrived_is_not_kept(files):
     stored = list(stored_tensors(files).values())
     wanted = [(each, torch.zeros(each.shape, dtype=each.dtype)) for each in stored]
@@ -530,7 +482,7 @@ def test_beside_what_has_arrived_is_not_kept(files):
     with BackgroundReader(TensorReader(CPU, lambda: way)) as beside:
         beside.read(wanted)
         del wanted
-        for _ in range(2 * transfer.BUFFERS):
+        for _ in range(2 * BUFFERS):
             way.let.release()
         deadline = time.monotonic() + 10
         while first() is not None and time.monotonic() < deadline:

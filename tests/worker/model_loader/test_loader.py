@@ -21,7 +21,7 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.kernels.selection import KernelChoice
 from quant.numerics.scaling import POLICIES
-from quant.weights.read_plan import ReadRequest
+from quant.weights.reader import ReadRequest
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable

@@ -15,9 +15,8 @@ import torch
 from jobs.spec import GenerationRequest
 from quant import PackedMismatch, QuantRecipe, WeightsError, convert, weight_bytes
 from quant.transformer import wan_block
-from quant.weights import reader
-from quant.weights.read_plan import ReadRange
-from quant.weights.transfer import HostTransfer
+from quant.weights import header, reader
+from quant.weights.transfer import ThreadTransfer
 from tests.support.job_controls import Unwatched
 from tests.support.requests import OWNER
 from worker.config import ModeConfig, WorkerConfig, load_config
@@ -103,10 +102,10 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
     at_once = frames(load_engine(config, device))
     happened: list[str] = []
 
-    class Slow(HostTransfer):
-        def end(self, run: ReadRange, begun: Any) -> None:
+    class Slow(ThreadTransfer):
+        def finish(self, begun: Any) -> None:
             time.sleep(0.001)
-            super().end(run, begun)
+            super().finish(begun)
             happened.append("read")
 
     class Noted(wan_block.FusedWanBlock):
@@ -114,7 +113,8 @@ def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
             super().__init__(*args)
             happened.append("fused")
 
-    monkeypatch.setattr(reader, "best_way", lambda _device: Slow(run_bytes=1 << 16))
+    monkeypatch.setattr(header, "SMALL_BYTES", 1)  # each tensor is read by itself
+    monkeypatch.setattr(reader, "fastest_transfer", Slow)
     monkeypatch.setattr(wan_block, "FusedWanBlock", Noted)
     assert np.array_equal(frames(load_engine(config, device)), at_once)
     assert happened.count("fused") == 40
