@@ -15,10 +15,10 @@ PORT   ?= 8000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test lint fuzz fix bench
+.PHONY: help install demo generate test test-all lint fuzz fix bench
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 install: $(VENV)/.dev ## install everything, development tools included
 
@@ -36,8 +36,13 @@ unexport PROMPT MODE SEED STEPS OUT
 generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= STEPS= OUT=]
 	@$(BIN)/python -m deploy.local generate
 
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## all tests that need no accelerator  [ARGS=]
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+# Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## tests that need no accelerator, without the slow ones  [ARGS=]
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## the slow ones as well: faults of every process, fuzzing  [ARGS=]
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights" $(ARGS)
+	@$(MAKE) --no-print-directory test
 
 lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(BIN)/ruff check .
