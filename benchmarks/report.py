@@ -1,4 +1,4 @@
-"""What every benchmark leaves behind: a table on stdout, a JSON file in benchmarks/results/."""
+"""Write a benchmark's results as a table on stdout and a JSON file in benchmarks/results/."""
 
 import json
 import os
@@ -18,13 +18,17 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-SAME_DB = 200.0  # stands for the infinite SQNR of equal tensors, which JSON cannot hold
+EQUAL_DB = 200.0  # reported for equal tensors, whose infinite SQNR JSON cannot represent
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. baseline: what it is measured against, from the same run; None where the bound
-    is absolute. low and high: 95 % confidence interval of `value`."""
+    """One measured value.
+
+    Attributes:
+        baseline: the value it is compared with, from the same run; None if its bound is absolute.
+        low: with `high`, the 95 % confidence interval of `value`.
+    """
 
     what: str
     value: float
@@ -35,14 +39,14 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """value / baseline."""
+        """The value divided by the baseline."""
         return round(self.value / self.baseline, 4) if self.baseline else None
 
 
 def result(
     benchmark: str, device: str, settings: dict[str, Any], rows: list[Row]
 ) -> dict[str, Any]:
-    """The JSON document of one run."""
+    """Build the JSON document of one run."""
     return {
         "benchmark": benchmark,
         "date": datetime.now(UTC).date().isoformat(),
@@ -54,8 +58,8 @@ def result(
     }
 
 
-def keep(document: dict[str, Any]) -> Path:
-    """Write the document beside the earlier results and say where."""
+def save(document: dict[str, Any]) -> Path:
+    """Write the document to benchmarks/results/; return its path."""
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
     path = RESULTS / f"{document['date']}-{device}-{document['benchmark']}.json"
@@ -63,18 +67,18 @@ def keep(document: dict[str, Any]) -> Path:
     return path
 
 
-def tell(rows: Iterable[Row]) -> list[Row]:
-    """Say each row as soon as it is measured: a long run that is cut short has told them."""
-    told = []
+def log_rows(rows: Iterable[Row]) -> list[Row]:
+    """Print each row to stderr once it is measured, so that an aborted run has shown it."""
+    logged = []
     for row in rows:
-        beside = "" if row.baseline is None else f" (baseline {row.baseline:g})"
-        print(f"{row.what}: {row.value:g} {row.unit}{beside}", file=sys.stderr, flush=True)
-        told.append(row)
-    return told
+        baseline = "" if row.baseline is None else f" (baseline {row.baseline:g})"
+        print(f"{row.what}: {row.value:g} {row.unit}{baseline}", file=sys.stderr, flush=True)
+        logged.append(row)
+    return logged
 
 
 def print_table(rows: list[Row]) -> None:
-    """Figures, baselines and ratios, aligned."""
+    """Print values, baselines and ratios in columns."""
     width = max(len(row.what) for row in rows) + 2
     print(f"{'what':<{width}}{'value':>10}{'baseline':>10}{'ratio':>8}  95 % interval")
     for row in rows:
@@ -85,7 +89,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Of what figures depend on; the libraries of a card only where there is one."""
+    """Return the versions of libraries that results depend on; those for CUDA only with a GPU."""
     found = {name: version(name) for name in ("torch", "diffusers", "transformers", "rq")}
     if not torch.cuda.is_available():
         return found
@@ -103,12 +107,12 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """What was measured. Other results do not make it dirty.
+    """Return the measured commit; uncommitted results do not make it dirty.
 
-    A copy without its history cannot know; who makes one says it in BENCHMARK_COMMIT.
+    For a copy without git history, set BENCHMARK_COMMIT.
     """
-    if told := os.environ.get("BENCHMARK_COMMIT"):
-        return told
+    if commit := os.environ.get("BENCHMARK_COMMIT"):
+        return commit
     try:
         commit = _git("describe", "--always")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")

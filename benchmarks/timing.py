@@ -1,4 +1,4 @@
-"""Seconds on a device: the median of some runs after some that do not count."""
+"""Measure the median time of calls on a device, after a warm-up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 _WAIT_CYCLES = 8_000_000
-"""Some 4 ms of a card's clock: the host takes less to put what is measured into its queue."""
+"""About 4 ms of a GPU's clock; the host needs less than that to enqueue the measured work."""
 
 
 def medians_ms(
@@ -20,24 +20,25 @@ def medians_ms(
     *,
     queued: bool = False,
 ) -> dict[str, float]:
-    """Milliseconds of each, with the device done before and after.
+    """Return the median milliseconds of each call, with a synchronized device before and after.
 
-    They take turns: a card that grows hot slows all of them alike.
+    The calls take turns, so that a device that slows down as it gets hot affects all of them.
 
     Args:
-        queued: measure what the device takes when it has had work before, as within a model, and
-            not how soon the host gets it started; otherwise what passes on the host's clock.
+        queued: measure the device time of work that waits in a busy queue, as within a model,
+            without the latency of its launch. Otherwise measure wall-clock time on the host.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + warm_up):
         for name, run in runs.items():
-            took = _queued_s(run, device) if queued and device.type == "cuda" else _s(run, device)
+            measure = _device_s if queued and device.type == "cuda" else _host_s
+            elapsed_s = measure(run, device)
             if number >= warm_up:
-                seconds[name].append(took)
+                seconds[name].append(elapsed_s)
     return {name: round(1000 * statistics.median(found), 3) for name, found in seconds.items()}
 
 
-def _s(run: Callable[[], object], device: torch.device) -> float:
+def _host_s(run: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -45,25 +46,26 @@ def _s(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _queued_s(run: Callable[[], object], device: torch.device) -> float:
-    begun, done = (
+def _device_s(run: Callable[[], object], device: torch.device) -> float:
+    start, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(2)
     )
     synchronize(device)
     torch.cuda._sleep(_WAIT_CYCLES)  # type: ignore[no-untyped-call]
-    begun.record()
+    start.record()
     run()
-    done.record()
+    end.record()
     synchronize(device)
-    return float(begun.elapsed_time(done)) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
-    """As results are labelled."""
+    """Return the device's name for a result."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,10 +1,10 @@
-"""What the live workers say they can do.
+"""Publish and read what the live workers offer.
 
-Each worker publishes one `WorkerOffer` with a short time to live and repeats it; the service reads
-them all and checks requests against them. Redis also remembers for 30 days which modes have ever
-been offered, so that the service can tell a mode that is down from one that never was, and holds
-the tokenizers that offers name, so that prompts can be counted where requests are checked. This
-package stores a tokenizer as text; it never reads one.
+Each worker publishes a `WorkerOffer` with a short time to live and renews it. The service reads all
+offers and checks requests against them. Redis also keeps for 30 days which modes were offered, so
+that the service can distinguish a mode that is down from an unknown one. And it keeps the
+tokenizers that offers refer to, so that the service can count the tokens of prompts. This package
+stores a tokenizer as text and never parses it.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from redis import Redis
 from rq import Queue
 
 from jobs import redis_keys
+from jobs.geometry import is_frame_count
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,9 @@ ModelName = Annotated[str, StringConstraints(pattern=MODEL_PATTERN)]
 Size = Annotated[str, StringConstraints(pattern=SIZE_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-
 _MODEL_AND_MODE = TypeAdapter(tuple[ModelName, ModeName])
 
-_NO_BOUNDS = {
+_NOT_IN_QUEUE_NAME = {
     "tokenizer",
     "default_size",
     "default_frames",
@@ -59,15 +59,15 @@ class _Offer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-_Kind = TypeVar("_Kind", bound=_Offer)
+_OfferT = TypeVar("_OfferT", bound=_Offer)
 
 
 class ModeOffer(_Offer):
-    """One way of running a model. Without a recipe fingerprint it is the unquantized one.
+    """One mode of a model; without a recipe fingerprint it is not quantized.
 
-    `variant` names what else changes the pictures, a step cache for instance; None where nothing
-    does. `kernels` and `warning` are for operators: what this worker runs it on, and why that is
-    not the device's fastest, if it is not.
+    `variant` names anything else that changes the frames, for instance a step cache; None if
+    nothing does. `kernels` and `warning` are for operators: the kernels that this worker uses, and
+    why they are not the device's fastest, if they are not.
     """
 
     name: ModeName
@@ -81,9 +81,9 @@ class ModeOffer(_Offer):
 class ModelOffer(_Offer):
     """One model, its bounds and its defaults.
 
-    Frames are counts of the form 4k+1; sizes are "WxH" in pixels. `max_prompt_chars` is the cheap
-    bound on a text, `max_prompt_tokens` what the text encoder takes, counted with `tokenizer`: the
-    SHA-256 of a text that `read_tokenizer` finds.
+    Counts of frames have the form 4k+1; sizes are "WxH" in pixels. `max_prompt_chars` is the bound
+    that is cheap to check. `max_prompt_tokens` is what the text encoder takes, counted with
+    `tokenizer`: the SHA-256 of a text that `read_tokenizer` returns.
     """
 
     name: ModelName
@@ -112,7 +112,7 @@ class ModelOffer(_Offer):
                 f"default_frames {self.default_frames} is not in "
                 f"{self.min_frames}..{self.max_frames}"
             )
-        if self.default_frames % 4 != 1:
+        if not is_frame_count(self.default_frames):
             raise ValueError(f"default_frames {self.default_frames} is not of the form 4k+1")
         if not 1 <= self.default_steps <= self.max_steps:
             raise ValueError(f"default_steps {self.default_steps} is not in 1..{self.max_steps}")
@@ -120,7 +120,7 @@ class ModelOffer(_Offer):
 
 
 class WorkerOffer(_Offer):
-    """What one worker process serves, and from which queue."""
+    """What one worker process serves, and the queue it takes jobs from."""
 
     worker_id: str = Field(min_length=1)
     queue: str = Field(min_length=1)
@@ -139,19 +139,20 @@ class WorkerOffer(_Offer):
         return self
 
     def serves(self, mode: str) -> bool:
+        """Return whether the worker has this mode."""
         return any(offered.name == mode for offered in self.modes)
 
     @property
     def is_degraded(self) -> bool:
-        """Whether it runs a mode slower than it was made for."""
+        """Whether the worker runs a mode with slower kernels than intended."""
         return any(mode.warning is not None for mode in self.modes)
 
 
 class ModeStatus(_Offer):
-    """What a worker has measured in one mode; None where it has not yet.
+    """What a worker has measured in one mode; None for what it has not measured yet.
 
-    The shares are of the values that went into the quantized layers in one sampled step of the
-    latest job: beyond the format's range, and too small for it though not zero.
+    The shares are of the inputs of the quantized layers, in one sampled step of the latest job:
+    `saturated_share` lies beyond the format's range, `flushed_share` is not zero but too small.
     """
 
     step_s: float | None = Field(default=None, description="Median of the latest denoising steps.")
@@ -160,9 +161,10 @@ class ModeStatus(_Offer):
 
 
 class WorkerStatus(_Offer):
-    """How one live worker is doing, for operators; requests are never checked against it.
+    """The status of one live worker, for operators; requests are never checked against it.
 
-    Memory is the device's, and None on a CPU. `draining`: told to stop, the job in hand ends first.
+    Memory is the device's, and None on a CPU. A worker that is `draining` was told to stop and
+    finishes its current job first.
     """
 
     worker_id: str = Field(min_length=1)
@@ -177,7 +179,7 @@ class WorkerStatus(_Offer):
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """The live offers, the lengths of their queues, and the (model, mode) pairs of 30 days."""
+    """The live offers, their queues' lengths, and the (model, mode) pairs known from 30 days."""
 
     offers: tuple[WorkerOffer, ...]
     waiting: Mapping[str, int]
@@ -185,29 +187,31 @@ class Catalog:
 
     @property
     def models(self) -> tuple[str, ...]:
+        """The models that some live worker serves."""
         return tuple(sorted({offer.model.name for offer in self.offers}))
 
     def modes(self, model: str) -> tuple[str, ...]:
-        """The modes some live worker serves for `model`."""
+        """Return the modes that some live worker serves for `model`."""
         return tuple(
             sorted({m.name for o in self.offers if o.model.name == model for m in o.modes})
         )
 
     def served(self) -> list[dict[str, object]]:
-        """What is served, as JSON values for an error's reader."""
+        """Return what is served, as JSON values for an error's context."""
         return [{"model": model, "modes": list(self.modes(model))} for model in self.models]
 
 
 def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
-    """Name the queue of all workers which can run exactly the same requests.
+    """Name the queue of all workers that can run exactly the same requests.
 
-    The digest covers every bound and fingerprint, so a job checked against one worker's offer can
-    never reach a worker with another configuration. It leaves out defaults and descriptions:
-    requests are complete, and changing a text must not strand the jobs that wait. It leaves out the
-    tokenizer, too, which belongs to the model.
+    The digest covers every bound and fingerprint, so a job that was checked against one worker's
+    offer never reaches a worker with another configuration. It does not cover defaults and
+    descriptions: requests are complete, and with another name for the queue, waiting jobs would
+    never run. Nor does it cover the tokenizer, which belongs to the model.
+
     Example: `wan-mini.1f0c9a2b7d3e`.
     """
-    bounds = model.model_dump(exclude=_NO_BOUNDS)
+    bounds = model.model_dump(exclude=_NOT_IN_QUEUE_NAME)
     bounds["sizes"] = sorted(model.sizes)
     served = sorted(
         [mode.name, mode.recipe_fingerprint or "", *([mode.variant] if mode.variant else [])]
@@ -227,7 +231,7 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
             ex=redis_keys.OFFER_TTL_S,
         )
         pipe.zadd(redis_keys.WORKERS, {offer.worker_id: second})
-        # Names of workers long gone. An hour, because hosts' clocks differ.
+        # Removes workers that are gone; after an hour, because the clocks of hosts differ.
         pipe.zremrangebyscore(redis_keys.WORKERS, "-inf", second - 3600)
         pipe.zadd(
             redis_keys.KNOWN_MODES,
@@ -238,7 +242,7 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
 
 
 def publish_status(redis: Redis, status: WorkerStatus) -> None:
-    """Make `status` readable for the next 15 seconds, also of a worker that offers no more."""
+    """Make `status` readable for the next 15 seconds, also for a worker without an offer."""
     with redis.pipeline(transaction=True) as pipe:
         key = redis_keys.worker_status(status.worker_id)
         pipe.set(key, status.model_dump_json(), ex=redis_keys.OFFER_TTL_S)
@@ -247,7 +251,7 @@ def publish_status(redis: Redis, status: WorkerStatus) -> None:
 
 
 def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
-    """Read how the workers are doing that live or end their last job, in the order of their ids."""
+    """Read the statuses of workers that are live or finish their last job, sorted by id."""
     found = cast("list[bytes]", redis.zrange(redis_keys.WORKERS, 0, -1))
     names = sorted(name.decode(errors="replace") for name in found)
     texts = _texts(redis, [redis_keys.worker_status(name) for name in names])
@@ -255,17 +259,17 @@ def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
 
 
 def tokenizer_fingerprint(text: bytes) -> str:
-    """The name of a tokenizer: the SHA-256 of its `tokenizer.json`, in hexadecimal."""
+    """Return the name of a tokenizer: the SHA-256 of its `tokenizer.json`, in hexadecimal."""
     return hashlib.sha256(text).hexdigest()
 
 
 def publish_tokenizer(redis: Redis, name: str, text: bytes) -> None:
-    """Keep a tokenizer's text for 30 days; it may be megabytes, and is sent only if it is missing.
+    """Keep a tokenizer's text for 30 days; it may be megabytes, so it is sent only if missing.
 
-    Call it before an offer that names it, and again with every repetition of the offer.
+    Call this before an offer that refers to it, and again at every renewal of the offer.
 
     Args:
-        name: `tokenizer_fingerprint` of the text, which is not computed again each time.
+        name: `tokenizer_fingerprint` of the text, passed so that it is not computed every time.
     """
     key = redis_keys.tokenizer(name)
     if not redis.expire(key, redis_keys.TOKENIZER_TTL_S):
@@ -273,7 +277,7 @@ def publish_tokenizer(redis: Redis, name: str, text: bytes) -> None:
 
 
 def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
-    """Read a tokenizer's text; None where there is none, or another one than the name says."""
+    """Read a tokenizer's text; None if there is none, or its content does not match its name."""
     found = redis.get(redis_keys.tokenizer(fingerprint))
     if found is None:
         return None
@@ -285,12 +289,12 @@ def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
 
 
 def close(redis: Redis, worker_id: str) -> None:
-    """End a worker's offer now and leave its status: it takes no more jobs and ends its last."""
+    """Remove a worker's offer and keep its status: it finishes its last job and takes no other."""
     redis.delete(redis_keys.worker_offer(worker_id))
 
 
 def withdraw(redis: Redis, worker_id: str) -> None:
-    """End a worker's offer and status now; its modes stay known."""
+    """Remove a worker's offer and status; its modes stay known."""
     with redis.pipeline(transaction=True) as pipe:
         pipe.delete(redis_keys.worker_offer(worker_id), redis_keys.worker_status(worker_id))
         pipe.zrem(redis_keys.WORKERS, worker_id)
@@ -298,7 +302,7 @@ def withdraw(redis: Redis, worker_id: str) -> None:
 
 
 def read(redis: Redis) -> Catalog:
-    """Read the live offers, in the order of their worker ids."""
+    """Read the live offers, sorted by worker id, with their queues' lengths and the known modes."""
     with redis.pipeline(transaction=False) as pipe:
         pipe.zrange(redis_keys.WORKERS, 0, -1)
         pipe.zrange(redis_keys.KNOWN_MODES, 0, -1)
@@ -316,7 +320,7 @@ def _known_modes(texts: list[bytes]) -> Iterator[tuple[str, str]]:
         try:
             yield _MODEL_AND_MODE.validate_json(text)
         except ValidationError:
-            # Another version's, or somebody's own: the others still count.
+            # Written by another version or by hand: the others are still valid.
             logger.warning("What %s holds is left out: %r", redis_keys.KNOWN_MODES, text[:80])
 
 
@@ -330,8 +334,8 @@ def _texts(redis: Redis, names: list[str]) -> list[bytes | None]:
 
 
 def _readable(
-    kind: type[_Kind], word: str, worker_ids: list[str], texts: list[bytes | None]
-) -> tuple[_Kind, ...]:
+    kind: type[_OfferT], noun: str, worker_ids: list[str], texts: list[bytes | None]
+) -> tuple[_OfferT, ...]:
     found = []
     for worker_id, text in zip(worker_ids, texts, strict=True):
         if text is None:
@@ -339,8 +343,8 @@ def _readable(
         try:
             found.append(kind.model_validate_json(text))
         except ValidationError as error:
-            # A worker of another version, for instance during an upgrade: the others still count.
-            logger.warning("The %s of worker %s is left out: %s", word, worker_id, error)
+            # From another version, for instance during an upgrade: the others are still valid.
+            logger.warning("The %s of worker %s is left out: %s", noun, worker_id, error)
     return tuple(found)
 
 

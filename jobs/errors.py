@@ -1,40 +1,40 @@
-"""Every error a caller or an operator may meet, as one tree.
+"""Define every error that a caller or an operator may see, as one tree.
 
     AppError
     ├── InvalidSpec            the request asks for something that is not offered
     ├── JobNotFound            no record under this id
     ├── JobNotCancellable      the job has already succeeded or failed
-    ├── JobAlreadyFinished     a worker claims a job which has nothing left to do
-    ├── JobHeld                a worker claims a job which another one is running
+    ├── JobAlreadyFinished     a worker claims a job that has already ended
+    ├── JobHeld                a worker claims a job that another worker is running
     ├── IdempotencyConflict    the same Idempotency-Key came with another body
-    ├── TooManyRequests        come back later
-    │   ├── QueueFull          as many jobs wait as are allowed to
-    │   ├── QuotaExceeded      the caller's own jobs are as many as they may be
-    │   ├── RateLimited        the caller asks too often
-    │   └── TooManyOwnStreams  the caller has as many event streams open as one may
-    ├── TooManyStreams         this process has as many event streams open as it may
-    ├── Unauthenticated        no key, or none that is known
-    ├── Forbidden              known, but not allowed
-    │   └── LinkRefused        a video link that is forged, altered or too old
-    ├── VideoNotReady          the video is asked for before the job succeeded
-    ├── VideoGone              the job succeeded, its file is no longer there
-    ├── ModeNotServed          known, but no live worker serves it
-    ├── NoLiveWorker           nothing at all is served
+    ├── TooManyRequests        the caller should try again later
+    │   ├── QueueFull          the queue has reached its limit
+    │   ├── QuotaExceeded      the caller's own jobs have reached their limit
+    │   ├── RateLimited        the caller sends requests too often
+    │   └── TooManyOwnStreams  the caller's open event streams have reached their limit
+    ├── TooManyStreams         this process' open event streams have reached their limit
+    ├── Unauthenticated        the request has no API key, or an unknown one
+    ├── Forbidden              the caller is known, but not allowed to do this
+    │   └── LinkRefused        a video link is forged, altered or too old
+    ├── VideoNotReady          the video is requested before the job succeeded
+    ├── VideoGone              the job succeeded, but its file no longer exists
+    ├── ModeNotServed          the mode is known, but no live worker serves it
+    ├── NoLiveWorker           no worker is live, so nothing is served
     ├── StoreUnavailable       Redis cannot be reached or refuses to write
-    ├── RecordUnreadable       a record in Redis is not one of ours
-    ├── ArtifactRefused        an artifact address or key this program does not serve
-    ├── ArtifactsUnavailable   the artifact store does not answer, or refuses us
-    ├── StaleAttempt           a newer attempt, or an end, has overtaken this one
-    ├── GenerationCancelled    the caller asked for it
+    ├── RecordUnreadable       a record in Redis was not written by this version
+    ├── ArtifactRefused        an artifact address or key is malformed or not supported
+    ├── ArtifactsUnavailable   the artifact store does not respond, or refuses access
+    ├── StaleAttempt           the job has ended, or a newer attempt owns it
+    ├── GenerationCancelled    the caller cancelled the job
     └── GenerationFailed       the pipeline did not produce a video
-        ├── ArtifactNotStored  the video was made and could not be kept
-        ├── OutOfDeviceMemory
-        ├── WorkerLost         the job's workers vanished, once too often
-        ├── GenerationTimedOut
-        └── PromptTooLong      more tokens than the text encoder takes
+        ├── ArtifactNotStored  the video was made and could not be stored
+        ├── OutOfDeviceMemory  the device ran out of memory
+        ├── WorkerLost         too many workers that ran the job crashed, hung or were killed
+        ├── GenerationTimedOut the attempt took longer than it may
+        └── PromptTooLong      the prompt has more tokens than the text encoder takes
 
-The classes know nothing of HTTP (`service/middleware/problems.py` maps them) and nothing of torch.
-A failure crosses Redis as `code` and `detail`, never as a traceback.
+The classes do not depend on HTTP (`service/middleware/problems.py` maps them to statuses) or on
+torch. A failure crosses Redis as `code` and `detail`, never as a traceback.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ from typing import ClassVar
 class AppError(Exception):
     """An error with a stable `code`, a short `title` and a `detail` sentence for the reader.
 
-    `context` holds what else the reader may need, as JSON values by name.
+    `context` holds further facts for the reader, as JSON values by name.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -59,7 +59,7 @@ class AppError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One field that is out of bounds, with the `value` and `bound` the caller is shown."""
+    """One field that is out of bounds, with the `value` and the `bound` to show to the caller."""
 
     field: str
     value: object
@@ -95,14 +95,14 @@ class JobNotCancellable(AppError):
 
 
 class JobAlreadyFinished(AppError):
-    """Raised by a claim: the task has nothing to do and should end quietly."""
+    """Raised by a claim of a job that has ended: the task should end without an error."""
 
     code = "job_already_finished"
     title = "The job has already ended"
 
 
 class JobHeld(AppError):
-    """Raised by a claim: a live attempt has the job; the task should end quietly."""
+    """Raised by a claim of a job that a live attempt owns: the task should end without an error."""
 
     code = "job_held"
     title = "Another worker is running the job"
@@ -114,7 +114,7 @@ class IdempotencyConflict(AppError):
 
 
 class TooManyRequests(AppError):
-    """`retry_after_s` in the context is how long the caller should wait."""
+    """Raised beyond a limit; `retry_after_s` in the context is how long the caller should wait."""
 
     code = "too_many_requests"
     title = "Too many requests"
@@ -201,7 +201,7 @@ class ArtifactsUnavailable(AppError):
 
 
 class StaleAttempt(AppError):
-    """Raised by every write of an attempt which no longer owns the job: stop and write nothing."""
+    """Raised by every write of an attempt that no longer owns the job: stop and write nothing."""
 
     code = "stale_attempt"
     title = "This attempt no longer owns the job"

@@ -1,8 +1,8 @@
-"""How service and worker log: one line per event on stderr, as text or as one JSON object.
+"""Configure logging for service and worker: one entry per event on stderr, as text or as JSON.
 
-Each process says which ids belong to the event at hand (a job's, a request's, its own); they are in
-every line, whoever wrote it. Configured once, by `main()`. Prompts are never logged: they belong to
-the callers.
+Each process passes a callback that returns the ids of the current event (of a job, of a request, of
+the process itself). They are added to every line, also to those of libraries. `main()` calls
+`configure` once. Prompts are never logged: they belong to the callers.
 """
 
 import logging
@@ -13,21 +13,23 @@ from typing import Final
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-Ids = Callable[[], Mapping[str, str]]
-"""Says the ids of the event at hand, by name; cheap, because it is asked for every line."""
+GetIds = Callable[[], Mapping[str, str]]
+"""Returns the ids of the current event, by name; must be cheap, as it is called for every line."""
 
 
 class LogFormat(StrEnum):
+    """How a line is written."""
+
     TEXT = "text"
     JSON = "json"
 
 
-def configure(log_format: LogFormat, ids: Ids, quiet: Collection[str] = ()) -> None:
-    """Send INFO and above to stderr, but only WARNING and above of the loggers in `quiet`."""
+def configure(log_format: LogFormat, get_ids: GetIds, quiet: Collection[str] = ()) -> None:
+    """Send INFO and above to stderr, but only WARNING and above from the loggers in `quiet`."""
     handler = logging.StreamHandler()
-    handler.addFilter(_WithIds(ids))
+    handler.addFilter(_WithIds(get_ids))
     handler.setFormatter(_FORMATTERS[log_format]())
-    # Not shown, and gathered for every line all the same unless told otherwise.
+    # Neither is shown, but Python would collect both for every line.
     logging.logMultiprocessing = False
     logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # from Python 3.12 on
     root = logging.getLogger()
@@ -41,14 +43,14 @@ _TEXT: Final = "%(asctime)s %(levelname)s %(name)s [%(ids)s] %(message)s"
 
 
 class _WithIds(logging.Filter):
-    """Gives every record the ids: each under its name, and all as the text `ids`."""
+    """Adds the ids to every record: each under its name, and all together as the text `ids`."""
 
-    def __init__(self, ids: Ids) -> None:
+    def __init__(self, get_ids: GetIds) -> None:
         super().__init__()
-        self._ids = ids
+        self._get_ids = get_ids
 
     def filter(self, record: logging.LogRecord) -> bool:
-        ids = self._ids()
+        ids = self._get_ids()
         record.ids = " ".join(ids.values()) or "-"
         vars(record).update(ids)
         return True
@@ -63,7 +65,7 @@ def _json() -> logging.Formatter:
         ["levelname", "name", "message"],
         timestamp="time",
         rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
-        # `color_message` is uvicorn's, for terminals.
+        # uvicorn adds `color_message` for terminals.
         reserved_attrs=[*RESERVED_ATTRS, "ids", "color_message"],
     )
 

@@ -1,7 +1,7 @@
-"""What is known about one job, and how it is laid out in its Redis hash.
+"""Define the record of a job, and convert it to and from its Redis hash.
 
-Scalars are stored as plain text so that the scripts can compare them; nested values as JSON. The
-hash also holds what only the scripts read (`_INTERNAL`).
+Scalars are stored as plain text, so that the Lua scripts can compare them. Nested values are stored
+as JSON. The hash also has fields that only the scripts use (`_INTERNAL`).
 """
 
 import json
@@ -19,6 +19,8 @@ from jobs.state import JobState
 
 
 class Stage(StrEnum):
+    """The stages of an attempt, in their order."""
+
     TEXT_ENCODER = "text_encoder"
     DENOISE = "denoise"
     VAE = "vae"
@@ -26,14 +28,14 @@ class Stage(StrEnum):
 
 
 class _Part(BaseModel):
-    # Values may be prompts, which have no place in logs.
+    # Values may be prompts, which must not be logged.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class Progress(_Part):
-    """Where a running job is: `step` of `steps` done within `stage`.
+    """How far a running job is: `step` of `steps` done within `stage`.
 
-    `seconds_left`, until the job's end, is None where jobs of its shape were never measured.
+    `seconds_left`, until the job's end, is None if no job of its shape was ever measured.
     """
 
     stage: Stage
@@ -43,14 +45,14 @@ class Progress(_Part):
 
 
 class Failure(_Part):
-    """Why a job failed: an error's code and its sentence, never a traceback."""
+    """Why a job failed: an error's code and its detail sentence, never a traceback."""
 
     code: str
     detail: str
 
 
 class Video(_Part):
-    """The result: the artifact's key and what the file is."""
+    """The result: the artifact's key and a description of the file."""
 
     key: str
     bytes: int = Field(ge=1)
@@ -62,7 +64,7 @@ class Video(_Part):
 
 
 class StageTimings(_Part):
-    """Seconds per stage; `queue_s` is creation to claim, `total_s` claim to end."""
+    """Seconds per stage; `queue_s` is from creation to claim, `total_s` from claim to end."""
 
     queue_s: float
     text_encoder_s: float
@@ -73,17 +75,17 @@ class StageTimings(_Part):
 
 
 class JobRecord(_Part):
-    """One job as it stands.
+    """The current state of one job.
 
     Attributes:
-        owner: the name of the key that asked for it.
+        owner: the name of the API key that created it.
         deadline_s: how many seconds an attempt may take; fixed when the job is created.
-        started_at: the start of the latest attempt; None again once an attempt has ended without
-            an end of the job.
-        worker: the worker that runs the latest attempt.
-        attempts: how often a worker has begun the job.
-        lost: how many of these attempts vanished.
-        video_deleted_at: when the video's time was over; `video` still says what it was.
+        started_at: the start of the latest attempt; None again after an attempt that ended without
+            ending the job.
+        worker: the id of the worker that runs the latest attempt.
+        attempts: how often a worker has started the job.
+        lost: how many of these attempts were lost with their worker.
+        video_deleted_at: when the video was deleted by retention; `video` still describes it.
     """
 
     id: str
@@ -110,7 +112,7 @@ class JobRecord(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to write to a job: the `number`-th claim of it, proven by `token`."""
+    """The right to write to a job, from its `number`-th claim and proven by `token`."""
 
     job_id: str
     number: int
@@ -118,14 +120,17 @@ class Attempt:
 
     @property
     def label(self) -> str:
-        """Its number and a part of its token: a Redis that lost its latest writes counts anew."""
+        """The number and the start of the token, to name artifacts.
+
+        The number alone is not unique: a Redis that lost its latest writes counts again.
+        """
         return f"{self.number}-{self.token[:8]}"
 
 
 _NESTED = frozenset({"request", "progress", "failure", "video", "timings"})
 _INTERNAL = (
     "token",  # of the attempt that owns the job
-    "lease_ms",  # until when, on Redis' clock, it does without a sign of life
+    "lease_ms",  # when, on Redis' clock, its lease expires unless it is renewed
     "created_ms",
     "started_ms",
     "missing_ms",  # when the job, though queued, was first seen in no queue
@@ -136,11 +141,12 @@ _INTERNAL = (
 
 
 def now() -> datetime:
+    """Return the current time, in UTC."""
     return datetime.now(UTC)
 
 
 def encode_new(record: JobRecord) -> dict[str, str]:
-    """Lay out a freshly created, queued record as hash fields."""
+    """Convert a newly created, queued record to hash fields."""
     fields = {
         "id": record.id,
         "state": record.state.value,
@@ -162,10 +168,10 @@ def encode_new(record: JobRecord) -> dict[str, str]:
 
 
 def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
-    """Read a record from its hash fields.
+    """Convert hash fields to a record.
 
     Raises:
-        RecordUnreadable: a field is missing or not what this version writes; the sentence names it.
+        RecordUnreadable: a field is missing or not what this version writes; the error names it.
     """
     try:
         texts = {name.decode(): value.decode() for name, value in fields.items()}
@@ -184,7 +190,7 @@ def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
 
 
 def _reason(error: ValueError) -> str:
-    """Say what is wrong without showing values: they may hold a prompt."""
+    """Describe the error without showing values, which may be prompts."""
     if not isinstance(error, ValidationError):
         return type(error).__name__
     return "; ".join(

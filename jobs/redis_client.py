@@ -1,9 +1,9 @@
-"""Open Redis with time limits and a quick retry.
+"""Connect to Redis with timeouts and one quick retry.
 
-A call that meets a dead server gives up after about ten seconds instead of hanging a request for
-ever. A server that has become a replica is asked once more over a new connection, which finds the
-new primary where the address stands for it. What may be repeated safely is repeated here: every
-script in `jobs/store/scripts.py` recognises a repeated call by its token or its id.
+A call to a dead server fails after about ten seconds instead of blocking a request forever. A
+command that a server refuses because it has become a replica is sent once more over a new
+connection, which reaches the new primary where the address points to it. Repeating a call is safe:
+every script in `jobs/store/scripts.py` recognises a repeated call by its token or its id.
 """
 
 from dataclasses import dataclass
@@ -20,48 +20,49 @@ HEALTH_CHECK_S = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to wait for a connection and for an answer, and how often to try again."""
+class Limits:
+    """How long to wait for a connection and for a response, and how often to retry."""
 
     connect_s: float
-    answer_s: float
+    response_s: float
     retries: int
 
     @property
-    def limits(self) -> dict[str, Any]:
-        return {"socket_connect_timeout": self.connect_s, "socket_timeout": self.answer_s}
+    def timeouts(self) -> dict[str, Any]:
+        """The timeouts as keyword arguments of redis-py."""
+        return {"socket_connect_timeout": self.connect_s, "socket_timeout": self.response_s}
 
 
-PATIENT: Final = Patience(connect_s=2.0, answer_s=5.0, retries=1)
-BRIEF: Final = Patience(connect_s=0.5, answer_s=1.0, retries=0)
-"""For questions whose answer is worth nothing when it is late."""
+DEFAULT: Final = Limits(connect_s=2.0, response_s=5.0, retries=1)
+BRIEF: Final = Limits(connect_s=0.5, response_s=1.0, retries=0)
+"""For calls such as health checks, whose response is useless when it is late."""
 
 
-def connect(url: str, patience: Patience = PATIENT) -> Redis:
+def connect(url: str, limits: Limits = DEFAULT) -> Redis:
     """Return a client for `url`; nothing is sent until the first command.
 
-    Answers are bytes, because RQ needs them so. The client is safe to share between threads.
+    Responses are bytes, as RQ requires. The client is safe to share between threads.
     """
     return Redis.from_url(
         url,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), patience.retries),
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), limits.retries),
         retry_on_error=[ReadOnlyError],
         health_check_interval=HEALTH_CHECK_S,
-        **patience.limits,
+        **limits.timeouts,
     )
 
 
-def connect_async(url: str, most_connections: int) -> redis.asyncio.Redis:
-    """Return a client for `url` that shares some connections and tries nothing twice.
+def connect_async(url: str, max_connections: int) -> redis.asyncio.Redis:
+    """Return an asynchronous client for `url` with a pool of connections and no retries.
 
-    Who is out of luck waits for one of the connections. A subscription that broke has missed
-    messages, so its owner must learn of it instead of having it mended.
+    A call waits while all connections of the pool are in use. Nothing is retried, because a broken
+    subscription has missed messages: its owner must see the error.
     """
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         url,
-        max_connections=most_connections,
-        timeout=PATIENT.answer_s,
+        max_connections=max_connections,
+        timeout=DEFAULT.response_s,
         retry=AsyncRetry(NoBackoff(), 0),
-        **PATIENT.limits,
+        **DEFAULT.timeouts,
     )
     return redis.asyncio.Redis.from_pool(pool)

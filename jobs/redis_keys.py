@@ -1,6 +1,6 @@
-"""Every Redis name and every time to live, in one place.
+"""Define every Redis key and every time to live.
 
-RQ's own keys (`rq:…`) are RQ's; everything here starts with `wan:`.
+All keys here start with `wan:`. RQ's own keys start with `rq:` and are defined by RQ.
 """
 
 import hashlib
@@ -9,112 +9,118 @@ from typing import Final
 DAY_S: Final = 24 * 60 * 60
 
 RECORD_TTL_S: Final = 30 * DAY_S
-"""A record is kept this long after its creation; its places in the indexes are swept after it."""
+"""A record is kept this long after its creation; its index entries are removed afterwards."""
 
 OFFER_TTL_S: Final = 15
-"""A worker that has not repeated its offer for this long is not live. Workers repeat every 5 s."""
+"""A worker that has not renewed its offer for this long is not live. Workers renew every 5 s."""
 
 KNOWN_MODE_TTL_S: Final = 30 * DAY_S
-"""A mode stays known this long after its last offer: down, rather than never heard of."""
+"""A mode stays known this long after its last offer: it is then down, not unknown."""
 
 TOKENIZER_TTL_S: Final = KNOWN_MODE_TTL_S
 """A tokenizer is kept this long after the last offer that names it."""
 
 IDEMPOTENCY_TTL_S: Final = DAY_S
-"""A key given with a request means the same job for this long."""
+"""An Idempotency-Key refers to the same job for this long."""
 
 RQ_RESULT_TTL_S: Final = 60 * 60
-"""RQ's bookkeeping of a job that ended; our own record holds the outcome."""
+"""RQ keeps its hash of an ended job this long; our own record holds the outcome."""
 
 RQ_FAILURE_TTL_S: Final = 7 * DAY_S
-"""RQ keeps tracebacks of crashed tasks this long, for the operator."""
+"""RQ keeps tracebacks of crashed tasks this long, for operators."""
 
 INDEX_PREFIX: Final = "wan:jobs:"
 """Sorted sets of job ids, all with score 0: ids sort by time, and so do the members."""
 
 EVENTS_PREFIX: Final = "wan:events:"
-"""One stream for each job, kept as long as its record."""
+"""One stream per job, kept as long as its record."""
 
 EVENTS_CHANNEL: Final = "wan:events"
-"""Carries the id of a job whenever its stream has grown; nothing is lost with a message."""
+"""Pub/sub channel: the id of each job whose stream has grown.
+
+A lost message loses no event, because readers read the stream."""
 
 METRICS: Final = "wan:metrics"
-"""Hash of counters; `jobs/store/counters.py` says what the fields mean."""
+"""Hash of counters; `jobs/store/counters.py` defines the fields."""
 
-PACE: Final = "wan:pace"
-"""Hash: a request's shape to "seconds per step" and "seconds for the rest", as measured."""
+DURATIONS: Final = "wan:pace"
+"""Hash: a request's shape to its measured durations (`jobs/durations.py`)."""
 
 WEBHOOKS_DUE: Final = "wan:webhooks"
-"""Sorted set: ids of ended jobs whose webhook is to be called, by the millisecond it is due."""
+"""Sorted set: ids of ended jobs whose webhook is to be called; scores are due times in ms."""
 
 WEBHOOK_PREFIX: Final = "wan:webhook:"
+"""One hash per job with a webhook: the state of its calls."""
 
 DELETIONS: Final = "wan:deletions"
-"""Sorted set: ids of jobs to delete now that they have ended, by the millisecond of their end."""
+"""Sorted set: ids of ended jobs that are to be deleted; scores are the times of ending in ms."""
 
 RETENTION_LOCK: Final = "wan:retention:lock"
-"""Held by the process that deletes what is past its time."""
+"""Lock of the process that deletes expired jobs and videos."""
 
 RETENTION_DONE: Final = "wan:retention:done"
-"""When that was last done; not done again as long as it is there."""
+"""When the last round was done; no other round starts while this key exists."""
 
 RECOVERY: Final = "wan:recovery"
-"""Hash: when somebody last looked for abandoned jobs, and when somebody first did after a gap."""
+"""Hash: when a process last looked for abandoned jobs, and when one first did after a gap."""
 
 API_KEYS: Final = "wan:keys"
-"""Hash: the id of an API key to its JSON, without the secret. Never expires."""
+"""Hash: the id of an API key to its JSON, without the secret. It never expires."""
 
 API_KEYS_USED: Final = "wan:keys:used"
-"""Hash: the id of an API key to the time of its last use, a minute or so behind."""
+"""Hash: the id of an API key to the time of its last use, accurate to about a minute."""
 
 URL_SECRET: Final = "wan:url-secret"
-"""What signs video links where no secret is configured; made once, for all service processes."""
+"""The secret that signs video links if none is configured; created once, for all processes."""
 
 RATE_PREFIX: Final = "wan:rate"
-"""Counters of requests; the rest of their names and their lifetimes are the library's."""
+"""Prefix of the request counters; the `limits` library adds the rest and sets their lifetimes."""
 
 WORKERS: Final = "wan:workers"
-"""Sorted set: worker id by the second of its last offer."""
+"""Sorted set: worker ids; scores are the Unix seconds of their last offers."""
 
 KNOWN_MODES: Final = "wan:modes"
-"""Sorted set: JSON [model, mode] by the second it was last offered."""
-
+"""Sorted set: JSON [model, mode]; scores are the Unix seconds of the last offers."""
 
 RECORD_PREFIX: Final = "wan:job:"
+"""One hash per job (`jobs/record.py`)."""
 
 
 def record(job_id: str) -> str:
+    """Return the key of a job's hash."""
     return RECORD_PREFIX + job_id
 
 
 def index(state: str, owner: str | None = None) -> str:
-    """The ids of the jobs in one state, or in "all"; of one owner or of everybody."""
+    """Return the index of the jobs in one state or in "all", of one owner or of everybody."""
     return f"{INDEX_PREFIX}{'' if owner is None else f'owner:{owner}:'}{state}"
 
 
 def events(job_id: str) -> str:
+    """Return the key of a job's event stream."""
     return EVENTS_PREFIX + job_id
 
 
 def webhook(job_id: str) -> str:
-    """Hash: how far the calls of the job's webhook are; kept as long as the record."""
+    """Return the key of the hash with the state of a job's webhook; kept as long as the record."""
     return WEBHOOK_PREFIX + job_id
 
 
 def idempotency(owner: str, key: str) -> str:
-    """What an owner's key stands for. Hashed: the key is the caller's text."""
+    """Return the Redis key of an Idempotency-Key, hashed because it is the caller's text."""
     return f"wan:idempotency:{owner}:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def tokenizer(fingerprint: str) -> str:
-    """The text of a tokenizer, under the SHA-256 of that text."""
+    """Return the key of a tokenizer's text; `fingerprint` is the SHA-256 of that text."""
     return f"wan:tokenizer:{fingerprint}"
 
 
 def worker_offer(worker_id: str) -> str:
+    """Return the key of a worker's offer."""
     return f"wan:worker:{worker_id}"
 
 
 def worker_status(worker_id: str) -> str:
-    """How a worker is doing, beside its offer and with the same lifetime."""
+    """Return the key of a worker's status, which has the same lifetime as its offer."""
     return f"wan:worker:{worker_id}:status"

@@ -1,8 +1,8 @@
-"""What a caller may ask for, checked against what the live workers offer.
+"""Check a caller's request against what the live workers offer, and complete it.
 
-`GenerationBody` is the caller's JSON, `GenerationRequest` the complete order a worker runs.
-Between them stands `resolve`: it fills in defaults, refuses what is out of bounds (all violations
-at once), and never rounds.
+`GenerationBody` is the caller's JSON; `GenerationRequest` is the complete request that a worker
+runs. `resolve` turns one into the other: it fills in defaults and refuses what is out of bounds,
+with all violations at once. It never rounds a value.
 """
 
 import secrets
@@ -14,24 +14,23 @@ from pydantic_core import ErrorDetails
 
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
-from jobs.text_rules import is_visible, strange_in
+from jobs.geometry import is_frame_count, parse_size
+from jobs.text_rules import first_disallowed, is_visible
 
 MAX_SEED = 2**32 - 1
 MIN_GUIDANCE_SCALE = 1.0
-"""1 switches guidance off; the pipeline treats anything below as 1, so it is refused instead."""
+"""1 switches guidance off. The pipeline would treat lower values as 1, so they are refused."""
 MAX_GUIDANCE_SCALE = 20.0
-FRAME_STRIDE = 4
-"""Wan's VAE packs four frames into one latent frame after the first: counts are 4k+1."""
 MAX_URL_CHARS = 2048
-SHOWN_CHARS = 80
-"""How much of an offending string is shown in an error."""
-MOST_UNKNOWN = 20
-"""How many names that are no fields an error lists; a body may hold tens of thousands."""
+MAX_SHOWN_CHARS = 80
+"""How many characters of an invalid string an error shows."""
+MAX_UNKNOWN_FIELDS = 20
+"""How many unknown fields an error lists; a body may contain tens of thousands."""
 
 CountTokens = Callable[[str, str], int | None]
-"""Takes a tokenizer's fingerprint and a text; answers None where the tokenizer cannot be had."""
+"""Counts the tokens of a text, given a tokenizer's fingerprint; None if it is not available."""
 CheckWebhook = Callable[[str], Violation | None]
-"""Takes a webhook's address; answers what is wrong with it, if something is."""
+"""Checks a webhook's URL; returns what is wrong with it, or None."""
 
 _BOUNDS = {
     "prompt": "text with at least one visible character",
@@ -78,7 +77,7 @@ class GenerationBody(BaseModel):
     size: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] | None = Field(
         default=None, description="WIDTHxHEIGHT in pixels, one of the model's sizes."
     )
-    # The model's bounds, which are narrower, are the ones to name when these two are refused.
+    # Not bounded here: a refusal of these two names the model's bounds, which are narrower.
     num_frames: int | None = Field(
         default=None, description="A count of the form 4k+1.", json_schema_extra={"minimum": 1}
     )
@@ -105,7 +104,7 @@ class GenerationBody(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """A complete order: every choice is made, so running it twice gives the same video."""
+    """A complete request: every choice is made, so running it twice gives the same video."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
@@ -122,12 +121,12 @@ class GenerationRequest(BaseModel):
     @property
     def width(self) -> int:
         """In pixels."""
-        return int(self.size.split("x")[0])
+        return parse_size(self.size)[0]
 
     @property
     def height(self) -> int:
         """In pixels."""
-        return int(self.size.split("x")[1])
+        return parse_size(self.size)[1]
 
 
 def resolve(
@@ -136,13 +135,13 @@ def resolve(
     count_tokens: CountTokens | None = None,
     check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
-    """Complete `body` and choose its queue: the shortest among the live ones that accept it.
+    """Complete `body` and choose its queue: the shortest one of live workers that accept it.
 
-    Without `count_tokens`, or where it answers None, a text is bounded by its characters alone and
-    the worker has the last word. Without `check_webhook`, a webhook is refused.
+    Without `count_tokens`, or where it returns None, only the characters of a text are bounded; the
+    worker checks its tokens later. Without `check_webhook`, a webhook is refused.
 
     Raises:
-        InvalidSpec: with every violation.
+        InvalidSpec: something is out of bounds; all violations are in it.
         ModeNotServed: the model and mode are known, but no live worker serves them; or no worker
             is live at all.
     """
@@ -155,25 +154,25 @@ def resolve_json(
     count_tokens: CountTokens | None = None,
     check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
-    """Do the same for a parsed JSON document, reporting every kind of violation together."""
+    """Do the same for a parsed JSON document; errors of its types are reported with the others."""
     more = 0
     if isinstance(raw, Mapping):
         unknown = [name for name in raw if name not in GenerationBody.model_fields]
-        more = len(unknown) - MOST_UNKNOWN
-        left_out = set(unknown[MOST_UNKNOWN:])
+        more = len(unknown) - MAX_UNKNOWN_FIELDS
+        left_out = set(unknown[MAX_UNKNOWN_FIELDS:])
         raw = {name: raw[name] for name in raw if name not in left_out}
     try:
         return resolve(GenerationBody.model_validate(raw), catalog, count_tokens, check_webhook)
     except ValidationError as error:
         violations = [_violation(each) for each in error.errors()]
     if more > 0:
-        violations.append(more_unknown(more, _BOUNDS))
+        violations.append(more_unknown_fields(more, _BOUNDS))
     if not isinstance(raw, Mapping):
         raise InvalidSpec(violations)
-    bad = {violation.field for violation in violations}
-    sound = {k: v for k, v in raw.items() if k in GenerationBody.model_fields and k not in bad}
+    invalid = {violation.field for violation in violations}
+    valid = {k: v for k, v in raw.items() if k in GenerationBody.model_fields and k not in invalid}
     # Only to look for further violations: this body is never run.
-    rest = GenerationBody.model_construct(**{"prompt": "-", **sound})
+    rest = GenerationBody.model_construct(**{"prompt": "-", **valid})
     violations += _webhook_violations(rest, check_webhook)
     return _resolve(rest, catalog, violations, count_tokens)
 
@@ -184,17 +183,17 @@ def _resolve(
     violations: list[Violation],
     count_tokens: CountTokens | None,
 ) -> tuple[GenerationRequest, str]:
-    """Check `body` on top of the `violations` found so far."""
+    """Check `body` and complete it; `violations` are those found so far."""
     violations = violations + list(_text_violations(body))
     offers, unserved = _offers_for(body, catalog, violations)
-    # Offers of one queue have the same bounds.
+    # All offers of one queue have the same bounds.
     refusals = {
         queue: [*_bound_violations(body, model), *_length_violations(body, model, count_tokens)]
         for queue, model in {offer.queue: offer.model for offer in offers}.items()
     }
     accepting = [offer for offer in offers if not refusals[offer.queue]]
     if offers and not accepting:
-        # Workers may differ in their bounds; the first one's are as good an answer as any.
+        # Workers may differ in their bounds; the error names those of the first.
         violations += refusals[offers[0].queue]
     if violations:
         raise InvalidSpec(violations)
@@ -207,7 +206,7 @@ def _resolve(
 def _offers_for(
     body: GenerationBody, catalog: Catalog, violations: list[Violation]
 ) -> tuple[list[WorkerOffer], ModeNotServed | None]:
-    """Find the live offers of the body's model and mode, or say why there are none.
+    """Find the live offers for the body's model and mode, or the error if there are none.
 
     An unknown model or mode is appended to `violations`.
     """
@@ -233,7 +232,7 @@ def _offers_for(
 
 
 def _text_violations(body: GenerationBody) -> Iterator[Violation]:
-    """What is wrong with the texts, whatever the model."""
+    """Find what is wrong with the texts for any model."""
     if not any(map(is_visible, body.prompt)):
         yield Violation(
             "prompt",
@@ -243,13 +242,13 @@ def _text_violations(body: GenerationBody) -> Iterator[Violation]:
         )
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
-        strange = strange_in(text or "")
-        if strange is not None:
+        bad = first_disallowed(text or "")
+        if bad is not None:
             yield Violation(
                 field,
                 shown(text),
                 "text without control characters",
-                f"{field} holds the character U+{ord(strange):04X}, which is not text; remove it.",
+                f"{field} holds the character U+{ord(bad):04X}, which is not text; remove it.",
             )
 
 
@@ -266,12 +265,12 @@ def _webhook_violations(
 
 
 def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Violation]:
-    """What is wrong with the body for this model; an absent field is never wrong."""
+    """Find what is out of this model's bounds; an absent field never is."""
     if body.size is not None and body.size not in model.sizes:
         yield _not_one_of("size", body.size, model.sizes, "is not offered")
     frames = body.num_frames
     if frames is not None and (
-        frames % FRAME_STRIDE != 1 or not model.min_frames <= frames <= model.max_frames
+        not is_frame_count(frames) or not model.min_frames <= frames <= model.max_frames
     ):
         yield _outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
     steps = body.num_inference_steps
@@ -282,7 +281,7 @@ def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Viola
 def _length_violations(
     body: GenerationBody, model: ModelOffer, count_tokens: CountTokens | None
 ) -> Iterator[Violation]:
-    """Which texts are too long: in characters, or else, which costs more to say, in tokens."""
+    """Find texts with too many characters, or else, as this is slower to check, too many tokens."""
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
         if text is None:
@@ -296,8 +295,8 @@ def _length_violations(
             )
             continue
         bound, tokenizer = model.max_prompt_tokens, model.tokenizer
-        # A text that is none, which is refused anyway, may be more than a tokenizer can read.
-        if count_tokens is None or bound is None or tokenizer is None or strange_in(text):
+        # A text with disallowed characters is refused anyway, and a tokenizer might fail on it.
+        if count_tokens is None or bound is None or tokenizer is None or first_disallowed(text):
             continue
         tokens = count_tokens(tokenizer, text)
         if tokens is not None and tokens > bound:
@@ -310,7 +309,7 @@ def _length_violations(
 
 
 def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
-    choices = {
+    values = {
         "negative_prompt": model.default_negative_prompt,
         "mode": model.default_mode,
         "size": model.default_size,
@@ -318,30 +317,30 @@ def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
         "num_inference_steps": model.default_steps,
         "guidance_scale": model.default_guidance_scale,
     }
-    choices |= body.model_dump(exclude_none=True, exclude={"webhook_url"})
+    values |= body.model_dump(exclude_none=True, exclude={"webhook_url"})
     if body.seed is None:
-        choices["seed"] = secrets.randbelow(MAX_SEED + 1)
-    return GenerationRequest.model_validate(choices | {"model": model.name})
+        values["seed"] = secrets.randbelow(MAX_SEED + 1)
+    return GenerationRequest.model_validate(values | {"model": model.name})
 
 
 def shown(value: object) -> object:
-    """Make an offending value fit to be shown: valid Unicode, short, and JSON."""
+    """Make an invalid value fit for an error message: short, valid Unicode, and a JSON value."""
     if value is None or (isinstance(value, int | float) and abs(value) < 10**18):
         return value
     text = value if isinstance(value, str) else repr(value)
-    cut = text[:SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
-    return cut if len(text) <= SHOWN_CHARS else f"{cut}… ({len(text)} characters)"
+    cut = text[:MAX_SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
+    return cut if len(text) <= MAX_SHOWN_CHARS else f"{cut}… ({len(text)} characters)"
 
 
-def more_unknown(number: int, fields: Iterable[str]) -> Violation:
-    """Stand for the names that are no fields and are not listed one by one."""
+def more_unknown_fields(number: int, fields: Iterable[str]) -> Violation:
+    """Build one violation for all unknown fields that are not listed one by one."""
     names = ", ".join(fields)
     detail = f"{number} more names are not fields; the fields are {names}."
     return Violation("body", None, f"an object with the fields {names}", detail)
 
 
 def _violation(error: ErrorDetails) -> Violation:
-    """Turn one of pydantic's errors into ours."""
+    """Convert a pydantic error to a violation."""
     field = str(shown(".".join(map(str, error["loc"])))) if error["loc"] else "body"
     fields = f"the fields {', '.join(_BOUNDS)}"
     bound = _BOUNDS.get(field, f"an object with {fields}")

@@ -1,10 +1,12 @@
-"""The life of a job as data: which states there are and which may follow which."""
+"""Define the states of a job and the transitions between them."""
 
 from collections.abc import Mapping
 from enum import StrEnum
 
 
 class JobState(StrEnum):
+    """The states of a job."""
+
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
@@ -13,10 +15,11 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
+        """Whether the job has ended: no state follows this one."""
         return not TRANSITIONS[self]
 
 
-# QUEUED follows RUNNING when a worker gives its job back, or was lost.
+# RUNNING goes back to QUEUED when a worker releases its job, or was lost.
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
     JobState.RUNNING: frozenset(

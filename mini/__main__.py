@@ -1,8 +1,8 @@
-"""`python -m mini`: what must be so before torch loads, then `mini.cli`."""
+"""Run `python -m mini`: set the environment before torch is imported, then start `mini.cli`."""
 
 import os
 
-# Threads that spin while they wait hold up everything else on a shared machine (docs/log.md).
+# OpenMP threads that spin while waiting slow down all else on a shared machine (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from mini.cli import app

@@ -1,8 +1,9 @@
-"""The miniature's architecture: the 14B's own classes, small enough for minutes and a CPU.
+"""Define the architecture of the miniature model, with the classes of Wan2.1-T2V-14B.
 
-Everything the large model has is here in the same number where the number matters to the service
-(40 transformer blocks of 10 linears, VAE strides of 4 in time and 8 in space, 16 latent channels)
-and smaller where only the cost depends on it (width, heads, text encoder).
+It is small enough to train in minutes and to run on a CPU. Numbers that matter to the service are
+those of the large model: 40 transformer blocks of 10 linears, VAE strides of 4 in time and 8 in
+space, 16 latent channels. Numbers that only affect the cost are smaller: width, heads, text
+encoder.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ FPS = 8
 LATENT_CHANNELS = 16
 LATENT_SHAPE = (LATENT_CHANNELS, 1 + (NUM_FRAMES - 1) // 4, HEIGHT_PX // 8, WIDTH_PX // 8)
 VOCABULARY_SIZE = 512
-# Captions of the world need at most 40 tokens; the worker pads to this length. The model has also
-# been trained at the pipeline's own default of 512, so a plain `WanPipeline` call works too.
+# Captions of the world have at most 40 tokens; the worker pads to this length. The model was also
+# trained at the pipeline's default of 512, so a plain `WanPipeline` call works as well.
 TEXT_TOKENS = 64
 FLOW_SHIFT = 3.0
 TEXT_WIDTH = 96
@@ -34,7 +35,7 @@ TEXT_WIDTH = 96
 
 @dataclass(frozen=True, slots=True)
 class Miniature:
-    """The four trained or fixed parts of one pipeline."""
+    """The tokenizer and the three models of one pipeline."""
 
     tokenizer: PreTrainedTokenizerFast
     text_encoder: UMT5EncoderModel
@@ -42,7 +43,7 @@ class Miniature:
     vae: AutoencoderKLWan
 
     def pipeline(self) -> WanPipeline:
-        """The parts as the pipeline diffusers loads from `models/wan-mini`."""
+        """Build the pipeline that diffusers loads from `models/wan-mini`."""
         return WanPipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,
@@ -55,7 +56,7 @@ class Miniature:
 
 
 def build_vae() -> AutoencoderKLWan:
-    """A 2.6 M parameter Wan VAE with identity latent statistics (training fills them in)."""
+    """Build a Wan VAE of 2.6 M parameters; training replaces its latent statistics of 0 and 1."""
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
@@ -68,7 +69,7 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """40 Wan blocks, 128 wide: 10.8 M parameters."""
+    """Build a transformer of 40 Wan blocks with width 128: 10.8 M parameters."""
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
@@ -83,7 +84,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 
 def build_text_encoder() -> UMT5EncoderModel:
-    """A three-layer UMT5 encoder over the miniature's vocabulary."""
+    """Build a three-layer UMT5 encoder for the miniature's vocabulary."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=VOCABULARY_SIZE,
@@ -100,7 +101,7 @@ def build_text_encoder() -> UMT5EncoderModel:
 
 
 def build_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with T5's `</s>` ending, trained on `captions`; it can encode any text."""
+    """Train a byte-level BPE with T5's `</s>` ending on `captions`; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""`python -m mini`: train the miniature, print captions of its world."""
+"""Train the miniature model and print captions of its world: `python -m mini`."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def main() -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="diffusers folder to write")],
-    work: Annotated[Path, typer.Option(help="folder for checkpoints; an earlier run goes on")],
+    work: Annotated[Path, typer.Option(help="folder for checkpoints; an earlier run continues")],
     settings: Annotated[Path | None, typer.Option(help="JSON like training.json")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     until: Annotated[float, typer.Option(help="share of the denoiser's time to reach")] = 1.0,
     vae_only: Annotated[bool, typer.Option(help="stop after the VAE")] = False,
 ) -> None:
     """Train VAE, then transformer and text encoder."""
-    chosen = TrainingSettings()
+    training_settings = TrainingSettings()
     if settings is not None:
         given = json.loads(settings.read_text())
-        chosen = TrainingSettings(
-            vae=replace(chosen.vae, **given.get("vae", {})),
-            denoiser=replace(chosen.denoiser, **given.get("denoiser", {})),
+        training_settings = TrainingSettings(
+            vae=replace(training_settings.vae, **given.get("vae", {})),
+            denoiser=replace(training_settings.denoiser, **given.get("denoiser", {})),
         )
-    run = TrainingRun(work, chosen, device)
-    run.vae()
+    run = TrainingRun(work, training_settings, device)
+    run.train_vae()
     if not vae_only:
-        run.denoiser(until)
+        run.train_denoiser(until)
     run.save(out)
 
 

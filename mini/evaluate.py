@@ -1,5 +1,7 @@
-"""Does the miniature show what its captions say? Sampling, oracle rates with confidence intervals,
-and the contact sheet."""
+"""Evaluate whether the miniature's videos match their captions.
+
+It samples videos, computes oracle rates with confidence intervals, and draws contact sheets.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ SHEET_PAPER, SHEET_INK = "#fafafa", "#202020"
 
 
 def load_pipeline(folder: Path, device: str) -> WanPipeline:
-    """A stored miniature as the worker runs it: in BF16, with the VAE in FP32."""
+    """Load a stored miniature as the worker runs it: in BF16, with the VAE in FP32."""
     pipeline = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     pipeline.vae.float()
     return pipeline.to(device)
 
 
 def noise(seeds: Sequence[int], pipeline: WanPipeline) -> torch.Tensor:
-    """Initial latents, one CPU generator per seed, so every device and batch size starts alike."""
+    """Draw initial latents with a CPU generator per seed, equal for every device and batch size."""
     channels = pipeline.transformer.config.in_channels
     shape = (channels, 1 + (NUM_FRAMES - 1) // 4, HEIGHT_PX // 8, WIDTH_PX // 8)
     drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -45,7 +47,7 @@ def sample(
     steps: int = SAMPLING_STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
 ) -> Iterator[Frames]:
-    """One video per text: [F, H, W, 3] uint8."""
+    """Generate one video per text: [F, H, W, 3] uint8."""
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(texts), batch):
         result = pipeline(
@@ -65,19 +67,19 @@ def sample(
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A share of successes with its 95 % Wilson interval."""
+    """A success rate with its 95 % Wilson interval."""
 
     right: int
     total: int
 
     @property
     def share(self) -> float:
-        """Successes over trials; NaN without trials."""
+        """Return successes divided by trials; NaN without trials."""
         return self.right / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the 95 % Wilson score interval."""
+        """Return the lower and upper end of the 95 % Wilson score interval."""
         if not self.total:
             return (0.0, 1.0)
         z, n, p = 1.96, self.total, self.share
@@ -87,7 +89,7 @@ class Rate:
 
 
 def oracle_rates(videos: Sequence[Frames], texts: Sequence[str]) -> dict[str, Rate]:
-    """Per attribute, how many videos show what their caption says."""
+    """Count, for each attribute, the videos that match their caption."""
     judged = [
         verdicts(video, parse_caption(text)) for video, text in zip(videos, texts, strict=True)
     ]
@@ -100,9 +102,11 @@ def oracle_rates(videos: Sequence[Frames], texts: Sequence[str]) -> dict[str, Ra
 def contact_sheet(
     title: str, rows: Sequence[tuple[str, Frames]], shown: Sequence[int] = (0, 4, 8, 12, 16)
 ) -> Image.Image:
-    """Captions down, frames across, as one picture.
+    """Draw one picture with a row per video and a column per frame.
 
-    rows: (label, video [F, H, W, 3] uint8).
+    Args:
+        rows: pairs of a label and a video [F, H, W, 3] uint8.
+        shown: the indices of the frames to draw.
     """
     gap, text_height, title_height = 6, 30, 24
     row_height = text_height + HEIGHT_PX + gap
@@ -115,13 +119,13 @@ def contact_sheet(
         top = title_height + index * row_height
         draw.text((gap, top + 2), textwrap.fill(label, 84), fill=SHEET_INK, font=font, spacing=1)
         for column, frame in enumerate(shown):
-            place = (gap + column * (WIDTH_PX + gap), top + text_height)
-            sheet.paste(Image.fromarray(video[frame]), place)
+            position = (gap + column * (WIDTH_PX + gap), top + text_height)
+            sheet.paste(Image.fromarray(video[frame]), position)
     return sheet
 
 
 def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
-    """Sheets of equal height next to each other."""
+    """Join sheets of equal height next to each other."""
     size = (sum(s.width for s in sheets), max(s.height for s in sheets))
     joined = Image.new("RGB", size, SHEET_PAPER)
     left = 0

@@ -1,9 +1,10 @@
-"""HiFloat8 quantization of Wan transformers: the toolkit's public names.
+"""Export the public names of the HiFloat8 quantization toolkit for Wan transformers.
 
-A worker needs four steps: `QuantRecipe.load`, `load_scales`, `check_scales` against
-`model_fingerprint(folder)`, and `prepare_transformer` with the kernels of its device; without such,
-`quantize_transformer`. Modules below this one may be used directly by the toolkit's own commands
-and tests.
+A worker loads a recipe and its scales with `QuantRecipe.load` and `load_scales`, and compares the
+scales with the model by `check_scales` and `model_fingerprint(folder)`. It then builds a quantized
+tree with `quantize_transformer`, or with `load_packed` from a packed checkpoint, and puts the tree
+on the kernels of its device with `fuse_quantized`. The toolkit's own commands and the tests may
+import the modules below this one directly.
 """
 
 from quant.calibration.calibrate import CalibrationPlan, run_calibration
@@ -28,17 +29,12 @@ from quant.packed.load import (
     check_packed,
     load_packed,
     load_packed_base,
-    load_packed_beside,
+    load_packed_shared,
     open_packed,
 )
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
-from quant.transformer.fuse import (
-    PreparedTransformer,
-    attention_scales,
-    fuse_quantized,
-    prepare_transformer,
-)
+from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.quantize import quantize_transformer
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 from quant.weights.reader import BackgroundReader, Reader, TensorReader
@@ -53,7 +49,6 @@ __all__ = [
     "Hif8Linear",
     "PackedCheckpoint",
     "PackedMismatch",
-    "PreparedTransformer",
     "PromptSet",
     "QuantError",
     "QuantRecipe",
@@ -73,12 +68,11 @@ __all__ = [
     "has_transformer_weights",
     "load_packed",
     "load_packed_base",
-    "load_packed_beside",
+    "load_packed_shared",
     "load_scales",
     "model_fingerprint",
     "open_packed",
     "parts_fingerprint",
-    "prepare_transformer",
     "quantize_transformer",
     "run_calibration",
     "save_scales",

@@ -1,8 +1,8 @@
-"""`python -m quant`: what must be so before torch loads, then `quant.cli`."""
+"""Run `python -m quant`: set the environment before torch is imported, then start `quant.cli`."""
 
 import os
 
-# Threads that spin while they wait hold up everything else on a shared machine (docs/log.md).
+# OpenMP threads that spin while waiting slow down all else on a shared machine (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import signal
@@ -11,6 +11,6 @@ import sys
 from quant.cli import app
 
 if __name__ == "__main__":
-    # As with Ctrl-C: what is half written is removed on the way out.
+    # Exit by an exception, as with Ctrl-C, so that half-written files are removed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     app(prog_name="python -m quant")

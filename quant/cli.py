@@ -1,4 +1,4 @@
-"""The toolkit's command line. Each command parses, calls the library, and prints."""
+"""Run the toolkit's commands: each parses its arguments, calls the library and prints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
 @app.command("calibrate")
-def calibrate_command(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)
+def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     model: Folder,
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
     out: Annotated[Path, typer.Option(help="Scales file to write.")],
@@ -113,8 +113,8 @@ def inspect_command(
             path=file,
             model_folder=model,
         )
-    for what in filter(None, (model and f"model {model}", recipe and f"recipe {recipe}")):
-        typer.echo(f"fits {what}")
+    for subject in filter(None, (model and f"model {model}", recipe and f"recipe {recipe}")):
+        typer.echo(f"fits {subject}")
 
 
 @app.command("codes")
@@ -125,7 +125,7 @@ def codes_command() -> None:
 
 @contextmanager
 def _errors_as_sentences() -> Iterator[None]:
-    """What the toolkit refuses ends the command with one sentence, not with a traceback."""
+    """End the command with a one-sentence error instead of a traceback on a `QuantError`."""
     try:
         yield
     except QuantError as error:

@@ -1,8 +1,8 @@
-"""Which accelerators this process may use. The worker and the toolkit ask here and nowhere else.
+"""Find out which accelerators this process can use, for the worker and the toolkit.
 
-CUDA and Ascend (`torch_npu`) mirror each other's module (`torch.cuda`, `torch.npu`), so what holds
-for one holds for the other. `torch_npu` is imported by name and only when it is wanted: importing
-it claims the process's accelerator.
+`torch.npu` (Ascend, from `torch_npu`) has the same interface as `torch.cuda`, so one code path
+serves both. `torch_npu` is imported by name and only on request, because the import claims the
+process's accelerator.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ ACCELERATORS: Final[tuple[Accelerator, ...]] = ("npu", "cuda")
 
 
 def backend(kind: Accelerator) -> ModuleType:
-    """`torch.cuda` or its like; of Ascend only after `why_not` has imported it."""
-    found: ModuleType = getattr(torch, kind)
-    return found
+    """Return `torch.cuda` or `torch.npu`; the latter exists after `unavailable_reason` only."""
+    module: ModuleType = getattr(torch, kind)
+    return module
 
 
-def why_not(kind: Accelerator) -> str | None:
-    """Say why `kind` cannot be used, or None if it can."""
+def unavailable_reason(kind: Accelerator) -> str | None:
+    """Return why `kind` cannot be used, or None if it can."""
     if kind == "npu":
         try:
             importlib.import_module("torch_npu")
-        # Without CANN's libraries the import ends in ImportError or OSError; beside a CUDA card in
-        # RuntimeError.
+        # Without CANN's libraries the import raises ImportError or OSError; on a machine with a
+        # CUDA GPU it raises RuntimeError.
         except (ImportError, OSError, RuntimeError) as error:
             return f"torch_npu cannot be imported ({repr(error).splitlines()[0][:200]})"
     if not backend(kind).is_available():
@@ -40,18 +40,18 @@ def why_not(kind: Accelerator) -> str | None:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a `--device`.
+    """Return the device named by a `--device` option.
 
     Raises:
-        QuantError: it cannot be used here, and why.
+        QuantError: the device cannot be used here; the message gives the reason.
     """
     for kind in ACCELERATORS:
-        if kind == name and (reason := why_not(kind)) is not None:
+        if kind == name and (reason := unavailable_reason(kind)) is not None:
             raise QuantError(f"device {name} is not available here: {reason}; use --device cpu")
     return torch.device(name)
 
 
-def at_hand() -> Accelerator | None:
-    """The first that can be used, as far as nothing has to be imported for it."""
+def available_accelerator() -> Accelerator | None:
+    """Return the first accelerator that can be used without importing anything, or None."""
     loaded = (kind for kind in ACCELERATORS if hasattr(torch, kind))
     return next((kind for kind in loaded if backend(kind).is_available()), None)

@@ -1,20 +1,21 @@
-"""What can go wrong in the toolkit, as one tree.
+"""Define the errors of the toolkit.
 
     QuantError
     ├── RecipeError         a recipe cannot be read, or one of its values is out of bounds
     ├── ConversionError     a recipe does not fit the transformer it is applied to
-    ├── CalibrationError    calibration cannot start or saw something it must not average away
+    ├── CalibrationError    calibration cannot start, or met values that no scale can describe
     ├── ScalesError         a scales file cannot be read or written
-    │   └── ScalesMismatch  a good scales file, made for something else
+    │   └── ScalesMismatch  a valid scales file, made for something else
     └── WeightsError        a file of weights cannot be read or written, or lacks a tensor
-        └── PackedMismatch  a good packed checkpoint, made for something else
+        └── PackedMismatch  a valid packed checkpoint, made for something else
 
-Each message is one sentence with the value, the bound and the remedy, fit to be printed as it is.
+Each message is one sentence with the value, the bound and the remedy, and can be shown to users as
+it is.
 """
 
 
 class QuantError(Exception):
-    """Anything the toolkit refuses to do."""
+    """The base class of all errors that the toolkit raises on purpose."""
 
 
 class RecipeError(QuantError):
@@ -26,7 +27,7 @@ class ConversionError(QuantError):
 
 
 class CalibrationError(QuantError):
-    """Calibration cannot start, or saw values no scale can describe."""
+    """Calibration cannot start, or met values that no scale can describe."""
 
 
 class ScalesError(QuantError):
@@ -36,16 +37,16 @@ class ScalesError(QuantError):
 class ScalesMismatch(ScalesError):
     """A scales file was made for another model, recipe or format version.
 
-    The message ends with the command that makes a fitting one.
+    The message ends with the command that makes a matching one.
     """
 
 
 class WeightsError(QuantError):
-    """A file of weights cannot be read or written, or a tensor in it is not as it should be."""
+    """A file of weights cannot be read or written, or a tensor is missing or invalid."""
 
 
 class PackedMismatch(WeightsError):
     """A packed checkpoint was made for another model, recipe or format version.
 
-    The message ends with the command that makes a fitting one.
+    The message ends with the command that makes a matching one.
     """

@@ -1,4 +1,4 @@
-"""Format rows of words as aligned columns of text."""
+"""Format tables as aligned columns of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def span(values: Iterable[float]) -> str:
-    """The range of some scales, `0.0625 .. 2`, or what there is instead."""
+    """Return the range of some scales, such as `0.0625 .. 2`; without any, `per token`."""
     found = sorted(set(values))
     if not found:
         return "per token"
@@ -14,7 +14,7 @@ def span(values: Iterable[float]) -> str:
 
 
 def align(rows: list[tuple[str, ...]]) -> str:
-    """Rows of words as lines of columns, the first column to the left, the others to the right."""
+    """Format rows as lines of columns, the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,6 +1,6 @@
-"""Put the service together.
+"""Build the FastAPI application from its settings.
 
-Importing this module does nothing; `create_app` builds an application.
+Importing this module has no side effects; `create_app` builds an application.
 """
 
 from collections.abc import AsyncIterator
@@ -30,12 +30,12 @@ from service.auth.rate_limit import RateLimiter
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
-from service.maintenance.scheduler import Housekeeping
-from service.maintenance.tasks import chores
+from service.maintenance.scheduler import Scheduler
+from service.maintenance.tasks import background_tasks
 from service.middleware import problems
 from service.middleware.body_limit import BodyLimit
 from service.middleware.host_check import HostCheck, OriginCheck
-from service.middleware.request_log import Observed
+from service.middleware.request_log import RequestLog
 from service.middleware.security_headers import SecurityHeaders
 from service.monitoring.access import MetricsAccess
 from service.monitoring.exposition import Exposition
@@ -59,18 +59,17 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     """Build the application. Redis is not needed until the first request.
 
     Raises:
-        ArtifactRefused: ARTIFACTS_URL is not an address the service can serve, or its folder
-            cannot be made.
+        ArtifactRefused: the service cannot use ARTIFACTS_URL, or cannot make its folder.
     """
     redis_url = settings.redis_url.get_secret_value()
     redis = connect(redis_url)
     artifacts = open_artifacts(settings.artifacts_url)
-    # That nobody offers anything is not kept: whoever saw the first worker come, at /readyz say,
-    # may send it a job at once.
-    offered = CachedValue(
+    # An empty catalog is not cached: a caller who saw the first worker appear, at /readyz for
+    # example, may send a job at once.
+    cached_catalog = CachedValue(
         lambda: catalog.read(redis), settings.catalog_kept_s, lambda found: bool(found.offers)
     )
-    places = CachedQueuePositions(QueuePositions(redis), offered)
+    queue_positions = CachedQueuePositions(QueuePositions(redis), cached_catalog)
 
     app = FastAPI(
         redirect_slashes=False,
@@ -83,24 +82,24 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     exposition = Exposition(redis_url)
     gate = Gate(KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local)
-    _build_wall(app, settings)
-    app.add_middleware(Observed, measures=exposition.http)
-    app.state.parts = AppState(
+    _add_middleware(app, settings)
+    app.add_middleware(RequestLog, metrics=exposition.http)
+    app.state.app_state = AppState(
         settings=settings,
         redis=redis,
         store=JobStore(redis),
         outbox=Outbox(redis),
-        catalog=offered,
-        places=places,
-        hub=EventHub(redis_url, places, settings.max_streams),
+        catalog=cached_catalog,
+        queue_positions=queue_positions,
+        hub=EventHub(redis_url, queue_positions, settings.max_streams),
         readiness=Readiness(redis_url),
         artifacts=artifacts,
-        tokens=TokenCounter(redis),
+        token_counter=TokenCounter(redis),
         gate=gate,
         admission=Admission(gate),
         exposition=exposition,
-        readers=MetricsAccess(gate),
-        signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
+        metrics_access=MetricsAccess(gate),
+        link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
     for routes in (jobs, events, videos, models, operations, health):
         app.include_router(routes.router)
@@ -111,22 +110,22 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    parts: AppState = app.state.parts
-    housekeeping = Housekeeping(chores(parts))
-    housekeeping.start()
-    parts.hub.start()
+    app_state: AppState = app.state.app_state
+    scheduler = Scheduler(background_tasks(app_state))
+    scheduler.start()
+    app_state.hub.start()
     yield
-    await parts.hub.stop()
-    parts.readiness.close()
-    parts.exposition.close()
-    # Off the loop: a round in hand may take a moment.
-    await run_in_threadpool(housekeeping.stop)
-    parts.redis.close()
+    await app_state.hub.stop()
+    app_state.readiness.close()
+    app_state.exposition.close()
+    # In a thread: this waits for rounds under way.
+    await run_in_threadpool(scheduler.stop)
+    app_state.redis.close()
 
 
-def _build_wall(app: FastAPI, settings: ServiceSettings) -> None:
-    """Put the checks around the routes. Each goes around those before it: the last is met first."""
-    app.add_middleware(BodyLimit, most_bytes=MAX_BODY_BYTES)
+def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
+    """Add the checks before the routes. The middleware that is added last runs first."""
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(OriginCheck, public_url=settings.public_url)
     if settings.is_local:
         app.add_middleware(HostCheck, names=settings.known_names)

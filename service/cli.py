@@ -1,7 +1,7 @@
-"""The service's command line: run it, manage its keys, and delete what is past its time.
+"""Run the service, manage its API keys, and run retention, from the command line.
 
-Keys are managed where Redis can be reached, not over HTTP: whoever can write to Redis can do
-everything anyway, and a service without keys has nobody who could ask it for one.
+Keys are managed with access to Redis, not over HTTP: anybody who can write to Redis can do
+everything anyway, and a service without keys has no caller who may request one.
 """
 
 import sys
@@ -19,14 +19,14 @@ from jobs.artifacts.store import open_artifacts
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.redis_client import connect
 from service.auth.api_keys import ApiKey, KeyRefused, KeyStore, Role
-from service.maintenance.retention import Retention, RetentionBusy, told
-from service.server import sentences, start
+from service.maintenance.retention import Retention, RetentionBusy, describe
+from service.server import describe_errors, start
 from service.settings import RedisSettings, ServiceSettings
 
 app = typer.Typer(
     help="Run the service, configured by the environment, or do one of the commands.",
     add_completion=False,
-    # What such a traceback shows of local variables may be a password.
+    # typer's tracebacks show local variables, which may hold a password.
     pretty_exceptions_enable=False,
 )
 keys_app = typer.Typer(
@@ -41,7 +41,7 @@ _COLUMNS = ("name", "id", "role", "created", "last used", "quota", "rate", "stat
 
 @app.callback(invoke_without_command=True)
 def run(context: typer.Context) -> None:
-    """Run the service if nothing else is asked for."""
+    """Run the service if no command is given."""
     if context.invoked_subcommand is None:
         start()
 
@@ -53,8 +53,8 @@ def run_retention() -> None:
         settings = ServiceSettings()
         artifacts = open_artifacts(settings.artifacts_url)
         with connect(settings.redis_url.get_secret_value()) as redis:
-            swept = Retention(redis, artifacts, settings.keep).run(threading.Event())
-    print(f"Deleted {told(swept)}.")
+            deleted = Retention(redis, artifacts, settings.retention_periods).run(threading.Event())
+    print(f"Deleted {describe(deleted)}.")
 
 
 @keys_app.command()
@@ -70,7 +70,7 @@ def add(
         str | None, typer.Option(help='Like "100/minute" [default: SERVICE_RATE].')
     ] = None,
 ) -> None:
-    """Make a key and show it, this once, alone on stdout."""
+    """Make a key and print it alone on stdout; it cannot be shown again."""
     with _key_store() as store:
         made, token = store.add(name, role, quota, rate)
     _show(made, token)
@@ -89,7 +89,7 @@ def list_keys() -> None:
 
 @keys_app.command()
 def rotate(key: NameOrId) -> None:
-    """Give a key another secret, shown once; the old one is turned away within two seconds."""
+    """Give a key another secret, shown once; the old one is refused within two seconds."""
     with _key_store() as store:
         rotated, token = store.rotate(key)
     _show(rotated, token)
@@ -97,7 +97,7 @@ def rotate(key: NameOrId) -> None:
 
 @keys_app.command()
 def revoke(key: NameOrId) -> None:
-    """Make a key useless; the service turns it away within two seconds."""
+    """Revoke a key for ever; the service refuses it within two seconds."""
     with _key_store() as store:
         revoked = store.revoke(key)
     print(f"The key of {revoked.name} (id {revoked.id}) is revoked.")
@@ -105,7 +105,7 @@ def revoke(key: NameOrId) -> None:
 
 @contextmanager
 def _key_store() -> Iterator[KeyStore]:
-    """The keys; errors end the command with one line."""
+    """Open the key store; errors end the command with one line."""
     with (
         _one_line_for_errors(),
         connect(RedisSettings().redis_url.get_secret_value()) as redis,
@@ -118,7 +118,7 @@ def _one_line_for_errors() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        sys.exit(sentences(error))
+        sys.exit(describe_errors(error))
     except (KeyRefused, ArtifactRefused, ArtifactsUnavailable) as error:
         sys.exit(f"service: {error}")
     except RetentionBusy:

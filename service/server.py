@@ -1,6 +1,6 @@
-"""Start the service: settings, the port, the log, uvicorn.
+"""Start the service: read the settings, open the port, configure logging and run uvicorn.
 
-Whatever prevents the start ends the process with one clear line on stderr.
+An error that prevents the start ends the process with one line on stderr.
 """
 
 import logging
@@ -22,21 +22,21 @@ from service.settings import ServiceSettings
 logger = logging.getLogger("service")
 
 GRACE_S = 3
-"""How long requests that are still open may take once the service was told to end. Without a bound
-one client that never finishes its request, or never reads its video, keeps the process for ever."""
+"""Seconds that open requests may take once the service is to end. Without a limit, a client that
+never finishes its request, or never reads its video, would keep the process running for ever."""
 
 
 def start() -> None:
-    """Run the service until it is told to end."""
+    """Run the service until it gets a signal to end."""
     try:
         settings = ServiceSettings()
         app = create_app(settings)
     except ValidationError as error:
-        sys.exit(sentences(error))
+        sys.exit(describe_errors(error))
     except (ArtifactRefused, OSError) as error:
         sys.exit(f"service: {error}")
     if not settings.is_local:
-        _demand_a_key(settings)
+        _require_api_key(settings)
     listener = _listen(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     configure_logging(settings.log_format)
@@ -48,11 +48,11 @@ def start() -> None:
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
     )
-    Server(config, app.state.parts.hub).run(sockets=[listener])
+    Server(config, app.state.app_state.hub).run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
-    """Ends the event streams when it is told to end; it would wait for them."""
+    """A uvicorn server that ends the event streams when it shuts down; it would wait for them."""
 
     def __init__(self, config: uvicorn.Config, hub: EventHub) -> None:
         super().__init__(config)
@@ -63,13 +63,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def sentences(error: ValidationError) -> str:
-    """Say in one line each which variables are wrong and why."""
-    return "\n".join(f"service: {_sentence(each)}." for each in error.errors())
+def describe_errors(error: ValidationError) -> str:
+    """Describe each environment variable that is wrong in one line."""
+    return "\n".join(f"service: {_describe_error(each)}." for each in error.errors())
 
 
-def _demand_a_key(settings: ServiceSettings) -> None:
-    """End the start where strangers could reach a service that knows nobody."""
+def _require_api_key(settings: ServiceSettings) -> None:
+    """Exit if there is no usable API key, for a service that other machines can reach."""
     exposed = f"service: SERVICE_HOST: {settings.host} is reachable from outside"
     try:
         with connect(settings.redis_url.get_secret_value()) as redis:
@@ -87,10 +87,10 @@ def _demand_a_key(settings: ServiceSettings) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Take the port before the server starts, so that a taken one is one line and not a log."""
+    """Bind the port before the server starts, so that a port in use is reported in one line."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named. With 0,
-    # each answer on a kept connection waited 40 ms for the caller's acknowledgement.
+    # asyncio sets TCP_NODELAY only if the protocol is given explicitly. With 0, each answer on a
+    # kept-alive connection waited 40 ms for the caller's acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -105,9 +105,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _sentence(error: object) -> str:
+def _describe_error(error: object) -> str:
     assert isinstance(error, dict), "pydantic's errors are dicts"
     reason = "is required" if error["type"] == "missing" else error["msg"]
-    # What concerns several variables names them itself.
-    where = f"{error['loc'][0]}: " if error["loc"] else ""
-    return where + str(reason).removeprefix("Value error, ")
+    # An error about several variables has no `loc`, and names them itself.
+    variable = f"{error['loc'][0]}: " if error["loc"] else ""
+    return variable + str(reason).removeprefix("Value error, ")

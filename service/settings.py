@@ -1,28 +1,30 @@
-"""What the service reads from its environment, once, at its start. A bad value stops the start.
+"""Read the service's settings from environment variables, once at start. A bad value is an error.
 
-- `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. Any that is not loopback needs an
-  API key to be there at the start (`python -m service keys add NAME`).
+- `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. With any address that is not
+  loopback the service starts only if there is an API key (`python -m service keys add NAME`).
 - `SERVICE_PORT`: the port to listen on, by default 8000; 0 takes a free one.
-- `SERVICE_PUBLIC_URL`: how callers reach the service, for the video URLs; by default as each caller
-  asked. Its host is let in on loopback, too.
-- `SERVICE_URL_SECRET`: what signs video URLs, 32 characters or more; by default one that the
-  processes share through Redis.
-- `SERVICE_URL_TTL_S`: how long a video URL opens its video, by default 3600.
-- `SERVICE_RATE`: how often each key may ask, by default 600/minute.
+- `SERVICE_PUBLIC_URL`: the URL under which callers reach the service, for video URLs; by default
+  that of each request. A service on loopback accepts its host in the Host header, too.
+- `SERVICE_URL_SECRET`: the secret that signs video URLs, 32 characters or more; by default one that
+  the processes share through Redis.
+- `SERVICE_URL_TTL_S`: how many seconds a video URL is valid, by default 3600.
+- `SERVICE_RATE`: how many requests each key may send, by default 600/minute.
 - `SERVICE_QUOTA`: how many jobs each key may have waiting and running, by default 20. A key may
-  have a rate and a quota of its own.
+  have its own rate and quota instead.
 - `SERVICE_MAX_WAITING`: how many jobs may wait in a queue, by default 200.
 - `SERVICE_KEEP_VIDEOS_H`: how many hours after its job's end a video is kept, by default 168.
-- `SERVICE_KEEP_JOBS_H`: the same for the job's record, and with it its video; by default 720, which
-  is also the most: Redis drops a record 30 days after the job was created.
-- `SERVICE_KEEP_ORPHANS_H`: from which age on a video that no record names is deleted, by default
-  24.
-- `SERVICE_WEBHOOK_HOSTS` and its like: see `service/webhooks/settings.py`. They need
-  `SERVICE_PUBLIC_URL`, too: what is sent has no caller whose way here could be taken.
-- `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000; one key of
+- `SERVICE_KEEP_JOBS_H`: the same for the job's record, which is deleted with its video; by default
+  720, which is also the most: Redis drops a record 30 days after the job was created.
+- `SERVICE_KEEP_ORPHANS_H`: the age in hours at which a video that no record names is deleted, by
+  default 24.
+- `SERVICE_WEBHOOK_HOSTS` and other settings of webhooks: see `service/webhooks/settings.py`. They
+  require `SERVICE_PUBLIC_URL`, because a webhook is not sent in answer to a request, whose URL the
+  video URLs could use.
+- `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000. One key of
   role user may have a tenth of them, and at least 10.
-- `SERVICE_HEARTBEAT_S`: how often a stream without events shows that it is alive, by default 15.
-- `SERVICE_CATALOG_KEPT_S`: how long what the workers offer is taken as it was last read, by
+- `SERVICE_HEARTBEAT_S`: after how many seconds without events a stream sends a comment to stay
+  open, by default 15.
+- `SERVICE_CATALOG_KEPT_S`: for how many seconds the catalog of what workers offer is cached, by
   default 1.
 - `LOG_FORMAT`: `text`, the default, or `json`: one object per line.
 - `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
@@ -45,14 +47,14 @@ from redis.connection import parse_url
 from jobs.logs import LogFormat
 from jobs.redis_keys import RECORD_TTL_S
 from service.auth.rate_limit import check_rate
-from service.schemas.expiry import Keep
+from service.schemas.expiry import RetentionPeriods
 from service.webhooks.settings import WebhookSettings
 
 Hours = Annotated[float, Field(gt=0, le=RECORD_TTL_S / 3600, allow_inf_nan=False)]
 
 
 class RedisSettings(BaseSettings):
-    """What everything that speaks to Redis needs, and all that managing keys does."""
+    """The settings of every command that uses Redis; managing keys needs no others."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_ignore_empty=True, populate_by_name=True, hide_input_in_errors=True
@@ -65,14 +67,15 @@ class RedisSettings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_redis_address(cls, url: SecretStr) -> SecretStr:
-        # The value may hold a password, so it is not repeated.
+        # The value may contain a password, so the messages do not repeat it.
         text = url.get_secret_value()
         if not text.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("it does not start with redis://, rediss:// or unix://")
         try:
             parse_url(text)  # type: ignore[no-untyped-call]
         except ValueError:
-            # Said anew, and without what was read: a part of a password may be taken for the port.
+            # A new message without the value: the original one may quote a part of the password
+            # that was parsed as the port.
             raise ValueError(
                 "it cannot be read as redis://:password@host:port/number; write what is special in "
                 "a password, like / or @, as %2F or %40"
@@ -81,7 +84,7 @@ class RedisSettings(BaseSettings):
 
 
 class ServiceSettings(WebhookSettings, RedisSettings):
-    """The settings by the names the code uses; the environment's names are the aliases."""
+    """All settings. Fields have the code's names; aliases are the environment variables."""
 
     host: str = Field(default="127.0.0.1", validation_alias="SERVICE_HOST")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
@@ -117,8 +120,8 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     log_format: LogFormat = Field(default=LogFormat.TEXT, validation_alias="LOG_FORMAT")
 
     @property
-    def keep(self) -> Keep:
-        return Keep(
+    def retention_periods(self) -> RetentionPeriods:
+        return RetentionPeriods(
             videos=timedelta(hours=self.keep_videos_h),
             jobs=timedelta(hours=self.keep_jobs_h),
             orphans=timedelta(hours=self.keep_orphans_h),
@@ -131,12 +134,12 @@ class ServiceSettings(WebhookSettings, RedisSettings):
 
     @property
     def known_names(self) -> frozenset[str]:
-        """Hosts the service may be asked for under, besides those of loopback."""
+        """Host names that requests may use for the service, besides those of loopback."""
         return frozenset({urlsplit(self.public_url).hostname or ""} if self.public_url else ())
 
     @property
     def public_path(self) -> str:
-        """What callers' paths begin with, where a proxy takes it off; mostly nothing."""
+        """The prefix of callers' paths, if a proxy removes one; mostly empty."""
         return urlsplit(self.public_url or "").path
 
     @field_validator("public_url")
@@ -149,7 +152,7 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         return url.rstrip("/")
 
     @model_validator(mode="after")
-    def _webhooks_know_the_way_here(self) -> Self:
+    def _webhooks_have_public_url(self) -> Self:
         if self.webhook_hosts and self.public_url is None:
             raise ValueError(
                 "SERVICE_PUBLIC_URL is missing: webhooks (SERVICE_WEBHOOK_HOSTS) say where the "
@@ -166,7 +169,7 @@ class ServiceSettings(WebhookSettings, RedisSettings):
 def _is_web_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        has_port = parts.port != 0  # and raises for what is no port
+        has_port = parts.port != 0  # raises ValueError if it is not a port
     except ValueError:
         return False
     is_bare = not (parts.query or parts.fragment or "?" in url or "#" in url)
@@ -174,7 +177,7 @@ def _is_web_address(url: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether a host is this machine, without asking a name server."""
+    """Return whether a host is this machine, without resolving names."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a real Valkey, a clean database per test, and a service over it."""
+"""Define the fixtures of all tests: a real Valkey, an empty database for each test, a service."""
 
 import os
 import socket
@@ -22,13 +22,13 @@ from service.app import create_app
 from service.settings import ServiceSettings
 from tests.support.s3_server import make_bucket, s3_server
 
-# Read when Triton is imported, which other libraries do: its kernels are interpreted, without a
-# card. Tests that have one (`-m cuda`) are run with TRITON_INTERPRET=0.
+# Triton interprets its kernels, without a GPU. It reads this when it is imported, which other
+# libraries do, too. Tests on a GPU (`-m cuda`) are run with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def free_port() -> int:
-    """A port nobody uses now. Random, because several test runs may share this machine."""
+    """Find a port that is free now. Random, because several test runs may share this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -41,7 +41,7 @@ def unused_port() -> int:
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    """A Valkey of this test run's own. Production syncs each write; tests need no such patience."""
+    """A Valkey for this test run. It syncs every second; production syncs each write."""
     for attempt in range(3):
         server = ValkeyServer(
             port=free_port(),
@@ -53,7 +53,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
             server.start()
             break
         except (ValkeyServerError, OSError):
-            # Somebody took the port in between.
+            # Another process took the port in between.
             if attempt == 2:
                 raise
     yield server
@@ -82,7 +82,7 @@ def store(redis: Redis) -> JobStore:
 
 @pytest.fixture
 def model() -> ModelOffer:
-    """What a worker with a small model says of it."""
+    """The part of a worker's offer that describes a small model."""
     return ModelOffer(
         name="wan-mini",
         fingerprint="sha256:00",
@@ -133,7 +133,7 @@ def live_worker(redis: Redis, offer: WorkerOffer) -> WorkerOffer:
 
 @pytest.fixture
 def request_for_video() -> GenerationRequest:
-    """A complete order within the model's bounds."""
+    """A complete request within the model's bounds."""
     return GenerationRequest(
         prompt="a small red circle",
         negative_prompt="",
@@ -153,20 +153,20 @@ def settings(redis_url: str, tmp_path: Path) -> ServiceSettings:
         redis_url=SecretStr(redis_url),
         artifacts_url=(tmp_path / "artifacts").as_uri(),
         public_url="http://testserver",  # what TestClient puts into Host
-        catalog_kept_s=0,  # tests publish offers, and ask at once
+        catalog_kept_s=0,  # not cached: tests publish offers and read them at once
     )
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The address of an S3 server of this test run's own."""
+    """The URL of an S3 server for this test run."""
     with s3_server(free_port()) as endpoint:
         yield endpoint
 
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an empty bucket; the environment holds credentials for it."""
+    """The name of an empty bucket; the environment variables hold its credentials."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     name = f"b-{uuid.uuid4().hex}"

@@ -1,4 +1,7 @@
-"""`python -m worker [--config FILE]`: what must be so before torch loads, then `worker.startup`."""
+"""Prepare the process before torch is imported, then run `worker.startup`.
+
+Usage: `python -m worker [--config FILE]`.
+"""
 
 import gc
 import os
@@ -6,11 +9,12 @@ import os
 
 def run() -> None:
     """Run the worker's command line."""
-    # OpenMP's threads spin while they wait for each other. Where anything else runs (ffmpeg, the
-    # service), one thread without a core then holds up all others: on two shared cores a run of
-    # the miniature's transformer took over 7 s instead of 0.3 s. Read once, when torch is imported.
+    # By default OpenMP's threads spin while they wait for each other. If another process (ffmpeg,
+    # the service) takes a core, the thread without one delays all others: on two shared cores a
+    # pass of the miniature's transformer took over 7 s instead of 0.3 s. The variable is read once,
+    # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Until the worker is ready (`worker.startup`). Imports take a quarter less.
+    # Off until the worker is ready (`worker.startup`). Imports take a quarter less time.
     gc.disable()
 
     import typer  # noqa: PLC0415

@@ -1,9 +1,9 @@
-"""The worker's configuration file: one model, its bounds, and the modes to serve it in.
+"""Read the worker's configuration file: one model, its bounds, and the modes to serve it in.
 
-Typed TOML, checked in full before anything is loaded. A mode is data: a name, and for a quantized
-one a recipe and the scales made with it. Relative paths are relative to the file, so a
-configuration moves with what it names. Whether the model and the scales fit each other is not
-decided here but where they are loaded (`worker/model_loader/loader.py`).
+The file is typed TOML, checked completely before anything is loaded. A mode is data: a name, and
+for a quantized mode a recipe and the scales made with it. Relative paths are relative to the file,
+so a configuration can be moved together with the files it names. Whether model and scales fit each
+other is checked later (`worker/model_loader/mode_plan.py`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from pydantic import (
 )
 
 from jobs.catalog import ModelName, ModelOffer, ModeName, Size
+from jobs.geometry import SIZE_MULTIPLE_PX, is_frame_count, parse_size
 from worker.errors import ConfigError
 
-# The VAE's spatial stride of 8 times the transformer's patch of 2; its temporal stride.
-SIZE_MULTIPLE_PX = 16
-FRAMES_STRIDE = 4
-
-
-TextEncoderPlace = Literal["auto", "device", "host", "encode"]
+TextEncoderPlacement = Literal["auto", "device", "host", "encode"]
 VaeTiling = Literal["auto", "on", "off"]
-_OWN = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling"}  # not for callers
+_WORKER_ONLY = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling"}
 
 
 class _Section(BaseModel):
@@ -41,7 +37,7 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """`[model]`: what is offered to callers, and what only the worker needs to know."""
+    """`[model]`: what is offered to callers, and what only the worker uses."""
 
     name: ModelName
     path: Path
@@ -64,7 +60,7 @@ class ModelConfig(_Section):
         default_factory=dict,
         description="The scheduler's shift by size, where it is not the model's own.",
     )
-    text_encoder: TextEncoderPlace = Field(
+    text_encoder: TextEncoderPlacement = Field(
         "auto", description="On the device, on the host, or on the device while it encodes."
     )
     vae_tiling: VaeTiling = Field("auto", description="Whether the VAE decodes in tiles.")
@@ -72,10 +68,10 @@ class ModelConfig(_Section):
     @model_validator(mode="after")
     def _bounds_are_possible(self) -> Self:
         for size in self.sizes:
-            if any(side % SIZE_MULTIPLE_PX for side in split_size(size)):
+            if any(side % SIZE_MULTIPLE_PX for side in parse_size(size)):
                 raise ValueError(f"size {size} is not made of multiples of {SIZE_MULTIPLE_PX} px")
         for name in ("min_frames", "max_frames"):
-            if getattr(self, name) % FRAMES_STRIDE != 1:
+            if not is_frame_count(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)} is not of the form 4k+1")
         unknown = sorted(set(self.flow_shift) - set(self.sizes))
         if unknown:
@@ -84,21 +80,26 @@ class ModelConfig(_Section):
         return self
 
     def offer(self, fingerprint: str, tokenizer: str | None = None) -> ModelOffer:
-        """The part callers see; both arguments name what was loaded, by its content.
+        """Build the part that callers see.
 
-        Raises ValueError where a default lies outside its bounds.
+        Args:
+            fingerprint: identifies the loaded model by its content.
+            tokenizer: identifies the tokenizer by its content.
+
+        Raises:
+            ValueError: a default lies outside its bounds.
         """
-        own = self.model_dump(exclude=_OWN)
+        offered = self.model_dump(exclude=_WORKER_ONLY)
         return ModelOffer(
             fingerprint=fingerprint,
             tokenizer=tokenizer,
             max_prompt_tokens=self.text_tokens,
-            **own,
+            **offered,
         )
 
 
 class FirstBlockCache(_Section):
-    """`[modes.step_cache]`: skip a step's other blocks where its first one does much as before."""
+    """`[modes.step_cache]`: skip a step's other blocks if its first one changed little."""
 
     method: Literal["first_block"]
     threshold: float = Field(
@@ -107,7 +108,7 @@ class FirstBlockCache(_Section):
 
 
 class MagCache(_Section):
-    """`[modes.step_cache]`: skip steps by what was measured of the model beforehand."""
+    """`[modes.step_cache]`: skip steps according to earlier measurements of the model."""
 
     method: Literal["mag"]
     threshold: float = Field(gt=0, description="Of the error that skipped steps may add up to.")
@@ -123,7 +124,7 @@ StepCache = Annotated[FirstBlockCache | MagCache, Field(discriminator="method")]
 
 
 class ModeConfig(_Section):
-    """`[[modes]]`: BF16 without a recipe; with one, it needs scales made for it, or is packed."""
+    """`[[modes]]`: BF16 without a recipe; with one, it needs scales or a packed checkpoint."""
 
     name: ModeName
     description: str = Field(min_length=1)
@@ -142,15 +143,15 @@ class ModeConfig(_Section):
     )
 
     @property
-    def made_with(self) -> tuple[object, ...]:
-        """All that decides what the mode's transformer is: modes of which it is equal share one."""
+    def transformer_key(self) -> tuple[object, ...]:
+        """Everything that determines the mode's transformer; modes with equal keys share one."""
         if self.recipe is None:
             return ()
         return (self.recipe, self.scales, self.packed, self.exact_emulation)
 
     @property
     def variant(self) -> str | None:
-        """What changes the pictures beside recipe and scales; None where nothing does."""
+        """What changes the frames besides recipe and scales; None if nothing does."""
         parts = ["exact_emulation"] if self.exact_emulation else []
         if self.step_cache is not None:
             values = json.dumps(self.step_cache.model_dump(), sort_keys=True)
@@ -176,7 +177,7 @@ class ModeConfig(_Section):
 
 
 class WorkerConfig(_Section):
-    """The whole file."""
+    """The whole configuration file."""
 
     model: ModelConfig
     modes: tuple[ModeConfig, ...] = Field(min_length=1)
@@ -194,10 +195,10 @@ class WorkerConfig(_Section):
 
 
 def load_config(path: Path) -> WorkerConfig:
-    """Read and check a configuration file; its relative paths come back absolute.
+    """Read and check a configuration file, and make its relative paths absolute.
 
     Raises:
-        ConfigError: naming the file and, one by one, what is wrong in it.
+        ConfigError: names the file and everything that is wrong in it.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -210,17 +211,11 @@ def load_config(path: Path) -> WorkerConfig:
     try:
         config = WorkerConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"The configuration file {path} is wrong: {_sentences(error)}.") from None
+        raise ConfigError(f"The configuration file {path} is wrong: {_describe(error)}.") from None
     return _resolve_paths(config, path.resolve().parent)
 
 
-def split_size(size: str) -> tuple[int, int]:
-    """Read "WxH" as (width, height) in pixels."""
-    width, height = size.split("x")
-    return int(width), int(height)
-
-
-def _sentences(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}"
         for e in error.errors(include_url=False, include_input=False)

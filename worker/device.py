@@ -1,8 +1,8 @@
-"""The only place in the worker that asks which device it runs on.
+"""Select the device and hide the differences between CPU, CUDA and Ascend NPU.
 
-CUDA and Ascend (`torch_npu`) mirror each other's module, so one code path serves both; the CPU has
-none and needs none (`quant.device`). Kernels that differ per device live in
-`quant/kernels/`, not here.
+No other module of the worker asks which device it runs on. `torch.cuda` and `torch.npu` have the
+same functions, so one code path serves both; the CPU has no such module and needs none
+(`quant.device`). Kernels that differ per device are in `quant/kernels/`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from quant.device import ACCELERATORS, backend, why_not
+from quant.device import ACCELERATORS, backend, unavailable_reason
 from quant.kernels.eager import EagerKernels
 from quant.kernels.selection import KernelChoice, multiplies_fp8, pick_kernels
 from quant.kernels.self_test import BlockShape
@@ -24,13 +24,13 @@ from worker.settings import DeviceChoice
 
 DeviceKind = Literal["cpu", "cuda", "npu"]
 
-# diffusers' fused attention for Ascend; elsewhere torch's own dispatch is the right default.
+# diffusers' fused attention for Ascend; on other devices torch's own dispatch is right.
 _NPU_ATTENTION = "_native_npu"
 
-# Not every allocator raises torch.OutOfMemoryError: torch's CPU allocator raises RuntimeError, and
-# so did torch_npu's until lately, and its allocator of workspaces does still. EL0004 is CANN's code
-# for memory that could not be had; the CUDA lines come from what allocates past torch.
-_FULL = (
+# Not every allocator raises torch.OutOfMemoryError. torch's CPU allocator raises RuntimeError; so
+# did torch_npu's until recently, and its workspace allocator still does. EL0004 is CANN's code for
+# a failed allocation. The CUDA lines come from libraries that allocate without torch.
+_OOM_MESSAGES = (
     "DefaultCPUAllocator: ",
     "std::bad_alloc",
     "NPU out of memory",
@@ -40,40 +40,40 @@ _FULL = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
-# torch_npu's queue of tasks stops for good with the first; what is given to it afterwards is not
-# run, and no error says so. The others are a memory fault of the card, and a stop from outside.
+# After the first error torch_npu's task queue stops for good: later tasks are not run, without any
+# error. The others are a memory fault of the device, and a stop from outside.
 _NPU_LOST = ("The process exits for this inner error", "UCE ERROR", "FORCE STOP")
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device, resolved: `kind` is never "auto"."""
+    """One device; `kind` is resolved and never "auto"."""
 
     kind: DeviceKind
     name: str
 
-    # The transformer and the text encoder run in this type everywhere. The VAE stays in float32: it
-    # is small, it decides the last bit of picture quality, and its BF16 convolutions fail on Ascend
-    # 910B (CANN 8.5).
+    # The transformer and the text encoder run in `dtype` on every device. The VAE runs in float32:
+    # it is small, its precision shows in the frames, and its BF16 convolutions fail on Ascend 910B
+    # (CANN 8.5).
     dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float32
 
-    # Which of several cards; named wherever it matters, because what a thread that was not told
-    # works on is the first.
-    card: int = 0
+    # Which of several devices. Calls that depend on it name it, because each new thread's current
+    # device is the first one.
+    index: int = 0
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.card)
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
 
     @property
     def collectives(self) -> str:
-        """What `torch.distributed` calls the library that exchanges tensors between such cards."""
+        """The `torch.distributed` backend that exchanges tensors between such devices."""
         return {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[self.kind]
 
     @property
     def attention_backend(self) -> str | None:
-        """The diffusers attention backend this device wants; None keeps diffusers' default."""
+        """The diffusers attention backend for this device; None keeps diffusers' default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
 
     def pick_kernels(
@@ -81,51 +81,51 @@ class Device:
         *,
         quantized: bool,
         shape: BlockShape | None = None,
-        scales_rows: bool = False,
+        per_row_scales: bool = False,
         fp8_attention: bool = False,
         emulate: bool = False,
     ) -> KernelChoice | None:
-        """The kernels for a mode's blocks; None where they stay as diffusers has them.
+        """Choose the kernels for a mode's blocks; None leaves the blocks as diffusers has them.
 
         Args:
-            quantized, shape, scales_rows, fp8_attention: as `quant.kernels.selection.pick_kernels`
-            has
+            quantized, shape, per_row_scales, fp8_attention: as
+            `quant.kernels.selection.pick_kernels` has
                 them.
             emulate: run quantized products in plain torch, bit-true on every device.
         """
         if self.kind == "npu":
-            return None  # diffusers' blocks with the attention of `attention_backend`
+            return None  # diffusers' blocks, with the attention of `attention_backend`
         if emulate and quantized:
             return KernelChoice(EagerKernels())
         return pick_kernels(
             self.torch_device,
             quantized=quantized,
             shape=shape,
-            scales_rows=scales_rows,
+            per_row_scales=per_row_scales,
             fp8_attention=fp8_attention,
         )
 
     @property
     def emulates(self) -> bool:
-        """Whether this is a card that runs quantized modes in plain torch."""
+        """Whether this is an accelerator that runs quantized modes in plain torch."""
         return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that clocks and progress tell the truth."""
+        """Wait for the device's queued work, so that timings and progress are true."""
         if self.kind != "cpu":
-            backend(self.kind).synchronize(self.card)
+            backend(self.kind).synchronize(self.index)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether `error` says that memory, the device's or the host's, could not be had."""
+        """Whether `error` means that the device's or the host's memory is exhausted."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
-        return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _FULL)
+        return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OOM_MESSAGES)
 
     def is_lost(self, error: BaseException) -> bool:
-        """Whether after `error` the device can do no more in this process, whatever it is asked.
+        """Whether the device is unusable in this process after `error`.
 
-        On CUDA an error of the runtime (an illegal access, a failed assertion) stays with the
-        process. One that says the memory is full does not.
+        On CUDA an error of the runtime (an illegal access, a failed assertion) persists for the
+        life of the process; an out-of-memory error does not.
         """
         if self.is_out_of_memory(error):
             return False
@@ -136,74 +136,74 @@ class Device:
         return self.kind == "npu" and any(mark in str(error) for mark in _NPU_LOST)
 
     def empty_cache(self) -> None:
-        """Give back what nobody refers to any more; call it when the failed job's frames are gone.
+        """Free unreferenced memory; call it when the stack frames of the failed job are gone.
 
-        torch keeps freed device memory for itself, in pieces that may be too small for what failed.
+        torch caches freed device memory, in pieces that may be too small for the next request.
         """
         gc.collect()
         if self.kind != "cpu":
             backend(self.kind).empty_cache()
 
     def available_bytes(self) -> int | None:
-        """What this process may take of the device's memory; None on the CPU."""
+        """Bytes of device memory that this process may still use; None on the CPU."""
         if self.kind == "cpu":
             return None
         module = backend(self.kind)
-        free, _ = module.mem_get_info(self.card)
-        return int(free) + int(module.memory_reserved(self.card))
+        free, _ = module.mem_get_info(self.index)
+        return int(free) + int(module.memory_reserved(self.index))
 
     def memory(self) -> DeviceMemory | None:
-        """The device's memory figures; None on the CPU."""
+        """Read the device's memory figures; None on the CPU."""
         if self.kind == "cpu":
             return None
         module = backend(self.kind)
         return DeviceMemory(
-            allocated_bytes=int(module.memory_allocated(self.card)),
-            peak_bytes=int(module.max_memory_allocated(self.card)),
-            total_bytes=int(module.mem_get_info(self.card)[1]),
+            allocated_bytes=int(module.memory_allocated(self.index)),
+            peak_bytes=int(module.max_memory_allocated(self.index)),
+            total_bytes=int(module.mem_get_info(self.index)[1]),
         )
 
 
-def pick_device(wanted: DeviceChoice, threads: int | None = None, card: int = 0) -> Device:
+def pick_device(wanted: DeviceChoice, threads: int | None = None, index: int = 0) -> Device:
     """Resolve `wanted`, and have torch use `threads` CPU threads (default: every usable core).
 
-    "auto" is npu if `torch_npu` imports and finds a card, else cuda if there is one, else cpu.
+    "auto" is npu if `torch_npu` imports and finds a device, else cuda if there is one, else cpu.
 
     Args:
-        card: which of several, counted from 0; the process works on it from here on.
+        index: which of several devices, counted from 0; it becomes the process' current device.
 
     Raises:
-        DeviceUnavailable: `wanted` names a device that is not usable here, or `card` is none.
+        DeviceUnavailable: `wanted` is not usable here, or there is no device `index`.
     """
     torch.set_num_threads(threads or usable_cores())
     kind: DeviceKind
     if wanted == "auto":
-        kind = next((each for each in ACCELERATORS if why_not(each) is None), "cpu")
+        kind = next((each for each in ACCELERATORS if unavailable_reason(each) is None), "cpu")
     else:
         kind = wanted
     if kind == "cpu":
         return Device("cpu", f"cpu, {torch.get_num_threads()} threads")
-    reason = why_not(kind)
+    reason = unavailable_reason(kind)
     if reason is not None:
         raise DeviceUnavailable(
             f"WORKER_DEVICE is {kind!r}, but {reason}. Set it to 'auto' to take what is there."
         )
     if kind == "npu":
-        # The private layouts trade precision for speed in strided views (`torch_npu` warns of it
-        # itself).
+        # Ascend's private layouts lose precision in strided views (`torch_npu` itself warns of it).
         backend("npu").config.allow_internal_format = False
     count = backend(kind).device_count()
-    if card >= count:
+    if index >= count:
         raise DeviceUnavailable(
-            f"This process is to work on {kind} card {card}, and there are {count} here, counted "
-            "from 0; start as many processes as there are cards (torchrun --nproc-per-node)."
+            f"This process is to work on {kind} device {index}, and there are {count} here, "
+            "counted from 0; start as many processes as there are devices (torchrun "
+            "--nproc-per-node)."
         )
-    backend(kind).set_device(card)
-    return Device(kind, str(backend(kind).get_device_name(card)), card=card)
+    backend(kind).set_device(index)
+    return Device(kind, str(backend(kind).get_device_name(index)), index=index)
 
 
 def usable_cores() -> int:
-    """The cores this process may run on, which in a container are fewer than the machine's."""
+    """Count the cores this process may use; in a container fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

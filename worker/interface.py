@@ -1,9 +1,9 @@
-"""The seam between the queue and the model: what a job asks of an engine, and hears from it.
+"""Define the interface between the queue side and the model side of a worker.
 
-An engine turns one complete request into frames and reports to a `JobControl` while it works. It
-knows no Redis, no queue and no files. The job's side (`worker/tasks.py`, `worker/job/attempt.py`,
-`worker/job/progress.py`) knows no model: of the device it asks what an error means and how full it
-is.
+An engine turns one complete request into frames and reports to a `JobControl` meanwhile. It knows
+neither Redis nor a queue nor files. The queue side (`worker/tasks.py`, `worker/job/`,
+`worker/consumer/`) knows no model. Of the device it only asks what an error means and how much
+memory is in use.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jobs.record import Stage
 from jobs.spec import GenerationRequest
 
 Frame = NDArray[np.uint8]
-"""One picture, [H, W, 3] RGB, C-contiguous."""
+"""One frame: [H, W, 3] uint8, RGB, C-contiguous."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes this process holds on the device now, held at most, and the device's total."""
+    """Bytes that this process holds on the device now and held at most, and the device's total."""
 
     allocated_bytes: int
     peak_bytes: int
@@ -33,48 +33,48 @@ class DeviceMemory:
 
 
 class EngineDevice(Protocol):
-    """What the job's side asks of the device that an engine works on (`worker.device.Device`)."""
+    """The part of `worker.device.Device` that the queue side uses."""
 
     @property
     def name(self) -> str: ...
 
     def memory(self) -> DeviceMemory | None:
-        """The device's memory figures; None where it has no memory of its own."""
+        """Read the device's memory figures; None if it has no memory of its own."""
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether `error` says that memory, the device's or the host's, could not be had."""
+        """Whether `error` means that the device's or the host's memory is exhausted."""
 
     def is_lost(self, error: BaseException) -> bool:
-        """Whether after `error` the device can do no more in this process."""
+        """Whether the device is unusable in this process after `error`."""
 
     def empty_cache(self) -> None:
-        """Give back memory that nobody refers to any more."""
+        """Free memory that is no longer referenced."""
 
 
 @dataclass(frozen=True, slots=True)
 class ActShares:
-    """Shares of the values that went into the quantized layers, 0 to 1."""
+    """Shares, 0 to 1, of the inputs of quantized layers that saturate or are flushed to zero."""
 
     saturated: float
     flushed: float
 
 
 class JobControl(Protocol):
-    """The job's eyes and its brake. Both methods are called from the thread that runs the job."""
+    """Receives an engine's progress and can stop it. Only the thread that runs the job calls it."""
 
     def progress(self, stage: Stage, step: int, steps: int) -> None:
         """Report `step` of `steps` done in `stage`. Raises what `check` raises."""
 
     def check(self) -> None:
-        """Raise what ends the job if it is to stop; cheap enough for every module's run.
+        """Raise an exception if the job must stop; cheap enough to call before every module.
 
-        Each call is a sign of life, too: an engine that makes none for long counts as hung.
+        Each call is also a sign of life: an engine that makes none for long counts as hanging.
         """
 
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Seconds the engine spent; `vae_s` grows while the frames of a clip are taken."""
+    """Seconds the engine spent in each stage; `vae_s` grows while a clip's frames are consumed."""
 
     text_encoder_s: float = 0.0
     denoise_s: float = 0.0
@@ -83,9 +83,11 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A video in the making: `frames` yields them in order as they are decoded, once.
+    """A video that is being decoded.
 
-    `act_shares` is a sample of how its activations fitted a quantized mode, if one was taken.
+    Attributes:
+        frames: yields the frames once, in order, as they are decoded.
+        act_shares: a sample of how the activations fitted a quantized mode, if one was taken.
     """
 
     frames: Generator[Frame]
@@ -95,7 +97,7 @@ class Clip:
 
 
 class Engine(Protocol):
-    """A resident model in one or more modes."""
+    """A loaded model in one or more modes."""
 
     @property
     def model(self) -> ModelOffer: ...
@@ -108,15 +110,15 @@ class Engine(Protocol):
 
     @property
     def tokenizer_text(self) -> bytes | None:
-        """What `model.tokenizer` names, as `tokenizer.json`; None where there is no such text."""
+        """The `tokenizer.json` whose fingerprint is `model.tokenizer`; None if there is none."""
 
-    def generate(self, request: GenerationRequest, watch: JobControl, owner: str) -> Clip:
-        """Run everything up to the first frame; the caller takes the frames, or closes them.
+    def generate(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
+        """Run everything up to the first frame; the caller consumes or closes the frames.
 
         Args:
-            owner: whose job it is; nothing that is kept of it may serve another owner's job.
+            owner: the owner of the job; nothing cached for it may serve another owner's job.
 
         Raises:
-            GenerationCancelled: `watch` said so.
-            GenerationFailed: with a subclass that says why, such as PromptTooLong.
+            GenerationCancelled: raised by `control`.
+            GenerationFailed: or a subclass that says why, such as PromptTooLong.
         """

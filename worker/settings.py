@@ -1,4 +1,4 @@
-"""The process edge: what a worker reads from its environment, once, in `main()`."""
+"""Read a worker's settings from environment variables, once, in `worker.startup.main`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ DrainChoice = Literal["finish", "requeue"]
 
 @dataclass(frozen=True)
 class StallLimits:
-    """How long a job may be silent: at least `floor_s`, and `first_step_s` where no step of its
-    kind was measured yet (kernels are compiled and tuned then)."""
+    """How long a job may give no sign of life before it counts as hanging.
+
+    Attributes:
+        floor_s: the least limit of any step.
+        first_step_s: the limit of a step of a kind that was not measured yet: it may compile and
+            tune kernels.
+    """
 
     floor_s: float = 15.0
     first_step_s: float = 600.0
@@ -29,7 +34,7 @@ class WorkerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, populate_by_name=True)
 
-    # Secret, because it may hold a password.
+    # Secret, because the URL may contain a password.
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL"
     )
@@ -45,7 +50,7 @@ class WorkerSettings(BaseSettings):
     drain: DrainChoice = Field(
         "finish",
         validation_alias="WORKER_DRAIN",
-        description="What SIGTERM does to the job in hand: finish it, or give it back.",
+        description="What SIGTERM does to the current job: finish it, or return it to the queue.",
     )
     stall_floor_s: float = Field(
         StallLimits.floor_s,
@@ -59,7 +64,7 @@ class WorkerSettings(BaseSettings):
         validation_alias="WORKER_FIRST_STEP_S",
         description="A step of a kind that was not measured yet may take this long.",
     )
-    # Set by torchrun, for several cards on one job.
+    # Set by torchrun, for several ranks on one job.
     rank: int = Field(0, ge=0, validation_alias="RANK")
     world_size: int = Field(1, ge=1, validation_alias="WORLD_SIZE")
     local_rank: int = Field(0, ge=0, validation_alias="LOCAL_RANK")

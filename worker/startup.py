@@ -1,9 +1,9 @@
-"""From settings to a serving worker: load the configured model and serve it until told to stop.
+"""Start a worker: read the settings, load the configured model, and serve it until asked to stop.
 
-What can be wrong is looked for in the order of its cost: settings, configuration, Redis, artifacts,
-device, model. The first fault ends the start with one line on stderr and status 1. Once it serves,
-a worker waits for a Redis that is lost, however long that takes; it ends with a status of its own
-when its device or its memory is beyond help (`worker/process/stats.py`, `worker/job/watchdog.py`).
+The start checks in the order of cost: settings, configuration, Redis, artifacts, device, model. The
+first fault ends it with one line on stderr and status 1. A worker that serves waits for a lost
+Redis without limit. It ends with a status of its own when its device or its memory cannot recover
+(`worker/errors.py`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from quant import QuantError
 from worker.config import WorkerConfig, load_config
 from worker.consumer.serve import ServeContext, serve
 from worker.device import Device, pick_device, usable_cores
-from worker.distributed.follower import follow, lead, load_follower
+from worker.distributed.follower import follow, lead_ranks, load_follower
 from worker.distributed.layout import check_ranks
-from worker.distributed.rank_group import RankGroup, meet
+from worker.distributed.rank_group import RankGroup, join
 from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import EXIT_DEVICE_LOST, RanksLost, StartError
@@ -68,15 +68,15 @@ def main(
         ids = configure_logging(settings.log_format)
         with ExitStack() as opened:
             if settings.rank > 0:
-                ids.worker_id = f"card-{settings.rank}"
+                ids.worker_id = f"rank-{settings.rank}"
                 status = start_follower(settings, config, opened)
             else:
-                parts = start(settings, config, opened)
-                status = serve(parts, settings, ids)
+                context = start(settings, config, opened)
+                status = serve(context, settings, ids)
             if status:
                 logger.critical("the process ends with status %d, to be started afresh", status)
                 logging.shutdown()
-                os._exit(status)  # a device that is lost may hang an orderly end
+                os._exit(status)  # a lost device may block a normal exit
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         fail(f"The environment is not set up: {'; '.join(problems)}.")
@@ -90,29 +90,39 @@ def main(
 
 
 def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> ServeContext:
-    """Load the model and log what an operator wants to know about it.
+    """Load the model and log a description of it for operators.
 
-    What has to be closed again is left in `opened`, also when the start fails.
+    Whatever must be closed again is put into `opened`, also when the start fails.
     """
     started = time.perf_counter()
-    with resting_collector():
+    with paused_gc():
         config = load_config(config_path or settings.config)
         redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
         artifacts = open_artifacts(settings.artifacts_url)
         artifacts.probe()
-        device, cards = opened.enter_context(join_ranks(settings, config))
-        engine = load_engine(config, device, cards)
+        device, ranks = opened.enter_context(join_ranks(settings, config))
+        engine = load_engine(config, device, ranks)
     for line in engine.describe():
         logger.info(line)
     logger.info("seconds to ready: %.1f", time.perf_counter() - started)
     return ServeContext(engine, redis, artifacts)
 
 
-def load_engine(config: WorkerConfig, device: Device, cards: RankGroup | None = None) -> WanEngine:
+def start_follower(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> int:
+    """Load the model and follow the leader until it ends; return the status to end with."""
+    with paused_gc():
+        config = load_config(config_path or settings.config)
+        _, ranks = opened.enter_context(join_ranks(settings, config))
+        assert ranks is not None, "a follower is one of several ranks"
+        modes = load_follower(config, ranks)
+    return follow(ranks, modes)
+
+
+def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = None) -> WanEngine:
     """Load the configured model and modes onto `device`, after checking that everything fits.
 
     Args:
-        cards: those that run each job together with this one, which leads them.
+        ranks: the ranks that run each job together; this process is their leader.
 
     Raises:
         StartError, quant.QuantError: with a sentence for the operator.
@@ -120,39 +130,29 @@ def load_engine(config: WorkerConfig, device: Device, cards: RankGroup | None = 
     path = config.model.path
     check_folder(path)
     fingerprint = fingerprint_model(config)
-    if cards is not None:
-        cards.tell(fingerprint)
+    if ranks is not None:
+        ranks.broadcast(fingerprint)
     plans = plan_modes(config, fingerprint)
     recipes = [plan.recipe for plan in plans]
     placement = place_model(config, recipes, device, device.available_bytes())
     logger.info("%s", placement)
-    with ThreadPoolExecutor(1, "tokenizer") as beside:
-        reading = beside.submit(read_tokenizer, path / "tokenizer")
-        choices = choose_kernels(plans, device)
+    with ThreadPoolExecutor(1, "tokenizer") as executor:
+        reading = executor.submit(read_tokenizer, path / "tokenizer")
+        kernels = choose_kernels(plans, device)
         if reading.done():
-            reading.result()  # its fault, if it had one, before any weights are read
-        modes, parts = load_model(path, plans, device, placement, choices, reading.result)
-    denoise = None if cards is None else lead(cards, modes)
-    return WanEngine(config.model, fingerprint, device, parts, modes, denoise)
-
-
-def start_follower(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> int:
-    """Load the model and follow the leading card until it ends; returns the status to end with."""
-    with resting_collector():
-        config = load_config(config_path or settings.config)
-        _, cards = opened.enter_context(join_ranks(settings, config))
-        assert cards is not None, "a follower is one of several"
-        loaded = load_follower(config, cards)
-    return follow(cards, loaded)
+            reading.result()  # raises its error, if any, before weights are read
+        modes, components = load_model(path, plans, device, placement, kernels, reading.result)
+    denoise = None if ranks is None else lead_ranks(ranks, modes)
+    return WanEngine(config.model, fingerprint, device, components, modes, denoise)
 
 
 @contextmanager
 def join_ranks(
     settings: WorkerSettings, config: WorkerConfig
 ) -> Iterator[tuple[Device, RankGroup | None]]:
-    """Take this process' device and, where there are several processes, meet the others.
+    """Select this process' device and, if there are several ranks, join them.
 
-    The leader's end, unless it is an error, is the followers' end, too.
+    When the leader leaves the context without an error, the followers end as well.
     """
     world = settings.world_size
     threads = settings.threads or max(1, usable_cores() // world)
@@ -164,31 +164,12 @@ def join_ranks(
     check_ranks(world, config.model.path, config.model.sizes)
     check_single_rank(config)
     device = replace(device, name=f"{world} x {device.name}")
-    with meet(device) as cards:
-        yield device, cards
-
-
-@contextmanager
-def resting_collector() -> Iterator[None]:
-    """Have no garbage looked for within, and nothing that is left afterwards looked through again.
-
-    What is imported and loaded stays. Hundreds of thousands of new objects would set off the
-    collector time and again, and each time it would walk all of torch: a quarter of what the
-    imports take (`worker.__main__`), and most of what a transformer's modules would. Later it would
-    walk the model in the middle of a job.
-    """
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()  # what a loading left in cycles may hold weights
-        gc.freeze()
-        gc.enable()
+    with join(device) as ranks:
+        yield device, ranks
 
 
 def open_redis(url: str) -> Redis:
-    """Connect, and make sure that somebody answers before a model is loaded for minutes."""
+    """Connect to Redis and check that it answers, before minutes are spent on loading a model."""
     try:
         redis = connect(url)
     except ValueError as error:
@@ -202,6 +183,25 @@ def open_redis(url: str) -> Redis:
 
 
 def fail(reason: str) -> None:
-    """End the process with one line."""
+    """End the process with one line on stderr and status 1."""
     typer.echo(f"worker: {' '.join(reason.split())}", err=True)
     raise typer.Exit(1)
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """Pause garbage collection in the block, and exclude the objects that exist after it for good.
+
+    What is imported and loaded stays until the process ends. Hundreds of thousands of new objects
+    would trigger the collector again and again, and each time it would visit all of torch: a
+    quarter of the time of the imports (`worker.__main__`), and most of the time of making a
+    transformer's modules. Later it would visit the whole model in the middle of a job.
+    """
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()  # cycles left by loading may hold weights
+        gc.freeze()
+        gc.enable()

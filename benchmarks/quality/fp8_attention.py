@@ -1,9 +1,9 @@
-"""What FP8 attention costs in quality: `python -m benchmarks.quality.fp8_attention`
+"""Measure the quality cost of FP8 attention: `python -m benchmarks.quality.fp8_attention`.
 
-The miniature on captions it never saw, same captions and seeds in bf16, w8a8 and w8a8 with FP8
-attention, all by bit-true emulation (`quant.kernels.eager`): queries, keys, values, the softmax's
-numerators and what comes out are rounded as the FP8 kernels round them. Per attribute the oracle's
-rate, and PSNR between the modes, with 95 % confidence intervals.
+The miniature generates videos of unseen captions with the same seeds in bf16, w8a8 and w8a8 with
+FP8 attention. All modes use the bit-true emulation (`quant.kernels.eager`), which rounds queries,
+keys, values, the numerators of the softmax and the output as the FP8 kernels do. The result has the
+oracle's rate of each attribute, and the PSNR between modes, with 95 % confidence intervals.
 """
 
 import hashlib
@@ -18,15 +18,16 @@ from diffusers import WanTransformer3DModel
 
 import quant
 from benchmarks import report
+from benchmarks.fixtures.fused_transformer import fused_transformer
 from benchmarks.quality.miniature import (
     AXIS,
-    KEPT,
+    CACHE_FOLDER,
     MODEL,
     bootstrap,
+    generate_videos,
     judge,
     psnr_db,
     rate_row,
-    videos,
 )
 from mini.evaluate import (
     GUIDANCE_SCALE,
@@ -53,8 +54,8 @@ def main(
 ) -> None:
     """Score the three modes and write the result."""
     texts = captions_of(Split.EVALUATION, count)
-    made = {mode: mode_videos(mode, texts, batch, device) for mode in RECIPES}
-    rows = [*rate_rows(made, texts), *psnr_rows(made)]
+    videos = {mode: mode_videos(mode, texts, batch, device) for mode in RECIPES}
+    rows = [*rate_rows(videos, texts), *psnr_rows(videos)]
     report.print_table(rows)
     settings = {
         "captions": count,
@@ -69,62 +70,65 @@ def main(
         "kernels": "eager",
     }
     name = device if device == "cpu" else torch.cuda.get_device_name(0)
-    report.keep(report.result("attention-quality", name, settings, rows))
+    report.save(report.result("attention-quality", name, settings, rows))
     if sheet is not None:
-        write_sheet(made, texts, sheet)
+        write_sheet(videos, texts, sheet)
     for mode in RECIPES:
-        kept_under(mode, device, texts).unlink()
+        cache_path(mode, device, texts).unlink()
 
 
 def mode_videos(mode: str, texts: list[str], batch: int, device: str) -> list[Frames]:
-    """The videos of one mode; an interrupted run goes on where it was."""
+    """Generate the videos of one mode; continues an interrupted run."""
     pipeline = load_pipeline(MODEL, device)
-    pipeline.transformer = prepared(pipeline.transformer, RECIPES[mode], EagerKernels())
-    return videos(pipeline, kept_under(mode, device, texts), texts, batch)
+    pipeline.transformer = prepare(pipeline.transformer, RECIPES[mode], EagerKernels())
+    return generate_videos(pipeline, cache_path(mode, device, texts), texts, batch)
 
 
-def prepared(
+def prepare(
     transformer: WanTransformer3DModel, name: str | None, kernels: Kernels
 ) -> WanTransformer3DModel:
-    """A transformer of the miniature under a shipped recipe, or in BF16, on some kernels."""
+    """Return a transformer of the miniature on the given kernels, in BF16 or a shipped recipe."""
     if name is None:
-        return quant.prepare_transformer(transformer, kernels).transformer
+        return fused_transformer(transformer, kernels)
     recipe = quant.QuantRecipe.load(name)
     scales = quant.load_scales(scales_file(name), model_folder=MODEL, recipe=recipe)
     quant.check_scales(scales, model_fingerprint=quant.model_fingerprint(MODEL), recipe=recipe)
-    return quant.prepare_transformer(transformer, kernels, recipe, scales).transformer
+    return fused_transformer(transformer, kernels, recipe, scales)
 
 
 def scales_file(recipe: str) -> Path:
-    """The miniature's scales for a shipped recipe."""
+    """Return the file of the miniature's scales for a shipped recipe."""
     return MODEL / "scales" / f"{recipe}.safetensors"
 
 
-def kept_under(mode: str, device: str, texts: list[str]) -> Path:
-    """Where an interrupted run is kept; the name covers what decides a video but for the code."""
+def cache_path(mode: str, device: str, texts: list[str]) -> Path:
+    """Return the file that keeps an interrupted run's videos.
+
+    Its name depends on everything that determines a video, except the code.
+    """
     recipe = RECIPES[mode]
     scales = scales_file(recipe).read_bytes() if recipe else b""
     settings = [quant.model_fingerprint(MODEL), SAMPLING_STEPS, GUIDANCE_SCALE, texts]
     digest = hashlib.sha256(json.dumps(settings).encode() + scales).hexdigest()
-    return KEPT / f"attention-quality-{mode}-{device}-{digest[:16]}.npz"
+    return CACHE_FOLDER / f"attention-quality-{mode}-{device}-{digest[:16]}.npz"
 
 
-def rate_rows(made: dict[str, list[Frames]], texts: list[str]) -> list[report.Row]:
-    """Per attribute the rate of each mode, beside that of bf16."""
-    judged = {mode: judge(videos, texts) for mode, videos in made.items()}
+def rate_rows(videos: dict[str, list[Frames]], texts: list[str]) -> list[report.Row]:
+    """Return the rate of each attribute in each mode."""
+    judged = {mode: judge(each, texts) for mode, each in videos.items()}
     rows = []
     for name in (*ATTRIBUTES, AXIS):
         for mode, verdicts in judged.items():
-            shown = [each[name] for each in verdicts if name in each]
-            rows.append(rate_row(f"{name}, {mode}", Rate(sum(shown), len(shown))))
+            passed = [each[name] for each in verdicts if name in each]
+            rows.append(rate_row(f"{name}, {mode}", Rate(sum(passed), len(passed))))
     return rows
 
 
-def psnr_rows(made: dict[str, list[Frames]]) -> list[report.Row]:
-    """How far the videos of one mode are from those of another: the mean, and the farthest."""
+def psnr_rows(videos: dict[str, list[Frames]]) -> list[report.Row]:
+    """Return the mean and the lowest PSNR of each mode against another."""
     rows = []
     for mode, other in PAIRS:
-        values = np.array([psnr_db(a, b) for a, b in zip(made[mode], made[other], strict=True)])
+        values = np.array([psnr_db(a, b) for a, b in zip(videos[mode], videos[other], strict=True)])
         low, high = bootstrap(values)
         what = f"{mode} against {other}"
         rows += [
@@ -134,12 +138,12 @@ def psnr_rows(made: dict[str, list[Frames]]) -> list[report.Row]:
     return rows
 
 
-def write_sheet(made: dict[str, list[Frames]], texts: list[str], path: Path) -> None:
-    """The first captions as they come, a column for each mode."""
-    shown = range(min(8, len(texts)))
+def write_sheet(videos: dict[str, list[Frames]], texts: list[str], path: Path) -> None:
+    """Write a contact sheet of the first captions, with a column for each mode."""
+    rows = range(min(8, len(texts)))
     sheets = [
-        contact_sheet(f"{mode}, frames 1, 5, 9, 13, 17", [(texts[i], videos[i]) for i in shown])
-        for mode, videos in made.items()
+        contact_sheet(f"{mode}, frames 1, 5, 9, 13, 17", [(texts[i], each[i]) for i in rows])
+        for mode, each in videos.items()
     ]
     side_by_side(sheets).save(path, optimize=True)
 

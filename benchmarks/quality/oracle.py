@@ -1,7 +1,7 @@
-"""Can the oracle be trusted? `python -m benchmarks.quality.oracle`
+"""Measure the oracle's accuracy on rendered scenes: `python -m benchmarks.quality.oracle`.
 
-Rendered scenes show what their caption says, so the oracle has to accept every attribute of the
-true caption and reject the caption in which just that attribute is another.
+A rendered scene shows exactly what its caption says. So the oracle must accept every attribute of
+the true caption, and reject a caption in which only that attribute was changed.
 """
 
 import random
@@ -28,21 +28,21 @@ from mini.world.scenes import (
 )
 
 
-def changed(scene: Scene, attribute: str, rng: random.Random) -> Scene:
-    """The scene with one attribute (of one thing, if it belongs to a thing) made another."""
+def change_attribute(scene: Scene, attribute: str, rng: random.Random) -> Scene:
+    """Return the scene with another value of one attribute (of one thing, if things have it)."""
     if attribute in ("shape", "colour", "size"):
         index = rng.randrange(len(scene.things))
         thing = scene.things[index]
-        taken = {getattr(thing, attribute)}
+        excluded = {getattr(thing, attribute)}
         if attribute == "colour":
-            taken = {other.colour for other in scene.things}
-        named = {"shape": list(SHAPES), "colour": list(COLOURS), "size": list(SIZES)}[attribute]
-        new = replace(thing, **{attribute: rng.choice([n for n in named if n not in taken])})
+            excluded = {other.colour for other in scene.things}
+        values = {"shape": list(SHAPES), "colour": list(COLOURS), "size": list(SIZES)}[attribute]
+        new = replace(thing, **{attribute: rng.choice([v for v in values if v not in excluded])})
         return replace(
             scene, things=tuple(new if i == index else t for i, t in enumerate(scene.things))
         )
     if attribute == "relation":
-        # The same relation the other way round, or the other axis.
+        # Either the two things are swapped, or the relation is along the other axis.
         if rng.random() < 0.5:
             return replace(scene, things=scene.things[::-1])
         return replace(scene, relation=next(r for r in RELATIONS if r != scene.relation))
@@ -63,9 +63,10 @@ def main(
     for _ in range(scenes):
         scene = sample_scene(rng, rng.choice(list(Split)))
         reading = read(render_scene(scene, rng).numpy())
-        for name, shown in compare(reading, scene).items():
-            accepted[name].append(shown)
-            rejected[name].append(not compare(reading, changed(scene, name, rng))[name])
+        for name, verdict in compare(reading, scene).items():
+            accepted[name].append(verdict)
+            changed = change_attribute(scene, name, rng)
+            rejected[name].append(not compare(reading, changed)[name])
     rows = []
     for what, judged in (("true caption accepted", accepted), ("changed rejected", rejected)):
         for name, verdicts in judged.items():
@@ -75,7 +76,7 @@ def main(
                 report.Row(f"{name}, {what}", rate.share, f"of {rate.total}", low=low, high=high)
             )
     report.print_table(rows)
-    report.keep(report.result("oracle", "cpu", {"scenes": scenes, "seed": seed}, rows))
+    report.save(report.result("oracle", "cpu", {"scenes": scenes, "seed": seed}, rows))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What the front end costs: `python -m benchmarks.serving.api_latency`.
+"""Measure what the front end costs: `python -m benchmarks.serving.api_latency`.
 
-Three questions, each with its baseline in the same run, on one machine:
+There are three measurements, each with a baseline from the same run on one machine:
 
-- submitting: jobs accepted per second by one API process for 32 clients, beside a bare FastAPI
-  handler that enqueues the same RQ job. Ours checks the key, its rate and quota, the request
-  against the live offers (tokens counted), and writes a durable record with its events.
-- reading: the 99th percentile of `GET /jobs/{id}` while 100 event streams are open and fed, beside
-  the same with none open.
-- a job: from the request to the news of its success, less the seconds the pipeline took.
+- Submitting: jobs accepted per second by one API process for 32 clients. The baseline is a bare
+  FastAPI handler that enqueues the same RQ job. The service also checks the API key, its rate limit
+  and quota, and the request against the live offers (including token counts), and it writes a
+  durable record with its events.
+- Reading: the 99th percentile of `GET /jobs/{id}` while 100 event streams are open and receive
+  events. The baseline is the same without streams.
+- A job: from sending the request to receiving the event of its success, minus the seconds that the
+  pipeline took.
 
-Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
+Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 import asyncio
@@ -56,7 +58,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Stretches of each kind.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Jobs whose overhead is measured.")] = 10,
 ) -> None:
-    """Measure the front end."""
+    """Run all measurements and write the result."""
     rows = [*submitting(seconds, rounds), *reading(seconds * rounds), *overhead(jobs)]
     settings = {
         "clients": CLIENTS,
@@ -69,70 +71,76 @@ def main(
     }
     document = report.result("serving", "cpu", settings, rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
 
 
 def submitting(seconds: float, rounds: int) -> list[Row]:
-    """Take turns between the bare handler and ours; every stretch starts on the same database."""
-    ours: list[float] = []
-    bare: list[float] = []
-    slow: list[float] = []
+    """Alternate between the bare handler and the service; every round starts on the same data."""
+    service_rates: list[float] = []
+    bare_rates: list[float] = []
+    latencies: list[float] = []
     limits = {"SERVICE_MAX_WAITING": "10000000", "SERVICE_RATE": "100000000/minute"}
-    with cluster(environment=limits) as site, standing_offer(site), bare_api(site) as bare_port:
-        key = add_key(site)
+    with (
+        run_cluster(environment=limits) as cluster,
+        kept_offer(cluster),
+        bare_api(cluster) as bare_port,
+    ):
+        key = add_key(cluster)
         authorized = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        our_request = load_generator.request_bytes("POST", "/generate", authorized, BODY)
+        service_request = load_generator.request_bytes("POST", "/generate", authorized, BODY)
         plain = {"Content-Type": "application/json"}
         bare_request = load_generator.request_bytes("POST", "/generate", plain, BODY)
-        our_port = int(site.urls[0].rsplit(":", 1)[1])
-        start = Snapshot(site.redis)
+        service_port = int(cluster.urls[0].rsplit(":", 1)[1])
+        start = Snapshot(cluster.redis)
         for number in range(rounds + 1):
-            for port, request, kept in (
-                (bare_port, bare_request, bare),
-                (our_port, our_request, ours),
+            for port, request, rates in (
+                (bare_port, bare_request, bare_rates),
+                (service_port, service_request, service_rates),
             ):
                 start.restore()
-                length = seconds if number else 2.0  # the first round warms both up
-                answers = asyncio.run(load_generator.hammer(port, request, CLIENTS, length))
-                assert set(answers.statuses) == {202}, answers.statuses
+                length = seconds if number else 2.0  # the first round is a warm-up
+                responses = asyncio.run(
+                    load_generator.run_closed_loop(port, request, CLIENTS, length)
+                )
+                assert set(responses.statuses) == {202}, responses.statuses
                 if number:
-                    kept.append(len(answers.seconds) / length)
-                    if kept is ours:
-                        slow += answers.seconds
+                    rates.append(len(responses.seconds) / length)
+                    if rates is service_rates:
+                        latencies += responses.seconds
     return [
         Row(
             f"jobs accepted per second, {CLIENTS} clients (floor {SUBMIT_FLOOR:.0%} of bare)",
-            round(statistics.median(ours), 1),
+            round(statistics.median(service_rates), 1),
             "1/s",
-            baseline=round(statistics.median(bare), 1),
+            baseline=round(statistics.median(bare_rates), 1),
         ),
-        Row(f"p99 of POST /generate, {CLIENTS} clients", percentile_ms(slow, 99), "ms"),
+        Row(f"p99 of POST /generate, {CLIENTS} clients", percentile_ms(latencies, 99), "ms"),
     ]
 
 
 def reading(seconds: float) -> list[Row]:
-    """Ask for one job at a steady rate, without streams and with 100 that are being fed."""
-    measured: dict[str, load_generator.Answers] = {}
-    pattern = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0.25")
-    with cluster(worker=pattern) as site:
-        running = site.submit(prompt="steady", num_inference_steps=1000)
-        site.wait_for_step(running, 1)
-        port = int(site.urls[0].rsplit(":", 1)[1])
+    """Read one job at a fixed rate, without streams and with 100 that receive events."""
+    measured: dict[str, load_generator.Responses] = {}
+    worker = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0.25")
+    with run_cluster(worker=worker) as cluster:
+        running = cluster.submit(prompt="steady", num_inference_steps=1000)
+        cluster.wait_for_step(running, 1)
+        port = int(cluster.urls[0].rsplit(":", 1)[1])
         read = load_generator.request_bytes("GET", f"/jobs/{running}", {"Connection": "close"})
         follow = load_generator.request_bytes("GET", f"/jobs/{running}/events", {})
 
         async def measure() -> int:
-            await load_generator.ask_regularly(port, read, READS_PER_S, 3.0)
-            measured["alone"] = await load_generator.ask_regularly(port, read, READS_PER_S, seconds)
-            async with load_generator.streams(port, [follow] * STREAMS) as received:
+            await load_generator.run_open_loop(port, read, READS_PER_S, 3.0)
+            measured["alone"] = await load_generator.run_open_loop(port, read, READS_PER_S, seconds)
+            async with load_generator.open_streams(port, [follow] * STREAMS) as received:
                 before = sum(received)
-                measured["streams"] = await load_generator.ask_regularly(
+                measured["streams"] = await load_generator.run_open_loop(
                     port, read, READS_PER_S, seconds
                 )
                 return sum(received) - before
 
-        fed = asyncio.run(measure())
+        received_bytes = asyncio.run(measure())
     assert all(set(each.statuses) == {200} for each in measured.values())
     alone, streams = (measured[name].seconds for name in ("alone", "streams"))
     return [
@@ -148,17 +156,19 @@ def reading(seconds: float) -> list[Row]:
             "ms",
             baseline=percentile_ms(alone, 50),
         ),
-        Row("bytes per second through the streams meanwhile", round(fed / seconds), "B/s"),
+        Row(
+            "bytes per second through the streams meanwhile", round(received_bytes / seconds), "B/s"
+        ),
     ]
 
 
 def overhead(jobs: int) -> list[Row]:
-    """From sending a request to hearing of its success, less the pipeline's own seconds."""
+    """Measure from sending a request to the event of its success, minus the pipeline's seconds."""
     extra, whole = [], []
-    with cluster() as site, httpx.Client(base_url=site.urls[0], timeout=60) as client:
+    with run_cluster() as cluster, httpx.Client(base_url=cluster.urls[0], timeout=60) as client:
         for number in range(jobs + 1):
             started = time.perf_counter()
-            # A prompt of its own: a worker keeps what it has encoded.
+            # Each job has its own prompt, because a worker caches embeddings.
             own = {"prompt": f"{PROMPT}, take {number}", "seed": number}
             job_id = client.post("/generate", json=SHORT_JOB | own).json()["id"]
             with client.stream("GET", f"/jobs/{job_id}/events") as events:
@@ -183,22 +193,22 @@ def overhead(jobs: int) -> list[Row]:
 
 
 @contextmanager
-def cluster(**options: Any) -> Iterator[Cluster]:
-    """One API process and one worker in a folder of their own."""
+def run_cluster(**options: Any) -> Iterator[Cluster]:
+    """Run one API process and one worker in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="wan-bench-") as folder:
         options = {"worker": WORKER, **options}
-        with Cluster(Path(folder), apis=1, workers=1, **options) as site:
-            yield site
+        with Cluster(Path(folder), apis=1, workers=1, **options) as cluster:
+            yield cluster
 
 
 @contextmanager
-def standing_offer(site: Cluster) -> Iterator[None]:
-    """Keep the worker's offer in the catalog and end the worker itself: jobs are to pile up."""
-    (offer,) = catalog.read(site.redis).offers
-    site.hold("worker-0")
-    site.kill("worker-0")
+def kept_offer(cluster: Cluster) -> Iterator[None]:
+    """Kill the worker and keep its offer published, so that jobs stay in the queue."""
+    (offer,) = catalog.read(cluster.redis).offers
+    cluster.pause_restarts("worker-0")
+    cluster.kill("worker-0")
     done = threading.Event()
-    thread = threading.Thread(target=_repeat, args=(site.redis, offer, done), daemon=True)
+    thread = threading.Thread(target=_publish_offer, args=(cluster.redis, offer, done), daemon=True)
     thread.start()
     try:
         yield
@@ -207,46 +217,47 @@ def standing_offer(site: Cluster) -> Iterator[None]:
         thread.join()
 
 
-def _repeat(redis: Redis, offer: WorkerOffer, done: threading.Event) -> None:
+def _publish_offer(redis: Redis, offer: WorkerOffer, done: threading.Event) -> None:
     while True:
         catalog.publish(redis, offer)
-        if done.wait(0.2):  # often: the database is put back to its start between stretches
+        if done.wait(0.2):  # often, because the database is reset between rounds
             return
 
 
 @contextmanager
-def bare_api(site: Cluster) -> Iterator[int]:
+def bare_api(cluster: Cluster) -> Iterator[int]:
+    """Run the baseline's server; yields its port."""
     port = find_free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.serving.bare_api", str(port)],
-        env=os.environ | {"REDIS_URL": f"redis://127.0.0.1:{site.valkey_port}/0"},
-        # An access log each, into a file: both servers write one line per request.
-        stdout=(site.folder / "logs" / "bare.log").open("wb"),
+        env=os.environ | {"REDIS_URL": f"redis://127.0.0.1:{cluster.valkey_port}/0"},
+        # With an access log in a file, like the service: one line per request.
+        stdout=(cluster.folder / "logs" / "bare.log").open("wb"),
         stderr=subprocess.STDOUT,
     )
     try:
-        wait_until(lambda: _answers(port), 30, "the bare handler answers")
+        wait_until(lambda: _is_ready(port), 30, "the bare handler answers")
         yield port
     finally:
         process.terminate()
         process.wait()
 
 
-def _answers(port: int) -> bool:
+def _is_ready(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/docs").status_code == 200
     except httpx.TransportError:
         return False
 
 
-def add_key(site: Cluster) -> str:
-    """Make a user's key with the service's own command."""
+def add_key(cluster: Cluster) -> str:
+    """Create a user's API key with the service's command."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "service", "keys", "add", "bench"),
             *("--role", "user", "--quota", "10000000"),
         ],
-        env=os.environ | {"REDIS_URL": f"redis://127.0.0.1:{site.valkey_port}/0"},
+        env=os.environ | {"REDIS_URL": f"redis://127.0.0.1:{cluster.valkey_port}/0"},
         capture_output=True,
         text=True,
         check=True,
@@ -255,22 +266,24 @@ def add_key(site: Cluster) -> str:
 
 
 class Snapshot:
-    """Everything in a small database, to be put back; offers are left to their own repetition."""
+    """A copy of a small database without offers, which are published again anyway."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis
         prefix: Any = redis_keys.worker_offer("").encode()
         names = [name for name in self._redis.keys("*") if not name.startswith(prefix)]
-        self._kept = {name: self._redis.dump(name) for name in names}
+        self._values = {name: self._redis.dump(name) for name in names}
 
     def restore(self) -> None:
+        """Reset the database to the copy."""
         self._redis.flushall()
-        for name, value in self._kept.items():
+        for name, value in self._values.items():
             self._redis.restore(name, 0, value, replace=True)
-        time.sleep(0.5)  # until the offer is back
+        time.sleep(0.5)  # until the offer is published again
 
 
 def percentile_ms(seconds: list[float], percent: int) -> float:
+    """Return a percentile in milliseconds."""
     return round(1000 * statistics.quantiles(seconds, n=100)[percent - 1], 2)
 
 

@@ -1,7 +1,7 @@
-"""What submitting is compared with: a FastAPI handler that only enqueues the same RQ job.
+"""Serve the baseline for submitting: a FastAPI handler that only enqueues the same RQ job.
 
-No checks, no record, no key, no limits. `python -m benchmarks.serving.bare_api PORT`, with
-REDIS_URL.
+It has no checks, records, API keys or limits. Usage: `python -m benchmarks.serving.bare_api PORT`,
+with REDIS_URL set.
 """
 
 import os
@@ -17,6 +17,7 @@ from rq.serializers import JSONSerializer
 
 
 def create_app(redis: Redis) -> FastAPI:
+    """Build the application with its one handler."""
     app = FastAPI()
     queue = Queue("bare", connection=redis, serializer=JSONSerializer)
 
@@ -30,6 +31,7 @@ def create_app(redis: Redis) -> FastAPI:
 
 
 def main() -> None:
+    """Serve the application."""
     redis = Redis.from_url(os.environ["REDIS_URL"])
     uvicorn.run(create_app(redis), port=int(sys.argv[1]), log_level="warning", access_log=True)
 

@@ -1,11 +1,11 @@
-"""How soon a cancelled job stops: `python -m benchmarks.serving.cancel_latency`.
+"""Measure how soon a cancelled job stops: `python -m benchmarks.serving.cancel_latency`.
 
-The real worker with the miniature; each job is cancelled at a random moment of one stage. Latency
-is from sending DELETE to the event that says `cancelled`, which the worker writes when the device
-has stopped. Beside it stands the longest piece of work that cannot be interrupted: a denoising
-step, a latent frame, a layer of the text encoder.
+The real worker runs the miniature, and each job is cancelled at a random moment of one stage. The
+latency is from sending DELETE to receiving the event with the state `cancelled`, which the worker
+writes when the device has stopped. The baseline is the longest piece of work in the stage: a
+denoising step, a latent frame, the whole text encoder, the whole MP4.
 
-Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
+Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 import json
@@ -22,6 +22,7 @@ import typer
 from benchmarks import report
 from benchmarks.report import Row
 from deploy.local.cluster import Cluster
+from jobs.geometry import latent_frames
 
 JOB: dict[str, Any] = {
     "prompt": "a large blue square moving up on a white background",
@@ -36,21 +37,21 @@ def main(
     cancels: Annotated[int, typer.Option(min=1, help="Jobs cancelled in each stage.")] = 30,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 1,
 ) -> None:
-    """Cancel at random moments."""
-    dice = random.Random(seed)
+    """Cancel jobs at random moments and write the result."""
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="wan-cancel-") as folder:
         environment = {"WORKER_THREADS": "2"}
         with (
             Cluster(Path(folder), apis=1, workers=1, environment=environment) as cluster,
             httpx.Client(base_url=cluster.urls[0], timeout=60) as client,
         ):
-            whole = _stage_seconds(client)
-            latency, late = _cancel_all(client, whole, dice, cancels)
+            stage_s = _stage_seconds(client)
+            latency, late = _cancel_all(client, stage_s, rng, cancels)
     pieces = {
-        "text_encoder": whole["text_encoder"],
-        "denoise": whole["denoise"] / JOB["num_inference_steps"],
-        "vae": whole["vae"] / (1 + JOB["num_frames"] // 4),
-        "mp4": whole["mp4"],
+        "text_encoder": stage_s["text_encoder"],
+        "denoise": stage_s["denoise"] / JOB["num_inference_steps"],
+        "vae": stage_s["vae"] / latent_frames(JOB["num_frames"]),
+        "mp4": stage_s["mp4"],
     }
     rows = []
     for stage, seconds in latency.items():
@@ -63,15 +64,15 @@ def main(
     settings = {"cancels": cancels, "seed": seed, "job": JOB, "ended_before_the_cancel": late}
     document = report.result("cancel", "cpu", settings, rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
 
 
 def _stage_seconds(client: httpx.Client) -> dict[str, float]:
-    """The stages of an undisturbed job, after one that is not counted."""
+    """Return the seconds of each stage of a job that is not cancelled, after a warm-up job."""
     timings = {}
     for number in range(2):
-        job_id = _order(client, f"whole {number}", seed=7)
+        job_id = _submit(client, f"whole {number}", seed=7)
         for event in _events(client, job_id):
             if event["state"] == "succeeded":
                 break
@@ -80,15 +81,15 @@ def _stage_seconds(client: httpx.Client) -> dict[str, float]:
 
 
 def _cancel_all(
-    client: httpx.Client, whole: dict[str, float], dice: random.Random, cancels: int
+    client: httpx.Client, stage_s: dict[str, float], rng: random.Random, cancels: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Cancel jobs stage by stage; also counts those that had ended before the DELETE arrived."""
+    """Cancel jobs in each stage; return latencies, and how many jobs ended before the DELETE."""
     latency: dict[str, list[float]] = {stage: [] for stage in STAGES}
     late = dict.fromkeys(STAGES, 0)
     for stage in STAGES:
         for number in range(cancels):
-            take = f"{stage} {number}"
-            seconds = _cancel_one(client, take, stage, dice.uniform(0, whole[stage]))
+            label = f"{stage} {number}"
+            seconds = _cancel_one(client, label, stage, rng.uniform(0, stage_s[stage]))
             if seconds is None:
                 late[stage] += 1
             else:
@@ -96,9 +97,9 @@ def _cancel_all(
     return latency, late
 
 
-def _cancel_one(client: httpx.Client, take: str, stage: str, wait_s: float) -> float | None:
-    """Cancel a job `wait_s` into `stage`; None if it ended before."""
-    job_id = _order(client, take, seed=int(wait_s * 1e6))
+def _cancel_one(client: httpx.Client, label: str, stage: str, wait_s: float) -> float | None:
+    """Cancel a job `wait_s` into `stage`; return the latency, None if the job ended before."""
+    job_id = _submit(client, label, seed=int(wait_s * 1e6))
     sent = None
     for event in _events(client, job_id):
         progress = event["progress"]
@@ -112,19 +113,19 @@ def _cancel_one(client: httpx.Client, take: str, stage: str, wait_s: float) -> f
     return None
 
 
-def _order(client: httpx.Client, take: str, seed: int) -> str:
-    """Ask for a job, and return its id; of each take the worker has yet to encode the prompt."""
-    prompt = f"{JOB['prompt']}, {take}"
-    answer = client.post("/generate", json=JOB | {"prompt": prompt, "seed": seed})
-    job_id: str = answer.raise_for_status().json()["id"]
+def _submit(client: httpx.Client, label: str, seed: int) -> str:
+    """Submit a job and return its id; each label is another prompt, which is not cached yet."""
+    prompt = f"{JOB['prompt']}, {label}"
+    response = client.post("/generate", json=JOB | {"prompt": prompt, "seed": seed})
+    job_id: str = response.raise_for_status().json()["id"]
     return job_id
 
 
 def _events(client: httpx.Client, job_id: str) -> Any:
-    """The data of the job's events, as they come."""
-    with client.stream("GET", f"/jobs/{job_id}/events") as answer:
+    """Iterate over the data of the job's events as they arrive."""
+    with client.stream("GET", f"/jobs/{job_id}/events") as response:
         name = ""
-        for line in answer.iter_lines():
+        for line in response.iter_lines():
             field, _, value = line.partition(": ")
             if field == "event":
                 name = value

@@ -1,11 +1,11 @@
-"""Random kills under a load of short jobs: `python -m benchmarks.serving.chaos --kills 100`.
+"""Kill processes at random under a load of jobs: `python -m benchmarks.serving.chaos --kills 100`.
 
-Two API processes, two workers with the shipped miniature and one Valkey are started again whenever
-they end, and are killed (SIGKILL) at random; callers go on submitting. Afterwards the books are
-checked: every accepted job has ended, exactly once, and the video it names is whole.
+Two API processes, two workers with the shipped miniature and one Valkey are killed (SIGKILL) at
+random and restarted, while callers keep submitting short jobs. Afterwards every accepted job is
+checked: it must have ended exactly once, and its video must be complete.
 
-Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/. Status 1
-when a job was lost or ended twice.
+Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/. The exit
+status is 1 if a job was lost, ended twice, or has a broken video, or if a process was left behind.
 """
 
 import collections
@@ -30,18 +30,18 @@ from deploy.local.waiting import wait_until
 
 SHORT = {"prompt": "a small red circle", "num_frames": 5, "num_inference_steps": 2}
 TARGETS = {"worker-0": 3, "worker-1": 3, "api-0": 2, "api-1": 2, "valkey": 2}
-"""Who is killed, by weight."""
+"""The processes to kill, with the weights of their random choice."""
 
 PAUSE_S = (2.0, 7.0)
-"""Between two kills: shorter and longer than a worker takes to come back."""
+"""Between two kills: from less to more than the restart of a worker takes."""
 
-WAITING = 6
-"""Callers submit while fewer jobs than this are under way."""
+MAX_OPEN_JOBS = 6
+"""Callers submit while fewer jobs than this are queued or running."""
 
 
 @dataclass(slots=True)
-class Books:
-    """What callers were promised, and what they found in the end."""
+class Tally:
+    """The accepted jobs, and what became of them."""
 
     accepted: list[str] = field(default_factory=list)
     states: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -58,14 +58,14 @@ def main(
     kills: Annotated[int, typer.Option(min=1, help="How many processes to kill.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the choice of victims and pauses.")] = 1,
 ) -> None:
-    """Kill at random and check the books."""
-    books = Books()
+    """Kill processes at random, then check every job."""
+    tally = Tally()
     victims: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory(prefix="wan-chaos-") as folder:
         cluster = Cluster(Path(folder), environment={"SERVICE_MAX_WAITING": "1000"})
         with cluster:
             done = threading.Event()
-            caller = threading.Thread(target=_submit_until, args=(cluster, books, done))
+            caller = threading.Thread(target=_submit_until, args=(cluster, tally, done))
             caller.start()
             started = time.monotonic()
             try:
@@ -75,99 +75,99 @@ def main(
                 caller.join()
             chaos_s = time.monotonic() - started
             cluster.wait_until_ready()
-            settled_s = _wait_for_all(cluster, books)
-            _check(cluster, books)
+            settled_s = _wait_for_all(cluster, tally)
+            _check(cluster, tally)
         orphans = cluster.orphans()
-    rows = _rows(books, victims, chaos_s, settled_s, len(orphans))
+    rows = _rows(tally, victims, chaos_s, settled_s, len(orphans))
     settings = {"kills": kills, "seed": seed, "pause_s": PAUSE_S, "job": SHORT} | {
-        "ends": dict(books.states),
-        "codes": dict(books.codes),
-        "attempts": {str(n): count for n, count in sorted(books.attempts.items())},
+        "ends": dict(tally.states),
+        "codes": dict(tally.codes),
+        "attempts": {str(n): count for n, count in sorted(tally.attempts.items())},
         "victims": dict(victims),
     }
     document = report.result("chaos", "cpu", settings, rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
-    if books.lost or books.doubled or books.broken or orphans:
-        sys.exit(f"lost {books.lost}, doubled {books.doubled}, broken {books.broken}, {orphans}")
+    if tally.lost or tally.doubled or tally.broken or orphans:
+        sys.exit(f"lost {tally.lost}, doubled {tally.doubled}, broken {tally.broken}, {orphans}")
 
 
 def _kill_at_random(
-    cluster: Cluster, dice: random.Random, kills: int, victims: collections.Counter[str]
+    cluster: Cluster, rng: random.Random, kills: int, victims: collections.Counter[str]
 ) -> None:
     for number in range(kills):
-        time.sleep(dice.uniform(*PAUSE_S))
-        (victim,) = dice.choices(list(TARGETS), list(TARGETS.values()))
+        time.sleep(rng.uniform(*PAUSE_S))
+        (victim,) = rng.choices(list(TARGETS), list(TARGETS.values()))
         try:
             cluster.kill(victim)
         except ProcessLookupError:
-            continue  # it has just ended by itself, which the supervisor sees to
+            continue  # it has just ended by itself and will be restarted
         victims[victim.partition("-")[0]] += 1
         print(f"kill {number + 1}: {victim}", file=sys.stderr)
 
 
-def _submit_until(cluster: Cluster, books: Books, done: threading.Event) -> None:
-    """Keep a few jobs under way, as callers do that mind nothing but their own job."""
+def _submit_until(cluster: Cluster, tally: Tally, done: threading.Event) -> None:
+    """Keep a few jobs open, until `done` is set."""
     open_jobs: list[str] = []
     while not done.is_set():
-        if len(open_jobs) < WAITING:
-            number = len(books.accepted)
-            prompt = f"{SHORT['prompt']}, take {number}"  # a worker keeps what it has encoded
+        if len(open_jobs) < MAX_OPEN_JOBS:
+            number = len(tally.accepted)
+            prompt = f"{SHORT['prompt']}, take {number}"  # a worker caches embeddings
             job_id = cluster.submit(**SHORT | {"prompt": prompt}, seed=number)
-            books.accepted.append(job_id)
+            tally.accepted.append(job_id)
             open_jobs.append(job_id)
         else:
             time.sleep(0.5)
             open_jobs = [each for each in open_jobs if cluster.job(each)["state"] not in ENDED]
 
 
-def _wait_for_all(cluster: Cluster, books: Books) -> float:
-    """Until every accepted job has ended, or two minutes have passed without any end."""
+def _wait_for_all(cluster: Cluster, tally: Tally) -> float:
+    """Wait until the last accepted jobs have ended; return the seconds that took."""
 
     def all_ended() -> bool:
-        return all(cluster.job(job_id)["state"] in ENDED for job_id in books.accepted[-50:])
+        return all(cluster.job(job_id)["state"] in ENDED for job_id in tally.accepted[-50:])
 
     return wait_until(all_ended, 180, "the last jobs end", cluster.logs, every_s=0.5)
 
 
-def _check(cluster: Cluster, books: Books) -> None:
-    for job_id in books.accepted:
-        answer = cluster.request("GET", f"/jobs/{job_id}")
-        job: dict[str, Any] = answer.json()
-        if answer.status_code != 200 or job["state"] not in ENDED:
-            books.lost.append(job_id)
+def _check(cluster: Cluster, tally: Tally) -> None:
+    for job_id in tally.accepted:
+        response = cluster.request("GET", f"/jobs/{job_id}")
+        job: dict[str, Any] = response.json()
+        if response.status_code != 200 or job["state"] not in ENDED:
+            tally.lost.append(job_id)
             continue
-        books.states[job["state"]] += 1
-        books.attempts[job["attempts"]] += 1
+        tally.states[job["state"]] += 1
+        tally.attempts[job["attempts"]] += 1
         if job["failure"]:
-            books.codes[job["failure"]["code"]] += 1
-        if cluster.ends(job_id) != [job["state"]]:
-            books.doubled.append(job_id)
+            tally.codes[job["failure"]["code"]] += 1
+        if cluster.end_states(job_id) != [job["state"]]:
+            tally.doubled.append(job_id)
         files = list((cluster.artifacts / "videos" / job_id).glob("*.mp4"))
         if job["state"] == "succeeded":
             content = cluster.request("GET", f"/jobs/{job_id}/video.mp4").content
             if hashlib.sha256(content).hexdigest() != job["video"]["sha256"]:
-                books.broken.append(job_id)
+                tally.broken.append(job_id)
             if job["attempts"] == 1:
-                books.seconds.append(job["timings"]["total_s"])
-        books.unnamed_files += len(files) - (job["state"] == "succeeded")
+                tally.seconds.append(job["timings"]["total_s"])
+        tally.unnamed_files += len(files) - (job["state"] == "succeeded")
 
 
 def _rows(
-    books: Books, victims: collections.Counter[str], chaos_s: float, settled_s: float, orphans: int
+    tally: Tally, victims: collections.Counter[str], chaos_s: float, settled_s: float, orphans: int
 ) -> list[Row]:
     return [
         Row("kills", float(victims.total()), ""),
-        Row("jobs accepted", float(len(books.accepted)), ""),
-        Row("jobs lost (bound 0)", float(len(books.lost)), ""),
-        Row("jobs that ended twice (bound 0)", float(len(books.doubled)), ""),
-        Row("videos that are not whole (bound 0)", float(len(books.broken)), ""),
+        Row("jobs accepted", float(len(tally.accepted)), ""),
+        Row("jobs lost (bound 0)", float(len(tally.lost)), ""),
+        Row("jobs that ended twice (bound 0)", float(len(tally.doubled)), ""),
+        Row("videos that are not whole (bound 0)", float(len(tally.broken)), ""),
         Row("orphan processes (bound 0)", float(orphans), ""),
-        Row("jobs begun more than once", float(sum(n > 1 for n in books.attempts.elements())), ""),
-        Row("jobs given up after two lost workers", float(books.codes["worker_lost"]), ""),
-        Row("files no record names (left to the retention sweep)", float(books.unnamed_files), ""),
-        Row("median of an undisturbed job", round(statistics.median(books.seconds), 2), "s"),
+        Row("jobs begun more than once", float(sum(n > 1 for n in tally.attempts.elements())), ""),
+        Row("jobs given up after two lost workers", float(tally.codes["worker_lost"]), ""),
+        Row("files no record names (left to the retention sweep)", float(tally.unnamed_files), ""),
+        Row("median of an undisturbed job", round(statistics.median(tally.seconds), 2), "s"),
         Row("length of the chaos", round(chaos_s, 1), "s"),
         Row("last kill to last end", round(settled_s, 1), "s"),
     ]

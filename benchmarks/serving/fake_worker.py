@@ -1,7 +1,7 @@
-"""Run a worker whose engine only waits: `python -m benchmarks.serving.fake_worker
-SECONDS_PER_STEP`.
+"""Run a worker whose engine only sleeps.
 
-It takes jobs at a known rate and leaves the cores to what is measured.
+Usage: `python -m benchmarks.serving.fake_worker SECONDS_PER_STEP`. It processes jobs at a known
+rate and leaves the cores to what is measured.
 """
 
 import sys
@@ -17,6 +17,7 @@ from worker.settings import WorkerSettings
 
 
 def main() -> None:
+    """Serve jobs until the process is told to stop."""
     step_s = float(sys.argv[1])
     settings = WorkerSettings()
     ids = configure_logging(settings.log_format)

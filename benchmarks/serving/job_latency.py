@@ -1,10 +1,11 @@
-"""Where the seconds of one job go, w8a8 beside bf16: `make bench` or `python -m
-benchmarks.serving.job_latency`.
+"""Measure the seconds of each stage of a job, in w8a8 and in bf16.
 
-Runs the whole system (Valkey, worker, service) and asks it over HTTP, so the queue and the front
-end are in the figures. The modes take turns, after a round that is not counted; the figure is the
-median. Each job has a prompt of its own, since a worker keeps what it has encoded. Prints a table,
-then the result as one line of JSON, and keeps it in benchmarks/results/.
+`make bench` or `python -m benchmarks.serving.job_latency`
+
+It runs the whole system (Valkey, worker, service) and sends jobs over HTTP, so the figures include
+the queue and the front end. The modes take turns, after a warm-up round; each figure is a median.
+Each job has its own prompt, because a worker caches embeddings. Prints a table, then the result as
+one line of JSON, and saves it in benchmarks/results/.
 """
 
 import json
@@ -20,9 +21,9 @@ from rich.console import Console
 
 from benchmarks import report
 from deploy.local import client
-from deploy.local.cli import clear_errors
+from deploy.local.cli import report_errors
 from deploy.local.session import throwaway_stack
-from deploy.local.signals import listen_for_signals
+from deploy.local.signals import handle_signals
 from deploy.local.stack import WORKER_CONFIG, Stack
 
 PROMPT = "a small red circle moving right on a black background"
@@ -40,8 +41,8 @@ def main(
     """Measure one job in both modes."""
     console = Console(stderr=True)
     with (
-        clear_errors(),
-        listen_for_signals() as signals,
+        report_errors(),
+        handle_signals() as signals,
         throwaway_stack(console, config, signals) as stack,
         client.connect(stack.config.service_url) as service,
     ):
@@ -58,17 +59,17 @@ def main(
     device = model["workers"][0]["device"]
     document = report.result("job", device, _settings(job["request"], rounds), rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
 
 
 def _run(stack: Stack, service: httpx.Client, mode: str, prompt: str) -> client.Job:
-    order = client.VideoRequest(prompt, mode, SEED)
-    return client.follow(service, client.send(service, order), lambda _: stack.check())
+    request = client.VideoRequest(prompt, mode, SEED)
+    return client.follow(service, client.send(service, request), lambda _: stack.check())
 
 
 def _seconds(job: client.Job) -> Seconds:
-    """Each stage, what lies between the stages, and the whole from creation to end."""
+    """Return the seconds of each stage, of the rest, and of the whole from creation to end."""
     times = {name: float(job["timings"][name]) for name in _STAGES}
     created, finished = (
         datetime.fromisoformat(job[f"{what}_at"]) for what in ("created", "finished")
@@ -94,10 +95,10 @@ def _rows(measured: dict[str, list[Seconds]]) -> list[report.Row]:
 
 
 def _settings(request: dict[str, Any], rounds: int) -> dict[str, Any]:
-    asked = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
+    values = {name: request[name] for name in request if name not in ("mode", "negative_prompt")}
     cores = len(os.sched_getaffinity(0))
-    ours = {"prompt": PROMPT, "rounds": rounds, "statistic": "median", "cores": cores}
-    return asked | ours
+    own = {"prompt": PROMPT, "rounds": rounds, "statistic": "median", "cores": cores}
+    return values | own
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A load generator that costs little: HTTP/1.1 over kept connections, one process, no library.
+"""Generate HTTP load cheaply: HTTP/1.1 over persistent connections, one process, no library.
 
-A comfortable client would use more of the two cores than the server under test, and then the client
-is what is measured. This one sends bytes that were made beforehand and reads what comes back.
+A full HTTP client would use more of the two cores than the server under test, so the benchmark
+would measure the client. This one sends prepared bytes and reads the responses.
 """
 
 import asyncio
@@ -12,27 +12,28 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Answers:
-    """What the clients of one run were told, and how long each answer took in seconds."""
+class Responses:
+    """The responses of one run: the latency of each in seconds, and the number of each status."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
 
     def add(self, status: int, seconds: float) -> None:
+        """Add one response."""
         self.statuses[status] = self.statuses.get(status, 0) + 1
         self.seconds.append(seconds)
 
 
 def request_bytes(method: str, path: str, headers: dict[str, str], body: bytes = b"") -> bytes:
-    """One request, ready to send."""
+    """Return one HTTP request as bytes."""
     lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-async def hammer(port: int, request: bytes, clients: int, seconds: float) -> Answers:
-    """Have `clients` send the same request again and again, each as soon as it is answered."""
-    answers = Answers()
+async def run_closed_loop(port: int, request: bytes, clients: int, seconds: float) -> Responses:
+    """Have each of `clients` send the same request again as soon as it has the response."""
+    responses = Responses()
     end = time.perf_counter() + seconds
 
     async def client() -> None:
@@ -40,36 +41,38 @@ async def hammer(port: int, request: bytes, clients: int, seconds: float) -> Ans
             while time.perf_counter() < end:
                 started = time.perf_counter()
                 writer.write(request)
-                status = await read_answer(reader)
-                answers.add(status, time.perf_counter() - started)
+                status = await read_response(reader)
+                responses.add(status, time.perf_counter() - started)
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    return answers
+    return responses
 
 
-async def ask_regularly(port: int, request: bytes, per_second: float, seconds: float) -> Answers:
-    """Send a request at each tick, whether or not earlier ones are answered; late answers count
-    from the tick, so a stall is seen in full."""
-    answers = Answers()
+async def run_open_loop(port: int, request: bytes, per_second: float, seconds: float) -> Responses:
+    """Send requests at a fixed rate, whether or not earlier ones have a response yet.
+
+    Latency counts from the scheduled time, so a stall of the server shows in full.
+    """
+    responses = Responses()
     started = time.perf_counter()
 
-    async def ask(due: float) -> None:
+    async def send(due: float) -> None:
         async with connection(port) as (reader, writer):
             writer.write(request)
-            answers.add(await read_answer(reader), time.perf_counter() - due)
+            responses.add(await read_response(reader), time.perf_counter() - due)
 
     tasks = []
     for number in range(int(per_second * seconds)):
         due = started + number / per_second
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        tasks.append(asyncio.create_task(ask(due)))
+        tasks.append(asyncio.create_task(send(due)))
     await asyncio.gather(*tasks)
-    return answers
+    return responses
 
 
 @asynccontextmanager
-async def streams(port: int, requests: list[bytes]) -> AsyncIterator[list[int]]:
-    """Hold one open event stream per request; yields the bytes each has received so far."""
+async def open_streams(port: int, requests: list[bytes]) -> AsyncIterator[list[int]]:
+    """Keep one event stream open per request; yields the bytes that each has received so far."""
     received = [0] * len(requests)
 
     async def follow(number: int) -> None:
@@ -93,6 +96,7 @@ async def streams(port: int, requests: list[bytes]) -> AsyncIterator[list[int]]:
 async def connection(
     port: int,
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a connection and close it afterwards."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         yield reader, writer
@@ -100,8 +104,8 @@ async def connection(
         writer.close()
 
 
-async def read_answer(reader: asyncio.StreamReader) -> int:
-    """Read one whole answer with a Content-Length; returns its status."""
+async def read_response(reader: asyncio.StreamReader) -> int:
+    """Read one whole response with a Content-Length; return its status."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]
     await reader.readexactly(int(length))

@@ -1,12 +1,13 @@
-"""One pass of the whole transformer, ours beside diffusers': `python -m benchmarks.speed.forward`.
+"""Measure one forward pass of the whole transformer: `python -m benchmarks.speed.forward`.
 
-Random weights of the real sizes (`benchmarks/fixtures/random_wan.py`), batch 1, 81 frames. The
-baseline is diffusers' own `WanTransformer3DModel` in BF16, eager, as `WanPipeline` runs it. Beside
-the times: what the weights take on the card, how close each mode is to its bit-true emulation, and
-where the time of a pass goes. Of step caches, what they cost where they leave out nothing, and what
-is left of a pass where they do; how often they do, a trained model tells
-(`benchmarks/speed/step_cache.py`). Prints a table, then the result as one line of JSON, and keeps
-it in benchmarks/results/.
+The weights are random with the real shapes (`benchmarks/fixtures/random_wan.py`), batch 1, 81
+frames. The baseline is diffusers' own `WanTransformer3DModel` in BF16, eager, as `WanPipeline` runs
+it. Besides the times, the result has the memory of the weights, how close each mode is to its
+bit-true emulation, and where the time of a pass goes. For step caches, it has what they cost when
+they skip nothing, and what remains of a pass when they skip it; how often they skip can only be
+measured with a trained model (`benchmarks/speed/step_cache.py`).
+
+Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import quant
 from benchmarks import report
-from benchmarks.fixtures.random_wan import Inputs, random_inputs, random_transformer, scales_from
+from benchmarks.fixtures.fused_transformer import fused_transformer
+from benchmarks.fixtures.random_wan import (
+    Inputs,
+    calibrate_scales,
+    random_inputs,
+    random_transformer,
+)
 from benchmarks.report import Row
 from benchmarks.timing import device_name, medians_ms, synchronize
 from quant.kernels.eager import EagerKernels
@@ -39,7 +46,7 @@ from worker.model_loader.memory_plan import CACHED_PER_TOKEN
 RECIPES = {"w8a8": "boundary-hif8", "w8a8, FP8 attention": "boundary-hif8-fp8attn"}
 GIB = 2**30
 
-# Thresholds that never leave out a pass, and that always do once one has been computed.
+# Thresholds with which no pass is skipped, and with which every pass is after the first.
 NEVER, ALWAYS = 1e-9, 1e9
 CACHES: dict[str, StepCache] = {
     "first-block cache, nothing left out": FirstBlockCache(method="first_block", threshold=NEVER),
@@ -53,7 +60,7 @@ CACHES: dict[str, StepCache] = {
     ),
 }
 
-# Parts of a kernel's name, in order: the first that is found says what its time was for.
+# Substrings of kernel names, in order: the first that matches decides the kind.
 _KINDS = {
     "attention": ("sdpa", "flash", "attention"),
     "products": ("nvjet", "gemm", "cutlass", "cublas"),
@@ -81,7 +88,7 @@ def main(
     }
     document = report.result("forward", device_name(bench.device), settings, rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
 
 
@@ -103,20 +110,20 @@ class _Bench:
 
     def run(self) -> list[Row]:
         model = random_transformer(self.device, tiny=self.tiny)
-        rows = report.tell(self._diffusers(model))
+        rows = report.log_rows(self._diffusers(model))
         recipes = {mode: quant.QuantRecipe.load(name) for mode, name in RECIPES.items()}
         small = random_inputs(self.device, self.sizes[0], 5)
-        scales = {mode: scales_from(model, recipe, small) for mode, recipe in recipes.items()}
+        scales = {mode: calibrate_scales(model, recipe, small) for mode, recipe in recipes.items()}
         emulated, emulation = self._emulate(model, recipes["w8a8"], scales["w8a8"])
-        plain = quant.prepare_transformer(model, self.kernels).transformer
-        rows += report.tell([*emulation, *self._measure("bf16", plain)])
+        plain = fused_transformer(model, self.kernels)
+        rows += report.log_rows([*emulation, *self._measure("bf16", plain)])
         for mode, recipe in recipes.items():
-            ours = quant.prepare_transformer(model, self.kernels, recipe, scales[mode]).transformer
-            rows += report.tell(self._measure(mode, ours))
-            sqnr = min(report.SAME_DB, round(quant.sqnr_db(emulated, self._predict(ours)), 1))
+            ours = fused_transformer(model, self.kernels, recipe, scales[mode])
+            rows += report.log_rows(self._measure(mode, ours))
+            sqnr = min(report.EQUAL_DB, round(quant.sqnr_db(emulated, self._predict(ours)), 1))
             rows.append(Row(f"{self.sizes[0]}: {mode}, beside the emulation", sqnr, "dB"))
             rows += self._memory(mode, plain, ours)
-            rows += report.tell(self._step_caches(mode, ours))
+            rows += report.log_rows(self._step_caches(mode, ours))
             del ours
             _free(self.device)
         return rows
@@ -141,24 +148,30 @@ class _Bench:
         return [*rows, self._guided(mode, transformer)]
 
     def _guided(self, mode: str, transformer: WanTransformer3DModel) -> Row:
-        """Guidance's two passes as one batch: is that faster than one after the other?"""
+        """Compare guidance's two passes in one batch with one after the other."""
         size = self.sizes[0]
         inputs = self.inputs[size]
-        once, together = self._ms(transformer, inputs), self._ms(transformer, inputs.twice())
+        once, together = (
+            self._ms(transformer, inputs),
+            self._ms(transformer, inputs.guidance_batch()),
+        )
         what = f"{size}: {mode}, both branches of guidance in one batch (baseline: one by one)"
         return Row(what, together, "ms", baseline=2 * once)
 
     def _emulate(
         self, model: WanTransformer3DModel, recipe: quant.QuantRecipe, scales: quant.Scales
     ) -> tuple[Tensor, list[Row]]:
-        """What the bit-true emulation predicts for the first size, with attention in BF16: plain
-        torch would hold the whole matrix of an FP8 one."""
-        twin, _ = quant.quantize_transformer(model, recipe, scales)
-        quant.fuse_quantized(twin, EagerKernels(), {})
+        """Return the prediction of the bit-true emulation for the first size, and its rows.
+
+        Attention is in BF16, because the emulation of FP8 attention in plain torch would need the
+        whole attention matrix in memory.
+        """
+        emulated, _ = quant.quantize_transformer(model, recipe, scales)
+        quant.fuse_quantized(emulated, EagerKernels(), {})
         size = self.sizes[0]
-        predicted, ms = self._predict(twin), self._ms(twin, self.inputs[size])
+        predicted, ms = self._predict(emulated), self._ms(emulated, self.inputs[size])
         sqnr = round(quant.sqnr_db(self._predict(model), predicted), 1)
-        del twin
+        del emulated
         _free(self.device)
         return predicted, [
             Row(f"{size}: w8a8, bit-true emulation", ms, "ms", baseline=self.baseline[size]),
@@ -178,13 +191,12 @@ class _Bench:
         ]
 
     def _step_caches(self, mode: str, transformer: WanTransformer3DModel) -> list[Row]:
-        """A pass under each cache beside one without, and on a card what a computed one takes more
-        of its memory."""
+        """Measure a pass with each cache and without, and on a GPU the cache's memory."""
         size = self.sizes[0]
         inputs = self.inputs[size]
         inputs = replace(inputs, latents=inputs.latents.clone())
 
-        def run() -> None:  # no two passes alike: one like the last is left out at any threshold
+        def run() -> None:  # with new latents: a repeated pass is skipped at any threshold
             inputs.latents.normal_()
             inputs.run(transformer)
 
@@ -193,10 +205,10 @@ class _Bench:
             return round(ms, 1), self._peak_bytes(run)
 
         without_ms, least = measure()
-        # Guidance has two kinds of passes, each with residuals of its own; here is one.
+        # With guidance there are two passes, each with its own residuals; here there is one.
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         counted = inputs.tokens * width * CACHED_PER_TOKEN // 2 * torch.bfloat16.itemsize
-        steps = self.rounds + 10  # more than are run: after the last a cache begins anew
+        steps = self.rounds + 10  # more than are run, because a cache is reset after the last
         rows = []
         for name, cache in CACHES.items():
             what = f"{size}: {mode}, {name}"
@@ -210,7 +222,7 @@ class _Bench:
         return rows
 
     def _peak_bytes(self, run: Callable[[], None]) -> int:
-        """The most of a card's memory that is taken during a run; nothing on a CPU."""
+        """Return the peak of a GPU's allocated memory during a run; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         torch.cuda.reset_peak_memory_stats()
@@ -223,14 +235,14 @@ class _Bench:
         return round(medians_ms({"": run}, self.device, self.rounds, warm_up=1)[""], 1)
 
     def _profile(self, transformer: WanTransformer3DModel, inputs: Inputs) -> dict[str, float]:
-        """Milliseconds of the device by what they were for; nothing on a CPU."""
+        """Return the device's milliseconds by kind of kernel; empty on a CPU."""
         if self.device.type != "cuda":
             return {}
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             inputs.run(transformer)
             synchronize(self.device)
         spent = dict.fromkeys([*_KINDS, "else"], 0.0)
-        for event in seen.key_averages():
+        for event in profiler.key_averages():
             spent[_kind(event.key)] += event.self_device_time_total / 1000
         return {kind: round(ms, 1) for kind, ms in spent.items()}
 

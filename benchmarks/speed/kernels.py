@@ -1,8 +1,8 @@
-"""What the pieces of a block cost on this card: `python -m benchmarks.speed.kernels`.
+"""Measure the parts of a block on a device: `python -m benchmarks.speed.kernels`.
 
-Products in E4M3 with the rounding before them beside `F.linear` in BF16; attention as the
-kernels do it, in BF16 and in E4M3, beside torch's; each fused kernel beside the same
-arithmetic in plain torch. Prints a table, then the result as one line of JSON, and keeps it in
+It compares E4M3 matrix products, with and without the rounding of their input, with `F.linear` in
+BF16; the kernels' attention in BF16 and in E4M3 with torch's; and each fused kernel with the same
+arithmetic in plain torch. Prints a table, then the result as one line of JSON, and saves it in
 benchmarks/results/.
 """
 
@@ -29,9 +29,9 @@ from quant.numerics.scaling import choose_scale, scale_policy
 
 WIDTH, WIDE, HEADS = 5120, 13824, 40
 TOKENS = (32_760, 75_600)
-"""Of 81 frames of 832x480 and of 1280x720."""
+"""The sequence lengths of 81 frames at 832x480 and at 1280x720."""
 SCALE = 0.25
-QUARTERS = AttentionScales(SCALE, SCALE, SCALE, SCALE)
+ATTENTION_SCALES = AttentionScales(SCALE, SCALE, SCALE, SCALE)
 
 
 def main(
@@ -39,24 +39,24 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     divide: Annotated[int, typer.Option(min=1, help="Divide all sizes, for a rehearsal.")] = 1,
 ) -> None:
-    """Measure them."""
-    on = torch.device(device)
-    kernels = pick_kernels(on, quantized=True, fp8_attention=True).kernels
+    """Measure all parts and write the result."""
+    target = torch.device(device)
+    kernels = pick_kernels(target, quantized=True, fp8_attention=True).kernels
     rows: list[Row] = []
     with torch.no_grad():
         for tokens in TOKENS:
-            pieces = Pieces(on, kernels, tokens // divide, divide, rounds)
-            for part in (pieces.products(), pieces.attention(), pieces.between()):
-                rows += report.tell(part)
+            parts = BlockParts(target, kernels, tokens // divide, divide, rounds)
+            for part in (parts.products(), parts.attention(), parts.fused_kernels()):
+                rows += report.log_rows(part)
     settings = {"rounds": rounds, "divide": divide, "kernels": kernels.name}
-    document = report.result("kernels", device_name(on), settings, rows)
+    document = report.result("kernels", device_name(target), settings, rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
 
 
-class Pieces:
-    """The pieces at one number of tokens."""
+class BlockParts:
+    """The parts of a block at one number of tokens."""
 
     def __init__(
         self, device: torch.device, kernels: Kernels, tokens: int, divide: int, rounds: int
@@ -73,7 +73,7 @@ class Pieces:
         return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
 
     def products(self) -> Iterator[Row]:
-        """The linears of a block, each with the rounding of its input."""
+        """Measure the linears of a block, each with the rounding of its input."""
         for name, width, out in (
             ("q, k and v", self.width, 3 * self.width),
             ("output", self.width, self.width),
@@ -109,7 +109,7 @@ class Pieces:
         return product(self.kernels.round_act(x, product.act_scale))
 
     def attention(self) -> Iterator[Row]:
-        """Self-attention beside torch's default for the same tensors."""
+        """Measure self-attention, and torch's default for the same tensors."""
         q, k, v = (self.randn(1, self.tokens, self.heads, 128) for _ in range(3))
         q2, k2, v2 = (x.transpose(1, 2) for x in (q, k, v))
         q8, k8, v8 = (self.kernels.round_act(x, SCALE) for x in (q, k, v))
@@ -118,7 +118,7 @@ class Pieces:
             {
                 "torch": partial(scaled_dot_product_attention, q2, k2, v2),
                 "BF16": partial(attend, q, k, v, None, tokens),
-                "FP8": partial(attend, q8, k8, v8, QUARTERS, tokens),
+                "FP8": partial(attend, q8, k8, v8, ATTENTION_SCALES, tokens),
             }
         )
         flop = 4 * self.tokens**2 * self.width
@@ -127,8 +127,8 @@ class Pieces:
             yield Row(f"{where} (baseline: torch's, BF16)", ms[name], "ms", baseline=ms["torch"])
             yield Row(where, round(flop / ms[name] / 1e9), "TFLOP/s")
 
-    def between(self) -> Iterator[Row]:
-        """The kernels between the products, beside the same steps in plain torch."""
+    def fused_kernels(self) -> Iterator[Row]:
+        """Measure the fused kernels between the products, and the same steps in plain torch."""
         x, delta = (self.randn(1, self.tokens, self.width) for _ in range(2))
         wide, qkv = (
             self.randn(1, self.tokens, self.wide),
@@ -138,15 +138,15 @@ class Pieces:
         norm = Norm(factor, factor, 1e-6, plus_one=True)
         weights = nn.RMSNorm(self.width, eps=1e-6).to(self.device, torch.bfloat16)
         angles = torch.rand(1, self.tokens, 1, 128, device=self.device)
-        pieces: dict[str, Any] = {
-            "norm and rounding": lambda on: on.add_norm(x, None, None, norm, SCALE),
-            "gated sum, norm and rounding": lambda on: on.add_norm(x, delta, factor, norm, SCALE),
-            "GELU and rounding": lambda on: on.gelu(wide, SCALE),
-            "norms, rotary embedding and rounding of q, k and v": lambda on: on.norm_rope(
-                qkv, weights, weights, (angles, angles), self.heads, QUARTERS
+        calls: dict[str, Any] = {
+            "norm and rounding": lambda k: k.add_norm(x, None, None, norm, SCALE),
+            "gated sum, norm and rounding": lambda k: k.add_norm(x, delta, factor, norm, SCALE),
+            "GELU and rounding": lambda k: k.gelu(wide, SCALE),
+            "norms, rotary embedding and rounding of q, k and v": lambda k: k.norm_rope(
+                qkv, weights, weights, (angles, angles), self.heads, ATTENTION_SCALES
             ),
         }
-        for name, run in pieces.items():
+        for name, run in calls.items():
             ms = self.ms({"eager": partial(run, self.eager), "ours": partial(run, self.kernels)})
             what = f"{name}, {self.tokens} tokens (baseline: plain torch)"
             yield Row(what, ms["ours"], "ms", baseline=ms["eager"])

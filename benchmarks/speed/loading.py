@@ -1,15 +1,18 @@
-"""How long a worker takes to be ready: `python -m benchmarks.speed.loading --model DIR --packed
-DIR`
+"""Measure how long a worker takes until it is ready.
 
-Packed w8a8 alone (and without text encoder and VAE), both modes, and BF16 alone, each start in a
-process of its own, with all files in the page cache (a start of each before is not counted, in
-which Triton compiles). Two baselines, in the same processes: what the safetensors library takes to
-get as many bytes of the same files onto the device, and what their copy from pinned memory takes,
-which no file is in. What the library reads is held against what a worker loads, bit by bit. What a
-process does whatever it loads (imports, the device's first answer, trying its kernels and making
-ready what reads weights) has rows of its own, and so has the tokenizer, which is read beside.
-`--model` and `--packed` are what `benchmarks.fixtures.fabricate` and `python -m quant convert` have
-written. Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
+`python -m benchmarks.speed.loading --model DIR --packed DIR`, with folders that
+`benchmarks.fixtures.fabricate` and `python -m quant convert` have written.
+
+The cases are packed w8a8 (with and without text encoder and VAE), both modes, and BF16. Each start
+runs in its own process with all files in the page cache; a first start of each case, in which
+Triton compiles, is not counted. There are two baselines, measured in the same processes: the
+safetensors library loading as many bytes of the same files onto the device, and a copy of as many
+bytes from pinned memory, without files. The tensors that a worker loads are compared with those of
+the library, bit by bit. Work that does not depend on the checkpoint (imports, the first access to
+the device, trying its kernels and preparing the readers of weights) has its own rows, and so has
+the tokenizer, which is read in parallel.
+
+Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     only: Annotated[str, typer.Option(help="Kinds, by semicolon.")] = ";".join(CASES),
     keep: Annotated[bool, typer.Option(help="Write into benchmarks/results/.")] = True,
 ) -> None:
-    """Start each kind of worker and compare with the bare copy."""
+    """Measure the starts of each case and write the result."""
     measured: dict[str, list[Start]] = {name: [] for name in only.split(";")}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
@@ -72,14 +75,14 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     document = report.result("loading", device_name, settings, rows)
     report.print_table(rows)
     if keep:
-        report.keep(document)
+        report.save(document)
     print(json.dumps(document))
 
 
 def write_config(
     folder: Path, modes: tuple[str, ...], model: Path, packed: Path, recipe: str
 ) -> Path:
-    """A worker's configuration for some modes: that of the 14B, with other paths."""
+    """Write a worker's configuration for some modes: that of the 14B with other paths."""
     text = TEMPLATE.read_text(encoding="utf-8").partition("[[modes]]")[0]
     text = text.replace('"../models/wan2.1-t2v-14b"', json.dumps(str(model.resolve())))
     text = text.replace('default_mode = "w8a8"', f'default_mode = "{modes[-1]}"')
@@ -93,10 +96,10 @@ def write_config(
 
 
 def run_case(config: Path, device: str, only_modes: bool, *, baselines: bool) -> Start:
-    """One start in a new process; what it says on stderr stays visible."""
-    # As `worker.__main__` does.
-    start = "import gc; gc.disable(); from benchmarks.speed.loading_case import run; run()"
-    command = [sys.executable, "-c", start, str(config)]
+    """Measure one start in a new process, whose stderr stays visible."""
+    # Without garbage collection during imports, as in `worker.__main__`.
+    code = "import gc; gc.disable(); from benchmarks.speed.loading_case import run; run()"
+    command = [sys.executable, "-c", code, str(config)]
     command += ["--device", device, "--started", str(time.time())]
     command += ["--only-modes"] if only_modes else []
     command += [] if baselines else ["--no-baselines"]
@@ -106,15 +109,15 @@ def run_case(config: Path, device: str, only_modes: bool, *, baselines: bool) ->
 
 
 def rows_of(name: str, starts: list[Start]) -> list[Row]:
-    """The figures of one kind of worker: the transformer, the whole, and what is beside them."""
+    """Return the rows of one case."""
 
     def median(attribute: str) -> float:
         return statistics.median(float(getattr(start, attribute)) for start in starts)
 
-    transformer, parts = median("transformer_bytes"), median("parts_bytes")
-    read = round(median("tokenizer_s"), 3)
-    ready, size = round(median("loading_s"), 3), transformer + parts
-    library, pinned = (median(f"{way}_bytes_per_s") for way in ("library", "pinned"))
+    transformer, components = median("transformer_bytes"), median("components_bytes")
+    tokenizer_s = round(median("tokenizer_s"), 3)
+    ready, size = round(median("loading_s"), 3), transformer + components
+    library, pinned = (median(f"{source}_bytes_per_s") for source in ("library", "pinned"))
     return [
         Row(
             f"{name}: ready to serve (baseline: safetensors)", ready, "s", round(size / library, 3)
@@ -126,10 +129,10 @@ def rows_of(name: str, starts: list[Start]) -> list[Row]:
         Row(f"{name}: imports before", round(median("imports_s"), 3), "s"),
         Row(f"{name}: the device's first answer", round(median("device_s"), 3), "s"),
         Row(f"{name}: its kernels tried", round(median("kernels_s"), 3), "s"),
-        *([Row(f"{name}: beside, its tokenizer read", read, "s")] if parts else []),
+        *([Row(f"{name}: beside, its tokenizer read", tokenizer_s, "s")] if components else []),
         Row(f"{name}: all of that, from the process' start", round(median("whole_s"), 3), "s"),
         Row(f"{name}: transformer on the device", round(transformer / GIB, 3), "GiB"),
-        Row(f"{name}: text encoder and VAE there", round(parts / GIB, 3), "GiB"),
+        Row(f"{name}: text encoder and VAE there", round(components / GIB, 3), "GiB"),
         Row(f"{name}: peak while loading", round(median("peak_bytes") / GIB, 3), "GiB"),
         Row(f"{name}: as the library reads them", median("compared_tensors"), "tensors"),
     ]

@@ -1,5 +1,4 @@
-"""One start, measured in a process of its own; `benchmarks.speed.loading` runs it and reads its
-JSON."""
+"""Measure one start in this process and print it as JSON, for `benchmarks.speed.loading`."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ from worker.model_loader.mode_plan import (
     plan_modes,
 )
 from worker.model_loader.tokenizer import read_tokenizer
-from worker.startup import resting_collector
+from worker.startup import paused_gc
 
 COPY_BYTES = 1 << 30
 COPY_ROUNDS = 3
@@ -47,23 +46,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Seconds of one start, and bytes.
+    """The seconds and bytes of one start.
 
     Attributes:
-        imports_s: from the process' start until torch and the worker were there.
-        device_s: until the device answered.
-        kernels_s: until the device's kernels had been tried, which is once per process and has
-            nothing to do with the checkpoint; beside, what reads weights is made ready, and a
-            thread reads the tokenizer.
-        tokenizer_s: that thread's own; what is left of it when kernels have been tried is waited
-            for as part of model_s.
-        checks_s: fingerprint, recipes, scales, headers, and whether all of it fits.
-        model_s: the modes, on the kernels of the device, and at the same time what they share.
+        imports_s: from the start of the process until torch and the worker were imported.
+        device_s: the first access to the device.
+        checks_s: the checks of fingerprint, recipes, scales and headers, and of the memory.
+        kernels_s: the trial of the device's kernels, which is done once per process and does not
+            depend on the checkpoint. Meanwhile, readers of weights are prepared, and a thread reads
+            the tokenizer.
+        tokenizer_s: the time of that thread. If it takes longer than the kernels, the rest is part
+            of model_s.
+        model_s: loading the modes onto the kernels, and their shared components in parallel.
         transformer_bytes: of all modes together.
-        pinned_bytes_per_s: what a copy from pinned memory to the device reaches here, and
-        library_bytes_per_s: what the safetensors library reaches with the same files; NaN where
-            they were not asked for.
-        compared_tensors: those that were then found to be the library's.
+        components_bytes: of the text encoder and the VAE.
+        pinned_bytes_per_s: the rate of a copy from pinned memory to the device.
+        library_bytes_per_s: the rate of the safetensors library with the same files. Both rates are
+            NaN if baselines were not measured.
+        compared_tensors: the number of tensors that were found equal to the library's.
     """
 
     device: str
@@ -74,7 +74,7 @@ class Start:
     tokenizer_s: float
     model_s: float
     transformer_bytes: int
-    parts_bytes: int
+    components_bytes: int
     peak_bytes: int
     pinned_bytes_per_s: float = math.nan
     library_bytes_per_s: float = math.nan
@@ -82,12 +82,12 @@ class Start:
 
     @property
     def loading_s(self) -> float:
-        """From a process whose device and kernels have been tried to a worker that is ready."""
+        """From a process with a tried device and kernels to a worker that is ready."""
         return self.checks_s + self.model_s
 
     @property
     def whole_s(self) -> float:
-        """From the process' start to a worker that is ready."""
+        """From the start of the process to a worker that is ready."""
         return self.imports_s + self.device_s + self.kernels_s + self.loading_s
 
 
@@ -98,16 +98,16 @@ def main(
     only_modes: Annotated[bool, typer.Option(help="Leave out what the modes share.")] = False,
     baselines: Annotated[bool, typer.Option(help="Measure them, too.")] = True,
 ) -> None:
-    """Load what the configuration says as a worker does, and print what it took as JSON.
+    """Load what a configuration names, as a worker does, and print the measurements as JSON.
 
-    With the baselines, every tensor is loaded once more and has to be what the library reads.
+    With baselines, every tensor is loaded once more and must equal what the library reads.
     """
     imported = time.time()
     device = pick_device("cpu" if wanted == "cpu" else "cuda")
     start = measure_start(config_file, device, only_modes, started, imported)
     if baselines:
         gc.unfreeze()
-        gc.collect()  # what was loaded has to go, also where it refers to itself
+        gc.collect()  # frees what was loaded, including reference cycles
         config = load_config(config_file)
         files = files_of(config.model.path, config, only_modes)
         device.empty_cache()
@@ -124,7 +124,7 @@ def main(
 def measure_start(
     config_file: Path, device: Device, only_modes: bool, started: float, imported: float
 ) -> Start:
-    """Start as a worker does, note when it had got how far, and give all memory back."""
+    """Start as a worker does, measure each phase, and free all memory."""
     torch.zeros(1, device=device.torch_device)
     laps = [imported]
 
@@ -133,7 +133,7 @@ def measure_start(
         laps.append(time.time())
 
     lap()
-    with resting_collector():
+    with paused_gc():
         config = load_config(config_file)
         path = config.model.path
         check_folder(path)
@@ -143,9 +143,9 @@ def measure_start(
         placement = place_model(config, recipes, device, device.available_bytes())
         lap()
         shared_bytes, tokenizer_s = 0, 0.0
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as executor:
             folder = path / "tokenizer"
-            reading = None if only_modes else beside.submit(timed, read_tokenizer, folder)
+            reading = None if only_modes else executor.submit(timed, read_tokenizer, folder)
             choices = choose_kernels(plans, device)
             lap()
             if reading is None:
@@ -169,20 +169,20 @@ def measure_start(
         tokenizer_s=tokenizer_s,
         model_s=seconds[3],
         transformer_bytes=quant.weight_bytes(*(mode.transformer for mode in modes)),
-        parts_bytes=shared_bytes,
+        components_bytes=shared_bytes,
         peak_bytes=0 if memory is None else memory.peak_bytes,
     )
 
 
 def timed(make: Callable[[Path], T], path: Path) -> tuple[T, float]:
-    """What `make` makes of `path`, and the seconds it took."""
+    """Return `make(path)` and the seconds it took."""
     started = time.perf_counter()
-    made = make(path)
-    return made, time.perf_counter() - started
+    result = make(path)
+    return result, time.perf_counter() - started
 
 
 def files_of(model: Path, config: WorkerConfig, only_modes: bool) -> list[Path]:
-    """The files of weights that a start reads."""
+    """Return the weight files that a start reads."""
     folders = {mode.packed or model / "transformer" for mode in config.modes}
     if not only_modes:
         folders |= {model / "text_encoder", model / "vae"}
@@ -193,17 +193,19 @@ def files_of(model: Path, config: WorkerConfig, only_modes: bool) -> list[Path]:
 def compare_with_library(
     files: list[Path], config: WorkerConfig, device: Device
 ) -> tuple[float, int]:
-    """Bytes a second from files to the device as the safetensors library reads them, and how many
-    of their tensors, loaded once more as a worker does, are the same bit by bit.
+    """Read files with the safetensors library and compare with what a worker loads, bit by bit.
+
+    Returns:
+        The library's bytes per second from the files to the device, and the number of tensors.
 
     Raises:
-        RuntimeError: naming the first tensor that is not.
+        RuntimeError: a tensor differs; the error names the first one.
     """
     seconds, compared, folder = 0.0, 0, Path()
     ours: Mapping[str, Tensor] = {}
     for file in files:
         if file.parent != folder:
-            ours, folder = {}, file.parent  # there is no room for two
+            ours, folder = {}, file.parent  # frees the folder before, as there is no memory for two
             ours = load_again(folder, config, device)
         device.synchronize()
         started = time.perf_counter()
@@ -219,12 +221,12 @@ def compare_with_library(
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """[bytes] uint8: as numbers, 0 is -0 and NaN is not NaN."""
+    """View a tensor as [bytes] uint8, because as numbers 0 equals -0 and NaN differs from NaN."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
 def load_again(folder: Path, config: WorkerConfig, device: Device) -> Mapping[str, Tensor]:
-    """A part's tensors by name, loaded as a worker does but not put on kernels."""
+    """Load a component's tensors as a worker does, without fusing them onto kernels; by name."""
     if folder.name in {"text_encoder", "vae"}:
         parts = ComponentLoader(config.model.path, device)
         parts.copy()
@@ -240,10 +242,10 @@ def load_again(folder: Path, config: WorkerConfig, device: Device) -> Mapping[st
 
 
 def copy_rate(device: Device) -> float:
-    """Bytes a second from pinned memory to the device, in one large copy: the best of a few."""
-    on_card = device.memory() is not None
-    size = COPY_BYTES if on_card else COPY_BYTES >> 4
-    source = torch.empty(size, dtype=torch.uint8, pin_memory=on_card).fill_(1)
+    """Return the bytes per second of a large copy from pinned memory: the best of a few."""
+    on_gpu = device.memory() is not None
+    size = COPY_BYTES if on_gpu else COPY_BYTES >> 4
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu).fill_(1)
     target = torch.empty(size, dtype=torch.uint8, device=device.torch_device)
     rates = []
     for _ in range(COPY_ROUNDS):

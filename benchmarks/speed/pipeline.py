@@ -1,16 +1,18 @@
-"""Whole jobs through the real worker and service: `python -m benchmarks.speed.pipeline --config
-TOML`.
+"""Measure whole jobs through the real worker and service.
 
-First the bare pipeline, in this process: the engine's frames into an MP4, with no queue, no service
-and no store. Then Valkey, one API process and one worker on the same configuration, over HTTP:
-jobs of each mode, whose overhead is what they take longer than the bare ones, stage by stage; a job
-that is cancelled while it denoises; and one that finds the device's memory taken by somebody else
-(this process), after which the worker has to be of use again. Each job that counts has a prompt of
-its own to encode, as a caller's has; the negative prompt is everybody's, and known from the first
-job, which does not count. That job's video, the same order in each mode, and the worker's log are
-left in `--keep`.
+`python -m benchmarks.speed.pipeline --config TOML --keep FOLDER`
 
-Prints a table, then the result as one line of JSON, and keeps it in benchmarks/results/.
+First, this process runs the bare pipeline: the engine's frames are encoded to an MP4, without
+queue, service and store. Then it starts Valkey, one API process and one worker with the same
+configuration, and sends jobs over HTTP: jobs of each mode, compared with the bare pipeline stage by
+stage; a job that is cancelled while it denoises; and a job that fails because this process has
+allocated the device's memory, after which the worker must succeed again.
+
+Each job that counts has its own prompt to encode, as callers' jobs have. The negative prompt is the
+same for all, and cached since the first job, which does not count. The video of that job in each
+mode, with the same request, and the worker's log are saved in `--keep`.
+
+Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -43,19 +45,19 @@ from worker.device import pick_device
 from worker.engine.wan_engine import WanEngine
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.settings import DeviceChoice
-from worker.startup import load_engine, resting_collector
+from worker.startup import load_engine, paused_gc
 
 PROMPT = "a small red circle moving right on a black background"
 STAGES = ("text_encoder_s", "denoise_s", "vae_s", "mp4_s")
 WHOLE = "whole_s"
-ROOM_LEFT = 1 << 30
-"""Bytes of the device that a job finds free when the memory is taken."""
+FREE_BYTES = 1 << 30
+"""Bytes of the device's memory that stay free for the job that fails."""
 
 Seconds = dict[str, float]
 
 
-class Unwatched:
-    """A `JobControl` that nobody listens to."""
+class IgnoringControl:
+    """A `JobControl` that ignores progress and never stops the job."""
 
     def progress(self, stage: Stage, step: int, steps: int) -> None: ...
 
@@ -72,11 +74,11 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     device: str = "cuda",
     large: Annotated[str, typer.Option(help="SIZE:FRAMES that need memory.")] = "1280x720:81",
 ) -> None:
-    """Measure jobs, bare and served."""
+    """Run all measurements and write the result."""
     keep.mkdir(parents=True, exist_ok=True)
-    order = {"size": size, "num_frames": frames, "num_inference_steps": steps, "seed": 7}
+    body = {"size": size, "num_frames": frames, "num_inference_steps": steps, "seed": 7}
     modes = [mode.name for mode in load_config(config).modes]
-    name, bare = run_bare(config, device, modes, order, rounds)
+    name, bare = run_bare(config, device, modes, body, rounds)
     rows = []
     environment = {
         "WORKER_DEVICE": device,
@@ -85,45 +87,45 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     }
     with (
         tempfile.TemporaryDirectory(prefix="wan-pipeline-") as folder,
-        Cluster(Path(folder), apis=1, workers=1, environment=environment) as site,
+        Cluster(Path(folder), apis=1, workers=1, environment=environment) as cluster,
     ):
         try:
             for mode in modes:
                 served = []
                 for number in range(rounds + 1):
                     prompt = {"prompt": _prompt(mode, number)}
-                    seconds, video = run_served(site, mode, order | prompt)
+                    seconds, video = run_served(cluster, mode, body | prompt)
                     if number:
                         served.append(seconds)
                     else:
                         (keep / f"{mode}.mp4").write_bytes(video)
-                rows += report.tell(compare(mode, bare[mode], served))
-            rows += report.tell(cancel(site, modes[-1], order))
+                rows += report.log_rows(compare(mode, bare[mode], served))
+            rows += report.log_rows(cancel(cluster, modes[-1], body))
             if device == "cuda":
-                rows += report.tell(run_out_of_memory(site, modes, order, large))
+                rows += report.log_rows(run_out_of_memory(cluster, modes, body, large))
         finally:
-            shutil.copy(site.folder / "logs" / "worker-0.log", keep / "worker.log")
+            shutil.copy(cluster.folder / "logs" / "worker-0.log", keep / "worker.log")
     recipes = {mode.name: mode.recipe for mode in load_config(config).modes}
-    settings = order | {"rounds": rounds, "modes": recipes, "large": large}
+    settings = body | {"rounds": rounds, "modes": recipes, "large": large}
     document = report.result("pipeline", name, settings, rows)
     report.print_table(rows)
-    report.keep(document)
+    report.save(document)
     print(json.dumps(document))
 
 
 def run_bare(
-    config: Path, device: str, modes: list[str], order: dict[str, Any], rounds: int
+    config: Path, device: str, modes: list[str], body: dict[str, Any], rounds: int
 ) -> tuple[str, dict[str, list[Seconds]]]:
-    """Seconds of each run in each mode, without service and queue; and the device's name."""
+    """Return the device's name, and the seconds of runs in each mode without service and queue."""
     choice: DeviceChoice = "cuda" if device == "cuda" else "cpu"
     on = pick_device(choice, 8)
-    with resting_collector():  # as a worker does
+    with paused_gc():  # as in a worker
         engine = load_engine(load_config(config), on)
     found: dict[str, list[Seconds]] = {mode: [] for mode in modes}
     for mode in modes:
         for number in range(rounds + 1):
             prompt = {"prompt": _prompt(mode, number)}
-            seconds = _bare_seconds(engine, mode, order | prompt)
+            seconds = _bare_seconds(engine, mode, body | prompt)
             if number:
                 found[mode].append(seconds)
     del engine
@@ -137,34 +139,36 @@ def _prompt(mode: str, number: int) -> str:
     return f"{PROMPT}, take {number} for {mode}" if number else PROMPT
 
 
-def _bare_seconds(engine: WanEngine, mode: str, order: dict[str, Any]) -> Seconds:
+def _bare_seconds(engine: WanEngine, mode: str, body: dict[str, Any]) -> Seconds:
     request = GenerationRequest(
         negative_prompt=engine.model.default_negative_prompt,
         mode=mode,
         guidance_scale=engine.model.default_guidance_scale,
         model=engine.model.name,
-        **order,
+        **body,
     )
     target = VideoFormat(request.width, request.height, request.num_frames, engine.model.fps)
     started = time.perf_counter()
-    watch = Unwatched()
-    clip = engine.generate(request, watch, OPEN_OWNER)
+    control = IgnoringControl()
+    clip = engine.generate(request, control, OPEN_OWNER)
     with tempfile.TemporaryDirectory() as folder, closing(clip.frames):
         file = Path(folder) / "video.mp4"
-        mp4 = encode_mp4(clip.frames, file, target, title="bare", facts={}, check=watch.check)
+        mp4 = encode_mp4(clip.frames, file, target, title="bare", metadata={}, check=control.check)
     whole_s = time.perf_counter() - started
     return asdict(clip.seconds) | {"mp4_s": mp4.waited_s, WHOLE: whole_s}
 
 
-def run_served(site: Cluster, mode: str, order: dict[str, Any]) -> tuple[Seconds, bytes]:
-    """One job over HTTP, from sending the request to the news of its success, and its stages; and
-    its video."""
-    # A client has its connections already: making ready for TLS alone takes it 25 ms and more.
-    with httpx.Client(base_url=site.urls[0], timeout=600) as client:
+def run_served(cluster: Cluster, mode: str, body: dict[str, Any]) -> tuple[Seconds, bytes]:
+    """Run one job over HTTP; return the seconds of its stages and of the whole, and its video.
+
+    The whole is from sending the request to the event of its success.
+    """
+    # Connect before the measurement: setting up TLS alone takes a client 25 ms or more.
+    with httpx.Client(base_url=cluster.urls[0], timeout=600) as client:
         client.get("/healthz").raise_for_status()
         started = time.perf_counter()
-        answer = client.post("/generate", json={"mode": mode} | order)
-        job_id = answer.raise_for_status().json()["id"]
+        response = client.post("/generate", json={"mode": mode} | body)
+        job_id = response.raise_for_status().json()["id"]
         _follow(client, job_id, until="succeeded")
         whole_s = time.perf_counter() - started
         job = client.get(f"/jobs/{job_id}").raise_for_status().json()
@@ -175,9 +179,9 @@ def run_served(site: Cluster, mode: str, order: dict[str, Any]) -> tuple[Seconds
 
 
 def compare(mode: str, bare: list[Seconds], served: list[Seconds]) -> list[Row]:
-    """A mode's rows: the whole job beside the bare pipeline, and where the seconds of both went.
+    """Return a mode's rows: the whole job and each stage, against the bare pipeline.
 
-    The rest of a served job is its way through the service, the queue and the store.
+    The rest of a served job is the time in the service, the queue and the store.
     """
 
     def row(what: str, of: Callable[[Seconds], float]) -> Row:
@@ -192,11 +196,11 @@ def compare(mode: str, bare: list[Seconds], served: list[Seconds]) -> list[Row]:
     return [*rows, row("rest", rest)]
 
 
-def cancel(site: Cluster, mode: str, order: dict[str, Any]) -> list[Row]:
-    """Cancel a job in its second step; a step is the longest that may pass."""
-    job_id = site.submit(prompt=PROMPT, mode=mode, **order)
-    site.wait_for_step(job_id, 1, limit_s=300)
-    with httpx.Client(base_url=site.urls[0], timeout=600) as client:
+def cancel(cluster: Cluster, mode: str, body: dict[str, Any]) -> list[Row]:
+    """Cancel a job in its second step and measure until its end, which may take one step."""
+    job_id = cluster.submit(prompt=PROMPT, mode=mode, **body)
+    cluster.wait_for_step(job_id, 1, limit_s=300)
+    with httpx.Client(base_url=cluster.urls[0], timeout=600) as client:
         started = time.perf_counter()
         client.delete(f"/jobs/{job_id}").raise_for_status()
         _follow(client, job_id, until="cancelled")
@@ -208,31 +212,31 @@ def cancel(site: Cluster, mode: str, order: dict[str, Any]) -> list[Row]:
 
 
 def run_out_of_memory(
-    site: Cluster, modes: list[str], order: dict[str, Any], large: str
+    cluster: Cluster, modes: list[str], body: dict[str, Any], large: str
 ) -> list[Row]:
-    """Take the memory, have a large job fail for it, give it back, and have another succeed."""
+    """Allocate the memory so that a large job fails, free it, and check that another succeeds."""
     size, _, frames = large.partition(":")
     free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(max(0, free - ROOM_LEFT), dtype=torch.uint8, device="cuda")
-    big = order | {"size": size, "num_frames": int(frames)}
+    ballast = torch.empty(max(0, free - FREE_BYTES), dtype=torch.uint8, device="cuda")
+    big = body | {"size": size, "num_frames": int(frames)}
     prompt = f"{PROMPT}, in little memory"
-    job = site.wait_for_end(site.submit(prompt=prompt, mode=modes[0], **big), limit_s=300)
+    job = cluster.wait_for_end(cluster.submit(prompt=prompt, mode=modes[0], **big), limit_s=300)
     assert job["state"] == "failed", job
     assert job["failure"]["code"] == "out_of_device_memory", job["failure"]
     del ballast
     torch.cuda.empty_cache()
     started = time.perf_counter()
     prompt = f"{PROMPT}, with memory again"
-    after = site.wait_for_end(site.submit(prompt=prompt, mode=modes[-1], **order), limit_s=300)
+    after = cluster.wait_for_end(cluster.submit(prompt=prompt, mode=modes[-1], **body), limit_s=300)
     assert after["state"] == "succeeded", after
     return [
         Row(
-            f"{modes[0]}: {large} with {ROOM_LEFT >> 30} GiB left ended as out_of_device_memory; "
+            f"{modes[0]}: {large} with {FREE_BYTES >> 30} GiB left ended as out_of_device_memory; "
             f"the next {modes[-1]} job succeeded",
             round(time.perf_counter() - started, 3),
             "s",
         ),
-        Row("processes started again meanwhile", site.restarts, ""),
+        Row("processes started again meanwhile", cluster.restarts, ""),
     ]
 
 

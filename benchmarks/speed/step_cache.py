@@ -1,11 +1,12 @@
-"""What a step cache saves and costs: `python -m benchmarks.speed.step_cache`
+"""Measure what step caches save and cost: `python -m benchmarks.speed.step_cache`.
 
-The miniature in w8a8 on captions it never saw, one video at a time as a worker makes them: without
-a cache, with diffusers' first-block cache and with its MagCache under several thresholds. For each:
-the share of forward passes whose blocks were left out, seconds of denoising beside those without a
-cache (of CPU time, so that other work on the machine counts little), PSNR against the videos
-without, and how many show all that was said. MagCache's ratios are measured first, on calibration
-captions; the last line on stdout has them, for `mag_ratios`.
+The miniature generates videos of unseen captions in w8a8, one at a time as a worker does: without a
+cache, with diffusers' first-block cache and with its MagCache, each with several thresholds. For
+each setting the result has the share of forward passes whose blocks were skipped, the seconds of
+denoising against those without a cache (CPU time, so that other work on the machine counts little),
+the PSNR against the videos without a cache, and the share of videos that match their whole caption.
+MagCache's ratios are measured first, on calibration captions; the last line on stdout has them, for
+`mag_ratios`.
 """
 
 import json
@@ -25,6 +26,7 @@ from diffusers.hooks import MagCacheConfig
 
 import quant
 from benchmarks import report
+from benchmarks.fixtures.fused_transformer import fused_transformer
 from benchmarks.quality.miniature import MODEL, bootstrap, psnr_db, rate_row
 from mini.architecture import HEIGHT_PX, NUM_FRAMES, TEXT_TOKENS, WIDTH_PX
 from mini.evaluate import GUIDANCE_SCALE, SAMPLING_STEPS, Rate, load_pipeline, noise
@@ -39,12 +41,12 @@ RECIPE = "boundary-hif8"
 BASELINE = "no cache"
 FIRST_BLOCK_THRESHOLDS = (0.05, 0.1, 0.2)
 MAG_THRESHOLDS = (0.06, 0.12, 0.24)
-PASSES = 2 * SAMPLING_STEPS  # with the prompt and without
+PASSES = 2 * SAMPLING_STEPS  # with the prompt and with the negative prompt
 
 
 @dataclass(slots=True)
-class Made:
-    """What one setting has made: per caption the video, its CPU seconds, and its full passes."""
+class SettingResult:
+    """The result of one setting: for each caption the video, CPU seconds, and full passes."""
 
     videos: list[Frames] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -59,8 +61,8 @@ def main(
     pipeline = w8a8_pipeline()
     ratios = measure_ratios(pipeline, captions_of(Split.CALIBRATION, calibration))
     texts = captions_of(Split.EVALUATION, count)
-    made = make(pipeline, texts, {BASELINE: None} | settings(ratios))
-    rows = [row for name in made for row in setting_rows(name, made, texts)]
+    results = generate(pipeline, texts, {BASELINE: None} | settings(ratios))
+    rows = [row for name in results for row in setting_rows(name, results, texts)]
     report.print_table(rows)
     document = {
         "captions": count,
@@ -72,25 +74,23 @@ def main(
         "recipe": quant.QuantRecipe.load(RECIPE).fingerprint,
         "mag_ratios": list(ratios),
     }
-    report.keep(report.result("step-cache", "cpu", document, rows))
+    report.save(report.result("step-cache", "cpu", document, rows))
     print(json.dumps({"mag_ratios": ratios}))
 
 
 def w8a8_pipeline() -> WanPipeline:
-    """The miniature in w8a8 with fused blocks."""
+    """Load the miniature in w8a8 with fused blocks."""
     pipeline = load_pipeline(MODEL, "cpu")
     recipe = quant.QuantRecipe.load(RECIPE)
     scales = quant.load_scales(MODEL / "scales" / f"{RECIPE}.safetensors", recipe=recipe)
     quant.check_scales(scales, model_fingerprint=quant.model_fingerprint(MODEL), recipe=recipe)
-    pipeline.transformer = quant.prepare_transformer(
-        pipeline.transformer, EagerKernels(), recipe, scales
-    ).transformer
+    pipeline.transformer = fused_transformer(pipeline.transformer, EagerKernels(), recipe, scales)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def settings(ratios: tuple[float, ...]) -> dict[str, StepCache]:
-    """What is compared, by name."""
+    """Return the caches that are compared, by name."""
     first_block: dict[str, StepCache] = {
         f"first_block {each}": FirstBlockCache(method="first_block", threshold=each)
         for each in FIRST_BLOCK_THRESHOLDS
@@ -102,7 +102,7 @@ def settings(ratios: tuple[float, ...]) -> dict[str, StepCache]:
 
 
 def measure_ratios(pipeline: WanPipeline, texts: list[str]) -> tuple[float, ...]:
-    """MagCache's ratios by diffusers' own calibration, which prints them for each kind of pass."""
+    """Measure MagCache's ratios with diffusers' calibration, which prints them for each pass."""
     register_fused_blocks()
     config = MagCacheConfig(calibrate=True, num_inference_steps=SAMPLING_STEPS)
     pipeline.transformer.enable_cache(config)
@@ -119,27 +119,27 @@ def measure_ratios(pipeline: WanPipeline, texts: list[str]) -> tuple[float, ...]
     return tuple(round(each, 5) for each in np.mean(found, axis=0).tolist())
 
 
-def make(
+def generate(
     pipeline: WanPipeline, texts: list[str], compared: dict[str, StepCache | None]
-) -> dict[str, Made]:
-    """A video for every caption in every setting, in turn, so that all see the same machine."""
-    made = {name: Made() for name in compared}
+) -> dict[str, SettingResult]:
+    """Generate a video for every caption in every setting; the settings take turns."""
+    results = {name: SettingResult() for name in compared}
     for seed, text in enumerate(texts):
         for name, setting in compared.items():
-            with counted(pipeline) as calls:
+            with count_full_passes(pipeline) as calls:
                 started = time.process_time()
                 with step_cache(pipeline.transformer, setting, SAMPLING_STEPS):
                     latents = denoise(pipeline, text, seed)
-                made[name].seconds.append(time.process_time() - started)
-            made[name].full_passes.append(len(calls))
-            made[name].videos.append(decode(pipeline, latents))
+                results[name].seconds.append(time.process_time() - started)
+            results[name].full_passes.append(len(calls))
+            results[name].videos.append(decode(pipeline, latents))
         print(f"caption {seed + 1} of {len(texts)}: done", flush=True)
-    return made
+    return results
 
 
 @torch.no_grad()
 def denoise(pipeline: WanPipeline, text: str, seed: int) -> torch.Tensor:
-    """The latents of one video, text encoder included."""
+    """Generate the latents of one video, including the text encoder."""
     latents: torch.Tensor = pipeline(
         prompt=text,
         negative_prompt="",
@@ -157,14 +157,14 @@ def denoise(pipeline: WanPipeline, text: str, seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def decode(pipeline: WanPipeline, latents: torch.Tensor) -> Frames:
-    """The frames of latents: [F, H, W, 3] uint8."""
+    """Decode latents to frames, [F, H, W, 3] uint8."""
     chunks = decode_chunks(pipeline.vae, denormalize(pipeline.vae, latents.float()))
     return np.concatenate([np.stack(list(to_frames(chunk))) for chunk in chunks])
 
 
 @contextmanager
-def counted(pipeline: WanPipeline) -> Iterator[list[int]]:
-    """How many passes ran the blocks behind the first, as the length of a list."""
+def count_full_passes(pipeline: WanPipeline) -> Iterator[list[int]]:
+    """Count the passes that ran the last block; yields a list with one entry for each."""
     calls: list[int] = []
     handle = pipeline.transformer.blocks[-1].qkv.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -173,23 +173,25 @@ def counted(pipeline: WanPipeline) -> Iterator[list[int]]:
         handle.remove()
 
 
-def setting_rows(name: str, all_made: dict[str, Made], texts: list[str]) -> list[report.Row]:
-    """One setting: what it left out, how long it took, and what that cost."""
-    made, without = all_made[name], all_made[BASELINE]
-    psnr = [psnr_db(a, b) for a, b in zip(made.videos, without.videos, strict=True)]
+def setting_rows(
+    name: str, results: dict[str, SettingResult], texts: list[str]
+) -> list[report.Row]:
+    """Return the rows of one setting: skipped passes, time and quality."""
+    result, without = results[name], results[BASELINE]
+    psnr = [psnr_db(a, b) for a, b in zip(result.videos, without.videos, strict=True)]
     low, high = bootstrap(np.array(psnr))
     judged = [
         all(verdicts(video, parse_caption(text)).values())
-        for video, text in zip(made.videos, texts, strict=True)
+        for video, text in zip(result.videos, texts, strict=True)
     ]
-    skipped = 1 - sum(made.full_passes) / (PASSES * len(texts))
-    seconds, baseline = (float(np.median(each.seconds)) for each in (made, without))
+    skipped = 1 - sum(result.full_passes) / (PASSES * len(texts))
+    seconds, baseline = (float(np.median(each.seconds)) for each in (result, without))
     rows = [
         report.Row(f"{name}, passes left out", skipped, "share"),
         report.Row(f"{name}, denoising, median CPU time", seconds, "s", baseline=baseline),
         rate_row(f"{name}, shows all that was said", Rate(sum(judged), len(judged))),
     ]
-    if made is not without:
+    if result is not without:
         rows += [
             report.Row(f"{name}, mean PSNR", float(np.mean(psnr)), "dB", low=low, high=high),
             report.Row(f"{name}, lowest PSNR", min(psnr), f"dB, of {len(psnr)}"),

@@ -1,11 +1,11 @@
-# Sourced by the scripts beside it: installs Debian packages where that is possible, else names them.
+# Install Debian packages if possible, otherwise name them; sourced by the other scripts here.
 
 fail() {
     echo "error: $*" >&2
     exit 1
 }
 
-# apt_install REASON PACKAGE…   ends the script with one clear line when it cannot
+# apt_install REASON PACKAGE…   exits with a one-line error if it cannot install them
 apt_install() {
     reason=$1
     shift

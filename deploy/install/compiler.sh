@@ -1,11 +1,12 @@
 #!/bin/sh
-# Sees to a C++ compiler where the development tools need one: deploy/install/compiler.sh VENV
+# Install a C++ compiler if the development tools need one: deploy/install/compiler.sh VENV
 #
-# en_dtypes, the other implementation of HiFloat8 that the tests compare ours with, has no wheel for
-# the newest Pythons; pip then builds it. Everything else comes as wheels.
+# en_dtypes, the HiFloat8 implementation that the tests compare ours with, has no wheel for the newest
+# Python versions; pip then compiles it. All other packages have wheels.
 #
-# A package is installed only when all of that is certain. When the package index cannot be reached,
-# nothing is known of wheels: then pip, which runs next, is the one to say so.
+# A compiler is installed only if it is certainly needed. If the package index cannot be reached, it
+# is unknown whether there is a wheel; this script then does nothing, and pip, which runs next, fails
+# with its own error.
 set -eu
 . "$(dirname "$0")/apt.sh"
 python=$1/bin/python

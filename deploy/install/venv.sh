@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes the virtual environment that every make target works in: deploy/install/venv.sh PYTHON FOLDER
+# Create the virtual environment of all make targets: deploy/install/venv.sh PYTHON FOLDER
 #
-# Debian and Ubuntu ship a python3 without ensurepip, so a fresh machine cannot make one. Then the
-# missing package is installed with apt-get where that is possible, else named in one clear line.
+# Debian and Ubuntu ship a python3 without ensurepip, so a new machine cannot create one. The missing
+# package is then installed with apt-get if possible, and otherwise named in a one-line error.
 set -eu
 . "$(dirname "$0")/apt.sh"
 python=$1
@@ -14,7 +14,7 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$python is Python $version and 3.11 or newer is needed; name one, as in: make PYTHON=/path/to/python3.12"
 
-# An environment that works is kept: making it again would mean installing everything again.
+# Keep a working environment: creating it again would mean installing everything again.
 if "$folder/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
     exit 0
 fi

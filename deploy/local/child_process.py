@@ -1,8 +1,8 @@
-"""A child process of the launcher: started with its own log, never left behind.
+"""Start a child process of the launcher with its own log, and stop it with all its descendants.
 
-Each child leads its own session: Ctrl-C in the terminal reaches the launcher alone, which then
-stops the children in the right order, and a child's own children (the worker's ffmpeg) end with
-it. Restarting is not decided here.
+Each child leads its own session. So Ctrl-C in the terminal reaches only the launcher, which then
+stops the children in the right order; and a child's own children (the worker's ffmpeg) are killed
+with it. Restarts are not decided here.
 """
 
 import os
@@ -14,24 +14,27 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_TIED = Path(__file__).with_name("parent_death.py")
+_WRAPPER = Path(__file__).with_name("parent_death.py")
+MARK = "E2E_MARK"
+"""The environment variable by which every process of one run is found."""
+
 _POLL_S = 0.05
 _TAIL_BYTES = 8192
 
 
 class Child:
-    """One process of the stack, with the name that messages use and the file it logs to."""
+    """A running process with a name for messages and a log file."""
 
     def __init__(
         self, name: str, command: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str]
     ) -> None:
         self.name = name
         self.log = log
-        self._asked = False
-        tied = [sys.executable, str(_TIED), str(os.getpid()), *command]
+        self._terminated = False
+        wrapped = [sys.executable, str(_WRAPPER), str(os.getpid()), *command]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                tied,
+                wrapped,
                 cwd=cwd,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -42,46 +45,51 @@ class Child:
 
     @property
     def pid(self) -> int:
+        """The process id, which is also its session and process group."""
         return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative when a signal ended it."""
+        """None while the process runs; negative if a signal ended it."""
         return self._process.poll()
 
-    def obituary(self) -> str:
-        """How it ended, its last words, and where to read the rest, as one sentence."""
+    def describe_end(self) -> str:
+        """Return how the process ended, its last line of output and its log, as one sentence."""
         code = self._process.poll()
         how = f"ended with exit code {code}"
         if code is not None and code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-        words = last_line(self.log)
-        return f"the {self.name} {how}{': ' + words if words else ''} (log: {_shown(self.log)})"
+        text = last_line(self.log)
+        return f"the {self.name} {how}{': ' + text if text else ''} (log: {_relative(self.log)})"
 
-    def ask_to_end(self) -> None:
-        """Sends SIGTERM, once; returns at once.
+    def terminate(self) -> None:
+        """Send SIGTERM, and do not wait; further calls do nothing.
 
-        A second one would be an order to drop everything: the worker would leave the job in hand.
+        A second SIGTERM would make the worker abort its current job instead of finishing it.
         """
-        if self._asked:
+        if self._terminated:
             return
-        self._asked = True
+        self._terminated = True
         with suppress(ProcessLookupError):
             self._process.terminate()
 
-    def end(self, grace_s: float, in_a_hurry: Callable[[], bool]) -> None:
-        """Asks it to end, waits at most `grace_s`, then kills it and all it started."""
-        self.ask_to_end()
+    def stop(self, grace_s: float, is_forced: Callable[[], bool]) -> None:
+        """Terminate the process, wait at most `grace_s`, then kill it and its descendants.
+
+        Args:
+            is_forced: called while waiting; if it returns True, the process is killed at once.
+        """
+        self.terminate()
         deadline = time.monotonic() + grace_s
-        while self._process.poll() is None and time.monotonic() < deadline and not in_a_hurry():
+        while self._process.poll() is None and time.monotonic() < deadline and not is_forced():
             time.sleep(_POLL_S)
-        with suppress(ProcessLookupError, PermissionError):  # macOS says EPERM for an empty group
+        with suppress(ProcessLookupError, PermissionError):  # macOS raises EPERM for an empty group
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def last_line(log: Path) -> str:
-    """The last line with something on it, or nothing when the log is empty or missing."""
+    """Return the last line that is not blank; "" if the log is empty or missing."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
@@ -91,8 +99,22 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _shown(path: Path) -> str:
-    """The path as seen from where the launcher was called, when it lies below."""
+def _relative(path: Path) -> str:
+    """Return the path relative to the working directory, if it is below that."""
     with suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Find every live process with `mark` in its environment: command lines by pid."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue  # it ended meanwhile, or belongs to another user
+        if f"{MARK}={mark}".encode() in environment.split(b"\0"):
+            found[int(folder.name)] = command
+    return found

@@ -1,6 +1,6 @@
-"""The two commands: parse, start the stack, do the one thing, stop it.
+"""Define the commands `demo` and `generate`, which start the whole system and stop it again.
 
-The GENERATE_… variables are how `make generate` hands over a prompt without quoting it.
+`make generate` passes its values in the GENERATE_… variables, so that a prompt needs no quoting.
 """
 
 import sys
@@ -17,8 +17,8 @@ from deploy.local import client
 from deploy.local.console import JobBar, demo_text, stopping_text, summary
 from deploy.local.errors import Interrupted, LocalError
 from deploy.local.ports import find_free_port, require_free
-from deploy.local.session import VAR, running, throwaway_stack
-from deploy.local.signals import listen_for_signals
+from deploy.local.session import VAR, running_stack, throwaway_stack
+from deploy.local.signals import handle_signals
 from deploy.local.stack import WORKER_CONFIG, Stack, StackConfig
 
 app = typer.Typer(
@@ -42,21 +42,21 @@ def demo(
 ) -> None:
     """Start Valkey, a worker and the service; stay until Ctrl-C; keep the data."""
     console = Console()
-    with clear_errors(), listen_for_signals() as signals:
+    with report_errors(), handle_signals() as signals:
         require_free(port, "service", "`make demo PORT=…`")
-        setup = StackConfig(
+        stack_config = StackConfig(
             folder.resolve(), port, find_free_port(), config, worker_grace_s=_DEMO_WORKER_GRACE_S
         )
         try:
-            with running(console, setup, signals) as stack:
-                _tell(demo_text(setup))
+            with running_stack(console, stack_config, signals) as stack:
+                _print(demo_text(stack_config))
                 try:
-                    stack.keep_running(_tell)
+                    stack.supervise(_print)
                 except Interrupted:
-                    _tell(stopping_text(setup))
+                    _print(stopping_text(stack_config))
                     raise
         except Interrupted:
-            _tell("Stopped: nothing is left running.")
+            _print("Stopped: nothing is left running.")
 
 
 @app.command()
@@ -70,38 +70,38 @@ def generate(
 ) -> None:
     """Start everything, turn one prompt into an MP4 over HTTP, stop everything."""
     console = Console(stderr=True)
-    order = client.VideoRequest(prompt, mode, seed, steps)
-    with clear_errors(), listen_for_signals() as signals:
+    request = client.VideoRequest(prompt, mode, seed, steps)
+    with report_errors(), handle_signals() as signals:
         if not prompt.strip():
             raise LocalError('no prompt was given: say what the video shows, PROMPT="a red circle"')
         _require_writable(out)
         with throwaway_stack(console, config, signals) as stack:
-            job = _run(stack, order, out, console)
+            job = _run(stack, request, out, console)
         print(summary(job, out))
 
 
-def _run(stack: Stack, order: client.VideoRequest, out: Path, console: Console) -> client.Job:
+def _run(stack: Stack, request: client.VideoRequest, out: Path, console: Console) -> client.Job:
     with client.connect(stack.config.service_url) as service, JobBar(console) as bar:
 
-        def watch(job: client.Job) -> None:
+        def on_update(job: client.Job) -> None:
             stack.check()
             bar.show(job)
 
-        job = client.send(service, order)
+        job = client.send(service, request)
         try:
-            job = client.follow(service, job, watch)
+            job = client.follow(service, job, on_update)
             client.save(service, job, out)
         except LocalError as error:
             raise LocalError(f"{error} (logs: {stack.config.logs})") from error
         return job
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 
 def _require_writable(out: Path) -> None:
-    """Finds out before the long work whether its result can be kept."""
+    """Check before the generation whether the video can be saved."""
     if out.is_dir():
         raise LocalError(f"{out} is a folder: name a file, as in OUT=out.mp4")
     if not out.parent.is_dir():
@@ -109,13 +109,13 @@ def _require_writable(out: Path) -> None:
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Ends the command with one clear line where the world, not this code, is at fault."""
+def report_errors() -> Iterator[None]:
+    """End the command with one line for errors of its environment, without a traceback."""
     try:
         yield
     except (LocalError, OSError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
-    except Interrupted as asked:
+    except Interrupted as error:
         print("stopped", file=sys.stderr)
-        raise typer.Exit(_SIGNAL_EXIT + asked.signal_number) from asked
+        raise typer.Exit(_SIGNAL_EXIT + error.signal_number) from error

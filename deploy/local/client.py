@@ -1,7 +1,7 @@
-"""The part of a client: send one prompt, follow the job, save the MP4.
+"""Send one prompt to the service, follow its job, and save the MP4.
 
-Speaks the public HTTP API like any other client and knows nothing of the packages behind it. Sends
-the API key in WAN_API_KEY, if there is one.
+It uses the public HTTP API, like any other client, and does not import the packages behind it. It
+sends the API key in WAN_API_KEY, if that is set.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Job = dict[str, Any]  # the JSON of GET /jobs/{id}
 
 @dataclass(frozen=True, slots=True)
 class VideoRequest:
-    """What to generate; None leaves the choice to the service."""
+    """A video to generate; None means the service's default."""
 
     prompt: str
     mode: str | None = None
@@ -34,6 +34,7 @@ class VideoRequest:
     num_inference_steps: int | None = None
 
     def body(self) -> dict[str, Any]:
+        """Return the JSON for `POST /generate`."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -47,31 +48,39 @@ class _Bearer(httpx.Auth):
 
 
 def connect(url: str) -> httpx.Client:
-    """A client for a service on this machine; proxies from the environment are not for loopback."""
+    """Return a client for a service on this machine; it ignores the environment's proxies."""
     key = os.environ.get(KEY_VARIABLE)
     return httpx.Client(
         base_url=url, timeout=30, trust_env=False, auth=_Bearer(key) if key else None
     )
 
 
-def send(client: httpx.Client, order: VideoRequest) -> Job:
-    """Enqueues the order. Raises Refused with what the problem document says."""
-    answer = client.post("/generate", json=order.body())
-    if answer.is_client_error:
-        raise Refused(_explain(answer))
-    return _json(answer)
+def send(client: httpx.Client, request: VideoRequest) -> Job:
+    """Submit the request; return the job.
 
-
-def follow(client: httpx.Client, job: Job, watch: Callable[[Job], None]) -> Job:
-    """Polls until the job has ended; `watch` sees every state and may raise to give up.
-
-    Raises LocalError when the job failed or was cancelled.
+    Raises:
+        Refused: with the text of the problem document.
     """
-    watch(job)
+    response = client.post("/generate", json=request.body())
+    if response.is_client_error:
+        raise Refused(_explain(response))
+    return _json(response)
+
+
+def follow(client: httpx.Client, job: Job, on_update: Callable[[Job], None]) -> Job:
+    """Poll until the job has ended; return it.
+
+    Args:
+        on_update: called with the job after each poll; an error it raises ends the polling.
+
+    Raises:
+        LocalError: the job failed or was cancelled.
+    """
+    on_update(job)
     while job["state"] not in _TERMINAL:
         time.sleep(_POLL_S)
         job = _json(client.get(f"/jobs/{job['id']}"))
-        watch(job)
+        on_update(job)
     if job["state"] != "succeeded":
         failure = job["failure"] or {"code": "cancelled", "detail": "somebody cancelled it"}
         raise LocalError(f"the job {job['state']} ({failure['code']}): {failure['detail']}")
@@ -79,17 +88,17 @@ def follow(client: httpx.Client, job: Job, watch: Callable[[Job], None]) -> Job:
 
 
 def save(client: httpx.Client, job: Job, out: Path) -> None:
-    """Downloads the job's MP4 to `out`, which is replaced only by a complete and verified file."""
+    """Download the job's MP4 to `out`, which is replaced only by a complete and verified file."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     digest = hashlib.sha256()
     try:
         with part.open("wb") as file:
-            # The link opens the video by itself; the key is not for whatever host it names.
-            with client.stream("GET", job["video"]["url"], auth=None) as answer:
-                if answer.is_error:
-                    answer.read()
-                    raise LocalError(_explain(answer))
-                for chunk in answer.iter_bytes():
+            # The signed URL needs no API key, which must not be sent to its host.
+            with client.stream("GET", job["video"]["url"], auth=None) as response:
+                if response.is_error:
+                    response.read()
+                    raise LocalError(_explain(response))
+                for chunk in response.iter_bytes():
                     digest.update(chunk)
                     file.write(chunk)
             file.flush()
@@ -101,18 +110,18 @@ def save(client: httpx.Client, job: Job, out: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _json(answer: httpx.Response) -> Job:
-    if answer.is_error:
-        raise LocalError(_explain(answer))
-    document: Job = answer.json()
+def _json(response: httpx.Response) -> Job:
+    if response.is_error:
+        raise LocalError(_explain(response))
+    document: Job = response.json()
     return document
 
 
-def _explain(answer: httpx.Response) -> str:
-    """The problem document as text for a terminal: a line for each violation, or its detail."""
-    if "json" not in answer.headers.get("content-type", ""):
-        return f"HTTP {answer.status_code} from {answer.url}: {answer.text[:200]}"
-    problem = answer.json()
+def _explain(response: httpx.Response) -> str:
+    """Return a problem document as text: one line for each violation, or its detail."""
+    if "json" not in response.headers.get("content-type", ""):
+        return f"HTTP {response.status_code} from {response.url}: {response.text[:200]}"
+    problem = response.json()
     if violations := problem.get("errors"):
         return "\n".join(
             [f"{problem['title']}:", *(f"  - {each['detail']}" for each in violations)]

@@ -1,7 +1,8 @@
-"""Several workers and API processes over one Valkey, each started again whenever it ends.
+"""Run several workers and API processes with one Valkey, and restart each process that ends.
 
-What a process manager does in production, so that faults can be made and recovered from for real.
-Everything runs on loopback, in one folder, and carries a mark by which an orphan would be found.
+It does what a process manager does in production, so that tests and benchmarks can cause real
+faults and recoveries. Everything runs on loopback and in one folder. Every process has a mark in
+its environment, by which orphans are found.
 """
 
 import itertools
@@ -20,17 +21,17 @@ import httpx
 from redis import Redis
 
 from deploy.local import valkey
-from deploy.local.child_process import Child
+from deploy.local.child_process import MARK, Child, marked_processes
 from deploy.local.ports import LOOPBACK, find_free_port
+from deploy.local.stack import ROOT
 from deploy.local.waiting import wait_until
-from tests.support.launcher import MARK, ROOT, marked_processes
 
 WORKER = (sys.executable, "-m", "worker")
 ENDED = ("succeeded", "failed", "cancelled")
 
 
 class Cluster:
-    """A context: entered, everything is up and ready; left, nothing is left."""
+    """A context manager: all processes are ready inside the block, and stopped after it."""
 
     def __init__(
         self,
@@ -70,18 +71,19 @@ class Cluster:
             self._commands[f"worker-{number}"] = worker
         self.children: dict[str, Child] = {}
         self.restarts = 0
-        self._held: set[str] = set()
-        self._ending = threading.Event()
+        self._not_restarted: set[str] = set()
+        self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
-        self._turn = itertools.count()
+        self._request_numbers = itertools.count()
         self.redis = Redis(port=self.valkey_port, socket_timeout=5)
-        # One for all requests: making ready for TLS alone takes a client 45 ms of a core, which
-        # whoever asks for a job's state again and again would take from the workers.
+        # One client for all requests: setting up TLS for each would take 45 ms of a core, which
+        # frequent polls would take from the workers.
         self._client = httpx.Client(timeout=10)
 
     @property
     def urls(self) -> list[str]:
+        """The base URLs of the API processes."""
         return [f"http://{LOOPBACK}:{port}" for port in self._ports.values()]
 
     def __enter__(self) -> "Cluster":
@@ -101,99 +103,102 @@ class Cluster:
         self.stop()
 
     def stop(self) -> None:
-        """Ends everything: workers and API processes in order, then Valkey."""
-        self._ending.set()
+        """Stop all processes: first workers and API processes, then Valkey."""
+        self._stopping.set()
         if self._supervisor.ident is not None:
             self._supervisor.join()
         ordered = sorted(self.children.items(), key=lambda each: each[0] == "valkey")
         for _, child in ordered:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGCONT)
-            child.ask_to_end()
+            child.terminate()
         for _, child in ordered:
-            child.end(15, lambda: False)
+            child.stop(15, lambda: False)
         self.redis.close()
         self._client.close()
 
     def orphans(self) -> dict[int, str]:
-        """Processes of this cluster that still live, by pid."""
+        """Return the processes of this cluster that still run, by pid."""
         return marked_processes(self.mark)
 
-    def kill(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal to a process by name; one that ends is started again."""
-        os.kill(self.children[name].pid, how)
+    def kill(self, name: str, signal_number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to a process by name; it is restarted if it ends."""
+        os.kill(self.children[name].pid, signal_number)
 
-    def hold(self, *names: str) -> None:
-        """Do not start these again until `resume`."""
-        self._held.update(names)
+    def pause_restarts(self, *names: str) -> None:
+        """Do not restart these processes until `resume_restarts`."""
+        self._not_restarted.update(names)
 
-    def resume(self, *names: str) -> None:
-        self._held.difference_update(names)
+    def resume_restarts(self, *names: str) -> None:
+        """Restart these processes again when they end."""
+        self._not_restarted.difference_update(names)
 
-    def worker_of(self, worker_id: str | None) -> str | None:
-        """The name of the live process that runs as `worker_id`, through RQ's entry of it."""
+    def name_of(self, worker_id: str | None) -> str | None:
+        """Return the name of the live process with this worker id, looked up in RQ's registry."""
         pid = self.redis.hget(f"rq:worker:{worker_id}", "pid")
         children = self.children.items()
         return next((name for name, child in children if pid and child.pid == int(pid)), None)
 
     def pids(self, kind: str) -> dict[str, int]:
+        """Return the pids of the processes whose names begin with `kind`, by name."""
         return {n: child.pid for n, child in self.children.items() if n.startswith(kind)}
 
     def wait_until_ready(self, limit_s: float = 120) -> None:
-        """Until every API process says that it is ready, and every worker is live."""
+        """Wait until every API process is ready and every worker is live."""
         workers = sum(name.startswith("worker") for name in self._commands)
 
         def ready() -> bool:
             for url in self.urls:
                 try:
-                    answer = self._client.get(f"{url}/readyz")
+                    response = self._client.get(f"{url}/readyz")
                 except httpx.TransportError:
                     return False
-                if answer.status_code != 200 or answer.json()["workers"] < workers:
+                if response.status_code != 200 or response.json()["workers"] < workers:
                     return False
             return True
 
         wait_until(ready, limit_s, "everything is ready", self.logs)
 
     def request(
-        self, method: str, path: str, *, limit_s: float = 60, **more: Any
+        self, method: str, path: str, *, limit_s: float = 60, **options: Any
     ) -> httpx.Response:
-        """Ask one API process after the other, until one answers with anything but 503.
+        """Send a request to one API process after another, until one responds with other than 503.
 
-        As a careful client would: a request that is sent again carries an Idempotency-Key.
+        As it may be sent more than once, a POST needs an Idempotency-Key.
         """
         deadline = time.monotonic() + limit_s
         while True:
-            url = self.urls[next(self._turn) % len(self.urls)]
+            url = self.urls[next(self._request_numbers) % len(self.urls)]
             try:
-                answer = self._client.request(method, url + path, **more)
-                if answer.status_code != 503:
-                    return answer
+                response = self._client.request(method, url + path, **options)
+                if response.status_code != 503:
+                    return response
             except httpx.TransportError:
                 pass
-            assert time.monotonic() < deadline, f"no answer to {method} {path}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"no response to {method} {path}\n{self.logs()}"
             time.sleep(0.1)
 
     def submit(self, **body: object) -> str:
-        """Ask for a video; returns the id of the accepted job."""
+        """Submit a request for a video; return the id of the accepted job."""
         key = uuid.uuid4().hex
-        answer = self.request("POST", "/generate", json=body, headers={"Idempotency-Key": key})
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["id"])
+        response = self.request("POST", "/generate", json=body, headers={"Idempotency-Key": key})
+        assert response.status_code == 202, response.text
+        return str(response.json()["id"])
 
     def job(self, job_id: str) -> dict[str, Any]:
-        answer = self.request("GET", f"/jobs/{job_id}")
-        assert answer.status_code == 200, answer.text
-        document: dict[str, Any] = answer.json()
+        """Return the JSON of `GET /jobs/{id}`."""
+        response = self.request("GET", f"/jobs/{job_id}")
+        assert response.status_code == 200, response.text
+        document: dict[str, Any] = response.json()
         return document
 
     def record(self, job_id: str) -> dict[str, str]:
-        """The raw record, for what callers do not see."""
+        """Return the fields of the job's hash, including those that the API does not show."""
         found: Any = self.redis.hgetall(f"wan:job:{job_id}")
         return {name.decode(): value.decode() for name, value in found.items()}
 
     def wait_for_step(self, job_id: str, step: int, limit_s: float = 60) -> str:
-        """Until the job has done `step` denoising steps; returns its worker's process name."""
+        """Wait until the job has done `step` denoising steps; return its worker's process name."""
         found: list[str] = []
 
         def reached() -> bool:
@@ -202,7 +207,7 @@ class Cluster:
             progress = job["progress"] or {"stage": "", "step": 0}
             if progress["stage"] != "denoise" or progress["step"] < step:
                 return False
-            worker = self.worker_of(self.record(job_id).get("worker"))
+            worker = self.name_of(self.record(job_id).get("worker"))
             found.extend([worker] if worker else [])
             return worker is not None
 
@@ -210,19 +215,20 @@ class Cluster:
         return found[-1]
 
     def wait_for_end(self, job_id: str, limit_s: float = 120) -> dict[str, Any]:
+        """Wait until the job has ended; return its JSON."""
         wait_until(
             lambda: self.job(job_id)["state"] in ENDED, limit_s, f"job {job_id} ends", self.logs
         )
         return self.job(job_id)
 
-    def ends(self, job_id: str) -> list[str]:
-        """Every terminal state that the job's event stream has ever told."""
+    def end_states(self, job_id: str) -> list[str]:
+        """Return every terminal state in the job's event stream; there should be one."""
         entries: Any = self.redis.xrange(f"wan:events:{job_id}")
         states = [fields[b"state"].decode() for _, fields in entries]
         return [state for state in states if state in ENDED]
 
     def logs(self) -> str:
-        """The last lines of every process, for the message of a failure."""
+        """Return the last lines of every process' log, for an error message."""
         texts = []
         for path in sorted((self.folder / "logs").iterdir()):
             lines = path.read_text(errors="replace").splitlines()[-15:]
@@ -241,11 +247,11 @@ class Cluster:
         )
 
     def _supervise(self) -> None:
-        while not self._ending.wait(0.1):
+        while not self._stopping.wait(0.1):
             for name, child in list(self.children.items()):
-                if child.exit_code is None or name in self._held:
+                if child.exit_code is None or name in self._not_restarted:
                     continue
-                child.end(0, lambda: True)  # and what it left running
+                child.stop(0, lambda: True)  # kills its descendants
                 with self._lock:
                     self.restarts += 1
                 self._start(name)

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: where to go, how far the job is, what it took."""
+"""Format what the commands print: instructions, the progress of a job, and its summary."""
 
 from pathlib import Path
 from types import TracebackType
@@ -28,21 +28,23 @@ Ctrl-C stops everything."""
 _PROMPT = "a small red circle moving right on a black background"
 
 
-def demo_text(setup: StackConfig) -> str:
+def demo_text(config: StackConfig) -> str:
+    """Return the instructions that `demo` prints once everything is ready."""
     return _DEMO.format(
-        url=setup.service_url, prompt=_PROMPT, folder=setup.folder, redis=setup.redis_url
+        url=config.service_url, prompt=_PROMPT, folder=config.folder, redis=config.redis_url
     )
 
 
-def stopping_text(setup: StackConfig) -> str:
+def stopping_text(config: StackConfig) -> str:
+    """Return what `demo` prints at the first Ctrl-C."""
     return (
-        f"Stopping: a job in hand is finished first, for at most {setup.worker_grace_s:.0f} s. "
+        f"Stopping: a job in hand is finished first, for at most {config.worker_grace_s:.0f} s. "
         "Ctrl-C again ends it at once; the next demo then runs it again."
     )
 
 
 def summary(job: Job, out: Path) -> str:
-    """One line: the file, what it is, and the seconds of every stage."""
+    """Return one line: the file, its properties, and the seconds of every stage."""
     video, request, timings = job["video"], job["request"], job["timings"]
     stages = [f"queue {timings['queue_s']:.2f}"]
     stages += [f"{label} {timings[f'{stage}_s']:.2f}" for stage, label in _STAGES.items()]
@@ -54,7 +56,7 @@ def summary(job: Job, out: Path) -> str:
 
 
 class JobBar:
-    """A progress bar that is given the job's JSON again and again; one bar for each stage."""
+    """A progress bar for each stage of a job, updated with the job's JSON."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -81,6 +83,7 @@ class JobBar:
         self._progress.stop()
 
     def show(self, job: Job) -> None:
+        """Update the bar."""
         progress = job["progress"] or {}
         if job["finished_at"]:
             self._finish()
@@ -98,7 +101,7 @@ class JobBar:
         self._progress.update(task, total=steps, completed=step, steps=f"{step}/{steps}")
 
     def _finish(self) -> None:
-        """The stage is over, though its last step may have passed between two polls."""
+        """Complete the bar of a stage, as its last steps may have passed between two polls."""
         if self._task is not None:
             if self._total is None:
                 self._progress.update(self._task, total=1, completed=1)

@@ -1,16 +1,16 @@
-"""What can end the local stack, as one sentence for the person at the terminal."""
+"""Define the errors that end the local stack, with a sentence for the terminal."""
 
 
 class LocalError(Exception):
-    """The stack cannot start, go on or finish; the text says what, and what to do."""
+    """The stack cannot start, continue or finish; the text says why, and what to do."""
 
 
 class Refused(LocalError):
-    """The service does not take the order. The order is at fault and the stack is sound."""
+    """The service refuses the request. The request is at fault, not the stack."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP asked the launcher to end."""
+    """The launcher was interrupted by Ctrl-C, SIGTERM or SIGHUP."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")

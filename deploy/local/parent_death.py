@@ -1,10 +1,11 @@
-"""Runs a command that the kernel kills when the launcher dies: parent_death.py LAUNCHER_PID
-COMMAND…
+"""Run a command that the kernel kills when the launcher dies.
 
-A launcher that ends in order stops its children itself. One that is killed outright cannot, and
-Valkey and the worker would live on. On Linux a process can ask for a signal at its parent's
-death, and the request survives exec but not fork, so it is made here, between the two.
-Elsewhere the command simply runs.
+Usage: parent_death.py LAUNCHER_PID COMMAND…
+
+A launcher that exits normally stops its children itself. If it is killed with SIGKILL, it cannot,
+and Valkey and the worker would keep running. On Linux, a process can request a signal for the death
+of its parent (PR_SET_PDEATHSIG). That survives exec but not fork, so it is requested here, between
+the two. On other systems the command simply runs.
 """
 
 import ctypes
@@ -16,10 +17,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Request the signal, then replace this process with the command."""
     launcher, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the request was made
+        if os.getppid() != launcher:  # the launcher died before the request was made
             sys.exit(1)
     os.execvp(command[0], command)
 

@@ -1,4 +1,4 @@
-"""Ports on the loopback address: is one free, and which one is."""
+"""Find and check free ports on the loopback address."""
 
 import errno
 import socket
@@ -9,7 +9,11 @@ LOOPBACK = "127.0.0.1"
 
 
 def require_free(port: int, owner: str, option: str) -> None:
-    """Raises LocalError, naming `option` as the remedy, when `owner` could not listen on `port`."""
+    """Check that `owner` can listen on `port`.
+
+    Raises:
+        LocalError: it cannot; the error names `option` as the remedy.
+    """
     try:
         _listen(port).close()
     except OverflowError:
@@ -25,7 +29,7 @@ def require_free(port: int, owner: str, option: str) -> None:
 
 
 def find_free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that no process listens on now."""
     with _listen(0) as listening:
         return int(listening.getsockname()[1])
 
@@ -33,7 +37,7 @@ def find_free_port() -> int:
 def _listen(port: int) -> socket.socket:
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        # As servers do: a port whose last connections are still in TIME_WAIT counts as free.
+        # As servers set it: a port whose last connections are in TIME_WAIT counts as free.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((LOOPBACK, port))
         listening.listen()

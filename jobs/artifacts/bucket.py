@@ -1,7 +1,7 @@
-"""Artifacts in an S3-compatible bucket.
+"""Store artifacts in an S3-compatible bucket.
 
-S3 shows an object only when it is whole, so an interrupted upload leaves nothing visible. Files up
-to `_SINGLE_PUT` are one request, which leaves nothing at all.
+S3 shows an object only once it is complete, so an interrupted upload leaves nothing visible. Files
+up to `_SINGLE_PUT` bytes are sent in one request, which leaves nothing at all.
 """
 
 import logging
@@ -14,8 +14,8 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
-from jobs.artifacts.keys import Stored, checked_key, is_key
-from jobs.artifacts.retry import PATIENCE_S, PutFault, keep_trying
+from jobs.artifacts.keys import StoredArtifact, checked_key, is_key
+from jobs.artifacts.retry import RETRY_FOR_S, PutFailed, put_with_retries
 from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 _SINGLE_PUT = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
 _PROBE = "probe"
-# Where credentials are sought when no variable has them: the cloud's own address for machines.
+# Without credentials in the environment, the client asks the cloud's metadata service at this path.
 _METADATA = "/latest/api/token"
 
-# Short retries for reads; whoever stores a video is more patient (`keep_trying`), and can be told
-# to stop between tries.
+# Few retries, for reads. Puts are retried for longer by `put_with_retries`, which can be cancelled
+# between tries.
 _RETRIES = 2
 _RETRY_TIMEOUT = timedelta(seconds=10)
 _REQUEST_TIMEOUT = timedelta(seconds=30)
@@ -41,11 +41,13 @@ _FAULTS = (exceptions.BaseError, OSError)
 class BucketArtifactStore:
     """Artifacts as objects below the address' prefix. Credentials come from AWS_* variables.
 
+    Creating it sends no request to the bucket.
+
     Raises:
-        ArtifactRefused: those variables contradict each other. Nothing is asked of the bucket yet.
+        ArtifactRefused: those variables contradict each other.
     """
 
-    def __init__(self, address: BucketAddress, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, address: BucketAddress, retry_for_s: float = RETRY_FOR_S) -> None:
         self._name = address.bucket
         try:
             self._bucket = _open(address)
@@ -54,7 +56,7 @@ class BucketArtifactStore:
                 f"The bucket {self._name} cannot be opened: {_first_line(error)}. Check "
                 f"ARTIFACTS_URL and the AWS_* variables."
             ) from error
-        self._patience_s = patience_s
+        self._retry_for_s = retry_for_s
 
     def probe(self) -> None:
         try:
@@ -70,7 +72,7 @@ class BucketArtifactStore:
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         checked_key(key)
         source.stat()  # a missing source is not the bucket's fault
-        keep_trying(lambda: self._put_once(key, source), check, self._patience_s)
+        put_with_retries(lambda: self._put_once(key, source), check, self._retry_for_s)
 
     def size(self, key: str) -> int | None:
         try:
@@ -81,8 +83,8 @@ class BucketArtifactStore:
             raise _unavailable(error) from error
 
     def read(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        # One request for each chunk: a slow reader holds no connection open, and a bucket that
-        # stumbles half way is asked again.
+        # One request for each chunk: a slow reader holds no connection open, and a fault half way
+        # only repeats one chunk.
         checked_key(key)
         try:
             for first in range(start, end, _CHUNK):
@@ -99,18 +101,18 @@ class BucketArtifactStore:
         except _FAULTS as error:
             raise _unavailable(error) from error
 
-    def list(self, prefix: str = "") -> Iterator[Stored]:
+    def list(self, prefix: str = "") -> Iterator[StoredArtifact]:
         folder = checked_key(prefix) if prefix else None
         try:
             for page in obstore.list(self._bucket, folder, chunk_size=1000):
                 for found in page:
                     if is_key(found["path"]):
-                        yield Stored(found["path"], found["size"], found["last_modified"])
+                        yield StoredArtifact(found["path"], found["size"], found["last_modified"])
         except _FAULTS as error:
             raise _unavailable(error) from error
 
     def remove_leftovers(self) -> int:
-        """Remove nothing: what a broken multipart upload leaves, the bucket's own rule removes."""
+        """Remove nothing: a lifecycle rule of the bucket removes broken multipart uploads."""
         return 0
 
     def _put_once(self, key: str, source: Path) -> None:
@@ -125,17 +127,17 @@ class BucketArtifactStore:
                 max_concurrency=4,
             )
         except _FAULTS as error:
-            may_pass = not isinstance(error, (*_REFUSED, FileNotFoundError))
-            raise PutFault(_reason(error), may_pass=may_pass) from error
+            transient = not isinstance(error, (*_REFUSED, FileNotFoundError))
+            raise PutFailed(_reason(error), transient=transient) from error
 
 
 def _open(address: BucketAddress) -> S3Store:
     config: dict[str, str | bool] = {
-        # Some compatible stores lack the bulk request, and one video is deleted at a time.
+        # Some compatible stores lack the bulk request, and videos are deleted one at a time.
         "disable_bulk_delete": True,
     }
     if address.server is not None:
-        # Both names, or AWS_ENDPOINT_URL_S3 in the environment would outrank ours.
+        # Both names, or AWS_ENDPOINT_URL_S3 in the environment would take precedence.
         config |= {"endpoint": address.server, "aws_endpoint_url_s3": address.server}
     if address.region is not None:
         config["region"] = address.region
@@ -154,7 +156,7 @@ def _open(address: BucketAddress) -> S3Store:
 
 
 def _reason(error: Exception) -> str:
-    """Say what is wrong without naming hosts: the sentence may reach the caller."""
+    """Describe the error without naming hosts, as the caller may see the text."""
     if isinstance(error, _REFUSED):
         return "the bucket refuses the credentials"
     text = str(error)

@@ -1,4 +1,4 @@
-"""Artifacts in a folder which the service and the workers share."""
+"""Store artifacts in a folder that the service and the workers share."""
 
 import contextlib
 import errno
@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.artifacts.keys import Stored, checked_key, is_key
-from jobs.artifacts.retry import PATIENCE_S, PutFault, keep_trying
+from jobs.artifacts.keys import StoredArtifact, checked_key, is_key
+from jobs.artifacts.retry import RETRY_FOR_S, PutFailed, put_with_retries
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
 _INCOMING = ".incoming-"
@@ -22,7 +22,7 @@ _CHUNK = 256 * 1024
 
 _NO_ARTIFACT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_HERE_TO_STAY = {
+_PERMANENT = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
 }
@@ -31,17 +31,17 @@ _HERE_TO_STAY = {
 class FolderArtifactStore:
     """Artifacts as files below `root`, which is created if it is missing.
 
-    A file is visible under its key only when it is whole, because it is written beside its final
-    place and renamed.
+    A file is visible under its key only once it is complete, because it is written under another
+    name in the same folder and then renamed.
     """
 
-    def __init__(self, root: Path, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, root: Path, retry_for_s: float = RETRY_FOR_S) -> None:
         self.root = root.resolve()
         self.root.mkdir(parents=True, exist_ok=True)
-        self._patience_s = patience_s
+        self._retry_for_s = retry_for_s
 
     def path(self, key: str) -> Path:
-        """Return where `key` lies, whether or not there is a file.
+        """Return the path for `key`, whether or not the file exists.
 
         Raises:
             ArtifactRefused: the key is malformed or leads out of the root through a link.
@@ -63,7 +63,7 @@ class FolderArtifactStore:
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         target = self.path(key)
         with source.open("rb") as data:
-            keep_trying(lambda: _put_once(target, data), check, self._patience_s)
+            put_with_retries(lambda: _put_once(target, data), check, self._retry_for_s)
 
     def size(self, key: str) -> int | None:
         path = self.path(key)
@@ -96,23 +96,25 @@ class FolderArtifactStore:
         except OSError as error:
             raise _unavailable(error) from error
 
-    def list(self, prefix: str = "") -> Iterator[Stored]:
+    def list(self, prefix: str = "") -> Iterator[StoredArtifact]:
         for path in self._walk(self.path(prefix) if prefix else self.root):
             key = path.relative_to(self.root).as_posix()
             found = _lstat(path)
             if is_key(key) and found is not None and stat.S_ISREG(found.st_mode):
-                yield Stored(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+                yield StoredArtifact(
+                    key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC)
+                )
 
     def remove_leftovers(self) -> int:
-        """Remove unfinished files, and empty folders, that nobody has touched for a day."""
+        """Remove unfinished files and empty folders that were not modified for a day."""
         oldest = time.time() - _LEFTOVER_S
         removed = 0
         for path in self._walk(self.root):
             found = _lstat(path)
             if found is None or found.st_mtime > oldest:
                 continue
-            # Fails, as it should, on a folder that is not empty. A put whose folder goes away
-            # between two of its steps makes it again.
+            # rmdir fails on a folder that is not empty, as intended. A put whose folder was removed
+            # between two of its steps is retried and creates it again.
             with contextlib.suppress(OSError):
                 if stat.S_ISDIR(found.st_mode):
                     path.rmdir()
@@ -122,7 +124,7 @@ class FolderArtifactStore:
         return removed
 
     def _walk(self, folder: Path) -> Iterator[Path]:
-        """Every file and folder below `folder`, contents first; links are not followed."""
+        """Iterate over all files and folders below `folder`, contents first; follows no links."""
         for parent, folders, files in os.walk(folder, topdown=False, onerror=_pass_over_missing):
             for name in (*files, *folders):
                 yield Path(parent, name)
@@ -138,11 +140,11 @@ def _put_once(target: Path, data: BinaryIO) -> None:
             reason = f"the disk of the artifact store is full ({error.strerror})"
         else:
             reason = f"the artifact folder does not take it ({error.strerror})"
-        raise PutFault(reason, may_pass=error.errno not in _HERE_TO_STAY) from error
+        raise PutFailed(reason, transient=error.errno not in _PERMANENT) from error
 
 
 def _write(target: Path, data: BinaryIO) -> None:
-    """Copy `data` to `target`, atomically and durably, replacing what was there."""
+    """Copy `data` to `target`, atomically and durably, replacing an existing file."""
     # In the target's own folder: a rename is atomic only within one file system.
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=_INCOMING)
     incoming = Path(name)
@@ -160,7 +162,7 @@ def _write(target: Path, data: BinaryIO) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
+    """Make a rename in this folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -169,7 +171,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _lstat(path: Path) -> os.stat_result | None:
-    """Its state, unless it went away while the folder was being read."""
+    """Return the status of a file; None if it was removed while the folder was being read."""
     try:
         return path.lstat()
     except FileNotFoundError:
@@ -177,7 +179,7 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 def _pass_over_missing(error: OSError) -> None:
-    """Go on if a folder went away meanwhile; by default every error would look like no files."""
+    """Ignore folders that were removed meanwhile; without this, `os.walk` ignores all errors."""
     if not isinstance(error, _NO_ARTIFACT):
         raise _unavailable(error) from error
 

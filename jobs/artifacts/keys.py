@@ -1,4 +1,4 @@
-"""What a key may be, and what a listing says of each artifact. Both kinds of store hold to it."""
+"""Define valid artifact keys and the entries of a listing, for both kinds of store."""
 
 import re
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """One artifact, as a listing shows it; `modified_at` is the store's clock, in UTC."""
+class StoredArtifact:
+    """One artifact in a listing; `modified_at` is by the store's clock, in UTC."""
 
     key: str
     bytes: int
@@ -19,14 +19,15 @@ class Stored:
 
 
 def is_key(key: str) -> bool:
+    """Return whether a text can be an artifact's key."""
     return _KEY.fullmatch(key) is not None
 
 
 def checked_key(key: str) -> str:
-    """Return `key`.
+    """Return `key`, if it is well-formed.
 
     Raises:
-        ArtifactRefused: it is malformed: absolute, with `..`, hidden, or with odd characters.
+        ArtifactRefused: it is absolute, hidden, or contains `..` or disallowed characters.
     """
     if not is_key(key):
         raise ArtifactRefused(

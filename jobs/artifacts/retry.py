@@ -1,64 +1,63 @@
-"""Patience with a store that fails: a video took minutes to make, so it is not lost to a blip."""
+"""Retry storing a video: it took minutes to make, so a short fault must not lose it."""
 
 import logging
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import count
+from typing import Final
+
+from redis.backoff import EqualJitterBackoff
 
 from jobs.errors import ArtifactNotStored
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 30.0
-"""No try begins later than this after the first."""
+RETRY_FOR_S: Final = 30.0
+"""No try starts later than this after the first."""
 
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 5.0
-_CHECK_EVERY_S = 0.5
+_BACKOFF: Final = EqualJitterBackoff(cap=5.0, base=0.1)
+"""0.2 s after the first fault, then twice as long each time; up to half of it is taken off at
+random, because all workers of a store see its faults at the same time."""
+
+_CHECK_EVERY_S: Final = 0.5
 
 
-class PutFault(Exception):
+class PutFailed(Exception):
     """One try failed, and left nothing visible.
 
-    `reason` is for the caller, so it names no hosts and no paths; the cause has them for the log.
+    `reason` is for the caller, so it names no hosts and no paths; the cause does, for the log.
+    `transient` faults may go away by themselves, so they are worth a retry.
     """
 
-    def __init__(self, reason: str, *, may_pass: bool) -> None:
+    def __init__(self, reason: str, *, transient: bool) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.may_pass = may_pass
+        self.transient = transient
 
 
-def keep_trying(
-    put_once: Callable[[], None], check: Callable[[], None] | None, patience_s: float
+def put_with_retries(
+    put_once: Callable[[], None], check: Callable[[], None] | None, retry_for_s: float
 ) -> None:
-    """Call `put_once` until it succeeds, its fault is there to stay, or patience runs out.
+    """Call `put_once` until it succeeds, fails for good, or `retry_for_s` have passed.
 
-    `check` is called while waiting; what it raises (a cancel) ends the waiting.
+    `check` is called while waiting; an error it raises (a cancel) ends the waiting.
 
     Raises:
         ArtifactNotStored: with the last fault's reason.
     """
-    deadline = time.monotonic() + patience_s
-    for pause_s in _pauses():
+    deadline = time.monotonic() + retry_for_s
+    for failures in count(1):
+        pause_s = _BACKOFF.compute(failures)
         try:
             return put_once()
-        except PutFault as fault:
+        except PutFailed as fault:
             logger.warning("could not store a video: %s: %s", fault.reason, fault.__cause__)
-            if not fault.may_pass or time.monotonic() + pause_s > deadline:
+            if not fault.transient or time.monotonic() + pause_s > deadline:
                 raise ArtifactNotStored(
                     f"The video was made but could not be stored: {fault.reason}. Once that is "
                     f"mended, the same request with the same seed makes it again."
                 ) from fault
         _wait(pause_s, check)
-
-
-def _pauses() -> Iterator[float]:
-    """Double each time, with jitter: all workers of a store notice its faults at once."""
-    longest_s = _FIRST_PAUSE_S
-    while True:
-        yield random.uniform(longest_s / 2, longest_s)
-        longest_s = min(2 * longest_s, _LONGEST_PAUSE_S)
 
 
 def _wait(seconds: float, check: Callable[[], None] | None) -> None:

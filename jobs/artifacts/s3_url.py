@@ -1,4 +1,4 @@
-"""What `s3://bucket/prefix?endpoint=…&region=…&style=…` says, checked before anything is opened."""
+"""Parse and check addresses like `s3://bucket/prefix?endpoint=…&region=…&style=…`."""
 
 import re
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _STYLES = ("path", "virtual")
 
 @dataclass(frozen=True, slots=True)
 class BucketAddress:
-    """Where a bucket is. `style` says whether its name goes into the path or into the host."""
+    """The address of a bucket, which requests name in the path or the host, as `style` says."""
 
     bucket: str
     prefix: str = ""
@@ -26,16 +26,16 @@ class BucketAddress:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Read an address.
+        """Parse an address.
 
         Raises:
-            ArtifactRefused: it is not one; the sentence says which part, and what to write.
+            ArtifactRefused: it is malformed; the error names the part, and what to write instead.
         """
         try:
             parts = urlsplit(url)
         except ValueError:  # an unbalanced bracket
             raise _refused("text", url, "an address") from None
-        if "@" in parts.netloc:  # not repeated: it may hold a secret
+        if "@" in parts.netloc:  # not shown in the error: it may contain a secret
             raise ArtifactRefused(
                 "ARTIFACTS_URL holds a user name or a key. Credentials belong into "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; write s3://bucket/prefix."
@@ -54,13 +54,13 @@ class BucketAddress:
         endpoint = options.get("endpoint")
         found = _ENDPOINT.fullmatch(endpoint or "")
         if endpoint is not None and found is None:
-            shown = endpoint.rpartition("@")[2]  # what stands before may be a secret, too
+            shown = endpoint.rpartition("@")[2]  # the part before may be a secret, too
             raise _refused("endpoint", shown, "https://host, alone or with a port")
         return cls(parts.netloc, prefix, found and found[1], options.get("region"), style)
 
     @property
     def server(self) -> str | None:
-        """The address that requests go to; with `style=virtual` the bucket is part of the host."""
+        """The URL that requests go to; with `style=virtual` its host begins with the bucket."""
         if self.endpoint is None or self.style != "virtual":
             return self.endpoint
         scheme, host = self.endpoint.split("://")

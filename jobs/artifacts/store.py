@@ -1,6 +1,6 @@
-"""Where finished videos lie: files addressed by keys, in a folder or in a bucket.
+"""Define the store of finished videos, and open it by its URL as a folder or a bucket.
 
-A key is a relative path. An artifact is visible under its key only when it is whole.
+A key is a relative path. An artifact is visible under its key only once it is complete.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,57 +10,63 @@ from urllib.parse import unquote
 
 from jobs.artifacts.bucket import BucketArtifactStore
 from jobs.artifacts.folder import FolderArtifactStore
-from jobs.artifacts.keys import Stored
+from jobs.artifacts.keys import StoredArtifact
 from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import ArtifactRefused
 
 
 class ArtifactStore(Protocol):
-    """Both kinds refuse malformed keys with ArtifactRefused, and raise ArtifactsUnavailable when
-    the store does not answer."""
+    """A store of files by key.
+
+    Every method raises ArtifactRefused for a malformed key, and ArtifactsUnavailable if the store
+    does not respond.
+    """
 
     def probe(self) -> None:
-        """Make sure that artifacts can be written, before work is done for them."""
+        """Check that artifacts can be written, before any are made."""
 
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         """Copy `source` to `key`, atomically, replacing what was there.
 
-        Faults that may pass are waited for, for about half a minute; `check` is called meanwhile,
-        and what it raises ends the waiting.
+        Transient faults are retried for about half a minute. `check` is called meanwhile; an error
+        it raises ends the retries.
 
         Raises:
-            ArtifactNotStored: the store does not take it; the sentence says why.
+            ArtifactNotStored: the artifact could not be stored; the error says why.
         """
 
     def size(self, key: str) -> int | None:
-        """Return the artifact's bytes, or None if there is no artifact."""
+        """Return the artifact's size in bytes; None if there is no artifact."""
 
     def read(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        """Read the bytes from `start` to before `end`, in chunks; nothing is opened until then."""
+        """Read the bytes from `start` to before `end` in chunks; opens it when iterated."""
 
     def delete(self, key: str) -> None:
         """Remove the artifact, if there is one."""
 
-    def list(self, prefix: str = "") -> Iterator[Stored]:
-        """Name every artifact below `prefix`, in no order."""
+    def list(self, prefix: str = "") -> Iterator[StoredArtifact]:
+        """List every artifact below `prefix`, in no particular order."""
 
     def remove_leftovers(self) -> int:
-        """Remove what interrupted puts left behind, a day later; return how many."""
+        """Remove what puts left behind that were interrupted a day ago or more; return how many."""
 
 
 def artifact_key(job_id: str, attempt: str) -> str:
-    """Name the video of one attempt, by its label: a stale one cannot overwrite a newer."""
+    """Return the key of an attempt's video; `attempt` is its label.
+
+    Each attempt has a key of its own, so a stale attempt cannot overwrite a newer one's video.
+    """
     return f"videos/{job_id}/{attempt}.mp4"
 
 
 def open_artifacts(url: str) -> ArtifactStore:
     """Open the store at `url`: `file:///…`, or `s3://bucket/prefix?endpoint=…&region=…`.
 
-    A bucket is not asked until the first use; `probe` does that.
+    No request is sent to a bucket; `probe` does that.
 
     Raises:
-        ArtifactRefused: not such an address, or a folder that cannot be made; the sentence says
-            what to write instead.
+        ArtifactRefused: the URL is malformed, or the folder cannot be created; the error says what
+            to write instead.
     """
     if url.startswith("s3://"):
         return BucketArtifactStore(BucketAddress.parse(url))

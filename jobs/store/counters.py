@@ -1,19 +1,20 @@
-"""What is counted about jobs, and how the counters are laid out in Redis.
+"""Define the counters of jobs and their layout in Redis.
 
-The scripts count (`jobs/store/lua/prelude.lua`), so a transition and its count are one step. A
-field of the hash `keys.METRICS` reads `name|model|mode|size|frames|guided` and, where more is told
-apart, goes on: `ended|…|state|code`, `wait|…|bound` and `wait|…|sum`.
+The Lua scripts increment them (`jobs/store/lua/prelude.lua`), so a transition and its count are one
+atomic step. A field of the hash `redis_keys.METRICS` is named `name|model|mode|size|frames|guided`,
+followed by further labels where there are any: `ended|…|state|code`, `wait|…|bound`, `wait|…|sum`.
 """
 
 from typing import Final
 
 BOUNDS_S: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200)
-"""Upper bounds of the buckets of `wait` (creation to first claim) and `service` (claim of the
-attempt that succeeded to its end), in seconds; each bucket counts only what the ones before it do
-not hold."""
+"""Upper bounds of the histogram buckets, in seconds.
+
+Each bucket counts only what lies above the bound before it: the buckets are not cumulative.
+"""
 
 LABELS: Final = ("model", "mode", "size", "frames", "guided")
-"""The parts of a request's shape, which is the beginning of every field's labels."""
+"""The parts of a request's shape, which are the first labels of every field."""
 
 COUNTERS: Final = {
     "created": (),
@@ -23,7 +24,10 @@ COUNTERS: Final = {
     "ended": ("state", "code"),
     "webhook": ("outcome",),
 }
-"""Each counter and its labels beyond those of the shape. The outcome of a call of a webhook is
-`delivered`, `retried` (failed, and to be repeated) or `given_up`."""
+"""Each counter and its labels beyond those of the shape.
+
+The outcome of a webhook call is `delivered`, `retried` (failed, and to be repeated) or `given_up`.
+"""
 
 HISTOGRAMS: Final = ("wait", "service")
+"""`wait`: from creation to the first claim; `service`: from the claim that succeeded to the end."""

@@ -1,30 +1,30 @@
-"""Delete a job for good: its videos, and all that is known of it."""
+"""Delete a job permanently: its videos and everything about it in Redis."""
 
 from jobs.artifacts.store import ArtifactStore, artifact_key
 from jobs.store.job_store import JobStore
 
 
 def delete_job(store: JobStore, artifacts: ArtifactStore, job_id: str) -> bool:
-    """Delete a job and its videos; says whether it is gone for good now.
+    """Delete a job and its videos; return whether that is complete.
 
-    False for a running one: it is asked to stop, nobody can read it any more, and its id will be in
-    `keys.DELETIONS` once it has ended; then this has to be called again. It may be repeated, also
-    after an error.
+    For a running job it returns False: the job is cancelled and can no longer be read. Its id is
+    put into `redis_keys.DELETIONS` once it has ended, and then this has to be called again. Calls
+    may be repeated, also after an error.
 
     Raises:
-        ArtifactsUnavailable: the videos cannot be reached. The record, without which nobody would
-            know of them, is still there.
+        ArtifactsUnavailable: the artifact store does not respond. The record, without which the
+            videos could not be found again, is kept.
     """
     _delete_videos(artifacts, job_id)
     gone = store.purge(job_id)
     if gone:
-        # An attempt may have put its video and ended since the first look.
+        # An attempt may have stored its video and ended since the first deletion.
         _delete_videos(artifacts, job_id)
     return gone
 
 
 def _delete_videos(artifacts: ArtifactStore, job_id: str) -> None:
-    """Every attempt's: one that was lost may have left a video that no record names."""
+    """Delete the videos of every attempt: a lost one may have left a video that no record names."""
     folder, _, _ = artifact_key(job_id, "1").rpartition("/")
     for stored in list(artifacts.list(folder)):
         artifacts.delete(stored.key)

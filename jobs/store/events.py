@@ -1,11 +1,11 @@
-"""What happened to a job, in order: a Redis stream per job, written by the scripts.
+"""Read the events of a job, which the Lua scripts append to one Redis stream per job.
 
-An event's id is the stream's, so a reader that knows the last one it saw misses nothing, whichever
-process it asks. Whoever follows jobs listens on `keys.EVENTS_CHANNEL`, which says no more than that
-a job's stream has grown (or that the job was deleted), and reads the stream.
+An event's id is its id in the stream, so a reader that knows the last id it saw misses nothing,
+whichever service process it connects to. Readers subscribe to `redis_keys.EVENTS_CHANNEL`, which
+only announces that a job's stream has grown (or that the job was deleted), and then read the
+stream.
 """
 
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -14,15 +14,14 @@ from jobs import redis_keys
 from jobs.record import Progress
 from jobs.state import JobState
 
+EVENT_ID_PATTERN = r"^[0-9]{1,19}-[0-9]{1,19}$"
 START = "0-0"
-"""Before the first event."""
-
-_EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+"""The event id that comes before the first event."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """A change of state (or of the wish to cancel), or progress within the running state."""
+    """A change of the state, a request to cancel, or progress within the running state."""
 
     event_id: str
     kind: Literal["state", "progress"]
@@ -32,18 +31,13 @@ class JobEvent:
     progress: Progress | None
 
 
-def is_event_id(text: str) -> bool:
-    """Whether `text` can be the id of an event, as a caller's Last-Event-ID has to be."""
-    return _EVENT_ID.fullmatch(text) is not None
-
-
 def range_after(job_id: str, event_id: str) -> tuple[str, Any, Any]:
-    """The arguments of XRANGE for the events after `event_id`, for clients of either kind."""
+    """Return the arguments of XRANGE for the events after `event_id`."""
     return redis_keys.events(job_id), f"({event_id}", "+"
 
 
 def decode(entries: Any) -> list[JobEvent]:
-    """Read what XRANGE answers: pairs of an id and the fields of an entry."""
+    """Convert the response of XRANGE: pairs of an id and the fields of an entry."""
     return [_event(event_id.decode(), fields) for event_id, fields in entries]
 
 

@@ -1,8 +1,8 @@
-"""The jobs in Redis: records, their order in time, and their way into RQ's queues.
+"""Store jobs in Redis: their records, the indexes by time, and the entries in RQ's queues.
 
-Every change is one script (`jobs/store/lua/`), which may be repeated after a lost answer. After a
-claim only the holder of the latest token may write, as long as it renews its lease, and a record in
-a terminal state never changes. Redis errors pass through as they are.
+Every change is one Lua script (`jobs/store/lua/`), which may be repeated after a lost response.
+After a claim, only the holder of the latest token may write, as long as it renews its lease. A
+record in a terminal state never changes. Redis errors are not caught.
 """
 
 import logging
@@ -30,25 +30,26 @@ from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Vid
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
-from jobs.store.recovery import when_lost
+from jobs.store.recovery import lost_attempt_args
 from jobs.store.submission import Idempotency, Submission
 
 logger = logging.getLogger(__name__)
 
 LEASE_S: Final = 15.0
-"""A running attempt that was not renewed for this long counts as vanished."""
+"""A running attempt whose lease was not renewed for this long counts as lost."""
 
 MAX_PAGE = 200
+"""The most records of one page of `JobStore.list`."""
 LIMIT_BOUND = f"a whole number from 1 to {MAX_PAGE}"
 
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """The job of a request.
+    """The result of creating a job.
 
     Attributes:
-        replayed: an earlier request with the same key made it.
-        position: how many jobs wait before it; None where that would have to be looked up.
+        replayed: whether an earlier request with the same Idempotency-Key created the job.
+        position: how many jobs wait before it; None if that would need another look-up.
     """
 
     job: JobRecord
@@ -58,7 +59,7 @@ class Created:
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """Records in their order of creation, or against it. `next_cursor` is None on the last page."""
+    """Records sorted by creation, in either order; `next_cursor` is None on the last page."""
 
     jobs: tuple[JobRecord, ...]
     next_cursor: str | None
@@ -76,49 +77,51 @@ class JobStore:
         self._cancel = scripts.load(redis, "cancel")
         self._put_back = scripts.load(redis, "put_back")
         self._purge = scripts.load(redis, "purge")
-        self._paces = DurationCache(redis)
+        self._durations = DurationCache(redis)
 
     def create(
         self, request: GenerationRequest, queue: str, submission: Submission | None = None
     ) -> Created:
-        """Write a queued record with its index entries and put it into its queue, in one step.
+        """Create a queued job: record, index entries and queue entry, in one atomic step.
 
         Raises:
-            IdempotencyConflict: the key was used for another body within the last day.
+            IdempotencyConflict: the Idempotency-Key was used for another body in the last day.
             QueueFull, QuotaExceeded: a limit of the submission is reached; nothing was written.
         """
-        terms = submission or Submission()
+        submission = submission or Submission()
         try:
-            return self._create_or_find(request, queue, terms)
+            return self._create_or_find(request, queue, submission)
         except JobNotFound:
-            # The job that the key stood for was deleted between the script and the look at it.
-            return self._create_or_find(request, queue, terms)
+            # The key's earlier job was deleted after the script found it, and before it was read.
+            return self._create_or_find(request, queue, submission)
 
-    def _create_or_find(self, request: GenerationRequest, queue: str, terms: Submission) -> Created:
+    def _create_or_find(
+        self, request: GenerationRequest, queue: str, submission: Submission
+    ) -> Created:
         job_id, created_at = ids.new_id()
         job = JobRecord(
             id=job_id,
             state=JobState.QUEUED,
             request=request,
             queue=queue,
-            owner=terms.owner,
-            priority=terms.priority,
-            webhook_url=terms.webhook_url,
-            deadline_s=timeout_s(request, self._paces.of(request)),
+            owner=submission.owner,
+            priority=submission.priority,
+            webhook_url=submission.webhook_url,
+            deadline_s=timeout_s(request, self._durations.of(request)),
             created_at=created_at,
         )
         fields = [text for field in record.encode_new(job).items() for text in field]
-        key = terms.idempotency
+        key = submission.idempotency
         answer, detail, position = self._create(
-            *_common(job_id),
-            terms.owner,
-            int(terms.priority),
+            *_id_and_now(job_id),
+            submission.owner,
+            int(submission.priority),
             queue,
-            "" if terms.queue_limit is None else terms.queue_limit,
-            "" if terms.owner_limit is None else terms.owner_limit,
-            "" if key is None else redis_keys.idempotency(terms.owner, key.key),
+            "" if submission.queue_limit is None else submission.queue_limit,
+            "" if submission.owner_limit is None else submission.owner_limit,
+            "" if key is None else redis_keys.idempotency(submission.owner, key.key),
             "" if key is None else key.body_sha256,
-            ids.id_at(created_at.timestamp() - redis_keys.RECORD_TTL_S),
+            ids.id_prefix(created_at.timestamp() - redis_keys.RECORD_TTL_S),
             len(fields),
             *fields,
             *rq_entry.rq_fields(job_id, queue, job.deadline_s),
@@ -131,10 +134,10 @@ class JobStore:
             case b"conflict":
                 raise _conflict(detail.decode())
             case _:
-                raise terms.refusal(answer.decode(), detail)
+                raise submission.refusal(answer.decode(), detail)
 
     def replay(self, owner: str, idempotency: Idempotency) -> JobRecord | None:
-        """Find the job that an earlier request with this key made; None if there is none.
+        """Find the job that an earlier request with this key created; None if there is none.
 
         Raises:
             IdempotencyConflict: that request had another body.
@@ -155,7 +158,7 @@ class JobStore:
         """Read one record.
 
         Raises:
-            JobNotFound: no such id, its 30 days are over, or it was deleted.
+            JobNotFound: the id is unknown, its 30 days are over, or the job was deleted.
             RecordUnreadable: see `jobs.record.decode`.
         """
         fields = self._fields(ids.checked(job_id))
@@ -172,20 +175,23 @@ class JobStore:
         *,
         oldest_first: bool = False,
     ) -> JobPage:
-        """Read up to `limit` records, newest first, after the page whose `next_cursor` it was.
+        """Read up to `limit` records, newest first unless `oldest_first`.
 
-        owner: whose jobs; everybody's if None. A record that cannot be read is logged and left
-        out: it must not hide the others. So a page may be short, or empty, and not be the last.
+        An unreadable record is logged and left out, so a page may be short without being the last.
+
+        Args:
+            owner: whose jobs to list; everybody's if None.
+            cursor: the `next_cursor` of the page before.
 
         Raises:
-            InvalidSpec: a limit out of bounds, or a cursor that is none.
+            InvalidSpec: the limit is out of bounds, or the cursor malformed.
         """
         if not 1 <= limit <= MAX_PAGE:
             given = shown(limit)
             raise InvalidSpec.of(
                 "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
             )
-        last_seen = None if cursor is None else "(" + ids.read_cursor(cursor)
+        last_seen = None if cursor is None else "(" + ids.parse_cursor(cursor)
         index = redis_keys.index("all" if state is None else state.value, owner)
         if oldest_first:
             found = self._redis.zrangebylex(index, last_seen or "-", "+", start=0, num=limit + 1)
@@ -197,19 +203,20 @@ class JobStore:
         return JobPage(self._read_all(page), ids.cursor_after(page[-1]) if more else None)
 
     def claim(self, job_id: str, worker: str, token: str | None = None) -> Attempt:
-        """Start an attempt for the next LEASE_S seconds.
+        """Start an attempt, with a lease of LEASE_S seconds.
 
-        token: `new_token()`, for one who may have to repeat the call: it is the same attempt then.
+        Args:
+            token: a `new_token()`, so that a repeated call gets the same attempt.
 
         Raises:
-            JobAlreadyFinished: there is nothing to do: the job has ended. End the task quietly.
-            JobHeld: another attempt has the job; if that one has vanished, the job will be put
-                back into its queue (`jobs/store/recovery.py`). End the task quietly.
+            JobAlreadyFinished: the job has ended; end the task without an error.
+            JobHeld: another attempt owns the job; end the task without an error. If that attempt
+                is lost, `jobs/store/recovery.py` puts the job back into its queue.
             JobNotFound: the record has expired or was deleted.
         """
         token = token or new_token()
         state, number = self._claim(
-            *_common(ids.checked(job_id)), token, worker, int(LEASE_S * 1000)
+            *_id_and_now(ids.checked(job_id)), token, worker, int(LEASE_S * 1000)
         )
         match state:
             case b"running":
@@ -226,36 +233,36 @@ class JobStore:
                 )
 
     def renew(self, attempt: Attempt) -> bool:
-        """Lengthen the lease to LEASE_S from now; says whether the job is to be cancelled.
+        """Renew the lease for LEASE_S from now; return whether the job is to be cancelled.
 
         Raises:
-            StaleAttempt: the job has ended or a newer attempt owns it: stop.
+            StaleAttempt: the job has ended, or a newer attempt owns it: stop.
         """
-        answer = self._renew(*_common(attempt.job_id), attempt.token, int(LEASE_S * 1000))
+        answer = self._renew(*_id_and_now(attempt.job_id), attempt.token, int(LEASE_S * 1000))
         if answer not in (b"ok", b"cancel"):
             raise _stale(attempt, f"the record says {answer.decode()}")
         return bool(answer == b"cancel")
 
     def release(self, attempt: Attempt) -> JobState:
-        """Give the job back to the front of its queue; the attempt does not count as lost.
+        """Put the job back to the front of its queue; the attempt does not count as lost.
 
-        A job that was to be cancelled is cancelled instead. Raises StaleAttempt.
+        A job that is to be cancelled is cancelled instead. Raises StaleAttempt.
         """
         return self._end_attempt(attempt, lost=False)
 
     def give_up(self, attempt: Attempt) -> JobState:
-        """End an attempt that will not come back: the job is queued again, or failed for good.
+        """End an attempt as lost: queue the job again or, after too many, fail it.
 
         Raises StaleAttempt.
         """
         return self._end_attempt(attempt, lost=True)
 
     def progress(self, attempt: Attempt, progress: Progress) -> None:
-        """Publish how far the attempt is. Raises StaleAttempt."""
+        """Publish the attempt's progress. Raises StaleAttempt."""
         self._write_attempt(attempt, JobState.RUNNING, progress=progress)
 
     def succeed(self, attempt: Attempt, video: Video, timings: StageTimings) -> None:
-        """End the job with its video. Raises StaleAttempt: then the video is not the job's."""
+        """End the job with its video. Raises StaleAttempt: the video is then not the job's."""
         self._write_attempt(attempt, JobState.SUCCEEDED, video=video, timings=timings)
 
     def fail(self, attempt: Attempt, failure: Failure) -> None:
@@ -267,30 +274,31 @@ class JobStore:
         self._write_attempt(attempt, JobState.CANCELLED)
 
     def cancel_requested(self, attempt: Attempt) -> bool:
-        """Say whether the attempt should stop; cheaper than `renew`, and leaves the lease alone.
+        """Return whether the attempt should stop; cheaper than `renew`, and keeps the lease.
 
         Raises:
-            StaleAttempt: the job has ended or a newer attempt owns it: stop, too.
+            StaleAttempt: the job has ended, or a newer attempt owns it: stop, too.
         """
-        token, state, wanted = self._redis.hmget(
+        token, state, requested = self._redis.hmget(
             redis_keys.record(attempt.job_id), ["token", "state", "cancel_requested"]
         )
         if token != attempt.token.encode() or state != JobState.RUNNING.encode():
             raise _stale(attempt, "it has ended, has expired, or a newer attempt owns it")
-        return wanted == b"1"
+        return requested == b"1"
 
     def cancel(self, job_id: str) -> JobRecord:
-        """Cancel a job: at once while it is queued, by asking its worker while it runs.
+        """Cancel a job: at once if it is queued; if it runs, its worker is asked to stop.
 
         Cancelling a cancelled job changes nothing.
 
         Raises:
-            JobNotFound, JobNotCancellable: the latter when it has succeeded or failed.
+            JobNotFound: there is no such job.
+            JobNotCancellable: it has succeeded or failed.
             RecordUnreadable: see `jobs.record.decode`; nothing was changed.
         """
-        # First, because an error must not stand for something that was done.
+        # First, so that an unreadable record raises before anything was changed.
         self.get(job_id)
-        answer = self._cancel(*_common(job_id))
+        answer = self._cancel(*_id_and_now(job_id))
         if answer == b"missing":
             raise ids.not_found(job_id)
         if answer in (JobState.SUCCEEDED.encode(), JobState.FAILED.encode()):
@@ -303,15 +311,15 @@ class JobStore:
         return self.get(job_id)
 
     def purge(self, job_id: str) -> bool:
-        """Delete a job and all that is known of it, but its video; says whether it is gone now.
+        """Delete everything about a job in Redis, but not its video; return whether it is deleted.
 
-        A running job is cancelled and deleted when it has ended (its id is then in
-        `keys.DELETIONS`); nobody can read it from now on. Deleting what is not there is no error.
+        A running job is cancelled first: it can no longer be read, and its id is put into
+        `redis_keys.DELETIONS` when it has ended. Purging a missing job is no error.
         """
-        return bool(self._purge(*_common(ids.checked(job_id))) != b"marked")
+        return bool(self._purge(*_id_and_now(ids.checked(job_id))) != b"marked")
 
     def _fields(self, job_id: str) -> dict[bytes, bytes]:
-        """The hash of a record; empty if there is none, or it is to be deleted."""
+        """Read the hash of a record; empty if there is none, or it is to be deleted."""
         fields = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.record(job_id)))
         return {} if b"delete_requested" in fields else fields
 
@@ -322,7 +330,7 @@ class JobStore:
             found: Sequence[dict[bytes, bytes]] = pipe.execute()
         jobs = []
         for job_id, fields in zip(names, found, strict=True):
-            # A record may expire a moment before its index entry is swept.
+            # A record may expire before its index entry is removed.
             if not fields or b"delete_requested" in fields:
                 continue
             try:
@@ -336,21 +344,17 @@ class JobStore:
         if rq_fields is None:
             raise _stale(attempt, "it is gone")
         answer = self._put_back(
-            *_common(attempt.job_id),
-            attempt.token,
-            int(lost),
-            *when_lost(),
-            *rq_fields,
+            *_id_and_now(attempt.job_id), attempt.token, int(lost), *lost_attempt_args(), *rq_fields
         )
         if answer in (b"missing", b"superseded"):
             raise _stale(attempt, f"the record says {answer.decode()}")
         return JobState(answer.decode())
 
     def get_for(self, attempt: Attempt) -> JobRecord:
-        """Read the record an attempt works on, also while its deletion waits for the attempt.
+        """Read the record of an attempt's job, also if the job is to be deleted after the attempt.
 
         Raises:
-            StaleAttempt: there is none any more.
+            StaleAttempt: the record no longer exists.
             RecordUnreadable: see `jobs.record.decode`.
         """
         fields = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.record(attempt.job_id)))
@@ -359,21 +363,23 @@ class JobStore:
         return record.decode(attempt.job_id, fields)
 
     def _write_attempt(
-        self, attempt: Attempt, target: JobState, code: str = "", **parts: BaseModel
+        self, attempt: Attempt, target: JobState, code: str = "", **values: BaseModel
     ) -> None:
-        fields = [text for name, part in parts.items() for text in (name, part.model_dump_json())]
-        answer = self._write(*_common(attempt.job_id), attempt.token, target.value, code, *fields)
+        fields = [text for name, each in values.items() for text in (name, each.model_dump_json())]
+        answer = self._write(
+            *_id_and_now(attempt.job_id), attempt.token, target.value, code, *fields
+        )
         if answer != b"ok":
             raise _stale(attempt, f"the record says {answer.decode()}")
 
 
 def new_token() -> str:
-    """What proves an attempt's right to its job."""
+    """Make a token, which proves that an attempt owns its job."""
     return secrets.token_hex(16)
 
 
-def _common(job_id: str) -> tuple[str, str]:
-    """The arguments most scripts start with."""
+def _id_and_now(job_id: str) -> tuple[str, str]:
+    """Return the first arguments of most scripts: the job's id and the current time."""
     return job_id, record.now().isoformat()
 
 

@@ -1,8 +1,8 @@
-"""Where waiting jobs stand in their queues, and when they will start.
+"""Find the positions of waiting jobs in their queues, and estimate when they will start.
 
-A start is estimated from what is measured (`jobs/durations.py`) and from what the running jobs say
-they have left. The estimate of a queue is kept for a second and looks into its front only, so
-places cost little, however long the queue and however many ask.
+A start is estimated from measured durations (`jobs/durations.py`) and from the time that running
+jobs report to have left. The estimate of a queue is cached for a second and examines only its
+front, so positions are cheap for any length of the queue and any number of callers.
 """
 
 import time
@@ -17,52 +17,54 @@ from jobs.record import JobRecord
 from jobs.state import JobState
 from jobs.store import scripts
 
-MOST_LOOKED_INTO: Final = 100
-"""Behind so many waiting jobs a start is reckoned with their mean."""
+MAX_EXAMINED: Final = 100
+"""Behind this many waiting jobs, a start is extrapolated from their mean."""
 
-KEPT_S: Final = 1.0
+CACHE_S: Final = 1.0
+"""How long the estimate of a queue is cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """`position` jobs go before it; None for seconds that are not known."""
+    """`position` jobs go before this one; `starts_in_s` is None if it cannot be estimated."""
 
     position: int
     starts_in_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Starts:
-    """The starts of the first places of a queue; each place after `reach` adds `each_s`."""
+class _StartTimes:
+    """Estimated starts of a queue's first positions; each one after `examined` adds `each_s`."""
 
-    reach: int
+    examined: int
     each_s: float
     starts_s: tuple[float, ...]
 
-    def of(self, position: int) -> float | None:
+    def at(self, position: int) -> float | None:
         if position < len(self.starts_s):
             return self.starts_s[position]
-        if len(self.starts_s) <= self.reach:
+        if len(self.starts_s) <= self.examined:
             return None
-        return self.starts_s[-1] + (position - self.reach) * self.each_s
+        return self.starts_s[-1] + (position - self.examined) * self.each_s
 
 
 class QueuePositions:
-    """Looks up places. Safe to share between threads; one per process is enough."""
+    """Looks up positions. Safe to share between threads; one per process is enough."""
 
     def __init__(
-        self, redis: Redis, most_looked_into: int = MOST_LOOKED_INTO, kept_s: float = KEPT_S
+        self, redis: Redis, max_examined: int = MAX_EXAMINED, cache_s: float = CACHE_S
     ) -> None:
         self._redis = redis
         self._read_starts = scripts.load(redis, "starts")
-        self._most_looked_into = most_looked_into
-        self._kept_s = kept_s
-        self._kept: dict[tuple[str, int], tuple[float, _Starts]] = {}
+        self._max_examined = max_examined
+        self._cache_s = cache_s
+        self._cached: dict[tuple[str, int], tuple[float, _StartTimes]] = {}
 
     def of(self, jobs: Iterable[JobRecord], workers: Mapping[str, int]) -> dict[str, QueuePosition]:
-        """Find the places of those among `jobs` that wait, by their ids.
+        """Find the positions of the waiting jobs among `jobs`, by their ids.
 
-        workers: how many live workers serve each queue; one that is left out has none.
+        Args:
+            workers: how many live workers serve each queue; a missing queue has none.
         """
         queues: dict[str, dict[str, int]] = {}
         waiting = [job for job in jobs if job.state is JobState.QUEUED]
@@ -74,14 +76,14 @@ class QueuePositions:
             starts = self._starts(queue, workers.get(queue, 0), max(positions.values()))
             for job_id, position in positions.items():
                 found[job_id] = QueuePosition(
-                    position, None if starts is None else starts.of(position)
+                    position, None if starts is None else starts.at(position)
                 )
         return found
 
     def at(self, queue: str, position: int, workers: int) -> QueuePosition:
-        """Describe a place that is known."""
+        """Estimate the start of a position that is already known."""
         starts = self._starts(queue, workers, position)
-        return QueuePosition(position, None if starts is None else starts.of(position))
+        return QueuePosition(position, None if starts is None else starts.at(position))
 
     def _positions(self, jobs: Sequence[JobRecord]) -> Sequence[int | None]:
         if not jobs:
@@ -92,18 +94,18 @@ class QueuePositions:
             positions: Sequence[int | None] = pipe.execute()
         return positions
 
-    def _starts(self, queue: str, workers: int, last: int) -> _Starts | None:
+    def _starts(self, queue: str, workers: int, last: int) -> _StartTimes | None:
         if workers < 1:
             return None
         now = time.monotonic()
-        reach = min(last, self._most_looked_into)
-        until, kept = self._kept.get((queue, workers), (0.0, None))
-        if kept is not None and now < until and reach <= kept.reach:
-            return kept
-        each_s, *starts_s = map(float, self._read_starts(queue, workers, reach))
-        starts = _Starts(reach, each_s, tuple(starts_s))
-        for key, (lapses, _) in list(self._kept.items()):
-            if lapses < now:
-                self._kept.pop(key, None)
-        self._kept[queue, workers] = (now + self._kept_s, starts)
+        examined = min(last, self._max_examined)
+        expires, cached = self._cached.get((queue, workers), (0.0, None))
+        if cached is not None and now < expires and examined <= cached.examined:
+            return cached
+        each_s, *starts_s = map(float, self._read_starts(queue, workers, examined))
+        starts = _StartTimes(examined, each_s, tuple(starts_s))
+        for key, (expires, _) in list(self._cached.items()):
+            if expires < now:
+                self._cached.pop(key, None)
+        self._cached[queue, workers] = (now + self._cache_s, starts)
         return starts

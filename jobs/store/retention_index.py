@@ -1,7 +1,7 @@
-"""Jobs by their age: found oldest first, some hundred at a time, with what decides their end.
+"""Find jobs by their age, oldest first and in pages, with what retention needs to know of them.
 
-Ids sort by the time of creation, so the indexes are in order of age, and an old job may still have
-ended a moment ago. Only what is needed is read, and a record that cannot be read is left alone.
+Ids sort by the time of creation, so the indexes are in order of age; but an old job may have ended
+just now. Only the necessary fields are read. A record that cannot be read is left alone.
 """
 
 import json
@@ -22,13 +22,14 @@ from jobs.store import scripts
 logger = logging.getLogger(__name__)
 
 PAGE: Final = 200
+"""The most jobs of one page."""
 
 _FIELDS: Final = ("state", "created_at", "finished_at", "video", "video_deleted_at")
 
 
 @dataclass(frozen=True, slots=True)
-class AgedJob:
-    """What is known of a job when its end is considered; `video_key` is None once it is deleted."""
+class RetentionEntry:
+    """What retention needs to know of a job; `video_key` is None without a video to delete."""
 
     id: str
     state: JobState
@@ -37,16 +38,16 @@ class AgedJob:
     video_key: str | None
 
 
-class Aging:
-    """Finds old jobs and notes what has become of them. Safe to share between threads."""
+class RetentionIndex:
+    """Finds old jobs, and records what was deleted. Safe to share between threads."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._video_deleted = scripts.load(redis, "video_deleted")
 
-    def created_before(self, state: JobState, moment: datetime) -> Iterator[list[AgedJob]]:
-        """Page through the jobs in `state`, oldest first; they may be deleted meanwhile."""
-        last, end = "-", "(" + ids.id_at(moment.timestamp())
+    def created_before(self, state: JobState, moment: datetime) -> Iterator[list[RetentionEntry]]:
+        """Iterate over pages of jobs in `state`, oldest first; they may be deleted meanwhile."""
+        last, end = "-", "(" + ids.id_prefix(moment.timestamp())
         while True:
             found = self._redis.zrangebylex(redis_keys.index(state), last, end, start=0, num=PAGE)
             page = [cast("bytes", each).decode() for each in found]
@@ -56,45 +57,48 @@ class Aging:
             yield list(self._read(page).values())
 
     def video_deleted(self, job_id: str) -> None:
-        """Note that the job's video is gone; nothing happens if the job is gone, too."""
+        """Record that the job's video was deleted; does nothing if the job no longer exists."""
         self._video_deleted(job_id, record.now().isoformat())
 
-    def unclaimed(self, videos: Sequence[tuple[str, str]]) -> list[str]:
-        """Say which of these (job id, artifact key) pairs are no job's video, and never will be.
+    def unreferenced(self, videos: Sequence[tuple[str, str]]) -> list[str]:
+        """Return the keys that are no job's video and never will be.
 
-        A job that has not ended may still come to name any of its attempts' videos. A record that
-        cannot be read claims all of its own.
+        A job that has not ended may still come to refer to the video of any of its attempts. A
+        record that cannot be read counts as referring to all of its own videos.
+
+        Args:
+            videos: pairs of a job id and an artifact key.
         """
         known = self._fields([job_id for job_id, _ in videos])
         return [
             key
             for (job_id, key), fields in zip(videos, known, strict=True)
-            if not _claims(job_id, fields, key)
+            if not _may_refer(job_id, fields, key)
         ]
 
     def is_empty(self) -> bool:
-        """Whether Redis knows of no job at all."""
+        """Return whether Redis has no job at all."""
         return not self._redis.exists(redis_keys.index("all"))
 
-    def forget_names(self, owners: Iterable[str], moment: datetime) -> None:
-        """Take jobs created before `moment` out of the indexes, be their records lapsed or not."""
-        end = "(" + ids.id_at(moment.timestamp())
+    def remove_entries(self, owners: Iterable[str], moment: datetime) -> None:
+        """Remove jobs created before `moment` from the indexes, whether or not they expired."""
+        end = "(" + ids.id_prefix(moment.timestamp())
         with self._redis.pipeline(transaction=False) as pipe:
             for owner in (None, *owners):
                 for state in ("all", *JobState):
                     pipe.zremrangebylex(redis_keys.index(state, owner), "-", end)
             pipe.execute()
 
-    def tidy_registries(self) -> None:
-        """Do RQ's own cleaning for queues that have no worker left to do it."""
+    def clean_registries(self) -> None:
+        """Clean RQ's registries, as queues without a worker are not cleaned by RQ itself."""
         for queue in Queue.all(connection=self._redis):
             for registry in (FinishedJobRegistry, FailedJobRegistry):
                 registry(queue.name, connection=self._redis).cleanup()
 
-    def _read(self, job_ids: Sequence[str]) -> dict[str, AgedJob]:
+    def _read(self, job_ids: Sequence[str]) -> dict[str, RetentionEntry]:
         found = {}
         for job_id, fields in zip(job_ids, self._fields(job_ids), strict=True):
-            if fields[0] is None:  # lapsed; its name goes with `forget_names`
+            if fields[0] is None:  # expired; `remove_entries` removes its id
                 continue
             try:
                 found[job_id] = _decode(job_id, fields)
@@ -113,12 +117,12 @@ class Aging:
             return cast("list[list[bytes | None]]", pipe.execute())
 
 
-def _decode(job_id: str, fields: Sequence[bytes | None]) -> AgedJob:
+def _decode(job_id: str, fields: Sequence[bytes | None]) -> RetentionEntry:
     state, created, finished, video, deleted = (
         None if field is None else field.decode() for field in fields
     )
     assert state is not None, "a record that is there has a state"
-    return AgedJob(
+    return RetentionEntry(
         id=job_id,
         state=JobState(state),
         created_at=datetime.fromisoformat(created or ""),
@@ -127,7 +131,8 @@ def _decode(job_id: str, fields: Sequence[bytes | None]) -> AgedJob:
     )
 
 
-def _claims(job_id: str, fields: Sequence[bytes | None], key: str) -> bool:
+def _may_refer(job_id: str, fields: Sequence[bytes | None], key: str) -> bool:
+    """Return whether a job refers to an artifact, or may come to do so."""
     if fields[0] is None:
         return False
     try:

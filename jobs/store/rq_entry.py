@@ -1,7 +1,7 @@
-"""The RQ side of a job: the hash and the queue entry through which it reaches a worker.
+"""Build RQ's hash of a job, through which RQ delivers the job's id to a worker.
 
-RQ carries an id to a worker and no more. Who owns a job, what became of it and whether it must be
-delivered again stands in our record, so RQ's own retries and registries are not used.
+RQ delivers the id and nothing else. The record says who owns a job, how it ended and whether it
+must be delivered again, so RQ's own retries and registries are not used.
 """
 
 import zlib
@@ -17,15 +17,16 @@ from rq.utils import utcformat
 from jobs import redis_keys
 
 TASK = "worker.tasks.generate"
+"""The function that RQ calls; queued jobs contain this name, so it must not change."""
 
 UNKNOWN_DEADLINE_S: Final = 3600
-"""Of a record whose own cannot be read. RQ's limit ends no job here; it only has to have one."""
+"""Used if a record's deadline cannot be read. RQ requires a timeout, but it ends no job here."""
 
 RqFields = list[str | bytes]
 
 
 def rq_fields(job_id: str, queue: str, deadline_s: int) -> RqFields:
-    """The fields and values of RQ's hash of a job that is about to be queued; sends nothing."""
+    """Return RQ's hash for a job that is about to be queued, as alternating fields and values."""
     now = utcformat(datetime.now(UTC))
     fields = _shared_fields(queue, deadline_s) | {
         "created_at": now,
@@ -37,11 +38,11 @@ def rq_fields(job_id: str, queue: str, deadline_s: int) -> RqFields:
 
 @lru_cache(maxsize=256)
 def _shared_fields(queue: str, deadline_s: int) -> dict[str, str | bytes]:
-    """What RQ writes of every such job: asking it anew for each costs a tenth of a millisecond."""
+    """Return the fields that all jobs share; cached, as RQ needs 0.1 ms to make them."""
     rq_job = Job.create(
         TASK,
         args=("",),
-        connection=Redis(),  # asked for, and never used
+        connection=Redis(),  # required, and never used
         id="pattern",
         origin=queue,
         timeout=deadline_s,
@@ -60,10 +61,10 @@ def _shared_fields(queue: str, deadline_s: int) -> dict[str, str | bytes]:
 
 
 def rq_fields_again(redis: Redis, job_id: str) -> RqFields | None:
-    """The same for a job that is there already; None if it is not.
+    """Return RQ's hash for a job that has a record; None if it has none.
 
-    Reads no more of the record than it needs: one of another version has to reach a worker, too,
-    which then ends it.
+    Reads only two fields of the record: a job of another version must reach a worker, too, which
+    then fails it.
     """
     queue, deadline = cast(
         "list[bytes | None]", redis.hmget(redis_keys.record(job_id), ["queue", "deadline_s"])

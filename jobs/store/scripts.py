@@ -1,11 +1,11 @@
-"""The Lua scripts through which every change of a job goes.
+"""Load the Lua scripts that make every change of a job.
 
-Each lies in `jobs/store/lua/` and begins with what `prelude.lua` defines; Redis names and lifetimes
-are put in here, so that `jobs/redis_keys.py` stays the only place that knows them. The prelude says
-what holds for all of them.
+The scripts are in `jobs/store/lua/`. Each is prefixed with `prelude.lua`, which defines what they
+share and says what holds for all of them. Redis keys and lifetimes are substituted here, so that
+`jobs/redis_keys.py` is the only place that defines them.
 
-The scripts reach keys they were not given (indexes, records of other jobs), so one Redis or Valkey
-server, with replicas or without, is what they need; a sharded cluster will not do.
+The scripts access keys that are not passed to them (indexes, records of other jobs). So they need a
+single Redis or Valkey server, with or without replicas; a sharded cluster does not work.
 """
 
 import re
@@ -23,22 +23,25 @@ from jobs import redis_keys
 from jobs.store import counters
 
 EVENTS_KEPT: Final = 500
-"""About as many events of one job are kept; a job of 50 steps has some hundred."""
+"""About this many events of one job are kept; a job of 50 steps has about a hundred."""
 
 Script = Callable[..., Any]
 
 
 def load(redis: Redis, name: str) -> Script:
-    """Prepare the script `jobs/store/lua/{name}.lua`; call it with `args`. Nothing is sent yet."""
+    """Return a function that runs `jobs/store/lua/{name}.lua` with its arguments as ARGV.
+
+    Nothing is sent to Redis before the first call.
+    """
     folder = files("jobs.store") / "lua"
     text = "\n".join(
         (folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", name)
     )
-    script = cast("Script", redis.register_script(re.sub(r"@(\w+)@", _put_in, text)))
+    script = cast("Script", redis.register_script(re.sub(r"@(\w+)@", _substitute, text)))
     return lambda *args: script(args=args)
 
 
-def _put_in(match: re.Match[str]) -> str:
+def _substitute(match: re.Match[str]) -> str:
     return str(_NAMES[match.group(1)])
 
 
@@ -46,12 +49,12 @@ _NAMES: Final = {
     "BOUNDS": ", ".join(map(str, counters.BOUNDS_S)),
     "CHANNEL": redis_keys.EVENTS_CHANNEL,
     "DELETIONS": redis_keys.DELETIONS,
+    "DURATIONS": redis_keys.DURATIONS,
     "EVENTS": redis_keys.EVENTS_PREFIX,
     "EVENTS_KEPT": EVENTS_KEPT,
     "IDEMPOTENCY_TTL_S": redis_keys.IDEMPOTENCY_TTL_S,
     "INDEX": redis_keys.INDEX_PREFIX,
     "METRICS": redis_keys.METRICS,
-    "PACE": redis_keys.PACE,
     "RECORD": redis_keys.RECORD_PREFIX,
     "RECORD_TTL_S": redis_keys.RECORD_TTL_S,
     "RECOVERY": redis_keys.RECOVERY,

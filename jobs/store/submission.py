@@ -1,4 +1,4 @@
-"""What comes with a request besides the video it asks for: who asks, and on what terms."""
+"""Describe the conditions of one submission: owner, priority, webhook, idempotency and limits."""
 
 import hashlib
 import json
@@ -8,34 +8,36 @@ from typing import Final
 from jobs.errors import QueueFull, QuotaExceeded, TooManyRequests
 
 OPEN_OWNER = "local"
-"""Who owns the jobs of a service that asks for no keys."""
+"""The owner of all jobs in a service that requires no API keys."""
 
 RETRY_AFTER_S: Final = 10
-"""When to come back after a refusal because of too many jobs: about the end of a short one."""
+"""The Retry-After of a refusal because of too many jobs: about the duration of a short one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Idempotency:
-    """A caller's key for one request: the same key and body mean the same job."""
+    """A caller's Idempotency-Key: the same key and body refer to the same job."""
 
     key: str
     body_sha256: str
 
     @classmethod
     def of(cls, key: str, body: object) -> "Idempotency":
-        """body: the parsed JSON; two spellings of the same document are the same."""
+        """Build it from the parsed JSON; the order of fields and whitespace make no difference."""
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), default=repr)
         return cls(key, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """The terms of one request.
+    """The conditions of one submission.
 
     Attributes:
-        priority: goes before all that wait without, behind all that wait with it.
+        priority: whether the job goes before all waiting jobs without priority, and behind all
+            waiting jobs with it.
         queue_limit: the most jobs that may wait in the queue before this one; None for no limit.
-        owner_limit: the most jobs the owner may have waiting and running before this one.
+        owner_limit: the most jobs that the owner may have waiting and running before this one;
+            None for no limit.
     """
 
     owner: str = OPEN_OWNER
@@ -46,7 +48,7 @@ class Submission:
     owner_limit: int | None = None
 
     def refusal(self, limit: str, jobs: int) -> TooManyRequests:
-        """What to raise where `jobs` reach a limit: "queue_full", or the owner's."""
+        """Build the error for reaching a limit with `jobs`: "queue_full", or else the owner's."""
         if limit == "queue_full":
             return QueueFull(
                 f"{jobs} jobs are waiting, and {self.queue_limit} is the most; come back in "

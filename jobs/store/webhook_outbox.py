@@ -1,8 +1,9 @@
-"""The webhooks that are due, and how far each job's are: the outbox.
+"""Keep the outbox: the webhooks that are due, and the delivery status of each job's webhook.
 
-The step that ends a job puts it in (`jobs/store/lua/prelude.lua`), so no end is missed. Any number
-of processes take from it: what one takes is leased to it, and is due again for anyone if that
-process does not settle it in time. A webhook is called at least once, and now and then twice.
+The atomic step that ends a job adds its webhook (`jobs/store/lua/prelude.lua`), so none is missed.
+Any number of processes take entries from the outbox. An entry is leased to the process that takes
+it, and is due again if that process does not settle it before the lease ends. A webhook is called
+at least once, and sometimes twice.
 """
 
 from collections.abc import Sequence
@@ -18,20 +19,22 @@ from jobs.record import JobRecord
 from jobs.store import scripts
 
 LEASE_S: Final = 60.0
-"""How long a process may take for one call, all told; it gives up long before."""
+"""How long a process may hold one entry; its HTTP timeouts are much shorter."""
 
 
 class WebhookState(StrEnum):
+    """The delivery state of a webhook."""
+
     PENDING = "pending"
     DELIVERED = "delivered"
     GIVEN_UP = "given_up"
 
 
 class WebhookStatus(BaseModel):
-    """How far the calls of one job's webhook are.
+    """The delivery status of one job's webhook.
 
-    Of the latest try: `last_status` is the HTTP status it was answered with, if it was answered,
-    and `last_error` says what was wrong, if something was.
+    `last_status` is the HTTP status of the latest try, None without a response. `last_error` says
+    why the latest try failed, None if it did not.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,7 +48,7 @@ class WebhookStatus(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to call one job's webhook; `until_ms`, on Redis' clock, tells it from others."""
+    """The right to call one job's webhook; `until_ms`, on Redis' clock, identifies the lease."""
 
     job_id: str
     until_ms: int
@@ -53,9 +56,9 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one try: delivered, unless there is an `error`.
+    """The result of one try: delivered, unless there is an `error`.
 
-    A failed one is repeated after `retry_in_s`, or never if that is None.
+    A failed try is repeated after `retry_in_s`, or never if that is None.
     """
 
     status: int | None = None
@@ -64,7 +67,7 @@ class Outcome:
 
 
 class Outbox:
-    """All access to the outbox. Safe to share between threads; Redis errors pass through."""
+    """All access to the outbox. Safe to share between threads; Redis errors are not caught."""
 
     def __init__(self, redis: Redis, lease_s: float = LEASE_S) -> None:
         self._redis = redis
@@ -79,51 +82,51 @@ class Outbox:
         return [Lease(job_id.decode(), int(until)) for job_id, until in pairs]
 
     def settle(self, lease: Lease, outcome: Outcome) -> bool:
-        """Record one try; says whether the lease still held, and nothing was written if not."""
+        """Record one try; return False, and write nothing, if the lease has ended."""
         if outcome.error is None:
-            word, fields = "delivered", {"delivered_at": record.now().isoformat()}
+            result, fields = "delivered", {"delivered_at": record.now().isoformat()}
         else:
-            word = "given_up" if outcome.retry_in_s is None else "retried"
+            result = "given_up" if outcome.retry_in_s is None else "retried"
             fields = {"last_error": outcome.error}
         if outcome.status is not None:
             fields["last_status"] = str(outcome.status)
         pairs = [text for field in fields.items() for text in field]
-        return self._end(lease, word, outcome.retry_in_s or 0.0, *pairs)
+        return self._end(lease, result, outcome.retry_in_s or 0.0, *pairs)
 
     def postpone(self, lease: Lease, seconds: float) -> bool:
-        """Give a lease back untried; the webhook is due again after `seconds`."""
+        """End a lease without a try; the webhook is due again after `seconds`."""
         return self._end(lease, "postponed", seconds)
 
     def drop(self, job_id: str) -> None:
-        """Forget the webhook of a job that is gone."""
+        """Remove the webhook of a job that no longer exists."""
         with self._redis.pipeline() as pipe:
             pipe.zrem(redis_keys.WEBHOOKS_DUE, job_id)
             pipe.delete(redis_keys.webhook(job_id))
             pipe.execute()
 
     def status(self, job: JobRecord) -> WebhookStatus | None:
-        """How far the calls of the job's webhook are; None for a job without one."""
+        """Read the delivery status of the job's webhook; None for a job without one."""
         return self.statuses([job])[0]
 
     def statuses(self, jobs: Sequence[JobRecord]) -> list[WebhookStatus | None]:
-        """Do the same for many jobs, in their order and one exchange, or none if none has one."""
+        """Do the same for many jobs, in their order, in at most one round trip."""
         found: dict[str, WebhookStatus] = {}
-        asked = [job.id for job in jobs if job.webhook_url is not None]
-        if asked:
+        with_webhook = [job.id for job in jobs if job.webhook_url is not None]
+        if with_webhook:
             with self._redis.pipeline(transaction=False) as pipe:
-                for job_id in asked:
+                for job_id in with_webhook:
                     pipe.hgetall(redis_keys.webhook(job_id))
-                for job_id, fields in zip(asked, pipe.execute(), strict=True):
+                for job_id, fields in zip(with_webhook, pipe.execute(), strict=True):
                     found[job_id] = _decode(fields)
         return [found.get(job.id) for job in jobs]
 
     def tries(self, job_id: str) -> int:
-        """How often a job's webhook was tried, for who cannot read the job."""
+        """Return how often a job's webhook was called; needs no readable record."""
         found = self._redis.hget(redis_keys.webhook(job_id), "tries")
         return 0 if found is None else int(cast("bytes", found))
 
-    def _end(self, lease: Lease, word: str, seconds: float, *pairs: str) -> bool:
-        answer = self._settle(lease.job_id, lease.until_ms, word, int(seconds * 1000), *pairs)
+    def _end(self, lease: Lease, result: str, seconds: float, *pairs: str) -> bool:
+        answer = self._settle(lease.job_id, lease.until_ms, result, int(seconds * 1000), *pairs)
         return bool(answer == b"ok")
 
 

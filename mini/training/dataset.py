@@ -1,4 +1,4 @@
-"""Training data, made on the spot: scenes of one split, rendered, encoded, captioned."""
+"""Make training data: render, encode and caption random scenes of one split."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ WORDINGS = 2
 
 
 def scenes_of(split: Split, count: int, seed: int, pair_share: float = PAIR_SHARE) -> list[Scene]:
-    """`count` scenes of one split; the same seed gives the same scenes."""
+    """Draw `count` scenes of one split; the same seed gives the same scenes."""
     rng = random.Random(f"{split} scenes {seed}")
     return [sample_scene(rng, split, pair_share) for _ in range(count)]
 
 
-def laid_out(scenes: list[Scene], seed: int) -> Tracks:
-    """The scenes with random layouts, batched on the CPU."""
+def lay_out(scenes: list[Scene], seed: int) -> Tracks:
+    """Give the scenes random layouts and batch them on the CPU."""
     rng = random.Random(f"layouts {seed}")
     return tracks(scenes, [layout(scene, rng) for scene in scenes])
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
-    """[N, TEXT_TOKENS] int16, 0 where there is no token."""
+    """Tokenize captions: [N, TEXT_TOKENS] int16, padded with 0."""
     encoded = tokenizer(
         captions,
         padding="max_length",
@@ -46,24 +46,26 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
 
 
 def clips(batch: Tracks, size: int) -> Iterator[Tensor]:
-    """Render in pieces of `size` scenes: [size, 3, F, H, W] in 0..1."""
+    """Render `size` scenes at a time: [size, 3, F, H, W] in 0..1."""
     for start in range(0, batch.radius.shape[0], size):
         yield render(batch.select(slice(start, start + size)))
 
 
 def clip_pool(count: int, seed: int, device: torch.device) -> Tensor:
-    """Rendered training clips to draw VAE batches from: [count, 3, F, H, W] uint8."""
-    batch = laid_out(scenes_of(Split.TRAIN, count, seed), seed).to(device)
+    """Render training clips to draw VAE batches from: [count, 3, F, H, W] uint8."""
+    batch = lay_out(scenes_of(Split.TRAIN, count, seed), seed).to(device)
     pool = [(clip * 255).round().to(torch.uint8) for clip in clips(batch, 128)]
     return torch.cat(pool)
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What the transformer trains on.
+    """The training data of the transformer.
 
-    latents: [N, 16, 5, 12, 12] bf16, normalised to mean 0 and deviation 1 per channel.
-    tokens: [N, WORDINGS, TEXT_TOKENS] int16. empty: [TEXT_TOKENS], the empty prompt.
+    Attributes:
+        latents: [N, 16, 5, 12, 12] bf16, normalised to mean 0 and deviation 1 per channel.
+        tokens: [N, WORDINGS, TEXT_TOKENS] int16, several captions of each scene.
+        empty: [TEXT_TOKENS], the empty prompt.
     """
 
     latents: Tensor
@@ -82,15 +84,15 @@ def build_corpus(
     device = vae.device
     scenes = scenes_of(Split.TRAIN, count, seed, pair_share)
     rng = random.Random(f"wordings {seed}")
-    said = [caption(scene, rng) for scene in scenes for _ in range(WORDINGS)]
-    tokens = tokenize(tokenizer, said).view(count, WORDINGS, TEXT_TOKENS)
-    latents = encode_scenes(vae, laid_out(scenes, seed))
+    captions = [caption(scene, rng) for scene in scenes for _ in range(WORDINGS)]
+    tokens = tokenize(tokenizer, captions).view(count, WORDINGS, TEXT_TOKENS)
+    latents = encode_scenes(vae, lay_out(scenes, seed))
     return Corpus(latents, tokens.to(device), tokenize(tokenizer, [""])[0].to(device))
 
 
 @torch.no_grad()
 def encode_scenes(vae: AutoencoderKLWan, batch: Tracks, size: int = 128) -> Tensor:
-    """Normalised latents of laid-out scenes: [N, 16, 5, 12, 12] bf16 on the VAE's device."""
+    """Encode laid-out scenes to normalised latents: [N, 16, 5, 12, 12] bf16 on the VAE's device."""
     device = vae.device
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)

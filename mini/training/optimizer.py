@@ -1,8 +1,8 @@
-"""What both trainings share: one optimizer step, captured as a CUDA graph where there is CUDA, a
-time-boxed learning rate, and an exponential moving average of the weights.
+"""Run optimizer steps for both training stages.
 
-The miniature is so small that launching kernels takes longer than running them; replaying a
-captured step is several times faster (docs/log.md).
+A step is captured as a CUDA graph if there is CUDA. The learning rate follows a schedule in time,
+and the weights have an exponential moving average. The miniature is so small that launching kernels
+takes longer than running them; replaying a captured step is several times faster (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ AVERAGE_DECAY = 0.999
 
 
 class Optimizer:
-    """AdamW with gradient clipping and a learning rate that follows the clock.
+    """AdamW with gradient clipping and a learning rate that depends on elapsed time.
 
-    The rate warms up over `warm_up_steps`, stays, and falls to zero over the last `cool_down` share
-    of `seconds`, so a run ends cooled down however fast the machine is.
+    The rate rises over `warm_up_steps`, stays constant, and falls to zero over the last `cool_down`
+    share of `seconds`. A run therefore ends with a rate of zero, whatever the machine's speed.
     """
 
     def __init__(
@@ -43,9 +43,12 @@ class Optimizer:
         self.lr = torch.zeros((), device=self.parameters[0].device)
         self._decay_gap = torch.ones((), device=self.parameters[0].device)
         decayed = [p for p in self.parameters if p.ndim > 1]
-        plain = [p for p in self.parameters if p.ndim <= 1]
+        not_decayed = [p for p in self.parameters if p.ndim <= 1]
         self.adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": 0.01},
+                {"params": not_decayed, "weight_decay": 0.0},
+            ],
             lr=self.lr,
             betas=(0.9, 0.98),
             capturable=cuda,
@@ -54,7 +57,7 @@ class Optimizer:
         self._last = time.monotonic()
 
     def tick(self) -> float:
-        """Account for the time since the last step, set the learning rate, return the progress."""
+        """Add the time since the last step, set the learning rate, return the progress in 0..1."""
         now = time.monotonic()
         self.spent_s += now - self._last
         self._last = now
@@ -62,13 +65,13 @@ class Optimizer:
         warm = min(1.0, (self.steps + 1) / self.warm_up_steps)
         cool = min(1.0, (1.0 - progress) / self.cool_down)
         self.lr.fill_(self.peak_lr * warm * math.sin(0.5 * math.pi * cool))
-        # A short average at first: a constant one would hold on to the random start.
+        # A short average at first: a constant decay would keep the random initial weights.
         self._decay_gap.fill_(1.0 - min(AVERAGE_DECAY, (1 + self.steps) / (10 + self.steps)))
         self.steps += 1
         return progress
 
     def pause(self) -> None:
-        """Leave what happens until `resume` out of the clock."""
+        """Stop the clock until `resume`."""
         self.spent_s += time.monotonic() - self._last
 
     def resume(self) -> None:
@@ -76,12 +79,12 @@ class Optimizer:
         self._last = time.monotonic()
 
     def apply(self) -> None:
-        """Clip, step, and move the average. Safe to capture."""
+        """Clip gradients, step, and update the average. Can be captured in a CUDA graph."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         self.adam.step()
-        with torch.no_grad():  # else the average holds on to every step there was
+        with torch.no_grad():  # otherwise the average keeps the autograd graph of all steps
             gaps = torch._foreach_sub(self.parameters, self.average)
-            # On the device, so that a captured step follows what `tick` sets.
+            # A tensor on the device, so that a captured step uses the value that `tick` sets.
             torch._foreach_mul_(gaps, self._decay_gap)
             torch._foreach_add_(self.average, gaps)
 
@@ -89,12 +92,12 @@ class Optimizer:
         """Exchange the weights with their average; call twice around an evaluation."""
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average, strict=True):
-                kept = parameter.detach().clone()
+                weights = parameter.detach().clone()
                 parameter.copy_(average)
-                average.copy_(kept)
+                average.copy_(weights)
 
     def state(self) -> dict[str, object]:
-        """Everything a later process needs to go on."""
+        """Return everything that a later process needs to continue."""
         return {
             "adam": self.adam.state_dict(),
             "average": self.average,
@@ -103,10 +106,10 @@ class Optimizer:
         }
 
     def restore(self, state: dict[str, object]) -> None:
-        """Go on from `state()`."""
+        """Continue from a value of `state()`."""
         saved_adam: dict[str, Any] = state["adam"]  # type: ignore[assignment]
         if moments := self.adam.state_dict()["state"]:
-            # In place: a captured step goes on using the tensors it was captured with.
+            # In place, because a captured step keeps using the tensors it was captured with.
             for index, values in saved_adam["state"].items():
                 for name, value in values.items():
                     moments[index][name].copy_(value)
@@ -121,7 +124,7 @@ class Optimizer:
 
 
 class TrainingStep:
-    """`loss_of()` → backward → optimizer, as one callable; on CUDA as one captured graph."""
+    """A callable that runs `loss_of()`, backward and optimizer; on CUDA a captured graph."""
 
     def __init__(self, loss_of: Callable[[], Tensor], optimizer: Optimizer) -> None:
         self._loss_of, self._optimizer = loss_of, optimizer
@@ -131,7 +134,7 @@ class TrainingStep:
             self._capture()
 
     def __call__(self) -> None:
-        """Run one step; `loss` holds its loss afterwards (reading it waits for the device)."""
+        """Run one step; `loss` is its loss afterwards, and reading it waits for the device."""
         if self._graph is None:
             self._run()
         else:

@@ -1,4 +1,4 @@
-"""The numbers of a training run that one may want to change; `training.json` beside the weights."""
+"""Define the settings of a training run, stored as `training.json` with the weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class VaeSettings:
-    """image_s and clip_s are seconds of training on single frames and on whole clips; check_clips
-    clips of the calibration split measure the reconstruction. The loss is squared error plus
-    absolute_weight times absolute error, (1 + foreground_weight) times as much on the things."""
+    """The settings of the VAE's training.
+
+    The loss is squared error plus absolute_weight times absolute error, multiplied by
+    1 + foreground_weight on the pixels of things.
+
+    Attributes:
+        pool: number of rendered clips to draw batches from.
+        image_s: seconds of training on single frames.
+        clip_s: seconds of training on whole clips.
+        check_clips: clips of the calibration split on which the reconstruction is measured.
+    """
 
     seed: int = 1
     pool: int = 6144
@@ -26,14 +34,19 @@ class VaeSettings:
 
 @dataclass(frozen=True, slots=True)
 class DenoiserSettings:
-    """Transformer and text encoder, trained together.
+    """The settings of the training of transformer and text encoder, which are trained together.
 
-    seconds: training time. corpus: encoded scenes. long_text_share: steps whose text is padded to
-    512 tokens, the pipeline's default, instead of the miniature's 64. prompt_dropout: share of
-    empty prompts, for classifier-free guidance. pair_share: scenes of two things. noisy_share:
-    samples whose sigma is drawn uniformly from noisy_from to 1, where it is decided which thing
-    goes where. checks: how often the oracle looks at samples from check_prompts captions of the
-    calibration split.
+    Attributes:
+        seconds: training time.
+        corpus: number of encoded scenes.
+        prompt_dropout: share of empty prompts, for classifier-free guidance.
+        long_text_share: share of steps whose text is padded to 512 tokens, the pipeline's default,
+            instead of the miniature's 64.
+        pair_share: share of scenes with two things.
+        noisy_share: share of samples whose sigma is uniform from noisy_from to 1. At these noise
+            levels the positions of the things are decided.
+        checks: how often the oracle evaluates samples during training.
+        check_prompts: number of captions of the calibration split in each check.
     """
 
     seed: int = 2
@@ -52,7 +65,7 @@ class DenoiserSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """One run of `python -m mini train`."""
+    """The settings of one run of `python -m mini train`."""
 
     vae: VaeSettings = field(default_factory=VaeSettings)
     denoiser: DenoiserSettings = field(default_factory=DenoiserSettings)

@@ -1,8 +1,9 @@
-"""The whole training of the miniature: VAE, then transformer and text encoder, resumable.
+"""Train the miniature: first the VAE, then transformer and text encoder. Training is resumable.
 
-The work folder keeps the VAE when it is done and the denoiser at every check; a later call goes on
-from there. The result is a diffusers folder with settings and training log beside it. One GPU,
-about half an hour; on a CPU the same code runs without graph capture, which is what the tests do.
+The work folder stores the VAE when it is finished and the denoiser at every check; a later call
+continues from there. The result is a diffusers folder that also contains settings and training log.
+It takes about half an hour on one GPU. On a CPU the same code runs without graph capture, as in the
+tests.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mini.architecture import (
 from mini.evaluate import load_pipeline, oracle_rates, sample
 from mini.training.dataset import Corpus, build_corpus
 from mini.training.settings import TrainingSettings
-from mini.training.train_denoiser import DenoiserTraining, initialise, look_both_ways
+from mini.training.train_denoiser import DenoiserTraining, bias_heads_by_direction, initialise
 from mini.training.train_vae import reconstruction_psnr_db, train_vae
 from mini.world.scenes import Split, captions_of
 
@@ -38,7 +39,7 @@ TOKENIZER_CAPTIONS = 20_000
 
 
 class TrainingRun:
-    """One training run in a work folder; `vae()` then `denoiser()` then `save()`."""
+    """A training run in a work folder: call `train_vae`, `train_denoiser`, then `save`."""
 
     def __init__(self, work: Path, settings: TrainingSettings, device: str) -> None:
         self.work, self.settings, self.device = work, settings, torch.device(device)
@@ -50,13 +51,16 @@ class TrainingRun:
             self._tokenizer(), build_text_encoder(), build_transformer(), build_vae()
         )
         initialise(self.model.transformer)
-        look_both_ways(self.model.text_encoder)
-        for part in (self.model.text_encoder, self.model.transformer, self.model.vae):
-            part.to(self.device)
-        self._began = time.monotonic()
+        bias_heads_by_direction(self.model.text_encoder)
+        for module in (self.model.text_encoder, self.model.transformer, self.model.vae):
+            module.to(self.device)
+        self._started_at = time.monotonic()
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
-        """Trained once a work folder: another version of tokenizers breaks ties another way."""
+        """Load the tokenizer, or train it if the work folder has none.
+
+        It is trained only once, because another version of tokenizers may break ties differently.
+        """
         folder = self.work / "tokenizer"
         if not (folder / "tokenizer.json").exists():
             build_tokenizer(captions_of(Split.TRAIN, TOKENIZER_CAPTIONS)).save_pretrained(folder)
@@ -65,27 +69,31 @@ class TrainingRun:
     def report(self, stage: str, figures: dict[str, float]) -> None:
         """Log figures and append them to the work folder's log."""
         rounded = {name: round(value, 5) for name, value in figures.items()}
-        line = {"stage": stage, "elapsed_s": round(time.monotonic() - self._began, 1), **rounded}
+        line = {
+            "stage": stage,
+            "elapsed_s": round(time.monotonic() - self._started_at, 1),
+            **rounded,
+        }
         logger.info("%s", json.dumps(line))
         with (self.work / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 
-    def vae(self) -> None:
-        """Train the VAE, or what is left of its time if the work folder has one."""
+    def train_vae(self) -> None:
+        """Train the VAE; a VAE in the work folder is trained for the remaining time only."""
         folder, settings = self.work / "vae", self.settings.vae
         trained_s = folder / "trained_s.json"
-        done = json.loads(trained_s.read_text()) if trained_s.exists() else 0.0
-        if done:
+        done_s = json.loads(trained_s.read_text()) if trained_s.exists() else 0.0
+        if done_s:
             trained = AutoencoderKLWan.from_pretrained(folder)
             self.model.vae.load_state_dict(trained.state_dict())
             statistics = {k: trained.config[k] for k in ("latents_mean", "latents_std")}
             self.model.vae.register_to_config(**statistics)
-        if done >= settings.clip_s:
+        if done_s >= settings.clip_s:
             return
-        # What was made with the VAE as it was is of no use any more.
+        # These files depend on the VAE before further training, so they are no longer valid.
         for stale in ("corpus.pt", "denoiser.pt"):
             (self.work / stale).unlink(missing_ok=True)
-        train_vae(self.model.vae, settings, self.report, done_clip_s=done)
+        train_vae(self.model.vae, settings, self.report, done_clip_s=done_s)
         self.model.vae.save_pretrained(folder)
         trained_s.write_text(json.dumps(settings.clip_s))
         psnr = reconstruction_psnr_db(
@@ -94,20 +102,20 @@ class TrainingRun:
         figures = {"psnr_db_mean": psnr.mean().item(), "psnr_db_min": psnr.min().item()}
         self.report("vae reconstruction", figures)
 
-    def denoiser(self, until: float = 1.0) -> float:
-        """Train transformer and text encoder to a share of their time; returns the share."""
-        began = time.monotonic()
+    def train_denoiser(self, until: float = 1.0) -> float:
+        """Train transformer and text encoder up to a share of their time; return the share."""
+        started_at = time.monotonic()
         settings = self.settings.denoiser
         self.model.vae.requires_grad_(False)
         corpus = self._corpus()
-        self.report("corpus", {"scenes": settings.corpus, "seconds": time.monotonic() - began})
+        self.report("corpus", {"scenes": settings.corpus, "seconds": time.monotonic() - started_at})
         training = DenoiserTraining(self.model, corpus, settings)
         training.prepare()
         self._restore(training)
         progress = min(1.0, training.optimizer.spent_s / settings.seconds)
         while progress < until:
             progress = training.run(min(until, progress + 1 / settings.checks), self.report)
-            self._keep(training)
+            self._save_checkpoint(training)
             training.optimizer.swap_average()
             self.check(progress)
             training.optimizer.swap_average()
@@ -122,10 +130,10 @@ class TrainingRun:
         self.model.transformer.load_state_dict(state["transformer"])
         self.model.text_encoder.load_state_dict(state["text_encoder"])
         training.optimizer.restore(state["optimizer"])
-        # Not the batches and the noise of the first part again.
+        # A new seed, so that the first batches and noises do not repeat.
         torch.manual_seed(self.settings.denoiser.seed + training.optimizer.steps)
 
-    def _keep(self, training: DenoiserTraining) -> None:
+    def _save_checkpoint(self, training: DenoiserTraining) -> None:
         state = {
             "transformer": self.model.transformer.state_dict(),
             "text_encoder": self.model.text_encoder.state_dict(),
@@ -136,10 +144,10 @@ class TrainingRun:
         unfinished.replace(self.work / "denoiser.pt")
 
     def _corpus(self) -> Corpus:
-        """The encoded training scenes, kept in the work folder for a run that goes on."""
-        kept, settings = self.work / "corpus.pt", self.settings.denoiser
-        if kept.exists():
-            corpus = Corpus(**torch.load(kept, map_location=self.device, weights_only=True))
+        """Load the encoded training scenes from the work folder, or build and store them."""
+        file, settings = self.work / "corpus.pt", self.settings.denoiser
+        if file.exists():
+            corpus = Corpus(**torch.load(file, map_location=self.device, weights_only=True))
             if len(corpus.latents) == settings.corpus:
                 return corpus
         corpus = build_corpus(
@@ -149,11 +157,11 @@ class TrainingRun:
             settings.seed,
             settings.pair_share,
         )
-        torch.save(asdict(corpus), kept)
+        torch.save(asdict(corpus), file)
         return corpus
 
     def check(self, progress: float) -> None:
-        """Oracle rates on captions of the calibration split, with the averaged weights."""
+        """Report oracle rates on captions of the calibration split, with the averaged weights."""
         count = self.settings.denoiser.check_prompts
         if not count:
             return
@@ -165,7 +173,7 @@ class TrainingRun:
         self.report("check", {"progress": progress, **{k: r.share for k, r in rates.items()}})
 
     def _stored_copy(self) -> Miniature:
-        """The miniature as it is stored: transformer and text encoder in BF16, VAE in FP16."""
+        """Copy the miniature in its stored form: transformer and text encoder BF16, VAE FP16."""
         copy = Miniature(
             self.model.tokenizer, build_text_encoder(), build_transformer(), build_vae()
         )
@@ -182,7 +190,7 @@ class TrainingRun:
         return copy
 
     def save(self, folder: Path) -> None:
-        """Write the diffusers folder: BF16 transformer and text encoder, FP16 VAE."""
+        """Write the diffusers folder, with settings and training log."""
         self._stored_copy().pipeline().save_pretrained(folder)
         settings = json.dumps(asdict(self.settings), indent=2)
         (folder / "training.json").write_text(settings + "\n")

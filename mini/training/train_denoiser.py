@@ -1,9 +1,10 @@
-"""Second stage: transformer and text encoder together, by flow matching on encoded scenes.
+"""Train transformer and text encoder together (second stage), by flow matching on encoded scenes.
 
-x_t = (1 - sigma) * x_0 + sigma * noise, target noise - x_0, sigma logit-normal and shifted as in
-sampling, for a share of the samples uniform near 1. The transformer is initialised for depth:
-residual outputs scaled by 1/sqrt(2 * 40), zero output projection. The text encoder's heads start
-out looking back or ahead, so that it tells "A left of B" from "B left of A" (docs/log.md).
+The input is x_t = (1 - sigma) * x_0 + sigma * noise, the target is noise - x_0. Sigma is
+logit-normal and shifted as in sampling; for a share of the samples it is uniform near 1. The
+transformer is initialised for its depth: residual outputs are scaled by 1/sqrt(2 * 40), the output
+projection is zero. The text encoder's heads initially attend backwards or forwards only, so that it
+can distinguish "A left of B" from "B left of A" (docs/log.md).
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from mini.training.optimizer import Optimizer, TrainingStep
 from mini.training.settings import DenoiserSettings
 
 LONG_TEXT_TOKENS = 512
-# Added to a head's attention logits in the direction it starts out not to look in.
-LOOKING_AWAY = -4.0
+# Added to a head's attention logits in the direction that it initially does not attend to.
+DIRECTION_BIAS = -4.0
 LOG_EVERY = 500
 Report = Callable[[str, dict[str, float]], None]
 
 
 def initialise(transformer: WanTransformer3DModel) -> None:
-    """Xavier everywhere, small residual outputs, zero head."""
+    """Initialise with Xavier weights, small residual outputs and a zero output projection."""
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -48,23 +49,25 @@ def initialise(transformer: WanTransformer3DModel) -> None:
     nn.init.zeros_(transformer.proj_out.bias)
 
 
-def look_both_ways(encoder: UMT5EncoderModel) -> None:
-    """Let even heads of every layer begin by looking back, odd ones by looking ahead.
+def bias_heads_by_direction(encoder: UMT5EncoderModel) -> None:
+    """Make even heads of every layer initially attend backwards and odd ones forwards.
 
-    UMT5 knows the order of words by its relative position biases alone. They start near zero, and
-    which of two things a relation word is said of is the exclusive or of the word and the order:
-    from such a start neither is of use without the other, and training never found them.
+    UMT5 gets the order of words from its relative position biases only, which start near zero. The
+    thing that a relation word refers to is the exclusive or of the word and the order. From such a
+    start neither helps without the other, and training never learned them.
     """
     with torch.no_grad():
         for block in encoder.encoder.block:
             bias = block.layer[0].SelfAttention.relative_attention_bias.weight
-            ahead = bias.shape[0] // 2  # the first half of the buckets is behind and here
-            bias[ahead:, 0::2] += LOOKING_AWAY
-            bias[:ahead, 1::2] += LOOKING_AWAY
+            ahead = (
+                bias.shape[0] // 2
+            )  # the first half of the buckets is for the same and earlier positions
+            bias[ahead:, 0::2] += DIRECTION_BIAS
+            bias[:ahead, 1::2] += DIRECTION_BIAS
 
 
 def draw_sigma(count: int, settings: DenoiserSettings, device: torch.device) -> Tensor:
-    """[count] noise levels in 0..1. Safe to capture."""
+    """Draw [count] noise levels in 0..1. Can be captured in a CUDA graph."""
     sigma = torch.sigmoid(torch.randn(count, device=device))
     sigma = FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
     noisy = 1 - (1 - settings.noisy_from) * torch.rand(count, device=device)
@@ -72,20 +75,23 @@ def draw_sigma(count: int, settings: DenoiserSettings, device: torch.device) -> 
 
 
 def encode_text(encoder: UMT5EncoderModel, tokens: Tensor) -> Tensor:
-    """Token embeddings with zeros after the end, as the pipeline feeds them: [B, T, text width].
+    """Encode text as the pipeline does, with zeros after the end: [B, T, text width].
 
-    tokens: [B, T] integers, 0 is padding. The mask is built here in four dimensions because
-    transformers' own builder reads it back to the host, which a captured graph cannot do.
+    The attention mask is built here in four dimensions, because transformers' own builder copies it
+    to the host, which is not possible in a captured graph.
+
+    Args:
+        tokens: [B, T] integers; 0 is padding.
     """
-    said = tokens != 0
+    is_token = tokens != 0
     lowest = torch.finfo(torch.float32).min
-    mask = torch.where(said, 0.0, lowest)[:, None, None, :]
+    mask = torch.where(is_token, 0.0, lowest)[:, None, None, :]
     embedded: Tensor = encoder(tokens.long(), attention_mask=mask).last_hidden_state
-    return embedded * said.unsqueeze(-1)
+    return embedded * is_token.unsqueeze(-1)
 
 
 class DenoiserTraining:
-    """Transformer and text encoder with their optimizer."""
+    """The training of transformer and text encoder, with their optimizer."""
 
     def __init__(self, model: Miniature, corpus: Corpus, settings: DenoiserSettings) -> None:
         self.model, self.corpus, self.settings = model, corpus, settings
@@ -93,39 +99,42 @@ class DenoiserTraining:
         self._tokens = torch.zeros(
             settings.batch, corpus.tokens.shape[2], dtype=torch.int16, device=device
         )
-        self._picked = torch.zeros(settings.batch, dtype=torch.long, device=device)
-        self._wording = torch.zeros(settings.batch, dtype=torch.long, device=device)
-        parts = [*model.transformer.parameters(), *model.text_encoder.parameters()]
-        self.optimizer = Optimizer(parts, settings.peak_lr, settings.seconds)
+        self._scene_index = torch.zeros(settings.batch, dtype=torch.long, device=device)
+        self._wording_index = torch.zeros(settings.batch, dtype=torch.long, device=device)
+        parameters = [*model.transformer.parameters(), *model.text_encoder.parameters()]
+        self.optimizer = Optimizer(parameters, settings.peak_lr, settings.seconds)
         self._steps: dict[int, TrainingStep] = {}
-        self._choice = random.Random(settings.seed)
+        self._rng = random.Random(settings.seed)
         if device.type == "cuda":
             model.transformer.compile_repeated_blocks(fullgraph=True)
 
     def prepare(self) -> None:
-        """Compile and capture. Not training time; before a checkpoint is restored, because the
-        capture runs a few steps at a learning rate of 0, which leave traces in the moments."""
+        """Compile and capture the steps; this does not count as training time.
+
+        Call it before a checkpoint is restored, because the capture runs a few steps at a learning
+        rate of 0, which change the optimizer's moments.
+        """
         for text_tokens in (self.corpus.tokens.shape[2], LONG_TEXT_TOKENS):
             self._step(text_tokens)
 
     def run(self, until: float, report: Report) -> float:
-        """Train until `until` (0..1) of the time is spent; returns the progress reached."""
-        progress, since, counted = 0.0, time.monotonic(), 0
+        """Train until a share `until` (0..1) of the time is spent; return the share reached."""
+        progress, logged_at, steps = 0.0, time.monotonic(), 0
         self.optimizer.resume()
         while progress < until:
-            long_text = self._choice.random() < self.settings.long_text_share
+            long_text = self._rng.random() < self.settings.long_text_share
             step = self._step(LONG_TEXT_TOKENS if long_text else self.corpus.tokens.shape[2])
-            self._picked.random_(self.corpus.latents.shape[0])
-            self._wording.random_(WORDINGS)
+            self._scene_index.random_(self.corpus.latents.shape[0])
+            self._wording_index.random_(WORDINGS)
             progress = self.optimizer.tick()
             step()
-            counted += 1
+            steps += 1
             if self.optimizer.steps % LOG_EVERY == 0 or progress >= until:
                 figures = {"steps": float(self.optimizer.steps), "loss": step.loss.item()}
-                figures["step_ms"] = 1000 * (time.monotonic() - since) / counted
+                figures["step_ms"] = 1000 * (time.monotonic() - logged_at) / steps
                 figures["spent_s"] = self.optimizer.spent_s
                 report("denoiser", figures)
-                since, counted = time.monotonic(), 0
+                logged_at, steps = time.monotonic(), 0
         self.optimizer.pause()
         return progress
 
@@ -135,8 +144,8 @@ class DenoiserTraining:
         return self._steps[text_tokens]
 
     def _loss(self, text_tokens: int) -> Tensor:
-        clean = self.corpus.latents[self._picked].float()
-        tokens = self.corpus.tokens[self._picked, self._wording]
+        clean = self.corpus.latents[self._scene_index].float()
+        tokens = self.corpus.tokens[self._scene_index, self._wording_index]
         count, device = clean.shape[0], clean.device
         dropped = torch.rand(count, 1, device=device) < self.settings.prompt_dropout
         tokens = torch.where(dropped, self.corpus.empty, tokens)

@@ -1,7 +1,7 @@
-"""First stage: the VAE, on single frames until they are sharp, then on whole clips.
+"""Train the VAE (first stage), on single frames until they are sharp, then on whole clips.
 
-Whole clips from the start collapse to the background, and a VAE that has only seen short clips
-falls apart on the frames it never saw; hence frames first, then the full length.
+Trained on whole clips from the start, the VAE collapses to the background. Trained on short clips
+only, it fails on later frames. Therefore single frames come first, then clips of full length.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mini.architecture import NUM_FRAMES
 from mini.training.autocast import mixed_precision
-from mini.training.dataset import clip_pool, laid_out, scenes_of
+from mini.training.dataset import clip_pool, lay_out, scenes_of
 from mini.training.optimizer import Optimizer, TrainingStep
 from mini.training.settings import VaeSettings
 from mini.training.vae_clip import (
@@ -34,12 +34,13 @@ Report = Callable[[str, dict[str, float]], None]
 def train_vae(
     vae: AutoencoderKLWan, settings: VaeSettings, report: Report, done_clip_s: float = 0.0
 ) -> None:
-    """Train in place and fill in the latent statistics.
+    """Train the VAE in place and set its latent statistics.
 
-    done_clip_s: seconds of whole-clip training the weights already have; 0 starts from nothing.
+    Args:
+        done_clip_s: seconds of whole-clip training already done; 0 starts from the beginning.
     """
     pool = clip_pool(settings.pool, settings.seed, vae.device)
-    lay_out_channels_last(vae)
+    use_channels_last(vae)
     with whole_clip(vae):
         if not done_clip_s:
             _stage(vae, pool, settings, report, frames=1)
@@ -49,8 +50,8 @@ def train_vae(
         _set_latent_statistics(vae, pool)
 
 
-def lay_out_channels_last(vae: AutoencoderKLWan) -> None:
-    """Store convolution weights channels-last; activations follow the weights."""
+def use_channels_last(vae: AutoencoderKLWan) -> None:
+    """Store convolution weights channels-last; activations then are channels-last as well."""
     for parameter in vae.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
@@ -64,31 +65,31 @@ def _stage(
     seconds = settings.image_s if frames == 1 else settings.clip_s
     batch = settings.image_batch if frames == 1 else settings.clip_batch
     optimizer = Optimizer(vae.parameters(), settings.peak_lr, seconds)
-    picked = torch.zeros(batch, dtype=torch.long, device=pool.device)
-    frame = torch.zeros(batch, dtype=torch.long, device=pool.device)
+    clip_index = torch.zeros(batch, dtype=torch.long, device=pool.device)
+    frame_index = torch.zeros(batch, dtype=torch.long, device=pool.device)
 
     def loss_of() -> Tensor:
-        chosen = pool[picked] if frames > 1 else pool[picked, :, frame].unsqueeze(2)
-        return _loss(vae, _signed(chosen), settings)
+        video = pool[clip_index] if frames > 1 else pool[clip_index, :, frame_index].unsqueeze(2)
+        return _loss(vae, _signed(video), settings)
 
-    step = TrainingStep(loss_of, optimizer)  # while the learning rate is still 0
-    progress, since, counted = 0.0, time.monotonic(), 0
+    step = TrainingStep(loss_of, optimizer)  # created while the learning rate is still 0
+    progress, logged_at, steps = 0.0, time.monotonic(), 0
     optimizer.resume()
     while progress < 1.0:
-        picked.random_(pool.shape[0])
-        frame.random_(pool.shape[2])
+        clip_index.random_(pool.shape[0])
+        frame_index.random_(pool.shape[2])
         progress = optimizer.tick()
         step()
-        counted += 1
+        steps += 1
         if optimizer.steps % 250 == 0 or progress >= 1.0:
             figures = {
                 "steps": optimizer.steps,
                 "loss": step.loss.item(),
-                "step_ms": 1000 * (time.monotonic() - since) / counted,
+                "step_ms": 1000 * (time.monotonic() - logged_at) / steps,
                 "spent_s": optimizer.spent_s,
             }
             report(f"vae {frames}-frame", figures)
-            since, counted = time.monotonic(), 0
+            logged_at, steps = time.monotonic(), 0
     optimizer.swap_average()
 
 
@@ -102,9 +103,11 @@ def _loss(vae: AutoencoderKLWan, video: Tensor, settings: VaeSettings) -> Tensor
         mean, logvar = mean.float(), logvar.float()
         latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         rebuilt = decode_clip(vae, latents).float()
-    # The corner pixel is background in every scene of the world.
-    ground = video[:, :, :, :1, :1]
-    weight = 1 + settings.foreground_weight * ((video - ground).abs().amax(1, keepdim=True) > 0.05)
+    # The corner pixel is background in every scene.
+    background = video[:, :, :, :1, :1]
+    weight = 1 + settings.foreground_weight * (
+        (video - background).abs().amax(1, keepdim=True) > 0.05
+    )
     error = rebuilt - video
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     pixels = error.square() + settings.absolute_weight * error.abs()
@@ -114,8 +117,8 @@ def _loss(vae: AutoencoderKLWan, video: Tensor, settings: VaeSettings) -> Tensor
 @torch.no_grad()
 def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
     with mixed_precision(pool.device):
-        pieces = torch.split(pool[:512], 64)
-        latents = torch.cat([encode_clip(vae, _signed(p))[0].float() for p in pieces])
+        batches = torch.split(pool[:512], 64)
+        latents = torch.cat([encode_clip(vae, _signed(batch))[0].float() for batch in batches])
     mean = latents.mean(dim=(0, 2, 3, 4)).tolist()
     std = latents.std(dim=(0, 2, 3, 4)).tolist()
     vae.register_to_config(
@@ -126,9 +129,9 @@ def _set_latent_statistics(vae: AutoencoderKLWan, pool: Tensor) -> None:
 
 @torch.no_grad()
 def reconstruction_psnr_db(vae: AutoencoderKLWan, split: Split, count: int, seed: int) -> Tensor:
-    """PSNR in dB of `count` clips of `split` after encode and decode, one value per clip."""
+    """Encode and decode `count` clips of `split` and return the PSNR of each clip in dB."""
     scenes = scenes_of(split, count, seed)
-    batch = laid_out(scenes, seed)
+    batch = lay_out(scenes, seed)
     values = []
     for start in range(0, count, 8):
         video = render(batch.select(slice(start, start + 8)).to(vae.device))

@@ -1,10 +1,10 @@
-"""The Wan VAE over a whole clip at once, for training.
+"""Run the Wan VAE on a whole clip at once, for training.
 
-diffusers runs the VAE frame by frame with a feature cache, which saves memory and costs five times
-the kernel launches. The cached convolutions are plain causal convolutions over the whole clip, and
-only the temporal resamplers treat the first frame apart. `whole_clip` replaces just those, so
-`vae.encoder(x)` and `vae.decoder(z)` without a cache give what `vae.encode` and `vae.decode` give;
-tests/mini/training/test_vae_clip.py holds the two together.
+diffusers runs the VAE frame by frame with a feature cache, which saves memory but needs five times
+as many kernel launches. The cached convolutions are plain causal convolutions over the whole clip,
+and only the temporal resamplers treat the first frame differently. `whole_clip` replaces only the
+resamplers, so that `vae.encoder(x)` and `vae.decoder(z)` without a cache give the same as
+`vae.encode` and `vae.decode`; tests/mini/training/test_vae_clip.py compares them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def whole_clip(vae: AutoencoderKLWan) -> Iterator[None]:
-    """Inside, encoder and decoder take whole clips without a feature cache."""
+    """Make encoder and decoder take whole clips without a feature cache within the context."""
     resamplers = [m for m in vae.modules() if isinstance(m, WanResample)]
     for module in resamplers:
         module.forward = partial(_resample, module)
@@ -36,8 +36,8 @@ def whole_clip(vae: AutoencoderKLWan) -> Iterator[None]:
 def _resample(module: WanResample, x: Tensor, *_cache: Any, **_cached: Any) -> Tensor:
     first, rest = x[:, :, :1], x[:, :, 1:]
     if module.mode == "upsample3d" and rest.shape[2]:
-        # The first latent frame stands for one video frame; each later one becomes two. The time
-        # convolution starts after the first frame and never sees it.
+        # The first latent frame gives one video frame, each later one two. The time convolution
+        # starts after the first frame and does not use it.
         doubled = module.time_conv(rest)
         batch, channels, frames, height, width = doubled.shape
         doubled = doubled.reshape(batch, 2, channels // 2, frames, height, width)
@@ -50,22 +50,26 @@ def _resample(module: WanResample, x: Tensor, *_cache: Any, **_cached: Any) -> T
 
 
 def encode_clip(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the latents. Call inside `whole_clip`.
+    """Return mean and log-variance of the latents. Call it within `whole_clip`.
 
-    video: [B, 3, F, H, W] in -1..1 → two of [B, 16, 1 + (F-1)/4, H/8, W/8].
+    Args:
+        video: [B, 3, F, H, W] in -1..1 → two tensors [B, 16, 1 + (F-1)/4, H/8, W/8].
     """
     mean, logvar = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
     return mean, logvar.clamp(-30.0, 20.0)
 
 
 def decode_clip(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """The clip, unclamped. Call inside `whole_clip`. latents as `encode_clip` gives them."""
+    """Decode latents of `encode_clip` to an unclamped clip. Call it within `whole_clip`."""
     return vae.decoder(vae.post_quant_conv(latents))  # type: ignore[no-any-return]
 
 
 def start_time_convolutions_as_copies(vae: AutoencoderKLWan) -> None:
-    """Make each temporal resampler repeat or keep frames, so that video training starts at the
-    quality single frames had reached instead of collapsing to the background."""
+    """Initialise each temporal resampler to repeat or keep frames.
+
+    Training on clips then starts with the quality reached on single frames, instead of collapsing
+    to the background.
+    """
     for module in vae.modules():
         if not (isinstance(module, WanResample) and module.mode in ("upsample3d", "downsample3d")):
             continue

@@ -1,8 +1,9 @@
-"""What a video shows, read by classical vision: no learned weights, no knowledge of the caption.
+"""Recognize what a video shows, by classical image processing without learned weights or caption.
 
-Frames are compared with the world's background and object colours, objects become connected blobs,
-a shape is the silhouette template it overlaps best, a motion is read off the centroid's path.
-`verdicts` then says, attribute by attribute, whether the reading is what the caption says.
+Colours are compared with the world's background and object colours. Objects are connected regions
+(blobs). A shape is the silhouette template with the largest overlap. A motion is determined from
+the path of the centroid. `verdicts` then compares the result with a caption's scene, attribute by
+attribute.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ ATTRIBUTES = ("shape", "colour", "size", "motion", "background", "relation")
 OBJECT_DISTANCE = 50.0
 BACKGROUND_DISTANCE = 40.0
 SMALLEST_BLOB_PX = 40
-# A second blob this large (share of the largest) in this share of frames is a second object; the
-# smallest triangle beside the largest square is 0.12.
+# A second blob is a second object if it has this share of the largest blob's area in this share of
+# the frames. For the smallest triangle and the largest square the area is 0.12.
 SECOND_AREA, SECOND_FRAMES = 0.09, 0.5
-# A colour or an object has to be there in this share of the frames.
+# A colour or an object must be present in this share of the frames.
 STEADY = 0.75
 TEMPLATE_PX = 48
-# Size is decided midway, by ratio, between the largest small and the smallest large radius.
+# The boundary is the geometric mean of the largest small and the smallest large radius.
 SIZE_BOUNDARY_PX = (RADIUS_PX["small"][1] * RADIUS_PX["large"][0]) ** 0.5
-# Thresholds of motion in pixels and as radius ratio; the world's own travel is at least 11, its
-# growth 1.7 and its shrinkage 0.55.
+# Thresholds of motion in pixels and as ratio of radii. In the world, travel is at least 11, growth
+# 1.7 and shrinkage 0.55.
 STILL_PX, TRAVEL_PX = 6.0, 7.0
 GREW, SHRANK = 1.3, 0.77
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """One connected region of one frame that is not background."""
+    """A connected region of one frame that is not background."""
 
     area_px: float
     x: float
@@ -55,17 +56,17 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was seen; a field is None where the video shows nothing of the kind steadily."""
+    """What a video shows; a field is None if the video does not show it steadily."""
 
-    things: tuple[SeenThing, ...]
+    things: tuple[RecognizedThing, ...]
     background: str | None
     motion: str | None
     relation: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class SeenThing:
-    """One object followed through the frames; None where it was not steady enough to tell."""
+class RecognizedThing:
+    """An object tracked through the frames; a field is None if it was not steady enough."""
 
     size: str | None
     colour: str | None
@@ -75,58 +76,68 @@ class SeenThing:
 
 
 def read(frames: Frames) -> Reading:
-    """Read a video. frames: [F, H, W, 3] uint8."""
+    """Recognize what a video shows.
+
+    Args:
+        frames: [F, H, W, 3] uint8.
+    """
     background, ground = _background(frames)
     blobs = [_blobs(frame.astype(np.float64), ground) for frame in frames]
-    followed = [path for path in _follow(blobs) if len(path) >= STEADY * len(frames)]
-    motions = [_motion(path, len(frames)) for path in followed]
+    tracked = [path for path in _track(blobs) if len(path) >= STEADY * len(frames)]
+    motions = [_motion(path, len(frames)) for path in tracked]
     things = tuple(
-        _thing(path, len(frames), motion) for path, motion in zip(followed, motions, strict=True)
+        _thing(path, len(frames), motion) for path, motion in zip(tracked, motions, strict=True)
     )
     motion = motions[0] if motions and len(set(motions)) == 1 else None
     return Reading(things, background, motion, _relation(things))
 
 
 def verdicts(frames: Frames, scene: Scene) -> dict[str, bool]:
-    """Attribute → whether the video shows what the scene says; `relation` only where there is one.
+    """Return for each attribute whether the video matches the scene; `relation` only for pairs.
 
-    frames: [F, H, W, 3] uint8.
+    Args:
+        frames: [F, H, W, 3] uint8.
     """
     return compare(read(frames), scene)
 
 
 def compare(reading: Reading, scene: Scene) -> dict[str, bool]:
-    """Attribute → whether the reading is the scene. The same number of objects is part of shape."""
+    """Return for each attribute whether the reading matches the scene.
+
+    Shape, colour and size only match if the number of objects does.
+    """
     pairs = _assign(reading.things, scene.things)
     complete = len(reading.things) == len(scene.things)
-    said = {
-        "shape": complete and all(seen.shape == thing.shape for seen, thing in pairs),
-        "colour": complete and all(seen.colour == thing.colour for seen, thing in pairs),
-        "size": complete and all(seen.size == thing.size for seen, thing in pairs),
+    matches = {
+        "shape": complete and all(found.shape == thing.shape for found, thing in pairs),
+        "colour": complete and all(found.colour == thing.colour for found, thing in pairs),
+        "size": complete and all(found.size == thing.size for found, thing in pairs),
         "motion": reading.motion == scene.motion,
         "background": reading.background == scene.background,
     }
     if scene.relation is not None:
-        ordered = _relation(tuple(seen for seen, _ in pairs)) if complete else None
-        said["relation"] = ordered == scene.relation
-    return said
+        ordered = _relation(tuple(found for found, _ in pairs)) if complete else None
+        matches["relation"] = ordered == scene.relation
+    return matches
 
 
-def _assign(seen: tuple[SeenThing, ...], said: tuple[Thing, ...]) -> list[tuple[SeenThing, Thing]]:
-    """Pair what was seen with what was said so that the most attributes agree."""
+def _assign(
+    found: tuple[RecognizedThing, ...], expected: tuple[Thing, ...]
+) -> list[tuple[RecognizedThing, Thing]]:
+    """Pair recognized with expected things so that most attributes agree."""
 
-    def agreement(pairs: list[tuple[SeenThing, Thing]]) -> int:
+    def agreement(pairs: list[tuple[RecognizedThing, Thing]]) -> int:
         return sum(
             2 * (a.colour == b.colour) + (a.shape == b.shape) + (a.size == b.size) for a, b in pairs
         )
 
-    straight = list(zip(seen, said, strict=False))
-    crossed = list(zip(reversed(seen), said, strict=False))
-    return max(straight, crossed, key=agreement)
+    same_order = list(zip(found, expected, strict=False))
+    reversed_order = list(zip(reversed(found), expected, strict=False))
+    return max(same_order, reversed_order, key=agreement)
 
 
 def _background(frames: Frames) -> tuple[str | None, Values]:
-    """The background's name, if it is steady, and its colour as seen."""
+    """Return the background's name, if it is steady, and its colour in the video."""
     border = np.concatenate(
         [frames[:, :3].reshape(len(frames), -1, 3), frames[:, -3:].reshape(len(frames), -1, 3)], 1
     ).astype(np.float64)
@@ -145,7 +156,7 @@ def _nearest(
 
 
 def _blobs(frame: Values, ground: Values) -> list[Blob]:
-    """The blobs of one frame, largest first."""
+    """Return the blobs of one frame, largest first."""
     distance = np.linalg.norm(frame - ground, axis=-1)
     labels, _ = ndimage.label(distance > OBJECT_DISTANCE, structure=np.ones((3, 3)))
     found = []
@@ -158,10 +169,11 @@ def _blobs(frame: Values, ground: Values) -> list[Blob]:
 
 
 def _blob(pixels: Values, distance: Values, inside: NDArray[np.bool_], ground: Values) -> Blob:
-    """One connected region, cut out; its place is relative to the cut-out.
+    """Build the blob of one region from the part of the frame that contains it.
 
-    Its outline is where a pixel is half object and half background. A fixed threshold would count
-    the blur around a bright object to it and fill the hole of a ring.
+    Its position is relative to that part. Its outline is where a pixel is half object and half
+    background. A fixed threshold would include the blur around a bright object and fill the hole of
+    a ring.
     """
     core = ndimage.binary_erosion(inside)
     colour = np.median(pixels[core if core.sum() >= 9 else inside], axis=0)
@@ -174,7 +186,7 @@ def _blob(pixels: Values, distance: Values, inside: NDArray[np.bool_], ground: V
 
 
 def _normalised(inside: NDArray[np.bool_], x: float, y: float, area: float) -> NDArray[np.bool_]:
-    """The silhouette on a grid of TEMPLATE_PX, centred, scaled so that its area is a quarter."""
+    """Resample a silhouette to a grid of TEMPLATE_PX: centred, covering a quarter of its area."""
     scale = np.sqrt(area) / (TEMPLATE_PX / 2)
     grid = (np.arange(TEMPLATE_PX) - (TEMPLATE_PX - 1) / 2) * scale
     coordinates = np.meshgrid(grid + y, grid + x, indexing="ij")
@@ -184,7 +196,7 @@ def _normalised(inside: NDArray[np.bool_], x: float, y: float, area: float) -> N
 
 @cache
 def _templates() -> dict[str, NDArray[np.bool_]]:
-    """Each shape's silhouette, normalised as blobs are."""
+    """Return the silhouette of each shape, normalised as for blobs."""
     axis = torch.linspace(-1.25, 1.25, 401)
     templates = {}
     for name in SHAPE_NAMES:
@@ -196,20 +208,20 @@ def _templates() -> dict[str, NDArray[np.bool_]]:
 
 @cache
 def _area_of_unit(shape: str) -> float:
-    """Area of a shape of radius 1."""
+    """Return the area of a shape of radius 1."""
     axis = torch.linspace(-1.25, 1.25, 1001)
     inside = DISTANCES[shape](axis[None, :], axis[:, None]) < 0
     return float(inside.float().mean()) * 2.5**2
 
 
-def _follow(blobs: list[list[Blob]]) -> list[dict[int, Blob]]:
-    """A path (frame → blob) for each object, up to three. Two of a scene differ in colour."""
+def _track(blobs: list[list[Blob]]) -> list[dict[int, Blob]]:
+    """Return a path (frame → blob) of each object, up to three; two in a scene differ in colour."""
     if not _has_another(blobs, 1):
         return [_ranked(blobs, 0)]
     if _has_another(blobs, 2):
         return [_ranked(blobs, rank) for rank in range(3)]
-    tally = Counter(blob.colour for frame in blobs for blob in frame[:2])
-    colours = [colour for colour, _ in tally.most_common(2)]
+    colour_counts = Counter(blob.colour for frame in blobs for blob in frame[:2])
+    colours = [colour for colour, _ in colour_counts.most_common(2)]
     if len(colours) == 1:
         return [_ranked(blobs, rank) for rank in range(2)]
     paths: list[dict[int, Blob]] = []
@@ -220,22 +232,22 @@ def _follow(blobs: list[list[Blob]]) -> list[dict[int, Blob]]:
 
 
 def _has_another(blobs: list[list[Blob]], rank: int) -> bool:
-    """Whether the blob of this rank by area is large enough, often enough, to be an object."""
-    seen = sum(
+    """Return whether the blob of this rank by area is often large enough to be an object."""
+    count = sum(
         len(frame) > rank and frame[rank].area_px > SECOND_AREA * frame[0].area_px
         for frame in blobs
     )
-    return seen >= SECOND_FRAMES * len(blobs)
+    return count >= SECOND_FRAMES * len(blobs)
 
 
 def _ranked(blobs: list[list[Blob]], rank: int) -> dict[int, Blob]:
     return {index: frame[rank] for index, frame in enumerate(blobs) if len(frame) > rank}
 
 
-def _thing(path: dict[int, Blob], frames: int, motion: str | None) -> SeenThing:
+def _thing(path: dict[int, Blob], frames: int, motion: str | None) -> RecognizedThing:
     colour, count = Counter(blob.colour for blob in path.values()).most_common(1)[0]
     shape = _shape(path)
-    return SeenThing(
+    return RecognizedThing(
         size=_size(path, shape, motion),
         colour=colour if count >= STEADY * frames else None,
         shape=shape,
@@ -245,7 +257,7 @@ def _thing(path: dict[int, Blob], frames: int, motion: str | None) -> SeenThing:
 
 
 def _shape(path: dict[int, Blob]) -> str:
-    """The template with the largest summed overlap (intersection over union)."""
+    """Return the template with the largest summed overlap (intersection over union)."""
     overlap: Counter[str] = Counter()
     for blob in path.values():
         for name, template in _templates().items():
@@ -259,7 +271,7 @@ def _shape(path: dict[int, Blob]) -> str:
 
 
 def _size(path: dict[int, Blob], shape: str, motion: str | None) -> str:
-    """Small or large at the start; a thing that keeps its size is judged by all frames."""
+    """Return the size at the start; for a thing of constant size, the median over all frames."""
     radii = [(blob.area_px / _area_of_unit(shape)) ** 0.5 for _, blob in sorted(path.items())]
     changing = motion in ("growing", "shrinking")
     radius = float(np.median(radii[:2] if changing else radii))
@@ -298,15 +310,15 @@ def _path_motion(x: Values, y: Values) -> str | None:
 
 
 def _goes_round(x: Values, y: Values) -> bool:
-    """Whether the path keeps its distance to its centre and turns round it once."""
+    """Return whether the path goes round its centre once at a nearly constant distance."""
     across, down = x - (x.max() + x.min()) / 2, y - (y.max() + y.min()) / 2
     distance, angle = np.hypot(across, down), np.unwrap(np.arctan2(down, across))
-    turned = abs(float(angle[-1] - angle[0])) / (2 * np.pi)
-    return bool(distance.std() < 0.3 * distance.mean()) and 0.7 < turned < 1.3
+    turns = abs(float(angle[-1] - angle[0])) / (2 * np.pi)
+    return bool(distance.std() < 0.3 * distance.mean()) and 0.7 < turns < 1.3
 
 
-def _relation(things: tuple[SeenThing, ...]) -> str | None:
-    """The first thing's place with respect to the second: left, above, or their inverses."""
+def _relation(things: tuple[RecognizedThing, ...]) -> str | None:
+    """Return the first thing's position with respect to the second: left, right, above or below."""
     if len(things) != 2:
         return None
     across, down = things[1].x - things[0].x, things[1].y - things[0].y

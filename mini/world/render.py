@@ -1,7 +1,8 @@
-"""Painting scenes: from facts and a random layout to frames, on a CPU or a GPU in batches.
+"""Render scenes: turn facts and a random layout into frames, in batches on a CPU or a GPU.
 
-Shapes are signed distance functions, so one pixel of anti-aliasing costs nothing extra and a moved
-shape moves by fractions of a pixel. No text, no textures: the miniature's VAE is 2.6 M parameters.
+Shapes are signed distance functions, so anti-aliasing over one pixel costs nothing extra and shapes
+can move by fractions of a pixel. There are no texts and no textures, because the miniature's VAE
+has 2.6 M parameters only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SHAPE_NAMES = tuple(SHAPES)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything is: one list entry per thing, one value per frame, in pixels."""
+    """The positions and radii in pixels: one list per thing, with one value per frame."""
 
     x: list[list[float]]
     y: list[list[float]]
@@ -32,7 +33,7 @@ class Layout:
 
 
 def layout(scene: Scene, rng: random.Random) -> Layout:
-    """A random layout that shows the scene's facts, everything inside the frame."""
+    """Draw a random layout that shows the scene's facts, with everything inside the frame."""
     times = [frame / (NUM_FRAMES - 1) for frame in range(NUM_FRAMES)]
     path = _path(scene.motion, rng, pair=scene.relation is not None)
     centres = _centres(scene, rng)
@@ -60,7 +61,7 @@ Path = Callable[[float], tuple[float, float, float]]
 
 
 def _path(motion: str, rng: random.Random, pair: bool) -> Path:
-    """Displacement (dx, dy) in pixels and radius factor at time 0..1."""
+    """Return a function from time 0..1 to displacement (dx, dy) in pixels and radius factor."""
     travel = rng.uniform(11, 13) if pair else rng.uniform(36, 46)
     swing = rng.uniform(13, 17)
     phase = rng.uniform(0, 2 * math.pi)
@@ -86,10 +87,16 @@ def _path(motion: str, rng: random.Random, pair: bool) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Tracks:
-    """A batch of laid-out scenes as tensors; O is 2, unused places have radius 0.
+    """A batch of laid-out scenes as tensors.
 
-    position: [B, O, F, 2] pixels (x, y). radius: [B, O, F]. shape: [B, O] index into SHAPE_NAMES.
-    colour: [B, O, 3] and background: [B, 3] in 0..1.
+    O is 2, the largest number of things. The second thing of a scene with one has radius 0.
+
+    Attributes:
+        position: [B, O, F, 2] pixels (x, y).
+        radius: [B, O, F] pixels.
+        shape: [B, O] index into SHAPE_NAMES.
+        colour: [B, O, 3] in 0..1.
+        background: [B, 3] in 0..1.
     """
 
     position: Tensor
@@ -99,25 +106,25 @@ class Tracks:
     background: Tensor
 
     def to(self, device: torch.device | str) -> Tracks:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return Tracks(*(getattr(self, name).to(device) for name in self.__slots__))
 
     def select(self, index: Tensor | slice) -> Tracks:
-        """The scenes at `index`."""
+        """Return the scenes at `index`."""
         return Tracks(*(getattr(self, name)[index] for name in self.__slots__))
 
 
 def tracks(scenes: Sequence[Scene], layouts: Sequence[Layout]) -> Tracks:
-    """Batch laid-out scenes."""
+    """Build a batch of scenes and their layouts."""
     count = len(scenes)
     position = torch.zeros(count, 2, NUM_FRAMES, 2)
     radius = torch.zeros(count, 2, NUM_FRAMES)
-    for index, placed in enumerate(layouts):
-        things = len(placed.x)
-        position[index, :things] = torch.tensor([placed.x, placed.y]).permute(1, 2, 0)
-        radius[index, :things] = torch.tensor(placed.radius)
-    spare = Thing("small", "red", "circle")
-    pairs = [(*scene.things, spare)[:2] for scene in scenes]
+    for index, scene_layout in enumerate(layouts):
+        things = len(scene_layout.x)
+        position[index, :things] = torch.tensor([scene_layout.x, scene_layout.y]).permute(1, 2, 0)
+        radius[index, :things] = torch.tensor(scene_layout.radius)
+    unused = Thing("small", "red", "circle")
+    pairs = [(*scene.things, unused)[:2] for scene in scenes]
     return Tracks(
         position=position,
         radius=radius,
@@ -128,7 +135,7 @@ def tracks(scenes: Sequence[Scene], layouts: Sequence[Layout]) -> Tracks:
 
 
 def render(batch: Tracks) -> Tensor:
-    """Paint a batch: [B, 3, F, H, W] float32 in 0..1, on the batch's device."""
+    """Render a batch: [B, 3, F, H, W] float32 in 0..1, on the batch's device."""
     device = batch.position.device
     count, things, frames, _ = batch.position.shape
     ys = torch.arange(HEIGHT_PX, device=device, dtype=torch.float32)[:, None] + 0.5
@@ -136,7 +143,7 @@ def render(batch: Tracks) -> Tensor:
     video = batch.background[:, :, None, None, None].expand(-1, -1, frames, HEIGHT_PX, WIDTH_PX)
     video = video.contiguous()
     for thing in range(things):
-        cover = torch.zeros(count, frames, HEIGHT_PX, WIDTH_PX, device=device)
+        coverage = torch.zeros(count, frames, HEIGHT_PX, WIDTH_PX, device=device)
         for index, name in enumerate(SHAPE_NAMES):
             chosen = (batch.shape[:, thing] == index) & (batch.radius[:, thing, 0] > 0)
             if not chosen.any():
@@ -146,13 +153,13 @@ def render(batch: Tracks) -> Tensor:
             distance = DISTANCES[name](
                 (xs - centre[..., 0]) / radius, (ys - centre[..., 1]) / radius
             )
-            cover[chosen] = (0.5 - distance * radius).clamp(0, 1)
-        video = torch.lerp(video, batch.colour[:, thing, :, None, None, None], cover[:, None])
+            coverage[chosen] = (0.5 - distance * radius).clamp(0, 1)
+        video = torch.lerp(video, batch.colour[:, thing, :, None, None, None], coverage[:, None])
     return video
 
 
 def render_scene(scene: Scene, rng: random.Random) -> Tensor:
-    """One scene as a video file would hold it: [F, H, W, 3] uint8."""
+    """Render one scene as video frames: [F, H, W, 3] uint8."""
     video = render(tracks([scene], [layout(scene, rng)]))[0]
     return (video.permute(1, 2, 3, 0) * 255).round().to(torch.uint8)
 

@@ -1,9 +1,10 @@
-"""The miniature's world: what a scene is, how it is said, and which scenes may be trained on.
+"""Define the miniature's world: its scenes, their captions, and the split of scenes into sets.
 
-A `Scene` is facts only. `layout` draws the continuous rest (places, speeds, radii) from a random
-generator, `mini/world/render.py` paints it, and `captions` says the facts in several wordings.
-`parse_caption` inverts every wording, so a caption has exactly one scene, and `split_of` sends each
-scene (hence each caption) to exactly one of the training, calibration and evaluation sets.
+A `Scene` contains discrete facts only. `mini/world/render.py` draws the continuous values
+(positions, speeds, radii) from a random generator and renders the frames. `caption` expresses the
+facts in several wordings. `parse_caption` inverts every wording, so a caption has exactly one
+scene. `split_of` assigns each scene, and thereby each caption, to exactly one of the training,
+calibration and evaluation sets.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ MOTIONS = {
     "growing": ("growing", "getting bigger", "expanding"),
     "shrinking": ("shrinking", "getting smaller", "contracting"),
 }
-# Two things share one motion, and only such as keep them apart and inside the frame.
+# Two things share one motion, which must keep them apart and inside the frame.
 PAIR_MOTIONS = ("still", "right", "left", "up", "down")
-# Said of (first, second); the inverse wording names the second thing first.
+# Relations of (first, second): wordings that name the first thing first, then the second first.
 RELATIONS = {
     "left": (("left of", "to the left of"), ("right of", "to the right of")),
     "above": (("above", "over"), ("below", "under")),
@@ -64,7 +65,7 @@ PAIR_SHARE = 0.3
 
 
 class Split(StrEnum):
-    """Which captions may be used for what. 90 %, 5 % and 5 % of all scenes."""
+    """The set that a scene belongs to: 90 %, 5 % and 5 % of all scenes."""
 
     TRAIN = "train"
     CALIBRATION = "calibration"
@@ -73,7 +74,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Thing:
-    """One object's facts; keys of SIZES, COLOURS and SHAPES."""
+    """The facts of one object: keys of SIZES, COLOURS and SHAPES."""
 
     size: str
     colour: str
@@ -84,8 +85,10 @@ class Thing:
 class Scene:
     """The facts of one video.
 
-    things: one, or two of different colours; `relation` ("left" or "above", said of the first
-    with respect to the second) is None exactly when there is one.
+    Attributes:
+        things: one thing, or two of different colours.
+        relation: "left" or "above", of the first thing with respect to the second; None exactly if
+            there is one thing.
     """
 
     things: tuple[Thing, ...]
@@ -95,13 +98,13 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The facts as one line: equal for equal scenes, whatever the wording."""
+        """Return the facts as one line, equal for equal scenes."""
         things = "+".join(f"{t.size} {t.colour} {t.shape}" for t in self.things)
         return f"{things}|{self.relation}|{self.motion}|{self.background}"
 
 
 def split_of(scene: Scene) -> Split:
-    """The set this scene belongs to, from a hash of its facts."""
+    """Return the set that a scene belongs to, from a hash of its facts."""
     bucket = int.from_bytes(hashlib.sha256(scene.key.encode()).digest()[:8], "big") % 100
     if bucket < 5:
         return Split.EVALUATION
@@ -109,7 +112,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def sample_scene(rng: random.Random, split: Split, pair_share: float = PAIR_SHARE) -> Scene:
-    """A scene of `split`; with probability `pair_share` it has two things."""
+    """Draw a scene of `split`; with probability `pair_share` it has two things."""
     while True:
         scene = _any_scene(rng, pair=rng.random() < pair_share)
         if split_of(scene) is split:
@@ -127,7 +130,7 @@ def _any_scene(rng: random.Random, pair: bool) -> Scene:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One wording of the scene, drawn at random."""
+    """Return a random wording of the scene."""
     subject = _subject(scene, rng)
     motion = rng.choice(MOTIONS[scene.motion])
     if scene.relation:
@@ -143,16 +146,16 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def captions_of(split: Split, count: int, seed: int = 0) -> list[str]:
-    """`count` different captions of one split; the same seed gives the same captions."""
+    """Draw `count` different captions of one split; the same seed gives the same captions."""
     rng = random.Random(f"{split} prompts {seed}")
-    said: dict[str, None] = {}
-    while len(said) < count:
-        said[caption(sample_scene(rng, split), rng)] = None
-    return list(said)
+    captions: dict[str, None] = {}
+    while len(captions) < count:
+        captions[caption(sample_scene(rng, split), rng)] = None
+    return list(captions)
 
 
 def plain_caption(scene: Scene) -> str:
-    """The scene in its first wording, the same every time."""
+    """Return the first wording of the scene, the same every time."""
     if scene.relation is None:
         subject = _thing(scene.things[0], None)
         motion = MOTIONS[scene.motion][0]
@@ -166,10 +169,10 @@ def plain_caption(scene: Scene) -> str:
 def _subject(scene: Scene, rng: random.Random) -> str:
     if scene.relation is None:
         return _thing(scene.things[0], rng)
-    said, inverse = RELATIONS[scene.relation]
+    direct, inverse = RELATIONS[scene.relation]
     first, second = (_thing(thing, rng) for thing in scene.things)
     if rng.random() < 0.5:
-        return f"{first} {rng.choice(said)} {second}"
+        return f"{first} {rng.choice(direct)} {second}"
     return f"{second} {rng.choice(inverse)} {first}"
 
 
@@ -186,28 +189,29 @@ def _alternatives(wordings: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def _meaning(phrase: str, wordings: Mapping[str, tuple[str, ...]]) -> str:
-    return next(fact for fact, said in wordings.items() if phrase in said)
+    return next(fact for fact, phrases in wordings.items() if phrase in phrases)
 
 
 _THING = rf"a ({_alternatives(SIZES)}) ({'|'.join(COLOURS)}) ({_alternatives(SHAPES)})"
 _MOTION = rf"(?:(?:both|together) )?({_alternatives(MOTIONS)})"
 _GROUND = rf"a ({'|'.join(BACKGROUNDS)}) (?:background|backdrop)"
-_DIRECT = {fact: said for fact, (said, _) in RELATIONS.items()}
-_INVERSE = {fact: said for fact, (_, said) in RELATIONS.items()}
+_DIRECT = {fact: phrases for fact, (phrases, _) in RELATIONS.items()}
+_INVERSE = {fact: phrases for fact, (_, phrases) in RELATIONS.items()}
 _RELATION = f"({_alternatives(_DIRECT)}|{_alternatives(_INVERSE)})"
 _SUBJECT = rf"{_THING}(?: {_RELATION} {_THING})?"
-_ENDS = re.compile(rf"{_SUBJECT},? {_MOTION},? (?:on|against) {_GROUND}")
-_STARTS = re.compile(rf"on {_GROUND}, {_SUBJECT} {_MOTION}")
+_BACKGROUND_LAST = re.compile(rf"{_SUBJECT},? {_MOTION},? (?:on|against) {_GROUND}")
+_BACKGROUND_FIRST = re.compile(rf"on {_GROUND}, {_SUBJECT} {_MOTION}")
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene a caption of this world says.
+    """Return the scene that a caption describes.
 
-    Raises ValueError for text that is no caption of this world.
+    Raises:
+        ValueError: the text is not a caption of this world.
     """
-    if match := _ENDS.fullmatch(text):
+    if match := _BACKGROUND_LAST.fullmatch(text):
         *subject, motion, background = match.groups()
-    elif match := _STARTS.fullmatch(text):
+    elif match := _BACKGROUND_FIRST.fullmatch(text):
         background, *subject, motion = match.groups()
     else:
         raise ValueError(
@@ -219,7 +223,7 @@ def parse_caption(text: str) -> Scene:
     if subject[3] is None:
         return Scene((first,), motion, background)
     second = _parse_thing(subject[4:])
-    if any(subject[3] in said for said in _DIRECT.values()):
+    if any(subject[3] in phrases for phrases in _DIRECT.values()):
         return Scene((first, second), motion, background, _meaning(subject[3], _DIRECT))
     return Scene((second, first), motion, background, _meaning(subject[3], _INVERSE))
 

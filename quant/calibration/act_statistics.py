@@ -1,8 +1,8 @@
-"""Watch tensors inside a model while a pipeline runs, and keep what scales are chosen from.
+"""Collect statistics of tensors inside a model while a pipeline runs; scales are chosen from them.
 
-Per tensor, timestep group and prompt: the largest magnitude and the mean square. Per tensor and
-timestep group, over all prompts: a histogram of binades. Everything accumulates on the device the
-model runs on; nothing of the activations themselves is kept.
+For each tensor, timestep group and prompt these are the largest magnitude and the mean square. For
+each tensor and timestep group, a histogram of binades is counted over all prompts. Everything
+accumulates on the device that the model runs on. The activations themselves are not kept.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from quant.numerics.scaling import NUM_BINADES, binade_histogram
 Record = Callable[[Tensor], None]
 
 
-class Point(Protocol):
-    """A place in a model where a tensor passes by."""
+class ObservedTensor(Protocol):
+    """A tensor inside a model, computed anew in each forward pass."""
 
-    def watch(self, record: Record) -> RemovableHandle:
-        """Have `record` called with every tensor that passes, until the handle is removed."""
+    def observe(self, record: Record) -> RemovableHandle:
+        """Call `record` with the tensor in every forward pass, until the handle is removed."""
 
 
 @dataclass(frozen=True, slots=True)
-class InputOf:
-    """What goes into a module."""
+class ModuleInput:
+    """The first input of a module."""
 
     module: nn.Module
 
-    def watch(self, record: Record) -> RemovableHandle:
+    def observe(self, record: Record) -> RemovableHandle:
         return self.module.register_forward_pre_hook(lambda _, inputs: record(inputs[0]))
 
 
 @dataclass(frozen=True, slots=True)
-class OutputOf:
-    """What a module gives out."""
+class ModuleOutput:
+    """The output of a module."""
 
     module: nn.Module
 
-    def watch(self, record: Record) -> RemovableHandle:
+    def observe(self, record: Record) -> RemovableHandle:
         return self.module.register_forward_hook(lambda _, inputs, output: record(output))
 
 
 @dataclass(frozen=True, slots=True)
-class RotaryPairsOf:
-    """The lengths of the neighbouring pairs in what a module gives out, [..., K] → [..., K / 2].
+class RotaryPairs:
+    """The lengths of neighbouring pairs in the output of a module, [..., K] → [..., K / 2].
 
-    A rotary embedding turns each pair; its length is the most either half can become at any
-    position, so what is seen here holds for longer videos, too.
+    A rotary embedding rotates each pair. Its length bounds either half at any position, so these
+    statistics are valid for longer videos as well.
     """
 
     module: nn.Module
 
-    def watch(self, record: Record) -> RemovableHandle:
-        def of_pairs(output: Tensor) -> None:
+    def observe(self, record: Record) -> RemovableHandle:
+        def record_lengths(output: Tensor) -> None:
             first, second = output.float()[..., 0::2], output.float()[..., 1::2]
             record(torch.hypot(first, second))
 
-        return OutputOf(self.module).watch(of_pairs)
+        return ModuleOutput(self.module).observe(record_lengths)
 
 
 class ActivationStatistics:
-    """Statistics of the tensors at M points over G timestep groups and P prompts.
+    """Statistics of M tensors over G timestep groups and P prompts.
 
     Attributes:
         amax: [M, G, P] float32.
@@ -77,12 +77,12 @@ class ActivationStatistics:
     """
 
     def __init__(
-        self, points: Sequence[Point], groups: int, prompts: int, device: torch.device
+        self, tensors: Sequence[ObservedTensor], groups: int, prompts: int, device: torch.device
     ) -> None:
-        self._points = points
+        self._tensors = tensors
         self._prompt = 0
         self._group = 0
-        shape = (len(points), groups, prompts)
+        shape = (len(tensors), groups, prompts)
         self.amax = torch.zeros(shape, device=device)
         self.binades = torch.zeros(*shape[:2], NUM_BINADES, device=device)
         self._square_sum = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -90,27 +90,28 @@ class ActivationStatistics:
 
     @property
     def mean_square(self) -> Tensor:
-        """[M, G, P] float32; 0 where nothing was seen."""
+        """Return [M, G, P] float32; 0 where nothing was recorded."""
         return (self._square_sum.cpu() / self._count.clamp(min=1)).float()
 
     @property
     def seen(self) -> Tensor:
-        """[M, G, P] bool: where anything passed at all."""
+        """Return [M, G, P] bool: whether anything was recorded."""
         return self._count > 0
 
     def begin(self, prompt: int) -> None:
-        """Count what follows as prompt number `prompt`."""
+        """Record what follows under prompt number `prompt`."""
         self._prompt = prompt
 
     def enter(self, group: int) -> None:
-        """Count what follows as timestep group `group`."""
+        """Record what follows under timestep group `group`."""
         self._group = group
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record what passes every point while the context lasts."""
+    def observing(self) -> Iterator[None]:
+        """Record all tensors within the context."""
         handles = [
-            point.watch(partial(self._record, index)) for index, point in enumerate(self._points)
+            tensor.observe(partial(self._record, index))
+            for index, tensor in enumerate(self._tensors)
         ]
         try:
             yield
@@ -119,8 +120,8 @@ class ActivationStatistics:
                 handle.remove()
 
     def _record(self, index: int, x: Tensor) -> None:
-        place = index, self._group, self._prompt
-        self.amax[place] = torch.maximum(self.amax[place], x.abs().amax().float())
-        self._square_sum[place] += x.float().square().sum(dtype=torch.float64)
-        self._count[place] += x.numel()
+        cell = index, self._group, self._prompt
+        self.amax[cell] = torch.maximum(self.amax[cell], x.abs().amax().float())
+        self._square_sum[cell] += x.float().square().sum(dtype=torch.float64)
+        self._count[cell] += x.numel()
         self.binades[index, self._group] += binade_histogram(x.reshape(1, -1))[0]

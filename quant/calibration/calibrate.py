@@ -1,7 +1,7 @@
 """Calibrate: run the BF16 pipeline over prompts and choose the scales of a recipe.
 
-The prompts run through the whole pipeline as a job would, guidance included, so the linears see
-what they will see in service; only the VAE is left out. The result is a `Scales` to save.
+The prompts run through the complete pipeline as in a job, guidance included, so the linears get
+the same kind of input as in service. Only the VAE is left out. The result is a `Scales` to save.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from quant.calibration.act_statistics import (
     ActivationStatistics,
-    InputOf,
-    OutputOf,
-    Point,
-    RotaryPairsOf,
+    ModuleInput,
+    ModuleOutput,
+    ObservedTensor,
+    RotaryPairs,
 )
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
@@ -37,7 +37,7 @@ OnPrompt = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPlan:
-    """What to calibrate, for what, and with what.
+    """The model, recipe, prompts and settings of a calibration.
 
     Attributes:
         model_fingerprint: of the folder the pipeline is loaded from (`quant.weights.fingerprint`).
@@ -61,15 +61,15 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
             f"{model_folder} holds no model_index.json: give the folder of a WanPipeline "
             "in diffusers format"
         )
-    on = usable_device(device)
-    # Takes seconds to import, so only when a model is really loaded.
+    target = usable_device(device)
+    # Takes seconds to import, so it is imported only when a model is really loaded.
     from diffusers import WanPipeline  # noqa: PLC0415
 
     try:
         pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{model_folder} does not load as a WanPipeline: {error}") from error
-    return pipe.to(on)
+    return pipe.to(target)
 
 
 def run_calibration(
@@ -81,7 +81,7 @@ def run_calibration(
         on_prompt: called after each prompt with (done, total).
 
     Raises:
-        CalibrationError: a prompt is too long, or a linear saw a value that is not finite.
+        CalibrationError: a prompt is too long, or an observed tensor is not finite.
         ConversionError: the recipe does not fit the transformer.
     """
     _check_prompt_lengths(pipe, plan)
@@ -97,62 +97,65 @@ def run_calibration(
 def calibrate_transformer(
     transformer: Any, plan: CalibrationPlan, run: Callable[[int, ActivationStatistics], None]
 ) -> Scales:
-    """Choose scales from what a BF16 transformer sees while `run` runs each prompt through it.
+    """Choose scales from the activations of a BF16 transformer while `run` runs each prompt.
 
     Args:
-        run: is given the prompt's number; it tells the statistics of each timestep group it enters.
+        run: called with the prompt's number and the statistics. It calls `statistics.enter` for
+            each timestep group that begins.
 
     Raises:
-        CalibrationError: a linear saw a value that is not finite.
+        CalibrationError: an observed tensor is not finite.
         ConversionError: the recipe does not fit the transformer.
     """
     linears = select_linears(transformer, plan.recipe)
-    points = _points(transformer, linears, plan.recipe)
+    tensors = _observed_tensors(transformer, linears, plan.recipe)
     statistics = ActivationStatistics(
-        list(points.values()),
+        list(tensors.values()),
         plan.sampler.timestep_groups,
         len(plan.prompts.prompts),
         transformer.device,
     )
-    with statistics.watching(), torch.no_grad():
+    with statistics.observing(), torch.no_grad():
         for index, prompt in enumerate(plan.prompts.prompts):
             statistics.begin(index)
             run(index, statistics)
-            _check_finite(statistics, index, list(points), prompt)
+            _check_finite(statistics, index, list(tensors), prompt)
     return _scales(plan, linears, statistics)
 
 
 def tool_version() -> str:
-    """The installed version of this distribution."""
+    """Return the installed version of this distribution."""
     try:
         return version("wan-hif8")
     except PackageNotFoundError:
         return "not installed"
 
 
-def _points(
+def _observed_tensors(
     transformer: Any, linears: Mapping[str, nn.Linear], recipe: QuantRecipe
-) -> dict[str, Point]:
-    """What is watched, by name: the inputs of the linears, then what FP8 attention takes."""
-    points: dict[str, Point] = {name: InputOf(linear) for name, linear in linears.items()}
+) -> dict[str, ObservedTensor]:
+    """Return what is observed, by name: the linears' inputs, then the inputs of FP8 attention."""
+    tensors: dict[str, ObservedTensor] = {
+        name: ModuleInput(linear) for name, linear in linears.items()
+    }
     for name in recipe.attention_inputs:
         module, _, part = name.rpartition(".")
         attention = transformer.get_submodule(module)
         if part == "v":
-            points[name] = OutputOf(attention.to_v)
+            tensors[name] = ModuleOutput(attention.to_v)
         else:
-            points[name] = RotaryPairsOf(attention.get_submodule(f"norm_{part}"))
-    return points
+            tensors[name] = RotaryPairs(attention.get_submodule(f"norm_{part}"))
+    return tensors
 
 
 def _scales(
     plan: CalibrationPlan, linears: Mapping[str, nn.Linear], statistics: ActivationStatistics
 ) -> Scales:
-    """Choose the scales; the rows of the statistics are as `_points` names them."""
+    """Choose the scales; the rows of the statistics are in the order of `_observed_tensors`."""
     recipe, count = plan.recipe, len(linears)
     amax, binades = statistics.amax.cpu(), statistics.binades.cpu()
     chosen = choose_scale(recipe.act_policy, amax.amax((1, 2)), binades.sum(1))
-    # Clones: safetensors refuses tensors that share one storage.
+    # Clones, because safetensors rejects tensors that share one storage.
     act_scale = dict(zip(linears, (scale.clone() for scale in chosen[:count]), strict=True))
     attention = zip(recipe.attention_inputs, (x.clone() for x in chosen[count:]), strict=True)
     return Scales(
@@ -211,7 +214,7 @@ def _run_prompt(
 
 
 def _check_prompt_lengths(pipe: Any, plan: CalibrationPlan) -> None:
-    """Refuse prompts the pipeline would cut without a word."""
+    """Reject prompts that the pipeline would truncate silently."""
     limit = plan.sampler.text_tokens
     for prompt in (plan.sampler.negative_prompt, *plan.prompts.prompts):
         tokens = len(pipe.tokenizer(prompt)["input_ids"])

@@ -1,4 +1,4 @@
-"""Calibration prompts: one per line, checked before hours are spent on them."""
+"""Read and check calibration prompts, one per line, before hours are spent on them."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ class PromptSet:
     """Distinct prompts, in the order of their file.
 
     Attributes:
-        file: where they came from, for people: a relative path, or the name of an absolute one.
+        file: their origin, for people: a relative path, or the file name of an absolute path.
     """
 
     prompts: tuple[str, ...]
     file: str
 
     def __post_init__(self) -> None:
-        """Refuse a set that cannot carry statistics.
+        """Check that there are enough prompts and no repetitions.
 
         Raises:
-            CalibrationError: too few prompts, or one of them twice.
+            CalibrationError: there are too few prompts, or one of them occurs twice.
         """
         if len(self.prompts) < MIN_PROMPTS:
             raise CalibrationError(
                 f"{self.file} holds {len(self.prompts)} prompts, calibration needs at least "
                 f"{MIN_PROMPTS}: write one prompt per line"
             )
-        first_place: dict[str, int] = {}
-        for place, prompt in enumerate(self.prompts, start=1):
-            if prompt in first_place:
+        first_number: dict[str, int] = {}
+        for number, prompt in enumerate(self.prompts, start=1):
+            if prompt in first_number:
                 raise CalibrationError(
-                    f"{self.file}: prompt {place} repeats prompt {first_place[prompt]}, "
+                    f"{self.file}: prompt {number} repeats prompt {first_number[prompt]}, "
                     f"{prompt!r}; remove one, repeated prompts add no statistics"
                 )
-            first_place[prompt] = place
+            first_number[prompt] = number
 
     @classmethod
     def read(cls, path: Path) -> PromptSet:
-        """Read a UTF-8 file of one prompt per line; blank lines and outer spaces do not count.
+        """Read a UTF-8 file of one prompt per line; blank lines and outer spaces are ignored.
 
         Raises:
-            CalibrationError: there is no such file, it is not UTF-8, or the set is refused.
+            CalibrationError: there is no such file, it is not UTF-8, or the prompts are not valid.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -60,5 +60,5 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over the prompts joined by newlines, in hexadecimal."""
+        """Return the SHA-256 over the prompts joined by newlines, in hexadecimal."""
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""How calibration runs a pipeline: the settings, their defaults for a model, and their bounds."""
+"""Define the sampling settings of calibration: bounds, and defaults for known models."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from quant.errors import CalibrationError
 
 @dataclass(frozen=True, slots=True)
 class SamplerSettings:
-    """What decides which activations calibration sees, apart from prompts and model.
+    """The settings, besides prompts and model, that determine the activations in calibration.
 
     Attributes:
         size: (width, height) of the video in pixels.
         text_tokens: length prompts are padded to.
         seed: seed of the first prompt's noise; the i-th prompt gets seed + i.
-        timestep_groups: statistics are kept apart for this many groups of neighbouring steps.
+        timestep_groups: number of groups of neighbouring steps with separate statistics.
     """
 
     size: tuple[int, int]
@@ -29,7 +29,7 @@ class SamplerSettings:
     timestep_groups: int = 4
 
     def __post_init__(self) -> None:
-        """Check the bounds every Wan model shares.
+        """Check the bounds that all Wan models share.
 
         Raises:
             CalibrationError: naming the setting, its value and its bound.
@@ -46,11 +46,11 @@ class SamplerSettings:
 
     @property
     def size_text(self) -> str:
-        """The size as people write it, 832x480."""
+        """Return the size in the usual notation, such as 832x480."""
         return f"{self.size[0]}x{self.size[1]}"
 
     def arguments(self) -> list[str]:
-        """The command-line arguments of `python -m quant calibrate` that repeat these settings."""
+        """Return the arguments of `python -m quant calibrate` that repeat these settings."""
         return [
             *("--steps", str(self.num_inference_steps)),
             *("--size", self.size_text),
@@ -61,11 +61,11 @@ class SamplerSettings:
         ]
 
     def group_of_step(self, step: int) -> int:
-        """The timestep group a step (0 is the noisiest) belongs to."""
+        """Return the timestep group of a step; step 0 is the noisiest."""
         return step * self.timestep_groups // self.num_inference_steps
 
 
-# By the width of the transformer (heads times head size): the size it was trained for.
+# The settings a transformer was trained for, by its width (heads times head size).
 _DEFAULTS = {
     128: SamplerSettings((96, 96), 17, 20, 4.0, 64),  # the miniature
     1536: SamplerSettings((832, 480), 81, 50, 5.0, 512),  # Wan2.1-T2V-1.3B
@@ -74,10 +74,10 @@ _DEFAULTS = {
 
 
 def default_sampler(transformer_config: dict[str, Any]) -> SamplerSettings:
-    """The settings to calibrate a Wan transformer with when nobody says otherwise.
+    """Return the default settings to calibrate a Wan transformer with.
 
     Raises:
-        CalibrationError: no model of this width is known, or the configuration gives none.
+        CalibrationError: no model of this width is known, or the configuration has no width.
     """
     heads = transformer_config.get("num_attention_heads")
     head_width = transformer_config.get("attention_head_dim")
@@ -98,10 +98,10 @@ def default_sampler(transformer_config: dict[str, Any]) -> SamplerSettings:
 def resolve_sampler(
     transformer_config: dict[str, Any], overrides: dict[str, Any]
 ) -> SamplerSettings:
-    """The model's default settings with `overrides` (those that are not None) put in.
+    """Return the model's default settings, replaced by those `overrides` that are not None.
 
     Raises:
-        CalibrationError: a value is out of bounds, or a model nobody knows needs more overrides.
+        CalibrationError: a value is out of bounds, or an unknown model needs more overrides.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     if {"size", "num_frames", "num_inference_steps", "text_tokens"} <= given.keys():

@@ -1,10 +1,10 @@
-"""The scales file: what calibration found out, and for what it holds.
+"""Read, write and check the scales file, the result of a calibration.
 
-One safetensors file with the scales a quantized model is built with (`<linear>.weight_scale`,
-`<linear>.act_scale`, and for FP8 attention `blocks.2.attn1.q.attention_scale` and so on), the
-statistics they were chosen from, and metadata that says which model, which recipe, which prompts
-and which sampler they belong to. Loading never trusts a file's name: a worker calls `check_scales`
-before it builds anything.
+It is one safetensors file with three kinds of content: the scales that a quantized model is built
+with (`<linear>.weight_scale`, `<linear>.act_scale`, and for FP8 attention
+`blocks.2.attn1.q.attention_scale` and so on), the statistics they were chosen from, and metadata
+that identifies the model, recipe, prompts and sampler they belong to. A file's name is never
+trusted: a worker calls `check_scales` before it builds anything.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from quant.calibration.sampler import SamplerSettings
-from quant.device import at_hand
+from quant.device import available_accelerator
 from quant.errors import RecipeError, ScalesError, ScalesMismatch
 from quant.recipe.recipe import QuantRecipe
 
@@ -34,21 +34,25 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """A loaded scales file. P prompts, G timestep groups (noisiest first), M linears.
+    """A loaded scales file of P prompts, G timestep groups (noisiest first) and M linears.
 
-    With FP8 attention there are A more tensors, `recipe.attention_inputs`; without, A is 0.
+    FP8 attention adds A tensors, `recipe.attention_inputs`; without it, A is 0.
 
     Attributes:
-        model_fingerprint: of the model they were calibrated on (`quant.weights.fingerprint`).
-        prompts_file: the name of the prompt file, for people; `prompts_sha256` is what counts.
-        linears: full names, in the order of the statistics' first dimension. weight_scale: per
-        linear, [] or [N, 1] float32. act_scale: per linear, [] float32; empty when the recipe finds
-        them per token. weight_amax: [M] float32. act_amax: [M, G, P] float32, largest magnitude a
-        linear's input had. act_mean_square: [M, G, P] float32, mean square of that input.
-        act_binades: [M, G, NUM_BINADES] float32, counts per binade (`quant.numerics.scaling`), all
-        prompts. attention_scale: per query, key and value, [] float32; empty for BF16 attention.
-        attention_amax: [A, G, P] float32; of queries and keys by length of the rotary pairs.
-        attention_mean_square: [A, G, P] float32. attention_binades: [A, G, NUM_BINADES] float32.
+        model_fingerprint: of the model that was calibrated (`quant.weights.fingerprint`).
+        prompts_file: the name of the prompt file, for people; `prompts_sha256` identifies it.
+        linears: full names, in the order of the statistics' first dimension.
+        weight_scale: per linear, [] or [N, 1] float32.
+        act_scale: per linear, [] float32; empty if the recipe has scales per token.
+        weight_amax: [M] float32.
+        act_amax: [M, G, P] float32, largest magnitude of a linear's input.
+        act_mean_square: [M, G, P] float32, mean square of that input.
+        act_binades: [M, G, NUM_BINADES] float32, counts per binade (`quant.numerics.scaling`) over
+            all prompts.
+        attention_scale: per query, key and value, [] float32; empty for BF16 attention.
+        attention_amax: [A, G, P] float32; of queries and keys, of the lengths of rotary pairs.
+        attention_mean_square: [A, G, P] float32.
+        attention_binades: [A, G, NUM_BINADES] float32.
     """
 
     model_fingerprint: str
@@ -71,21 +75,21 @@ class Scales:
 
     @property
     def num_prompts(self) -> int:
-        """How many prompts the statistics come from."""
+        """Return the number of prompts that the statistics come from."""
         return self.act_amax.shape[2]
 
 
 _STATISTICS = ("weight_amax", "act_amax", "act_mean_square", "act_binades")
-_OF_ATTENTION = ("attention_amax", "attention_mean_square", "attention_binades")
+_ATTENTION_STATISTICS = ("attention_amax", "attention_mean_square", "attention_binades")
 
 
 def save_scales(scales: Scales, path: Path) -> None:
-    """Write a scales file, whole or not at all.
+    """Write a scales file atomically.
 
     Raises:
         ScalesError: the folder does not exist or cannot be written.
     """
-    statistics = _STATISTICS + _OF_ATTENTION if scales.attention_scale else _STATISTICS
+    statistics = _STATISTICS + _ATTENTION_STATISTICS if scales.attention_scale else _STATISTICS
     tensors = {name: getattr(scales, name) for name in statistics}
     tensors |= {f"{name}.attention_scale": x for name, x in scales.attention_scale.items()}
     tensors |= {f"{name}.weight_scale": scale for name, scale in scales.weight_scale.items()}
@@ -120,14 +124,15 @@ def load_scales(
     """Read a scales file.
 
     Args:
-        model_folder: the model they are wanted for, only named in the command an error recommends.
-        recipe: the recipe they are wanted for, named there, too; `check_scales` looks whether they
-            were made for it.
+        model_folder: the model they are to be used for. It appears only in the command that an
+            error message recommends.
+        recipe: the recipe they are to be used for, named in that command as well. `check_scales`
+            checks that they were made for it.
 
     Raises:
         ScalesError: there is no such file, or it is not a scales file.
-        ScalesMismatch: it has another format version, or not the scales `recipe` needs for FP8
-            attention.
+        ScalesMismatch: it has another format version, or lacks the scales that `recipe` needs for
+            FP8 attention.
     """
     if not path.is_file():
         raise ScalesError(
@@ -144,8 +149,8 @@ def load_scales(
                     f"{path} has scales format {metadata['format_version']}, this tool reads "
                     f"{FORMAT_VERSION}; make fitting ones with: {command}"
                 )
-        # Not by the open file, which takes three times as long for hundreds of scalars.
-        scales = _from_parts(metadata, load(path.read_bytes()))
+        # Not through the open file, which takes three times as long for hundreds of scalars.
+        scales = _parse(metadata, load(path.read_bytes()))
     except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
     if recipe is not None and recipe.attention_inputs and not scales.attention_scale:
@@ -165,21 +170,22 @@ def check_scales(
     path: Path | None = None,
     model_folder: Path | None = None,
 ) -> None:
-    """Refuse scales that were made for something else.
+    """Check that scales were made for a model and a recipe.
 
     Args:
-        path: the scales file, and
-        model_folder: the model's folder, both named in the command an error recommends.
+        path: the scales file.
+        model_folder: the model's folder. Both appear in the command that an error recommends.
 
     Raises:
-        ScalesMismatch: another model or recipe; the message ends with the command to run.
+        ScalesMismatch: they are for another model or recipe; the message ends with the command to
+            run.
     """
     if scales.model_fingerprint != model_fingerprint:
         problem = (
             f"the scales were calibrated on model {scales.model_fingerprint}, "
             f"this model is {model_fingerprint}"
         )
-        arguments, remedy = [], "make"  # the sampler of another model says nothing about this one's
+        arguments, remedy = [], "make"  # another model's sampler settings do not apply to this one
     elif scales.recipe.fingerprint != recipe.fingerprint:
         problem = (
             f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
@@ -201,35 +207,35 @@ def calibrate_command(
     prompts: str | None = None,
     recipe: QuantRecipe | None = None,
 ) -> str:
-    """The command line that makes a scales file; what is not known stands in it in upper case.
+    """Return the command that makes a scales file; unknown arguments are in upper case.
 
-    It names this very interpreter, which has the toolkit, and an accelerator where there is one.
+    It uses this process's interpreter, which has the toolkit, and an accelerator if there is one.
     """
     arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
     arguments += ["--prompts", prompts or "PROMPTS_FILE", "--out", str(path or "SCALES_FILE")]
     if recipe:
         arguments += ["--recipe", recipe.source or recipe.name]
-    if (device := at_hand()) is not None:
+    if (device := available_accelerator()) is not None:
         arguments += ["--device", device]
     return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
 
 
-def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
+def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     if "format_version" not in metadata:
         raise ValueError("its metadata has no format_version")
     recipe = QuantRecipe.from_json(metadata["recipe"])
     statistics = {name: tensors.pop(name) for name in _STATISTICS}
     if recipe.attention_inputs:
-        statistics |= {name: tensors.pop(name) for name in _OF_ATTENTION}
-    else:  # as in every file that is older than FP8 attention
-        for name, like in zip(_OF_ATTENTION, _STATISTICS[1:], strict=True):
+        statistics |= {name: tensors.pop(name) for name in _ATTENTION_STATISTICS}
+    else:  # files older than FP8 attention do not have them
+        for name, like in zip(_ATTENTION_STATISTICS, _STATISTICS[1:], strict=True):
             statistics[name] = statistics[like][:0].clone()
     kinds = ("weight_scale", "act_scale", "attention_scale")
     by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for name, tensor in tensors.items():
         linear, _, kind = name.rpartition(".")
         by_kind[kind][linear] = tensor
-    _check_scales_themselves(by_kind)
+    _check_scale_values(by_kind)
     missing = set(recipe.attention_inputs) - set(by_kind["attention_scale"])
     if missing:
         raise ValueError(f"it has no attention_scale for {min(missing)}")
@@ -250,18 +256,18 @@ def _from_parts(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     )
 
 
-def _check_scales_themselves(by_kind: dict[str, dict[str, Tensor]]) -> None:
-    found = [
+def _check_scale_values(by_kind: dict[str, dict[str, Tensor]]) -> None:
+    all_scales = [
         tensor.reshape(-1).float() for scales in by_kind.values() for tensor in scales.values()
     ]
-    if not found or _usable(torch.cat(found)):
+    if not all_scales or _valid(torch.cat(all_scales)):
         return
     for kind, scales in by_kind.items():
         for name, scale in scales.items():
-            if not _usable(scale):
+            if not _valid(scale):
                 wrong = next(x for x in scale.flatten().tolist() if not 0 < x < math.inf)
                 raise ValueError(f"{name}.{kind} has {wrong}, and scales are positive and finite")
 
 
-def _usable(scale: Tensor) -> bool:
+def _valid(scale: Tensor) -> bool:
     return bool(((scale > 0) & scale.isfinite()).all())

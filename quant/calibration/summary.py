@@ -1,4 +1,4 @@
-"""A scales file in words: what it fits, where it comes from, and its scales by kind of linear."""
+"""Describe a scales file as text: what it fits, its origin, and its scales by kind of linear."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quant.tables import align, span
 
 
 def describe_scales(scales: Scales, path: Path) -> str:
-    """A header of one fact per line, then one table row per kind of linear."""
+    """Return a header with one fact per line, then a table with one row per kind of linear."""
     recipe, sampler = scales.recipe, scales.sampler
     facts = {
         "scales file": f"{path} ({path.stat().st_size:,} bytes, format {FORMAT_VERSION})",
@@ -36,7 +36,7 @@ def describe_scales(scales: Scales, path: Path) -> str:
 
 
 def _attention(scales: Scales) -> str:
-    """In what self-attention multiplies, and for FP8 the ranges of its scales."""
+    """Return the number format of self-attention, and for FP8 the ranges of its scales."""
     if not scales.attention_scale:
         return scales.recipe.attention
     by_part: dict[str, list[float]] = {}
@@ -53,16 +53,16 @@ def _table(scales: Scales) -> str:
     rows: list[tuple[str, ...]] = [
         ("linear", "blocks", "weight amax", "weight scale", "act amax", "act rms", "act scale")
     ]
-    for kind, places in indices.items():
-        names = [scales.linears[place] for place in places]
-        amax = scales.act_amax[places].amax((1, 2))
-        rms = scales.act_mean_square[places].mean((1, 2)).sqrt()
+    for kind, positions in indices.items():
+        names = [scales.linears[position] for position in positions]
+        amax = scales.act_amax[positions].amax((1, 2))
+        rms = scales.act_mean_square[positions].mean((1, 2)).sqrt()
         rows.append(
             (
                 kind,
-                str(len(places)),
-                span(scales.weight_amax[places].tolist()),
-                span(value for name in names for value in _flat(scales, name)),
+                str(len(positions)),
+                span(scales.weight_amax[positions].tolist()),
+                span(value for name in names for value in _weight_scales(scales, name)),
                 span(amax.tolist()),
                 span(rms.tolist()),
                 span(scales.act_scale[name].item() for name in names if name in scales.act_scale),
@@ -71,6 +71,6 @@ def _table(scales: Scales) -> str:
     return align(rows)
 
 
-def _flat(scales: Scales, name: str) -> list[float]:
+def _weight_scales(scales: Scales, name: str) -> list[float]:
     values: list[float] = scales.weight_scale[name].flatten().tolist()
     return values

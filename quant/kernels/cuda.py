@@ -1,10 +1,11 @@
-"""A Wan block on an NVIDIA card with FP8 tensor cores (compute capability 8.9 and later).
+"""Run a Wan block on an NVIDIA GPU with FP8 tensor cores (compute capability 8.9 and later).
 
-Weights are E4M3 codes of HiFloat8 values, shifted up as far as E4M3 reaches: HiFloat8 never has
-more than three mantissa bits, so the shift makes nearly all of them exact (`E4m3Linear.flushed`
-counts the rest). Activations come as E4M3 codes from `quant.kernels.triton_fused`. Products are
-`torch._scaled_mm`, where the recipe allows with one scale per tensor. Attention is torch's own in
-BF16 and cuDNN's in FP8 (`quant.kernels.cudnn_attention`).
+Weights are E4M3 codes of HiFloat8 values, shifted up by as many binades as E4M3's range allows.
+HiFloat8 never has more than three mantissa bits, so after the shift nearly all of them are exact
+(`E4m3Linear.flushed` is the share of the others). Activations come as E4M3 codes from
+`quant.kernels.triton_fused`. Products are computed by `torch._scaled_mm`, with one scale per tensor
+where the recipe allows it. Attention is torch's own in BF16 and cuDNN's in FP8
+(`quant.kernels.cudnn_attention`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class CudaKernels:
         return x if act_scale is None else triton_fused.round_act(x, act_scale)
 
     def misfits(self, x: Tensor, act_scale: float) -> Tensor:
-        # HiFloat8 has no 448, so that code says that a value lay beyond E4M3.
+        # 448 is not a HiFloat8 value, so its code means that a value exceeded E4M3's range.
         magnitude = triton_fused.round_act(x, act_scale).view(torch.uint8) & 0x7F
         saturated = (magnitude == E4M3_LARGEST_CODE).sum()
         flushed = ((magnitude == 0) & (x != 0)).sum()
@@ -69,7 +70,8 @@ class CudaKernels:
 
     @cached_property
     def _fp8_attention(self) -> Fp8Attention:
-        # Only where a recipe wants it: it needs `nvidia-cudnn-frontend`, which not everybody has.
+        # Imported only for recipes with FP8 attention, because it needs `nvidia-cudnn-frontend`,
+        # which may not be installed.
         from quant.kernels.cudnn_attention import Fp8Attention  # noqa: PLC0415
 
         return Fp8Attention()
@@ -80,8 +82,9 @@ class E4m3Linear(nn.Module):
 
     Buffers:
         weight: [N, K] E4M3.
-        weight_scale: [] float32; or [1, N], where channels have their own or the linears' scales
-            are not powers of two apart, so that no one scale serves all exactly.
+        weight_scale: [] float32; or [1, N] if channels have their own scales, or if the ratios of
+            the linears' scales are not powers of two, so that no single scale is exact for all.
+        input_scale: [] float32, the scale of the shared input.
     """
 
     weight: Tensor
@@ -94,22 +97,22 @@ class E4m3Linear(nn.Module):
         device = qdata[0].device
         rows = [part.shape[0] for part in qdata]
         weight = torch.empty(sum(rows), qdata[0].shape[1], dtype=E4M3, device=device)
-        self._wrong = torch.zeros(1, dtype=torch.int32, device=device)
+        self._inexact = torch.zeros(1, dtype=torch.int32, device=device)
         outs = torch.split(weight, rows)
-        self.act_scale, own_scales, largest = _known_to_the_host(linears)
-        whole = min(own_scales, default=0.0)
-        if own_scales and all(is_power_of_two(own / whole) for own in own_scales):
-            ratios = [own / whole for own in own_scales]
+        self.act_scale, scales, largest = _read_scales(linears)
+        common = min(scales, default=0.0)
+        if scales and all(is_power_of_two(each / common) for each in scales):
+            ratios = [each / common for each in scales]
             shift = _headroom([value * ratio for value, ratio in zip(largest, ratios, strict=True)])
             for part, ratio, out in zip(qdata, ratios, outs, strict=True):
-                triton_recode.to_e4m3(part, ratio * 2.0**shift, out, self._wrong)
-            scale = _scalar(whole * 2.0**-shift, device)
+                triton_recode.to_e4m3(part, ratio * 2.0**shift, out, self._inexact)
+            scale = _scalar(common * 2.0**-shift, device)
         else:
             shift = _headroom(largest)
             for part, out in zip(qdata, outs, strict=True):
-                triton_recode.to_e4m3(part, 2.0**shift, out, self._wrong)
-            own = [each.weight_scale.float() for each in linears]
-            by_row = torch.cat([each.expand(n, 1) for each, n in zip(own, rows, strict=True)])
+                triton_recode.to_e4m3(part, 2.0**shift, out, self._inexact)
+            by_linear = [each.weight_scale.float() for each in linears]
+            by_row = torch.cat([each.expand(n, 1) for each, n in zip(by_linear, rows, strict=True)])
             scale = (by_row * 2.0**-shift).t().contiguous()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
@@ -118,8 +121,8 @@ class E4m3Linear(nn.Module):
 
     @property
     def flushed(self) -> float:
-        """The share of weights that E4M3 cannot hold exactly."""
-        return self._wrong.item() / self.weight.numel()
+        """Return the share of weights that E4M3 cannot hold exactly."""
+        return self._inexact.item() / self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -138,9 +141,13 @@ class E4m3Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-def _known_to_the_host(linears: Sequence[Hif8Linear]) -> tuple[float, list[float], list[float]]:
-    """The scale of the input that linears share, the scale of each where none has several, and the
-    largest |value| among the codes of each: in one answer of the device."""
+def _read_scales(linears: Sequence[Hif8Linear]) -> tuple[float, list[float], list[float]]:
+    """Read from the device, with a single synchronization, what the joined product depends on.
+
+    Returns:
+        the scale of the linears' shared input; the weight scale of each linear, or nothing if one
+        of them has several; the largest |value| among the codes of each linear.
+    """
     acts = [each.act_scale.reshape(1) for each in linears if each.act_scale is not None]
     scales = [
         each.weight_scale.float().reshape(1) for each in linears if each.weight_scale.numel() == 1
@@ -148,18 +155,22 @@ def _known_to_the_host(linears: Sequence[Hif8Linear]) -> tuple[float, list[float
     if len(scales) < len(linears):
         scales = []
     ranks = triton_recode.largest_ranks([each.weight_qdata for each in linears])
-    answer: list[float] = torch.cat([*acts, *scales, ranks]).tolist()
-    own, largest = answer[len(acts) : -len(linears)], answer[-len(linears) :]
-    # What saturates for none of them.
-    return max(answer[: len(acts)]), own, [triton_recode.magnitude(int(rank)) for rank in largest]
+    values: list[float] = torch.cat([*acts, *scales, ranks]).tolist()
+    weight_scales, largest = values[len(acts) : -len(linears)], values[-len(linears) :]
+    # The largest input scale, so that the input of no linear saturates.
+    return (
+        max(values[: len(acts)]),
+        weight_scales,
+        [triton_recode.magnitude(int(rank)) for rank in largest],
+    )
 
 
 def _scalar(value: float, device: torch.device) -> Tensor:
-    """[] float32, written on the device: nothing has to wait for a copy."""
+    """Create a [] float32 tensor on the device, without a copy from the host to wait for."""
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _headroom(magnitudes: Sequence[float]) -> int:
-    """How many binades values can be shifted up and still fit E4M3."""
+    """Return by how many binades values can be shifted up and still fit E4M3."""
     largest = max(magnitudes)
     return math.floor(math.log2(E4M3_MAX / largest)) if largest else 0

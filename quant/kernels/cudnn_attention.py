@@ -1,12 +1,12 @@
-"""Self-attention on E4M3 through cuDNN's graph interface, with static scales.
+"""Compute self-attention on E4M3 through cuDNN's graph interface, with static scales.
 
-cuDNN's kernels are faster on a multiple of 128 keys, of which the last few are masked, than on a
-number that is none (H100, cuDNN 9.19: 23.4 ms against 26.4 ms for 32,760 tokens). So keys and
-values come with room, and the graph is told how many count. (In BF16, where the card's power is the
-bound, that gains nothing, and torch's own binding to cuDNN does.)
+cuDNN's kernels are faster with a multiple of 128 keys, the last few of them masked, than with any
+other number (H100, cuDNN 9.19: 23.4 ms against 26.4 ms for 32,760 tokens). Keys and values are
+therefore padded, and the graph gets the number of valid keys. In BF16, where the GPU's power limit
+is the bound, padding gains nothing, and torch's own binding to cuDNN suffices.
 
-The softmax's numerators, at most 1, are rounded to E4M3 too, times 256. A graph is built once for
-each shape and kept.
+The softmax's numerators, which are at most 1, are multiplied by 256 and rounded to E4M3 as well. A
+graph is built once for each shape and cached.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quant.kernels.eager import P_SCALE
 from quant.kernels.interface import AttentionScales
-from quant.kernels.triton_fused import with_room
+from quant.kernels.triton_fused import padded_length
 
 _FLOAT = cudnn.data_type.FLOAT
 _FP8 = cudnn.data_type.FP8_E4M3
@@ -28,7 +28,7 @@ _DESCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "sca
 
 
 class Fp8Attention:
-    """Callable on q [B, S, heads, D] and k, v [B, T, heads, D] in E4M3, of which `tokens` count."""
+    """Attends q [B, S, heads, D] to the first `tokens` of k, v [B, T, heads, D], all in E4M3."""
 
     def __init__(self) -> None:
         self._handles: dict[torch.device, Any] = {}
@@ -38,8 +38,8 @@ class Fp8Attention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales, tokens: int
     ) -> Tensor:
-        """Returns [B, S, heads, D] in E4M3, under `scales.out`."""
-        k, v = _with_room(k), _with_room(v)
+        """Return [B, S, heads, D] in E4M3, under `scales.out`."""
+        k, v = _padded(k), _padded(v)
         handle = self._handle(q.device)
         key = (q.device, q.shape, q.stride(), k.shape, k.stride(), tokens)
         if key not in self._graphs:
@@ -63,13 +63,13 @@ class Fp8Attention:
         return self._scalars[device, value]
 
 
-def _with_room(x: Tensor) -> Tensor:
-    room = with_room(x.shape[1]) - x.shape[1]
-    if room == 0:
+def _padded(x: Tensor) -> Tensor:
+    length = padded_length(x.shape[1])
+    if length == x.shape[1]:
         return x
-    whole = x.new_zeros(x.shape[0], x.shape[1] + room, *x.shape[2:])
-    whole[:, : x.shape[1]] = x
-    return whole
+    padded = x.new_zeros(x.shape[0], length, *x.shape[2:])
+    padded[:, : x.shape[1]] = x
+    return padded
 
 
 class _Graph:
@@ -132,6 +132,6 @@ def _like(graph: Any, name: str, x: Tensor) -> Any:
 
 
 def _heads_first(x: Tensor) -> tuple[list[int], list[int]]:
-    """[B, S, heads, D] as cuDNN counts: [B, heads, S, D] and the strides to match."""
+    """Return dimensions and strides of x [B, S, heads, D] in the order [B, heads, S, D]."""
     batch, tokens, heads, width = x.stride()
     return [x.shape[0], x.shape[2], x.shape[1], x.shape[3]], [batch, heads, tokens, width]

@@ -1,7 +1,8 @@
-"""What a Wan block does between its matrix products, in plain torch and diffusers' own arithmetic.
+"""Run the operations of a Wan block in plain torch, with diffusers' own arithmetic.
 
-Runs everywhere; with quantized linears it is the bit-true emulation that other kernels are held
-to, because activations are rounded to HiFloat8 and stay BF16, and weights are decoded to BF16.
+These kernels run on every device. With quantized linears they are the bit-true emulation that other
+kernels are compared with: activations are rounded to HiFloat8 and stay BF16 numbers, and weights
+are decoded to BF16.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from quant.numerics import reference
 from quant.numerics.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
-"""Of the softmax's numerators, which are at most 1: they reach 256, and E4M3 goes to 448."""
+"""Scale of the softmax's numerators, which are at most 1: they reach 256, E4M3's maximum is 448."""
 
-MOST_SCORES = 1 << 26
-"""Of an emulated FP8 attention held at a time, a quarter of a GiB in float32, a few times over."""
+MAX_SCORES = 1 << 26
+"""Scores that the emulated FP8 attention holds at a time.
+
+A float32 tensor of them takes a quarter of a GiB, and a few such tensors exist at once."""
 
 
 class EagerKernels:
@@ -50,7 +53,7 @@ class EagerKernels:
             normed = F.layer_norm(x.float(), x.shape[-1:], eps=norm.eps)
             normed = normed * (1 + factor.unsqueeze(1)) + shift.unsqueeze(1)
         else:
-            # As one call, which is not the same in the last bit.
+            # In one call, because separate calls differ in the last bit.
             normed = F.layer_norm(x.float(), x.shape[-1:], factor[0], shift[0], norm.eps)
         return x, self.round_act(normed.type_as(x), act_scale)
 
@@ -74,7 +77,7 @@ class EagerKernels:
             parts[1] = k_norm(parts[1])
         parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
         if rope is not None:
-            parts[:2] = [_turn(part, rope) for part in parts[:2]]
+            parts[:2] = [_rotate(part, rope) for part in parts[:2]]
         if scales is None:
             return tuple(parts)
         return tuple(
@@ -107,7 +110,7 @@ class EagerKernels:
 class _DecodedLinear(nn.Module):
     def __init__(self, linears: Sequence[Hif8Linear]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(linears)
+        self.linears = nn.ModuleList(linears)
         self._linears = tuple(linears)
         self.act_scale = shared_act_scale(linears)
 
@@ -120,34 +123,34 @@ class _DecodedLinear(nn.Module):
 
 
 def shared_act_scale(linears: Sequence[Hif8Linear]) -> float:
-    """The scale of the one input that linears share: the largest, which saturates for none."""
+    """Return the scale for the input that linears share: the largest, so that none saturates."""
     scales = [linear.act_scale for linear in linears if linear.act_scale is not None]
-    return float(torch.stack(scales).max())  # one answer of the device for all of them
+    return float(torch.stack(scales).max())  # one device synchronization for all
 
 
-def _turn(x: Tensor, rope: Rope) -> Tensor:
+def _rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
+    rotated = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(rotated, dim=-1).flatten(-2).type_as(x)
 
 
 def fp8_attention(
-    q: Tensor, k: Tensor, v: Tensor, out_scale: float, most_scores: int = MOST_SCORES
+    q: Tensor, k: Tensor, v: Tensor, out_scale: float, max_scores: int = MAX_SCORES
 ) -> Tensor:
-    """What a fused FP8 kernel computes: q, k, v [B, heads, S or T, D] bf16, rounded → as q.
+    """Emulate a fused FP8 kernel: q, k, v [B, heads, S or T, D] bf16, already rounded → as q.
 
     Args:
-        most_scores: how many are held at a time; queries are taken in pieces for that.
+        max_scores: number of scores held at a time; queries are processed in chunks for it.
     """
     keys, values = k.float().transpose(-1, -2), v.float()
     limit = torch.finfo(torch.float8_e4m3fn).max
-    pieces = []
-    for piece in torch.split(q, max(1, most_scores // k[..., 0].numel()), dim=-2):
-        scores = piece.float() @ keys * q.shape[-1] ** -0.5
+    chunks = []
+    for chunk in torch.split(q, max(1, max_scores // k[..., 0].numel()), dim=-2):
+        scores = chunk.float() @ keys * q.shape[-1] ** -0.5
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         rounded = (weights / P_SCALE).to(torch.float8_e4m3fn).float() * P_SCALE
         out = rounded @ values / weights.sum(-1, keepdim=True)
         codes = (out / out_scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
-        pieces.append((codes.float() * out_scale).to(q.dtype))
-    return torch.cat(pieces, dim=-2)
+        chunks.append((codes.float() * out_scale).to(q.dtype))
+    return torch.cat(chunks, dim=-2)

@@ -1,8 +1,9 @@
-"""What a Wan block asks of a device: its matrix products, and what stands between them.
+"""Define the operations that a Wan block needs from a device.
 
-`quant.transformer.wan_block.FusedWanBlock` is written against this alone. Activations that a
-quantized product takes travel in a form of the kernels' own (HiFloat8 values as BF16 or as E4M3
-codes), which only the product of the same kernels reads.
+`quant.transformer.wan_block.FusedWanBlock` uses this interface only. The input of a quantized
+product is in a form that the kernels choose: HiFloat8 values as BF16 numbers, or as E4M3 codes of
+value / act_scale. Only the products of the same kernels read it. Where `act_scale` is None, the
+form is BF16.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 from quant.numerics.linear import Hif8Linear
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, [1, S, 1, D] float32, every angle twice."""
+"""Cosines and sines, [1, S, 1, D] float32; each angle appears twice."""
 
 KEYS_MULTIPLE = 128
-"""FP8 attention is given keys and values with room up to a multiple of this; why is in
-`quant.kernels.cudnn_attention`."""
+"""Keys and values of FP8 attention are padded to a multiple of this number of tokens.
+
+`quant.kernels.cudnn_attention` explains why."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionScales:
-    """Static scales of FP8 self-attention: of queries, keys and values, and of what comes out."""
+    """Static scales of FP8 self-attention: of queries, keys, values and the output."""
 
     q: float
     k: float
@@ -35,10 +37,10 @@ class AttentionScales:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A layer norm of each token and what follows it: norm(x) * factor + shift.
+    """A layer norm of each token, followed by a factor and a shift: norm(x) * factor + shift.
 
-    With `plus_one` factor and shift are [B, K], and the factor is 1 + factor; without, they are the
-    norm's own weights, [1, K].
+    With `plus_one`, factor and shift are [B, K] and the norm is multiplied by 1 + factor. Without,
+    they are the norm's own weights, [1, K].
     """
 
     factor: Tensor
@@ -48,26 +50,29 @@ class Norm:
 
 
 class BlockLinear(Protocol):
-    """One or more linears that share their input, as one product."""
+    """One or more linears that share their input, computed as one product."""
 
     @property
     def act_scale(self) -> float | None:
-        """What its input is rounded with; None where it takes BF16."""
+        """Return the scale its input is rounded under; None if it takes BF16."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] in the kernels' form → [..., sum of N] bf16."""
+        """x [..., K] in the kernels' form for `act_scale` → [..., sum of N] bf16."""
 
 
 class Kernels(Protocol):
-    """One way to run a block. B batch, S tokens, K width; tensors are contiguous."""
+    """The operations of a block on one kind of device.
+
+    B is the batch, S the tokens, K the width. All tensors are contiguous.
+    """
 
     name: str
 
     def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
-        """Prepare BF16 linears that share their input; a module."""
+        """Build the product of BF16 linears that share their input; the result is a module."""
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
-        """Prepare quantized linears that share their input; a module."""
+        """Build the product of quantized linears that share their input; the result is a module."""
 
     def add_norm(
         self,
@@ -77,13 +82,14 @@ class Kernels(Protocol):
         norm: Norm,
         act_scale: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """The sum x + delta * gate, and its `norm` in the form `act_scale` says.
+        """Return the sum x + delta * gate, and its `norm` in the form for `act_scale`.
 
-        x, delta [B, S, K] bf16; gate [B, K]; without a delta the sum is x.
+        x, delta [B, S, K] bf16; gate [B, K]. Without a delta the sum is x; without a gate the delta
+        is added as it is.
         """
 
     def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
-        """x + delta * gate, [B, S, K] bf16."""
+        """Return x + delta * gate, [B, S, K] bf16."""
 
     def norm_rope(
         self,
@@ -94,26 +100,32 @@ class Kernels(Protocol):
         heads: int,
         scales: AttentionScales | None,
     ) -> tuple[Tensor, ...]:
-        """Split x [B, S, P*K] into P parts; normalise and turn the first (queries) and second
-        (keys), leave the third. Returns [B, S, heads, D] each, in the form `attention` takes; keys
-        and values may be longer, the rest being room."""
+        """Split x [B, S, P*K] into P parts: queries, keys, values.
+
+        Queries and keys are normalised and rotated by `rope`, values are not.
+
+        Returns:
+            each part as [B, S, heads, D] in the form that `attention` takes. Keys and values may be
+            padded beyond S.
+        """
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
-        """GELU (tanh) of x [..., K] bf16, in the form `act_scale` says."""
+        """Return GELU (tanh) of x [..., K] bf16, in the form for `act_scale`."""
 
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
-        """x [..., K] bf16 in the form `act_scale` says."""
+        """Return x [..., K] bf16 in the form for `act_scale`."""
 
     def misfits(self, x: Tensor, act_scale: float) -> Tensor:
-        """Count what the form of `act_scale` cannot hold of x [..., K] bf16: [2] int64.
+        """Count the values of x [..., K] bf16 that the form for `act_scale` cannot hold: [2] int64.
 
-        First the values that saturate, then those other than zero that become zero.
+        The first count is of values that saturate, the second of nonzero values that become zero.
         """
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
     ) -> Tensor:
-        """Attention of q [B, S, heads, D] to the first `tokens` of k and v [B, T, heads, D].
+        """Attend q [B, S, heads, D] to the first `tokens` of k and v [B, T, heads, D].
 
-        Returns [B, S, heads*D]: bf16, or, with scales, in the form of `scales.out`.
+        Returns:
+            [B, S, heads*D] in bf16; with scales, in the form for `scales.out`.
         """

@@ -1,4 +1,4 @@
-"""BF16 linears of a block that share their input: one by one, or as one product."""
+"""Compute BF16 linears that share their input, one by one or as one product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quant.numerics import reference
 
 
 class SeparateLinears(nn.Module):
-    """The linears one by one, in plain torch."""
+    """Computes the linears one by one, in plain torch."""
 
     act_scale: float | None = None
 
@@ -27,7 +27,10 @@ class SeparateLinears(nn.Module):
 
 
 class JoinedLinear(nn.Module):
-    """Linears that share an input as one BF16 product; their weights become views of its own."""
+    """Computes linears that share an input as one BF16 product.
+
+    The weights of the linears become views of the joined weight.
+    """
 
     act_scale: float | None = None
 
@@ -41,16 +44,17 @@ class JoinedLinear(nn.Module):
 
 
 def joined_bias(linears: Sequence[nn.Module]) -> nn.Parameter | None:
-    """The biases of linears one after the other; None where none has one."""
+    """Join the biases of linears into one; None if no linear has one."""
     biases = [each.bias for each in linears if isinstance(each.bias, Tensor)]
-    assert len(biases) in (0, len(linears)), "linears of one input have biases, or have none"
+    assert len(biases) in (0, len(linears)), "linears that share an input have biases, or have none"
     return _joined(biases) if biases else None
 
 
 def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
-    """Put parameters one after the other into one, of which they become views.
+    """Join parameters into one along the first dimension; they become views of it.
 
-    They keep their identity, so whoever shares them sees the views, too.
+    They stay the same objects, so other trees that share them see the views as well. Parameters
+    that are already neighbours in one storage are not copied.
     """
     base = tensors[0]
     if len(tensors) == 1:
@@ -64,8 +68,8 @@ def _joined(tensors: Sequence[Tensor]) -> nn.Parameter:
     ):
         shape = (sum(each.shape[0] for each in tensors), *base.shape[1:])
         return nn.Parameter(base.data.as_strided(shape, base.stride()), requires_grad=False)
-    whole = nn.Parameter(torch.cat([each.data for each in tensors]), requires_grad=False)
+    joined = nn.Parameter(torch.cat([each.data for each in tensors]), requires_grad=False)
     rows = [each.shape[0] for each in tensors]
-    for each, view in zip(tensors, torch.split(whole.data, rows), strict=True):
+    for each, view in zip(tensors, torch.split(joined.data, rows), strict=True):
         each.data = view
-    return whole
+    return joined

@@ -1,4 +1,4 @@
-"""Kernels that count what their roundings lose, around the kernels that do the work."""
+"""Wrap kernels to count the activations that their rounding saturates or flushes to zero."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from quant.numerics.linear import Hif8Linear
 class CountingKernels:
     """Implements `quant.kernels.interface.Kernels` with the same results, to the last bit.
 
-    What others round while they compute is computed in BF16 first, counted, and rounded then; so
-    each rounding costs a few trips through memory more. Not counted are what FP8 attention rounds
-    inside itself, and what a block keeps from an earlier pass.
+    What the wrapped kernels would round while they compute is computed in BF16 first, counted, and
+    rounded afterwards. Each rounding therefore costs a few more passes through memory. Two things
+    are not counted: what FP8 attention rounds internally, and what a block has cached from an
+    earlier pass.
     """
 
     def __init__(self, kernels: Kernels, add: Callable[[Tensor, int], None]) -> None:
-        """Count for `add`, which is given each rounding's `misfits` and its number of values."""
+        """Wrap `kernels`; `add` receives each rounding's `misfits` and its number of values."""
         self.name = kernels.name
         self._kernels = kernels
         self._add = add

@@ -1,8 +1,9 @@
-"""Which kernels a device runs on, found out by trying them.
+"""Choose the kernels of a device and test them before use.
 
-Kernels are compiled where they run, by libraries that may not be there and for cards that may not
-do what they say: so each way of running is tried on small tensors and compared with plain torch
-before it is trusted. What fails is said once, and plain torch runs instead.
+Kernels are compiled on the machine that runs them, by libraries that may be missing and for GPUs
+that may lack a feature. Each set of kernels is therefore run on small tensors and compared with
+plain torch before it is used (`quant.kernels.self_test`). If it fails, the choice carries a warning
+and plain torch runs instead.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from quant.kernels.self_test import BlockShape, check_kernels
 logger = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)
-"""The first compute capability whose tensor cores multiply E4M3."""
+"""The lowest compute capability with tensor cores that multiply E4M3."""
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether a card's tensor cores multiply E4M3."""
+    """Return whether the device's tensor cores multiply E4M3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """The kernels to run on, and why they are not the device's fastest, if they are not."""
+    """The kernels to run on, and a warning if they are not the fastest for the device."""
 
     kernels: Kernels
     warning: str | None = None
@@ -41,19 +42,19 @@ def pick_kernels(
     *,
     quantized: bool,
     shape: BlockShape | None = None,
-    scales_rows: bool = False,
+    per_row_scales: bool = False,
     fp8_attention: bool = False,
 ) -> KernelChoice:
-    """Choose for a mode on `device`: plain torch where nothing better runs.
+    """Choose the kernels of a mode on `device`: plain torch if nothing better runs.
 
     Args:
-        quantized: whether the mode multiplies in 8 bits, which not every card can.
-        shape: of the model's blocks, that what is compiled for it is compiled now.
-        scales_rows: whether products may take a scale for each row, too, as `QuantRecipe` has it.
-        fp8_attention: whether its self-attention does, too, which needs `nvidia-cudnn-frontend`.
+        quantized: whether the mode multiplies in 8 bits, which not every GPU supports.
+        shape: shape of the model's blocks; kernels that depend on it are then compiled here.
+        per_row_scales: whether products may have a scale for each row (`QuantRecipe`).
+        fp8_attention: whether self-attention is in FP8, which needs `nvidia-cudnn-frontend`.
 
     Raises:
-        ConversionError: FP8 attention does not run on this card.
+        ConversionError: FP8 attention does not run on this device.
     """
     if device.type != "cuda":
         return KernelChoice(EagerKernels())
@@ -72,15 +73,17 @@ def pick_kernels(
             "bf16, because every weight is decoded to BF16 for every product.",
         )
     try:
-        # Needs Triton, which machines without a card do not have.
+        # Needs Triton, which machines without a GPU do not have.
         from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
         kernels = CudaKernels()
-        check_kernels(kernels, device, quantized=quantized, shape=shape, scales_rows=scales_rows)
+        check_kernels(
+            kernels, device, quantized=quantized, shape=shape, per_row_scales=per_row_scales
+        )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # says nothing of the kernels
+        raise  # not caused by the kernels
     except Exception as error:
-        # Compilers and drivers fail in every way there is; whichever it is, the model can run.
+        # Compilers and drivers raise many kinds of exceptions; the model can run after any of them.
         logger.debug("kernels for %s do not run", name, exc_info=True)
         reason = f"the kernels for {name} do not run ({_reason(error)})"
         if fp8_attention:
@@ -105,18 +108,18 @@ def _check_fp8_attention(
     except Exception as error:
         raise _no_fp8_attention(
             f"on {name} it ends with {_reason(error)}; it needs the package nvidia-cudnn-frontend "
-            "(the extra `cuda`) and a card that package supports"
+            "(the extra `cuda`) and a GPU that package supports"
         ) from error
 
 
 def _no_fp8_attention(reason: str) -> ConversionError:
-    """Nothing stands in for it on a card: docs/decisions/016."""
+    """FP8 attention has no replacement on a GPU: docs/decisions/016."""
     return ConversionError(
         f"FP8 attention does not run here: {reason}; take a recipe with attention 'bf16'"
     )
 
 
 def _reason(error: Exception) -> str:
-    """The last line of what it says: compilers begin with where, and end with why."""
+    """Return the last line of the message: compilers put the location first and the cause last."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {lines[-1].strip()}"[:300]

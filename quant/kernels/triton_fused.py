@@ -1,12 +1,12 @@
-"""What stands between two matrix products of a Wan block, each as one trip through memory.
+"""Run the operations between a Wan block's matrix products, each in one pass through memory.
 
-Triton kernels for CUDA. Each reads BF16, computes in float32, rounds to BF16 wherever the unfused
-block of diffusers does, and writes either BF16 or, when it is given `act_scale`, HiFloat8 values in
-E4M3 codes: x / act_scale rounded to HiFloat8's grid, on which the next product runs
-(`quant.kernels.cuda`). A program handles one row.
+These are Triton kernels for CUDA. Each reads BF16, computes in float32 and rounds to BF16 wherever
+diffusers' unfused block does. It writes BF16 or, if it gets an `act_scale`, E4M3 codes of HiFloat8
+values: x / act_scale rounded to HiFloat8's grid, the input of the next product
+(`quant.kernels.cuda`). A Triton program handles one row.
 
-Every value of HiFloat8 from 2**-8 to 384, and 2**-9, is an E4M3 value. Larger ones saturate to 448,
-smaller ones go to the nearest of E4M3's subnormals.
+Every HiFloat8 value from 2**-8 to 384, and 2**-9, is an E4M3 value. Larger ones saturate to 448,
+smaller ones are rounded to the nearest E4M3 subnormal or zero.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch import Tensor, nn
 from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales, Norm, Rope
 
 E4M3 = torch.float8_e4m3fn
-_ELEMENTS = 2048  # of an elementwise program
+_ELEMENTS = 2048  # per program of the elementwise kernel
 _WARPS = 4
 
 
 @triton.jit
 def _to_hif8(x):
-    """Round float32 to HiFloat8's grid, half away from zero; E4M3 saturates what is beyond it."""
+    """Round float32 to HiFloat8's grid, half away from zero; E4M3 saturates larger values later."""
     bits = x.to(tl.int32, bitcast=True)
     distance = tl.abs(((bits >> 23) & 0xFF) - 127)
-    # 3 mantissa bits within three binades of 1, 2 within seven, then 1.
+    # 3 mantissa bits up to three binades from 1, 2 up to seven, then 1.
     coarser = tl.minimum(distance >> 2, 2)
     half = (1 << 19) << coarser
     rounded = ((bits + half) & (-2 * half)).to(tl.float32, bitcast=True)
-    # The largest NaN would be carried over into a zero.
+    # The addition would overflow the largest NaN into zero.
     return tl.where(x == x, rounded, x)  # noqa: PLR0124
 
 
 @triton.jit
-def _put(ptr, x, inverse_scale, mask, ROUND: tl.constexpr):
-    """Write x as BF16, or rounded to HiFloat8 from there."""
+def _store(ptr, x, inverse_scale, mask, ROUND: tl.constexpr):
+    """Store x as BF16, or round that BF16 value to HiFloat8 and store its E4M3 code."""
     x = x.to(tl.bfloat16)
     if ROUND:
         tl.store(ptr, _to_hif8(x.to(tl.float32) * inverse_scale).to(tl.float8e4nv), mask=mask)
@@ -48,7 +48,7 @@ def _put(ptr, x, inverse_scale, mask, ROUND: tl.constexpr):
 
 @triton.jit
 def _sum_gated(x_ptr, delta_ptr, gate_ptr, columns, mask, HAS_GATE: tl.constexpr):
-    """x + delta * gate in BF16's precision."""
+    """Compute x + delta * gate, rounded to BF16."""
     x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     delta = tl.load(delta_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_GATE:
@@ -90,13 +90,13 @@ def _add_norm(
     x_a = tl.where(in_a, x_a - mean, 0.0)
     x_b = tl.where(in_b, x_b - mean, 0.0)
     scale = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
-    # Asked for only here: earlier, they cost registers, and those cost programs at work.
+    # Loaded only here: an earlier load takes registers and so lowers the occupancy.
     factor_ptr += batch * factor_stride
     shift_ptr += batch * factor_stride
     factor_a, shift_a = _factors(factor_ptr, shift_ptr, a, in_a, PLUS_ONE)
     factor_b, shift_b = _factors(factor_ptr, shift_ptr, b, in_b, PLUS_ONE)
-    _put(out_ptr + start + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
-    _put(out_ptr + start + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
+    _store(out_ptr + start + a, x_a * scale * factor_a + shift_a, inverse_scale, in_a, ROUND)
+    _store(out_ptr + start + b, x_b * scale * factor_b + shift_b, inverse_scale, in_b, ROUND)
 
 
 @triton.jit
@@ -115,14 +115,14 @@ def _add_gated(
 
 
 @triton.jit
-def _turned(
+def _rotated(
     x, weight, cos_ptr, sin_ptr, start, rms, N: tl.constexpr, HEAD: tl.constexpr,
     ROPE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise N columns from `start` on, and turn neighbouring pairs."""
+    """Normalise N columns from `start` on and rotate neighbouring pairs."""
     x = (x * rms * weight).to(tl.bfloat16).to(tl.float32)
     if ROPE:
-        # diffusers keeps each angle twice; its own pick is the even cosine and the odd sine.
+        # diffusers stores each angle twice and reads the even cosine and the odd sine.
         if N % HEAD == 0 and (HEAD & (HEAD - 1)) == 0:
             first, second = tl.split(tl.reshape(x, (N // HEAD, HEAD // 2, 2)))
             even = 2 * tl.arange(0, HEAD // 2)
@@ -133,8 +133,8 @@ def _turned(
             even = (start + 2 * tl.arange(0, N // 2)) % HEAD
             cos = tl.load(cos_ptr + even)
             sin = tl.load(sin_ptr + even + 1)
-        turned = tl.join(first * cos - second * sin, first * sin + second * cos)
-        x = tl.reshape(turned, (N,))
+        rotated = tl.join(first * cos - second * sin, first * sin + second * cos)
+        x = tl.reshape(rotated, (N,))
     return x
 
 
@@ -156,8 +156,8 @@ def _norm_rope(
     x_b = tl.load(x_ptr + b, mask=in_b, other=0.0).to(tl.float32)
     if part == 2:
         v_ptr += (batch * kv_rows + row) * K
-        _put(v_ptr + a, x_a, v_inverse, in_a, ROUND)
-        _put(v_ptr + b, x_b, v_inverse, in_b, ROUND)
+        _store(v_ptr + a, x_a, v_inverse, in_a, ROUND)
+        _store(v_ptr + b, x_b, v_inverse, in_b, ROUND)
     else:
         weight_ptr, out_ptr, inverse_scale, out_rows = q_weight_ptr, q_ptr, q_inverse, rows
         if part == 1:
@@ -167,34 +167,34 @@ def _norm_rope(
         rms = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
         cos_ptr += row * HEAD
         sin_ptr += row * HEAD
-        x_a = _turned(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
-        x_b = _turned(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
+        x_a = _rotated(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
+        x_b = _rotated(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
         out_ptr += (batch * out_rows + row) * K
-        _put(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
-        _put(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
+        _store(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
+        _store(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
 
 
 @triton.jit
 def _elementwise(x_ptr, out_ptr, count, inverse_scale, GELU: tl.constexpr, ROUND: tl.constexpr,
                  N: tl.constexpr):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    mask = place < count
-    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    position = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    mask = position < count
+    x = tl.load(x_ptr + position, mask=mask, other=0.0).to(tl.float32)
     if GELU:
         # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x³); the
         # constants hold -2 sqrt(2/pi) / ln(2).
         x = x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * (x * x))))
-    _put(out_ptr + place, x, inverse_scale, mask, ROUND)
+    _store(out_ptr + position, x, inverse_scale, mask, ROUND)
 
 
 def add_norm(
     x: Tensor, delta: Tensor | None, gate: Tensor | None, norm: Norm, act_scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`Kernels.add_norm`; the rows of gate, factor and shift have to be contiguous."""
+    """Implement `Kernels.add_norm`; the rows of gate, factor and shift must be contiguous."""
     batch, tokens, width = x.shape
     out = torch.empty_like(x, dtype=x.dtype if act_scale is None else E4M3)
     total = x if delta is None else torch.empty_like(x)
-    high, low = _parts(width)
+    high, low = _column_ranges(width)
     _add_norm[(tokens, batch)](
         x, x if delta is None else delta, norm.factor if gate is None else gate,
         norm.factor, norm.shift, total, out,
@@ -206,10 +206,10 @@ def add_norm(
 
 
 def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
-    """x + delta * gate as a new tensor: x, delta [B, S, K] bf16, gate [B or 1, K] float32."""
+    """Return x + delta * gate in a new tensor; x, delta [B, S, K] bf16, gate [B or 1, K] fp32."""
     batch, tokens, width = x.shape
     out = torch.empty_like(x)
-    high, low = _parts(width)
+    high, low = _column_ranges(width)
     _add_gated[(batch * tokens,)](
         x, delta, x if gate is None else gate, out, tokens, _batch_stride(gate),
         K=width, A=high, B=low, HAS_GATE=gate is not None, num_warps=_WARPS,
@@ -217,8 +217,8 @@ def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
     return out
 
 
-def with_room(tokens: int) -> int:
-    """How many keys FP8 attention is given where `tokens` count
+def padded_length(tokens: int) -> int:
+    """Return the number of keys for FP8 attention to `tokens` keys, padding included
     (`quant.kernels.cudnn_attention`)."""
     return -(-tokens // KEYS_MULTIPLE) * KEYS_MULTIPLE
 
@@ -231,26 +231,26 @@ def norm_rope(
     heads: int,
     scales: AttentionScales | None,
 ) -> tuple[Tensor, ...]:
-    """`Kernels.norm_rope`; under `scales` the parts are E4M3, keys and values with room."""
+    """Implement `Kernels.norm_rope`; with `scales` the parts are E4M3, keys and values padded."""
     batch, tokens, columns = x.shape
     width = q_norm.weight.shape[0]
     parts = columns // width
     dtype = x.dtype if scales is None else E4M3
-    room = tokens if scales is None else with_room(tokens)
-    lengths = (tokens, room, room)
+    kv_length = tokens if scales is None else padded_length(tokens)
+    lengths = (tokens, kv_length, kv_length)
     outs = [
         torch.empty(batch, length, heads, width // heads, dtype=dtype, device=x.device)
         for length in lengths[:parts]
     ]
     for out in outs:
-        out[:, tokens:] = 0  # what is masked is multiplied all the same, and may not be NaN
+        out[:, tokens:] = 0  # masked values are multiplied as well, so they must not be NaN
     q, k, v = (outs[min(index, parts - 1)] for index in range(3))
     cos, sin = (q_norm.weight, q_norm.weight) if rope is None else rope
     each_scale = (None, None, None) if scales is None else (scales.q, scales.k, scales.v)
-    high, low = _parts(width)
+    high, low = _column_ranges(width)
     _norm_rope[(tokens, parts, batch)](
         x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
-        x.stride(1), tokens, room, q_norm.eps, *map(_inverse, each_scale),
+        x.stride(1), tokens, kv_length, q_norm.eps, *map(_inverse, each_scale),
         K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
         ROUND=scales is not None, num_warps=_WARPS,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def norm_rope(
 
 
 def gelu(x: Tensor, act_scale: float | None) -> Tensor:
-    """GELU in its tanh form: x [...] bf16 contiguous → [...]."""
+    """Compute GELU in its tanh form: x [...] bf16 contiguous → [...]."""
     return _map(x, act_scale, gelu=True)
 
 
@@ -277,8 +277,8 @@ def _map(x: Tensor, act_scale: float | None, *, gelu: bool) -> Tensor:
     return out
 
 
-def _parts(width: int) -> tuple[int, int]:
-    """Two powers of two that cover a width: 5120 is exactly 4096 + 1024."""
+def _column_ranges(width: int) -> tuple[int, int]:
+    """Return two powers of two that together cover a width: 5120 is exactly 4096 + 1024."""
     high = 1 << (width.bit_length() - 1)
     return high, triton.next_power_of_2(max(width - high, 2))
 

@@ -1,6 +1,6 @@
-"""The table of all HiFloat8 codes, as Markdown, for `docs/numerics.md`.
+"""Format the table of all HiFloat8 codes as Markdown, for `docs/numerics.md`.
 
-`python -m quant codes` prints it; a test holds the document to it.
+`python -m quant codes` prints it. A test compares the document with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _COLUMNS = 4
 
 
 def codes_markdown() -> str:
-    """Codes 0x00..0x7F with their bits and values, four columns of 32; 0x80 and up mirror them."""
+    """Return codes 0x00..0x7F with bits and values, in four columns of 32; 0x80.. mirror them."""
     lines = ["| code | bits | value " * _COLUMNS + "|", "|---|---|--:" * _COLUMNS + "|"]
     rows = SIGN_BIT // _COLUMNS
     for row in range(rows):
@@ -25,12 +25,12 @@ def _cells(code: int) -> str:
 
 
 def _spaced_bits(code: int) -> str:
-    """The eight bits with spaces between sign, dot prefix, exponent and mantissa."""
+    """Return the eight bits with spaces between sign, dot prefix, exponent and mantissa."""
     bits = f"{code:08b}"
     kind, _, mantissa_bits, _ = decode_code(code)
     dot_bits = {"D4": 2, "D3": 2, "D2": 2, "D1": 3, "D0": 4, "infinity": 2}.get(kind, 4)
     if kind == "infinity":
-        mantissa_bits = 1  # it sits in the place of the largest D4 value
+        mantissa_bits = 1  # it takes the code of the largest D4 value
     elif kind in ("subnormal", "zero"):
         mantissa_bits = 3
     parts = bits[0], bits[1 : 1 + dot_bits], bits[1 + dot_bits : 8 - mantissa_bits]
@@ -38,7 +38,7 @@ def _spaced_bits(code: int) -> str:
 
 
 def _value(fields: CodeFields) -> str:
-    """The value as people read it: a power of two times a mantissa below 2**-4, else a decimal."""
+    """Format the value: below 2**-4 as a mantissa times a power of two, otherwise as a decimal."""
     if fields.kind == "infinity":
         return "+∞"
     if fields.exponent is None or fields.exponent >= -4:

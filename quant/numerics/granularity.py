@@ -1,4 +1,4 @@
-"""How many values share one scale. Each type says which shape of scale belongs to x."""
+"""Define granularities: how many values share a scale, and the shape of the scale for x."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quant.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class PerTensor:
-    """One scale for the whole tensor: x [...] → scale []. Weights, and activations (static)."""
+    """One scale for the whole tensor: x [...] → scale []. Weights and static activations."""
 
     name: ClassVar[str] = "per_tensor"
 
@@ -24,7 +24,7 @@ class PerChannel:
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """One scale per token, found while running: x [..., K] → scale [..., 1]. Activations only."""
+    """One scale per token, chosen at run time: x [..., K] → scale [..., 1]. Activations only."""
 
     name: ClassVar[str] = "per_token"
 
@@ -39,19 +39,19 @@ _ACT: dict[str, ActGranularity] = {PerTensor.name: PerTensor(), PerToken.name: P
 
 
 def weight_granularity(name: str) -> WeightGranularity:
-    """The weight granularity called `name`.
+    """Return the weight granularity with this name.
 
     Raises:
-        RecipeError: there is none of that name for weights.
+        RecipeError: there is none for weights with this name.
     """
     return _named(name, _WEIGHT, "weight")
 
 
 def act_granularity(name: str) -> ActGranularity:
-    """The activation granularity called `name`.
+    """Return the activation granularity with this name.
 
     Raises:
-        RecipeError: there is none of that name for activations.
+        RecipeError: there is none for activations with this name.
     """
     return _named(name, _ACT, "act")
 

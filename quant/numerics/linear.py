@@ -1,7 +1,7 @@
-"""A linear layer whose weights are HiFloat8 codes and whose inputs are rounded to HiFloat8.
+"""Define a linear layer with HiFloat8 codes as weights and inputs rounded to HiFloat8.
 
-A drop-in for `nn.Linear` at inference, as a module of its own rather than a tensor subclass: only
-the matrix product has to know the format, and a module shows what it holds in its state dict.
+It replaces `nn.Linear` at inference. It is a module rather than a tensor subclass because only the
+matrix product has to know the format, and because a module's tensors appear in its state dict.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Hif8Linear(nn.Module):
     Buffers:
         weight_qdata: [N, K] uint8, HiFloat8 codes.
         weight_scale: [] or [N, 1] float32, what the codes are multiplied by.
-        act_scale: [] float32, the static scale of the inputs; None when each token gets its own.
+        act_scale: [] float32, the static scale of the inputs; None if each token has its own.
 
     Parameters:
-        bias: [N] in the model's dtype, shared with the linear this one was made from; or None.
+        bias: [N] in the model's dtype, shared with the source linear; or None.
 
-    Moving the module to BF16 keeps power-of-two scales exact and rounds the others.
+    Converting the module to BF16 keeps power-of-two scales exact and rounds other scales.
     """
 
     weight_qdata: Tensor
@@ -43,14 +43,14 @@ class Hif8Linear(nn.Module):
         act_policy: ScalePolicy,
         bias: nn.Parameter | None,
     ) -> None:
-        """Wrap packed weights.
+        """Create the layer from quantized weights.
 
         Args:
-            act_policy: how `act_scale` was chosen; when that is None, how each token's is.
+            act_policy: how `act_scale` was chosen, or, if that is None, how each token's scale is.
 
         Raises:
             TypeError: weight_qdata is not uint8.
-            ValueError: a shape does not fit, or a per-token policy would need statistics.
+            ValueError: a shape is wrong, or the policy cannot choose scales per token.
         """
         super().__init__()
         if weight_qdata.dtype is not torch.uint8:
@@ -79,7 +79,7 @@ class Hif8Linear(nn.Module):
         act_scale: Tensor | None,
         act_policy: ScalePolicy,
     ) -> Self:
-        """Round a linear's weights under `weight_scale`, on their device; the bias is shared."""
+        """Quantize a linear's weights under `weight_scale`, on their device; the bias is shared."""
         weight = linear.weight.detach()
         weight_scale = weight_scale.to(weight.device, copy=True)
         return cls(
@@ -91,7 +91,7 @@ class Hif8Linear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] → [..., N] in the dtype of x."""
+        """Apply the layer: x [..., K] → [..., N] in the dtype of x."""
         if self.act_scale is None:
             x = reference.fake_quantize_per_token(x, self.act_policy)
         else:
@@ -99,11 +99,11 @@ class Hif8Linear(nn.Module):
         return reference.linear(x, self.weight_qdata, self.weight_scale, self.bias)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The weights as values: [N, K] dtype."""
+        """Return the dequantized weights: [N, K] dtype."""
         return reference.dequantize(self.weight_qdata, self.weight_scale, dtype)
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """Return the text that `print(module)` shows."""
         act = f"static ({self.act_policy.name})"
         if self.act_scale is None:
             act = f"per token ({self.act_policy.name})"

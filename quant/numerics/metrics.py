@@ -1,4 +1,4 @@
-"""How far a quantized tensor is from the original."""
+"""Measure how far a quantized tensor is from the original."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
-    """Signal to quantization noise ratio, 20·log10(‖x‖ / ‖x − x̂‖), in dB over the whole tensor.
+    """Return the signal-to-quantization-noise ratio 20·log10(‖x‖ / ‖x − x̂‖) of a tensor in dB.
 
     Equal tensors give +inf, a zero signal with noise −inf. Computed in float32 with float64 sums.
 

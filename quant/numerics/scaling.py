@@ -1,12 +1,13 @@
-"""The scale rule: from what was seen of a tensor to the multiplier its codes are decoded with.
+"""Choose scales from the statistics of a tensor.
 
-`scale` is always the dequantization multiplier, x ≈ decode(qdata) * scale. The default policy makes
-it the power of two that brings amax into [8, 16), the top of HiFloat8's 3-bit band: multiplying by
-a power of two is exact in BF16, so scaling gives the same bits on every device and the scale can be
-folded anywhere. Exponents are held within ±MAX_SCALE_EXPONENT, which leaves that rule whole for
-amax in [2**-61, 2**68): larger values lose bits and then saturate, smaller ones lose bits and then
-vanish. `sqnr` takes the power of two that loses least on a histogram of binades, letting outliers
-above 16 have fewer bits when that pays. The others reproduce other HiFloat8 code.
+`scale` is always the dequantization multiplier, x ≈ decode(qdata) * scale. The default policy
+`pow2` chooses the power of two that brings amax into [8, 16), the top of the range in which
+HiFloat8 has 3 mantissa bits. Multiplying by a power of two is exact in BF16, so scaling gives the
+same bits on every device, and the scale can be folded into other operations. Exponents are clamped
+to ±MAX_SCALE_EXPONENT, which leaves this rule unchanged for amax in [2**-61, 2**68). Larger values
+lose bits and then saturate, smaller ones lose bits and then become zero. The policy `sqnr` chooses
+the power of two with the least error on a histogram of binades; outliers above 16 then have fewer
+bits if this reduces the error. The other policies reproduce other HiFloat8 code.
 
 This module chooses scales; `quant.kernels` applies them.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from quant.errors import RecipeError
 
-# Scales stay well inside FP32, so neither a scale nor its reciprocal can overflow or be subnormal.
+# Scales stay well within FP32, so neither a scale nor its reciprocal can overflow or be subnormal.
 MAX_SCALE_EXPONENT = 64
 # Binade histograms count |x| by floor(log2|x|), one bin per exponent.
 FIRST_BINADE = -40
@@ -32,14 +33,14 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class ScalePolicy:
-    """One way to choose scales.
+    """A rule to choose scales.
 
     Attributes:
-        name: how recipes call it.
-        qmax: amax is mapped to it; None when the policy does not look at amax.
+        name: its name in recipes.
+        qmax: the value that amax is mapped to; None if the policy does not use amax.
         power_of_two: the scale is rounded up to a power of two, so amax lands in [qmax/2, qmax).
-        needs_binades: the policy needs a histogram, so it cannot serve scales found while running.
-        summary: one line for people.
+        needs_binades: the policy needs a histogram, so it cannot choose scales at run time.
+        summary: a description in one line, for people.
     """
 
     name: str
@@ -62,10 +63,10 @@ POLICIES = {
 
 
 def scale_policy(name: str) -> ScalePolicy:
-    """The policy called `name`.
+    """Return the policy with this name.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none with this name.
     """
     if name not in POLICIES:
         raise RecipeError(f"scale policy {name!r} is not one of {', '.join(POLICIES)}")
@@ -73,9 +74,9 @@ def scale_policy(name: str) -> ScalePolicy:
 
 
 def choose_scale(policy: ScalePolicy, amax: Tensor, binades: Tensor | None = None) -> Tensor:
-    """The scales `policy` gives for what was seen: amax [...] → scale [...] float32.
+    """Choose scales by a policy: amax [...] → scale [...] float32.
 
-    Where amax is 0 or not finite the scale is 1. Powers of two stay within
+    Where amax is 0 or not finite, the scale is 1. Powers of two stay within
     2**±MAX_SCALE_EXPONENT.
 
     Args:
@@ -97,23 +98,23 @@ def choose_scale(policy: ScalePolicy, amax: Tensor, binades: Tensor | None = Non
 
 
 def is_power_of_two(scale: float) -> bool:
-    """Whether a positive scale is exact to multiply by."""
+    """Return whether a positive scale is a power of two, so that multiplying by it is exact."""
     return math.frexp(scale)[0] == 0.5
 
 
 def binade_histogram(x: Tensor) -> Tensor:
     """Count |x| per binade and row: x [R, C] → [R, NUM_BINADES] float32.
 
-    Zeros, FP32 subnormals, infinities and NaNs are left out; other values outside the bins count in
-    the end bins.
+    Zeros, FP32 subnormals, infinities and NaNs are not counted. Other values outside the bins are
+    counted in the first or last bin.
     """
     rows, fields = x.shape[0], 256
     row_start = torch.arange(rows, dtype=torch.int32, device=x.device).unsqueeze(-1) * fields
     counts = torch.zeros(rows * fields, dtype=torch.float32, device=x.device)
     for chunk in torch.split(x, max(1, _CHUNK // rows), dim=1):
         exponent_field = chunk.float().contiguous().view(torch.int32) >> 23 & 0xFF
-        place = (row_start + exponent_field).reshape(-1)
-        counts += torch.bincount(place, minlength=rows * fields)
+        index = (row_start + exponent_field).reshape(-1)
+        counts += torch.bincount(index, minlength=rows * fields)
     counts = counts.view(rows, fields)
     first = FIRST_BINADE + 127
     last = first + NUM_BINADES - 1
@@ -124,10 +125,10 @@ def binade_histogram(x: Tensor) -> Tensor:
 
 
 def best_exponent(binades: Tensor) -> Tensor:
-    """The exponent of the power-of-two scale with the least squared rounding error.
+    """Return the exponent of the power-of-two scale with the least squared rounding error.
 
-    Values are taken as spread evenly inside each binade. Among scales that are as good as equal,
-    the one closest to the `pow2` rule wins, so ties do not depend on rounding.
+    Values are assumed to be uniform within each binade. Among scales with nearly equal error, the
+    one closest to the `pow2` rule is chosen, so that ties do not depend on rounding.
 
     Args:
         binades: [..., NUM_BINADES] counts → [...] int32.
@@ -144,17 +145,17 @@ def best_exponent(binades: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _binade_error() -> tuple[Tensor, Tensor]:
-    """Mean squared error per value [NUM_BINADES, scales], and mean square [NUM_BINADES]."""
+    """Return mean squared errors per value [NUM_BINADES, scales] and mean squares [NUM_BINADES]."""
     binade = torch.arange(FIRST_BINADE, FIRST_BINADE + NUM_BINADES, dtype=torch.float64)
     exponents = torch.arange(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT + 1, dtype=torch.float64)
-    place = binade[:, None] - exponents  # the binade HiFloat8 sees, [NUM_BINADES, scales]
-    distance = place.abs()
+    scaled = binade[:, None] - exponents  # the binade after scaling, [NUM_BINADES, scales]
+    distance = scaled.abs()
     bits = 3 - (distance >= 4).double() - (distance >= 8).double() - (distance >= 16).double()
-    error = (2.0 ** (place - bits)).square() / 12
-    square = 7 / 3 * (2.0**place).square()  # mean of x² over one binade
-    error = torch.where(place < -23, square, error)
-    # [2**-23, 2**-22) rounds up to 2**-22, and beyond 2**15 all becomes 2**15: second moments of a
-    # uniform spread over [a, 2a) around a point p are 7/3·a² − 3·a·p + p².
-    for condition, point in ((place == -23, 2.0**-22), (place >= 15, 2.0**15)):
-        error = torch.where(condition, square - 3 * 2.0**place * point + point**2, error)
+    error = (2.0 ** (scaled - bits)).square() / 12
+    square = 7 / 3 * (2.0**scaled).square()  # mean of x² over one binade
+    error = torch.where(scaled < -23, square, error)
+    # [2**-23, 2**-22) is rounded up to 2**-22, and values beyond 2**15 become 2**15. The second
+    # moment around a point p of a uniform distribution over [a, 2a) is 7/3·a² − 3·a·p + p².
+    for condition, point in ((scaled == -23, 2.0**-22), (scaled >= 15, 2.0**15)):
+        error = torch.where(condition, square - 3 * 2.0**scaled * point + point**2, error)
     return error * (2.0**exponents).square(), 7 / 3 * (2.0**binade).square()

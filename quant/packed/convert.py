@@ -1,8 +1,8 @@
-"""Pack a transformer: quantize its linears once, and write what a worker then only has to copy.
+"""Write a packed checkpoint: quantize a transformer's linears once, so that workers only copy.
 
-Runs through the BF16 weights tensor by tensor, so the largest of them is all that memory has to
-hold. `quant.packed.format` says what is written. It appears whole or not at all: written into a
-hidden folder beside, synced, renamed.
+The BF16 weights are processed tensor by tensor, so memory only has to hold the largest tensor.
+`quant.packed.format` describes the files. The checkpoint is written atomically: into a hidden
+folder with the same parent, which is synced to disk and then renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quant.numerics import reference
 from quant.packed.format import SCALES_FILE, PackedInfo, scales_origin, shard_name
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
-from quant.transformer.meta_model import check_stored, empty_transformer, quantized_skeleton
+from quant.transformer.meta_model import check_stored, empty_transformer, quantized_meta_model
 from quant.transformer.quantize import require_scales
 from quant.weights.fingerprint import model_fingerprint, parts_fingerprint, read_transformer_config
 from quant.weights.header import StoredTensor, stored_tensors
@@ -39,7 +39,13 @@ OnTensor = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class PackedReport:
-    """What was written. `weight_bytes` is what the tensors take, `file_bytes` the whole folder."""
+    """The result of a conversion.
+
+    Attributes:
+        weight_bytes: bytes of all tensors.
+        file_bytes: bytes of all files in the folder.
+        source_bytes: bytes of the transformer in BF16.
+    """
 
     linears: int
     tensors: int
@@ -55,7 +61,7 @@ class PackedReport:
         )
 
 
-def convert(  # noqa: PLR0913 (what to pack, where to, and two settings of how)
+def convert(  # noqa: PLR0913 (input, output, and settings)
     model_folder: Path,
     recipe: QuantRecipe,
     scales_file: Path,
@@ -68,12 +74,12 @@ def convert(  # noqa: PLR0913 (what to pack, where to, and two settings of how)
     """Write the packed checkpoint of `recipe` into the new folder `out`.
 
     Args:
-        device: where linears are quantized; the codes are the same wherever that is.
+        device: where linears are quantized; the codes are the same on every device.
         on_tensor: called after each tensor with (done, total).
 
     Raises:
-        WeightsError: `out` exists, does not fit on its disk or cannot be written, or a tensor of
-            the model is missing, or not as the configuration says.
+        WeightsError: `out` exists, does not fit on its disk or cannot be written; or a tensor of
+            the model is missing or differs from the configuration.
         ScalesMismatch: the scales were made for another model or recipe.
         QuantError: the folder, the recipe or the scales cannot be read or do not fit.
     """
@@ -115,10 +121,10 @@ def convert(  # noqa: PLR0913 (what to pack, where to, and two settings of how)
 
 
 def file_sha256(file: Path) -> str:
-    """The SHA-256 of a small file, in hexadecimal.
+    """Return the SHA-256 of a small file, in hexadecimal.
 
     Raises:
-        WeightsError: it cannot be read.
+        WeightsError: the file cannot be read.
     """
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -127,7 +133,7 @@ def file_sha256(file: Path) -> str:
 
 
 class _Packing:
-    """The tensors of one packed checkpoint, made one by one from the source's files."""
+    """The tensors of a packed checkpoint, computed one by one from the source's files."""
 
     def __init__(
         self, model_folder: Path, recipe: QuantRecipe, scales: Scales, device: torch.device
@@ -140,23 +146,23 @@ class _Packing:
         self.stored = stored_tensors(sorted(folder.glob("*.safetensors")))
         self._source = source.state_dict()
         check_stored(self._source, self.stored, source=str(folder), exact=False)
-        self.state = quantized_skeleton(source, recipe).state_dict()
+        self.state = quantized_meta_model(source, recipe).state_dict()
         self._scales = scales
-        self._copier = TensorReader(torch.device("cpu"))
+        self._reader = TensorReader(torch.device("cpu"))
         self._device = device
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the transformer as it would run in BF16."""
+        """Return the bytes of the transformer in BF16."""
         return sum(tensor.nbytes for tensor in self._source.values())
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of what is written."""
+        """Return the bytes of the tensors that are written."""
         return sum(tensor.nbytes for tensor in self.state.values())
 
     def make(self, name: str) -> Tensor:
-        """One tensor of the packed checkpoint, by its name there."""
+        """Compute a tensor of the packed checkpoint by its name there."""
         linear, _, kind = name.rpartition(".")
         if linear in self.linears and kind != "bias":
             scales = self._scales
@@ -169,9 +175,9 @@ class _Packing:
 
     def _read(self, name: str) -> Tensor:
         stored: StoredTensor = self.stored[name]
-        wanted = self._source[name]
-        tensor = torch.empty(wanted.shape, dtype=wanted.dtype)
-        self._copier.read([(stored, tensor)])
+        source = self._source[name]
+        tensor = torch.empty(source.shape, dtype=source.dtype)
+        self._reader.read([(stored, tensor)])
         return tensor
 
 
@@ -194,7 +200,8 @@ def _write_folder(
         on_tensor(done, len(specs))
         return tensor
 
-    # A name of its own first: told to end as soon as the folder is there, one knows what to remove.
+    # The folder's name is chosen before it is created: a signal that arrives right after `mkdir`
+    # then still finds the folder to remove.
     folder = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
         folder.mkdir(0o755)
@@ -205,7 +212,7 @@ def _write_folder(
         shutil.copyfile(scales_file, folder / SCALES_FILE)
         _sync(folder / SCALES_FILE)
         _sync(folder)
-        folder.rename(out)  # fails where somebody has put something there meanwhile
+        folder.rename(out)  # fails if something has been created there meanwhile
         _sync(out.absolute().parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -221,8 +228,8 @@ def _write_folder(
 
 
 def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)

@@ -1,13 +1,15 @@
-"""The packed checkpoint: what its folder holds, and what its files say of themselves.
+"""Define the format of a packed checkpoint: its files and their metadata.
 
-A folder with one quantized transformer, by itself:
+A packed checkpoint is a folder with one quantized transformer and nothing else of the pipeline:
 - `transformer-00001-of-0000N.safetensors` …: the state dict of the quantized tree. A quantized
   linear has `<name>.weight_qdata` (uint8, HiFloat8 codes, which the kernels of every device read),
-  `<name>.weight_scale`, `<name>.act_scale` (float32; none where each token gets its own) and its
-  bias; everything else is as it runs, BF16 or FP32. Each file's metadata is a whole `PackedInfo`.
-- `scales.safetensors`: the scales file it was made with, byte for byte: where they come from.
+  `<name>.weight_scale`, `<name>.act_scale` (float32; absent where each token gets its own scale)
+  and its bias. All other tensors have the dtype they run in, BF16 or FP32. The metadata of each
+  file is a complete `PackedInfo`.
+- `scales.safetensors`: a byte-for-byte copy of the scales file it was made with, which records
+  where the scales come from.
 
-The other parts of the pipeline are named by fingerprint only.
+The other components of the pipeline are identified by a fingerprint only.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ SHARD_PATTERN = "transformer-*.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class PackedInfo:
-    """The metadata of a packed checkpoint, the same in all of its files.
+    """The metadata of a packed checkpoint, equal in all of its files.
 
     Attributes:
-        model_fingerprint: of the pipeline folder it was made from (`quant.weights.fingerprint`).
+        model_fingerprint: of the source pipeline's folder (`quant.weights.fingerprint`).
         parts_fingerprint: of the same folder without the transformer's weights.
         transformer_config: the configuration the tree is built from.
-        scales_sha256: of the scales file, which lies beside.
-        scales_from: that file's own account of its origin, for people.
-        tool_version: of the tool that packed.
+        scales_sha256: SHA-256 of the scales file in the same folder.
+        scales_from: the origin of the scales (`scales_origin`), for people to read.
+        tool_version: version of the tool that wrote the checkpoint.
     """
 
     model_fingerprint: str
@@ -47,7 +49,7 @@ class PackedInfo:
     tool_version: str
 
     def to_metadata(self) -> dict[str, str]:
-        """As strings, which is all that safetensors keeps."""
+        """Return the metadata as strings, the only values that safetensors stores."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -66,7 +68,7 @@ class PackedInfo:
         """Read what `to_metadata` wrote.
 
         Raises:
-            LookupError, ValueError, RecipeError: it is not that.
+            LookupError, ValueError, RecipeError: the metadata is not of a packed checkpoint.
         """
         config = json.loads(metadata["transformer_config"])
         if not isinstance(config, dict):
@@ -83,7 +85,7 @@ class PackedInfo:
 
 
 def scales_origin(prompts_file: str, prompts_sha256: str, sampler: Any, version: str) -> Any:
-    """What a packed checkpoint says about the scales it was made with."""
+    """Describe the origin of a packed checkpoint's scales, for its metadata."""
     return {
         "prompts_file": prompts_file,
         "prompts_sha256": prompts_sha256,
@@ -93,5 +95,5 @@ def scales_origin(prompts_file: str, prompts_sha256: str, sampler: Any, version:
 
 
 def shard_name(number: int, count: int) -> str:
-    """The name of one file, counted from 1."""
+    """Return the name of one shard; numbers start at 1."""
     return f"transformer-{number:05d}-of-{count:05d}.safetensors"

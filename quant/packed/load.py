@@ -1,7 +1,7 @@
-"""Open a packed checkpoint, refuse it where it does not fit, and make its transformer.
+"""Open a packed checkpoint, check that it fits, and load its transformer.
 
-Nothing of the quantized linears ever exists in BF16 on the way, on the host or on the device, and
-nothing is allocated before names, shapes and dtypes of all tensors are found right.
+The weights of quantized linears never exist in BF16 while loading, neither on the host nor on the
+device. Nothing is allocated before names, shapes and dtypes of all tensors have been checked.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from quant.transformer.meta_model import (
     empty_transformer,
     load_weights,
     move_buffers,
-    quantized_skeleton,
-    shared_quantized_skeleton,
-    stored_state,
+    quantized_meta_model,
+    shared_quantized_meta_model,
+    unloaded_state,
 )
 from quant.transformer.module_tree import share_tree
 from quant.weights.header import Header, StoredTensor, read_header, tensors_by_name
@@ -54,8 +54,8 @@ class PackedCheckpoint:
     """A packed checkpoint whose headers have been read.
 
     Attributes:
-        scales: the scales it was made with, and what else calibration found.
-        stored: its tensors, by name.
+        scales: the scales file it was made with, with its calibration statistics.
+        stored: the location of each of its tensors, by name.
     """
 
     folder: Path
@@ -65,21 +65,23 @@ class PackedCheckpoint:
 
     @property
     def linears(self) -> int:
-        """How many linears it holds packed."""
+        """Return the number of quantized linears."""
         return sum(name.endswith(".weight_qdata") for name in self.stored)
 
 
 def open_packed(
     folder: Path, *, model_folder: Path | None = None, recipe: QuantRecipe | None = None
 ) -> PackedCheckpoint:
-    """Read what a packed checkpoint says of itself and make sure that all of it is there.
+    """Read the headers of a packed checkpoint and check that it is complete.
 
     Args:
-        model_folder: the model it is wanted for, and
-        recipe: the recipe, both only named in the command an error recommends.
+        model_folder: the model it is to be used for.
+        recipe: the recipe it is to be used for. Both appear only in the command that an error
+            message recommends.
 
     Raises:
-        WeightsError: it is none, lacks a file, or a file was cut (then a tensor is named).
+        WeightsError: the folder is not a packed checkpoint, lacks a file, or a file is truncated
+            (the message then names a tensor).
         PackedMismatch: it has another format version.
     """
     command = convert_command(folder, model_folder, recipe)
@@ -95,8 +97,8 @@ def open_packed(
     try:
         scales = load_scales(scales_file)
     except ScalesError as error:
-        # To make scales, which that error recommends (a mismatch's, too), would not help: these
-        # belong to the files.
+        # That error, also a mismatch, recommends to make new scales. These would not help, because
+        # the checkpoint's scales belong to its other files.
         reason = str(error).partition(";")[0]
         raise WeightsError(f"{reason}; make the checkpoint again with: {command}") from error
     if file_sha256(scales_file) != info.scales_sha256:
@@ -114,12 +116,12 @@ def check_packed(
     recipe: QuantRecipe,
     model_folder: Path | None = None,
 ) -> None:
-    """Refuse a packed checkpoint that was made for something else, or whose tensors do not fit.
+    """Check that a packed checkpoint was made for a model and a recipe, and that its tensors fit.
 
     Raises:
-        PackedMismatch: another model or recipe; the message ends with the command to run.
+        PackedMismatch: it is for another model or recipe; the message ends with the command to run.
         WeightsError: naming the tensor that is missing, has another shape or dtype, or is a scale
-            that is not the scales file's.
+            that differs from the scales file.
         ConversionError: its recipe does not fit its transformer.
     """
     info, name = packed.info, packed.folder
@@ -137,13 +139,13 @@ def check_packed(
     if problem:
         command = convert_command(name, model_folder, recipe)
         raise PackedMismatch(f"{problem}; make a fitting one with: {command}")
-    skeleton = shared_quantized_skeleton(info.transformer_config, info.recipe)
-    check_stored(skeleton.state_dict(), packed.stored, source=str(name), exact=True)
+    meta_model = shared_quantized_meta_model(info.transformer_config, info.recipe)
+    check_stored(meta_model.state_dict(), packed.stored, source=str(name), exact=True)
     _check_own_scales(packed, convert_command(name, model_folder, recipe))
 
 
 def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:
-    """Hold the scales among its tensors against the scales file, which is known to be whole."""
+    """Compare the scales among its tensors with the scales file, which is known to be complete."""
     with ExitStack() as opened:
         files = {
             file: opened.enter_context(file.open("rb"))
@@ -167,48 +169,50 @@ def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:
 
 
 def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DModel:
-    """Make the quantized transformer alone, on the reader's device. `check_packed` comes first.
+    """Load the quantized transformer alone onto the reader's device. Call `check_packed` first.
 
     Raises:
-        WeightsError: a file cannot be read, or has become shorter.
+        WeightsError: a file cannot be read or has become shorter.
     """
-    skeleton = shared_quantized_skeleton(packed.info.transformer_config, packed.info.recipe)
-    transformer = share_tree(skeleton, lambda _name, _module: None)
+    meta_model = shared_quantized_meta_model(packed.info.transformer_config, packed.info.recipe)
+    transformer = share_tree(meta_model, lambda _name, _module: None)
     return move_buffers(load_weights(transformer, packed.stored, reader), reader.device)
 
 
 def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanTransformer3DModel:
-    """Make what several packed checkpoints of one model share; the rest stays without weights.
+    """Load the tensors that several packed checkpoints of one model share.
 
-    Their transformers are made beside it, with `load_packed_beside`.
+    All other tensors of the returned BF16 tree stay on the meta device. Load each checkpoint's
+    transformer with `load_packed_shared` afterwards.
 
     Raises:
-        WeightsError: a file cannot be read, or has become shorter.
+        WeightsError: a file cannot be read or has become shorter.
     """
     base = empty_transformer(packed[0].info.transformer_config)
     for each in packed:
-        twin = quantized_skeleton(base, each.info.recipe)
-        shared = stored_state(twin).keys() & stored_state(base).keys()
+        quantized = quantized_meta_model(base, each.info.recipe)
+        shared = unloaded_state(quantized).keys() & unloaded_state(base).keys()
         load_weights(base, each.stored, reader, shared)
     return move_buffers(base, reader.device)
 
 
-def load_packed_beside(packed: PackedCheckpoint, transformer: M, reader: Reader) -> M:
-    """Make the quantized twin of a transformer that is loaded; only its linears are read.
+def load_packed_shared(packed: PackedCheckpoint, transformer: M, reader: Reader) -> M:
+    """Load the quantized linears only, into a shared copy of a transformer that is loaded.
 
-    They share every other tensor, as `quantize_transformer` has it. `check_packed` comes first.
+    The copy shares all other tensors with `transformer`, as with `quantize_transformer`. Call
+    `check_packed` first.
 
     Raises:
-        ConversionError: the tree carries hooks, or is not of this checkpoint's configuration.
-        WeightsError: a file cannot be read, or has become shorter.
+        ConversionError: the tree carries hooks, or its configuration is not this checkpoint's.
+        WeightsError: a file cannot be read or has become shorter.
     """
-    twin = quantized_skeleton(transformer, packed.info.recipe)
-    check_stored(stored_state(twin), packed.stored, source=str(packed.folder), exact=True)
-    return load_weights(twin, packed.stored, reader)
+    shared_copy = quantized_meta_model(transformer, packed.info.recipe)
+    check_stored(unloaded_state(shared_copy), packed.stored, source=str(packed.folder), exact=True)
+    return load_weights(shared_copy, packed.stored, reader)
 
 
 def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe | None) -> str:
-    """The command line that makes a packed checkpoint; what is not known is in upper case."""
+    """Return the command that makes a packed checkpoint; unknown arguments are in upper case."""
     arguments = ["--model", str(model_folder or "MODEL_FOLDER"), "--scales", "SCALES_FILE"]
     if recipe:
         arguments += ["--recipe", recipe.source or recipe.name]
@@ -217,7 +221,7 @@ def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe
 
 
 def _read_info(headers: dict[Path, Header], command: str) -> PackedInfo:
-    """Take what all files say of themselves and make sure that they belong together."""
+    """Read the metadata of all files and check that they belong to one checkpoint."""
     infos = []
     for file, header in headers.items():
         metadata = header.metadata

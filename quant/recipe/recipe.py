@@ -1,7 +1,8 @@
-"""What to quantize and how, as data: read from TOML, written to JSON, compared by fingerprint.
+"""Define recipes: what to quantize and how, as data.
 
-A recipe names everything that changes the numbers a quantized model computes, and nothing else:
-no device, no path, no calibration setting. Applying one is `quant.transformer.quantize`'s work.
+A recipe is read from TOML, written to JSON and compared by fingerprint. It contains everything that
+changes the numbers a quantized model computes, and nothing else: no device, no path, no calibration
+setting. `quant.transformer.quantize` applies it.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ class QuantRecipe:
     """A quantization recipe for a transformer whose blocks are `blocks.0` … `blocks.<total − 1>`.
 
     Attributes:
-        name: what people call it; not part of the fingerprint, like `description`.
+        name: a name for people; like `description`, it is not part of the fingerprint.
         format: the 8-bit number format, "hif8".
         total_blocks: how many blocks the transformer must have.
         protected_blocks: blocks that stay in BF16, ascending.
         linears_per_block: how many linears the patterns must match in each quantized block.
         linears: name patterns (shell wildcards) inside a block.
-        kept_linears: full names or patterns of linears that stay in BF16 all the same.
-        attention: in what the self-attention of quantized blocks multiplies, "bf16" or "fp8".
-        source: the name or path it was loaded from, for messages; never written.
+        kept_linears: full names or patterns of linears that stay in BF16 despite `linears`.
+        attention: the number format of self-attention in quantized blocks, "bf16" or "fp8".
+        source: the name or path it was loaded from, for messages; it is never written to a file.
     """
 
     name: str
@@ -66,7 +67,7 @@ class QuantRecipe:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        """Check what one value says about another.
+        """Check the values against their bounds and against each other.
 
         Raises:
             RecipeError: naming the value and its bound.
@@ -96,10 +97,10 @@ class QuantRecipe:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Self:
-        """Read a recipe that ships with the toolkit by name, or any by path (.toml or .json).
+        """Read a shipped recipe by name, or any recipe by path (.toml or .json).
 
         Raises:
-            RecipeError: there is none, or it does not read as one.
+            RecipeError: there is no such recipe, or it is not valid.
         """
         path = Path(name_or_path)
         is_path = path.suffix in (".toml", ".json")
@@ -122,7 +123,7 @@ class QuantRecipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Build a recipe from the shape its TOML and JSON share.
+        """Build a recipe from a dictionary with the structure of its TOML and JSON.
 
         Raises:
             RecipeError: a key is missing, unknown or of the wrong type, or out of bounds.
@@ -153,7 +154,7 @@ class QuantRecipe:
         """Read what `to_json` wrote.
 
         Raises:
-            RecipeError: as `from_dict`.
+            RecipeError: the text is not JSON, or as for `from_dict`.
         """
         try:
             data = json.loads(text)
@@ -162,7 +163,7 @@ class QuantRecipe:
         return cls.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe in the shape its TOML and JSON share."""
+        """Return the recipe as a dictionary with the structure of its TOML and JSON."""
         return {
             "format_version": FORMAT_VERSION,
             "name": self.name,
@@ -171,12 +172,12 @@ class QuantRecipe:
         }
 
     def to_json(self) -> str:
-        """The recipe as one line of JSON."""
+        """Return the recipe as one line of JSON."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all that changes numbers: two recipes that compute the same share it."""
+        """Return a SHA-256 over all values that change numbers; equal recipes have equal ones."""
         canonical = json.dumps(
             self._numerics()
             | {"linears": sorted(self.linears), "kept_linears": sorted(self.kept_linears)},
@@ -186,30 +187,33 @@ class QuantRecipe:
 
     @property
     def quantized_blocks(self) -> tuple[int, ...]:
-        """The blocks that are not protected, ascending."""
+        """Return the blocks that are not protected, ascending."""
         return tuple(b for b in range(self.total_blocks) if b not in self.protected_blocks)
 
     @property
-    def scales_rows(self) -> bool:
-        """Whether products may take a scale for each row of weights: channels have their own, or
-        scales are no powers of two, so that those of linears that share a product (q, k, v, where
-        it quantizes them) differ by any factor."""
+    def per_row_scales(self) -> bool:
+        """Return whether a product may need a scale for each row of weights.
+
+        This is so if each channel has its own scale, or if scales need not be powers of two: then
+        the scales of linears that share a product (q, k, v, if quantized) differ by any factor.
+        """
         return isinstance(self.weight_granularity, PerChannel) or (
             not self.weight_policy.power_of_two
         )
 
     @property
     def attention_inputs(self) -> tuple[str, ...]:
-        """What FP8 attention rounds under scales of its own, `blocks.2.attn1.q` and so on.
+        """Return the names of the tensors that FP8 attention rounds under scales of their own.
 
-        Queries, keys and values, block by block; nothing where attention is BF16.
+        These are queries, keys and values, block by block: `blocks.2.attn1.q` and so on. There are
+        none for BF16 attention.
         """
         if self.attention == "bf16":
             return ()
         return tuple(f"blocks.{b}.attn1.{part}" for b in self.quantized_blocks for part in "qkv")
 
     def keeps(self, linear_name: str) -> bool:
-        """Whether `kept_linears` names this linear (by its full name, `blocks.2.ffn.net.2`)."""
+        """Return whether `kept_linears` matches a full name such as `blocks.2.ffn.net.2`."""
         return any(fnmatchcase(linear_name, pattern) for pattern in self.kept_linears)
 
     def _check_attention(self) -> None:
@@ -219,7 +223,7 @@ class QuantRecipe:
             )
         if self.attention == "bf16":
             return
-        # What FP8 attention writes goes straight into the output projection, under its scale.
+        # The output of FP8 attention is the input of the output projection, under its act_scale.
         if isinstance(self.act_granularity, PerToken):
             raise RecipeError(
                 "attention 'fp8' writes under a static scale, so it cannot go with act granularity "
@@ -235,7 +239,7 @@ class QuantRecipe:
             )
 
     def _numerics(self) -> dict[str, Any]:
-        # Left out at its default: recipes are older than the option, and so are their fingerprints.
+        # Omitted at its default, so that recipes older than this option keep their fingerprints.
         attention = {} if self.attention == "bf16" else {"attention": self.attention}
         return {
             "format": self.format,
@@ -254,7 +258,7 @@ class QuantRecipe:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the toolkit."""
+    """Return the names of the recipes that ship with the toolkit."""
     folder = resources.files("quant.recipe") / "presets"
     return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".toml"))
 
@@ -271,7 +275,7 @@ _LISTS: dict[str, type] = {"protected_blocks": int, "linears": str, "kept_linear
 
 
 def _typed(key: str, value: object) -> object:
-    """The value of a recipe key if it has the key's type; lists become tuples."""
+    """Check the type of a recipe key's value and return it; lists become tuples."""
     if key in _SCALARS:
         if type(value) is not _SCALARS[key]:
             raise RecipeError(f"recipe key {key} must be {_SCALARS[key].__name__}, not {value!r}")
@@ -284,7 +288,7 @@ def _typed(key: str, value: object) -> object:
 
 
 def _scale_table(data: dict[str, Any], key: str) -> tuple[str, str]:
-    """Take table `key` out of a recipe and read its granularity and policy."""
+    """Remove table `key` from a recipe and return its granularity and policy."""
     table = data.pop(key, None)
     if not isinstance(table, dict) or set(table) != {"granularity", "policy"}:
         raise RecipeError(f"recipe table [{key}] must hold granularity and policy, not {table!r}")

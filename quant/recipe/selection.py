@@ -1,4 +1,4 @@
-"""Select the linears that a recipe quantizes, and refuse a recipe that does not fit the model.
+"""Select the linears that a recipe quantizes, and reject a recipe that does not fit the model.
 
 A pattern that matches nothing, a block with another number of linears or a transformer with another
 number of blocks is an error, never a smaller conversion.
@@ -15,10 +15,11 @@ from quant.recipe.recipe import QuantRecipe
 
 
 def select_linears(transformer: nn.Module, recipe: QuantRecipe) -> dict[str, nn.Linear]:
-    """The linears a recipe quantizes, by full name, in the order of the blocks.
+    """Return the linears that a recipe quantizes, by full name, in block order.
 
     Raises:
-        ConversionError: the block count, a pattern or the number of linears is not the recipe's.
+        ConversionError: the number of blocks or of linears differs from the recipe's, or a pattern
+            matches nothing.
     """
     blocks = _blocks(transformer)
     if len(blocks) != recipe.total_blocks:

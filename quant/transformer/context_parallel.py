@@ -1,12 +1,12 @@
-"""Context parallelism (Ulysses): the tokens of one video shared out over cards.
+"""Split the tokens of one video over several ranks (context parallelism by Ulysses).
 
-Every card runs all layers on its own part of the tokens. Only self-attention looks across tokens:
-for its length cards trade, so that each has all tokens of some of the heads
-(https://arxiv.org/abs/2309.14509). One transformer runs so whenever a group of cards is set, and
-as ever while there is none; it can be another group from one forward to the next.
+Every rank runs all layers on its own part of the tokens. Only self-attention needs all tokens. For
+its duration the ranks exchange tokens for heads, so that each rank has all tokens of some of the
+heads (https://arxiv.org/abs/2309.14509). A transformer runs this way while a process group is set,
+and unchanged while none is set. The group may change from one forward pass to the next.
 
-diffusers' own context parallelism is for its own attention: docs/decisions/010 says why it is not
-used here.
+diffusers' own context parallelism works with diffusers' own attention only: docs/decisions/010
+explains why it is not used here.
 """
 
 from __future__ import annotations
@@ -25,153 +25,173 @@ from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
 from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, int], Tensor]
-"""`quant.kernels.interface.Kernels.attention`."""
+"""The signature of `quant.kernels.interface.Kernels.attention`."""
 
 
 class Ulysses:
-    """What a card holds of a video's tokens, and its trade with the other cards.
+    """This rank's part of a video's tokens, and its exchanges with the other ranks.
 
-    The cards of a group hold equal parts, in the order of their ranks.
+    The ranks of a group hold parts of equal size, in rank order.
+
+    Attributes:
+        world_size: number of ranks in the current group; 1 without a group.
     """
 
-    def __init__(self, before_exchange: Callable[[], None] = lambda: None) -> None:
-        """before_exchange: is called before each exchange, when nothing that may fail stands
-        between it and the exchange any more; if it raises there is none.
+    def __init__(self, sync_or_abort: Callable[[], None] = lambda: None) -> None:
+        """Create it without a group.
+
+        Args:
+            sync_or_abort: called immediately before each exchange, when no step that may fail
+                remains between the call and the exchange. If it raises, no exchange happens.
         """
-        self._before_exchange = before_exchange
+        self._sync_or_abort = sync_or_abort
         self._group: dist.ProcessGroup | None = None
-        self._rank, self.cards = 0, 1
+        self._rank, self.world_size = 0, 1
 
     @contextmanager
-    def over(self, group: dist.ProcessGroup | None) -> Iterator[None]:
-        """Share tokens out over the cards of `group`; None is this card alone."""
+    def use_group(self, group: dist.ProcessGroup | None) -> Iterator[None]:
+        """Split tokens over the ranks of `group` within the context; None means this rank alone."""
         self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
-        self.cards = 1 if group is None else dist.get_world_size(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
         try:
             yield
         finally:
-            self._group, self._rank, self.cards = None, 0, 1
+            self._group, self._rank, self.world_size = None, 0, 1
 
-    def part(self, x: Tensor) -> Tensor:
-        """This card's tokens of x [B, S, ...]."""
-        if x.shape[1] % self.cards:
-            raise ValueError(f"{x.shape[1]} tokens cannot be shared out over {self.cards} cards")
-        return x.chunk(self.cards, dim=1)[self._rank].contiguous()
+    def local_tokens(self, x: Tensor) -> Tensor:
+        """Return this rank's tokens of x [B, S, ...].
 
-    def whole(self, x: Tensor) -> Tensor:
-        """All cards' tokens: x [B, S / cards, K] → [B, S, K]."""
+        Raises:
+            ValueError: the number of tokens is not a multiple of the number of ranks.
+        """
+        if x.shape[1] % self.world_size:
+            raise ValueError(
+                f"{x.shape[1]} tokens cannot be split evenly over {self.world_size} ranks"
+            )
+        return x.chunk(self.world_size, dim=1)[self._rank].contiguous()
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """Gather the tokens of all ranks: x [B, S / ranks, K] → [B, S, K]."""
         if self._group is None:
             return x
-        return gather(x, self._group, self._before_exchange).movedim(0, 1).flatten(1, 2)
+        return all_gather(x, self._group, self._sync_or_abort).movedim(0, 1).flatten(1, 2)
 
     def attention(self, inner: Attention) -> Attention:
-        """Self-attention over the tokens of all cards, by `inner` over some of the heads."""
+        """Return self-attention over all ranks' tokens; `inner` computes some of the heads."""
 
-        def traded(
+        def exchanged(
             q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
         ) -> Tensor:
             if self._group is None:
                 return inner(q, k, v, scales, tokens)
-            every = tokens * self.cards
-            q, k, v = self._to_heads(q, k[:, :tokens], v[:, :tokens])
-            return self._to_tokens(inner(q, k, v, scales, every))
+            all_tokens = tokens * self.world_size
+            q, k, v = self._gather_tokens(q, k[:, :tokens], v[:, :tokens])
+            return self._gather_heads(inner(q, k, v, scales, all_tokens))
 
-        return traded
+        return exchanged
 
-    def _to_heads(self, *inputs: Tensor) -> list[Tensor]:
-        """q, k, v [B, S / cards, heads, D] → [B, S, heads / cards, D]; k, v with room behind S."""
-        parts = [self._dealt(_words(x), 2) for x in inputs]
-        sent = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts]
-        tokens = self.cards * parts[0].shape[2]
-        room = -tokens % KEYS_MULTIPLE
-        taken = [_with_room(each, 0 if index == 0 else room) for index, each in enumerate(sent)]
-        self._before_exchange()
+    def _gather_tokens(self, *inputs: Tensor) -> list[Tensor]:
+        """q, k, v [B, S / ranks, heads, D] → [B, S, heads / ranks, D]; k, v padded after S."""
+        chunks = [self._chunks(_as_int64(x), 2) for x in inputs]
+        sent = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in chunks]
+        tokens = self.world_size * chunks[0].shape[2]
+        padding = -tokens % KEYS_MULTIPLE
+        received = [
+            _receive_buffer(each, 0 if index == 0 else padding) for index, each in enumerate(sent)
+        ]
+        self._sync_or_abort()
         works = []
-        for part, send, (take, _) in zip(parts, sent, taken, strict=True):
-            send.copy_(part)
-            works.append(self._trade(take, send))
+        for chunk, send, (receive, _) in zip(chunks, sent, received, strict=True):
+            send.copy_(chunk)
+            works.append(self._start_all_to_all(receive, send))
         for work in works:
             work.wait()
         return [
-            _by_batch(take, whole).view(x.dtype)
-            for x, (take, whole) in zip(inputs, taken, strict=True)
+            _merge_ranks(receive, padded).view(x.dtype)
+            for x, (receive, padded) in zip(inputs, received, strict=True)
         ]
 
-    def _to_tokens(self, x: Tensor) -> Tensor:
-        """[B, S, heads * D / cards] → [B, S / cards, heads * D]."""
-        send = self._dealt(_words(x), 1).contiguous()
-        taken = torch.empty_like(send)
-        self._before_exchange()
-        self._trade(taken, send).wait()
-        return taken.permute(1, 2, 0, 3).flatten(2).view(x.dtype)
+    def _gather_heads(self, x: Tensor) -> Tensor:
+        """[B, S, heads * D / ranks] → [B, S / ranks, heads * D]."""
+        send = self._chunks(_as_int64(x), 1).contiguous()
+        received = torch.empty_like(send)
+        self._sync_or_abort()
+        self._start_all_to_all(received, send).wait()
+        return received.permute(1, 2, 0, 3).flatten(2).view(x.dtype)
 
-    def _dealt(self, x: Tensor, dim: int) -> Tensor:
-        """x with `dim` in as many parts as there are cards: [cards, *x.shape, that one shorter]."""
-        parts = (self.cards, x.shape[dim] // self.cards)
-        return x.view(*x.shape[:dim], *parts, *x.shape[dim + 1 :]).movedim(dim, 0)
+    def _chunks(self, x: Tensor, dim: int) -> Tensor:
+        """Split `dim` of x into one chunk per rank: [ranks, *x.shape with `dim` divided]."""
+        sizes = (self.world_size, x.shape[dim] // self.world_size)
+        return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :]).movedim(dim, 0)
 
-    def _trade(self, taken: Tensor, sent: Tensor) -> Any:
-        """Start to give sent[i] to card i of the group, and to take taken[i] from it."""
-        return dist.all_to_all_single(taken, sent, group=self._group, async_op=True)
+    def _start_all_to_all(self, received: Tensor, sent: Tensor) -> Any:
+        """Start to send sent[i] to rank i of the group and to receive received[i] from it."""
+        return dist.all_to_all_single(received, sent, group=self._group, async_op=True)
 
 
 def split_tokens(transformer: Any, ulysses: Ulysses) -> None:
-    """Have a `WanTransformer3DModel` run on `ulysses`' part of the tokens, in place.
+    """Run a `WanTransformer3DModel` on this rank's part of the tokens, in place.
 
-    Its blocks become fused ones if they are not yet. It takes and returns whole latents as before.
+    Blocks are fused first if they are not yet. The transformer takes and returns complete latents
+    as before.
 
     Raises:
-        ConversionError: blocks that cannot be fused are in the way.
+        ConversionError: some blocks cannot be fused.
     """
     if not any(isinstance(block, FusedWanBlock) for block in transformer.blocks):
         fuse_blocks(transformer, EagerKernels())
     left = [i for i, block in enumerate(transformer.blocks) if not isinstance(block, FusedWanBlock)]
     if left:
         raise ConversionError(
-            f"blocks {left} cannot run on several cards: the recipe rounds each token on its own, "
-            "or quantizes only some of the linears that share an input; run this mode on one card"
+            f"blocks {left} cannot run on several ranks: the recipe rounds each token on its own, "
+            "or quantizes only some of the linears that share an input; run this mode on one device"
         )
     for block in transformer.blocks:
         block.self_attention = ulysses.attention(block.self_attention)
     transformer.rope.register_forward_hook(
-        lambda _, __, angles: tuple(ulysses.part(each) for each in angles)
+        lambda _, __, angles: tuple(ulysses.local_tokens(each) for each in angles)
     )
     transformer.blocks[0].register_forward_pre_hook(
-        lambda _, args: (ulysses.part(args[0]), *args[1:])
+        lambda _, args: (ulysses.local_tokens(args[0]), *args[1:])
     )
-    transformer.proj_out.register_forward_hook(lambda _, __, out: ulysses.whole(out))
+    transformer.proj_out.register_forward_hook(lambda _, __, out: ulysses.all_tokens(out))
 
 
-def gather(x: Tensor, group: dist.ProcessGroup, before: Callable[[], None]) -> Tensor:
-    """What every card of `group` has for x, in the order of their ranks: [cards, *x.shape].
+def all_gather(x: Tensor, group: dist.ProcessGroup, sync_or_abort: Callable[[], None]) -> Tensor:
+    """Gather x from every rank of `group`, in rank order: [ranks, *x.shape].
 
-    `before` is called when nothing that may fail stands between it and the exchange any more.
+    Args:
+        sync_or_abort: called immediately before the exchange, when no step that may fail remains
+            between the call and the exchange. If it raises, no exchange happens.
     """
-    # As bytes: not every backend knows every type.
+    # As bytes, because not every backend supports every dtype.
     mine = x.contiguous().view(-1).view(torch.uint8)
-    every = mine.new_empty(dist.get_world_size(group), mine.numel())
-    before()
-    dist.all_gather_into_tensor(every.view(-1), mine, group=group)
-    return every.view(x.dtype).view(-1, *x.shape)
+    gathered = mine.new_empty(dist.get_world_size(group), mine.numel())
+    sync_or_abort()
+    dist.all_gather_into_tensor(gathered.view(-1), mine, group=group)
+    return gathered.view(x.dtype).view(-1, *x.shape)
 
 
-def _words(x: Tensor) -> Tensor:
-    """The last dimension in words of 8 bytes: copies of single bytes would take far longer."""
+def _as_int64(x: Tensor) -> Tensor:
+    """View the last dimension as 8-byte words: copies of single bytes would take far longer."""
     return x.view(torch.int64)
 
 
-def _with_room(like: Tensor, room: int) -> tuple[Tensor, Tensor | None]:
-    """An empty tensor like `like` [cards, B, s, ...] to be received into, and for one video the
-    memory around it, [1, cards * s + room, ...], of which the room is zero."""
+def _receive_buffer(like: Tensor, padding: int) -> tuple[Tensor, Tensor | None]:
+    """Allocate what `like` [ranks, B, s, ...] is received into, of the same shape.
+
+    For B = 1 the buffer is a view into a larger tensor [1, ranks * s + padding, ...], which is
+    returned as well; its padding is zero. For larger batches the second value is None.
+    """
     if like.shape[1] != 1:
         return torch.empty_like(like), None
     tokens = like.shape[0] * like.shape[2]
-    whole = like.new_empty(1, tokens + room, *like.shape[3:])
-    whole[:, tokens:].zero_()
-    return whole[:, :tokens].view(like.shape), whole
+    padded = like.new_empty(1, tokens + padding, *like.shape[3:])
+    padded[:, tokens:].zero_()
+    return padded[:, :tokens].view(like.shape), padded
 
 
-def _by_batch(taken: Tensor, whole: Tensor | None) -> Tensor:
-    """[cards, B, s, ...] → [B, cards * s, ...], without a copy where `_with_room` saw to it."""
-    return taken.movedim(0, 1).flatten(1, 2) if whole is None else whole
+def _merge_ranks(received: Tensor, padded: Tensor | None) -> Tensor:
+    """[ranks, B, s, ...] → [B, ranks * s, ...]; no copy where `_receive_buffer` gave `padded`."""
+    return received.movedim(0, 1).flatten(1, 2) if padded is None else padded

@@ -1,4 +1,4 @@
-"""What a conversion did: counts, bytes, and a table for people."""
+"""Report what a conversion did: counts, bytes, and a table to print."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ConvertedLinear:
     """One linear that was converted.
 
     Attributes:
-        kind: its name inside the block, `attn1.to_q`.
-        weight_scale: the largest, when there is one per channel.
-        act_scale: None when each token gets its own.
-        weight_sqnr_db: the rounded weights against the original ones.
+        kind: its name inside the block, such as `attn1.to_q`.
+        weight_scale: its scale; the largest one when there is one per channel.
+        act_scale: the static scale of its input; None when each token gets its own.
+        weight_sqnr_db: SQNR of the rounded weights against the original ones.
     """
 
     block: int
@@ -36,8 +36,8 @@ class ConversionReport:
     """What `quantize_transformer` converted.
 
     Attributes:
-        weight_bytes: bytes of all tensors the quantized tree uses, shared ones included.
-        source_weight_bytes: the same for the tree it was made from.
+        weight_bytes: bytes of all tensors that the quantized tree uses, shared ones included.
+        source_weight_bytes: the same for the source tree.
     """
 
     rows: tuple[ConvertedLinear, ...]
@@ -58,7 +58,7 @@ class ConversionReport:
         )
 
     def table(self) -> str:
-        """One line per kind of linear: how many, their shape, scales and weight SQNR."""
+        """Return a table with count, shape, scales and weight SQNR of each kind of linear."""
         lines: list[tuple[str, ...]] = [
             ("linear", "blocks", "shape", "weight scale", "act scale", "weight SQNR (min / median)")
         ]
@@ -79,7 +79,7 @@ class ConversionReport:
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Bytes of the distinct tensor storages behind the parameters and buffers of all modules."""
+    """Sum the bytes of the distinct storages behind all modules' parameters and buffers."""
     tensors = chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules)
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

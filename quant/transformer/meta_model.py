@@ -1,7 +1,8 @@
-"""Transformers without weights: the real module tree, its parameters on the meta device.
+"""Build Wan transformers on the meta device and load weights into them.
 
-What is to be loaded is known from it before anything is read or allocated: every tensor's name,
-shape and dtype, of the BF16 tree and of the tree a recipe makes of it.
+A meta model has the real module tree but no weights. It gives the name, shape and dtype of every
+tensor that has to be loaded, before anything is read or allocated, both for the BF16 tree and for
+the tree that a recipe makes of it.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 
-_BLOCK_BYTES = 512  # what torch's allocator on a device gives out multiples of
+_BLOCK_BYTES = 512  # torch's device allocator rounds every allocation up to a multiple of this
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Have modules made within on the meta device, but for buffers, and with nothing drawn.
+    """Build modules on the meta device within the context, without initializing any weights.
 
-    It switches torch and the libraries for the whole process: no module may be made elsewhere
-    meanwhile.
+    Buffers are real. The context changes torch and the libraries for the whole process: no other
+    thread may build a module meanwhile.
     """
-    # Both take seconds to import, so only when a model is really built.
+    # Both take seconds to import, so they are imported only when a model is really built.
     from accelerate import init_empty_weights  # noqa: PLC0415
     from transformers.initialization import no_init_weights  # noqa: PLC0415
 
@@ -52,9 +53,9 @@ def without_weights() -> Iterator[None]:
 def empty_transformer(
     config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> WanTransformer3DModel:
-    """Build a Wan transformer on the meta device, in the dtypes `from_pretrained` would give it.
+    """Build a Wan transformer on the meta device, with the dtypes that `from_pretrained` gives.
 
-    Buffers that are computed rather than stored (rotary frequencies) are real, on the host.
+    Buffers that are computed rather than stored (rotary frequencies) are real, on the CPU.
 
     Raises:
         WeightsError: no transformer can be built from this configuration.
@@ -65,29 +66,29 @@ def empty_transformer(
 def shared_meta_model(
     config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> WanTransformer3DModel:
-    """As `empty_transformer`, but the same tree each time, to be read or to be made a twin of.
+    """Return the cached meta model of a configuration, to be inspected or copied but not changed.
 
     Raises:
-        WeightsError: as `empty_transformer`.
+        WeightsError: as for `empty_transformer`.
     """
-    return _skeletons(json.dumps(config, sort_keys=True), dtype).plain
+    return _cached_models(json.dumps(config, sort_keys=True), dtype).plain
 
 
 @dataclass(frozen=True, slots=True)
-class _Skeletons:
-    """Shared trees of one configuration, kept together as they share parameters."""
+class _MetaModels:
+    """The cached meta models of one configuration; together because they share parameters."""
 
     plain: WanTransformer3DModel
     quantized: dict[QuantRecipe, WanTransformer3DModel]
 
 
 @lru_cache(maxsize=2)
-def _skeletons(config: str, dtype: torch.dtype) -> _Skeletons:
-    return _Skeletons(_build(config, dtype), {})
+def _cached_models(config: str, dtype: torch.dtype) -> _MetaModels:
+    return _MetaModels(_build(config, dtype), {})
 
 
 def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    # Takes seconds to import, so only when a model is really built.
+    # Takes seconds to import, so it is imported only when a model is really built.
     from diffusers import WanTransformer3DModel  # noqa: PLC0415
 
     settings = json.loads(config)
@@ -104,16 +105,16 @@ def _build(config: str, dtype: torch.dtype) -> WanTransformer3DModel:
         raise WeightsError(
             f"no WanTransformer3DModel can be built from this configuration: {error}"
         ) from error
-    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    fp32_names = set(WanTransformer3DModel._keep_in_fp32_modules or ())
     for name, parameter in transformer.named_parameters():
-        wide = kept.intersection(name.split("."))
-        parameter.data = parameter.data.to(torch.float32 if wide else dtype)
+        in_fp32 = fp32_names.intersection(name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if in_fp32 else dtype)
     _repeat_block(transformer.eval(), count)
     return transformer
 
 
 def _repeat_block(transformer: WanTransformer3DModel, count: int) -> None:
-    """Make a transformer of one block one of many: they are alike, and slow to construct."""
+    """Repeat the only block of a transformer: blocks are alike, and constructing one is slow."""
     first = transformer.blocks[0]
     for _ in range(count - 1):
         block = share_tree(first, lambda _name, _module: None)
@@ -126,11 +127,11 @@ def _repeat_block(transformer: WanTransformer3DModel, count: int) -> None:
     transformer.register_to_config(num_layers=count)
 
 
-def quantized_skeleton(transformer: M, recipe: QuantRecipe) -> M:
-    """The tree `recipe` makes of a transformer, with quantized linears that are still empty.
+def quantized_meta_model(transformer: M, recipe: QuantRecipe) -> M:
+    """Build the tree that `recipe` makes of a transformer; its quantized linears have no weights.
 
-    Like `quantize_transformer` it shares everything else with the first tree, be that real or
-    itself without weights.
+    Like `quantize_transformer`, it shares all other tensors with the source tree, which may itself
+    be a meta model.
 
     Raises:
         ConversionError: the recipe does not fit the transformer.
@@ -143,45 +144,46 @@ def quantized_skeleton(transformer: M, recipe: QuantRecipe) -> M:
     return share_tree(transformer, convert)
 
 
-def shared_quantized_skeleton(
+def shared_quantized_meta_model(
     config: Mapping[str, Any], recipe: QuantRecipe, dtype: torch.dtype = torch.bfloat16
 ) -> WanTransformer3DModel:
-    """As `quantized_skeleton` of `shared_meta_model`, and like that the same tree each time.
+    """Return the cached `quantized_meta_model` of `shared_meta_model`; it must not be changed.
 
     Raises:
-        WeightsError, ConversionError: as these.
+        WeightsError: as for `empty_transformer`.
+        ConversionError: as for `quantized_meta_model`.
     """
-    kept = _skeletons(json.dumps(config, sort_keys=True), dtype)
-    if recipe not in kept.quantized:
-        kept.quantized[recipe] = quantized_skeleton(kept.plain, recipe)
-    return kept.quantized[recipe]
+    cached = _cached_models(json.dumps(config, sort_keys=True), dtype)
+    if recipe not in cached.quantized:
+        cached.quantized[recipe] = quantized_meta_model(cached.plain, recipe)
+    return cached.quantized[recipe]
 
 
-def stored_state(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a tree that have still to be loaded, by name."""
+def unloaded_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a tree that have not been loaded yet, by name."""
     return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_meta}
 
 
 def check_stored(
-    wanted: Mapping[str, Tensor],
+    required: Mapping[str, Tensor],
     stored: Mapping[str, StoredTensor],
     *,
     source: str,
     exact: bool,
 ) -> None:
-    """Hold what files have against what a tree wants.
+    """Check that files hold every tensor a tree needs, with its shape and dtype.
 
     Args:
-        source: what the files are, to be named in a refusal.
-        exact: whether the dtypes have to be the wanted ones; otherwise any floating-point one may
-            stand for another, but none of one byte, whose scales would be elsewhere.
+        source: a name of the files for error messages.
+        exact: whether the dtypes must be equal. Otherwise any floating-point dtype may replace
+            another, except those of one byte, because their scales would be stored elsewhere.
 
     Raises:
-        WeightsError: naming the first tensor that is missing, or has another shape or dtype.
+        WeightsError: naming the first tensor that is missing or has another shape or dtype.
     """
-    for name, tensor in wanted.items():
+    for name, tensor in required.items():
         if name not in stored:
-            count = sum(each not in stored for each in wanted)
+            count = sum(each not in stored for each in required)
             raise WeightsError(
                 f"{source} lacks tensor {name!r}, and {count - 1} others: it is not whole, or was "
                 "made for another transformer"
@@ -207,24 +209,25 @@ def load_weights(
     reader: Reader,
     names: Collection[str] | None = None,
 ) -> M:
-    """Give a tree on the meta device its weights, straight to where `reader` leads.
+    """Load the weights of a tree on the meta device directly onto the reader's device.
 
-    What is real already stays as it is and where it is. Call `check_stored` first.
+    Tensors that are real already are left as and where they are. Call `check_stored` first.
 
     Args:
-        names: read these only.
+        names: read only these tensors.
 
     Raises:
-        WeightsError: a file cannot be read, or has become shorter.
+        WeightsError: a file cannot be read or has become shorter.
     """
     reader.read(allocate(module, stored, reader.device, names))
     return module
 
 
 def move_buffers(module: M, device: torch.device) -> M:
-    """Move what is computed rather than stored, in place; what has still to be loaded stays meta.
+    """Move buffers that are computed rather than stored to a device, in place.
 
-    `Module.to` does the same where everything is there, and looks at every tensor for it.
+    Tensors that have not been loaded yet stay on the meta device. `Module.to` does the same only
+    for a tree without meta tensors, and visits every tensor for it.
     """
     for each in module.modules():
         for name, buffer in each._buffers.items():
@@ -239,47 +242,48 @@ def allocate(
     device: torch.device,
     names: Collection[str] | None = None,
 ) -> Iterator[ReadRequest]:
-    """Make room for a tree's weights, one by one in the order of the files, for `Reader.read`.
+    """Allocate a tree's weights one by one, in file order, as requests for `Reader.read`.
 
-    Of each file the small ones come first: they can be read together, and large ones that lie one
-    behind the other in the file then do so in memory. When the last was taken, the tree holds them.
-    A parameter that it has under several names is made once and stays one.
+    The small tensors of each file come first, so that they can be read together. Large tensors that
+    are adjacent in the file are then adjacent in memory as well. The tree holds the new tensors
+    once the iterator is exhausted. A parameter that the tree has under several names is allocated
+    once.
     """
-    wanted = module.state_dict(keep_vars=True)
     empty = {
         name: tensor
-        for name, tensor in wanted.items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
         if tensor.is_meta and name in stored and (names is None or name in names)
     }
     _reserve({id(tensor): tensor for tensor in empty.values()}.values(), device)
-    made: dict[int, Tensor] = {}
+    allocated: dict[int, Tensor] = {}
 
-    def place(name: str) -> tuple[Path, bool, int]:
+    def file_order(name: str) -> tuple[Path, bool, int]:
         each = stored[name]
         return each.file, each.nbytes >= SMALL_BYTES, each.start
 
-    for name in sorted(empty, key=place):
+    for name in sorted(empty, key=file_order):
         tensor = empty[name]
-        if id(tensor) not in made:
+        if id(tensor) not in allocated:
             real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 real = nn.Parameter(real, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = real
+            allocated[id(tensor)] = real
             yield stored[name], real
     for each in module.modules():
-        for own in (each._parameters, each._buffers):
-            for name, held in own.items():
-                if id(held) in made:
-                    own[name] = made[id(held)]  # type: ignore[assignment]
+        for registry in (each._parameters, each._buffers):
+            for name, tensor_or_none in registry.items():
+                if id(tensor_or_none) in allocated:
+                    registry[name] = allocated[id(tensor_or_none)]  # type: ignore[assignment]
 
 
-def _reserve(wanted: Iterable[Tensor], device: torch.device) -> None:
-    """Have torch ask a device once for the memory of many tensors, which it then makes of it.
+def _reserve(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Make torch's allocator reserve device memory for many tensors at once.
 
-    Asking takes some tenths of a millisecond for each large one, and holds up copies meanwhile.
+    The memory is freed to the allocator's cache at once and used for the tensors later. Reserving
+    separately takes some tenths of a millisecond per large tensor and delays copies meanwhile.
     """
     if device.type != "cpu":
-        rounded = (-(-tensor.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES for tensor in wanted)
+        rounded = (-(-tensor.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES for tensor in tensors)
         torch.empty(sum(rounded), dtype=torch.uint8, device=device)
 
 

@@ -1,11 +1,11 @@
-"""Build the quantized twin of a transformer, sharing every tensor that stays as it is.
+"""Build a quantized copy of a transformer that shares every tensor that is not quantized.
 
-The twin is a second module tree: its modules are new and its `Hif8Linear`s are its own, but norms,
-embeddings, biases and protected blocks are the very tensors of the first tree. Both can run, in
-turn, on one card for the price of one model plus the 8-bit weights.
+The copy is a second module tree. Its modules and its `Hif8Linear`s are new; norms, embeddings,
+biases and protected blocks use the same tensor objects as the source tree. Both trees can run in
+turn on one device, and need the memory of one model plus the 8-bit weights.
 
-What is converted is checked against the recipe, linear by linear: a pattern that matches nothing,
-a block with another number of linears or a transformer with another number of blocks is an error,
+The conversion is checked against the recipe, linear by linear. A pattern that matches nothing, a
+block with another number of linears or a transformer with another number of blocks is an error,
 never a smaller conversion.
 """
 
@@ -29,10 +29,10 @@ from quant.transformer.module_tree import M, share_tree
 def quantize_transformer(
     transformer: M, recipe: QuantRecipe, scales: Scales
 ) -> tuple[M, ConversionReport]:
-    """Build a quantized twin that shares every tensor it does not quantize with `transformer`.
+    """Build a quantized copy that shares every tensor it does not quantize with `transformer`.
 
-    Call `quant.check_scales` first: here the scales are only looked up by name. The first tree is
-    left as it was.
+    Call `quant.check_scales` first, because this function only looks scales up by name. The source
+    tree is not changed.
 
     Raises:
         ConversionError: the recipe does not fit, a scale is missing, or the tree carries hooks.
@@ -53,22 +53,22 @@ def quantize_transformer(
         rows.append(_row(name, targets[name], quantized))
         return quantized
 
-    twin = share_tree(transformer, convert)
+    quantized_copy = share_tree(transformer, convert)
     report = ConversionReport(
         rows=tuple(rows),
         blocks=len(recipe.quantized_blocks),
         total_blocks=recipe.total_blocks,
-        weight_bytes=weight_bytes(twin),
+        weight_bytes=weight_bytes(quantized_copy),
         source_weight_bytes=weight_bytes(transformer),
     )
-    return twin, report
+    return quantized_copy, report
 
 
 def require_scales(targets: Iterable[str], recipe: QuantRecipe, scales: Scales) -> None:
-    """Make sure that there are scales for every linear a recipe quantizes.
+    """Check that there are scales for every linear that a recipe quantizes.
 
     Raises:
-        ConversionError: naming the first linear that has none.
+        ConversionError: a linear has none; the message names the first one.
     """
     names = list(targets)
     known = set(scales.weight_scale)

@@ -1,8 +1,9 @@
-"""A block of Wan's transformer with as few trips through memory as its kernels allow.
+"""Run a block of Wan's transformer with as few memory passes as its kernels allow.
 
-Takes the place of a diffusers `WanTransformerBlock` in its tree: same arguments, same arithmetic.
-Queries, keys and values are one product, norms are written once in the form the next product takes,
-and what cross-attention makes of the prompt is kept for as long as the prompt's tensor lives.
+A `FusedWanBlock` replaces a diffusers `WanTransformerBlock` in its tree, with the same arguments
+and the same arithmetic. Queries, keys and values are computed by one matrix product. The output of
+a norm is written once, in the form that the next product reads. The keys and values that
+cross-attention computes from the prompt are cached as long as the prompt's tensor exists.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from quant.numerics.linear import Hif8Linear
 
 
 class FusedWanBlock(nn.Module):
-    """One transformer block on the kernels it is given."""
+    """A transformer block that runs on the kernels it is given."""
 
     def __init__(
         self, block: Any, kernels: Kernels, attention: AttentionScales | None = None
     ) -> None:
-        """Take over a block's weights.
+        """Take over the weights of a block.
 
         Args:
-            block: a `WanTransformerBlock`, whose linears may be `Hif8Linear`s.
+            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s.
             attention: scales of FP8 self-attention; None for BF16.
         """
         super().__init__()
         self.kernels = kernels
         self.attention_scales = attention
-        # Apart from cross-attention's, because over several cards it is another one.
+        # An attribute of its own, because context parallelism replaces it (on several ranks).
         self.self_attention = kernels.attention
         own, cross = block.attn1, block.attn2
         self.heads = own.heads
@@ -50,7 +51,7 @@ class FusedWanBlock(nn.Module):
         self.norm2 = block.norm2
         self.eps = block.norm1.eps
         self.scale_shift_table = block.scale_shift_table
-        self._prompts: Any = WeakIdKeyDictionary()
+        self._cached_kv: Any = WeakIdKeyDictionary()
 
     def forward(
         self,
@@ -61,7 +62,7 @@ class FusedWanBlock(nn.Module):
     ) -> Tensor:
         """hidden_states [B, S, K] bf16, encoder_hidden_states [B, T, K], temb [B, 6, K]."""
         kernels = self.kernels
-        hidden_states = hidden_states.contiguous()  # as kernels read it
+        hidden_states = hidden_states.contiguous()  # kernels require it
         modulation = self.scale_shift_table + temb.float()
         shift, factor, gate, ffn_shift, ffn_factor, ffn_gate = modulation.unbind(1)
 
@@ -96,13 +97,13 @@ class FusedWanBlock(nn.Module):
         return self.cross_out(kernels.round_act(out, self.cross_out.act_scale))
 
     def _prompt_kv(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        if prompt not in self._prompts:
+        if prompt not in self._cached_kv:
             rounded = self.kernels.round_act(prompt, self.cross_kv.act_scale)
             k, v = self.cross_kv(rounded).chunk(2, dim=-1)
-            # Copies: a view of the product would keep all of it.
-            kept = (self.cross_k_norm(k), v.contiguous())
-            self._prompts[prompt] = tuple(x.unflatten(-1, (self.heads, -1)) for x in kept)
-        k, v = self._prompts[prompt]
+            # Copies, because a view would keep the whole product in memory.
+            cached = (self.cross_k_norm(k), v.contiguous())
+            self._cached_kv[prompt] = tuple(x.unflatten(-1, (self.heads, -1)) for x in cached)
+        k, v = self._cached_kv[prompt]
         return k, v
 
 
@@ -112,33 +113,34 @@ def fuse_blocks(
     attention: Mapping[int, AttentionScales] | None = None,
     wait_for: Callable[[nn.Module], None] | None = None,
 ) -> tuple[int, ...]:
-    """Replace the blocks of a `WanTransformer3DModel`, in place, and let it keep prompts.
+    """Replace the blocks of a `WanTransformer3DModel` by fused ones, in place.
 
-    Blocks that cannot be fused stay as they are: those of a recipe that quantizes only some of the
-    linears that share an input, or rounds each token on its own.
+    Its embedded prompts are cached as well. A block stays a diffusers block if it cannot be fused:
+    if the recipe quantizes only some of the linears that share an input (some of q, k and v), or
+    has a scale for each token.
 
     Args:
-        attention: scales of FP8 self-attention by block; the others run it in BF16.
-        wait_for: returns when a block's weights are there, if they may still be on their way.
+        attention: scales of FP8 self-attention by block; the other blocks run it in BF16.
+        wait_for: called with each block; returns when the block's weights are loaded.
 
     Returns:
-        the blocks that were left.
+        the indices of the blocks that were not fused.
     """
     left = []
     for index, block in enumerate(transformer.blocks):
         if wait_for is not None:
             wait_for(block)
-        if _fits(block):
+        if _can_fuse(block):
             scales = (attention or {}).get(index)
             transformer.blocks[index] = FusedWanBlock(block, kernels, scales)
         else:
             left.append(index)
     embedder = transformer.condition_embedder
-    embedder.text_embedder = _KeptText(embedder.text_embedder)
+    embedder.text_embedder = _CachedTextEmbedder(embedder.text_embedder)
     return tuple(left)
 
 
-def _fits(block: Any) -> bool:
+def _can_fuse(block: Any) -> bool:
     own, cross = block.attn1, block.attn2
     for group in ([own.to_q, own.to_k, own.to_v], [cross.to_k, cross.to_v]):
         if len({type(each) for each in group}) > 1:
@@ -154,16 +156,19 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 
-class _KeptText(nn.Module):
-    """Embeds each prompt once: the same tensor in gives the same tensor out, while it lives."""
+class _CachedTextEmbedder(nn.Module):
+    """A text embedder that embeds each prompt tensor once and returns the same result again.
+
+    A result is cached as long as the prompt's tensor exists.
+    """
 
     def __init__(self, embedder: nn.Module) -> None:
         super().__init__()
         self.embedder = embedder
-        self._kept: Any = WeakIdKeyDictionary()
+        self._cached: Any = WeakIdKeyDictionary()
 
     def forward(self, prompt: Tensor) -> Tensor:
-        if prompt not in self._kept:
-            self._kept[prompt] = self.embedder(prompt)
-        kept: Tensor = self._kept[prompt]
-        return kept
+        if prompt not in self._cached:
+            self._cached[prompt] = self.embedder(prompt)
+        embedded: Tensor = self._cached[prompt]
+        return embedded

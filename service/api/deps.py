@@ -1,4 +1,4 @@
-"""What routes need, named once as `Annotated` aliases."""
+"""Define the dependencies of routes, as `Annotated` aliases."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
@@ -30,69 +30,69 @@ from service.settings import ServiceSettings
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """What one application holds for its whole life."""
+    """The objects that one application holds for its whole life."""
 
     settings: ServiceSettings
     redis: Redis
     store: JobStore
     outbox: Outbox
     catalog: CachedValue[Catalog]
-    places: CachedQueuePositions
+    queue_positions: CachedQueuePositions
     hub: EventHub
     readiness: Readiness
     artifacts: ArtifactStore
-    tokens: TokenCounter
+    token_counter: TokenCounter
     gate: Gate
     admission: Admission
     exposition: Exposition
-    readers: MetricsAccess
-    signer: LinkSigner
+    metrics_access: MetricsAccess
+    link_signer: LinkSigner
 
 
-def _parts_of(request: Request) -> AppState:
-    return cast("AppState", request.app.state.parts)
+def _app_state_of(request: Request) -> AppState:
+    return cast("AppState", request.app.state.app_state)
 
 
-async def _parts(request: Request) -> AppState:
-    return _parts_of(request)
+async def _app_state(request: Request) -> AppState:
+    return _app_state_of(request)
 
 
-# What nearly every request needs takes its parts from the request itself: each dependency that
-# FastAPI resolves costs some hundredths of a millisecond.
-AppStateDep = Annotated[AppState, Depends(_parts)]
+# Dependencies of nearly every request read the state from the request instead of depending on it:
+# each dependency that FastAPI resolves costs some hundredths of a millisecond.
+AppStateDep = Annotated[AppState, Depends(_app_state)]
 
 
-async def _store(parts: AppStateDep) -> JobStore:
-    return parts.store
+async def _store(app_state: AppStateDep) -> JobStore:
+    return app_state.store
 
 
-async def _outbox(parts: AppStateDep) -> Outbox:
-    return parts.outbox
+async def _outbox(app_state: AppStateDep) -> Outbox:
+    return app_state.outbox
 
 
-async def _artifacts(parts: AppStateDep) -> ArtifactStore:
-    return parts.artifacts
+async def _artifacts(app_state: AppStateDep) -> ArtifactStore:
+    return app_state.artifacts
 
 
-async def _catalog(parts: AppStateDep) -> Catalog:
-    # Mostly there is nothing to read, and no need for the thread pool.
-    kept = parts.catalog.fresh()
-    return await run_in_threadpool(parts.catalog.get) if kept is None else kept
+async def _catalog(app_state: AppStateDep) -> Catalog:
+    # Mostly the catalog is cached, and the thread pool is not needed.
+    cached = app_state.catalog.fresh()
+    return await run_in_threadpool(app_state.catalog.get) if cached is None else cached
 
 
-async def _tokens(parts: AppStateDep) -> TokenCounter:
-    return parts.tokens
+async def _token_counter(app_state: AppStateDep) -> TokenCounter:
+    return app_state.token_counter
 
 
 async def _links(request: Request) -> VideoLinks:
-    parts = _parts_of(request)
-    base_url = parts.settings.public_url or str(request.base_url).rstrip("/")
-    return VideoLinks(base_url, parts.signer, parts.settings.keep)
+    app_state = _app_state_of(request)
+    base_url = app_state.settings.public_url or str(request.base_url).rstrip("/")
+    return VideoLinks(base_url, app_state.link_signer, app_state.settings.retention_periods)
 
 
 async def _job_views(request: Request) -> JobViews:
-    parts = _parts_of(request)
-    return JobViews(await _links(request), parts.outbox, parts.places)
+    app_state = _app_state_of(request)
+    return JobViews(await _links(request), app_state.outbox, app_state.queue_positions)
 
 
 _BEARER = HTTPBearer(
@@ -102,7 +102,8 @@ BearerDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
 async def _principal(request: Request, bearer: BearerDep) -> Principal:
-    return await _parts_of(request).admission.admit(None if bearer is None else bearer.credentials)
+    token = None if bearer is None else bearer.credentials
+    return await _app_state_of(request).admission.admit(token)
 
 
 PrincipalDep = Annotated[Principal, Depends(_principal)]
@@ -126,15 +127,15 @@ async def _viewer(
     expires: Annotated[str | None, Query(description="Of a signed link: when it ends.")] = None,
     signature: Annotated[str | None, Query(description="Of a signed link.")] = None,
 ) -> Principal | None:
-    """Say who wants to see a video; None is whoever holds a sound link to it."""
+    """Return who asks for a video; None for a caller with a valid signed link to it."""
     if expires is not None or signature is not None:
-        signer = _parts_of(request).signer
+        signer = _app_state_of(request).link_signer
         try:
             await run_in_threadpool(
                 signer.check, video_path(job_id), expires or "", signature or ""
             )
         except LinkRefused:
-            # Whoever shows a key as well may have kept an old link, and needs none.
+            # A caller who sends a key as well does not need a link; it may be an old one.
             if bearer is None:
                 raise
         else:
@@ -142,7 +143,7 @@ async def _viewer(
     return await _principal(request, bearer)
 
 
-# The aliases: what a route writes. PrincipalDep admits everybody with a key, OpsDep only ops.
+# The aliases that routes use. PrincipalDep admits everybody with a key, OpsDep only ops.
 OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]
 ViewerDep = Annotated[Principal | None, Depends(_viewer)]
@@ -151,7 +152,7 @@ OutboxDep = Annotated[Outbox, Depends(_outbox)]
 ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]
-TokensDep = Annotated[TokenCounter, Depends(_tokens)]
+TokenCounterDep = Annotated[TokenCounter, Depends(_token_counter)]
 LinksDep = Annotated[VideoLinks, Depends(_links)]
 JobViewsDep = Annotated[JobViews, Depends(_job_views)]
 IdempotencyKeyDep = Annotated[

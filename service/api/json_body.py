@@ -1,7 +1,7 @@
-"""The body of a request as JSON, read here so that every fault in it can be named.
+"""Read the body of a request as JSON, so that every error in it can be described.
 
-FastAPI's own reader answers a whole number of thousands of digits, which Python refuses to convert,
-with a plain 400; here such a number reaches the checks of its field like any other value.
+FastAPI's own reader answers 400 without details to an integer of thousands of digits, which Python
+refuses to convert. Here such a number is checked by its field like any other value.
 """
 
 import json
@@ -16,7 +16,7 @@ _UNREADABLE: Final = "There was an error parsing the body: "
 
 
 class HugeInteger:
-    """A whole number too long to convert. No field takes one, and `repr` shows its digits."""
+    """An integer too long to convert. No field accepts one, and `repr` shows its digits."""
 
     def __init__(self, digits: str) -> None:
         self._digits = digits
@@ -29,8 +29,8 @@ async def json_body(request: Request) -> Any:
     """Read and parse the body.
 
     Raises:
-        InvalidSpec: it is not marked as JSON, or is none.
-        HTTPException: 400 for what is no text or is nested too deeply, or where the caller is gone.
+        InvalidSpec: its content type is not JSON, or it is not JSON.
+        HTTPException: 400 if it is not UTF-8 or nested too deeply, or if the caller disconnected.
     """
     if not _is_json(request.headers.get("content-type", "")):
         raise InvalidSpec.of(

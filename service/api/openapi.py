@@ -1,7 +1,7 @@
-"""The OpenAPI document, with problem documents under their own media type and true examples.
+"""Build the OpenAPI document, with problem documents under their own media type and examples.
 
-FastAPI describes errors as `application/json` and adds a 422 of its own to every route with
-parameters; both are put right here, after it has built the document.
+FastAPI describes errors as `application/json` and adds its own 422 to every route with parameters.
+Both are corrected here, after FastAPI has built the document.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ KEY_TAKEN = errors.IdempotencyConflict(
 )
 
 EVENT_ANSWER: dict[int | str, Json] = {
-    # FastAPI describes the model; what is made of it is below.
+    # FastAPI describes the model; `_EVENTS` below describes the stream.
     200: {"model": EventView, "description": "The events, until the job ends."},
     204: {"description": "The job has ended, and the caller has seen its last event."},
 }
@@ -85,7 +85,7 @@ _EVENTS_PATH = "/jobs/{job_id}/events"
 _VIDEO_PATH = "/jobs/{job_id}/video.mp4"
 _EVENTS: Json = {
     "text/event-stream": {
-        # As in OpenAPI 3.2, which knows streams.
+        # As in OpenAPI 3.2, which can describe streams.
         "itemSchema": {
             "type": "object",
             "properties": {
@@ -133,7 +133,7 @@ _HIDDEN = "The service met an unexpected error; its log has the details under 5f
 
 
 def _examples() -> dict[int, Problem]:
-    """One true example per status."""
+    """Build an example for each status, with the code that answers real errors."""
     path = "/jobs/01a2"
     served = [{"model": "wan-mini", "modes": ["bf16"]}]
     invalid = errors.InvalidSpec.of("num_frames", 16, "4k+1 from 5 to 17", _FRAMES)
@@ -155,7 +155,7 @@ def _examples() -> dict[int, Problem]:
 
 
 def problems(*statuses: int) -> dict[int | str, Json]:
-    """Describe a route's error answers; any route may meet an unexpected error, too."""
+    """Describe a route's error answers, with 500, because any route may fail unexpectedly."""
     examples = _examples()
     answers: dict[int | str, Json] = {}
     for status in sorted({*statuses, 500}):
@@ -164,7 +164,7 @@ def problems(*statuses: int) -> dict[int | str, Json]:
 
 
 def problem(error: errors.AppError, path: str) -> dict[int | str, Json]:
-    """Describe an error answer by an example other than the usual one of its status."""
+    """Describe an error answer with another example than the usual one of its status."""
     example = from_error(error, path)
     return {example.status: _answer(example)}
 
@@ -183,10 +183,10 @@ def install(
     schemas: Sequence[type[BaseModel]] = (),
     views: Sequence[type[BaseModel]] = (),
 ) -> None:
-    """Make `app.openapi()` build our document, once.
+    """Replace `app.openapi()` by a function that builds this document once.
 
     Args:
-        schemas: further models that routes refer to without FastAPI's knowing.
+        schemas: further models that routes refer to without FastAPI's knowledge.
         views: further models whose examples hold nulls.
     """
 
@@ -216,7 +216,7 @@ def _document(
         schema = model.model_json_schema(ref_template=_REF)
         described.update(schema.pop("$defs", {}))
         described[model.__name__] = schema
-    # FastAPI drops nulls from examples, which would make these invalid.
+    # FastAPI drops nulls from examples, which would make these examples invalid.
     with_nulls: list[type[BaseModel]] = [JobView, JobListView, *views]
     for view in with_nulls:
         described[view.__name__]["examples"] = view.model_json_schema()["examples"]
@@ -233,7 +233,7 @@ def _document(
 
 
 def _describe_links(document: Json) -> None:
-    """A signed link stands for a key, but only for its own video."""
+    """Describe signed links as a security scheme of the route that sends videos."""
     document["components"]["securitySchemes"]["link"] = {
         "type": "apiKey",
         "in": "query",

@@ -1,4 +1,4 @@
-"""Accept a request for a video: on the caller's terms, and once for each Idempotency-Key."""
+"""Accept requests for videos, within the caller's quota and once for each Idempotency-Key."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -15,32 +15,32 @@ from service.settings import ServiceSettings
 REPLAYED_HEADER: Final = "Idempotent-Replayed"
 
 Resolve = Callable[[], tuple[GenerationRequest, str]]
-"""Checks and completes what is asked for, and chooses its queue."""
+"""Checks the request, fills in its defaults, and chooses its queue."""
 
 
 def accept(
-    parts: AppState,
+    app_state: AppState,
     principal: Principal,
     body: Any,
     idempotency_key: str | None,
     resolve: Resolve,
 ) -> Created:
-    """Queue what `body` asks for, or find the job that the same key and body made before.
+    """Queue the request in `body`, or find the job that the same key and body created before.
 
     Raises:
         InvalidSpec, ModeNotServed: from `resolve`.
         IdempotencyConflict, QueueFull, QuotaExceeded: see `JobStore.create`.
     """
     key = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
-    # First, because a request that was accepted once is answered even when no worker is live.
-    earlier = None if key is None else parts.store.replay(principal.owner, key)
+    # Before `resolve`: a request that was accepted once is answered even when no worker is live.
+    earlier = None if key is None else app_state.store.replay(principal.owner, key)
     if earlier is not None:
         created = Created(earlier, replayed=True)
     else:
         request, queue = resolve()
         webhook_url = body.get("webhook_url") if isinstance(body, Mapping) else None
-        terms = submission(principal, parts.settings, webhook_url=webhook_url, idempotency=key)
-        created = parts.store.create(request, queue, submission=terms)
+        terms = submission(principal, app_state.settings, webhook_url=webhook_url, idempotency=key)
+        created = app_state.store.create(request, queue, submission=terms)
     note_created(created.job.id)
     return created
 
@@ -52,7 +52,7 @@ def submission(
     webhook_url: str | None = None,
     idempotency: Idempotency | None = None,
 ) -> Submission:
-    """State the terms on which the principal asks for a video."""
+    """Return the terms of the principal's submission: owner, priority, limits."""
     quota = principal.quota
     if quota is None and principal.role is Role.USER:
         quota = settings.quota

@@ -1,7 +1,7 @@
-"""Send a finished video: ranges and conditional requests, from either kind of artifact store.
+"""Send a finished video from any artifact store, with ranges and conditional requests.
 
-RFC 9110 lets a server ignore a Range header that asks for several ranges, and players ask for one;
-such a caller gets the whole file. There is no Last-Modified, so only the ETag is compared.
+RFC 9110 lets a server ignore a Range header with several ranges, and players ask for one; a caller
+that asks for several gets the whole file. There is no Last-Modified, so only the ETag is compared.
 """
 
 import re
@@ -18,8 +18,8 @@ from jobs.artifacts.store import ArtifactStore
 from jobs.errors import VideoGone, VideoNotReady
 from jobs.record import JobRecord, Video
 
-# Eighteen digits are enough for any file, and few enough for any reader of numbers.
-_SPAN = re.compile(r"(\d{1,18})-(\d{0,18})|-(\d{1,18})", re.ASCII)
+# Eighteen digits are enough for any file, and short enough to convert.
+_RANGE = re.compile(r"(\d{1,18})-(\d{0,18})|-(\d{1,18})", re.ASCII)
 
 
 class VideoResponse(StreamingResponse):
@@ -29,32 +29,32 @@ class VideoResponse(StreamingResponse):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which part of a video the caller wants, and what he already has."""
+class RangeRequest:
+    """The headers of a request that select a part of a video, or say what the caller has cached."""
 
     is_head: bool
-    span: str | None
+    range_header: str | None
     if_range: str | None
     if_none_match: str | None
 
 
-def _wanted(
+def _range_request(
     request: Request,
-    span: Annotated[str | None, Header(alias="range", examples=["bytes=0-1023"])] = None,
+    range_header: Annotated[str | None, Header(alias="range", examples=["bytes=0-1023"])] = None,
     if_range: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
-) -> Wanted:
-    return Wanted(request.method == "HEAD", span, if_range, if_none_match)
+) -> RangeRequest:
+    return RangeRequest(request.method == "HEAD", range_header, if_range, if_none_match)
 
 
-WantedDep = Annotated[Wanted, Depends(_wanted)]
+RangeRequestDep = Annotated[RangeRequest, Depends(_range_request)]
 
 
-def send_video(artifacts: ArtifactStore, job: JobRecord, wanted: Wanted) -> Response:
-    """Answer with the job's video, or the part of it that is wanted, or 304.
+def send_video(artifacts: ArtifactStore, job: JobRecord, range_request: RangeRequest) -> Response:
+    """Answer with the job's video, the requested part of it, or 304.
 
     Raises:
-        VideoNotReady: the job has no video, yet or ever.
+        VideoNotReady: the job has no video, or none yet.
         VideoGone: the artifact is missing, or is not the one that was stored.
         HTTPException: 400 or 416 for a range that cannot be read or served.
     """
@@ -62,22 +62,22 @@ def send_video(artifacts: ArtifactStore, job: JobRecord, wanted: Wanted) -> Resp
     etag = f'"{video.sha256}"'
     # A job's video never changes; it may only disappear.
     headers = {"etag": etag, "cache-control": "private, max-age=3600"}
-    held = {tag.strip().removeprefix("W/") for tag in (wanted.if_none_match or "").split(",")}
-    if held & {etag, "*"}:
+    cached = (range_request.if_none_match or "").split(",")
+    if {tag.strip().removeprefix("W/") for tag in cached} & {etag, "*"}:
         return Response(status_code=304, headers=headers)
     headers |= {
         "accept-ranges": "bytes",
         "content-disposition": f'inline; filename="{job.id}.mp4"',
     }
-    part = _part(wanted, etag, video.bytes)
+    part = _part(range_request, etag, video.bytes)
     start, end = part or (0, video.bytes)
     headers["content-length"] = str(end - start)
-    if wanted.is_head:
+    if range_request.is_head:
         return Response(headers=headers, media_type=VideoResponse.media_type)
     if part is not None:
         headers["content-range"] = f"bytes {start}-{end - 1}/{video.bytes}"
     chunks = artifacts.read(video.key, start, end)
-    return VideoResponse(_begun(chunks), 200 if part is None else 206, headers)
+    return VideoResponse(_started(chunks), 200 if part is None else 206, headers)
 
 
 def _stored_video(artifacts: ArtifactStore, job: JobRecord) -> Video:
@@ -102,17 +102,18 @@ def _stored_video(artifacts: ArtifactStore, job: JobRecord) -> Video:
     return job.video
 
 
-def _part(wanted: Wanted, etag: str, size: int) -> tuple[int, int] | None:
+def _part(range_request: RangeRequest, etag: str, size: int) -> tuple[int, int] | None:
     """Return the range to send, end exclusive, or None for the whole file."""
-    if wanted.span is None or wanted.is_head or wanted.if_range not in (None, etag):
+    header = range_request.range_header
+    if header is None or range_request.is_head or range_request.if_range not in (None, etag):
         return None
-    unit, _, spans = wanted.span.partition("=")
-    found = [_SPAN.fullmatch(span.strip()) for span in spans.split(",")]
+    unit, _, ranges = header.partition("=")
+    found = [_RANGE.fullmatch(each.strip()) for each in ranges.split(",")]
     if unit.strip().lower() != "bytes" or None in found:
         raise _unreadable()
     if len(found) > 1:
         return None
-    assert found[0] is not None, "a span that does not match was refused"
+    assert found[0] is not None, "a range that does not match was refused"
     first, last, suffix = found[0].groups()
     if suffix is not None:
         start, end = max(0, size - int(suffix)), size
@@ -133,6 +134,6 @@ def _unreadable() -> HTTPException:
     return HTTPException(400, "The Range header cannot be read; write it as bytes=FIRST-LAST.")
 
 
-def _begun(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Read the first chunk now: a store that fails is still an error document then."""
+def _started(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Read the first chunk now, so that an error of the store can still be answered as such."""
     return chain((next(chunks, b""),), chunks)

@@ -1,9 +1,8 @@
-"""Lets requests in, those with the same key together.
+"""Admit requests, those with the same key in batches.
 
-Counting a request against its key's rate is a visit to the thread pool and a call to Redis that
-writes. Requests that arrive while the call of another one with the same key is under way wait for
-it to end, and are then counted by one call for all of them: a busy key costs little more than a
-quiet one.
+Counting a request against its key's rate takes a thread of the pool and a call to Redis that
+writes. Requests that arrive while such a call for the same key is under way wait until it ends, and
+are then counted together by one call. So a busy key costs little more than a quiet one.
 """
 
 import asyncio
@@ -19,7 +18,7 @@ Answer = Principal | AppError | RedisError
 
 
 class Admission:
-    """For the requests of one event loop."""
+    """Admits the requests of one event loop."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -27,7 +26,7 @@ class Admission:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def admit(self, token: str | None) -> Principal:
-        """Say whose key it is and count the request; raises what `Gate.admit` raises."""
+        """Authenticate the caller and count the request; raises what `Gate.admit` raises."""
         if self._gate.is_open:
             return LOCAL
         request: asyncio.Future[Principal] = asyncio.get_running_loop().create_future()
@@ -42,19 +41,19 @@ class Admission:
         return await request
 
     async def _admit_all(self, token: str | None) -> None:
-        """Answer those that wait with this key, and those that come meanwhile."""
+        """Admit the requests that wait with this key, and those that arrive meanwhile."""
         while requests := self._waiting[token]:
             self._waiting[token] = []
             try:
                 answers = await run_in_threadpool(self._ask, token, len(requests))
             except Exception as error:  # noqa: BLE001
-                # Not one of the errors a caller may meet; it is theirs all the same, or they would
-                # wait for ever.
+                # An unexpected error. It is passed to the requests, too, or they would wait for
+                # ever.
                 _refuse(requests, error)
                 continue
             for request, answer in zip(requests, answers, strict=True):
                 if isinstance(answer, Principal):
-                    if not request.done():  # whoever asked may have gone
+                    if not request.done():  # it may have been cancelled
                         request.set_result(answer)
                 else:
                     _refuse([request], answer)

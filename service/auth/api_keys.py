@@ -1,12 +1,12 @@
-"""API keys in Redis: who may use the service, and as what.
+"""Store the service's API keys in Redis.
 
-A key reads `wan_<id>_<secret>`. Its secret is shown once, when the key is made; Redis holds its
-SHA-256. One fast, unsalted hash is right for these secrets, as it would be wrong for passwords: 256
-random bits cannot be guessed at any speed, and no two keys share them, so a slow hash or a salt
-would add nothing but time to every request.
+A key has the form `wan_<id>_<secret>`. Its secret is shown once, when the key is made; Redis holds
+its SHA-256. A fast, unsalted hash is right for these secrets, though it would be wrong for
+passwords. A secret is 256 random bits, which cannot be guessed at any speed and which no two keys
+share, so a slow hash or a salt would only add time to every request.
 
-A key's name is for ever: it owns the jobs that were asked for with it, so it is given only once,
-and a revoked key stays listed.
+A key's name is used only once, because it owns the jobs that were requested with the key. So a
+revoked key stays in the list.
 """
 
 import hashlib
@@ -38,22 +38,22 @@ _NOBODYS_SECRET: Final = "0" * 64
 
 
 class Role(StrEnum):
-    """`ops` see and cancel everybody's jobs, and their own go first."""
+    """What a key may do: `ops` see and cancel everybody's jobs, and their own jobs go first."""
 
     USER = "user"
     OPS = "ops"
 
 
 class KeyRefused(Exception):
-    """A key cannot be made or revoked as asked; the sentence says why."""
+    """A key cannot be made, rotated or revoked as asked; the message says why."""
 
 
 class ApiKey(BaseModel):
     """One key as Redis holds it.
 
     Attributes:
-        quota: the most jobs its owner may have waiting and running; None for the service's own.
-        rate: like "100/minute"; None for the service's own.
+        quota: the most jobs its owner may have waiting and running; None for the service's default.
+        rate: like "100/minute"; None for the service's default.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,7 +69,7 @@ class ApiKey(BaseModel):
 
 
 class KeyStore:
-    """All access to keys. Safe to share between threads; Redis errors pass through."""
+    """Reads and writes keys in Redis. Safe to share between threads; Redis errors are raised."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -77,10 +77,10 @@ class KeyStore:
     def add(
         self, name: str, role: Role, quota: int | None = None, rate: str | None = None
     ) -> tuple[ApiKey, str]:
-        """Make a key. The second value is the key to give away; it is kept nowhere.
+        """Make a key. The second value is the key as text, to give to its owner; it is not stored.
 
         Raises:
-            KeyRefused: the name is taken or is none, or a limit is out of bounds.
+            KeyRefused: the name is taken or invalid, or a limit is out of bounds.
         """
         _check(name, quota, rate)
         secret = secrets.token_hex(32)
@@ -113,11 +113,11 @@ class KeyStore:
         return _decode(key_id, cast("bytes | None", self._redis.hget(redis_keys.API_KEYS, key_id)))
 
     def any_was_made(self) -> bool:
-        """Say whether there is a key, be it revoked."""
+        """Return whether there is a key, even a revoked one."""
         return bool(self._redis.exists(redis_keys.API_KEYS))
 
     def revoke(self, name_or_id: str) -> ApiKey:
-        """Make a key useless for good. Revoking a revoked one changes nothing.
+        """Revoke a key for ever. Revoking a revoked key changes nothing.
 
         Raises:
             KeyRefused: there is no such key.
@@ -129,7 +129,7 @@ class KeyStore:
         return self._replace(name_or_id, revoked)
 
     def rotate(self, name_or_id: str) -> tuple[ApiKey, str]:
-        """Give a key another secret, for one that leaked: its owner keeps name and jobs.
+        """Replace a key's secret, for example after a leak; the owner keeps the name and the jobs.
 
         Raises:
             KeyRefused: there is no such key, or it was revoked.
@@ -145,11 +145,11 @@ class KeyStore:
         return key, _token(key, secret)
 
     def note_use(self, key_id: str) -> None:
-        """Remember that the key was used now."""
+        """Record that the key was used now."""
         self._redis.hset(redis_keys.API_KEYS_USED, key_id, now().isoformat(timespec="seconds"))
 
     def last_uses(self) -> dict[str, datetime]:
-        """Read when keys were last used, by their ids."""
+        """Read when each key was last used, by key id."""
         found = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.API_KEYS_USED))
         return {key.decode(): datetime.fromisoformat(at.decode()) for key, at in found.items()}
 
@@ -167,18 +167,18 @@ class KeyStore:
         return written[0]
 
     def _change(self, change: Callable[[Pipeline], None]) -> None:
-        """Read and write the keys as one, again from the start if somebody else wrote meanwhile."""
+        """Read and write keys in one transaction, repeated if another client wrote meanwhile."""
         self._redis.transaction(change, redis_keys.API_KEYS)
 
 
 def split(token: str) -> tuple[str, str] | None:
-    """Take a key apart into id and secret; None for what cannot be one."""
+    """Split a key into id and secret; None if it does not have the form of a key."""
     found = _TOKEN.fullmatch(token)
     return (found[1], found[2]) if found else None
 
 
 def proves(secret: str, key: ApiKey | None) -> bool:
-    """Say whether `secret` is the key's. Takes as long where there is no such key."""
+    """Return whether `secret` is the key's. Takes as long if there is no such key."""
     expected = _digest(_NOBODYS_SECRET) if key is None else key.secret_sha256
     same = hmac.compare_digest(_digest(secret), expected)
     return same and key is not None
@@ -213,7 +213,7 @@ def _read_all(redis: Redis) -> list[ApiKey]:
 
 
 def _decode(key_id: str, text: bytes | None) -> ApiKey | None:
-    """Read one key. What cannot be read opens no door, and hides no other key."""
+    """Parse one key. One that cannot be parsed admits nobody, and does not hide other keys."""
     if text is None:
         return None
     try:

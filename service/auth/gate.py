@@ -1,7 +1,7 @@
-"""Who is asking, and what they may see. Knows nothing of HTTP.
+"""Authenticate callers by their API key, and decide which jobs they may see. Independent of HTTP.
 
-The service is open as long as it listens on loopback and no key was ever made; then everybody is
-`LOCAL`. From the first key on, be it revoked, a key is needed, on loopback too.
+The service is open while it listens on loopback and no key was ever made; every caller is then
+`LOCAL`. Once a key was made a key is required, on loopback too, even if that key is revoked.
 """
 
 import threading
@@ -22,19 +22,19 @@ from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import ApiKey, KeyStore, Role, proves, split
 from service.auth.rate_limit import RateLimiter
 
-REMEMBERED_S: Final = 2.0
-"""How long a key is taken as it was last read: a revoked one works at most this much longer."""
-MOST_REMEMBERED: Final = 1024
+KEY_CACHED_S: Final = 2.0
+"""How long a key is cached; a revoked key works at most this much longer."""
+MAX_CACHED_KEYS: Final = 1024
 USE_NOTED_EVERY_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is asking.
+    """An authenticated caller.
 
     Attributes:
-        name: what the jobs of this principal are owned by: unlike a key, it can be shown.
-        quota: the most jobs it may have waiting and running; None for what its role has.
+        name: the owner of the jobs of this principal; unlike a key, it can be shown.
+        quota: the most jobs it may have waiting and running; None for the default of its role.
     """
 
     id: str
@@ -48,18 +48,18 @@ class Principal:
 
     @property
     def owner(self) -> str:
-        """What its jobs say in `JobRecord.owner`."""
+        """The value of `JobRecord.owner` in its jobs."""
         return self.name
 
 
 LOCAL: Final = Principal(OPEN_OWNER, OPEN_OWNER, Role.OPS)
-"""Everybody, where no keys are asked for."""
+"""Every caller of a service that is open."""
 
 
 class Gate:
-    """Tells who is asking by the key they show. Safe to share between threads.
+    """Authenticates callers by their key. Safe to share between threads.
 
-    `may_be_open` says that only this machine can reach the service.
+    may_be_open: whether only this machine can reach the service.
     """
 
     def __init__(self, keys: KeyStore, rates: RateLimiter, *, may_be_open: bool) -> None:
@@ -67,25 +67,28 @@ class Gate:
         self._rates = rates
         self._may_be_open = may_be_open
         self._open_until = 0.0
-        self._read: OrderedDict[str, tuple[float, ApiKey]] = OrderedDict()
-        self._use_noted: dict[str, float] = {}
+        # By key id: when it expires, and the key.
+        self._cached: OrderedDict[str, tuple[float, ApiKey]] = OrderedDict()
+        self._use_noted: dict[str, float] = {}  # by key id: when its use is noted again
         self._lock = threading.Lock()
 
     @property
     def is_open(self) -> bool:
-        """Whether it was open a moment ago, without asking Redis."""
+        """Whether the service was open when Redis was last read, less than `KEY_CACHED_S` ago."""
         return time.monotonic() < self._open_until
 
     @property
     def is_locked(self) -> bool:
-        """Whether it is known that everybody needs a key, without asking Redis."""
+        """Whether it is known, without reading Redis, that every caller needs a key."""
         return not self._may_be_open
 
     def admit(self, token: str | None) -> Principal:
-        """Say whose key it is and count the request.
+        """Authenticate a caller and count one request.
+
+        token: the key that was sent, if any.
 
         Raises:
-            Unauthenticated: it is nobody's, or there is none.
+            Unauthenticated: the key is missing, unknown or revoked.
             RateLimited: the key has used up its requests.
         """
         (answer,) = self.admit_all(token, 1)
@@ -94,10 +97,10 @@ class Gate:
         return answer
 
     def admit_all(self, token: str | None, requests: int) -> Sequence[Principal | RateLimited]:
-        """Say whose key it is and count so many requests with it; answers for each.
+        """Authenticate a caller and count so many requests; returns a result for each.
 
         Raises:
-            Unauthenticated: it is nobody's, or there is none.
+            Unauthenticated: the key is missing, unknown or revoked.
         """
         if self._is_open_now():
             return [LOCAL] * requests
@@ -118,39 +121,39 @@ class Gate:
         if self.is_open:
             return True
         if self._keys.any_was_made():
-            # For good: a Redis that loses its keys later must not open the door.
+            # Permanently: a Redis that loses its keys later must not open the service again.
             self._may_be_open = False
             return False
-        self._open_until = time.monotonic() + REMEMBERED_S
+        self._open_until = time.monotonic() + KEY_CACHED_S
         return True
 
     def _proven(self, token: str) -> ApiKey:
         parts = split(token)
         if parts is not None:
             key_id, secret = parts
-            key = self._remembered(key_id)
+            key = self._cached_key(key_id)
             if not proves(secret, key):
-                # Unknown, or made or rotated a moment ago.
+                # The key may have been made or rotated since it was cached.
                 key = self._read_again(key_id)
             if proves(secret, key) and key is not None and key.revoked_at is None:
                 return key
-        # One sentence for all of these: who guesses learns nothing.
+        # The same message in all these cases, so that guessing reveals nothing.
         raise Unauthenticated("The API key is not one of this service, or it was revoked.")
 
-    def _remembered(self, key_id: str) -> ApiKey | None:
+    def _cached_key(self, key_id: str) -> ApiKey | None:
         with self._lock:
-            until, key = self._read.get(key_id, (0.0, None))
+            until, key = self._cached.get(key_id, (0.0, None))
         return key if time.monotonic() < until else None
 
     def _read_again(self, key_id: str) -> ApiKey | None:
-        until = time.monotonic() + REMEMBERED_S
+        until = time.monotonic() + KEY_CACHED_S
         key = self._keys.get(key_id)
         with self._lock:
-            self._read.pop(key_id, None)
+            self._cached.pop(key_id, None)
             if key is not None:
-                self._read[key_id] = (until, key)
-                if len(self._read) > MOST_REMEMBERED:
-                    self._read.popitem(last=False)
+                self._cached[key_id] = (until, key)
+                if len(self._cached) > MAX_CACHED_KEYS:
+                    self._cached.popitem(last=False)
         return key
 
     def _note_use(self, key_id: str) -> None:
@@ -158,7 +161,7 @@ class Gate:
         if now < self._use_noted.get(key_id, 0.0):
             return
         self._use_noted[key_id] = now + USE_NOTED_EVERY_S
-        with suppress(OutOfMemoryError):  # nothing that a request should fail for
+        with suppress(OutOfMemoryError):  # no reason to fail the request
             self._keys.note_use(key_id)
 
 
@@ -166,8 +169,8 @@ def visible_job(store: JobStore, principal: Principal, job_id: str) -> JobRecord
     """Read a job that the principal may see.
 
     Raises:
-        JobNotFound: there is none, or it is somebody else's; the two look the same.
-        RecordUnreadable: see `jobs.record.decode`; the sentence says how to be rid of it.
+        JobNotFound: there is none, or it is somebody else's; callers cannot see which.
+        RecordUnreadable: see `jobs.record.decode`; the message says how to delete the job.
     """
     try:
         job = store.get(job_id)
@@ -186,10 +189,12 @@ def _may_see(principal: Principal, owner: object) -> bool:
 
 
 def listed_owner(principal: Principal, wanted: str | None) -> str | None:
-    """Say whose jobs to list; None for everybody's.
+    """Return the owner whose jobs to list; None for all owners.
+
+    wanted: the owner that the caller asks for, if any.
 
     Raises:
-        Forbidden: only ops may ask for others' jobs.
+        Forbidden: the caller asks for another owner's jobs, and is not ops.
     """
     if principal.sees_all:
         return wanted
@@ -202,7 +207,7 @@ def listed_owner(principal: Principal, wanted: str | None) -> str | None:
 
 
 def require_ops(principal: Principal) -> Principal:
-    """Raise Forbidden for everybody but ops."""
+    """Return the principal if its role is ops, else raise Forbidden."""
     if principal.role is not Role.OPS:
         raise Forbidden(f"This is for keys of the role ops; this key's role is {principal.role}.")
     return principal

@@ -1,4 +1,4 @@
-"""How often a key may ask: a sliding window in Redis, shared by all service processes."""
+"""Limit how many requests a key may send, by a sliding window in Redis shared by all processes."""
 
 import logging
 import math
@@ -21,11 +21,14 @@ LONGEST_WINDOW_S: Final = 24 * 60 * 60
 
 
 class RateLimiter:
-    """Counts requests by key. Safe to share between threads; Redis errors pass through."""
+    """Counts requests by key. Safe to share between threads; Redis errors are raised.
+
+    default: the rate of keys without one of their own.
+    """
 
     def __init__(self, redis: Redis, default: str) -> None:
         self._default = default
-        # The client's own pool, so that its time limits and retries hold here, too.
+        # The client's own pool, so that its time limits and retries apply here, too.
         storage = RedisStorage(
             "redis://", connection_pool=redis.connection_pool, key_prefix=redis_keys.RATE_PREFIX
         )
@@ -33,21 +36,25 @@ class RateLimiter:
         self._is_full = False
 
     def count(self, key_id: str, rate: str | None) -> None:
-        """Count one request of a key. Raises RateLimited: the key has used up its requests."""
+        """Count one request of a key.
+
+        Raises:
+            RateLimited: the key has used up its requests.
+        """
         (refusal,) = self.count_all(key_id, rate, 1)
         if refusal is not None:
             raise refusal
 
     def count_all(self, key_id: str, rate: str | None, requests: int) -> list[RateLimited | None]:
-        """Count requests of a key, against its own rate if it has one; answers for each.
+        """Count requests of a key, against its own rate if it has one; returns a result for each.
 
-        What is left is not read while there is some: it would cost every request another call. A
-        refused request does not count.
+        A refused request does not count. The number of requests left is read only once they are
+        used up, because reading it costs another call to Redis.
         """
         item = parse(rate or self._default)
         if self._hit(item, key_id, requests):
             return [None] * requests
-        # Some may still pass: one by one, the first ones do.
+        # Together they exceed the rate, but the first ones may still pass one by one.
         passed = [requests > 1 and self._hit(item, key_id) for _ in range(requests)]
         return [None if may_pass else self._refusal(item, key_id) for may_pass in passed]
 
@@ -66,7 +73,7 @@ class RateLimiter:
         try:
             may_pass = self._window.hit(item, key_id, cost=requests)
         except OutOfMemoryError:
-            # What only reads must go on, or nobody could see what there is to delete.
+            # Requests that only read must go on, or nobody could see what there is to delete.
             if not self._is_full:
                 self._is_full = True
                 logger.error("Redis is full, so requests are not counted until it has room again.")
@@ -78,10 +85,10 @@ class RateLimiter:
 
 
 def check_rate(rate: str) -> str:
-    """Return a rate as it is.
+    """Return a rate unchanged if it is valid.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     try:
         item = parse(rate)

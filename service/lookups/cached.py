@@ -1,4 +1,4 @@
-"""A value that is read again only when what was read is too old."""
+"""Cache a value for a short time and share each read of it among threads."""
 
 import threading
 import time
@@ -10,32 +10,33 @@ Value = TypeVar("Value")
 
 
 class CachedValue(Generic[Value]):
-    """Reads a value for many threads: at most one of them reads, and the others get what it got.
+    """A value that is read again when it is older than `ttl_s`. Safe to share between threads.
 
-    That goes for errors, too: a Redis that is away is not asked by each of them in turn. Errors are
-    not remembered, and no value that is not `worth_keeping`.
+    At most one thread reads at a time, and those that wait get its result. They get its error, too,
+    so that they do not all try a Redis that is down, one after the other. Errors are not cached,
+    and neither are values for which `worth_caching` returns False.
     """
 
     def __init__(
         self,
         read: Callable[[], Value],
-        kept_s: float,
-        worth_keeping: Callable[[Value], bool] = lambda _: True,
+        ttl_s: float,
+        worth_caching: Callable[[Value], bool] = lambda _: True,
     ) -> None:
         self._read = read
-        self._kept_s = kept_s
-        self._worth_keeping = worth_keeping
+        self._ttl_s = ttl_s
+        self._worth_caching = worth_caching
         self._lock = threading.Lock()
-        self._kept: tuple[float, Value] | None = None
+        self._cached: tuple[float, Value] | None = None  # with the time at which it expires
         self._reading: Future[Value] | None = None
 
     def fresh(self) -> Value | None:
-        """The value if it need not be read again; takes no time."""
-        kept = self._kept
-        return kept[1] if kept is not None and time.monotonic() < kept[0] else None
+        """Return the cached value, or None if it must be read again; never blocks."""
+        cached = self._cached
+        return cached[1] if cached is not None and time.monotonic() < cached[0] else None
 
     def get(self) -> Value:
-        """The value, read now if it is too old; raises what reading it raises."""
+        """Return the value, and read it first if it is too old; raises what reading it raises."""
         with self._lock:
             value = self.fresh()
             if value is not None:
@@ -47,8 +48,8 @@ class CachedValue(Generic[Value]):
             return reading.result()
         try:
             value = self._read()
-            if self._worth_keeping(value):
-                self._kept = (time.monotonic() + self._kept_s, value)
+            if self._worth_caching(value):
+                self._cached = (time.monotonic() + self._ttl_s, value)
             mine.set_result(value)
             return value
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Places in the queues, with the workers that are live now."""
+"""Look up the positions of queued jobs, and when they start with the workers that are live now."""
 
 import logging
 from collections import Counter
@@ -17,27 +17,28 @@ logger = logging.getLogger(__name__)
 
 
 class CachedQueuePositions:
-    """Looks up where waiting jobs stand. Safe to share between threads."""
+    """Looks up positions with a cached catalog of workers. Safe to share between threads."""
 
-    def __init__(self, places: QueuePositions, catalog: CachedValue[Catalog]) -> None:
-        self._places = places
+    def __init__(self, positions: QueuePositions, catalog: CachedValue[Catalog]) -> None:
+        self._positions = positions
         self._catalog = catalog
 
     def of(self, jobs: Sequence[JobRecord]) -> Mapping[str, QueuePosition]:
-        """Find the places of those that wait, by id; none where Redis does not answer.
+        """Find the positions of the queued jobs among `jobs`, by id.
 
-        An estimate is no reason to answer with an error, least of all when a job was just created.
+        Empty if Redis does not answer. An estimate is no reason to answer a request with an error,
+        least of all when a job was just created.
         """
         if all(job.state is not JobState.QUEUED for job in jobs):
             return {}
-        with _told_of_redis():
-            return self._places.of(jobs, self._workers())
+        with _redis_errors_logged():
+            return self._positions.of(jobs, self._workers())
         return {}
 
     def at(self, queue: str, position: int) -> QueuePosition:
-        """Describe a place that is known; without its start where Redis does not answer."""
-        with _told_of_redis():
-            return self._places.at(queue, position, self._workers()[queue])
+        """Describe a known position; without the time until its start if Redis does not answer."""
+        with _redis_errors_logged():
+            return self._positions.at(queue, position, self._workers()[queue])
         return QueuePosition(position, None)
 
     def _workers(self) -> Counter[str]:
@@ -45,8 +46,8 @@ class CachedQueuePositions:
 
 
 @contextmanager
-def _told_of_redis() -> Iterator[None]:
+def _redis_errors_logged() -> Iterator[None]:
     try:
         yield
     except RedisError as error:
-        logger.warning("Places in the queues cannot be read: %r", error)
+        logger.warning("Positions in the queues cannot be read: %r", error)

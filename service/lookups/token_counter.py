@@ -1,8 +1,8 @@
-"""How many tokens a text has for a model, without the model.
+"""Count the tokens of a prompt as a model's worker will count them.
 
-Workers publish their tokenizers as text (`jobs.catalog`); this module reads them with the
-`tokenizers` library, which needs no torch, and keeps the last few. A text is cleaned first as
-diffusers' Wan pipeline cleans it, so the count is the one the worker comes to.
+Workers publish their tokenizers as text (`jobs.catalog`). This module parses them with the
+`tokenizers` library, which needs no torch, and keeps the last few in memory. A prompt is cleaned
+first, as diffusers' Wan pipeline cleans it, so that the count is the worker's.
 """
 
 import html
@@ -21,7 +21,7 @@ from jobs import catalog
 
 logger = logging.getLogger(__name__)
 
-MOST_KEPT: Final = 2
+MAX_TOKENIZERS: Final = 2
 """Tokenizers in memory: one in use, one for a change of models. A large one takes 0.7 GB."""
 
 
@@ -35,32 +35,33 @@ class TokenCounter:
         self._lock = threading.Lock()
 
     def prepare(self, fingerprints: Iterable[str]) -> None:
-        """Read one of the tokenizers that live offers name, before a request waits for it.
+        """Parse one of the tokenizers that live offers name, before a request waits for it.
 
-        The library lets nothing else of the process run while it reads a large one, for a second or
-        more. So it is one at a time, no more than are kept, and each once: what had to go for
-        another's sake comes back when it is needed. Redis errors pass through.
+        The library lets nothing else in the process run while it parses a large tokenizer, for a
+        second or more. So a call parses one at most, and only the first `MAX_TOKENIZERS` are
+        prepared, each once: one that was evicted is parsed again when a request needs it.
+        Redis errors are raised.
         """
-        for fingerprint in islice(dict.fromkeys(fingerprints), MOST_KEPT):
+        for fingerprint in islice(dict.fromkeys(fingerprints), MAX_TOKENIZERS):
             if fingerprint in self._prepared:
                 continue
             with self._lock:
-                there = self._keep(fingerprint)
-            if there:
+                is_kept = self._keep(fingerprint)
+            if is_kept:
                 self._prepared.add(fingerprint)
                 return
 
     def count(self, fingerprint: str, text: str) -> int | None:
-        """Count the tokens of `text`, the closing one included.
+        """Count the tokens of `text`, with the end-of-sequence token.
 
-        None where the tokenizer is not in Redis or cannot be read: then the worker's own check,
-        which comes later, has to do. Redis errors pass through.
+        None if the tokenizer is not in Redis or cannot be parsed: then only the worker checks the
+        length, later. Redis errors are raised.
         """
         tokenizer = self._tokenizer(fingerprint)
         return None if tokenizer is None else len(tokenizer.encode(cleaned(text)).ids)
 
     def _tokenizer(self, fingerprint: str) -> Tokenizer | None:
-        # One reader at a time: reading a large tokenizer takes seconds, and once is enough.
+        # One thread at a time: parsing a large tokenizer takes seconds, and once is enough.
         with self._lock:
             if not self._keep(fingerprint):
                 logger.warning("Tokenizer %s is not in Redis: no tokens counted.", fingerprint)
@@ -68,14 +69,14 @@ class TokenCounter:
             return self._kept[fingerprint]
 
     def _keep(self, fingerprint: str) -> bool:
-        """Have it among those that are kept, the last to go; False if it is not in Redis."""
+        """Parse a tokenizer unless it is kept, as the last to be evicted; False: not in Redis."""
         if fingerprint not in self._kept:
             text = catalog.read_tokenizer(self._redis, fingerprint)
             if text is None:
                 return False
             self._kept[fingerprint] = _read(fingerprint, text)
         self._kept.move_to_end(fingerprint)
-        while len(self._kept) > MOST_KEPT:
+        while len(self._kept) > MAX_TOKENIZERS:
             self._kept.popitem(last=False)
         return True
 
@@ -89,13 +90,13 @@ def cleaned(text: str) -> str:
 def _read(fingerprint: str, text: str) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_str(text)
-        tokenizer.encode("a")  # some broken ones show here
+        tokenizer.encode("a")  # some broken ones fail only here
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # the library's panics are no Exceptions
+    except BaseException:  # a panic in the library is not an Exception
         logger.exception("Tokenizer %s cannot be read: no tokens counted.", fingerprint)
         return None
-    # A file may ask to cut or to pad what it encodes; here everything counts, and nothing else.
+    # A file may configure truncation or padding; here all tokens of the text count, and no others.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

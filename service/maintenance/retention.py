@@ -1,7 +1,7 @@
-"""Delete what is past its time: videos, then records, and files that no record names.
+"""Delete videos and records whose retention time is over, and files that no record names.
 
-Of many service processes one does it, about once an hour. A video is deleted before the record
-that names it, so a round may be cut off anywhere: what it leaves, the next one finds.
+One of the service processes runs a round, about once an hour. A video is deleted before the record
+that names it, so a round may be interrupted anywhere: the next round finds what is left.
 """
 
 import logging
@@ -20,58 +20,59 @@ from redis import Redis
 from redis.exceptions import LockError
 
 from jobs import record, redis_keys
-from jobs.artifacts.keys import Stored
+from jobs.artifacts.keys import StoredArtifact
 from jobs.artifacts.store import ArtifactStore
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.state import JobState
 from jobs.store.deletion import delete_job
 from jobs.store.job_store import JobStore
-from jobs.store.retention_index import PAGE, AgedJob, Aging
+from jobs.store.retention_index import PAGE, RetentionEntry, RetentionIndex
 from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import KeyStore
-from service.schemas.expiry import Keep
+from service.schemas.expiry import RetentionPeriods
 
 logger = logging.getLogger(__name__)
 
 EVERY: Final = timedelta(hours=1)
-ASK_EVERY_S: Final = 300.0
-"""How often a process looks whether it is time: if one has gone, another takes over soon."""
+CHECK_EVERY_S: Final = 300.0
+"""How often a process checks whether a round is due. If a process ends, another takes over soon."""
 
 LOCK_S: Final = 300.0
-"""A process that died during a round holds up the others for this long at most."""
+"""How long the lock is held by a process that died during a round, at most."""
 
-MOST_FAULTS: Final = 10
-"""So many files in a row that cannot be deleted mean that none can be; fewer are passed over."""
+MAX_FAULTS_IN_A_ROW: Final = 10
+"""A round ends if so many files in a row cannot be deleted, because then probably none can be.
+Fewer are skipped."""
 
 _NOT_RUNNING = tuple(state for state in JobState if state is not JobState.RUNNING)
 _VIDEOS = "videos"
 _VIDEO = re.compile(_VIDEOS + r"/([A-Za-z0-9_-]{1,64})/[0-9]+(-[0-9a-f]{8})?\.mp4\Z")
 
-Swept = Counter[str]
-"""How much was deleted, by its kind: videos, jobs, orphans, leftovers."""
+Deleted = Counter[str]
+"""How many were deleted of each kind: videos, jobs, orphans, leftovers."""
 
 
 class RetentionBusy(Exception):
-    """Another process is at it."""
+    """Another process is running a round."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Due:
-    """One thing whose time is over."""
+    """A job or a file that is due to be deleted, and the function that deletes it."""
 
     kind: str
     name: str
     delete: Callable[[], object]
 
 
-class _Sweep:
-    """What a round has deleted, and what it could not.
+class _Deletion:
+    """Deletes what a round finds due, and records what was deleted and what could not be.
 
-    One file that cannot be deleted does not keep the others; the round says so at its end.
+    A file that cannot be deleted does not prevent the deletion of the others; `end` reports it.
     """
 
     def __init__(self, ending: threading.Event) -> None:
-        self.swept: Swept = Counter()
+        self.deleted: Deleted = Counter()
         self._ending = ending
         self._failed: list[str] = []
         self._in_a_row = 0
@@ -87,11 +88,11 @@ class _Sweep:
                 self._failed.append(due.name)
                 self._reason = error.detail
                 self._in_a_row += 1
-                if self._in_a_row >= MOST_FAULTS:
+                if self._in_a_row >= MAX_FAULTS_IN_A_ROW:
                     self.end()
             else:
                 self._in_a_row = 0
-                self.swept[due.kind] += 1
+                self.deleted[due.kind] += 1
 
     def end(self) -> None:
         """Raise ArtifactsUnavailable if something could not be deleted."""
@@ -103,119 +104,124 @@ class _Sweep:
 
 
 class Retention:
-    """Rounds of deleting. Safe to share between threads."""
+    """Runs rounds of deletion. Safe to share between threads."""
 
-    def __init__(self, redis: Redis, artifacts: ArtifactStore, keep: Keep) -> None:
+    def __init__(self, redis: Redis, artifacts: ArtifactStore, periods: RetentionPeriods) -> None:
         self._redis = redis
         self._store = JobStore(redis)
-        self._aging = Aging(redis)
+        self._index = RetentionIndex(redis)
         self._artifacts = artifacts
-        self._keep = keep
+        self._periods = periods
 
     def run_if_due(self, ending: threading.Event) -> None:
-        """Run a round, unless one ended within the last hour or is under way in another process."""
+        """Run a round, unless one ended within the last hour or another process is running one."""
         if not self._redis.exists(redis_keys.RETENTION_DONE):
             try:
                 self.run(ending)
             except RetentionBusy:
                 logger.debug("another process does it")
 
-    def run(self, ending: threading.Event, now: datetime | None = None) -> Swept:
+    def run(self, ending: threading.Event, now: datetime | None = None) -> Deleted:
         """Run a round now; once `ending` is set it ends early, and counts as not done.
 
-        now: what counts as the present.
+        Args:
+            ending: set when the process is to end.
+            now: the time that ages are measured from; by default the current time.
 
         Raises:
-            RetentionBusy: another process runs one.
-            ArtifactsUnavailable: not everything could be deleted; the sentence names one.
+            RetentionBusy: another process is running one.
+            ArtifactsUnavailable: not everything could be deleted; the message names one file.
         """
         lock = self._redis.lock(redis_keys.RETENTION_LOCK, timeout=LOCK_S, blocking=False)
         if not lock.acquire():
             raise RetentionBusy
-        sweep = _Sweep(ending)
+        deletion = _Deletion(ending)
         try:
             now = now or record.now()
-            # Jobs first: what they leave behind is an orphan, if it is old enough.
-            for page in chain(self._past_jobs(now), self._orphans(now)):
+            # Jobs first: files that they leave behind are orphans, if they are old enough.
+            for page in chain(self._expired_jobs(now), self._orphans(now)):
                 lock.extend(LOCK_S, replace_ttl=True)
-                sweep.delete(page)
+                deletion.delete(page)
                 if ending.is_set():
-                    return sweep.swept
-            sweep.swept["leftovers"] = self._artifacts.remove_leftovers()
-            self._tidy(now)
-            sweep.end()
+                    return deletion.deleted
+            deletion.deleted["leftovers"] = self._artifacts.remove_leftovers()
+            self._clean_up_indexes(now)
+            deletion.end()
             self._redis.set(redis_keys.RETENTION_DONE, now.isoformat(), ex=EVERY)
         finally:
-            with suppress(LockError):  # it took too long, and another process has begun
+            with suppress(LockError):  # it expired, and another process has begun a round
                 lock.release()
-            if sweep.swept.total():
-                logger.info("deleted what is past its time: %s", told(sweep.swept))
-        return sweep.swept
+            if deletion.deleted.total():
+                logger.info("deleted what is past its time: %s", describe(deletion.deleted))
+        return deletion.deleted
 
-    def _past_jobs(self, now: datetime) -> Iterator[list[_Due]]:
-        """The jobs whose time is over, or their videos'; running ones are never among them."""
-        soonest = min(self._keep.videos, self._keep.jobs)
+    def _expired_jobs(self, now: datetime) -> Iterator[list[_Due]]:
+        """Find the jobs that are due, and the videos of others; running jobs are never included."""
+        soonest = min(self._periods.videos, self._periods.jobs)
         for state in _NOT_RUNNING:
-            for page in self._aging.created_before(state, now - soonest):
-                yield [due for job in page if (due := self._past(job, now)) is not None]
+            for page in self._index.created_before(state, now - soonest):
+                yield [due for job in page if (due := self._expired(job, now)) is not None]
 
-    def _past(self, job: AgedJob, now: datetime) -> _Due | None:
-        if now >= self._keep.record_until(job):
+    def _expired(self, job: RetentionEntry, now: datetime) -> _Due | None:
+        if now >= self._periods.record_until(job):
             return _Due("jobs", job.id, partial(delete_job, self._store, self._artifacts, job.id))
         key = job.video_key
-        if key is not None and now >= self._keep.video_until(job):
+        if key is not None and now >= self._periods.video_until(job):
             return _Due("videos", key, partial(self._delete_video, job.id, key))
         return None
 
     def _delete_video(self, job_id: str, key: str) -> None:
         self._artifacts.delete(key)
-        self._aging.video_deleted(job_id)
+        self._index.video_deleted(job_id)
 
     def _orphans(self, now: datetime) -> Iterator[list[_Due]]:
-        """Old files that no record names: of lost attempts, or stored a moment before a crash."""
-        oldest_kept = now - self._keep.orphans
+        """Find old files that no record names: of lost attempts, or stored just before a crash."""
+        oldest_kept = now - self._periods.orphans
         old = (each for each in self._artifacts.list(_VIDEOS) if each.modified_at < oldest_kept)
         for page in _pages(old):
             videos = [(match[1], match[0]) for each in page if (match := _VIDEO.match(each.key))]
-            keys_of_nobody = self._aging.unclaimed(videos)
-            if keys_of_nobody and self._aging.is_empty():
-                # More likely a Redis that lost its data, or a wrong address, than 30 idle days.
+            unreferenced = self._index.unreferenced(videos)
+            if unreferenced and self._index.is_empty():
+                # A Redis that lost its data, or a wrong address, is more likely than 30 days
+                # without a job.
                 logger.warning("Redis knows of no job at all, so no video is taken for an orphan")
                 return
             yield [
-                _Due("orphans", key, partial(self._artifacts.delete, key)) for key in keys_of_nobody
+                _Due("orphans", key, partial(self._artifacts.delete, key)) for key in unreferenced
             ]
 
-    def _tidy(self, now: datetime) -> None:
+    def _clean_up_indexes(self, now: datetime) -> None:
         owners = {OPEN_OWNER, *(key.name for key in KeyStore(self._redis).all())}
-        self._aging.forget_names(owners, now - timedelta(seconds=redis_keys.RECORD_TTL_S))
-        self._aging.tidy_registries()
+        self._index.remove_entries(owners, now - timedelta(seconds=redis_keys.RECORD_TTL_S))
+        self._index.clean_registries()
 
 
-def told(swept: Swept) -> str:
-    """Say how much was deleted."""
-    words = {
+def describe(deleted: Deleted) -> str:
+    """Describe how many were deleted of each kind."""
+    labels = {
         "videos": "videos",
         "jobs": "jobs with their videos",
         "orphans": "files that no job names",
         "leftovers": "unfinished files",
     }
-    return ", ".join(f"{word}: {swept[kind]}" for kind, word in words.items())
+    return ", ".join(f"{label}: {deleted[kind]}" for kind, label in labels.items())
 
 
-def sweep_deletions(redis: Redis, artifacts: ArtifactStore, ending: threading.Event) -> None:
-    """Delete the jobs whose deletion was asked for while they ran, and which have ended since."""
+def run_requested_deletions(
+    redis: Redis, artifacts: ArtifactStore, ending: threading.Event
+) -> None:
+    """Delete the jobs whose deletion was requested while they ran, and which have ended since."""
     store = JobStore(redis)
     ended = [
         cast("bytes", each).decode() for each in redis.zrange(redis_keys.DELETIONS, 0, PAGE - 1)
     ]
-    sweep = _Sweep(ending)
-    sweep.delete(
+    deletion = _Deletion(ending)
+    deletion.delete(
         [_Due("jobs", each, partial(delete_job, store, artifacts, each)) for each in ended]
     )
-    sweep.end()
+    deletion.end()
 
 
-def _pages(stored: Iterator[Stored]) -> Iterator[list[Stored]]:
+def _pages(stored: Iterator[StoredArtifact]) -> Iterator[list[StoredArtifact]]:
     while page := list(islice(stored, PAGE)):
         yield page

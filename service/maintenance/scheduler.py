@@ -1,6 +1,6 @@
-"""What runs beside the requests in every service process, each task in a thread of its own.
+"""Run background tasks in every service process, each in a thread of its own.
 
-Any number of processes may run: a task that only one of them should do takes a lock in Redis
+Any number of processes may run. A task that only one of them should do takes a lock in Redis
 itself.
 """
 
@@ -19,29 +19,30 @@ from jobs.errors import ArtifactsUnavailable
 logger = logging.getLogger(__name__)
 
 Work = Callable[[threading.Event], object]
-"""One round of a task. Work that takes long looks at the event, and ends early once it is set."""
+"""One round of a task. Work that takes long checks the event, and ends early once it is set."""
 
 FIRST_RETRY_S: Final = 5.0
 LAST_RETRY_S: Final = 10.0
-"""A round that failed is repeated sooner than planned, or later, but within these bounds for a task
-of every few seconds: what came back is then used within `LAST_RETRY_S`."""
+"""After a round that failed the pause begins at `FIRST_RETRY_S`, or the task's own if that is
+shorter, and doubles with every failure. It grows to `LAST_RETRY_S`, or the task's own pause if that
+is longer. So a task of every few seconds runs within `LAST_RETRY_S` once Redis is back."""
 
 JOIN_S: Final = 2.0
-"""How long the end of the process waits for a round in hand; a daemon thread ends with it anyway,
-and every round may be cut off anywhere."""
+"""How long the end of the process waits for rounds under way. The threads are daemons, so they end
+with the process anyway, and every round may be interrupted anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work to be done every so many seconds, the first time at once."""
+    """Work that is repeated every `every_s` seconds, the first time at once."""
 
     name: str
     every_s: float
     work: Work
 
 
-class Housekeeping:
-    """Runs its tasks from `start` to `stop`; no fault of a round ends a task."""
+class Scheduler:
+    """Runs its tasks from `start` to `stop`; no error in a round ends a task."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tuple(tasks)
@@ -51,13 +52,13 @@ class Housekeeping:
     def start(self) -> None:
         for task in self._tasks:
             thread = threading.Thread(
-                target=self._repeat, args=(task,), name=f"housekeeping-{task.name}", daemon=True
+                target=self._repeat, args=(task,), name=f"scheduler-{task.name}", daemon=True
             )
             thread.start()
             self._threads.append(thread)
 
     def stop(self) -> None:
-        """End all tasks; a round in hand gets a moment to end by itself."""
+        """End all tasks, and wait up to `JOIN_S` for rounds under way."""
         self._ending.set()
         deadline = time.monotonic() + JOIN_S
         for thread in self._threads:
@@ -73,12 +74,16 @@ class Housekeeping:
             self._ending.wait(_pause_s(task.every_s, failures))
 
     def _run_once(self, task: Task, before: str | None) -> str | None:
-        """Run one round, and name its fault; logs what is not as it was the round before."""
+        """Run one round and return the name of its error; logs only changes since the last round.
+
+        before: the error of the round before.
+        """
         try:
             task.work(self._ending)
         except Exception as error:
-            # Whatever it was: a task that is over for good would be missed only weeks later. Redis
-            # and the artifact store being away is expected; for anything else there is a traceback.
+            # Every error is caught, because a task that had ended for good would be noticed only
+            # weeks later. Redis and the artifact store are expected to be down at times; any other
+            # error is logged with a traceback.
             fault = type(error).__name__
             if fault != before and not self._ending.is_set():
                 expected = isinstance(error, (RedisError, ArtifactsUnavailable))
@@ -96,7 +101,7 @@ class Housekeeping:
 
 
 def _pause_s(every_s: float, failures: int) -> float:
-    """Seconds to the next round, spread so that the processes do not all come at once."""
+    """Return the seconds to the next round, spread so that processes do not all run at once."""
     pause_s = every_s
     if failures:
         first = min(every_s, FIRST_RETRY_S)

@@ -1,4 +1,4 @@
-"""The list of what a service process does beside answering requests."""
+"""List the background tasks of a service process, and build what they work with."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,62 +13,65 @@ from service.maintenance.retention import Retention
 from service.maintenance.scheduler import Task
 from service.schemas.jobs import JobView
 from service.schemas.video_url import VideoLinks
-from service.webhooks.delivery import Deliveries, DeliveryContext
+from service.webhooks.delivery import Deliveries, DeliveryContext, Schedule
 from service.webhooks.dispatcher import Dispatcher
 from service.webhooks.message import Signer
-from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, tls_context
 
 DELETIONS_EVERY_S: Final = 5.0
 TOKENIZERS_EVERY_S: Final = 10.0
-"""Seldom, so that processes which were not started together do not all read a new one in the same
-seconds: they can do nothing else then."""
+"""Seldom, so that processes which were not started together do not all read a new tokenizer in the
+same seconds. A process can do nothing else while it reads one."""
 WEBHOOKS_AGAIN_S: Final = 1.0
-"""After a fault: until then they are under way all the time."""
+"""The pause after an error. Without an error the dispatcher runs until the process ends."""
 
 
-def chores(parts: AppState) -> Sequence[Task]:
-    """Name every task; each works on the parts of the application."""
-    recover = recovery.Recovery(parts.redis)
-    retain = Retention(parts.redis, parts.artifacts, parts.settings.keep)
-    sweep = partial(retention.sweep_deletions, parts.redis, parts.artifacts)
+def background_tasks(app_state: AppState) -> Sequence[Task]:
+    """List the tasks that the application's scheduler runs."""
+    job_recovery = recovery.Recovery(app_state.redis)
+    job_retention = Retention(
+        app_state.redis, app_state.artifacts, app_state.settings.retention_periods
+    )
+    delete_requested = partial(
+        retention.run_requested_deletions, app_state.redis, app_state.artifacts
+    )
     tasks = [
-        Task("recovery", recovery.EVERY_S, lambda _: recover.run()),
-        Task("deletion", DELETIONS_EVERY_S, sweep),
-        Task("retention", retention.ASK_EVERY_S, retain.run_if_due),
-        Task("tokenizers", TOKENIZERS_EVERY_S, lambda _: _prepare_tokenizers(parts)),
+        Task("recovery", recovery.INTERVAL_S, lambda _: job_recovery.run()),
+        Task("deletion", DELETIONS_EVERY_S, delete_requested),
+        Task("retention", retention.CHECK_EVERY_S, job_retention.run_if_due),
+        Task("tokenizers", TOKENIZERS_EVERY_S, lambda _: _prepare_tokenizers(app_state)),
     ]
-    webhooks = courier(parts)
-    if webhooks is not None:
-        tasks.append(Task("webhooks", WEBHOOKS_AGAIN_S, webhooks.run))
+    dispatcher = build_dispatcher(app_state)
+    if dispatcher is not None:
+        tasks.append(Task("webhooks", WEBHOOKS_AGAIN_S, dispatcher.run))
     return tasks
 
 
-def _prepare_tokenizers(parts: AppState) -> None:
-    named = (offer.model.tokenizer for offer in parts.catalog.get().offers)
-    parts.tokens.prepare(name for name in named if name is not None)
+def _prepare_tokenizers(app_state: AppState) -> None:
+    named = (offer.model.tokenizer for offer in app_state.catalog.get().offers)
+    app_state.token_counter.prepare(name for name in named if name is not None)
 
 
-def courier(parts: AppState) -> Dispatcher | None:
-    """Build what delivers webhooks; None where no host may be called."""
-    if not parts.settings.webhook_rules.hosts:
+def build_dispatcher(app_state: AppState) -> Dispatcher | None:
+    """Build the dispatcher of webhooks; None if the settings allow no host to be called."""
+    if not app_state.settings.webhook_rules.hosts:
         return None
-    return Dispatcher(parts.outbox, Deliveries(office(parts)).deliver)
+    return Dispatcher(app_state.outbox, Deliveries(delivery_context(app_state)).deliver)
 
 
-def office(parts: AppState) -> DeliveryContext:
-    """Gather what deliveries work with."""
-    settings = parts.settings
-    assert settings.public_url is not None, "the settings demand it where there are hosts"
-    links = VideoLinks(settings.public_url, parts.signer, settings.keep)
+def delivery_context(app_state: AppState) -> DeliveryContext:
+    """Gather what deliveries work with. The settings must allow hosts to be called."""
+    settings = app_state.settings
+    assert settings.public_url is not None, "the settings require it if there are webhook hosts"
+    links = VideoLinks(settings.public_url, app_state.link_signer, settings.retention_periods)
 
-    def present(job: JobRecord, status: WebhookStatus) -> JobView:
+    def make_view(job: JobRecord, status: WebhookStatus) -> JobView:
         return JobView.of(job, links, status)
 
     return DeliveryContext(
-        store=parts.store,
-        outbox=parts.outbox,
-        present=present,
+        store=app_state.store,
+        outbox=app_state.outbox,
+        make_view=make_view,
         rules=settings.webhook_rules,
         signer=Signer(settings.webhook_secrets),
         sender=Sender(tls_context(), private=settings.webhook_private),

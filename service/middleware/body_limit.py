@@ -1,6 +1,6 @@
-"""Refuse bodies beyond a limit, before or while they are read.
+"""Refuse request bodies that are larger than a limit, before or while they are read.
 
-FastAPI's own `max_body_size` would do, but answers an announced length in plain text.
+FastAPI's own `max_body_size` would do, but it answers in plain text if the length is announced.
 """
 
 from fastapi import HTTPException
@@ -11,13 +11,13 @@ from service.middleware import problems
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body of more than `most_bytes`."""
+    """ASGI middleware: answers 413 to a body of more than `max_bytes`."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._detail = (
-            f"The body is larger than {most_bytes} bytes, the most this service reads; it takes "
+            f"The body is larger than {max_bytes} bytes, the most this service reads; it takes "
             f"text, and no files."
         )
 
@@ -26,7 +26,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._most_bytes:
+        if announced.isdecimal() and int(announced) > self._max_bytes:
             problem = problems.from_status(413, self._detail, scope["path"])
             await problems.response(scope["app"], problem)(scope, receive, send)
             return
@@ -42,11 +42,11 @@ class BodyLimit:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._most_bytes:
+            if read > self._max_bytes:
                 if answering:
-                    # Too late to say anything but that nobody listens to more.
+                    # An answer has begun, so all that is left is to end the request.
                     return {"type": "http.disconnect"}
-                # FastAPI's class: it passes through where the body is read.
+                # FastAPI's class, because its code that reads the body lets it pass.
                 raise HTTPException(413, self._detail)
             return message
 

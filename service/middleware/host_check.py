@@ -1,8 +1,8 @@
-"""What is turned away before it reaches a route: requests that a web page sneaked in.
+"""Refuse requests that a web page of another site makes its visitor's browser send.
 
-A page from anywhere can make its visitor's browser send requests to 127.0.0.1. It may pretend to
-be this service under a name of its own (DNS rebinding; the Host check), or send a form here under
-its own name (the Origin check). Keys are proof against both, an open service is not.
+Any page can make a browser send requests to 127.0.0.1. The page's own host name may resolve to this
+service (DNS rebinding; prevented by the Host check), or the page may submit a form to it (prevented
+by the Origin check). A service that requires keys is safe from both, an open one is not.
 """
 
 from collections.abc import Collection
@@ -15,11 +15,11 @@ from jobs.errors import Forbidden
 from service.middleware import problems
 from service.settings import is_loopback
 
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class HostCheck:
-    """ASGI middleware for a service on loopback: 421 unless Host is a name it is known by.
+    """ASGI middleware for a service on loopback: answers 421 to an unknown name in Host.
 
     Known are the names of loopback and `names`.
     """
@@ -45,21 +45,21 @@ class HostCheck:
 
 
 class OriginCheck:
-    """ASGI middleware: 403 for what another site's page asks to be done.
+    """ASGI middleware: answers 403 to a request from another site's page, unless it only reads.
 
-    Programs send no Origin and pass; so do pages of the service itself, by the name in Host or by
-    `public_url`.
+    Requests without Origin pass, because only browsers send it. So do those of the service's own
+    pages, whose origin is the name in Host or that of `public_url`.
     """
 
     def __init__(self, app: ASGIApp, public_url: str | None) -> None:
         self._app = app
-        self._public = "" if public_url is None else urlsplit(public_url).netloc.lower()
+        self._public_netloc = "" if public_url is None else urlsplit(public_url).netloc.lower()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in _READING:
+        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
             headers = Headers(scope=scope)
             origin = headers.get("origin")
-            if origin is not None and not self._is_ours(origin, headers.get("host", "")):
+            if origin is not None and not self._is_own(origin, headers.get("host", "")):
                 refused = Forbidden(
                     "The request comes from a page of another site (its Origin header), which may "
                     "not change anything here."
@@ -69,13 +69,13 @@ class OriginCheck:
                 return
         await self._app(scope, receive, send)
 
-    def _is_ours(self, origin: str, host: str) -> bool:
+    def _is_own(self, origin: str, host: str) -> bool:
         try:
-            sender = urlsplit(origin).netloc.lower()
+            netloc = urlsplit(origin).netloc.lower()
         except ValueError:
             return False
-        # "null", which a sandboxed page sends, has no netloc.
-        return bool(sender) and sender in (host.lower(), self._public)
+        # The origin "null", which a sandboxed page sends, has no netloc.
+        return bool(netloc) and netloc in (host.lower(), self._public_netloc)
 
 
 def _host_name(netloc: str) -> str:

@@ -1,8 +1,9 @@
-"""Every error as an RFC 9457 problem document, from one table.
+"""Answer every error with an RFC 9457 problem document; one table maps errors to statuses.
 
-Routes raise `AppError`s; the handlers here turn them, FastAPI's validation errors, plain HTTP
-errors, Redis errors and whatever is left into `application/problem+json`, or into the shape that
-is registered for their path. What is left is logged and hidden behind a reference.
+Routes raise `AppError`s. The handlers here turn them, FastAPI's validation errors, plain HTTP
+errors, Redis errors and unexpected errors into `application/problem+json`, or into the format that
+is registered for their path. Unexpected errors are logged, and the caller gets a reference to the
+log.
 """
 
 import logging
@@ -35,7 +36,7 @@ MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 5
 
 Renderer = Callable[[Problem, Mapping[str, str]], Response]
-"""Makes the HTTP answer for a problem, with these headers, in a shape of its own."""
+"""Makes the HTTP answer for a problem, with these headers, in another format."""
 
 STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
     {
@@ -76,7 +77,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
 
 
 def from_error(error: errors.AppError, path: str) -> Problem:
-    """Describe `error` to the caller who asked for `path`."""
+    """Build the problem document of `error` for a request to `path`."""
     extra = {name: error.context[name] for name in _SHOWN_CONTEXT if name in error.context}
     if isinstance(error, errors.InvalidSpec):
         extra["errors"] = [
@@ -88,7 +89,7 @@ def from_error(error: errors.AppError, path: str) -> Problem:
 
 
 def response(app: FastAPI, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
-    """Make the HTTP answer for a problem, in the shape that callers of its path expect."""
+    """Make the HTTP answer for a problem, in the format that callers of its path expect."""
     extra = dict(headers or {})
     if problem.status == HTTPStatus.SERVICE_UNAVAILABLE:
         extra["Retry-After"] = str(RETRY_AFTER_S)
@@ -101,23 +102,23 @@ def response(app: FastAPI, problem: Problem, headers: Mapping[str, str] | None =
         if problem.instance == prefix or problem.instance.startswith(f"{prefix}/"):
             return render(problem, extra)
     content = problem.model_dump(mode="json", exclude_none=True)
-    # A refused field's null is information: it was missing, or null itself.
+    # Nulls are kept in refused fields: null means that a value was missing, or null itself.
     if problem.errors is not None:
         content["errors"] = [each.model_dump(mode="json") for each in problem.errors]
     return JSONResponse(content, problem.status, headers=extra, media_type=MEDIA_TYPE)
 
 
 def from_status(status: int, detail: str, path: str) -> Problem:
-    """Describe a plain HTTP error."""
+    """Build the problem document of a plain HTTP error."""
     code, title = _PLAIN.get(status, (f"http_{status}", "The request was refused"))
     return _problem(path, status=status, title=title, code=code, detail=detail)
 
 
 def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
-    """Register the handlers.
+    """Register the error handlers.
 
     Args:
-        renderers: for paths under a prefix such as `/v1`, what makes their answers instead.
+        renderers: by path prefix, such as `/v1`: what makes the answers for paths under it.
     """
     app.state.problem_renderers = renderers
     app.add_exception_handler(errors.AppError, _on_app_error)
@@ -127,7 +128,7 @@ def install(app: FastAPI, renderers: Mapping[str, Renderer]) -> None:
     app.add_exception_handler(Exception, _on_anything_else)
 
 
-# Spelled out, because the standard library's phrases change with the Python version.
+# Written out, because the standard library's phrases change with the Python version.
 _PLAIN = {
     400: ("bad_request", "The request cannot be read"),
     404: ("not_found", "Nothing is found at this address"),
@@ -153,7 +154,7 @@ def _problem(path: str, **members: Any) -> Problem:
 
 
 def rate_headers(error: errors.AppError) -> dict[str, str]:
-    """Say which rate was used up, in the fields of the IETF's draft on rate limit headers."""
+    """Return the headers of the IETF's draft on rate limits, with the rate that was used up."""
     if not isinstance(error, errors.RateLimited) or "rate_amount" not in error.context:
         return {}
     context = error.context
@@ -171,7 +172,7 @@ async def _on_app_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
-    """Parameters of the wrong type; `jobs` checks what a body and its fields are."""
+    """Answer a request with parameters of the wrong type; `jobs` checks bodies and their fields."""
     violations = []
     for each in cast("RequestValidationError", error).errors():
         field = ".".join(map(str, each["loc"][1:]))
@@ -193,7 +194,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_redis_error(request: Request, error: Exception) -> Response:
-    # The text of a Redis error may name hosts; it is for the log only.
+    # The text of a Redis error may contain host names, so it is only logged.
     logger.error("Redis failed in %s %s: %r", request.method, quote(request.url.path), error)
     unavailable = errors.StoreUnavailable(
         "The job store cannot be reached or refuses to write; try again in a few seconds."
@@ -214,7 +215,7 @@ async def _on_anything_else(request: Request, error: Exception) -> Response:
         f"The service met an unexpected error; its log has the details under {reference}."
     )
     path = request.url.path
-    # Sent from outside of the middleware that puts these on everything else.
+    # This answer is sent outside of the middleware that adds these headers to all others.
     return response(
         request.app,
         from_error(hidden, path),

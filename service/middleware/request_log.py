@@ -1,7 +1,8 @@
-"""The service's log: the lines of `jobs/logs.py`, with the ids of the request and its job.
+"""Log requests, and add the ids of the request and its job to every line of the log.
 
-A path is logged without its query, because a signed link in a log opens a video; bodies, which
-hold the prompts, are not logged at all.
+The lines have the format of `jobs/logs.py`. A path is logged without its query, because anybody who
+reads a signed link in the log could open the video. Bodies, which hold the prompts, are not logged
+at all.
 """
 
 import logging
@@ -19,28 +20,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs import logs
 from jobs.ids import is_id
 from jobs.logs import LogFormat
-from service.monitoring.http_metrics import HttpMeasures
+from service.monitoring.http_metrics import HttpMetrics
 
 REQUEST_ID: Final = "X-Request-ID"
 
 access_logger = logging.getLogger("service.access")
 
-_SANE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_NAMES = random.Random()
-"""For names, not secrets: asking the system each time lets go of the interpreter's lock."""
+_RANDOM = random.Random()
+"""Makes request ids, which are no secrets. Reading the system's randomness for each request would
+release the interpreter's lock each time."""
 
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What the log says of a request, whichever thread handles it."""
+    """What the log contains about a request, in whichever thread handles it."""
 
     id: str
     scope: Scope
     created_job: str | None = None
 
     def job_id(self) -> str | None:
-        """The job it made, or the one that its path names, as soon as the route is known."""
+        """Return the job that the request created, or the one in its path once routing is done."""
         if self.created_job is not None:
             return self.created_job
         named = self.scope.get("path_params", {})
@@ -52,31 +54,31 @@ _CURRENT: ContextVar[RequestFacts | None] = ContextVar("request", default=None)
 
 
 def begin_request(scope: Scope, given_id: str | None) -> RequestFacts:
-    """Name the request at hand; a caller's own id is kept if it is harmless."""
-    if given_id is None or not _SANE.fullmatch(given_id):
-        given_id = f"{_NAMES.getrandbits(64):016x}"
+    """Set the id of the current request; the caller's own id is used if it is valid."""
+    if given_id is None or not _VALID_ID.fullmatch(given_id):
+        given_id = f"{_RANDOM.getrandbits(64):016x}"
     facts = RequestFacts(given_id, scope)
-    # Never reset: every request has a task of its own, and the handler of unexpected errors, which
-    # stands outside of all middleware, logs last.
+    # Never reset: every request has its own task, and the handler of unexpected errors, which runs
+    # outside of all middleware, logs last.
     _CURRENT.set(facts)
     return facts
 
 
 def note_created(job_id: str) -> None:
-    """Let the lines of this request carry the job it has made."""
+    """Add the job that this request has created to the lines of its log."""
     facts = _CURRENT.get()
     if facts is not None:
         facts.created_job = job_id
 
 
 def request_headers() -> dict[str, str]:
-    """The header that tells a caller under which id the log has the request."""
+    """Return the header with the id under which the log has the request."""
     facts = _CURRENT.get()
     return {} if facts is None else {REQUEST_ID: facts.id}
 
 
 def log_access(facts: RequestFacts, status: int, seconds: float) -> None:
-    """Write the line of a request that has ended."""
+    """Log a request that has ended."""
     method, path = facts.scope["method"], quote(facts.scope["path"])
     client = (facts.scope.get("client") or ("-",))[0]
     access_logger.info(
@@ -93,7 +95,7 @@ def log_access(facts: RequestFacts, status: int, seconds: float) -> None:
 
 
 def configure_logging(log_format: LogFormat) -> None:
-    """Set the log up; of httpx, which would show webhook addresses, only warnings are kept."""
+    """Configure logging. Only warnings of httpx are kept, because its lines show webhook URLs."""
     logs.configure(log_format, _ids, quiet=("httpx",))
 
 
@@ -106,15 +108,16 @@ def _ids() -> dict[str, str]:
 
 
 CALLER_LEFT: Final = 499
-"""No status of HTTP's: the caller was gone before there was an answer, so it is logged only."""
+"""Logged if the caller closed the connection before the answer; not a status of the HTTP standard,
+and never sent."""
 
 
-class Observed:
-    """ASGI middleware around all others."""
+class RequestLog:
+    """ASGI middleware around all others: logs and counts requests, and gives each an id."""
 
-    def __init__(self, app: ASGIApp, measures: HttpMeasures) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
-        self._measures = measures
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,7 +127,7 @@ class Observed:
         facts = begin_request(scope, Headers(scope=scope).get(REQUEST_ID))
         status, answered_s = CALLER_LEFT, None
 
-        async def send_named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status, answered_s
             if message["type"] == "http.response.start":
                 status, answered_s = message["status"], time.perf_counter() - started
@@ -132,12 +135,12 @@ class Observed:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_with_id)
         except Exception:
-            # Answered outside of all middleware, if there was no answer yet.
+            # If no answer has begun, one with 500 is sent outside of all middleware.
             status = status if answered_s is not None else 500
             raise
         finally:
             seconds = time.perf_counter() - started
-            self._measures.count(scope, status, seconds if answered_s is None else answered_s)
+            self._metrics.count(scope, status, seconds if answered_s is None else answered_s)
             log_access(facts, status, seconds)

@@ -1,4 +1,4 @@
-"""Headers that every answer carries, so that no browser reads more into it than is meant."""
+"""Add the headers that keep browsers from misusing an answer: sniffing, framing, scripts."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -6,10 +6,12 @@ from typing import Final
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_NOTHING: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-# What FastAPI's pages load: their scripts from a CDN, a script and styles of their own.
-_DOCS: Final = (
-    f"{_NOTHING}; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+_DEFAULT_POLICY: Final = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# FastAPI's pages load scripts and styles from a CDN, and contain some of their own.
+_DOCS_POLICY: Final = (
+    f"{_DEFAULT_POLICY}; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
     "font-src https://fonts.gstatic.com; worker-src blob:; connect-src 'self'; "
     "img-src data: https://fastapi.tiangolo.com https://cdn.redoc.ly"
@@ -18,12 +20,12 @@ _DOCS_PATHS: Final = ("/docs", "/docs/oauth2-redirect", "/redoc")
 
 
 def security_headers(path: str, content_type: str) -> Mapping[str, str]:
-    """Return the headers for an answer to `path`; a route's own of the same name come first."""
+    """Return the headers for an answer to `path`; those that a route sets take precedence."""
     headers = {
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
-        "Referrer-Policy": "no-referrer",  # a signed link must not travel on
-        "Content-Security-Policy": _DOCS if path in _DOCS_PATHS else _NOTHING,
+        "Referrer-Policy": "no-referrer",  # signed links must not be sent to other sites
+        "Content-Security-Policy": _DOCS_POLICY if path in _DOCS_PATHS else _DEFAULT_POLICY,
     }
     if content_type.partition(";")[0].endswith("json"):
         headers["Cache-Control"] = "no-store"
@@ -31,7 +33,7 @@ def security_headers(path: str, content_type: str) -> Mapping[str, str]:
 
 
 class SecurityHeaders:
-    """ASGI middleware: puts the headers on every answer that passes through it."""
+    """ASGI middleware: adds the headers to every answer that passes through it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""Who may read the metrics: ops, and for a while those who were ops when Redis went away.
+"""Decide who may read the metrics, also while Redis is down.
 
-Keys are in Redis. If nobody could read metrics without it, the one that says that Redis is away
-would never be seen.
+Only keys of the role ops may. Keys are in Redis, so while it is down the reader that was admitted
+last is admitted again. Otherwise nobody could read the metric that says that Redis is down.
 """
 
 import hashlib
@@ -11,31 +11,34 @@ from typing import Final
 
 from service.auth.gate import Gate, require_ops
 
-REMEMBERED_S: Final = 3600.0
-"""How long after its last success a reader is let in without Redis; after that it is refused."""
+READER_CACHED_S: Final = 3600.0
+"""How long after its last success a reader is admitted without Redis; after that it is refused."""
 
 
 class MetricsAccess:
-    """Remembers the last reader that was let in: one scrapes, again and again."""
+    """Checks readers of the metrics, and remembers the last one that was admitted.
+
+    One is enough, because one Prometheus server reads them over and over.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._last: tuple[float, bytes] | None = None
+        self._last: tuple[float, bytes] | None = None  # when it expires, and the token's digest
 
     def admit(self, token: str | None) -> None:
-        """Let ops in.
+        """Admit a reader by its key, as Redis knows it.
 
         Raises:
             Unauthenticated, Forbidden, RateLimited: see `Gate.admit` and `require_ops`.
-            RedisError: Redis cannot be asked.
+            RedisError: the key cannot be checked.
         """
         require_ops(self._gate.admit(token))
-        self._last = (time.monotonic() + REMEMBERED_S, _digest(token))
+        self._last = (time.monotonic() + READER_CACHED_S, _digest(token))
 
     def knows(self, token: str | None) -> bool:
-        """Whether it is the reader that was let in last, not too long ago. Does not ask Redis.
+        """Return whether this is the reader that was admitted last, within `READER_CACHED_S`.
 
-        Who shows no key is nobody, unless the service is open.
+        Does not read Redis. A reader without a key is never known, unless the service may be open.
         """
         if token is None and self._gate.is_locked:
             return False

@@ -1,7 +1,7 @@
-"""Everything that `/metrics` shows, read when it is asked for.
+"""Collect the metrics that `/metrics` shows, at each request for them.
 
-What is about jobs, queues and workers comes from Redis, so every process shows the same, and adds
-what it has measured of its own requests.
+Metrics of jobs, queues and workers come from Redis, so every process shows the same. Each process
+adds the metrics of its own HTTP requests.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ from redis.exceptions import TimeoutError as RedisTimeout
 from jobs import redis_keys
 from jobs.redis_client import BRIEF, connect
 from service.monitoring import fleet_metrics, job_metrics
-from service.monitoring.fleet import look
-from service.monitoring.http_metrics import HttpMeasures
+from service.monitoring.fleet import snapshot
+from service.monitoring.http_metrics import HttpMetrics
 
 
 class Exposition:
     """The metrics of one process."""
 
     def __init__(self, redis_url: str) -> None:
-        # They would double the number of series, to say since when this process counts.
+        # The `_created` series would double the number of series, only to say when each began.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._redis = connect(redis_url, BRIEF)
         self._registry = CollectorRegistry()
-        self.http = HttpMeasures(self._registry)
+        self.http = HttpMetrics(self._registry)
         build = Gauge(
             "wan_build_info",
             "1; the labels say what runs.",
@@ -44,31 +44,32 @@ class Exposition:
         )
         build.labels(version("wan-hif8"), platform.python_version()).set(1)
         ProcessCollector(registry=self._registry)
-        self._registry.register(_FromRedis(self._redis))
-        self._away = CollectorRegistry()
-        self._away.register(_Away())
-        # A thread of its own: while Redis is away, requests may hold all the others.
+        self._registry.register(_RedisCollector(self._redis))
+        self._redis_down = CollectorRegistry()
+        self._redis_down.register(_RedisDownCollector())
+        # A thread of its own: while Redis is down, requests may occupy all the others.
         self._limiter = CapacityLimiter(1)
-        self._asking: asyncio.Future[bool] | None = None
+        self._pinging: asyncio.Future[bool] | None = None
 
     async def text(self, accept: str, is_known: bool) -> tuple[bytes, str]:
-        """Read all metrics, or only that Redis is away, for a reader who is not known.
+        """Read all metrics; for a reader that is not known, only the one that says Redis is down.
 
-        Returns them in the format that suits `accept`, and its media type.
+        Returns:
+            The metrics in the format that suits the header `accept`, and its media type.
         """
         encode, media_type = choose_encoder(accept)
         if not is_known:
-            # One line that reads nothing: it waits for no thread, which strangers could keep busy.
-            return encode(self._away), media_type
+            # Needs no thread: unknown readers could otherwise keep the only one busy.
+            return encode(self._redis_down), media_type
         return await to_thread.run_sync(encode, self._registry, limiter=self._limiter), media_type
 
     async def redis_answers(self) -> bool:
-        """Ask Redis for a sign of life, once for all who ask meanwhile; takes about a second."""
-        if self._asking is None or self._asking.done():
-            asked = to_thread.run_sync(self._ping, limiter=self._limiter)
-            self._asking = asyncio.ensure_future(asked)
-        # Shielded: it is not cancelled with the caller who asked first.
-        return await asyncio.shield(self._asking)
+        """Ping Redis; callers share a ping that is under way. Takes about a second at most."""
+        if self._pinging is None or self._pinging.done():
+            ping = to_thread.run_sync(self._ping, limiter=self._limiter)
+            self._pinging = asyncio.ensure_future(ping)
+        # Shielded, so that it is not cancelled with the caller that started it.
+        return await asyncio.shield(self._pinging)
 
     def _ping(self) -> bool:
         try:
@@ -88,12 +89,12 @@ def _up(value: int) -> Metric:
     )
 
 
-class _Away(Collector):
+class _RedisDownCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield _up(0)
 
 
-class _FromRedis(Collector):
+class _RedisCollector(Collector):
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
@@ -109,6 +110,9 @@ class _FromRedis(Collector):
     def _read(self) -> list[Metric]:
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(redis_keys.METRICS)
-            pipe.hgetall(redis_keys.PACE)
-            counters, pace = pipe.execute()
-        return [*fleet_metrics.families(look(self._redis)), *job_metrics.families(counters, pace)]
+            pipe.hgetall(redis_keys.DURATIONS)
+            counters, durations = pipe.execute()
+        return [
+            *fleet_metrics.families(snapshot(self._redis)),
+            *job_metrics.families(counters, durations),
+        ]

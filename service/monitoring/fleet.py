@@ -1,4 +1,4 @@
-"""What waits, what runs, and how the workers are doing, at one moment."""
+"""Read the state of queues, jobs and workers at one moment."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from jobs.state import JobState
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """One queue. A queue's name begins with that of its model."""
+    """The state of one queue. A queue's name begins with that of its model."""
 
     name: str
     waiting: int
@@ -29,7 +29,7 @@ class QueueState:
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """One worker: without an offer it takes no more jobs, without a status it says nothing."""
+    """The state of one worker. Without an offer it takes no more jobs; `status` may be missing."""
 
     id: str
     offer: WorkerOffer | None
@@ -50,7 +50,7 @@ class WorkerState:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What one look at Redis shows."""
+    """The state of all queues, jobs and workers."""
 
     queues: Sequence[QueueState]
     jobs: Mapping[JobState, int]
@@ -58,8 +58,8 @@ class Fleet:
     workers: Sequence[WorkerState]
 
 
-def look(redis: Redis) -> Fleet:
-    """Read what there is now; ages are by Redis' clock."""
+def snapshot(redis: Redis) -> Fleet:
+    """Read the state as it is now. Ages are measured by Redis' clock."""
     offers = {offer.worker_id: offer for offer in catalog.read(redis).offers}
     statuses = {status.worker_id: status for status in catalog.read_statuses(redis)}
     states = list(JobState)
@@ -80,7 +80,7 @@ def look(redis: Redis) -> Fleet:
 
 
 def _queues(redis: Redis, workers: Counter[str]) -> list[QueueState]:
-    """The queues in which a job waits or for which a worker is live."""
+    """List the queues in which a job waits or for which a worker is live."""
     known = {queue.name for queue in Queue.all(connection=redis)} | set(workers)
     second, microsecond = redis.time()
     now_s = second + microsecond / 1e6
@@ -88,8 +88,9 @@ def _queues(redis: Redis, workers: Counter[str]) -> list[QueueState]:
     for name in sorted(known):
         key = Queue(name, connection=redis).key
         waiting = [cast("bytes", each).decode() for each in redis.lrange(key, 0, -1)]
-        # Not the first in the list: priority and second attempts go before older jobs.
-        created = [made for each in waiting if (made := ids.second_of(each)) is not None]
+        # The first in the list need not be the oldest: jobs with priority, and second attempts, go
+        # before older jobs.
+        created = [at for each in waiting if (at := ids.timestamp_of(each)) is not None]
         age_s = max(0.0, now_s - min(created, default=now_s))
         if waiting or workers[name]:
             found.append(QueueState(name, len(waiting), age_s, workers[name]))

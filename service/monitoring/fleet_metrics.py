@@ -1,4 +1,4 @@
-"""What waits, what runs, and how the workers are doing, as metrics."""
+"""Turn the state of queues, jobs and workers into Prometheus metrics."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from jobs.catalog import WorkerStatus
 from service.monitoring.fleet import Fleet, QueueState, WorkerState
 
 STATES: Final = ("idle", "busy", "draining", "unknown")
-"""Of workers; `draining`: it takes no more jobs. `unknown`: it says nothing of itself."""
+"""States of workers. `draining`: it takes no more jobs. `unknown`: it publishes no status."""
 
 _MEMORY: Final = {
     "memory_allocated_bytes": "Device memory in use.",
@@ -31,11 +31,11 @@ _MEASURED: Final = {
 }
 
 WorkerStates = Sequence[tuple[WorkerState, WorkerStatus]]
-"""The workers that say something of themselves, and what they say."""
+"""The workers that publish a status, with it."""
 
 
 def families(fleet: Fleet) -> Iterator[Metric]:
-    """Turn what was seen into metrics."""
+    """Build the metrics of one state."""
     yield from _queue_families(fleet.queues)
     jobs = GaugeMetricFamily("wan_jobs", "Jobs on record by their state.", labels=["state"])
     for state, number in fleet.jobs.items():
@@ -73,18 +73,18 @@ def _worker_families(workers: Sequence[WorkerState]) -> Iterator[Metric]:
         for state in STATES:
             states.add_metric((model, state), numbers[model, state])
     yield states
-    told = [(worker, worker.status) for worker in workers if worker.status is not None]
+    reporting = [(worker, worker.status) for worker in workers if worker.status is not None]
     done = CounterMetricFamily(
         "wan_worker_jobs_done",
         "Jobs that a worker ended with a video since its start.",
         labels=("worker", "model"),
     )
-    for worker, status in told:
+    for worker, status in reporting:
         done.add_metric((worker.id, worker.model), status.jobs_done)
     yield done
     yield _degraded(workers)
-    yield from _memory(told)
-    yield from _measured(told)
+    yield from _memory(reporting)
+    yield from _measured(reporting)
 
 
 def _degraded(workers: Sequence[WorkerState]) -> Metric:
@@ -99,22 +99,22 @@ def _degraded(workers: Sequence[WorkerState]) -> Metric:
     return family
 
 
-def _memory(told: WorkerStates) -> Iterator[Metric]:
+def _memory(reporting: WorkerStates) -> Iterator[Metric]:
     for name, text in _MEMORY.items():
         family = GaugeMetricFamily(f"wan_worker_{name}", text, labels=("worker", "model", "device"))
-        for worker, status in told:
+        for worker, status in reporting:
             value: int | None = getattr(status, name)
             if value is not None:
                 family.add_metric((worker.id, worker.model, worker.device), value)
         yield family
 
 
-def _measured(told: WorkerStates) -> Iterator[Metric]:
+def _measured(reporting: WorkerStates) -> Iterator[Metric]:
     for name, (field, text) in _MEASURED.items():
         family = GaugeMetricFamily(name, text, labels=("worker", "model", "mode"))
-        for worker, status in told:
-            for mode, measures in status.modes.items():
-                value: float | None = getattr(measures, field)
+        for worker, status in reporting:
+            for mode, measured in status.modes.items():
+                value: float | None = getattr(measured, field)
                 if value is not None:
                     family.add_metric((worker.id, worker.model, mode), value)
         yield family

@@ -1,4 +1,4 @@
-"""What one service process measures of its own requests."""
+"""Count the HTTP requests of one service process and measure how long they take."""
 
 from typing import Final
 
@@ -10,8 +10,8 @@ BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-class HttpMeasures:
-    """Requests by route template, so that their number does not depend on what callers ask for."""
+class HttpMetrics:
+    """Metrics labelled by route template, so that the number of series does not grow with paths."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(

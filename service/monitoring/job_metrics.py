@@ -1,5 +1,7 @@
-"""What Redis counts about jobs, as metrics: see `jobs/store/counters.py` and
-`jobs/durations.py`."""
+"""Turn the counters and durations of jobs in Redis into Prometheus metrics.
+
+See `jobs/store/counters.py` and `jobs/durations.py`.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +34,8 @@ Values = Mapping[tuple[str, ...], float]
 """The counters of one name by their labels."""
 
 
-def families(counters: Mapping[bytes, bytes], pace: Mapping[bytes, bytes]) -> Iterator[Metric]:
-    """Turn the two hashes into metrics. What another version has left there is passed over."""
+def families(counters: Mapping[bytes, bytes], durations: Mapping[bytes, bytes]) -> Iterator[Metric]:
+    """Build metrics from the two Redis hashes; fields that another version wrote are skipped."""
     by_name = _by_name(counters)
     for name, (metric, text) in _COUNTERS.items():
         family = CounterMetricFamily(metric, text, labels=(*LABELS, *COUNTERS[name]))
@@ -44,7 +46,7 @@ def families(counters: Mapping[bytes, bytes], pace: Mapping[bytes, bytes]) -> It
     yield _webhooks(by_name["webhook"])
     for name in HISTOGRAMS:
         yield _histogram(*_HISTOGRAMS[name], by_name[name])
-    yield from _pace(pace)
+    yield from _durations(durations)
 
 
 def _by_name(counters: Mapping[bytes, bytes]) -> Mapping[str, dict[tuple[str, ...], float]]:
@@ -59,7 +61,7 @@ def _by_name(counters: Mapping[bytes, bytes]) -> Mapping[str, dict[tuple[str, ..
 
 
 def _webhooks(values: Values) -> Metric:
-    """Whether a webhook arrives has nothing to do with the shape of its job."""
+    """Sum the calls over the shapes of jobs, which do not affect whether a webhook arrives."""
     outcomes: dict[str, float] = defaultdict(float)
     for labels, value in values.items():
         outcomes[labels[-1]] += value
@@ -74,7 +76,7 @@ def _webhooks(values: Values) -> Metric:
 def _histogram(metric: str, text: str, values: Values) -> Metric:
     family = HistogramMetricFamily(metric, text, labels=LABELS)
     for shape in sorted({labels[: len(LABELS)] for labels in values if len(labels) > len(LABELS)}):
-        # Redis counts each bucket for itself.
+        # Redis holds a count for each bucket alone; Prometheus' buckets are cumulative.
         below = accumulate(values.get((*shape, bound), 0.0) for bound in _BOUNDS)
         buckets = [
             (bound if bound == "+Inf" else str(float(bound)), n)
@@ -84,21 +86,21 @@ def _histogram(metric: str, text: str, values: Values) -> Metric:
     return family
 
 
-def _pace(pace: Mapping[bytes, bytes]) -> Sequence[Metric]:
+def _durations(durations: Mapping[bytes, bytes]) -> Sequence[Metric]:
     step = GaugeMetricFamily(
         "wan_step_seconds", "One denoising step, as last measured, smoothed.", labels=LABELS
     )
     rest = GaugeMetricFamily(
         "wan_job_rest_seconds", "A job without its denoising steps, smoothed.", labels=LABELS
     )
-    for shape, seconds in pace.items():
+    for shape, text in durations.items():
         labels = shape.decode().split("|")
         if len(labels) != len(LABELS):
             continue
         try:
-            kept = parse(seconds)
+            measured = parse(text)
         except ValueError:
             continue
-        step.add_metric(labels, kept.step_s)
-        rest.add_metric(labels, kept.rest_s + kept.texts_s)
+        step.add_metric(labels, measured.step_s)
+        rest.add_metric(labels, measured.rest_s + measured.text_encoding_s)
     return step, rest

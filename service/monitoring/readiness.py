@@ -1,7 +1,7 @@
-"""Whether the service can do its work now, asked so that the answer comes soon.
+"""Check quickly whether Redis answers and which workers are live.
 
-A dead Redis keeps every other request waiting, and with them the threads of the pool; so this has
-connections, patience and threads of its own.
+While Redis is down every other request waits for it and holds a thread of the pool. So this check
+has its own connections, with shorter time limits, and its own threads.
 """
 
 from typing import Final, NamedTuple
@@ -16,23 +16,23 @@ THREADS: Final = 4
 
 
 class LiveWorkers(NamedTuple):
-    """How many there are, and how many of them run a mode slower than it was made for."""
+    """How many workers are live, and how many of them run a mode slower than it was made for."""
 
     live: int
     degraded: int
 
 
 class Readiness:
-    """Asks Redis who is live. Raises RedisError where there is no quick answer."""
+    """Counts the live workers. Raises RedisError if Redis does not answer quickly."""
 
     def __init__(self, redis_url: str) -> None:
         self._redis = connect(redis_url, BRIEF)
-        # Not kept; but who asks while another asks shares its answer.
-        self._catalog = CachedValue(lambda: catalog.read(self._redis), kept_s=0)
+        # Not cached, but concurrent callers share one read.
+        self._catalog = CachedValue(lambda: catalog.read(self._redis), ttl_s=0)
         self._limiter = CapacityLimiter(THREADS)
 
     async def workers(self) -> LiveWorkers:
-        """Count them."""
+        """Count the live workers."""
         found = await to_thread.run_sync(self._catalog.get, limiter=self._limiter)
         return LiveWorkers(len(found.offers), sum(each.is_degraded for each in found.offers))
 

@@ -1,4 +1,4 @@
-"""How long videos and records are kept."""
+"""Compute when videos and records are deleted."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -7,11 +7,12 @@ from typing import Final, Protocol
 from jobs.redis_keys import RECORD_TTL_S
 
 BEFORE_REDIS: Final = timedelta(hours=2)
-"""Records are deleted this long before Redis would drop them, so that their videos go first."""
+"""Records are deleted this long before Redis would drop them, so that their videos are deleted
+first."""
 
 
 class Dated(Protocol):
-    """A job, as far as its end depends on it."""
+    """The times of a job that its retention depends on."""
 
     @property
     def created_at(self) -> datetime: ...
@@ -21,10 +22,13 @@ class Dated(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """For how long after the end of their job: `videos` their file, `jobs` the record with it.
+class RetentionPeriods:
+    """How long videos, records and orphans are kept.
 
-    `orphans` is the age from which a file that no record names is deleted.
+    Attributes:
+        videos: the time from the end of a job to the deletion of its video.
+        jobs: the time from the end of a job to the deletion of its record and its video.
+        orphans: the age at which a file that no record names is deleted.
     """
 
     videos: timedelta
@@ -32,14 +36,14 @@ class Keep:
     orphans: timedelta
 
     def record_until(self, job: Dated) -> datetime:
-        """When the job is deleted; one that does not end is kept as long as Redis allows."""
+        """Return when the job is deleted; while it has not ended, as late as Redis allows."""
         latest = job.created_at + timedelta(seconds=RECORD_TTL_S) - BEFORE_REDIS
         if job.finished_at is None:
             return latest
         return min(job.finished_at + self.jobs, latest)
 
     def video_until(self, job: Dated) -> datetime:
-        """When the job's video is deleted; at the latest with its record."""
+        """Return when the job's video is deleted, at the latest with its record."""
         until = self.record_until(job)
         if job.finished_at is None:
             return until

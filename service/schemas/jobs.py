@@ -1,4 +1,7 @@
-"""What callers see: the JSON of jobs and models, without queue names, artifact keys and tokens."""
+"""Define the JSON of jobs and models that callers see.
+
+It has no queue names, artifact keys and attempt tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,13 +95,13 @@ class VideoView(BaseModel):
 
 
 class WebhookView(WebhookStatus):
-    """How far the calls of the job's webhook are; the last ones are about the latest try."""
+    """The status of the calls of a job's webhook; `last_…` are about the latest try."""
 
     url: str
 
 
 class QueueView(BaseModel):
-    """Where a queued job stands."""
+    """The position of a queued job."""
 
     position: int = Field(description="How many jobs go before it.")
     starts_in_s: float | None = Field(
@@ -107,22 +110,23 @@ class QueueView(BaseModel):
     )
 
     @classmethod
-    def of(cls, place: QueuePosition) -> Self:
-        seconds = place.starts_in_s
+    def of(cls, queue_position: QueuePosition) -> Self:
+        seconds = queue_position.starts_in_s
         return cls(
-            position=place.position, starts_in_s=None if seconds is None else round(seconds, 1)
+            position=queue_position.position,
+            starts_in_s=None if seconds is None else round(seconds, 1),
         )
 
 
 class JobView(BaseModel):
-    """One job as it stands."""
+    """The current state of a job."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_JOB_EXAMPLE]})
 
     id: str
     state: JobState
-    owner: str = Field(description="The name of the key that asked for it; local without keys.")
-    priority: bool = Field(description="Whether it goes before all jobs without.")
+    owner: str = Field(description="The name of the key that requested it; local without keys.")
+    priority: bool = Field(description="Whether it runs before all jobs without priority.")
     request: GenerationRequest = Field(description="What is run, with every default filled in.")
     created_at: datetime
     started_at: datetime | None = Field(description="When the latest attempt began.")
@@ -131,12 +135,14 @@ class JobView(BaseModel):
     lost: int = Field(description="How many of these attempts vanished with their worker.")
     deadline_s: int = Field(description="The most seconds an attempt may take.")
     cancel_requested: bool
-    queue: QueueView | None = Field(description="Where a queued job stands.")
-    progress: Progress | None = Field(description="Where a running job is.")
+    queue: QueueView | None = Field(description="The position of a queued job.")
+    progress: Progress | None = Field(description="The progress of a running job.")
     failure: Failure | None = Field(description="Why the job failed, if it did.")
     video: VideoView | None = Field(description="The result, once the job has succeeded.")
     timings: StageTimings | None
-    webhook: WebhookView | None = Field(description="Who is told of the end, if asked for.")
+    webhook: WebhookView | None = Field(
+        description="The webhook to call at the end, if one was given."
+    )
 
     @classmethod
     def of(
@@ -144,28 +150,35 @@ class JobView(BaseModel):
         job: JobRecord,
         links: VideoLinks,
         status: WebhookStatus | None,
-        place: QueuePosition | None = None,
+        queue_position: QueuePosition | None = None,
     ) -> Self:
-        """status: that of the job's webhook, from the outbox; place: that in the queue."""
+        """Build the view of a job.
+
+        Args:
+            job: its record.
+            links: makes the URL of its video.
+            status: the status of its webhook, from the outbox.
+            queue_position: its position, if it is queued.
+        """
         video = None
         if job.video is not None:
             video = VideoView(
                 url=links.to(job.id),
-                expires_at=links.keep.video_until(job),
+                expires_at=links.retention_periods.video_until(job),
                 deleted_at=job.video_deleted_at,
                 **job.video.model_dump(exclude={"key"}),
             )
         webhook = None
         if job.webhook_url is not None and status is not None:
             webhook = WebhookView(url=job.webhook_url, **status.model_dump())
-        queue = None if place is None else QueueView.of(place)
-        made = {"video": video, "webhook": webhook, "queue": queue}
-        shared = {name: getattr(job, name) for name in cls.model_fields if name not in made}
-        return cls(**made, **shared)
+        queue = None if queue_position is None else QueueView.of(queue_position)
+        derived = {"video": video, "webhook": webhook, "queue": queue}
+        copied = {name: getattr(job, name) for name in cls.model_fields if name not in derived}
+        return cls(**derived, **copied)
 
 
 class EventView(BaseModel):
-    """What happened to a job: a change of its state (or of the wish to cancel), or progress."""
+    """An event of a job: a change of its state, a request to cancel it, or progress."""
 
     id: str = Field(description="The job's.")
     state: JobState
@@ -179,27 +192,31 @@ class EventView(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class JobViews:
-    """Makes the views of jobs for one caller."""
+    """Builds the views of jobs for one caller."""
 
     links: VideoLinks
     outbox: Outbox
-    places: CachedQueuePositions
+    queue_positions: CachedQueuePositions
 
     def of(self, job: JobRecord) -> JobView:
         return self.all([job])[0]
 
     def created(self, created: Created) -> JobView:
-        """The view of a job that was just asked for; its place need not be looked up."""
+        """Build the view of a job that was just created; its position is known already."""
         job = created.job
         if created.position is None:
             return self.of(job)
-        (webhook,) = self.outbox.statuses([job])
-        return JobView.of(job, self.links, webhook, self.places.at(job.queue, created.position))
+        (status,) = self.outbox.statuses([job])
+        queue_position = self.queue_positions.at(job.queue, created.position)
+        return JobView.of(job, self.links, status, queue_position)
 
     def all(self, jobs: Sequence[JobRecord]) -> list[JobView]:
-        places = self.places.of(jobs)
-        pairs = zip(jobs, self.outbox.statuses(jobs), strict=True)
-        return [JobView.of(job, self.links, each, places.get(job.id)) for job, each in pairs]
+        positions = self.queue_positions.of(jobs)
+        statuses = self.outbox.statuses(jobs)
+        return [
+            JobView.of(job, self.links, status, positions.get(job.id))
+            for job, status in zip(jobs, statuses, strict=True)
+        ]
 
 
 class JobListView(BaseModel):
@@ -234,7 +251,7 @@ class ModelView(ModelOffer):
 
 
 class ModelListView(BaseModel):
-    """Everything the live workers offer. Empty when none is live."""
+    """The models that live workers offer; empty if none is live."""
 
     models: list[ModelView]
 

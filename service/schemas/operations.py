@@ -1,4 +1,4 @@
-"""What operators see: the JSON of workers and queues."""
+"""Define the JSON of workers and queues that operators see."""
 
 from datetime import datetime
 from typing import Final, Literal, Self
@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 from jobs.catalog import ModeOffer, ModeStatus
 from service.monitoring.fleet import Fleet, WorkerState
 
-_OFFERED: Final = ("device", "queue", "started_at")
-_SAID: Final = (
+_OFFER_FIELDS: Final = ("device", "queue", "started_at")
+_STATUS_FIELDS: Final = (
     "job_id",
     "jobs_done",
     "memory_allocated_bytes",
@@ -35,7 +35,7 @@ class WorkerModeView(ModeStatus):
 
 
 class WorkerStateView(BaseModel):
-    """A worker. What is not known, or not any more, is null."""
+    """The state of a worker; values that are unknown are null."""
 
     id: str
     model: str
@@ -46,8 +46,8 @@ class WorkerStateView(BaseModel):
     queue: str | None
     modes: dict[str, WorkerModeView]
     started_at: datetime | None
-    job_id: str | None = Field(description="The job in hand.")
-    jobs_done: int | None = Field(description="Jobs it has ended with a video.")
+    job_id: str | None = Field(description="The job that it runs.")
+    jobs_done: int | None = Field(description="Jobs that it completed with a video.")
     memory_allocated_bytes: int | None = Field(description="Of the device; null on a CPU.")
     memory_peak_bytes: int | None
     memory_total_bytes: int | None
@@ -64,8 +64,8 @@ class WorkerStateView(BaseModel):
                 name: WorkerModeView.of(offered.get(name), measured.get(name))
                 for name in (offered | measured)
             },
-            **{name: getattr(worker.offer, name, None) for name in _OFFERED},
-            **{name: getattr(worker.status, name, None) for name in _SAID},
+            **{name: getattr(worker.offer, name, None) for name in _OFFER_FIELDS},
+            **{name: getattr(worker.status, name, None) for name in _STATUS_FIELDS},
         )
 
 
@@ -78,7 +78,7 @@ class QueueStateView(BaseModel):
 
 
 class FleetView(BaseModel):
-    """The workers, and the queues in which something waits or for which one is live."""
+    """The workers, and the queues in which a job waits or for which a worker is live."""
 
     workers: list[WorkerStateView]
     queues: list[QueueStateView]

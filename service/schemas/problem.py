@@ -1,4 +1,4 @@
-"""The RFC 9457 problem document: what a caller is told of an error."""
+"""Define the RFC 9457 problem document that describes an error to the caller."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class FieldProblem(BaseModel):
-    """One field that was refused."""
+    """A field that was refused."""
 
     field: str
     value: Any = Field(description="What was sent; long texts are cut.")
@@ -30,6 +30,6 @@ class Problem(BaseModel):
     code: str = Field(description="Stable, for programs.", examples=["job_not_found"])
     job_id: str | None = None
     state: str | None = Field(default=None, description="The state the job is in.")
-    retry_after_s: int | None = Field(default=None, description="When to come back.")
+    retry_after_s: int | None = Field(default=None, description="After how many seconds to retry.")
     errors: list[FieldProblem] | None = Field(default=None, description="Every refused field.")
     served: list[ServedModel] | None = Field(default=None, description="What is served now.")

@@ -1,13 +1,18 @@
-"""One leased webhook, from the job's record to the entry that says what became of it.
+"""Deliver one leased webhook: read its job, send the message, and record the outcome.
 
-Redis is spoken to in other threads: the event loop keeps the time of all calls under way.
+Redis is called in other threads, because the event loop has to keep the time limits of all calls
+under way.
 """
 
 import asyncio
 import logging
+import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -18,29 +23,62 @@ from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Lease, Outbox, Outcome, WebhookStatus
 from service.schemas.jobs import JobView
 from service.webhooks.message import Signer, WebhookMessage
-from service.webhooks.retry import Schedule
 from service.webhooks.sender import Answer, Sender
 from service.webhooks.url_rules import Target, TargetRefused, WebhookRules
 
 logger = logging.getLogger(__name__)
 
-MOST_PER_HOST: Final = 4
-"""Calls of one host under way in one process, so that a slow one leaves room for the others."""
+MAX_CALLS_PER_HOST: Final = 4
+"""Calls under way to one host in one process, so that a slow host leaves room for the others."""
 HOST_BUSY_S: Final = 1.0
-"""When a call that found its host busy is due again."""
+"""Seconds after which a call whose host was busy is due again."""
 FAULT_S: Final = 300.0
-"""When to try again what failed for a fault of this program's own."""
+"""Seconds after which a delivery that failed through an error in this program is tried again."""
 
-Present = Callable[[JobRecord, WebhookStatus], JobView]
+MakeView = Callable[[JobRecord, WebhookStatus], JobView]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When a failed call is repeated, and when it is given up.
+
+    Attributes:
+        pauses_s: seconds to wait after the first, second, … failed try. After as many repeats the
+            call is given up.
+        jitter: by which share of itself a pause is shortened or lengthened at random.
+        max_retry_after_s: a receiver may ask for a longer pause (Retry-After), of up to this.
+    """
+
+    pauses_s: tuple[float, ...] = (5, 30, 2 * 60, 10 * 60, 60 * 60, 6 * 60 * 60)
+    jitter: float = 0.2
+    max_retry_after_s: float = 60 * 60
+
+    def outcome(self, answer: Answer, tries_before: int) -> Outcome:
+        """Decide from a receiver's answer whether the webhook is delivered, repeated or given up.
+
+        tries_before: the tries before the one that was answered.
+        """
+        status = answer.status
+        if status is not None and 200 <= status < 300:
+            return Outcome(status)
+        pause_s = None if status == HTTPStatus.GONE else self._pause_s(answer, tries_before)
+        return Outcome(status, _error(answer), pause_s)
+
+    def _pause_s(self, answer: Answer, tries_before: int) -> float | None:
+        if tries_before >= len(self.pauses_s):
+            return None
+        # Spread, so that calls that failed together are not repeated together.
+        pause_s = self.pauses_s[tries_before] * random.uniform(1 - self.jitter, 1 + self.jitter)
+        return max(pause_s, min(_retry_after_s(answer.retry_after), self.max_retry_after_s))
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryContext:
-    """What deliveries work with."""
+    """What deliveries work with. `make_view` makes the JSON of a job, as callers see it."""
 
     store: JobStore
     outbox: Outbox
-    present: Present
+    make_view: MakeView
     rules: WebhookRules
     signer: Signer
     sender: Sender
@@ -49,7 +87,7 @@ class DeliveryContext:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What is to be sent where, after how many tries."""
+    """A message to send, and how often that was tried before."""
 
     target: Target
     body: bytes
@@ -59,65 +97,69 @@ class _Call:
 class Deliveries:
     """Delivers leased webhooks. Belongs to one event loop."""
 
-    def __init__(self, office: DeliveryContext) -> None:
-        self._office = office
-        self._under_way: Counter[str] = Counter()
+    def __init__(self, context: DeliveryContext) -> None:
+        self._context = context
+        self._under_way: Counter[str] = Counter()  # by host
 
     async def deliver(self, lease: Lease) -> None:
-        """Make one try. Redis errors pass through: the lease then runs out by itself."""
+        """Make one try. Redis errors are raised: the lease then runs out by itself."""
         try:
             call = await asyncio.to_thread(self._prepare, lease)
             if call is not None:
                 await self._send(lease, call)
         except TargetRefused as error:
-            # What is allowed has changed since the request came.
+            # The rules have changed since the job was requested.
             await self._settle(lease, Outcome(error=f"the address {error}"))
         except RecordUnreadable as error:
-            # Another process may be of the version that wrote it; but not for ever.
-            tries = await asyncio.to_thread(self._office.outbox.tries, lease.job_id)
+            # A process of the version that wrote the record may deliver it. If none does, the
+            # schedule ends the tries.
+            tries = await asyncio.to_thread(self._context.outbox.tries, lease.job_id)
             answer = Answer(error=error.detail)
-            await self._settle(lease, self._office.schedule.outcome(answer, tries))
+            await self._settle(lease, self._context.schedule.outcome(answer, tries))
         except RedisError:
             raise
         except Exception:
-            # Not left to the lease: it would be back every minute.
+            # Postponed explicitly: when its lease ran out it would be tried again every minute.
             logger.exception("the webhook of job %s cannot be sent now", lease.job_id)
             await self._postpone(lease, FAULT_S)
 
     def _prepare(self, lease: Lease) -> _Call | None:
-        """Make the message of the job as it stands; None if nobody is to be told any more."""
-        office = self._office
+        """Build the message about the job as it is now; None if the webhook was dropped.
+
+        It is dropped if the job is gone, or has no webhook.
+        """
+        context = self._context
         try:
-            job = office.store.get(lease.job_id)
+            job = context.store.get(lease.job_id)
         except JobNotFound:
-            office.outbox.drop(lease.job_id)
+            context.outbox.drop(lease.job_id)
             return None
-        status = office.outbox.status(job)
+        status = context.outbox.status(job)
         if job.webhook_url is None or status is None:
-            office.outbox.drop(lease.job_id)
+            context.outbox.drop(lease.job_id)
             return None
-        target = office.rules.target(job.webhook_url)
-        message = WebhookMessage.about(office.present(job, status))
+        target = context.rules.target(job.webhook_url)
+        message = WebhookMessage.about(context.make_view(job, status))
         return _Call(target, message.model_dump_json().encode(), status.tries)
 
     async def _send(self, lease: Lease, call: _Call) -> None:
         host = call.target.host
-        if self._under_way[host] >= MOST_PER_HOST:
+        if self._under_way[host] >= MAX_CALLS_PER_HOST:
             await self._postpone(lease, HOST_BUSY_S)
             return
         self._under_way[host] += 1
         try:
-            headers = self._office.signer.headers(lease.job_id, call.body)
-            answer = await self._office.sender.post(call.target, headers, call.body)
+            headers = self._context.signer.headers(lease.job_id, call.body)
+            answer = await self._context.sender.post(call.target, headers, call.body)
         finally:
             self._under_way[host] -= 1
-        await self._settle(lease, self._office.schedule.outcome(answer, call.tries_before))
+        await self._settle(lease, self._context.schedule.outcome(answer, call.tries_before))
 
     async def _postpone(self, lease: Lease, seconds: float) -> None:
-        await asyncio.to_thread(self._office.outbox.postpone, lease, seconds)
+        await asyncio.to_thread(self._context.outbox.postpone, lease, seconds)
 
     async def _settle(self, lease: Lease, outcome: Outcome) -> None:
-        if not await asyncio.to_thread(self._office.outbox.settle, lease, outcome):
+        if not await asyncio.to_thread(self._context.outbox.settle, lease, outcome):
             logger.info("the webhook of job %s was settled elsewhere", lease.job_id)
         elif outcome.error is None:
             logger.info("the webhook of job %s was delivered", lease.job_id)
@@ -130,3 +172,26 @@ class Deliveries:
                 outcome.retry_in_s,
                 outcome.error,
             )
+
+
+def _error(answer: Answer) -> str:
+    if answer.status is None:
+        return answer.error or "no answer"
+    if 300 <= answer.status < 400:
+        return f"answered {answer.status}, and redirects are not followed"
+    if answer.status == HTTPStatus.GONE:
+        return "answered 410: it is gone, and not called again"
+    return f"answered {answer.status}"
+
+
+def _retry_after_s(retry_after: str | None) -> float:
+    """Parse a Retry-After header, seconds or a date; 0 if it is absent or cannot be parsed."""
+    if retry_after is None:
+        return 0.0
+    if retry_after.isascii() and retry_after.isdecimal():
+        # Cut, because a number may be too long for a float.
+        return float(retry_after[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0

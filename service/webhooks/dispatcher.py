@@ -1,7 +1,7 @@
-"""Takes what is due out of the outbox and has it delivered, several calls at a time.
+"""Lease due webhooks from the outbox and deliver them, several calls at a time.
 
-Runs in every service process. The outbox leases, so the processes share the work, and what one of
-them had in hand when it was killed is delivered by another.
+Runs in every service process. The outbox grants leases, so the processes share the work. When a
+process is killed, its leases run out and other processes deliver its webhooks.
 """
 
 import asyncio
@@ -17,26 +17,31 @@ from jobs.store.webhook_outbox import Lease, Outbox
 
 logger = logging.getLogger(__name__)
 
-MOST_UNDER_WAY: Final = 16
+MAX_CALLS: Final = 16
 """Calls under way in one process."""
-LOOK_EVERY_S: Final = 0.25
+POLL_EVERY_S: Final = 0.25
 GRACE_S: Final = 1.0
-"""How long calls under way may take once the process was told to end."""
-THREADS: Final = 4 * MOST_UNDER_WAY
-"""For Redis and for names to be resolved; a resolver may hang for longer than a call may take."""
+"""How long calls under way may take once the process is to end."""
+THREADS: Final = 4 * MAX_CALLS
+"""For Redis calls and name resolution. More than calls, because the system's resolver may hang for
+longer than a call may take."""
 
 Deliver = Callable[[Lease], Awaitable[None]]
 
 
 class Dispatcher:
-    """Hands out leases until it is told to end."""
+    """Leases webhooks and starts their deliveries until it is asked to end."""
 
     def __init__(self, outbox: Outbox, deliver: Deliver) -> None:
         self._outbox = outbox
         self._deliver = deliver
 
     def run(self, ending: threading.Event) -> None:
-        """Work until `ending` is set. A Redis error ends the run, after the calls under way."""
+        """Deliver until `ending` is set.
+
+        Raises:
+            RedisError: the outbox cannot be read. The calls under way are finished first.
+        """
         asyncio.run(self._run(ending))
 
     async def _run(self, ending: threading.Event) -> None:
@@ -44,10 +49,10 @@ class Dispatcher:
         under_way: dict[asyncio.Task[None], Lease] = {}
         try:
             while not ending.is_set():
-                if room := MOST_UNDER_WAY - len(under_way):
+                if room := MAX_CALLS - len(under_way):
                     for lease in await asyncio.to_thread(self._outbox.take, room):
-                        under_way[asyncio.create_task(self._guarded(lease))] = lease
-                await asyncio.sleep(LOOK_EVERY_S)
+                        under_way[asyncio.create_task(self._deliver_one(lease))] = lease
+                await asyncio.sleep(POLL_EVERY_S)
                 for task in [each for each in under_way if each.done()]:
                     del under_way[task]
         except RedisError:
@@ -58,7 +63,7 @@ class Dispatcher:
             await self._end(under_way)
 
     async def _end(self, under_way: dict[asyncio.Task[None], Lease]) -> None:
-        """Give the calls under way a moment, and give back what is not done then."""
+        """Wait `GRACE_S` for the calls under way; cancel the rest, and end their leases."""
         if not under_way:
             return
         _, pending = await asyncio.wait(under_way, timeout=GRACE_S)
@@ -69,12 +74,12 @@ class Dispatcher:
             try:
                 await asyncio.to_thread(self._outbox.postpone, under_way[task], 0.0)
             except RedisError:
-                # Then the lease runs out by itself.
+                # The leases run out by themselves.
                 return
 
-    async def _guarded(self, lease: Lease) -> None:
+    async def _deliver_one(self, lease: Lease) -> None:
         try:
             await self._deliver(lease)
         except RedisError as error:
-            # The lease runs out by itself, and then it is tried again.
+            # The lease runs out by itself, and then the webhook is tried again.
             logger.warning("the webhook of job %s is left for later: %s", lease.job_id, error)

@@ -1,4 +1,4 @@
-"""One call of a webhook: to an address that was checked, within a bounded time."""
+"""Call a webhook once, at an IP address that was checked, within a bounded time."""
 
 import asyncio
 import contextlib
@@ -10,27 +10,40 @@ from typing import Final
 
 import httpx
 
-from service.webhooks.ip_rules import AddressRefused, Resolve, check_address, resolve
-from service.webhooks.url_rules import Target, is_literal
+from service.webhooks.url_rules import (
+    AddressRefused,
+    Resolve,
+    Target,
+    check_address,
+    is_literal,
+    resolve,
+)
 
 logger = logging.getLogger(__name__)
 
-MOST_READ_BYTES: Final = 64 * 1024
-"""An answer's body means nothing; this much is read of it, for the receiver to be content."""
+MAX_READ_BYTES: Final = 64 * 1024
+"""The most that is read of an answer's body, and thrown away. It is read only so that receivers can
+finish their answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLimits:
-    """Seconds for a connection, and for everything up to the head of the answer."""
+    """Time limits of one call.
+
+    Attributes:
+        connect_s: seconds for a connection.
+        total_s: seconds for everything up to the answer's headers.
+        rest_s: seconds for the answer's body, and as many for closing it.
+    """
 
     connect_s: float = 5.0
     total_s: float = 10.0
-    rest_s: float = 1.0  # for the answer's body
+    rest_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a call came to: a `status`, or else the `error` that stands for none."""
+    """The result of a call: a `status`, or else the `error` that says why there is none."""
 
     status: int | None = None
     error: str | None = None
@@ -38,14 +51,20 @@ class Answer:
 
 
 def tls_context() -> ssl.SSLContext:
-    """Trust Mozilla's list, and besides what this machine or SSL_CERT_FILE has, as of a company."""
+    """Make a TLS context that trusts Mozilla's list and the authorities of this machine.
+
+    Those of this machine, or of SSL_CERT_FILE if it is set, may be a company's own.
+    """
     context = httpx.create_ssl_context(trust_env=False)
     context.load_default_certs()
     return context
 
 
 class Sender:
-    """Sends to one target at a time; any number of calls may be under way."""
+    """Sends requests to checked addresses; any number of calls may be under way.
+
+    private: whether hosts may have addresses of internal networks.
+    """
 
     def __init__(
         self,
@@ -61,7 +80,7 @@ class Sender:
         self._resolve = resolve
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Send `body` to the target, and say what it came to; faults are answers, too."""
+        """Send `body` to the target and return the result; errors of the call are results, too."""
         try:
             async with self._client() as client:
                 try:
@@ -71,18 +90,21 @@ class Sender:
                     return Answer(error=f"no answer within {self._limits.total_s:g} s")
                 await self._read_rest(response)
         except AddressRefused as error:
-            # The address is the business of whoever runs the network, not of the caller.
+            # The log names the address, for the operators; the job's owner must not learn it.
             logger.warning("webhook host %s is not called: %s", target.host, error)
             return Answer(error="the host has an address which may not be called")
-        except (OSError, UnicodeError):  # the latter for what no resolver can be asked
+        except (OSError, UnicodeError):  # the latter for names that cannot be encoded for DNS
             return Answer(error="the host's name cannot be resolved")
         except httpx.HTTPError as error:
-            return Answer(error=self._sentence(error))
+            return Answer(error=self._describe(error))
         return Answer(response.status_code, retry_after=response.headers.get("retry-after"))
 
     def _client(self) -> httpx.AsyncClient:
-        """A client for one call. Connections are not shared: one that was verified for a host must
-        not serve another host at the same address."""
+        """Make a client for one call.
+
+        Connections are not shared between calls: one that was verified for a host must not serve
+        another host at the same address.
+        """
         return httpx.AsyncClient(
             verify=self._context,
             timeout=httpx.Timeout(self._limits.total_s, connect=self._limits.connect_s),
@@ -93,7 +115,7 @@ class Sender:
     async def _connect(
         self, client: httpx.AsyncClient, target: Target, headers: Mapping[str, str], body: bytes
     ) -> httpx.Response:
-        """Try the host's addresses in turn until one takes a connection."""
+        """Try the host's addresses in turn until one accepts a connection."""
         addresses = await self._resolve(target.host, target.port)
         for address in addresses:
             check_address(address, private=self._private)
@@ -108,7 +130,8 @@ class Sender:
                 ),
                 content=body,
                 headers={"accept-encoding": "identity", **headers, "host": target.authority},
-                # The certificate has to be the host's; an IP address is one by itself.
+                # The URL names the IP address, but the certificate has to be the host's. Where the
+                # host is an IP address, the URL already names it.
                 extensions={} if is_literal(target.host) else {"sni_hostname": target.host},
             )
             try:
@@ -122,17 +145,17 @@ class Sender:
         read = 0
         with contextlib.suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(self._limits.rest_s):
-                # Raw: nothing is unpacked.
+                # Raw: nothing is decompressed.
                 async for chunk in response.aiter_raw():
                     read += len(chunk)
-                    if read >= MOST_READ_BYTES:
+                    if read >= MAX_READ_BYTES:
                         break
         with contextlib.suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(self._limits.rest_s):
                 await response.aclose()
 
-    def _sentence(self, error: httpx.HTTPError) -> str:
-        """Say what went wrong, for the job's owner: no addresses and no peer's text."""
+    def _describe(self, error: httpx.HTTPError) -> str:
+        """Describe an error for the job's owner, without IP addresses and the peer's text."""
         if isinstance(error, httpx.ConnectTimeout):
             return f"no connection within {self._limits.connect_s:g} s"
         if isinstance(error, httpx.TimeoutException):
@@ -144,7 +167,7 @@ class Sender:
 
 
 def _tls_fault(error: BaseException) -> str | None:
-    """Find what TLS had to complain about among the causes of an error."""
+    """Find the TLS error among the causes of an error, and return its reason."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

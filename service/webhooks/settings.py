@@ -1,13 +1,14 @@
-"""What webhooks are read from in the environment; part of `service.settings`.
+"""Read the settings of webhooks from the environment; part of `service.settings`.
 
 - `SERVICE_WEBHOOK_HOSTS`: the hosts that may be called, by default none. Names separated by commas;
-  `*.example.com` is everything below example.com, and `hooks.example.com:8443` is another port than
-  the usual one.
-- `SERVICE_WEBHOOK_SECRET`: what signs the calls, `whsec_...`; required as soon as there are hosts.
-  Several, separated by commas, sign each call with all of them, so that a secret can be changed.
-- `SERVICE_WEBHOOK_PRIVATE=1`: lets hosts have addresses of internal networks and of this machine,
-  and be IP addresses.
-- `SERVICE_WEBHOOK_HTTP=1`: takes http:// addresses, too.
+  `*.example.com` means every subdomain of example.com, and `hooks.example.com:8443` a port other
+  than the scheme's own.
+- `SERVICE_WEBHOOK_SECRET`: the secret that signs the calls, `whsec_...`; required if there are
+  hosts. Each call is signed with all of several, separated by commas, so that a secret can be
+  changed.
+- `SERVICE_WEBHOOK_PRIVATE=1`: allows hosts with addresses of internal networks and of this machine,
+  and hosts that are IP addresses.
+- `SERVICE_WEBHOOK_HTTP=1`: accepts http:// URLs, too.
 """
 
 import base64
@@ -22,14 +23,14 @@ from service.webhooks.url_rules import HostRule, WebhookRules, is_literal
 
 SECRET_PREFIX: Final = "whsec_"
 SECRET_BYTES: Final = range(24, 65)
-"""As the Standard Webhooks specification has it."""
+"""How many bytes a secret may have, by the Standard Webhooks specification."""
 HOW_TO_MAKE_ONE: Final = "make one with `echo whsec_$(openssl rand -base64 32)`"
 
 
 class WebhookSettings(BaseSettings):
-    """The settings by the names the code uses; the environment's names are the aliases."""
+    """Settings of webhooks. Fields have the code's names; aliases are the environment variables."""
 
-    # Before the hosts, whose check needs them: fields are checked in this order.
+    # Before `webhook_hosts`, whose check needs them: fields are checked in this order.
     webhook_secret: SecretStr = Field(
         default=SecretStr(""), validation_alias="SERVICE_WEBHOOK_SECRET"
     )
@@ -49,7 +50,7 @@ class WebhookSettings(BaseSettings):
     @field_validator("webhook_hosts")
     @classmethod
     def _are_hosts(cls, hosts: str, info: ValidationInfo) -> str:
-        secret = info.data.get("webhook_secret")  # none is there if it was refused
+        secret = info.data.get("webhook_secret")  # absent if it was refused
         if hosts and secret is not None and not secret.get_secret_value():
             raise ValueError(
                 f"SERVICE_WEBHOOK_SECRET is missing, by which receivers tell these calls from "
@@ -68,7 +69,7 @@ class WebhookSettings(BaseSettings):
     @classmethod
     def _are_secrets(cls, secret: SecretStr) -> SecretStr:
         text = secret.get_secret_value()
-        # Where something is written, there has to be one: a lone comma would sign nothing.
+        # A value that is not empty has to hold a secret: with a lone comma nothing would be signed.
         for each in _split(text) or [text]:
             if text and not _is_secret(each):
                 raise ValueError(

@@ -1,12 +1,19 @@
-"""Which addresses may be called: by their form and their host's name.
+"""Decide which webhook URLs may be called, and which IP addresses their hosts may have.
 
-An address is read once, by one strict pattern, and is never read again: what is checked is what is
-connected to. What its host's name stands for is another matter, see `service.webhooks.ip_rules`.
+A URL is parsed once, by one strict pattern, and never parsed again: the checked parts are the parts
+that the sender connects to.
+
+A host name on the list of allowed hosts may still resolve into the service's own network. So it is
+resolved once, every address it has must be a public one, and the connection goes to one of these
+addresses. A DNS answer that changes in between has no effect.
 """
 
-import ipaddress
+import asyncio
 import re
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, Self
 
 from jobs.errors import Violation
@@ -17,22 +24,22 @@ ENTRY_BOUND: Final = "a host, like hooks.example.com, *.example.com or hooks.exa
 
 _NAME = r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}"
 _HOST = rf"{_NAME}|\[[0-9a-f:.]+\]"
-# No place for a user, a password or a fragment, and nothing but visible ASCII.
+# Has no place for a user, a password or a fragment, and takes nothing but visible ASCII.
 _URL = re.compile(
     rf"(?P<scheme>https?)://(?P<host>{_HOST})(?::(?P<port>[0-9]{{1,5}}))?"
     r"(?P<path>(?:/[!-~]*)?(?:\?[!-~]*)?)",
     re.IGNORECASE | re.ASCII,
 )
 _ENTRY = re.compile(
-    rf"(?P<wild>\*\.)?(?P<host>{_HOST})(?::(?P<port>[0-9]{{1,5}}))?", re.IGNORECASE | re.ASCII
+    rf"(?P<wildcard>\*\.)?(?P<host>{_HOST})(?::(?P<port>[0-9]{{1,5}}))?", re.IGNORECASE | re.ASCII
 )
-# 127.1 or 0x7f000001: what some resolvers take for an address, and others for a name.
+# 127.1 or 0x7f000001: some resolvers take these for IP addresses, and others for names.
 _LIKE_ADDRESS = re.compile(r":|(^|\.)([0-9]+|0x[0-9a-f]*)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An address that may be called, in its parts; `path` includes the query."""
+    """The parts of a URL that may be called; `path` includes the query."""
 
     scheme: str
     host: str
@@ -41,13 +48,13 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """What the Host header says."""
+        """The value of the Host header: the port is named only if it is not the scheme's."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == SCHEME_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 class TargetRefused(Exception):
-    """An address may not be called. The sentence says why, `bound` what would be accepted."""
+    """A URL may not be called. The message says why; `bound` says what would be accepted."""
 
     def __init__(self, detail: str, bound: str) -> None:
         super().__init__(detail)
@@ -56,44 +63,52 @@ class TargetRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HostRule:
-    """One allowed host, or with `wild` all below it; without a port, the scheme's own."""
+    """An allowed host, or with `wildcard` all its subdomains; without a port, the scheme's own."""
 
     host: str
-    wild: bool = False
+    wildcard: bool = False
     port: int | None = None
 
     @classmethod
     def parse(cls, entry: str) -> Self:
-        """Read an entry of the list of allowed hosts. Raises ValueError."""
+        """Parse an entry of the list of allowed hosts. Raises ValueError."""
         found = _ENTRY.fullmatch(entry)
         if found is None or not _is_port(found["port"]):
             raise ValueError(f"{entry!r} is not {ENTRY_BOUND}")
-        host = _bare(found["host"])
-        wild = found["wild"] is not None
-        if wild and (is_literal(host) or "." not in host):
+        host = _normalize_host(found["host"])
+        wildcard = found["wildcard"] is not None
+        if wildcard and (is_literal(host) or "." not in host):
             raise ValueError(f"{entry!r} takes in too much; write *. before a domain of your own")
         if _LIKE_ADDRESS.search(host) and not is_literal(host):
             raise ValueError(
                 f"{entry!r} is neither a host's name nor an IP address written in full"
             )
-        return cls(host, wild, int(found["port"]) if found["port"] else None)
+        return cls(host, wildcard, int(found["port"]) if found["port"] else None)
 
     def allows(self, target: Target) -> bool:
         if target.port != (self.port or SCHEME_PORTS[target.scheme]):
             return False
-        return target.host.endswith(f".{self.host}") if self.wild else target.host == self.host
+        if self.wildcard:
+            return target.host.endswith(f".{self.host}")
+        return target.host == self.host
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookRules:
-    """What the operators allow; nothing at all by default."""
+    """What the operators allow: nothing at all by default.
+
+    Attributes:
+        hosts: the hosts that may be called.
+        http: whether http:// URLs are accepted, too.
+        private: whether hosts may have addresses of internal networks and of this machine.
+    """
 
     hosts: tuple[HostRule, ...] = ()
     http: bool = False
     private: bool = False
 
     def violation(self, url: str) -> Violation | None:
-        """What is wrong with an address, for the caller who sent it."""
+        """Describe what is wrong with a URL, for the caller who sent it; None if nothing is."""
         try:
             self.target(url)
         except TargetRefused as error:
@@ -101,7 +116,7 @@ class WebhookRules:
         return None
 
     def target(self, url: str) -> Target:
-        """Take an address apart.
+        """Parse a URL and check it against the rules.
 
         Raises:
             TargetRefused: it may not be called.
@@ -129,12 +144,12 @@ class WebhookRules:
         path = found["path"]
         target = Target(
             scheme,
-            _bare(found["host"]),
+            _normalize_host(found["host"]),
             int(found["port"] or SCHEME_PORTS[scheme]),
             path if path.startswith("/") else f"/{path}",
         )
         if not any(rule.allows(target) for rule in self.hosts):
-            # The list is the operators' own business, so it is not shown.
+            # The list of allowed hosts is not shown to callers: it is internal to the operators.
             raise TargetRefused(
                 f"names {target.authority}, which this service may not call. Its operators allow "
                 "hosts, and ports other than the usual one, with SERVICE_WEBHOOK_HOSTS.",
@@ -144,17 +159,99 @@ class WebhookRules:
 
 
 def is_literal(host: str) -> bool:
-    """Whether a host is an IP address and no name."""
+    """Return whether a host is an IP address and not a name."""
     try:
-        ipaddress.ip_address(host)
+        ip_address(host)
     except ValueError:
         return False
     return True
 
 
-def _bare(host: str) -> str:
+def _normalize_host(host: str) -> str:
     return host.lower().strip("[]")
 
 
 def _is_port(digits: str | None) -> bool:
     return digits is None or 1 <= int(digits) <= 65535
+
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Takes a host name and a port, returns the host's IP addresses, at least one. Raises OSError."""
+
+_Networks = tuple[IPv4Network | IPv6Network, ...]
+
+
+def _networks(*texts: str) -> _Networks:
+    return tuple(map(ip_network, texts))
+
+
+_NEVER: Final = _networks(
+    "0.0.0.0/8",
+    "169.254.0.0/16",  # link-local, where clouds answer with credentials
+    "224.0.0.0/4",  # multicast
+    "255.255.255.255/32",
+    "::/96",  # unspecified, and deprecated IPv4-compatible addresses; loopback is let through below
+    "::ffff:0:0/96",  # IPv4-mapped addresses
+    "64:ff9b::/96",  # NAT64, and its local-use prefix: IPv4 behind a translator
+    "64:ff9b:1::/48",
+    "2001::/32",  # Teredo and 6to4: IPv4 in a tunnel
+    "2002::/16",
+    "fe80::/10",
+    "ff00::/8",
+)
+"""Networks that hold no webhook receiver, so they are refused even with `private`."""
+
+# Python's own list (`is_global`) is checked, too, but it grew from one release to the next.
+_NOT_PUBLIC: Final = _networks(
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.88.99.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "240.0.0.0/4",
+    "2001::/23",
+    "2001:db8::/32",
+    "3fff::/20",
+)
+_GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
+_LOOPBACK: Final = IPv6Address("::1")
+
+
+class AddressRefused(Exception):
+    """A host has an IP address that may not be connected to."""
+
+
+def check_address(text: str, *, private: bool) -> None:
+    """Accept a public IP address, and with `private` also one of an internal network.
+
+    Raises:
+        AddressRefused: for any other address. The message names it, and is for the log only.
+    """
+    address = ip_address(text)
+    never = address != _LOOPBACK and _is_in(address, _NEVER)
+    if never or not (private or _is_public(address)):
+        raise AddressRefused(f"the address {text} may not be called")
+
+
+async def resolve(host: str, port: int) -> Sequence[str]:
+    """Resolve a host name with the system's resolver; an IP address resolves to itself."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # Each address once, in the system's order of preference.
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address) and address not in _GLOBAL_UNICAST:
+        return False
+    return address.is_global and not _is_in(address, _NOT_PUBLIC)
+
+
+def _is_in(address: IPv4Address | IPv6Address, networks: _Networks) -> bool:
+    return any(address in network for network in networks)

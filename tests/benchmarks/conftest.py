@@ -1,4 +1,4 @@
-"""One fabricated miniature for all tests of benchmarks, and scales made for it."""
+"""Fabricate one miniature and its scales for all tests of benchmarks."""
 
 from pathlib import Path
 

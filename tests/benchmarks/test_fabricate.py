@@ -1,4 +1,4 @@
-"""A fabricated folder is one to whatever reads such folders, and the same for the same seed."""
+"""Test that fabricated folders work with the libraries and are reproducible by seed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.fixtures.fabricate import FABRICATED, Plan, fabricate
-from benchmarks.fixtures.fabricated_weights import LOUD_FROM, LOUD_TO, Fabricator
+from benchmarks.fixtures.fabricated_weights import OUTLIER_MAX, OUTLIER_MIN, Fabricator
 from quant import QuantRecipe, check_scales, load_scales, model_fingerprint
 
 CPU = torch.device("cpu")
@@ -46,28 +46,28 @@ def test_the_same_seed_gives_the_same_model_whatever_the_threads(fabricated, tmp
     assert not torch.equal(ours, theirs)
 
 
-def test_files_say_that_they_are_fabricated(fabricated):
+def test_files_are_marked_as_fabricated(fabricated):
     for file in fabricated.glob("*/*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             assert opened.metadata()["fabricated"] == "seed 7, benchmarks.fixtures.fabricate"
 
 
-def test_a_few_channels_are_loud_where_norms_hand_them_on():
-    maker = Fabricator("transformer", 0, 40, CPU)
-    table = maker.make(("blocks.3.scale_shift_table", torch.float32, (1, 6, 1280)))
+def test_a_few_channels_after_norms_are_outliers():
+    fabricator = Fabricator("transformer", 0, 40, CPU)
+    table = fabricator.make(("blocks.3.scale_shift_table", torch.float32, (1, 6, 1280)))
     factors = 1 + table[0, 1]
-    loud = factors.abs() > LOUD_FROM - 0.01
-    assert loud.sum() == 2
-    assert factors[loud].max() <= LOUD_TO
-    weight = maker.make(("blocks.3.attn1.to_q.weight", torch.float32, (64, 1280)))
-    rest = weight[:, ~loud].std()
-    assert weight[:, loud].std() < rest / 5
+    outliers = factors.abs() > OUTLIER_MIN - 0.01
+    assert outliers.sum() == 2
+    assert factors[outliers].max() <= OUTLIER_MAX
+    weight = fabricator.make(("blocks.3.attn1.to_q.weight", torch.float32, (64, 1280)))
+    rest = weight[:, ~outliers].std()
+    assert weight[:, outliers].std() < rest / 5
     assert weight.abs().max() > 8 * rest, "no heavy tail"
-    cross = maker.make(("blocks.3.attn2.to_k.weight", torch.float32, (64, 1280)))
-    assert cross[:, loud].std() > rest / 2, "cross-attention's keys see the prompt instead"
+    cross = fabricator.make(("blocks.3.attn2.to_k.weight", torch.float32, (64, 1280)))
+    assert cross[:, outliers].std() > rest / 2, "cross-attention's keys get the prompt instead"
 
 
-def test_scales_are_calibrated_and_say_on_what(fabricated, fabricated_scales):
+def test_scales_are_calibrated_and_name_their_prompts(fabricated, fabricated_scales):
     scales = load_scales(fabricated_scales)
     recipe = QuantRecipe.load("boundary-hif8")
     check_scales(scales, model_fingerprint=model_fingerprint(fabricated), recipe=recipe)
@@ -75,7 +75,7 @@ def test_scales_are_calibrated_and_say_on_what(fabricated, fabricated_scales):
     assert len(scales.act_scale) == 350
 
 
-def test_half_a_folder_is_removed(tmp_path):
+def test_an_incomplete_folder_is_removed(tmp_path):
     with pytest.raises(RuntimeError):
         fabricate(tmp_path / "out", Plan("mini", 1, 0, 1, torch.device("meta")))  # has no numbers
     assert list(tmp_path.iterdir()) == []

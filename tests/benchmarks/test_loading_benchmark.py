@@ -1,4 +1,4 @@
-"""A rehearsal of the loading benchmark with a fabricated miniature, on the CPU."""
+"""Test the loading benchmark with a fabricated miniature on the CPU."""
 
 import json
 import time
@@ -25,7 +25,7 @@ def made(tmp_path_factory, fabricated, fabricated_scales) -> tuple[Path, Path]:
     return fabricated, packed
 
 
-def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path, capsys):
+def test_a_start_is_compared_with_a_copy_of_its_bytes(made, tmp_path, capsys):
     model, packed = made
     config = loading.write_config(tmp_path, ("w8a8",), model, packed, "boundary-hif8")
     loading_case.main(config, started=time.time(), wanted="cpu")
@@ -36,12 +36,12 @@ def test_a_start_is_compared_with_the_copy_of_its_bytes(made, tmp_path, capsys):
     rows = {row.what: row for row in loading.rows_of("packed w8a8", [start])}
     files = loading_case.files_of(model, load_config(config), only_modes=False)
     assert start.compared_tensors == len(stored_names(files)) > 1000
-    size = start.transformer_bytes + start.parts_bytes
-    for way, speed in (
+    size = start.transformer_bytes + start.components_bytes
+    for source, speed in (
         ("safetensors", start.library_bytes_per_s),
         ("pinned", start.pinned_bytes_per_s),
     ):
-        ready = rows[f"packed w8a8: ready to serve (baseline: {way})"]
+        ready = rows[f"packed w8a8: ready to serve (baseline: {source})"]
         assert ready.value == round(start.loading_s, 3)
         assert ready.baseline == round(size / speed, 3)
 
@@ -68,19 +68,19 @@ def test_the_bf16_transformer_is_compared_too(made, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["packed", "text_encoder", "vae"])
-def test_a_tensor_that_is_not_the_library_s_is_named(made, tmp_path, monkeypatch, part):
+def test_a_tensor_that_differs_from_the_library_is_named(made, tmp_path, monkeypatch, part):
     model, packed = made
     config = load_config(loading.write_config(tmp_path, ("w8a8",), model, packed, "boundary-hif8"))
     files = loading_case.files_of(model, config, only_modes=False)
-    again = loading_case.load_again
+    load_again = loading_case.load_again
 
-    def one_off(folder: Path, *args: Any) -> Mapping[str, torch.Tensor]:
-        tensors = dict(again(folder, *args))
+    def with_changed_biases(folder: Path, *args: Any) -> Mapping[str, torch.Tensor]:
+        tensors = dict(load_again(folder, *args))
         if folder.name == part:
             tensors |= {name: tensor + 1 for name, tensor in tensors.items() if "bias" in name}
         return tensors
 
-    monkeypatch.setattr(loading_case, "load_again", one_off)
+    monkeypatch.setattr(loading_case, "load_again", with_changed_biases)
     with pytest.raises(RuntimeError, match=rf"is not what .*{part}.* holds"):
         loading_case.compare_with_library(files, config, pick_device("cpu"))
 
@@ -89,7 +89,7 @@ def packed_bytes(packed: Path) -> int:
     return sum(each.nbytes for each in stored_tensors(packed.glob(SHARD_PATTERN)).values())
 
 
-def test_every_kind_of_worker_has_a_configuration_that_loads(made, tmp_path):
+def test_every_case_has_a_configuration_that_loads(made, tmp_path):
     model, packed = made
     for modes in loading.CASES.values():
         config = load_config(loading.write_config(tmp_path, modes, model, packed, "boundary-hif8"))

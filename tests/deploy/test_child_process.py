@@ -1,4 +1,4 @@
-"""Children never outlive the launcher, whatever they or it may do."""
+"""Test that child processes never outlive the launcher."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from deploy.local.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Ignores SIGTERM and has a child of its own; says both pids once they are there.
+# Ignores SIGTERM and has a child of its own; prints both pids.
 STUBBORN = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -23,7 +23,7 @@ time.sleep(600)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs; a zombie that nobody has reaped yet does not."""
+    """Return whether the process runs; a zombie that is not reaped yet does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -39,19 +39,19 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path: 
     child = start(tmp_path, STUBBORN)
     wait_until(lambda: last_line(child.log) != "")
     pids = [int(word) for word in last_line(child.log).split()]
-    child.end(0.3, lambda: False)
+    child.stop(0.3, lambda: False)
     assert child.exit_code == -signal.SIGKILL
     wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
 
-def test_a_hurry_ends_the_grace_at_once(tmp_path: Path) -> None:
+def test_a_forced_stop_does_not_wait(tmp_path: Path) -> None:
     child = start(tmp_path, STUBBORN)
     wait_until(lambda: last_line(child.log) != "")
-    child.end(300, lambda: True)
+    child.stop(300, lambda: True)
     assert child.exit_code == -signal.SIGKILL
 
 
-def test_a_child_that_takes_sigterm_ends_in_its_own_way(tmp_path: Path) -> None:
+def test_a_child_that_handles_sigterm_exits_by_itself(tmp_path: Path) -> None:
     code = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
@@ -59,26 +59,26 @@ def test_a_child_that_takes_sigterm_ends_in_its_own_way(tmp_path: Path) -> None:
     )
     child = start(tmp_path, code)
     wait_until(lambda: last_line(child.log) == "up")
-    child.end(30, lambda: False)
+    child.stop(30, lambda: False)
     assert child.exit_code == 7
 
 
-def test_a_child_is_asked_once_however_often_it_is_told(tmp_path: Path) -> None:
-    """A second SIGTERM makes the worker drop the job in hand."""
+def test_sigterm_is_sent_only_once(tmp_path: Path) -> None:
+    """A second SIGTERM would make the worker abort its current job."""
     code = (
         "import signal, sys, time\n"
-        "asked = []\n"
-        "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\n"
+        "received = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: received.append(1))\n"
         "print('up', flush=True)\n"
-        "while not asked: time.sleep(0.01)\n"
-        "time.sleep(1.5); sys.exit(10 + len(asked))"
+        "while not received: time.sleep(0.01)\n"
+        "time.sleep(1.5); sys.exit(10 + len(received))"
     )
     child = start(tmp_path, code)
     wait_until(lambda: last_line(child.log) == "up")
-    child.ask_to_end()
+    child.terminate()
     time.sleep(0.5)
-    child.ask_to_end()
-    child.end(30, lambda: False)
+    child.terminate()
+    child.stop(30, lambda: False)
     assert child.exit_code == 11
 
 
@@ -106,19 +106,19 @@ time.sleep(600)
     wait_until(lambda: not is_alive(pid))
 
 
-def test_the_obituary_gives_the_last_words_and_the_log(tmp_path: Path) -> None:
+def test_the_end_is_described_with_the_last_line_and_the_log(tmp_path: Path) -> None:
     child = start(
         tmp_path, "print('loading', flush=True); raise SystemExit('no model at models/none\\n\\n')"
     )
     wait_until(lambda: child.exit_code is not None)
-    assert child.obituary() == (
+    assert child.describe_end() == (
         f"the test ended with exit code 1: no model at models/none (log: {tmp_path / 'test.log'})"
     )
-    child.end(0, lambda: False)
+    child.stop(0, lambda: False)
 
 
-def test_the_obituary_names_the_signal(tmp_path: Path) -> None:
+def test_the_end_is_described_with_the_signal(tmp_path: Path) -> None:
     child = start(tmp_path, "import os; os.abort()")
     wait_until(lambda: child.exit_code is not None)
-    assert child.obituary().startswith("the test was killed by SIGABRT")
-    child.end(0, lambda: False)
+    assert child.describe_end().startswith("the test was killed by SIGABRT")
+    child.stop(0, lambda: False)

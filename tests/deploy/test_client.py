@@ -1,4 +1,4 @@
-"""The local client against a real service that asks for keys."""
+"""Test the local client with a real service that requires API keys."""
 
 import hashlib
 import threading
@@ -16,7 +16,7 @@ from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
 from tests.support.http_service import address, service
 
-ORDER = client.VideoRequest("a small red circle")
+REQUEST = client.VideoRequest("a small red circle")
 
 
 def test_it_sends_the_key_from_the_environment(
@@ -35,11 +35,11 @@ def test_it_sends_the_key_from_the_environment(
     with service(**environment) as process:
         url = address(process)
         monkeypatch.delenv(client.KEY_VARIABLE, raising=False)
-        with client.connect(url) as stranger, pytest.raises(Refused, match="needs an API key"):
-            client.send(stranger, ORDER)
+        with client.connect(url) as anonymous, pytest.raises(Refused, match="needs an API key"):
+            client.send(anonymous, REQUEST)
         monkeypatch.setenv(client.KEY_VARIABLE, token)
         with client.connect(url) as alice:
-            job = client.send(alice, ORDER)
+            job = client.send(alice, REQUEST)
     assert store.get(job["id"]).owner == "alice"
 
 
@@ -49,7 +49,7 @@ def test_it_fetches_a_video_without_showing_the_key_to_the_host_of_the_link(
     data = b"the video"
     seen: list[str | None] = []
 
-    class Elsewhere(BaseHTTPRequestHandler):
+    class OtherHost(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             seen.append(self.headers["Authorization"])
             self.send_response(200)
@@ -61,9 +61,9 @@ def test_it_fetches_a_video_without_showing_the_key_to_the_host_of_the_link(
             pass
 
     monkeypatch.setenv(client.KEY_VARIABLE, "wan_key")
-    with HTTPServer(("127.0.0.1", 0), Elsewhere) as elsewhere:
-        threading.Thread(target=elsewhere.handle_request).start()
-        url = f"http://127.0.0.1:{elsewhere.server_port}/video.mp4"
+    with HTTPServer(("127.0.0.1", 0), OtherHost) as other_host:
+        threading.Thread(target=other_host.handle_request).start()
+        url = f"http://127.0.0.1:{other_host.server_port}/video.mp4"
         job = {"id": "a", "video": {"url": url, "sha256": hashlib.sha256(data).hexdigest()}}
         with client.connect("http://127.0.0.1:1") as caller:
             client.save(caller, job, tmp_path / "out.mp4")

@@ -1,5 +1,4 @@
-"""deploy/install/compiler.sh: apt-get is asked for a compiler only where one is certainly
-needed."""
+"""Test that deploy/install/compiler.sh installs a compiler only if one is certainly needed."""
 
 import os
 import subprocess
@@ -23,14 +22,14 @@ esac
 
 
 def run(tmp_path: Path, facts: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script as root on a machine with a C++ compiler, apt-get and that Python."""
-    stand_ins = {
+    """Run the script as root on a machine with a C++ compiler, apt-get and that Python."""
+    executables = {
         "venv/bin/python": PYTHON,
         "bin/c++": "#!/bin/sh",
         "bin/id": "#!/bin/sh\necho 0",
         "bin/apt-get": '#!/bin/sh\necho "apt-get $*"',
     }
-    for name, text in stand_ins.items():
+    for name, text in executables.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

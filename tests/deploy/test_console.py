@@ -1,4 +1,4 @@
-"""What the progress bar and the closing line of `make generate` say."""
+"""Test the progress bar and the summary of `make generate`."""
 
 import io
 from pathlib import Path

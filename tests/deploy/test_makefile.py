@@ -1,4 +1,4 @@
-"""The Makefile hands a prompt over unchanged, whatever is in it."""
+"""Test that the Makefile passes any prompt unchanged, and lists its targets."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ ODD = [
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with the Makefile and an environment whose python only shows what it was given."""
+    """A folder with the Makefile and an environment whose python only writes the prompt."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
@@ -32,7 +32,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def make(project: Path, *arguments: str, **environment: str) -> str:
-    """Runs make as from a fresh terminal, even below `make test`; returns what it prints."""
+    """Run make with a clean environment, also below `make test`; return its output."""
     clean = {"PATH": os.environ["PATH"], "HOME": "/nowhere", "LC_ALL": "C.UTF-8"}
     return subprocess.run(
         ["make", *arguments],
@@ -66,6 +66,7 @@ def test_help_lists_every_target(project: Path) -> None:
         "demo",
         "generate",
         "test",
+        "test-all",
         "lint",
         "fuzz",
         "fix",

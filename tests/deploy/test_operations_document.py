@@ -1,4 +1,4 @@
-"""docs/operations.md says what is: every variable with its default, every metric."""
+"""Test that docs/operations.md lists every environment variable with its default."""
 
 import re
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_every_variable_is_in_the_table_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("row", rows("Environment"), ids=lambda row: row[0])
-def test_the_default_is_the_one_in_force(row: list[str]) -> None:
+def test_the_documented_default_is_the_real_one(row: list[str]) -> None:
     name, default = row[0].strip("`"), row[2]
     for read in READ_BY.values():
         if name not in read:

@@ -1,4 +1,4 @@
-"""The embedded Valkey keeps what it has answered, as docs/operations.md asks of any other."""
+"""Test that the embedded Valkey loses no acknowledged write and has the documented settings."""
 
 import re
 import signal
@@ -26,14 +26,14 @@ def server(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
-def test_what_was_answered_outlives_a_kill(tmp_path: Path, unused_port: int) -> None:
+def test_acknowledged_writes_survive_a_kill(tmp_path: Path, unused_port: int) -> None:
     with server(tmp_path, unused_port) as process, Redis(port=unused_port) as redis:
         for number in range(300):
-            redis.rpush("answered", number)
+            redis.rpush("acknowledged", number)
         process.send_signal(signal.SIGKILL)
         process.wait()
     with server(tmp_path, unused_port), Redis(port=unused_port) as redis:
-        assert redis.llen("answered") == 300
+        assert redis.llen("acknowledged") == 300
 
 
 def test_it_has_the_settings_that_the_documentation_asks_for(

@@ -1,5 +1,4 @@
-"""deploy/install/venv.sh on machines that lack something: stand-ins for python3 and apt-get on
-PATH."""
+"""Test deploy/install/venv.sh with fakes of python3 and apt-get, on incomplete machines."""
 
 import os
 import subprocess
@@ -8,7 +7,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "venv.sh"
 
-# A Debian python3: 3.11, without ensurepip until the package is there.
+# A Debian python3: 3.11, without ensurepip until the package is installed.
 DEBIAN_PYTHON = """#!/bin/sh
 case "$*" in
   *"import ensurepip"*) test -e {installed} ;;
@@ -29,7 +28,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def run(tmp_path: Path, python: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script with nothing on PATH but tmp_path/bin and the basic tools."""
+    """Run the script with the executables in tmp_path/bin first on PATH."""
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
         ["/bin/sh", str(SCRIPT), python, str(tmp_path / "venv")],

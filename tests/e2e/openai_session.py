@@ -1,8 +1,8 @@
-"""What a user of OpenAI's Videos API does, with whichever version of `openai` is on the path.
+"""Use OpenAI's Videos API like a client, with the version of `openai` that is on the path.
 
-A program of its own, because two versions cannot be imported into one: `python -m
-tests.e2e.openai_session BASE_URL KEY VERSION FOLDER` ends with 0 if all went as it should. KEY is
-`none` where none is needed. `test_openai_client.py` runs it against the fake engine.
+This is a separate program, because two versions cannot be imported into one process: `python -m
+tests.e2e.openai_session BASE_URL KEY VERSION FOLDER` exits with 0 if every answer is as expected.
+KEY is `none` if no key is needed. `test_openai_client.py` runs it against the fake engine.
 """
 
 import sys
@@ -33,17 +33,17 @@ def main() -> None:
 
 
 def a_key_is_needed(base_url: str, key: str) -> None:
-    stranger: Any = openai.OpenAI(base_url=f"{base_url}/v1", api_key="sk-proj-stranger").videos
+    unknown: Any = openai.OpenAI(base_url=f"{base_url}/v1", api_key="sk-proj-stranger").videos
     if key == "none":
-        stranger.list()
+        unknown.list()
         return
-    for ask in (stranger.list, lambda: stranger.create(prompt=PROMPT)):
+    for ask in (unknown.list, lambda: unknown.create(prompt=PROMPT)):
         error = raised(openai.AuthenticationError, ask)
         assert error.code == "unauthenticated", error
 
 
 def create(videos: Any, version: str) -> str:
-    """The older client sends JSON, the current one a form; both mean the same."""
+    """Create a video. The older client sends JSON, the current one a form; both mean the same."""
     answer = videos.with_raw_response.create(
         prompt=PROMPT,
         model="plain",
@@ -127,7 +127,7 @@ def delete(videos: Any, finished: str) -> None:
 
 
 def raised(kind: type[openai.APIStatusError], ask: Any) -> Any:
-    """The error of this kind that `ask` raises."""
+    """Return the error of this kind that `ask` raises."""
     try:
         answer = ask()
     except kind as error:

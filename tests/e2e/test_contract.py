@@ -1,5 +1,6 @@
-"""The OpenAPI document holds: thousands of generated requests, sound and unsound, against a real
-service; no answer is a server error and none is outside the document.
+"""Test the OpenAPI document with thousands of generated requests against a real service.
+
+Requests are valid and invalid; no answer is a server error, and every answer is in the document.
 
 `make fuzz` runs the same for longer. What counts as accepted is in schemathesis.toml.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deploy.local.cluster import Cluster
-from tests.support.launcher import ROOT
+from deploy.local.stack import ROOT
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 """Generated requests per operation and phase."""

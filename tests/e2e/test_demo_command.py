@@ -1,4 +1,4 @@
-"""The demo: it stays, it mends its worker, and it leaves nothing behind."""
+"""Test the demo: it keeps running, restarts its worker, and leaves no process behind."""
 
 import os
 import signal
@@ -114,10 +114,10 @@ def _wait_for_processes(demo: Launcher, count: int) -> None:
 
 
 def _begin_a_job(url: str, steps: int) -> str:
-    """Returns the id of a job that is being denoised."""
-    order = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": steps}
+    """Create a job, wait until it is being denoised, and return its id."""
+    body = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": steps}
     with httpx.Client(base_url=url, trust_env=False) as client:
-        job = client.post("/generate", json=order).json()
+        job = client.post("/generate", json=body).json()
 
         def is_denoised() -> bool:
             progress = client.get(f"/jobs/{job['id']}").json()["progress"]
@@ -128,7 +128,7 @@ def _begin_a_job(url: str, steps: int) -> str:
 
 
 def _record(folder: Path, job_id: str) -> JobRecord:
-    """What a stopped demo's Valkey has on disk about a job."""
+    """Read a job's record from the files of a stopped demo's Valkey."""
     command = valkey.server_command(folder / "valkey", port := free_port())
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
@@ -140,10 +140,10 @@ def _record(folder: Path, job_id: str) -> JobRecord:
 
 
 def _generate(url: str) -> None:
-    """One job through the public API, until it has succeeded."""
-    order = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": 1}
+    """Run one job through the public API, until it has succeeded."""
+    body = {"prompt": "a small red circle", "seed": 1, "num_inference_steps": 1}
     with httpx.Client(base_url=url, trust_env=False) as client:
-        accepted = client.post("/generate", json=order)
+        accepted = client.post("/generate", json=body)
         assert accepted.status_code == 202, accepted.text
         deadline = time.monotonic() + 120
         while (job := client.get(accepted.headers["Location"]).json())["state"] != "succeeded":

@@ -1,8 +1,9 @@
-"""Faults, made for real: processes killed and stopped, a full disk, a device that fails or hangs.
+"""Test real faults: processes killed and stopped, a full disk, a device that fails or hangs.
 
-Two API processes, two workers with the shipped miniature, one Valkey with its append-only file, all
-started again when they end. After every fault: each accepted job ends exactly once, a finished
-video is whole, the service goes on by itself. The last test looks at everything together.
+Two API processes, two workers with the shipped miniature and one Valkey with its append-only file
+run, and are restarted when they end. After every fault each accepted job ends exactly once, a
+finished video is complete, and the service recovers by itself. The last test checks this for all
+jobs together.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from deploy.local.waiting import wait_until
 from tests.support.launcher import describe_video
 
 RECOVERED_S = 30
-"""A job whose worker is gone is being run again within this time."""
+"""A job whose worker is gone runs again within so many seconds."""
 
 DISK_BYTES = 4 * 1024 * 1024  # for the videos of all tests
 LONG = {
@@ -37,6 +38,8 @@ LONG = {
 }
 SHORT = {"prompt": "a small red circle", "num_frames": 5, "num_inference_steps": 2, "seed": 5}
 
+pytestmark = pytest.mark.slow
+
 needs_mount = pytest.mark.skipif(
     os.geteuid() != 0,
     reason="only root can mount the small disk; tests/jobs fills one without, for the store alone",
@@ -44,7 +47,7 @@ needs_mount = pytest.mark.skipif(
 
 
 class Site:
-    """The cluster, the switch for faults of the device, and every job that was accepted."""
+    """The cluster, a way to make its device fail, and the ids of all jobs that were accepted."""
 
     def __init__(self, cluster: Cluster, faults: Path) -> None:
         self.cluster = cluster
@@ -57,7 +60,7 @@ class Site:
         return job_id
 
     def arm(self, fault: str, times: int) -> None:
-        """Have the device fail at the end of its next steps: `oom`, `hang` or `die`."""
+        """Make the device fail at the end of its next steps: `oom`, `hang` or `die`."""
         for number in range(times):
             (self._faults / f"{fault}-{number}").touch()
 
@@ -69,7 +72,7 @@ class Site:
             each.unlink(missing_ok=True)
 
     def wait_until_back(self, job_id: str, attempts: int) -> float:
-        """Until an attempt after the `attempts`-th runs (or has ended); the seconds it took."""
+        """Wait until an attempt after the `attempts`-th runs or has ended; return the seconds."""
         return wait_until(
             lambda: self.cluster.job(job_id)["attempts"] > attempts,
             RECOVERED_S,
@@ -78,10 +81,10 @@ class Site:
         )
 
     def succeeded(self, job_id: str) -> dict[str, Any]:
-        """Wait for the job's success, fetch its video, and check that it is whole."""
+        """Wait until the job has succeeded, fetch its video, and check that it is complete."""
         job = self.cluster.wait_for_end(job_id)
         assert job["state"] == "succeeded", (job["failure"], self.cluster.logs())
-        assert self.cluster.ends(job_id) == ["succeeded"]
+        assert self.cluster.end_states(job_id) == ["succeeded"]
         path = self.cluster.folder / f"{job_id}.mp4"
         answer = self.cluster.request("GET", f"/jobs/{job_id}/video.mp4")
         assert answer.status_code == 200
@@ -115,7 +118,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     try:
         with cluster:
             site = Site(cluster, faults)
-            # Both workers have run a job, and know how long a step takes.
+            # Both workers run a job first, so that they have measured a step.
             for job_id in [site.submit(**SHORT) for _ in range(4)]:
                 site.succeeded(job_id)
             yield site
@@ -135,7 +138,7 @@ def test_worker_killed_in_the_middle_of_a_job(site: Site) -> None:
 
 
 def test_all_workers_killed_at_once(site: Site) -> None:
-    """Nobody is left to notice: the ones that are started in their place do."""
+    """No worker is left to recover the jobs; those that are started in their place do."""
     jobs = [site.submit(**LONG) for _ in range(2)]
     for job_id in jobs:
         site.cluster.wait_for_step(job_id, 1)
@@ -159,7 +162,7 @@ def test_both_api_processes_killed(site: Site) -> None:
 
 
 def test_valkey_killed_and_started_from_its_file(site: Site) -> None:
-    """The running job does not even notice; what was accepted a moment before is there."""
+    """The running job goes on, and jobs that were accepted just before are not lost."""
     running = site.submit(**LONG)
     site.cluster.wait_for_step(running, 2)
     workers = site.cluster.pids("worker")
@@ -188,7 +191,7 @@ def test_stopped_worker_is_replaced_and_does_no_harm_when_it_wakes(site: Site) -
 
 
 def fill(path: Path) -> None:
-    """Leave no room on the small disk."""
+    """Fill the small disk."""
     path.write_bytes(bytes(shutil.disk_usage(path.parent).free))
     assert shutil.disk_usage(path.parent).free == 0
 
@@ -229,7 +232,7 @@ def test_out_of_memory_fails_the_job_and_not_the_worker(site: Site) -> None:
 
 def test_out_of_memory_twice_in_a_row_ends_the_worker(site: Site) -> None:
     workers = site.cluster.pids("worker")
-    site.cluster.hold("worker-1")
+    site.cluster.pause_restarts("worker-1")
     site.cluster.kill("worker-1")
     try:
         site.arm("oom", times=2)
@@ -243,7 +246,7 @@ def test_out_of_memory_twice_in_a_row_ends_the_worker(site: Site) -> None:
             site.cluster.logs,
         )
     finally:
-        site.cluster.resume("worker-1")
+        site.cluster.resume_restarts("worker-1")
     site.succeeded(site.submit(**SHORT))
     site.cluster.wait_until_ready()
 
@@ -261,7 +264,7 @@ def test_hanging_device_is_noticed_and_the_job_run_elsewhere(site: Site) -> None
 
 
 def test_a_job_that_ends_every_worker_is_given_up(site: Site) -> None:
-    """The poison pill: two workers, and no more."""
+    """A poison pill ends two workers and no more."""
     restarts = site.cluster.restarts
     site.arm("die", times=5)
     job_id = site.submit(**SHORT)
@@ -275,7 +278,7 @@ def test_a_job_that_ends_every_worker_is_given_up(site: Site) -> None:
 
 
 def test_everything_at_once(site: Site) -> None:
-    """Callers go on asking while Valkey, the API and a worker are killed within a second."""
+    """Callers send requests while Valkey, the API and a worker are killed within a second."""
     with ThreadPoolExecutor(4) as callers:
         asked = [callers.submit(site.submit, **SHORT) for _ in range(12)]
         time.sleep(1)
@@ -292,9 +295,9 @@ def test_every_accepted_job_has_ended_exactly_once(site: Site) -> None:
     for job_id in site.accepted:
         job = site.cluster.job(job_id)
         assert job["state"] in ENDED
-        assert site.cluster.ends(job_id) == [job["state"]]
+        assert site.cluster.end_states(job_id) == [job["state"]]
         files = list((site.cluster.artifacts / "videos" / job_id).glob("*.mp4"))
-        # A worker killed between storing a video and recording it leaves one that no record names;
-        # the retention sweep takes it. What is named is there.
+        # A worker killed between storing a video and recording it leaves a file that no record
+        # names; retention deletes it. A video that a record names exists.
         assert len(files) >= (job["state"] == "succeeded")
     assert not list(site.cluster.artifacts.rglob(".incoming-*"))

@@ -1,12 +1,13 @@
-"""One command, from a prompt to an MP4 through Valkey, worker and service."""
+"""Test the command that makes an MP4 of a prompt, through Valkey, worker and service."""
 
 from pathlib import Path
 
 import pytest
 
+from deploy.local.stack import ROOT
 from mini.world.oracle import verdicts
 from mini.world.scenes import parse_caption
-from tests.support.launcher import ROOT, decode_video, describe_video, run
+from tests.support.launcher import decode_video, describe_video, run
 
 PROMPT = "a small red circle moving right on a black background"
 

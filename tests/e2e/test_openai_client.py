@@ -1,4 +1,4 @@
-"""The official `openai` package, current and 2.8.0, against a real service and a real worker."""
+"""Test the official `openai` package, current and 2.8.0, against a real service and worker."""
 
 import os
 import subprocess
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from deploy.local.cluster import Cluster
+from deploy.local.stack import ROOT
 from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from service.auth.api_keys import KeyStore, Role
-from tests.support.launcher import ROOT, describe_video
+from tests.support.launcher import describe_video
 
 OLDER = Path(sys.prefix) / "openai-2.8.0"
 ENGINE = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0.02")
@@ -28,7 +29,7 @@ def open_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def keyed_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two service processes that ask for keys."""
+    """Two service processes that require keys."""
     folder = tmp_path_factory.mktemp("keyed")
     with Cluster(folder, apis=2, workers=1, worker=ENGINE) as site:
         KeyStore(site.redis).add("somebody", Role.OPS)
@@ -44,7 +45,7 @@ def run_session(site: Cluster, key: str, version: str, folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.openai_session", site.urls[-1], key, version, folder],
         cwd=folder,
-        # The current client calls its videos deprecated: Sora is gone, the API is not.
+        # The current client warns that its videos are deprecated. Sora is, but not this API.
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -72,7 +73,7 @@ def test_a_service_with_keys(keyed_site: Cluster, tmp_path: Path, version: str) 
 
 
 def what_was_deleted_is_gone_for_good(site: Cluster) -> None:
-    """Also the job that still ran: its record goes with its end, and so does its video."""
+    """Check deleted jobs, also the one that was running: its record and video are deleted, too."""
     wait_until(
         lambda: not site.redis.zcard(redis_keys.DELETIONS), 60, "deletions are done", site.logs
     )

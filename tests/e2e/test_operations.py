@@ -1,4 +1,4 @@
-"""What operators see of a real run: metrics, workers, and what is left after retention."""
+"""Test what operators see of a real run: metrics, workers, and what is left after retention."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""No prompt in any log: of a real service and a real worker, whatever goes wrong."""
+"""Test that no prompt is in the logs of a real service and a real worker, whatever goes wrong."""
 
 import json
 import signal
@@ -19,13 +19,13 @@ SECRET = "xyzzy-nobody-may-read-this"
 
 
 class Caller:
-    """Sends the secret in every way there is."""
+    """Sends the secret in every possible way."""
 
     def __init__(self, client: httpx2.Client, redis: Redis) -> None:
         self._client = client
         self._redis = redis
 
-    def order(self, **changes: Any) -> httpx2.Response:
+    def generate(self, **changes: Any) -> httpx2.Response:
         body = {"prompt": SECRET, "negative_prompt": SECRET, "num_inference_steps": 2}
         return self._client.post("/generate", json=body | changes)
 
@@ -33,21 +33,21 @@ class Caller:
         return str(self._client.get(f"/jobs/{job_id}").json()["state"])
 
     def finish(self) -> None:
-        job_id = self.order().json()["id"]
+        job_id = self.generate().json()["id"]
         wait_until(lambda: self.state(job_id) == "succeeded")
 
     def fail(self) -> None:
-        job_id = self.order(num_inference_steps=4).json()["id"]
+        job_id = self.generate(num_inference_steps=4).json()["id"]
         wait_until(lambda: self.state(job_id) == "failed")
 
     def be_refused(self) -> None:
         statuses = [
-            self.order(seed=-1).status_code,
-            self.order(prompt=SECRET * 50).status_code,
-            self.order(prompt=[SECRET]).status_code,
-            self.order(**{SECRET: SECRET}).status_code,
-            self.order(mode=SECRET).status_code,
-            self.order(webhook_url=f"https://{SECRET}").status_code,
+            self.generate(seed=-1).status_code,
+            self.generate(prompt=SECRET * 50).status_code,
+            self.generate(prompt=[SECRET]).status_code,
+            self.generate(**{SECRET: SECRET}).status_code,
+            self.generate(mode=SECRET).status_code,
+            self.generate(webhook_url=f"https://{SECRET}").status_code,
             self._client.post("/generate", json=SECRET).status_code,
             self._client.post("/generate", content=f'{{"prompt": "{SECRET}').status_code,
             self._client.post("/generate", content=SECRET.encode("utf-16")).status_code,
@@ -62,8 +62,8 @@ class Caller:
         assert {status // 100 for status in statuses} == {4}, statuses
 
     def meet_a_broken_record(self) -> None:
-        """Written by hand, read by the service, its lists, its housekeeping and the worker."""
-        job_id = self.order(num_inference_steps=2).json()["id"]
+        """Break a record that the service, its lists, its background tasks and the worker read."""
+        job_id = self.generate(num_inference_steps=2).json()["id"]
         for text in (f'{{"prompt": "{SECRET}"', f'{{"prompt": "{SECRET}", "seed": "{SECRET}"}}'):
             self._redis.hset(redis_keys.record(job_id), "request", text)
             assert self._client.get(f"/jobs/{job_id}").status_code == 500
@@ -80,7 +80,7 @@ class Caller:
         index = redis_keys.index("queued")
         self._redis.delete(index)
         self._redis.set(index, "not a sorted set")
-        assert self.order().status_code == 503
+        assert self.generate().status_code == 503
         self._redis.delete(index)
 
 
@@ -107,13 +107,13 @@ def test_no_prompt_is_logged(redis_url: str, redis: Redis, tmp_path: Path, log_f
         caller.be_refused()
         caller.meet_a_broken_record()
         caller.meet_a_redis_that_refuses()
-        time.sleep(4)  # a round of housekeeping, and the worker's try at the broken record
+        time.sleep(4)  # a round of background tasks, and the worker's attempt at the broken record
         process.send_signal(signal.SIGTERM)
         _, service_log = process.communicate(timeout=20)
-    said_by_worker = worker_log.read_text()
+    worker_text = worker_log.read_text()
     for log, words in (
         (service_log, ("service.access", "cannot be read", "Redis failed")),
-        (said_by_worker, ("succeeded", "memory")),
+        (worker_text, ("succeeded", "memory")),
     ):
         for word in words:
             assert word in log, f"{word} is missing, so the fault was not met"
@@ -122,6 +122,6 @@ def test_no_prompt_is_logged(redis_url: str, redis: Redis, tmp_path: Path, log_f
     if log_format == "json":
         for line in service_log.splitlines():
             json.loads(line)
-        begun = [each for each in map(json.loads, said_by_worker.splitlines()) if "job_id" in each]
+        begun = [each for each in map(json.loads, worker_text.splitlines()) if "job_id" in each]
         assert begun
         assert all(each["worker_id"].startswith("fake.") for each in begun)

@@ -1,4 +1,4 @@
-"""Offers: published, expiring, withdrawn; queue names that follow the configuration."""
+"""Test offers (publishing, expiry, withdrawal), queue names, tokenizers and statuses."""
 
 import logging
 import time
@@ -30,7 +30,7 @@ def test_waiting_counts_queued_jobs(
     assert catalog.read(redis).waiting == {live_worker.queue: 1}
 
 
-def test_offer_that_is_not_repeated_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> None:
+def test_offer_that_is_not_renewed_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> None:
     catalog.publish(redis, offer)
     redis.delete(redis_keys.worker_offer(offer.worker_id))  # as its time to live would
     found = catalog.read(redis)
@@ -47,7 +47,7 @@ def test_withdrawn_offer_is_gone_but_known(redis: Redis, offer: WorkerOffer) -> 
     assert redis.zcard(redis_keys.WORKERS) == 0
 
 
-def test_names_of_dead_workers_and_old_modes_are_swept(redis: Redis, offer: WorkerOffer) -> None:
+def test_dead_workers_and_old_modes_are_removed(redis: Redis, offer: WorkerOffer) -> None:
     redis.zadd(redis_keys.WORKERS, {"ancient": 1.0})
     redis.zadd(redis_keys.KNOWN_MODES, {'["old", "mode"]': 1.0})
     catalog.publish(redis, offer)
@@ -66,7 +66,9 @@ def test_unreadable_offer_does_not_hide_the_others(
     assert "newer" in caplog.text
 
 
-def test_queue_name_follows_every_part_of_the_offer(model: ModelOffer, offer: WorkerOffer) -> None:
+def test_queue_name_depends_on_every_part_of_the_offer(
+    model: ModelOffer, offer: WorkerOffer
+) -> None:
     name = catalog.queue_name(model, offer.modes)
     assert name == offer.queue
     assert name.startswith("wan-mini.")
@@ -82,8 +84,10 @@ def test_queue_name_follows_every_part_of_the_offer(model: ModelOffer, offer: Wo
     assert len({name, *others}) == 5
 
 
-def test_queue_name_outlives_texts_and_defaults(model: ModelOffer, offer: WorkerOffer) -> None:
-    """Or a new description would strand the jobs that wait."""
+def test_queue_name_does_not_depend_on_texts_and_defaults(
+    model: ModelOffer, offer: WorkerOffer
+) -> None:
+    """Otherwise waiting jobs would never run after a description was changed."""
     changed = model.model_copy(update={"default_steps": 4, "default_negative_prompt": "dark"})
     modes = [mode.model_copy(update={"description": "new"}) for mode in offer.modes]
     assert catalog.queue_name(changed, modes) == offer.queue
@@ -109,7 +113,7 @@ def test_tokenizer_of_another_content_is_none(
     assert name in caplog.text
 
 
-def test_queue_follows_the_bound_in_tokens_but_not_the_tokenizer(
+def test_queue_name_depends_on_the_bound_in_tokens_but_not_the_tokenizer(
     model: ModelOffer, offer: WorkerOffer
 ) -> None:
     named = model.model_copy(update={"tokenizer": "0" * 64})

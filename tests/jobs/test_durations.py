@@ -1,4 +1,4 @@
-"""The time limit grows with the work, and leaves room on the slowest supported device."""
+"""Test that the time limit grows with the work and with what was measured."""
 
 import pytest
 from redis import Redis
@@ -33,7 +33,7 @@ def test_limit_grows_with_each_factor(request_for_video: GenerationRequest) -> N
         (Durations(step_s=0, rest_s=1000.01), 10_001),
     ],
 )
-def test_a_slow_pace_widens_the_limit_and_a_quick_one_does_not_narrow_it(
+def test_long_durations_raise_the_limit_and_short_ones_do_not_lower_it(
     request_for_video: GenerationRequest, measured: Durations, limit: int | None
 ) -> None:
     expected = timeout_s(request_for_video) if limit is None else limit

@@ -1,4 +1,4 @@
-"""The error tree: stable, distinct codes and a sentence for the reader."""
+"""Test the error tree: distinct codes, details and context."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def test_codes_are_distinct_names() -> None:
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in codes)
 
 
-def test_docstring_draws_the_whole_tree() -> None:
+def test_docstring_lists_every_error() -> None:
     assert all(each.__name__ in (errors.__doc__ or "") for each in tree())
 
 

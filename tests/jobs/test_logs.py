@@ -1,4 +1,4 @@
-"""The lines both kinds of process write, looked at from outside: one process, its stderr."""
+"""Test the log lines that a process writes to stderr."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ def test_json_is_one_object_per_line(objects: list[dict[str, Any]]) -> None:
     assert [each["logger"] for each in objects] == ["a.b", "noisy", "a.b", "a.b"]
 
 
-def test_json_carries_time_ids_and_what_was_added(objects: list[dict[str, Any]]) -> None:
+def test_json_has_time_ids_and_extra_fields(objects: list[dict[str, Any]]) -> None:
     first, _, _, last = objects
     assert set(first) == {"time", "level", "logger", "message", "worker_id", "job_id", "status"}
     assert (first["worker_id"], first["job_id"], first["status"]) == ("w-1", "01a2", 202)
@@ -76,7 +76,7 @@ def test_json_keeps_tracebacks_and_drops_what_is_for_terminals(
     assert "color_message" not in trouble
 
 
-def test_text_is_for_eyes() -> None:
+def test_text_format() -> None:
     first, rest, trouble, *traceback, last = lines(LogFormat.TEXT)
     assert first.endswith(" INFO a.b [w-1 01a2] ünder 3 way")
     assert rest == "and more"

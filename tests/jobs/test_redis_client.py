@@ -1,4 +1,4 @@
-"""Broken connections: what is repeated, what is not, and what it does to a job."""
+"""Test broken connections: what is repeated, what is not, and what happens to a job."""
 
 import select
 import socket
@@ -28,9 +28,9 @@ TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=
 
 
 class LosingProxy:
-    """A TCP proxy before Valkey which can lose one answer: the command runs, the caller sees a cut.
+    """A TCP proxy before Valkey that can lose one response: it closes the connection instead.
 
-    `lose_answer_to(word)` arms it for the next data from a client that contains `word`.
+    `lose_response_to(word)` arms it for the next data from a client that contains `word`.
     """
 
     def __init__(self, upstream: tuple[str, int]) -> None:
@@ -44,7 +44,7 @@ class LosingProxy:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
 
-    def lose_answer_to(self, word: bytes) -> None:
+    def lose_response_to(self, word: bytes) -> None:
         self._word = word
 
     @property
@@ -69,7 +69,7 @@ class LosingProxy:
             thread.join()
 
     def _serve(self, client: socket.socket) -> None:
-        """Both ways at once: a large request, such as a script's text, comes in several pieces."""
+        """Forward in both directions: a large request, such as a script, comes in pieces."""
         losing = False
         with client, socket.create_connection(self._upstream) as server:
             while True:
@@ -80,12 +80,12 @@ class LosingProxy:
                     losing = losing or (self._word is not None and self._word in data)
                     server.sendall(data)
                 if server in ready:
-                    if not (answer := server.recv(1 << 20)):
+                    if not (response := server.recv(1 << 20)):
                         return
                     if losing:
                         self._word = None
                         return
-                    client.sendall(answer)
+                    client.sendall(response)
 
 
 @pytest.fixture
@@ -103,24 +103,24 @@ def lossy(proxy: LosingProxy) -> Iterator[JobStore]:
         yield JobStore(connection)
 
 
-def test_lost_answer_to_a_creation_makes_one_job(
+def test_lost_response_to_a_creation_makes_one_job(
     proxy: LosingProxy, lossy: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     warm = lossy.create(request_for_video, "warm").job  # loads the script
-    proxy.lose_answer_to(b"EVALSHA")
+    proxy.lose_response_to(b"EVALSHA")
     job = lossy.create(request_for_video, "q").job
     assert proxy.has_lost
     assert Queue("q", connection=redis).job_ids == [job.id]
     assert {each.id for each in lossy.list().jobs} == {warm.id, job.id}
 
 
-def test_lost_answer_to_a_claim_is_still_one_attempt(
+def test_lost_response_to_a_claim_is_still_one_attempt(
     proxy: LosingProxy, lossy: JobStore, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     job = store.create(request_for_video, "q").job
     warm = store.create(request_for_video, "q").job
     lossy.claim(warm.id, "w")  # loads the script, so that the next call is a single request
-    proxy.lose_answer_to(b"EVALSHA")
+    proxy.lose_response_to(b"EVALSHA")
     attempt = lossy.claim(job.id, "w")
     assert proxy.has_lost
     assert attempt.number == 1
@@ -128,22 +128,22 @@ def test_lost_answer_to_a_claim_is_still_one_attempt(
     lossy.succeed(attempt, VIDEO, TIMINGS)
 
 
-def test_lost_answer_to_an_ending_is_no_error(
+def test_lost_response_to_an_ending_is_no_error(
     proxy: LosingProxy, lossy: JobStore, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     attempt = store.claim(store.create(request_for_video, "q").job.id, "w")
     store.succeed(store.claim(store.create(request_for_video, "q").job.id, "w"), VIDEO, TIMINGS)
-    proxy.lose_answer_to(b"EVALSHA")
+    proxy.lose_response_to(b"EVALSHA")
     lossy.succeed(attempt, VIDEO, TIMINGS)
     assert proxy.has_lost
     assert store.get(attempt.job_id).state is JobState.SUCCEEDED
 
 
-def test_nobody_there(unused_port: int) -> None:
-    nobody = connect(f"redis://127.0.0.1:{unused_port}/0")
+def test_no_server(unused_port: int) -> None:
+    client = connect(f"redis://127.0.0.1:{unused_port}/0")
     with pytest.raises(RedisConnectionError):
-        nobody.ping()
-    nobody.close()
+        client.ping()
+    client.close()
 
 
 def test_a_server_that_has_become_a_replica_is_asked_again_over_a_new_connection(
@@ -161,7 +161,7 @@ def test_a_server_that_has_become_a_replica_is_asked_again_over_a_new_connection
                 with pytest.raises(ReadOnlyError):
                     redis.set("key", "value")
                 assert redis.client_id() != before
-                asked = redis.info("commandstats")["cmdstat_set"]
-                assert asked["calls"] + asked["rejected_calls"] == 2
+                stats = redis.info("commandstats")["cmdstat_set"]
+                assert stats["calls"] + stats["rejected_calls"] == 2
         finally:
             server.kill()

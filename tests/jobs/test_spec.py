@@ -1,4 +1,4 @@
-"""From a caller's JSON to a complete order, or to every reason why not."""
+"""Test how a caller's JSON becomes a complete request, or an error with every violation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -53,8 +53,8 @@ def test_missing_seeds_differ(offer: WorkerOffer) -> None:
     assert len(seeds) > 1
 
 
-def test_every_choice_is_kept(offer: WorkerOffer) -> None:
-    asked: dict[str, Any] = {
+def test_every_value_is_kept(offer: WorkerOffer) -> None:
+    values: dict[str, Any] = {
         "prompt": "  zwei Kreise,\n\tein Quadrat 🟥 ",
         "negative_prompt": "",
         "mode": "w8a8",
@@ -65,8 +65,8 @@ def test_every_choice_is_kept(offer: WorkerOffer) -> None:
         "seed": MAX_SEED,
         "model": "wan-mini",
     }
-    request, _ = resolve_json(asked, catalog_of(offer))
-    assert request.model_dump() == asked
+    request, _ = resolve_json(values, catalog_of(offer))
+    assert request.model_dump() == values
     assert (request.width, request.height) == (64, 96)
 
 
@@ -184,7 +184,7 @@ def test_body_that_is_no_object(offer: WorkerOffer, raw: object) -> None:
     assert "prompt" in found.bound
 
 
-def test_known_mode_without_worker_says_what_is_served(offer: WorkerOffer) -> None:
+def test_known_mode_without_worker_lists_what_is_served(offer: WorkerOffer) -> None:
     bf16_only = another(offer, modes=slice(1))
     catalog = Catalog((bf16_only,), {bf16_only.queue: 0}, catalog_of(offer).known)
     with pytest.raises(ModeNotServed, match="Served now: wan-mini: bf16") as refused:
@@ -198,20 +198,20 @@ def test_known_model_without_worker(offer: WorkerOffer) -> None:
         resolve(GenerationBody(prompt="x", model="wan-14b"), catalog)
 
 
-def test_unknown_mode_stays_unknown_while_nobody_is_live(offer: WorkerOffer) -> None:
+def test_unknown_mode_stays_unknown_without_workers(offer: WorkerOffer) -> None:
     catalog = Catalog((), {}, catalog_of(offer).known)
     (found,) = violations({"prompt": "x", "mode": "int4"}, catalog)
     assert (found.field, found.bound) == ("mode", "one of bf16, w8a8")
 
 
-def test_unknown_model_stays_unknown_while_nobody_is_live(offer: WorkerOffer) -> None:
+def test_unknown_model_stays_unknown_without_workers(offer: WorkerOffer) -> None:
     catalog = Catalog((), {}, catalog_of(offer).known)
     (found,) = violations({"prompt": "x", "model": "wan-13b"}, catalog)
     assert (found.field, found.bound) == ("model", "one of wan-mini")
 
 
 @pytest.mark.parametrize("mode", [None, "bf16", "anything"])
-def test_nobody_has_ever_served(mode: str | None) -> None:
+def test_no_worker_was_ever_live(mode: str | None) -> None:
     with pytest.raises(ModeNotServed, match="No worker is live"):
         resolve(GenerationBody(prompt="x", mode=mode), Catalog((), {}, frozenset()))
 
@@ -225,7 +225,7 @@ def test_several_models_have_to_be_named(offer: WorkerOffer) -> None:
 
 
 def words(tokenizer: str, text: str) -> int | None:
-    """A tokenizer for which every word is a token; only the one of the name `a…a` can be had."""
+    """A tokenizer for which every word is a token; only the one named `a…a` is available."""
     return len(text.split()) if tokenizer == "a" * 64 else None
 
 
@@ -254,7 +254,7 @@ def test_tokens_are_reported_beside_other_violations(offer: WorkerOffer) -> None
 
 
 def test_each_text_is_refused_once(offer: WorkerOffer) -> None:
-    """Too many characters, or a text that is none: then nobody counts tokens."""
+    """Texts with too many or disallowed characters are not tokenized."""
     catalog = catalog_of(another(offer, tokenizer="a" * 64, max_prompt_tokens=3))
     for text, bound in (("x " * 101, "200 characters"), ("a b c d \ud800", "control characters")):
         with pytest.raises(InvalidSpec) as refused:
@@ -263,7 +263,7 @@ def test_each_text_is_refused_once(offer: WorkerOffer) -> None:
         assert bound in found.bound
 
 
-def test_without_a_tokenizer_the_worker_has_the_last_word(offer: WorkerOffer) -> None:
+def test_without_a_tokenizer_the_worker_checks_the_tokens(offer: WorkerOffer) -> None:
     body = GenerationBody(prompt="a b c d")
     bounded = another(offer, tokenizer="b" * 64, max_prompt_tokens=3)
     assert resolve(body, catalog_of(bounded), words)[1] == bounded.queue

@@ -1,4 +1,4 @@
-"""models/wan-mini as committed: small enough, stored as promised, and showing what it is told.
+"""models/wan-mini as committed: its size, its stored dtypes, and that it follows a caption.
 
 Rates over many captions are measured by benchmarks/quality/miniature.py.
 """
@@ -29,16 +29,16 @@ def test_weights_fit_the_repository() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "stored_as"),
+    ("weights_file", "dtype"),
     [
         ("transformer/diffusion_pytorch_model", "BF16"),
         ("text_encoder/model", "BF16"),
         ("vae/diffusion_pytorch_model", "F16"),
     ],
 )
-def test_weights_are_stored_in_two_bytes(part: str, stored_as: str) -> None:
-    with safe_open(MODEL / f"{part}.safetensors", framework="pt") as weights:
-        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {stored_as}  # noqa: SIM118
+def test_weights_are_stored_in_two_bytes(weights_file: str, dtype: str) -> None:
+    with safe_open(MODEL / f"{weights_file}.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {dtype}  # noqa: SIM118
 
 
 def test_it_was_calibrated_on_calibration_captions_only() -> None:

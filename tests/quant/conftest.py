@@ -1,4 +1,4 @@
-"""A four-block Wan pipeline of the real classes, small enough to run in milliseconds."""
+"""Build a Wan pipeline of the real classes with four blocks that runs in milliseconds."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ BLOCKS = 4
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """These tensors are too small to share out."""
+    """Use one thread, because these tensors are too small to split over threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def tiny_transformer() -> WanTransformer3DModel:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a saved pipeline."""
+    """Return the folder of a saved pipeline."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(1)
     WanPipeline(
@@ -72,7 +72,7 @@ def tiny_pipe(tiny_model: Path) -> WanPipeline:
 
 
 def tiny_recipe_dict() -> dict[str, object]:
-    """The default recipe, for four blocks of which the outer two are protected."""
+    """Return the default recipe for four blocks, of which the outer two are protected."""
     data = QuantRecipe.load("boundary-hif8").to_dict()
     return data | {"name": "tiny", "total_blocks": BLOCKS, "protected_blocks": [0, BLOCKS - 1]}
 

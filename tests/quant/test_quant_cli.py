@@ -1,4 +1,4 @@
-"""The command line, run in process through typer's own runner."""
+"""The toolkit's commands, run in process through typer's runner."""
 
 import json
 import re
@@ -53,8 +53,8 @@ def test_calibrate_writes_scales_a_worker_can_use(arguments, tiny_model, tiny_pi
     scales = load_scales(Path(arguments["--out"]))
     check_scales(scales, model_fingerprint=model_fingerprint(tiny_model), recipe=recipe)
     assert scales.prompts_file == "prompts.txt"  # of an absolute path, only the name
-    twin, report = quantize_transformer(tiny_pipe.transformer, recipe, scales)
-    assert report.linears == sum(isinstance(m, Hif8Linear) for m in twin.modules()) == 20
+    quantized, report = quantize_transformer(tiny_pipe.transformer, recipe, scales)
+    assert report.linears == sum(isinstance(m, Hif8Linear) for m in quantized.modules()) == 20
 
 
 @pytest.mark.parametrize(

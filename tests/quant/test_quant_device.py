@@ -1,21 +1,21 @@
-"""Which accelerators are there, on a machine that has none."""
+"""Which accelerators can be used, on a machine with or without one."""
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from quant.cli import app
-from quant.device import ACCELERATORS, at_hand, usable_device, why_not
+from quant.device import ACCELERATORS, available_accelerator, unavailable_reason, usable_device
 from quant.errors import QuantError
 
 
-def test_the_cpu_is_always_there():
+def test_the_cpu_is_always_usable():
     assert usable_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", ACCELERATORS)
-def test_an_accelerator_is_there_or_it_is_said_why_not(kind):
-    reason = why_not(kind)
+def test_an_accelerator_is_usable_or_a_reason_is_given(kind):
+    reason = unavailable_reason(kind)
     if reason is None:
         assert usable_device(kind).type == kind
         return
@@ -23,19 +23,19 @@ def test_an_accelerator_is_there_or_it_is_said_why_not(kind):
         usable_device(kind)
 
 
-def test_what_would_have_to_be_imported_is_not_at_hand(monkeypatch):
+def test_an_accelerator_that_has_to_be_imported_is_not_available(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if not hasattr(torch, "npu"):
-        assert at_hand() is None
+        assert available_accelerator() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert at_hand() is not None
+    assert available_accelerator() is not None
 
 
 @pytest.mark.parametrize("kind", ACCELERATORS)
 def test_the_commands_refuse_a_device_that_is_not_there_in_one_sentence(
     tmp_path, tiny_model, tiny_recipe, kind
 ):
-    if why_not(kind) is None:
+    if unavailable_reason(kind) is None:
         assert usable_device(kind).type == kind
         return
     recipe, prompts = tmp_path / "tiny.json", tmp_path / "prompts.txt"

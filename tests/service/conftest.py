@@ -1,4 +1,4 @@
-"""Fixtures of the front end's tests: keys, and a job that has its video."""
+"""Define fixtures of the front end's tests: API keys, and jobs with or without a video."""
 
 import hashlib
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def key_store(redis: Redis) -> KeyStore:
 
 @pytest.fixture
 def make_key(key_store: KeyStore) -> MakeKey:
-    """Makes a key, and returns the header to send with it."""
+    """Make a key, and return the header that sends it."""
 
     def make(name: str, role: Role = Role.USER, **limits: object) -> dict[str, str]:
         _, token = key_store.add(name, role, **limits)  # type: ignore[arg-type]
@@ -45,7 +45,7 @@ def make_job(
     request_for_video: GenerationRequest,
     tmp_path: Path,
 ) -> MakeJob:
-    """Makes a job, by default a queued one; one with a video has succeeded."""
+    """Make a job, by default a queued one; one with a video has succeeded."""
 
     def make(
         owner: str = "local", *, video: bool = False, webhook_url: str | None = None

@@ -1,4 +1,4 @@
-"""The front end must start without the heavy packages: it runs where no accelerator is."""
+"""Test that the front end imports no heavy packages: it runs on machines without accelerator."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`python -m service` as a process: it serves, keeps prompts out of its log, and stops."""
+"""Test `python -m service` as a process: it serves, logs no prompts, and stops."""
 
 import signal
 import socket
@@ -22,7 +22,7 @@ def test_serves_and_stops_quietly(
     redis_url: str, artifacts_url: str, live_worker: WorkerOffer
 ) -> None:
     environment = {"REDIS_URL": redis_url, "ARTIFACTS_URL": artifacts_url, "SERVICE_PORT": "0"}
-    # trust_env: a proxy of the machine must not get in between.
+    # trust_env: requests must not go through a proxy of the machine.
     with (
         service(**environment) as process,
         httpx2.Client(base_url=address(process), trust_env=False) as client,
@@ -96,7 +96,7 @@ def test_the_access_log_holds_paths_and_no_secrets(
         service(**environment) as process,
         httpx2.Client(base_url=address(process), trust_env=False) as client,
     ):
-        # Prompts that are sound, refused, unreadable, and in a place where they do not belong.
+        # Prompts that are valid, refused, unreadable, and sent in other parts of a request.
         private = {"prompt": "a very private prompt"}
         sent = client.post("/generate", json=private, headers=bearer)
         assert sent.status_code == 202
@@ -131,7 +131,7 @@ def test_beyond_loopback_it_wants_a_key_first(
         **{"REDIS_URL": redis_url, "ARTIFACTS_URL": artifacts_url},
         **{"SERVICE_HOST": host, "SERVICE_PORT": "0"},
     }
-    # A revoked key is no way in, so it does not count.
+    # A revoked key cannot be used, so it does not count.
     key_store.add("gone", Role.OPS)
     key_store.revoke("gone")
     with service(**environment) as process:
@@ -179,7 +179,7 @@ def test_odd_headers_over_a_real_connection(redis_url: str, artifacts_url: str) 
                 )
                 return client.recv(12)
 
-        # The server itself takes no NUL bytes and no header of 100 kB: 400, which is no 500 either.
+        # uvicorn itself refuses NUL bytes and a header of 100 kB with 400, which is not a 500.
         for odd, expected in (
             (b"Bearer \xff\xfe", b"401"),
             ("Bearer wan_💥".encode(), b"401"),

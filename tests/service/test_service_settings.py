@@ -1,9 +1,9 @@
-"""Settings from the environment: defaults, names, and refusals in clear words."""
+"""Test settings from the environment: defaults, names, and clear error messages."""
 
 import pytest
 from pydantic import ValidationError
 
-from service.server import sentences
+from service.server import describe_errors
 from service.settings import ServiceSettings
 
 NAMES = (
@@ -98,7 +98,7 @@ def test_a_redis_url_that_cannot_be_read_is_not_shown(
     monkeypatch.setenv("REDIS_URL", url)
     with pytest.raises(ValidationError) as refused:
         ServiceSettings()
-    (line,) = sentences(refused.value).splitlines()
+    (line,) = describe_errors(refused.value).splitlines()
     assert line.startswith("service: REDIS_URL: it cannot be read as redis://")
     assert "s3c" not in line
 

@@ -1,4 +1,4 @@
-"""A certificate authority of the tests' own."""
+"""Make certificates for tests, signed by a certificate authority of their own."""
 
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -12,7 +12,7 @@ Key = ec.EllipticCurvePrivateKey
 
 
 class Authority:
-    """Signs certificates for names. `file` holds its own, for those who are to trust it."""
+    """A certificate authority. `file` holds its own certificate, for clients that trust it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -40,7 +40,7 @@ class Authority:
         self.file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def server(self, name: str) -> ssl.SSLContext:
-        """What a server needs to prove that it is `name`."""
+        """Make the TLS context of a server with a certificate for `name`."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
             self._builder(key)

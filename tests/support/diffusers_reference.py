@@ -1,4 +1,4 @@
-"""diffusers' own blocks, on whatever CPU a test runs."""
+"""Give diffusers' own blocks the BF16 product that this project uses, whatever the CPU."""
 
 from functools import partial
 from typing import Any
@@ -9,8 +9,10 @@ from quant.numerics import reference
 
 
 def with_our_products(transformer: Any) -> Any:
-    """Have the linears in a transformer's blocks multiply as ours do on a CPU that has no BF16
-    instructions; where it has them nothing changes. Everything else stays diffusers'."""
+    """Replace the product of every linear in a transformer's blocks by `reference.product`.
+
+    The two differ only on a CPU without BF16 instructions. Everything else stays diffusers' own.
+    """
     for linear in (each for each in transformer.blocks.modules() if type(each) is nn.Linear):
         linear.forward = partial(_multiply, linear)  # type: ignore[method-assign]
     return transformer

@@ -1,8 +1,8 @@
-"""A worker process with the fake engine, and faults that happen when a test wants them to.
+"""Run a worker process with the fake engine, and optionally with a fault.
 
-`python -m tests.support.fake_worker REDIS_URL ARTIFACTS_FOLDER SECONDS_PER_STEP [FAULT]`, with the
-worker's other settings from its environment. A fault is a name in `FAULTS`, or the process id of
-the Redis that is to be lost before a claim.
+`python -m tests.support.fake_worker REDIS_URL ARTIFACTS_FOLDER SECONDS_PER_STEP [FAULT]`. The
+worker's other settings come from its environment. FAULT is a name in `FAULTS`, or the process id of
+the Redis to kill before the first claim.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from worker.settings import WorkerSettings
 
 
 def hang() -> None:
-    """In native code, where Python reaches no thread."""
+    """Hang in native code, where Python cannot interrupt the thread."""
     ctypes.CDLL(None).sleep(600)
 
 
@@ -38,23 +38,23 @@ def run_out_of_memory() -> None:
 FAULTS = {"hang": hang, "oom": run_out_of_memory}
 
 
-class Unlucky(ResidentWorker):
-    """Loses its Redis, once, when it has taken a job and not yet claimed it."""
+class RedisKillingWorker(ResidentWorker):
+    """A worker that kills its Redis once, after it took a job and before it claims it."""
 
     redis_pid = 0
 
     def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
         super().prepare_job_execution(job, remove_from_intermediate_queue)
-        if Unlucky.redis_pid:
-            os.kill(Unlucky.redis_pid, signal.SIGKILL)
-            Unlucky.redis_pid = 0
+        if RedisKillingWorker.redis_pid:
+            os.kill(RedisKillingWorker.redis_pid, signal.SIGKILL)
+            RedisKillingWorker.redis_pid = 0
 
 
 def main() -> None:
     redis_url, artifacts, seconds, *fault = sys.argv[1:]
     if fault and fault[0].isdecimal():
-        Unlucky.redis_pid = int(fault.pop())
-        setattr(serve, "ResidentWorker", Unlucky)  # noqa: B010  # a module's, and not its own
+        RedisKillingWorker.redis_pid = int(fault.pop())
+        setattr(serve, "ResidentWorker", RedisKillingWorker)  # noqa: B010  # a name it imports
 
     def on_step(step: int) -> None:
         time.sleep(float(seconds))

@@ -1,7 +1,7 @@
-"""The real worker with the real engine on a device that fails when it is told to.
+"""Run the real worker and engine on a device with injected faults.
 
-`python -m tests.support.faulty_worker FOLDER`: each file in the folder is one fault, named after
-what is to happen; the device takes one at the end of a piece of work, where real ones fail, too.
+`python -m tests.support.faulty_worker FOLDER`: each file in the folder is one fault, and its name
+says which. The device takes one at each synchronization, which is where real devices fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from worker.startup import load_engine, open_redis
 
 @dataclass(frozen=True, slots=True)
 class FaultyDevice(Device):
-    """A device with a folder of faults; `kind` and `name` are the real one's."""
+    """A device with a folder of faults; its other fields are the real device's."""
 
     faults: Path = Path()
 
@@ -37,7 +37,7 @@ class FaultyDevice(Device):
             try:
                 path.unlink()
             except FileNotFoundError:
-                continue  # another worker was given this one
+                continue  # another worker took this one
             _fail(path.name.partition("-")[0])
             return
 
@@ -47,7 +47,7 @@ def _fail(fault: str) -> None:
         case "oom":
             raise torch.OutOfMemoryError("the fault test fills the memory")
         case "hang":
-            ctypes.CDLL(None).sleep(3600)  # in native code, like a driver that waits for ever
+            ctypes.CDLL(None).sleep(3600)  # in native code, like a driver that hangs
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case _:

@@ -1,4 +1,7 @@
-"""The service on a real port in a thread of this process, so that a test can look inside."""
+"""Run the service on a real port, in a thread of this process or as a process of its own.
+
+In a thread, a test can inspect its event hub.
+"""
 
 import os
 import re
@@ -28,7 +31,7 @@ class Site:
 @contextmanager
 def serving(settings: ServiceSettings) -> Iterator[Site]:
     app = create_app(settings)
-    hub: EventHub = app.state.parts.hub
+    hub: EventHub = app.state.app_state.hub
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=3)
     server = Server(config, hub)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -60,7 +63,7 @@ def service(**environment: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def address(process: "subprocess.Popen[str]") -> str:
-    """Read the log up to the line that says where the service listens."""
+    """Read the log up to the line with the URL of the service, and return the URL."""
     assert process.stderr is not None
     for line in process.stderr:
         if "listening on" in line:
@@ -69,7 +72,7 @@ def address(process: "subprocess.Popen[str]") -> str:
 
 
 def address_in(line: str) -> str:
-    """Read the line that says where the service listens, in either format."""
+    """Return the URL in the log line about listening, in either log format."""
     found = re.search(r'listening on (http://[^\s"]+)', line)
     assert found, f"no address in {line!r}"
     return found.group(1)

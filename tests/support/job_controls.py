@@ -1,4 +1,4 @@
-"""What stands for a job's control where a test runs an engine by itself."""
+"""Stand in for a job's control where a test runs an engine directly."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from jobs.errors import GenerationCancelled
 from jobs.record import Stage
 
 
-class Unwatched:
-    """A watch that never stops anything."""
+class IgnoringControl:
+    """A control that ignores progress and never stops the job."""
 
     def progress(self, stage: Stage, step: int, steps: int) -> None: ...
 
     def check(self) -> None: ...
 
 
-class Notes:
-    """A watch that writes down what it is told, and raises at the n-th check of a stage."""
+class RecordingControl:
+    """A control that records progress and checks, and may raise at the n-th check of a stage."""
 
     def __init__(self, stop_after: tuple[Stage, int] | None = None) -> None:
         self.seen: list[tuple[Stage, int, int]] = []
@@ -32,8 +32,8 @@ class Notes:
             raise GenerationCancelled("the test said so")
 
 
-class StopAtStep(Notes):
-    """A watch that stops the job when a stage reports a step."""
+class StopAtStep(RecordingControl):
+    """A control that cancels the job when a stage reports a given step."""
 
     def __init__(self, stage: Stage, step: int) -> None:
         super().__init__()

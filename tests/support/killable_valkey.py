@@ -1,4 +1,4 @@
-"""A Valkey that can be killed and started again from its append-only file, at the same address."""
+"""Run a Valkey that can be killed and restarted from its append-only file, at the same address."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobs.redis_client import connect
 
 
 class KillableValkey:
-    """Runs from its construction on."""
+    """A Valkey process that runs from its construction on."""
 
     def __init__(self, folder: Path, port: int) -> None:
         folder.mkdir()
@@ -36,7 +36,7 @@ class KillableValkey:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_for_death(self) -> None:
+    def wait_for_exit(self) -> None:
         self._process.wait(60)
 
     def freeze(self) -> None:

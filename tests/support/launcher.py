@@ -1,6 +1,6 @@
-"""How the end-to-end tests run the launcher: as a person would, in a process of its own.
+"""Run the launcher for end-to-end tests, in a separate process as a user would.
 
-Every process of a run carries a mark in its environment, so that one left behind is found.
+Every process of a run has a mark in its environment, so that one left behind is found.
 """
 
 import os
@@ -16,10 +16,9 @@ import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.local.child_process import MARK, marked_processes
+from deploy.local.stack import ROOT
 from deploy.local.waiting import wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
-MARK = "E2E_MARK"
 
 
 class Launcher:
@@ -45,17 +44,17 @@ class Launcher:
         self.process.communicate()
 
     def read_until(self, text: str) -> str:
-        """The output up to the line that holds `text`; fails when the output ends before it."""
+        """Return the output up to the line with `text`; fail when the output ends before it."""
         assert self.process.stdout is not None
-        seen = ""
+        output = ""
         for line in self.process.stdout:
-            seen += line
+            output += line
             if text in line:
-                return seen
-        raise AssertionError(f"ended with {self.process.wait()} before {text!r}:\n{seen}")
+                return output
+        raise AssertionError(f"ended with {self.process.wait()} before {text!r}:\n{output}")
 
     def finish(self, limit_s: float = 120) -> tuple[int, str]:
-        """Waits for the end; the exit code and the rest of the output."""
+        """Wait for the end; return the exit code and the rest of the output."""
         rest, _ = self.process.communicate(timeout=limit_s)
         return self.process.returncode, rest
 
@@ -63,7 +62,7 @@ class Launcher:
         self.process.send_signal(signal.SIGINT)
 
     def processes(self) -> dict[int, str]:
-        """Every live process of this run by pid, with its command line; the launcher included."""
+        """Find every live process of this run, the launcher included: command lines by pid."""
         return marked_processes(self.mark)
 
     def wait_until_nothing_is_left(self, limit_s: float = 10) -> None:
@@ -76,22 +75,8 @@ class Launcher:
         )
 
 
-def marked_processes(mark: str) -> dict[int, str]:
-    """Every live process which carries `mark` in its environment, by pid."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes()
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue  # it ended meanwhile, or belongs to somebody else
-        if f"{MARK}={mark}".encode() in environment.split(b"\0"):
-            found[int(folder.name)] = command
-    return found
-
-
 def run(*arguments: str, limit_s: float = 240) -> tuple[int, str]:
-    """Runs the launcher to its end, checks that it left nothing behind; exit code and output."""
+    """Run the launcher and check that no process is left; return its exit code and output."""
     with Launcher(*arguments) as launcher:
         result = launcher.finish(limit_s)
         launcher.wait_until_nothing_is_left()
@@ -104,7 +89,7 @@ def free_port() -> int:
 
 
 def describe_video(path: Path) -> tuple[str, int]:
-    """What ffmpeg says of the video stream, and the frames that it decodes."""
+    """Return ffmpeg's description of the video stream, and the number of frames it decodes."""
     done = subprocess.run(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "null", "-"],
         capture_output=True,
@@ -118,7 +103,7 @@ def describe_video(path: Path) -> tuple[str, int]:
 
 
 def decode_video(path: Path, width: int = 96, height: int = 96) -> NDArray[np.uint8]:
-    """The frames of a video file: [F, H, W, 3] uint8."""
+    """Decode the frames of a video file: [F, H, W, 3] uint8."""
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     arguments = ["-v", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run([ffmpeg, *arguments], capture_output=True, check=True)

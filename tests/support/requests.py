@@ -1,4 +1,4 @@
-"""Requests for the worker's tests, and a watch for those that run an engine by itself."""
+"""Build generation requests for tests of the worker."""
 
 import secrets
 
@@ -7,8 +7,8 @@ from jobs.spec import GenerationRequest
 OWNER = "tests"
 
 
-def order(**changes: object) -> GenerationRequest:
-    """A short one: four steps are enough for everything but a good picture."""
+def generation_request(**changes: object) -> GenerationRequest:
+    """Build a short request, with `changes` to its fields; four steps are enough for all tests."""
     values: dict[str, object] = {
         "prompt": "a small red circle moving right on a black background",
         "negative_prompt": "",
@@ -23,6 +23,6 @@ def order(**changes: object) -> GenerationRequest:
     return GenerationRequest.model_validate(values | changes)
 
 
-def unseen() -> str:
-    """A prompt that no engine has encoded yet."""
+def unique_prompt() -> str:
+    """Return a prompt that no engine has encoded yet."""
     return f"a small red circle, {secrets.token_hex(8)}"

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback (moto, in a process of its own), and a way to disturb it."""
+"""Run a real S3 server on loopback (moto, in its own process), and a proxy that makes it fail."""
 
 import contextlib
 import socket
@@ -13,23 +13,24 @@ from urllib.error import URLError
 
 @contextlib.contextmanager
 def s3_server(port: int) -> Iterator[str]:
-    """Run a server on `port`, and give its address."""
+    """Run a server on `port`; yields its URL."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             endpoint = f"http://127.0.0.1:{port}"
-            _wait_until_it_answers(process, f"{endpoint}/moto-api/")
+            _wait_until_ready(process, f"{endpoint}/moto-api/")
             yield endpoint
         finally:
             process.terminate()
 
 
 def make_bucket(endpoint: str, name: str) -> None:
-    asked = urllib.request.Request(f"{endpoint}/{name}", method="PUT")
-    urllib.request.urlopen(asked, timeout=30).close()
+    """Create an empty bucket."""
+    request = urllib.request.Request(f"{endpoint}/{name}", method="PUT")
+    urllib.request.urlopen(request, timeout=30).close()
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     end = time.monotonic() + 60
     while True:
         try:
@@ -40,11 +41,15 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str) -> None:
             time.sleep(0.05)
 
 
-class Gate:
-    """Stands between a client and the server at `endpoint`, and passes bytes on while it is open.
+class FaultyProxy:
+    """A TCP proxy before the server at `endpoint`, which can be made to fail.
 
-    Closed, it hangs up on whoever connects; with an `answer` it says that instead. After
-    `hold_after` bytes from a client it passes nothing on any more, and `held` is set.
+    Attributes:
+        endpoint: the URL of the proxy.
+        is_open: if False, connections are closed at once.
+        answer: if set, the response to every request, which the server then does not receive.
+        pause_after: after this many bytes from a client, the proxy forwards no more of them, and
+            sets `paused`.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -53,12 +58,12 @@ class Gate:
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.is_open = True
         self.answer: bytes | None = None
-        self.hold_after: int | None = None
-        self.held = threading.Event()
+        self.pause_after: int | None = None
+        self.paused = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        # Wakes the thread that waits in accept(), which close() alone does not.
+        # shutdown() ends the accept() of the other thread, which close() alone does not.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
@@ -83,11 +88,11 @@ class Gate:
                     back.join()
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
-        passed = 0
+        forwarded = 0
         while data := client.recv(65536):
-            passed += len(data)
-            if self.hold_after is not None and passed > self.hold_after:
-                self.held.set()
+            forwarded += len(data)
+            if self.pause_after is not None and forwarded > self.pause_after:
+                self.paused.set()
                 continue
             server.sendall(data)
         server.shutdown(socket.SHUT_WR)

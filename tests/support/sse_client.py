@@ -1,4 +1,4 @@
-"""A client of event streams: one that reads a single answer, and one as browsers have it."""
+"""Read event streams: one answer, or like a browser's EventSource, which reconnects."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ MOST_BROKEN = 100
 
 @dataclass
 class Sent:
-    """What came between two empty lines."""
+    """One event, or one block of comments: the lines between two empty ones."""
 
     event: str = ""
     id: str = ""
@@ -26,12 +26,12 @@ class Sent:
     data: Any = None
 
     @property
-    def told(self) -> tuple[str, str]:
+    def kind_and_state(self) -> tuple[str, str]:
         return self.event, self.data["state"]
 
 
 def parse(lines: Iterable[str]) -> Iterator[Sent]:
-    """Read server-sent events as the standard has it; a block that has not ended is dropped."""
+    """Parse server-sent events by the standard; an incomplete block at the end is dropped."""
     sent = Sent()
     for line in lines:
         if not line:
@@ -53,7 +53,7 @@ def parse(lines: Iterable[str]) -> Iterator[Sent]:
 def stream(
     url: str, job_id: str, after: str | None = None, **parameters: str
 ) -> Iterator[tuple[httpx2.Response, Iterator[Sent]]]:
-    """Open a stream; closing it early is what a client does that goes away."""
+    """Open a stream. Leaving the block early disconnects, like a client that goes away."""
     headers = {} if after is None else {"Last-Event-ID": after}
     with (
         httpx2.Client(trust_env=False, verify=False, timeout=PATIENCE) as client,
@@ -72,7 +72,7 @@ def read(url: str, job_id: str, after: str | None = None, **parameters: str) -> 
 
 
 class EventSource(threading.Thread):
-    """Follows a job as a browser does: comes back with the last id until it is answered 204.
+    """Follows a job like a browser: reconnects with the last id until the answer is 204.
 
     Each connection goes to the next of `urls`; `cut_after` ends each after so many events.
     """
@@ -99,9 +99,9 @@ class EventSource(threading.Thread):
             raise
 
     def finish(self, limit_s: float = 30) -> list[Sent]:
-        """Wait for the end; what came, without `queue`."""
+        """Wait for the end, and return the events that came, without those of kind `queue`."""
         self.join(limit_s)
-        assert not self.is_alive(), f"open after {[each.told for each in self.sent]}"
+        assert not self.is_alive(), f"open after {[each.kind_and_state for each in self.sent]}"
         assert self.fault is None
         return self.sent
 
@@ -115,8 +115,8 @@ class EventSource(threading.Thread):
                 assert answer.status_code == 200, answer.read()
                 self._take(sent)
         except httpx2.TransportError as error:
-            # The connection broke, or nobody listens there any more. One whose server has gone for
-            # good must not go on asking beside all later tests.
+            # The connection broke, or the server is gone. If it stays gone, the thread must end:
+            # it would otherwise reconnect during all later tests.
             self._broken += 1
             time.sleep(PAUSE_S)
             if self._broken > MOST_BROKEN:

@@ -1,9 +1,10 @@
-"""Cards of one job as processes on the CPU: `python -m tests.support.torchrun_ranks CONFIG FOLDER`
+"""Run the ranks of one job as processes on the CPU.
 
-Imports once and forks. First one card alone, then a team of two, then one of four. The leader of a
-team runs the jobs of `JOBS` in turn and leaves in FOLDER/<cards> the latents of each; then jobs
-that end badly, with the name of the error that each ended with. A card that is to fail finds a file
-there that says how. `statuses.json` has the exit statuses of a team.
+`python -m tests.support.torchrun_ranks CONFIG FOLDER` imports once and forks: first one rank alone,
+then two ranks together, then four. The leader runs the jobs of `JOBS` in turn and saves the latents
+of each in FOLDER/<world size>. Then it runs jobs that fail, and saves the name of the error that
+each ended with. A rank fails if it finds a file in the folder that says how. `statuses.json` has
+the exit statuses of all ranks.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from torch import Tensor
 from jobs.errors import GenerationCancelled
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
-from tests.support.job_controls import Unwatched
-from tests.support.requests import OWNER, order
+from tests.support.job_controls import IgnoringControl
+from tests.support.requests import OWNER, generation_request
 from worker.config import WorkerConfig, load_config
 from worker.device import pick_device
 from worker.distributed.follower import follow, load_follower
-from worker.distributed.rank_group import meet
+from worker.distributed.rank_group import join
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
 from worker.engine.wan_engine import WanEngine
 from worker.startup import load_engine
 
-TEAMS = (2, 4)
+WORLD_SIZES = (2, 4)
 TINY: dict[str, Any] = {"num_frames": 1, "num_inference_steps": 1}
 JOBS: dict[str, dict[str, Any]] = {
     "bf16": {"num_frames": 5, "num_inference_steps": 2},
@@ -53,14 +54,14 @@ FULL = "a follower's memory is full"
 LAST = "a follower dies"
 
 
-class StopAfterStep(Unwatched):
+class StopAfterStep(IgnoringControl):
     def progress(self, stage: Stage, step: int, steps: int) -> None:
         if stage is Stage.DENOISE and step == 1:
             raise GenerationCancelled("the test said so")
 
 
 class Recorder:
-    """A denoising that keeps its latents."""
+    """A denoising function that keeps the latents of the last job."""
 
     def __init__(self, inner: Denoise) -> None:
         self.latents = torch.empty(0)
@@ -74,81 +75,84 @@ class Recorder:
 
 
 def record(engine: WanEngine) -> Callable[..., np.ndarray]:
-    """How to run a job, as changes of `order`, and get its latents; frames are not decoded."""
+    """Return a function that runs a changed `generation_request` and returns its latents.
+
+    Frames are not decoded.
+    """
     recorder = engine._denoise = Recorder(engine._denoise)
 
-    def latents_of(watch: Unwatched, **changes: object) -> np.ndarray:
-        engine.generate(order(**changes), watch, OWNER)
+    def latents_of(control: IgnoringControl, **changes: object) -> np.ndarray:
+        engine.generate(generation_request(**changes), control, OWNER)
         return recorder.latents.numpy()
 
     return latents_of
 
 
-def may_fail(transformer: Any, rank: int, folder: Path) -> None:
-    """Have a transformer fail in its middle when the file says so, once."""
-    wish = folder / f"fault-{rank}"
+def install_fault(transformer: Any, rank: int, folder: Path) -> None:
+    """Have a transformer fail in its middle, once, when the fault file exists."""
+    fault_file = folder / f"fault-{rank}"
 
-    def look(*_: object) -> None:
-        if not wish.exists():
+    def fail_if_asked(*_: object) -> None:
+        if not fault_file.exists():
             return
-        how = wish.read_text()
-        wish.unlink()
+        how = fault_file.read_text()
+        fault_file.unlink()
         if how == "full":
             raise MemoryError("the test said so")
         if how == "fail":
             raise ArithmeticError("the test said so")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    transformer.blocks[20].register_forward_pre_hook(look)
+    transformer.blocks[20].register_forward_pre_hook(fail_if_asked)
 
 
 def faults_of(world: int) -> dict[str, tuple[int, str]]:
-    """All of them with two cards; with four, where all steps are the same, one."""
+    """Return all faults for two ranks, and one for four, whose steps are the same."""
     return FAULTS if world == 2 else {FULL: FAULTS[FULL]}
 
 
-def lead_team(engine: WanEngine, world: int, folder: Path) -> None:
+def run_leader(engine: WanEngine, world: int, folder: Path) -> None:
     latents_of = record(engine)
-    for name, wanted in JOBS.items():
-        np.save(folder / f"{name}.npy", latents_of(Unwatched(), **wanted))
+    for name, changes in JOBS.items():
+        np.save(folder / f"{name}.npy", latents_of(IgnoringControl(), **changes))
     ended = {}
     faults = faults_of(world) | {LAST: (world - 1, "die")}
     for name, (rank, fault) in faults.items():
-        watch = StopAfterStep() if fault == "stop" else Unwatched()
+        control = StopAfterStep() if fault == "stop" else IgnoringControl()
         if fault != "stop":
             (folder / f"fault-{rank}").write_text(fault)
         try:
-            latents_of(watch, **TINY)
-        except Exception as error:  # noqa: BLE001  # which one it is, is the test's question
+            latents_of(control, **TINY)
+        except Exception as error:  # noqa: BLE001  # the test checks which one it is
             ended[name] = [type(error).__name__, engine.device.is_lost(error)]
         if name != LAST:
-            np.save(folder / f"after {name}.npy", latents_of(Unwatched(), **TINY))
+            np.save(folder / f"after {name}.npy", latents_of(IgnoringControl(), **TINY))
     (folder / "ended.json").write_text(json.dumps(ended))
 
 
-def run_card(rank: int, world: int, config: WorkerConfig, folder: Path) -> int:
+def run_rank(rank: int, world: int, config: WorkerConfig, folder: Path) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     device = pick_device("cpu", threads=1)
     if world == 1:
         latents_of = record(load_engine(config, device))
-        for name, wanted in JOBS.items():
-            np.save(folder / f"{name}.npy", latents_of(Unwatched(), **wanted))
+        for name, changes in JOBS.items():
+            np.save(folder / f"{name}.npy", latents_of(IgnoringControl(), **changes))
         return 0
-    with meet(device) as cards:
+    with join(device) as ranks:
         if rank > 0:
-            modes = load_follower(config, cards)
+            modes = load_follower(config, ranks)
             for mode in modes:
-                may_fail(mode.transformer, rank, folder)
-            return follow(cards, modes)
-        engine = load_engine(config, device, cards)
+                install_fault(mode.transformer, rank, folder)
+            return follow(ranks, modes)
+        engine = load_engine(config, device, ranks)
         for mode in engine.loaded.values():
-            may_fail(mode.transformer, rank, folder)
-        lead_team(engine, world, folder)
+            install_fault(mode.transformer, rank, folder)
+        run_leader(engine, world, folder)
     return 0
 
 
-def run_team(world: int, card: Callable[[int], int]) -> list[int]:
-    """Fork `world` cards and wait for them; their exit statuses."""
+def run_ranks(world: int, run: Callable[[int], int]) -> list[int]:
+    """Fork `world` ranks and wait for them; return their exit statuses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ |= {
@@ -161,8 +165,8 @@ def run_team(world: int, card: Callable[[int], int]) -> list[int]:
         if pid == 0:
             status = 1
             try:
-                status = card(rank)
-            except BaseException:  # noqa: BLE001  # no fork may go on as its parent
+                status = run(rank)
+            except BaseException:  # noqa: BLE001  # no fork may continue as its parent
                 traceback.print_exc()
             os._exit(status)
         pids.append(pid)
@@ -172,10 +176,10 @@ def run_team(world: int, card: Callable[[int], int]) -> list[int]:
 def main() -> None:
     config, folder = load_config(Path(sys.argv[1])), Path(sys.argv[2])
     torch.set_num_threads(1)
-    for world in (1, *TEAMS):
+    for world in (1, *WORLD_SIZES):
         own = folder / str(world)
         own.mkdir()
-        statuses = run_team(world, lambda rank: run_card(rank, world, config, own))  # noqa: B023
+        statuses = run_ranks(world, lambda rank: run_rank(rank, world, config, own))  # noqa: B023
         (own / "statuses.json").write_text(json.dumps(statuses))
 
 

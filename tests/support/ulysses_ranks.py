@@ -1,7 +1,7 @@
-"""Two or more cards that trade tokens for heads: `python -m tests.support.ulysses_ranks CARDS`
+"""Check the exchanges of Ulysses over gloo: `python -m tests.support.ulysses_ranks RANKS`
 
-Every card checks what it gets against what it knows of all cards' tensors; the launcher ends with
-the number of cards that found something wrong.
+Each of two or more ranks compares what it receives with the tensors of all ranks, which it knows.
+The exit status is the number of ranks that found a difference.
 """
 
 from __future__ import annotations
@@ -18,105 +18,105 @@ from torch import Tensor
 
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
-from quant.transformer.context_parallel import Ulysses, gather
+from quant.transformer.context_parallel import Ulysses, all_gather
 
 TOKENS, HEADS, WIDTH = 12, 4, 16
 
 
 def random_inputs(batch: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v of all cards: [B, S, heads, D], the same in each process."""
+    """q, k, v of all ranks: [B, S, heads, D], the same in each process."""
     torch.manual_seed(0)
     return [torch.randn(batch, TOKENS, HEADS, WIDTH).to(dtype) for _ in "qkv"]
 
 
 def check_attention(ulysses: Ulysses, batch: int) -> None:
-    """BF16 attention over all tokens is that of one card."""
+    """BF16 attention over all tokens equals that of one rank alone."""
     q, k, v = random_inputs(batch, torch.bfloat16)
     inner = EagerKernels().attention
-    mine, keys, values = (ulysses.part(x) for x in (q, k, v))
-    out = ulysses.attention(inner)(mine, keys, values, None, mine.shape[1])
-    whole = inner(q, k, v, None, TOKENS)
-    assert torch.equal(out, ulysses.part(whole)), f"attention of {batch}"
-    assert torch.equal(ulysses.whole(out), whole), f"the whole of {batch}"
+    local_q, local_k, local_v = (ulysses.local_tokens(x) for x in (q, k, v))
+    out = ulysses.attention(inner)(local_q, local_k, local_v, None, local_q.shape[1])
+    expected = inner(q, k, v, None, TOKENS)
+    assert torch.equal(out, ulysses.local_tokens(expected)), f"attention of batch {batch}"
+    assert torch.equal(ulysses.all_tokens(out), expected), f"all tokens of batch {batch}"
 
 
 def check_codes(ulysses: Ulysses, batch: int) -> None:
-    """E4M3 codes arrive as they were sent, keys and values with room that holds zeros."""
+    """E4M3 codes arrive as they were sent; the padding of keys and values holds zeros."""
     inputs = random_inputs(batch, torch.float8_e4m3fn)
     scales = AttentionScales(1.0, 1.0, 1.0, 1.0)
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
 
     def inner(
         q: Tensor, k: Tensor, v: Tensor, given: AttentionScales | None, tokens: int
     ) -> Tensor:
         assert (given, tokens) == (scales, TOKENS)
-        assert q.shape == (batch, TOKENS, HEADS // ulysses.cards, WIDTH)
-        seen.extend((k, v))
+        assert q.shape == (batch, TOKENS, HEADS // ulysses.world_size, WIDTH)
+        received.extend((k, v))
         return (v[:, :TOKENS].float() + 1).to(v.dtype).flatten(2)
 
-    q, *ours = (ulysses.part(x) for x in inputs)
-    k, v = (torch.cat([x, torch.ones_like(x)], dim=1) for x in ours)  # with room of their own
+    q, *keys_values = (ulysses.local_tokens(x) for x in inputs)
+    k, v = (torch.cat([x, torch.ones_like(x)], dim=1) for x in keys_values)  # padded already
     out = ulysses.attention(inner)(q, k, v, scales, q.shape[1])
-    wanted = ulysses.part((inputs[2].float() + 1).to(out.dtype).flatten(2))
-    assert torch.equal(out.view(torch.uint8), wanted.view(torch.uint8))
+    expected = ulysses.local_tokens((inputs[2].float() + 1).to(out.dtype).flatten(2))
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
     rank = dist.get_rank()
-    heads = slice(rank * HEADS // ulysses.cards, (rank + 1) * HEADS // ulysses.cards)
-    for got, sent in zip(seen, inputs[1:], strict=True):
+    heads = slice(rank * HEADS // ulysses.world_size, (rank + 1) * HEADS // ulysses.world_size)
+    for got, sent in zip(received, inputs[1:], strict=True):
         assert torch.equal(got[:, :TOKENS].float(), sent[:, :, heads].float())
         assert got.shape[1] == (KEYS_MULTIPLE if batch == 1 else TOKENS)
         assert not got[:, TOKENS:].float().any()
 
 
-def check_votes(group: dist.ProcessGroup) -> None:
-    """Whoever is told not to exchange has exchanged nothing."""
+def check_abort(group: dist.ProcessGroup) -> None:
+    """Where `sync_or_abort` raises, nothing is exchanged."""
 
-    def refuse() -> None:
+    def abort() -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        gather(torch.ones(3), group, refuse)
-    ulysses = Ulysses(refuse)
-    with ulysses.over(group), pytest.raises(InterruptedError):
+        all_gather(torch.ones(3), group, abort)
+    ulysses = Ulysses(abort)
+    with ulysses.use_group(group), pytest.raises(InterruptedError):
         check_attention(ulysses, 1)
 
 
-def run_card(rank: int, cards: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(cards)}
+def run_rank(rank: int, world_size: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     dist.init_process_group("gloo")
-    votes = []
-    ulysses = Ulysses(lambda: votes.append(1))
-    with ulysses.over(dist.group.WORLD):
+    syncs = []
+    ulysses = Ulysses(lambda: syncs.append(1))
+    with ulysses.use_group(dist.group.WORLD):
         for batch in (1, 2):
             check_attention(ulysses, batch)
             check_codes(ulysses, batch)
-        assert len(votes) == 2 * (2 + 1 + 2), "one before each exchange"
+        assert len(syncs) == 2 * (2 + 1 + 2), "one before each exchange"
         uneven = torch.zeros(1, TOKENS + 1, HEADS, WIDTH)
-        with pytest.raises(ValueError, match="13 tokens cannot be shared"):
-            ulysses.part(uneven)
-    assert ulysses.part(uneven).shape == uneven.shape, "alone again"
+        with pytest.raises(ValueError, match="13 tokens cannot be split"):
+            ulysses.local_tokens(uneven)
+    assert ulysses.local_tokens(uneven).shape == uneven.shape, "no group is set any more"
     assert dist.group.WORLD is not None
-    check_votes(dist.group.WORLD)
-    every = gather(torch.full((2, 3), float(rank)), dist.group.WORLD, lambda: None)
-    assert every.shape == (cards, 2, 3)
-    assert [int(part.unique().item()) for part in every] == list(range(cards))
+    check_abort(dist.group.WORLD)
+    gathered = all_gather(torch.full((2, 3), float(rank)), dist.group.WORLD, lambda: None)
+    assert gathered.shape == (world_size, 2, 3)
+    assert [int(part.unique().item()) for part in gathered] == list(range(world_size))
     dist.destroy_process_group()
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    cards, pids = int(sys.argv[1]), []
+    world_size, pids = int(sys.argv[1]), []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for rank in range(cards):
+    for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                run_card(rank, cards)
+                run_rank(rank, world_size)
                 status = 0
-            except BaseException:  # noqa: BLE001  # no fork may go on as its parent
+            except BaseException:  # noqa: BLE001  # a forked child must not continue as its parent
                 traceback.print_exc()
             os._exit(status)
         pids.append(pid)

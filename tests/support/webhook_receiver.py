@@ -1,4 +1,4 @@
-"""A real receiver of webhooks, over HTTP or TLS, which answers as it is told."""
+"""Run a real receiver of webhooks, over HTTP or TLS, with configurable answers."""
 
 import ssl
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Call:
-    """One request as it came."""
+    """One request that was received."""
 
     path: str
     headers: Mapping[str, str]
@@ -19,7 +19,7 @@ class Call:
 
 
 Answer = Callable[[BaseHTTPRequestHandler, int], None]
-"""Takes the handler, whose request is read, and the number of the call, from 1."""
+"""Takes the handler, after it has read the request, and the number of the call, from 1."""
 
 
 def status(code: int, **headers: str) -> Answer:
@@ -34,13 +34,13 @@ def status(code: int, **headers: str) -> Answer:
 
 
 def in_turn(*codes: int) -> Answer:
-    """Answer with these, and go on with the last."""
+    """Answer with these statuses in turn, and then always with the last."""
     return lambda handler, number: status(codes[min(number, len(codes)) - 1])(handler, number)
 
 
 @dataclass
 class Receiver:
-    """What came, and how it is answered; `ending` is set once it stops to listen."""
+    """The calls that came, and how they are answered; `ending` is set once it stops to listen."""
 
     answer: Answer = field(default_factory=lambda: status(204))
     calls: list[Call] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Receiver:
     def listening(
         self, host: str = "127.0.0.1", port: int = 0, context: ssl.SSLContext | None = None
     ) -> Iterator["Receiver"]:
-        """Listen until the end of the block; may be done again."""
+        """Listen until the end of the block; may be called again afterwards."""
         server = _Server((host, port), _handler_of(self))
         self.port = server.server_address[1]
         if context is not None:
@@ -76,7 +76,7 @@ class Receiver:
 
 
 def hold(receiver: Receiver) -> Answer:
-    """Keep every answer back until the receiver ends."""
+    """Delay every answer until the receiver ends."""
 
     def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
         receiver.ending.wait(60)
@@ -89,7 +89,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Callers that break off, or do not trust us, are what some tests are about."""
+        """Print nothing: some tests make callers disconnect, or distrust the certificate."""
 
 
 def _handler_of(receiver: Receiver) -> type[BaseHTTPRequestHandler]:

@@ -1,4 +1,4 @@
-"""What the tests of worker processes share: starting them, and waiting for what they do."""
+"""Start worker processes for tests, and wait for the state of their jobs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jobs import catalog
 from jobs.record import JobRecord
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.support.requests import order
+from tests.support.requests import generation_request
 from worker.engine.fake_engine import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
-ORDER = order(model="fake", mode="plain", size="64x32", num_frames=9)
+REQUEST = generation_request(model="fake", mode="plain", size="64x32", num_frames=9)
 QUEUE = catalog.queue_name(FakeEngine.model, FakeEngine.modes)
 
 
 class WorkerProcesses:
-    """Worker processes over one Redis and one folder of artifacts; `dismiss` leaves none behind."""
+    """Worker processes with one Redis and one artifact folder; `stop` kills all of them."""
 
     def __init__(self, redis_url: str, folder: Path) -> None:
         self.artifacts = folder / "artifacts"
@@ -32,7 +32,7 @@ class WorkerProcesses:
         self._redis_url = redis_url
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def hire(
+    def start(
         self, seconds_per_step: float, fault: str | None = None, **settings: str
     ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.support.fake_worker"]
@@ -45,12 +45,12 @@ class WorkerProcesses:
         self._started.append(process)
         return process
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         for process in self._started:
             process.kill()
             process.wait()
 
-    def says(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
 
@@ -60,7 +60,7 @@ def wait_for(
     wait_until(
         lambda: reached(store.get(job_id)),
         seconds,
-        f"job {job_id} comes that far",
+        f"job {job_id} reaches the state",
         lambda: str(store.get(job_id)),
         every_s=0.05,
     )
@@ -78,7 +78,7 @@ def has_ended(record: JobRecord) -> bool:
 
 @contextmanager
 def fake_worker(log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker process that fails every job of three steps or more."""
+    """Run a worker process that fails every job of three steps or more."""
     arguments = [environment["REDIS_URL"], environment["ARTIFACTS_FOLDER"], "0.01", "oom"]
     with log.open("wb") as output:
         process = subprocess.Popen(

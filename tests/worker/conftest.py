@@ -1,4 +1,4 @@
-"""What the tests of the real engine share: the miniature, and scales made for its weights."""
+"""Provide the miniature, and scales calibrated for its weights, to tests of the real engine."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ SHIPPED_SCALES = '"../models/wan-mini/scales/boundary-hif8.safetensors"'
 
 
 @pytest.fixture(autouse=True)
-def collector_as_before() -> Iterator[None]:
-    """What a start in this process has kept from the garbage collector is given back to it."""
+def unfrozen_gc() -> Iterator[None]:
+    """Undo after each test what a start in this process did to the garbage collector."""
     yield
     gc.unfreeze()
     gc.enable()
 
 
 @pytest.fixture
-def mortal(tmp_path: Path, unused_port: int) -> Iterator[KillableValkey]:
-    """A Valkey of this test's own, to be killed."""
+def killable_valkey(tmp_path: Path, unused_port: int) -> Iterator[KillableValkey]:
+    """A Valkey for one test, which may kill it."""
     server = KillableValkey(tmp_path / "valkey", unused_port)
     yield server
     server.kill()
@@ -48,7 +48,7 @@ def mortal(tmp_path: Path, unused_port: int) -> Iterator[KillableValkey]:
 
 @pytest.fixture(scope="session")
 def device() -> Device:
-    # One thread: tests run beside other work, where two would wait for each other.
+    # One thread: with other work on the machine, two threads would wait for each other.
     return pick_device("cpu", threads=1)
 
 
@@ -59,7 +59,7 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def scales(model_folder: Path, device: Device) -> Scales:
-    """Calibrated on the weights that are there, as briefly as calibration allows."""
+    """Scales calibrated on the current weights, with as few runs as possible."""
     plan = CalibrationPlan(
         model_fingerprint=model_fingerprint(model_folder),
         recipe=QuantRecipe.load("boundary-hif8"),
@@ -81,7 +81,7 @@ def scales(model_folder: Path, device: Device) -> Scales:
 def config_file(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Path, scales: Scales
 ) -> Path:
-    """The shipped configuration of the miniature, with those scales."""
+    """The shipped configuration of the miniature, with these scales."""
     folder = tmp_path_factory.mktemp("config")
     save_scales(scales, folder / "scales.safetensors")
     text = (ROOT / "deploy" / "wan-mini.toml").read_text(encoding="utf-8")

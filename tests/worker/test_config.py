@@ -1,11 +1,11 @@
-"""The configuration file: what ships is sound, and every fault is named with its place."""
+"""Test that shipped configurations are valid, and that every fault is named with its position."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from worker.config import load_config, split_size
+from worker.config import load_config
 from worker.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,3 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "worker.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "worker.toml")
-
-
-def test_sizes_are_width_by_height() -> None:
-    assert split_size("832x480") == (832, 480)

@@ -1,4 +1,4 @@
-"""Which device is picked, and what it says about itself, on a machine that has only a CPU."""
+"""Test which device is picked and what it reports, on a machine that has only a CPU."""
 
 import os
 
@@ -56,25 +56,25 @@ def test_auto_takes_what_is_there() -> None:
 
 
 CPU = Device("cpu", "cpu")
-CUDA = Device("cuda", "a card")
-NPU = Device("npu", "a card")
+CUDA = Device("cuda", "a device")
+NPU = Device("npu", "a device")
 
 
-def test_a_card_is_named_by_its_number_and_its_library() -> None:
-    assert Device("cuda", "a card", card=3).torch_device == torch.device("cuda", 3)
-    assert Device("cpu", "cpu", card=3).torch_device == torch.device("cpu")
+def test_a_device_has_an_index_and_a_library() -> None:
+    assert Device("cuda", "a device", index=3).torch_device == torch.device("cuda", 3)
+    assert Device("cpu", "cpu", index=3).torch_device == torch.device("cpu")
     assert [each.collectives for each in (CPU, CUDA, NPU)] == ["gloo", "nccl", "hccl"]
 
 
-def test_a_card_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceUnavailable, match="cuda card 2, and there are 2 here"):
-        pick_device("cuda", threads=1, card=2)
+    with pytest.raises(DeviceUnavailable, match="cuda device 2, and there are 2 here"):
+        pick_device("cuda", threads=1, index=2)
 
 
-def test_without_the_other_cards_a_device_is_of_no_use() -> None:
-    error = RanksLost("A card can do nothing more.")
+def test_a_device_counts_as_lost_without_the_other_ranks() -> None:
+    error = RanksLost("A rank can do nothing more.")
     assert all(each.is_lost(error) for each in (CPU, CUDA, NPU))
 
 

@@ -1,4 +1,4 @@
-"""Nobody looks for garbage until the worker is ready, and then somebody does again."""
+"""Test that garbage collection is paused until the worker is ready, and then runs again."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from worker import __main__ as entry
 from worker import startup
 from worker.errors import StartError
 from worker.settings import WorkerSettings
-from worker.startup import resting_collector
+from worker.startup import paused_gc
 
 
-def test_it_rests_until_the_start_is_over() -> None:
-    with resting_collector():
+def test_it_is_paused_until_the_start_is_over() -> None:
+    with paused_gc():
         assert not gc.isenabled()
-        assert gc.get_freeze_count() > 100_000, "what was imported is not looked through again"
+        assert gc.get_freeze_count() > 100_000, "imported objects are excluded"
     assert gc.isenabled()
 
 
-def test_what_was_made_within_is_not_looked_through_again_and_its_garbage_is_gone() -> None:
+def test_objects_made_meanwhile_are_excluded_and_their_garbage_is_freed() -> None:
     class Node:
         pass
 
-    with resting_collector():
+    with paused_gc():
         kept = [Node() for _ in range(1000)]
         cycle = Node()
         cycle.itself = cycle  # type: ignore[attr-defined]
@@ -37,17 +37,17 @@ def test_what_was_made_within_is_not_looked_through_again_and_its_garbage_is_gon
         del cycle
         assert gone() is not None
     assert gone() is None
-    looked_at = {id(each) for each in gc.get_objects()}
-    assert looked_at.isdisjoint(map(id, kept))
+    tracked = {id(each) for each in gc.get_objects()}
+    assert tracked.isdisjoint(map(id, kept))
 
 
-def test_it_is_back_after_a_start_that_failed() -> None:
-    with pytest.raises(KeyError), resting_collector():
+def test_it_runs_again_after_a_start_that_failed() -> None:
+    with pytest.raises(KeyError), paused_gc():
         raise KeyError
     assert gc.isenabled()
 
 
-def test_it_rests_while_the_worker_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_paused_while_the_worker_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # or it would be set for other tests
     enabled: list[bool] = []
     monkeypatch.setattr(typer, "run", lambda _main: enabled.append(gc.isenabled()))
@@ -56,7 +56,7 @@ def test_it_rests_while_the_worker_is_imported(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("begin", [startup.start, startup.start_follower])
-def test_it_rests_while_the_model_is_loaded(
+def test_it_is_paused_while_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, begin: Callable[..., object]
 ) -> None:
     enabled: list[bool] = []

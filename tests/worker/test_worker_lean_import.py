@@ -1,4 +1,4 @@
-"""A worker whose engine needs no torch starts without it."""
+"""Test that a worker whose engine needs no torch starts without it."""
 
 import subprocess
 import sys

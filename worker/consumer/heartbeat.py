@@ -1,8 +1,8 @@
-"""Keeps a worker's offer and its status in the catalog, from a thread of its own.
+"""Publish a worker's offer and status in the catalog, and recover abandoned jobs, in threads.
 
-Both live 15 seconds in Redis and are repeated every 5, so a worker that dies is gone from the
-catalog soon after, and one that runs a long job is not. When Redis is away the thread goes on
-trying: there is nobody to tell.
+Offer and status expire in Redis after 15 seconds and are published every 5. A worker that dies thus
+disappears from the catalog soon, and one that runs a long job stays in it. While Redis is
+unreachable the threads keep trying.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from redis.exceptions import RedisError
 
 from jobs import catalog
 from jobs.catalog import WorkerOffer, WorkerStatus
-from jobs.store.recovery import EVERY_S, Recovery
+from jobs.store.recovery import INTERVAL_S, Recovery
 from worker.process.background import BackgroundThread
-from worker.process.redis_retry import END_WAIT_S, RedisOutage
+from worker.process.redis_retry import JOIN_TIMEOUT_S, RedisOutage
 
-REPEAT_EVERY_S = 5.0
+PUBLISH_EVERY_S = 5.0
 
 
 class Heartbeat(BackgroundThread):
-    """A context in which `offer` and a status are in the catalog.
+    """A context manager that keeps `offer` and a status in the catalog.
 
-    `close` takes the offer out and leaves the status, which a worker has until its last job is
-    done. A signal handler may call it: it only rings a bell, and the thread does the talking.
+    `close` removes the offer and keeps the status, which a worker publishes until its last job has
+    ended. A signal handler may call it: it only wakes the thread, which talks to Redis.
     """
 
     def __init__(
@@ -39,23 +39,28 @@ class Heartbeat(BackgroundThread):
         tokenizer: bytes | None,
         status: Callable[[], WorkerStatus],
         outage: RedisOutage,
-        repeat_every_s: float = REPEAT_EVERY_S,
+        publish_every_s: float = PUBLISH_EVERY_S,
     ) -> None:
-        """tokenizer: the text that the offer names; it is kept in the catalog with the offer."""
-        super().__init__("standing-offer", END_WAIT_S)
+        """Prepare the thread.
+
+        Args:
+            tokenizer: the text of the tokenizer that the offer names; published with the offer.
+            status: computes the status; called from the thread.
+        """
+        super().__init__("heartbeat", JOIN_TIMEOUT_S)
         self._redis = redis
         self._offer = offer
         self._tokenizer = tokenizer
         self._status = status
         self._outage = outage
-        self._repeat_every_s = repeat_every_s
+        self._publish_every_s = publish_every_s
         self._closed = False
-        # No Event rings it: a handler must not wait for a lock that its own thread may hold.
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Not an Event: a signal handler must not wait for a lock that its own thread may hold.
+        self._wake_ups: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
-        # The first one from here, so that the worker is in the catalog when it says it is ready.
-        self._repeat()
+        # Published here first, so that the worker is in the catalog when it logs that it is ready.
+        self._publish()
         return super().__enter__()
 
     def __exit__(
@@ -65,35 +70,35 @@ class Heartbeat(BackgroundThread):
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
-        self._bell.put(None)
+        self._wake_ups.put(None)
         super().__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Take no more jobs; returns at once."""
+        """Withdraw the offer, so that no more jobs come; return at once."""
         self._closed = True
-        self._bell.put(None)
+        self._wake_ups.put(None)
 
     def refresh(self) -> None:
-        """Publish the status now: it has changed; returns at once."""
-        self._bell.put(None)
+        """Publish the status now, because it has changed; return at once."""
+        self._wake_ups.put(None)
 
     def _run(self) -> None:
         while True:
             with suppress(queue.Empty):
-                self._bell.get(timeout=self._repeat_every_s)
+                self._wake_ups.get(timeout=self._publish_every_s)
             if self._done.is_set():
                 break
-            with self._outage.survived():
-                self._repeat()
+            with self._outage.log_errors():
+                self._publish()
         with suppress(RedisError):
             catalog.withdraw(self._redis, self._offer.worker_id)
 
-    def _repeat(self) -> None:
+    def _publish(self) -> None:
         if self._closed:
             catalog.close(self._redis, self._offer.worker_id)
         else:
-            # The tokenizer first, so that no offer names one that is not there; again with every
-            # repetition, because a Redis that lost its data has lost it too.
+            # The tokenizer first, so that no offer names a missing one. And every time, because a
+            # Redis that lost its data has lost the tokenizer as well.
             name = self._offer.model.tokenizer
             if name is not None and self._tokenizer is not None:
                 catalog.publish_tokenizer(self._redis, name, self._tokenizer)
@@ -102,17 +107,17 @@ class Heartbeat(BackgroundThread):
 
 
 class RecoveryThread(BackgroundThread):
-    """A context in which jobs that nobody works on are found and put back."""
+    """A context manager that looks for abandoned jobs every few seconds and requeues them."""
 
-    def __init__(self, redis: Redis, outage: RedisOutage, every_s: float = EVERY_S) -> None:
-        super().__init__("patrol", END_WAIT_S)
+    def __init__(self, redis: Redis, outage: RedisOutage, every_s: float = INTERVAL_S) -> None:
+        super().__init__("recovery", JOIN_TIMEOUT_S)
         self._recovery = Recovery(redis)
         self._outage = outage
         self._every_s = every_s
 
     def _run(self) -> None:
         while True:
-            with self._outage.survived():
+            with self._outage.log_errors():
                 self._recovery.run()
             if self._done.wait(self._every_s):
                 break

@@ -1,14 +1,14 @@
-"""RQ's worker around a resident model.
+"""Run RQ's worker around a resident model.
 
-A device cannot be held across a fork, so jobs run in this process (`SimpleWorker`). RQ carries
-their ids here and no more: who owns a job, and what becomes of one whose worker vanished, stands in
-its record (`jobs/store/job_store.py`, `jobs/store/recovery.py`). So RQ's own ways to find lost
-jobs, to stop them by alarm and to fail them on a second signal are switched off. One queue per
-worker: RQ then takes jobs with BLMOVE, and one that was taken and not begun is found in no queue
-and put back.
+A device cannot be held across a fork, so jobs run in this process (`SimpleWorker`). RQ delivers
+their ids and nothing else. The job's record says who owns it and what happens when its worker
+vanishes (`jobs/store/job_store.py`, `jobs/store/recovery.py`). So three features of RQ are switched
+off: its search for lost jobs, its alarm that stops a job, and failing a job on a second signal.
+Each worker has one queue. RQ then takes jobs with BLMOVE; a job that was taken but not started is
+in no queue, which recovery detects, and it is requeued.
 
-Beside a job run, in threads: the standing offer with the worker's status, the patrol for abandoned
-jobs, and for the length of a job its lifeline and its watchdog.
+Two threads run as long as the worker: the heartbeat, which publishes offer and status, and the
+recovery of abandoned jobs. Two more run during a job: the lease keeper and the watchdog.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jobs.store.job_store import JobStore
 from worker.consumer.heartbeat import Heartbeat, RecoveryThread
 from worker.interface import DeviceMemory, Engine
 from worker.job.context import JobContext
-from worker.process.drain import Drain, JobInHand
+from worker.process.drain import CurrentJob, Drain
 from worker.process.logs import JOB_ID
 from worker.process.scratch import scratch_folder
 from worker.process.stats import WorkerStats
@@ -51,45 +51,48 @@ from worker.tasks import JOB_CONTEXT
 logger = logging.getLogger(__name__)
 
 RQ_TTL_S = 60
-"""How long RQ's entries of this worker and its job outlive their last sign of life."""
+"""How long RQ's entries of this worker and its job live after their last heartbeat."""
 
 DEQUEUE_WAIT_S = 1
-"""How long one BLMOVE waits. A worker that is told to stop while it waits ends with the wait, and
-not in it, so that no id is taken which nobody will run. Well below the answer timeout of
-`jobs.redis_client`: a client that gives up first misses the job it is handed."""
+"""How long one BLMOVE waits. A worker that is asked to stop meanwhile ends after the wait and not
+during it, so that it takes no id without running it. The wait is well below the answer timeout of
+`jobs.redis_client`: a client that gives up first would lose the id that Redis sends it."""
 
 
 class NoDeathPenalty(BaseDeathPenalty):  # type: ignore[misc]  # rq is untyped to mypy here
-    """No alarm. RQ's raises between any two instructions of the main thread, also while an outcome
-    is written; the job's own checks know its deadline, and the watchdog hears when they end."""
+    """Replace RQ's alarm by nothing.
+
+    RQ's alarm raises between any two instructions of the main thread, even while an outcome is
+    written. The job's own checks enforce its deadline, and the watchdog notices when they stop.
+    """
 
     def setup_death_penalty(self) -> None:
         """Set no alarm."""
 
     def cancel_death_penalty(self) -> None:
-        """There is none."""
+        """Do nothing; there is no alarm."""
 
 
 class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to mypy here
-    """One process, one device, one resident model, one queue, one connection to Redis' life.
+    """A worker of one process: one device, one resident model and one queue.
 
-    When Redis is lost at the wrong moment `work` ends or raises; `worker/startup.py` then makes
-    another one around the same engine, journal and drain.
+    When Redis is lost at the wrong moment, `work` returns or raises. `worker/consumer/serve.py`
+    then creates another `ResidentWorker` around the same engine, stats and drain.
     """
 
     death_penalty_class = NoDeathPenalty
-    max_connection_wait_time = 2.0  # seconds, between RQ's tries to reach Redis while it is idle
+    max_connection_wait_time = 2.0  # seconds between RQ's attempts to reconnect while idle
 
     def __init__(
         self,
         engine: Engine,
         redis: Redis,
         artifacts: ArtifactStore,
-        journal: WorkerStats | None = None,
+        stats: WorkerStats | None = None,
         drain: Drain | None = None,
         limits: StallLimits | None = None,
     ) -> None:
-        # Unique for ever: RQ refuses the name of a worker that was killed a moment ago.
+        # Never used before: RQ refuses the name of a worker that was killed a moment ago.
         name = f"{engine.model.name}.{uuid.uuid4().hex[:12]}"
         queue = catalog.queue_name(engine.model, engine.modes)
         super().__init__(
@@ -109,37 +112,35 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             started_at=datetime.now(UTC),
         )
         self.drain = drain or Drain()
-        self._journal = journal or WorkerStats()
-        self._idle = JobInHand(job_id="")
-        self._place = JobContext(
+        self._stats = stats or WorkerStats()
+        self._idle = CurrentJob(job_id="")
+        self._context = JobContext(
             worker=name,
             engine=engine,
             redis=redis,
             store=JobStore(redis),
             artifacts=artifacts,
             scratch=Path(),
-            journal=self._journal,
+            stats=self._stats,
             drain=self.drain,
             limits=limits or StallLimits(),
             job=self._idle,
         )
-        outage = self._journal.outage
-        self._patrol = RecoveryThread(redis, outage)
-        self._standing_offer = Heartbeat(
-            redis, self.offer, engine.tokenizer_text, self._report, outage
-        )
+        outage = self._stats.outage
+        self._recovery = RecoveryThread(redis, outage)
+        self._heartbeat = Heartbeat(redis, self.offer, engine.tokenizer_text, self._status, outage)
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
-        """Offer the model and run jobs until told to stop (RQ's parameters).
+        """Offer the model and run jobs until asked to stop; the parameters are RQ's.
 
         Raises:
-            RedisError: Redis was lost before the work began, or while it ended.
+            RedisError: Redis was lost before the work started, or while it ended.
         """
-        # RQ does this, too, but only after its first words with Redis: a signal that comes while
-        # the offer is out already would end the process on the spot.
+        # RQ installs them too, but only after its first commands to Redis. A signal that arrived
+        # when the offer is already published would then end the process at once.
         self._install_signal_handlers()
-        with scratch_folder() as scratch, self._standing_offer, self._patrol:
-            self._place = dataclasses.replace(self._place, scratch=scratch)
+        with scratch_folder() as scratch, self._heartbeat, self._recovery:
+            self._context = dataclasses.replace(self._context, scratch=scratch)
             logger.info(
                 "ready: %s serves %s of %s on %s, queue %s",
                 self.name,
@@ -153,19 +154,19 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
     # ------------------------------------------------------------------ one job
 
     def execute_job(self, job: Job, queue: Queue) -> None:
-        """Run one job in this thread, with its surroundings set."""
-        self._place = dataclasses.replace(self._place, job=JobInHand(job.id))
-        if self.drain.told:
-            self.drain.give_back = True  # told to stop while the id was on its way here
-        place, job_id = JOB_CONTEXT.set(self._place), JOB_ID.set(job.id)
-        self._standing_offer.refresh()
+        """Run one job in this thread, with `JOB_CONTEXT` and `JOB_ID` set."""
+        self._context = dataclasses.replace(self._context, job=CurrentJob(job.id))
+        if self.drain.stopping:
+            self.drain.return_job = True  # stop was requested while the id was on its way here
+        context_token, id_token = JOB_CONTEXT.set(self._context), JOB_ID.set(job.id)
+        self._heartbeat.refresh()
         try:
             super().execute_job(job, queue)
         finally:
-            JOB_CONTEXT.reset(place)
-            JOB_ID.reset(job_id)
-            self._place = dataclasses.replace(self._place, job=self._idle)
-            self._standing_offer.refresh()
+            JOB_CONTEXT.reset(context_token)
+            JOB_ID.reset(id_token)
+            self._context = dataclasses.replace(self._context, job=self._idle)
+            self._heartbeat.refresh()
 
     def handle_job_success(
         self,
@@ -174,8 +175,8 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         started_job_registry: StartedJobRegistry,
         execution: Execution,
     ) -> None:
-        """Have RQ write that its job is finished, unless that is for somebody else to say."""
-        if not self._place.job.not_ours:
+        """Have RQ mark the job as finished, unless another worker or the queue owns it now."""
+        if not self._context.job.owned_elsewhere:
             super().handle_job_success(job, queue, started_job_registry, execution)
             return
         with self.connection.pipeline() as pipeline:
@@ -183,49 +184,53 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             pipeline.execute()
 
     def kill_horse(self, *_: Any) -> None:
-        """Ask the job in hand to stop: what RQ's stop command, in its own thread, comes down to."""
-        self._place.job.stop = True
+        """Ask the current job to stop. RQ's stop command calls this from its own thread."""
+        self._context.job.stop = True
 
-    # ------------------------------------------------------------------ signs of life
+    # ------------------------------------------------------------------ heartbeats
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
-        """Seconds after which RQ's entries of a job lapse."""
+        """Seconds after which RQ's entries of a job expire."""
         return RQ_TTL_S
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """RQ's sign of life. Its wait for jobs begins with it, and begins anew as long as Redis is
-        away, so this is where a worker ends that is told to stop meanwhile."""
+        """Send RQ's heartbeat, or end a worker that was asked to stop while Redis is unreachable.
+
+        RQ calls this at the start of each wait for a job and again as long as Redis is away.
+        """
         try:
             super().heartbeat(timeout, pipeline)
         except RedisError:
-            if self.drain.told:
+            if self.drain.stopping:
                 raise StopRequested from None
             raise
 
-    def _report(self) -> WorkerStatus:
-        """How this worker is doing. Called every few seconds from the thread of the offer, which
-        keeps RQ's entries alive with it."""
+    def _status(self) -> WorkerStatus:
+        """Compute the worker's status, and renew RQ's entries.
+
+        Called every few seconds from the heartbeat's thread.
+        """
         self._renew_rq_entries()
-        job_id = self._place.job.job_id or None
+        job_id = self._context.job.job_id or None
         memory = self._memory()
         return WorkerStatus(
             worker_id=self.name,
-            state="draining" if self.drain.told else "busy" if job_id else "idle",
+            state="draining" if self.drain.stopping else "busy" if job_id else "idle",
             job_id=job_id,
-            jobs_done=self._journal.jobs_done,
+            jobs_done=self._stats.jobs_done,
             memory_allocated_bytes=memory and memory.allocated_bytes,
             memory_peak_bytes=memory and memory.peak_bytes,
             memory_total_bytes=memory and memory.total_bytes,
-            modes=self._journal.modes(),
+            modes=self._stats.modes(),
         )
 
     def _memory(self) -> DeviceMemory | None:
-        if self._journal.exit_status is not None:
-            return None  # a device that is lost may never answer
+        if self._stats.exit_status is not None:
+            return None  # a lost device may never answer
         try:
-            return self._place.engine.device.memory()
+            return self._context.engine.device.memory()
         except Exception:
-            # Of whatever kind a driver's may be: the status is worth more than its figures.
+            # A driver may raise anything, and the status matters more than its memory figures.
             logger.warning("the device does not tell its memory", exc_info=True)
             return None
 
@@ -233,7 +238,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         if self.birth_date is None:  # not registered yet
             return
         with self.connection.pipeline() as pipeline:
-            # All of it: an entry that had lapsed while Redis was away comes back whole.
+            # The whole entry, because it may have expired while Redis was unreachable.
             pipeline.hset(self.key, mapping=self.serialize())
             self.heartbeat(RQ_TTL_S, pipeline=pipeline)
             pipeline.execute()
@@ -241,9 +246,9 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             self.maintain_heartbeats(execution.job, execution)
 
     def clean_registries(self) -> None:
-        """Drop RQ's lapsed entries; what became of their jobs stands in our records.
+        """Drop RQ's expired entries; the job records say what happened to their jobs.
 
-        RQ's own cleaning would call jobs failed whose entries lapsed.
+        RQ's own method would mark the jobs of expired entries as failed.
         """
         for queue in self.queues:
             for registry in (
@@ -256,7 +261,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         self.last_cleaned_at = datetime.now(UTC)
 
     def clean_group_registries(self) -> None:
-        """There are no groups."""
+        """Do nothing; there are no groups."""
 
     # ------------------------------------------------------------------ waiting, and the end
 
@@ -267,28 +272,28 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
 
     @property
     def connection_timeout(self) -> int:
-        """The least answer timeout RQ wants; ours is longer, so the connection stays as it is."""
+        """The least answer timeout that RQ needs; ours is longer, so RQ changes nothing."""
         return DEQUEUE_WAIT_S
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
-        """RQ asks before each wait for a job: the place to end, where no job is in between."""
-        if self.drain.told or self._journal.exit_status is not None:
+        """Stop the worker if asked to. RQ reads this before each wait, when no job can be lost."""
+        if self.drain.stopping or self._stats.exit_status is not None:
             raise StopRequested
         return bool(super().should_run_maintenance_tasks)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Note the wish to stop. Runs in a signal handler: no I/O but the log."""
-        self.drain.tell()
-        self._stop_requested = True  # ends the wait of a worker that `rq suspend` has put to sleep
-        self._standing_offer.close()
+        """Record the request to stop. Runs in a signal handler: no I/O but the log."""
+        self.drain.request_stop()
+        self._stop_requested = True  # ends the wait of a worker that `rq suspend` paused
+        self._heartbeat.close()
         logger.info(
             "told to stop: the job in hand is %s",
-            "given back" if self.drain.give_back else "finished first",
+            "given back" if self.drain.return_job else "finished first",
         )
 
     def teardown(self) -> None:
-        """End RQ's part of the work, its listening thread for certain."""
+        """End RQ's part of the work, and make sure that its listening thread ends."""
         try:
             super().teardown()
         finally:
@@ -300,9 +305,9 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
     def unsubscribe(self) -> None:
         """End the thread that listens for RQ's commands.
 
-        RQ unsubscribes first and stops the thread afterwards; the thread may by then wait for the
-        next message, up to a minute, and open a new connection when its own is closed under it.
-        Told to stop first, it ends with the answer to unsubscribe.
+        RQ unsubscribes first and stops the thread afterwards. By then the thread may be waiting for
+        the next message, up to a minute, and open a new connection when its own is closed. Stopped
+        first, it ends with the answer to unsubscribe.
         """
         if self.pubsub_thread is not None:
             self.pubsub_thread.stop()

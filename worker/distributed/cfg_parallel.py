@@ -14,15 +14,15 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 
 from jobs.spec import GenerationRequest
-from quant.transformer.context_parallel import gather
+from quant.transformer.context_parallel import all_gather
 from worker.distributed.layout import RankLayout
 from worker.distributed.rank_group import RankGroup
 from worker.engine.denoiser import Denoise, Embeddings, OnStep, denoise_on
 
 
-def denoise_over_ranks(cards: RankGroup) -> Denoise:
-    """One card's part of the denoising; every card has to run it, with equal arguments."""
-    alone = denoise_on(cards.device)
+def denoise_over_ranks(ranks: RankGroup) -> Denoise:
+    """Build this rank's denoising function, which all ranks must call with equal arguments."""
+    denoise_here = denoise_on(ranks.device)
 
     def denoise(
         pipeline: WanPipeline,
@@ -32,51 +32,55 @@ def denoise_over_ranks(cards: RankGroup) -> Denoise:
     ) -> Tensor:
         def on_each_step(done: int) -> None:
             on_step(done)
-            cards.vote()  # nobody begins a step that another was told not to
+            ranks.sync_or_abort()  # no rank starts a step that another one must not do
 
-        layout = RankLayout.of(cards.world, request.guidance_scale > 1.0)
-        with cards.laid_out(layout) as branches:
+        layout = RankLayout.of(ranks.world, request.guidance_scale > 1.0)
+        with ranks.use_layout(layout) as branches:
             if branches is None:
-                return alone(pipeline, request, embeddings, on_each_step)
-            own = embeddings[layout.branch(cards.rank)]
+                return denoise_here(pipeline, request, embeddings, on_each_step)
+            own = embeddings[layout.branch(ranks.rank)]
             assert own is not None, "with guidance there is a negative prompt"
-            whole = pipeline.transformer
-            pipeline.transformer = GuidanceSplit(whole, branches, cards.vote)
+            transformer = pipeline.transformer
+            pipeline.transformer = CfgParallelTransformer(
+                transformer, branches, ranks.sync_or_abort
+            )
             try:
-                return alone(pipeline, request, (own, own), on_each_step)
+                return denoise_here(pipeline, request, (own, own), on_each_step)
             finally:
-                pipeline.transformer = whole
+                pipeline.transformer = transformer
 
     return denoise
 
 
-class GuidanceSplit(nn.Module):
-    """Stands for a transformer in a pipeline that calls it for the prompt and then for the negative
-    one. The first call of a step runs the pass of this card's branch and exchanges the results; the
-    second has its result then.
+class CfgParallelTransformer(nn.Module):
+    """A wrapper of the transformer in a pipeline that calls it twice per step.
+
+    The pipeline calls it for the prompt and then for the negative prompt. The first call runs the
+    forward pass of this rank's branch and exchanges the results; the second returns the result of
+    the other branch, which is known by then.
     """
 
     def __init__(
-        self, transformer: nn.Module, branches: dist.ProcessGroup, vote: Callable[[], None]
+        self, transformer: nn.Module, branches: dist.ProcessGroup, sync_or_abort: Callable[[], None]
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._branches = branches
-        self._vote = vote
+        self._sync_or_abort = sync_or_abort
         self._negative: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # What a pipeline asks of its transformer: configuration, type, caches.
+            # A pipeline reads its transformer's configuration, type and caches.
             return getattr(super().__getattr__("transformer"), name)
 
     def forward(self, **inputs: Any) -> tuple[Tensor]:
-        """The pipeline's arguments; `encoder_hidden_states` is this card's branch's both times."""
+        """Run one forward pass; `encoder_hidden_states` is this rank's branch in both calls."""
         if self._negative is not None:
             negative, self._negative = self._negative, None
             return (negative,)
-        mine = self.transformer(**inputs)[0]
-        prompt, self._negative = gather(mine, self._branches, self._vote)
+        own = self.transformer(**inputs)[0]
+        prompt, self._negative = all_gather(own, self._branches, self._sync_or_abort)
         return (prompt,)

@@ -1,9 +1,8 @@
-"""The processes beside the leading one when one job runs on several cards
-(`worker/distributed/rank_group.py`).
+"""Run the follower ranks when one job runs on several ranks (`worker/distributed/rank_group.py`).
 
-The leader sends each job's order; a follower runs its part of the denoising and knows no Redis. It
-does not listen to SIGTERM and SIGINT, which launchers send to everybody: when to end is for the
-leader to say, who may have a job to finish.
+The leader broadcasts each job's task. A follower runs its part of the denoising and knows no Redis.
+It ignores SIGTERM and SIGINT, which launchers send to all processes: the leader may have to finish
+a job first, and then shuts the followers down.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from worker.config import WorkerConfig
 from worker.distributed.cfg_parallel import denoise_over_ranks
 from worker.distributed.rank_group import RankGroup
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
-from worker.errors import EXIT_DEVICE_LOST, RankFailed, RanksLost, RanksUnlike
+from worker.errors import EXIT_DEVICE_LOST, RankFailed, RanksDiffer, RanksLost
 from worker.model_loader.loader import Mode, load_modes
 from worker.model_loader.memory_plan import check_follower
 from worker.model_loader.mode_plan import check_folder, plan_modes
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankTask:
-    """All a follower needs for one job. Embeddings are on the host."""
+    """What a follower needs for one job. The embeddings are on the host."""
 
     job_id: str | None
     request: GenerationRequest
@@ -45,16 +44,16 @@ class RankTask:
     scheduler_config: dict[str, Any]
 
 
-def lead(cards: RankGroup, modes: Sequence[Mode]) -> Denoise:
-    """The leader's denoising: over all cards. Returns when they all have loaded `modes`.
+def lead_ranks(ranks: RankGroup, modes: Sequence[Mode]) -> Denoise:
+    """Build the leader's function that denoises over all ranks, once all have loaded `modes`.
 
     Raises:
-        quant.ConversionError: a mode cannot run on several cards.
-        RanksUnlike: a mode runs on other kernels on another card.
-        RanksLost: another card could not load.
+        quant.ConversionError: a mode cannot run on several ranks.
+        RanksDiffer: a mode runs on other kernels on another rank.
+        RanksLost: another rank could not load.
     """
-    _share_out(cards, modes)
-    among = denoise_over_ranks(cards)
+    _prepare_ranks(ranks, modes)
+    denoise_part = denoise_over_ranks(ranks)
 
     def denoise(
         pipeline: WanPipeline,
@@ -66,116 +65,122 @@ def lead(cards: RankGroup, modes: Sequence[Mode]) -> Denoise:
         prompt, negative = embeddings
         on_host = (prompt.cpu(), None if negative is None else negative.cpu())
         config = dict(scheduler.config)
-        order = RankTask(JOB_ID.get(), request, on_host, type(scheduler).__name__, config)
-        cards.tell(order)
-        return cards.in_step(lambda: among(pipeline, request, embeddings, on_step))
+        task = RankTask(JOB_ID.get(), request, on_host, type(scheduler).__name__, config)
+        ranks.broadcast(task)
+        return ranks.run_together(lambda: denoise_part(pipeline, request, embeddings, on_step))
 
     return denoise
 
 
-def load_follower(config: WorkerConfig, cards: RankGroup) -> tuple[Mode, ...]:
-    """Load what a follower needs of the model, while the leader loads the whole of it.
+def load_follower(config: WorkerConfig, ranks: RankGroup) -> tuple[Mode, ...]:
+    """Load the part of the model that a follower needs, while the leader loads all of it.
 
     Raises:
         StartError, quant.QuantError: with a sentence for the operator.
-        RanksLost: another card could not load.
+        RanksLost: another rank could not load.
     """
     path = config.model.path
     check_folder(path)
-    # Only the leader reads all of the weights twice, to name them by their content.
-    plans = plan_modes(config, cards.hear())
+    # Only the leader reads all weights twice, to compute the fingerprint.
+    plans = plan_modes(config, ranks.receive())
     recipes = [plan.recipe for plan in plans]
-    check_follower(config, recipes, cards.device, cards.device.available_bytes())
-    modes = load_modes(path, plans, cards.device)
-    _share_out(cards, modes)
+    check_follower(config, recipes, ranks.device, ranks.device.available_bytes())
+    modes = load_modes(path, plans, ranks.device)
+    _prepare_ranks(ranks, modes)
     return modes
 
 
-def follow(cards: RankGroup, modes: Sequence[Mode]) -> int:
-    """Run the leader's orders until there are no more; returns the process' exit status."""
+def follow(ranks: RankGroup, modes: Sequence[Mode]) -> int:
+    """Run the leader's tasks until it shuts down; return the process' exit status."""
     transformers = {mode.offer.name: mode.transformer for mode in modes}
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logger.info("ready: card %d of %d follows card 0", cards.rank, cards.world)
+    logger.info("ready: rank %d of %d follows rank 0", ranks.rank, ranks.world)
     try:
-        while (order := cards.hear()) is not None:
-            job = JOB_ID.set(order.job_id)
+        while (task := ranks.receive()) is not None:
+            job_token = JOB_ID.set(task.job_id)
             try:
-                if not _survives(cards, transformers, order):
+                if not _run_task(ranks, transformers, task):
                     return EXIT_DEVICE_LOST
             finally:
-                JOB_ID.reset(job)
+                JOB_ID.reset(job_token)
     except RanksLost as error:
         logger.critical("the process ends: %s", error)
         return EXIT_DEVICE_LOST
     return 0
 
 
-def _share_out(cards: RankGroup, modes: Sequence[Mode]) -> None:
+def _prepare_ranks(ranks: RankGroup, modes: Sequence[Mode]) -> None:
+    """Compare the ranks' kernels, split the transformers' tokens, and connect all groups."""
     offers = [mode.offer for mode in modes]
-    check_alike(cards.ask_all([(each.name, each.kernels, each.warning) for each in offers]))
-    # Modes may have one transformer between them.
+    check_same_kernels(
+        ranks.all_gather([(offer.name, offer.kernels, offer.warning) for offer in offers])
+    )
+    # Several modes may share one transformer.
     for transformer in {id(mode.transformer): mode.transformer for mode in modes}.values():
-        split_tokens(transformer, cards.ulysses)
-    cards.warm_up()
+        split_tokens(transformer, ranks.ulysses)
+    ranks.warm_up()
 
 
-def check_alike(cards: Sequence[Sequence[tuple[str, str | None, str | None]]]) -> None:
-    """Refuse cards that run a mode on different kernels: what they exchange would not fit.
+def check_same_kernels(
+    modes_by_rank: Sequence[Sequence[tuple[str, str | None, str | None]]],
+) -> None:
+    """Refuse ranks that run a mode on different kernels: their tensors would not match.
 
     Args:
-        cards: of each card, the modes' names, kernels, and why these are not the fastest.
+        modes_by_rank: of each rank, the modes' names, kernels, and why these are not the fastest.
 
     Raises:
-        RanksUnlike: naming the first mode and card, with that card's or the leader's warning.
+        RanksDiffer: names the first such mode and rank, with that rank's or the leader's warning.
     """
-    for rank, modes in enumerate(cards):
-        for (name, kernels, warning), (_, leaders, leaders_warning) in zip(
-            modes, cards[0], strict=True
+    for rank, modes in enumerate(modes_by_rank):
+        for (name, kernels, warning), (_, leader_kernels, leader_warning) in zip(
+            modes, modes_by_rank[0], strict=True
         ):
-            if kernels != leaders:
-                raise RanksUnlike(
-                    f"Mode {name!r} runs on {kernels} kernels on card {rank} and on {leaders} on "
-                    f"card 0: {warning or leaders_warning or 'the cards are not alike.'} Give the "
-                    "worker cards of one kind, on which the same libraries run."
+            if kernels != leader_kernels:
+                reason = warning or leader_warning or "the devices are not alike."
+                raise RanksDiffer(
+                    f"Mode {name!r} runs on {kernels} kernels on rank {rank} and on "
+                    f"{leader_kernels} on rank 0: {reason} Give the worker devices of one kind, "
+                    "on which the same libraries run."
                 )
 
 
-def _survives(
-    cards: RankGroup, transformers: Mapping[str, WanTransformer3DModel], order: RankTask
+def _run_task(
+    ranks: RankGroup, transformers: Mapping[str, WanTransformer3DModel], task: RankTask
 ) -> bool:
-    """Run one order; whether the device is fit for another one. Raises RanksLost."""
+    """Run one task; return whether the device can run another one. Raises RanksLost."""
     try:
-        cards.in_step(lambda: _run(cards, transformers[order.request.mode], order))
+        ranks.run_together(lambda: _denoise(ranks, transformers[task.request.mode], task))
     except RanksLost:
         raise
     except Exception as error:
-        # Whatever it is: the leader has heard of it and answers the job's owner for it.
-        if cards.device.is_lost(error):
+        # Any error: the leader has received it and ends the job with it.
+        if ranks.device.is_lost(error):
             logger.exception("the device is lost to this process")
             return False
-        if isinstance(error, RankFailed) or cards.device.is_out_of_memory(error):
+        if isinstance(error, RankFailed) or ranks.device.is_out_of_memory(error):
             logger.warning("the job ended here with %s: %s", type(error).__name__, error)
         else:
             logger.exception("failed with an unexpected error")
         traceback.clear_frames(error.__traceback__)
     else:
         return True
-    cards.device.empty_cache()
+    ranks.device.empty_cache()
     return True
 
 
-def _run(cards: RankGroup, transformer: WanTransformer3DModel, order: RankTask) -> None:
+def _denoise(ranks: RankGroup, transformer: WanTransformer3DModel, task: RankTask) -> None:
     pipeline = WanPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=None,
-        scheduler=getattr(diffusers, order.scheduler).from_config(order.scheduler_config),
+        scheduler=getattr(diffusers, task.scheduler).from_config(task.scheduler_config),
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     prompt, negative = (
-        None if each is None else each.to(cards.device.torch_device) for each in order.embeddings
+        None if each is None else each.to(ranks.device.torch_device) for each in task.embeddings
     )
-    assert prompt is not None, "every order has a prompt"
-    denoise_over_ranks(cards)(pipeline, order.request, (prompt, negative), lambda _: None)
+    assert prompt is not None, "every task has a prompt"
+    denoise_over_ranks(ranks)(pipeline, task.request, (prompt, negative), lambda _: None)

@@ -1,16 +1,17 @@
-"""Several cards on one job, one process each: who does what, and how they stay in step.
+"""Coordinate the ranks that run one job together, one process and one device each.
 
-torchrun starts the processes. The one of rank 0 leads: it is the worker, with Redis, text encoder,
-VAE and MP4. The others follow (`worker/distributed/follower.py`). All of them denoise, in step.
+torchrun starts the processes. Rank 0 is the leader: the worker with Redis, text encoder, VAE and
+MP4. The other ranks are followers (`worker/distributed/follower.py`). All ranks denoise together.
 
-What may fail on one card must not leave the others waiting for it. So before each exchange all
-cards vote, on the host: an exchange begins only when every card got there. A card that fails, or a
-leader that is told to stop, votes against, and the job ends on all of them at that vote; their
-connections stay sound and the next job can come. A vote takes the host 0.1 to 0.4 ms, which a
-device that has work in its queue does not notice.
+A failure on one rank must not leave the others waiting for it. So before each exchange of tensors
+all ranks synchronize on the host with an all-reduce, and the exchange starts only if every rank has
+reached it without an error. A rank that fails, or a leader whose job is cancelled, reports an error
+there instead, and the job ends on all ranks at this point. Their connections stay intact, and the
+next job can run. One synchronization takes the host 0.1 to 0.4 ms, which does not delay a device
+with work in its queue.
 
-What is beyond this: a process that ends takes the others with it, because their votes fail then;
-one that hangs is the leader's watchdog's business, which waits for its vote.
+Two failures need more. A process that ends takes the others with it, because their synchronization
+fails. A process that hangs is ended by the leader's watchdog, since the leader waits for it.
 """
 
 from __future__ import annotations
@@ -24,39 +25,39 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from quant.transformer.context_parallel import Ulysses, gather
+from quant.transformer.context_parallel import Ulysses, all_gather
 from worker.device import Device
 from worker.distributed.layout import RankLayout
 from worker.errors import RankFailed, RanksLost
 
-FOR_EVER = timedelta(days=3650)
-"""How long a card waits for the next order, and for a vote: the watchdog knows when to give up."""
+NO_TIMEOUT = timedelta(days=3650)
+"""Ranks wait without a limit for the next task and for each other; the watchdog has the limit."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class RankError:
-    """Why a card voted against."""
+    """Why a rank aborted."""
 
-    card: int
+    rank: int
     kind: Literal["out of memory", "lost", "stopped"]
     error: str
 
 
 class PeerFailed(Exception):
-    """Another card voted against."""
+    """Another rank has aborted the job."""
 
 
 class RankGroup:
-    """This process among those of one job."""
+    """The ranks of one job, seen from this process."""
 
     def __init__(self, rank: int, world: int, device: Device) -> None:
-        """To be made by all of them at once, after `dist.init_process_group`."""
+        """Create the process groups; all ranks must do so, after `dist.init_process_group`."""
         self.rank, self.world, self.device = rank, world, device
-        self.ulysses = Ulysses(self.vote)
+        self.ulysses = Ulysses(self.sync_or_abort)
         self._lost = False
-        self._control = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        self._control = dist.new_group(backend="gloo", timeout=NO_TIMEOUT)
         self._groups: dict[tuple[int, ...], Any] = {}
         for guided in (True, False):
             for ranks in RankLayout.of(world, guided).groups():
@@ -65,101 +66,102 @@ class RankGroup:
                     self._groups[ranks] = group
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         return self.rank == 0
 
-    # ------------------------------------------------------------------ orders
+    # ------------------------------------------------------------------ messages
 
-    def tell(self, value: object) -> None:
-        """Give every follower a value; it has to wait for one with `hear`.
+    def broadcast(self, value: object) -> None:
+        """Send a value to all followers, which must call `receive`.
 
         Raises:
             RanksLost: a follower's process has ended.
         """
-        with self._heard():
+        with self._detect_lost_rank():
             dist.broadcast_object_list([value], src=0, group=self._control)
 
-    def hear(self) -> Any:
-        """Wait for the leader's next value; raises RanksLost."""
+    def receive(self) -> Any:
+        """Wait for the leader's next `broadcast`; raises RanksLost."""
         values: list[Any] = [None]
-        with self._heard():
+        with self._detect_lost_rank():
             dist.broadcast_object_list(values, src=0, group=self._control)
         return values[0]
 
-    def dismiss(self) -> None:
-        """Have the followers end."""
+    def shutdown(self) -> None:
+        """End the followers."""
         if not self._lost:
-            self.tell(None)
+            self.broadcast(None)
 
-    def ask_all(self, value: T) -> list[T]:
-        """What every card says, in the order of their ranks; raises RanksLost."""
-        every: list[Any] = [None] * self.world
-        with self._heard():
-            dist.all_gather_object(every, value, group=self._control)
-        return every
+    def all_gather(self, value: T) -> list[T]:
+        """Collect a value from every rank, in the order of the ranks; raises RanksLost."""
+        values: list[Any] = [None] * self.world
+        with self._detect_lost_rank():
+            dist.all_gather_object(values, value, group=self._control)
+        return values
 
-    # ------------------------------------------------------------------ in step
+    # ------------------------------------------------------------------ synchronization
 
-    def in_step(self, work: Callable[[], T]) -> T:
-        """Run this card's part of what all cards do at once; it ends well on all, or on none.
+    def run_together(self, work: Callable[[], T]) -> T:
+        """Run this rank's part of what all ranks do; it succeeds on all ranks or on none.
 
         Raises:
-            torch.OutOfMemoryError, RankFailed: another card failed, or was told to stop.
-            RanksLost: another card can do nothing more, or its process has ended.
-            Exception: what `work` raised here.
+            torch.OutOfMemoryError, RankFailed: another rank failed or was cancelled.
+            RanksLost: another rank's device is lost, or its process has ended.
+            Exception: raised by `work` on this rank.
         """
         try:
             result = work()
-            self.vote()
+            self.sync_or_abort()
         except RanksLost:
             raise
         except PeerFailed:
-            raise _error(self._reports(None)) from None
+            raise _to_exception(self._gather_errors(None)) from None
         except Exception as error:
-            self._tally(False)
-            self._reports(self._report(error))
+            self._all_fine(False)
+            self._gather_errors(self._describe_error(error))
             raise
         return result
 
-    def vote(self) -> None:
-        """Wait until all cards are here.
+    def sync_or_abort(self) -> None:
+        """Wait until all ranks call this; abort if one of them has failed.
 
         Raises:
-            PeerFailed: one of them will not come; nothing is to be exchanged.
-            RanksLost: the process of one has ended.
+            PeerFailed: another rank has failed; no tensors may be exchanged.
+            RanksLost: another rank's process has ended.
         """
-        if not self._tally(True):
+        if not self._all_fine(True):
             raise PeerFailed
 
     @contextmanager
-    def laid_out(self, layout: RankLayout) -> Iterator[Any]:
-        """Share tokens out as `layout` says; gives the group that shares the branches, or None."""
-        with self.ulysses.over(self._group(layout.ulysses_ranks(self.rank))):
+    def use_layout(self, layout: RankLayout) -> Iterator[Any]:
+        """Split tokens as in `layout`; yield the process group across the branches, or None."""
+        with self.ulysses.use_group(self._group(layout.ulysses_ranks(self.rank))):
             yield self._group(layout.cfg_ranks(self.rank))
 
     def warm_up(self) -> None:
-        """Exchange once within each group: libraries connect, and take their memory, only then."""
+        """Exchange once within each group: only then do libraries connect and allocate memory."""
         for ranks, group in self._groups.items():
             if self.rank in ranks:
                 token = torch.zeros(len(ranks), device=self.device.torch_device)
-                self.vote()
+                self.sync_or_abort()
                 dist.all_to_all_single(torch.empty_like(token), token, group=group)
-                gather(token, group, self.vote)
+                all_gather(token, group, self.sync_or_abort)
             else:
-                self.vote()
-                self.vote()
+                self.sync_or_abort()
+                self.sync_or_abort()
         self.device.synchronize()
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
         return self._groups[ranks] if len(ranks) > 1 else None
 
-    def _tally(self, fine: bool) -> bool:
-        votes = torch.tensor([fine], dtype=torch.int32)
-        with self._heard():
-            dist.all_reduce(votes, dist.ReduceOp.MIN, group=self._control)
-        return bool(votes.item())
+    def _all_fine(self, fine: bool) -> bool:
+        """Synchronize all ranks; return whether all of them passed True."""
+        flag = torch.tensor([fine], dtype=torch.int32)
+        with self._detect_lost_rank():
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._control)
+        return bool(flag.item())
 
-    def _report(self, error: Exception) -> RankError:
+    def _describe_error(self, error: Exception) -> RankError:
         kind: Literal["out of memory", "lost", "stopped"] = "stopped"
         if self.device.is_out_of_memory(error):
             kind = "out of memory"
@@ -167,26 +169,26 @@ class RankGroup:
             kind = "lost"
         return RankError(self.rank, kind, type(error).__name__)
 
-    def _reports(self, own: RankError | None) -> list[RankError]:
-        return [report for report in self.ask_all(own) if report is not None]
+    def _gather_errors(self, own: RankError | None) -> list[RankError]:
+        return [error for error in self.all_gather(own) if error is not None]
 
     @contextmanager
-    def _heard(self) -> Iterator[None]:
+    def _detect_lost_rank(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             self._lost = True
             raise RanksLost(
-                "Another card's process has ended, and none goes on without it; its own lines say "
+                "Another rank's process has ended, and none goes on without it; its own lines say "
                 f"why ({str(error).partition('. ')[0][-200:]})."
             ) from error
 
 
 @contextmanager
-def meet(device: Device) -> Iterator[RankGroup]:
-    """Wait for the other processes that torchrun has started, and be one of them.
+def join(device: Device) -> Iterator[RankGroup]:
+    """Join the other processes that torchrun has started.
 
-    The leader's end of the context, unless it is an error, is the followers' end, too.
+    When the leader leaves the context without an error, the followers end as well.
 
     Raises:
         RanksLost: one of them has ended meanwhile.
@@ -194,24 +196,24 @@ def meet(device: Device) -> Iterator[RankGroup]:
     try:
         dist.init_process_group("gloo")
     except RuntimeError as error:
-        raise RanksLost(f"The other cards' processes were not met: {error}.") from error
-    cards = RankGroup(dist.get_rank(), dist.get_world_size(), device)
-    yield cards
-    if cards.leads:
-        cards.dismiss()
+        raise RanksLost(f"The other ranks' processes were not met: {error}.") from error
+    ranks = RankGroup(dist.get_rank(), dist.get_world_size(), device)
+    yield ranks
+    if ranks.is_leader:
+        ranks.shutdown()
     dist.destroy_process_group()
 
 
-def _error(reports: list[RankError]) -> Exception:
-    """What the reports of other cards mean for this one."""
+def _to_exception(errors: list[RankError]) -> Exception:
+    """Choose the exception to raise on this rank for the errors of other ranks."""
     for kind in ("lost", "out of memory", "stopped"):
-        for report in reports:
-            if report.kind != kind:
+        for error in errors:
+            if error.kind != kind:
                 continue
-            text = f"card {report.card}: {report.error}"
+            text = f"rank {error.rank}: {error.error}"
             if kind == "lost":
-                return RanksLost(f"A card can do nothing more: {text}.")
+                return RanksLost(f"A rank can do nothing more: {text}.")
             if kind == "out of memory":
-                return torch.OutOfMemoryError(f"A card ran out of memory: {text}.")
-            return RankFailed(f"The job ended on another card: {text}.")
-    raise AssertionError("a vote was against, and no card says why")
+                return torch.OutOfMemoryError(f"A rank ran out of memory: {text}.")
+            return RankFailed(f"The job ended on another rank: {text}.")
+    raise AssertionError("the ranks aborted, and none reported an error")

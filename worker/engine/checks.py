@@ -1,4 +1,4 @@
-"""A stage whose result is no numbers has failed, and ends the job instead of becoming a video."""
+"""Check a stage's result for NaN, and let a job stop between two modules."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from torch import Tensor, nn
 from jobs.errors import GenerationFailed
 
 
-def require_finite(values: Tensor, whose: str, remedy: str) -> None:
-    """Raise GenerationFailed if any of `values` is NaN or infinite; waits for the device."""
+def require_finite(values: Tensor, source: str, remedy: str) -> None:
+    """Raise GenerationFailed if any of `values` is NaN or infinite; waits for the device.
+
+    Args:
+        source: what computed the values; the subject of the message.
+        remedy: one sentence that ends the message.
+    """
     wrong = values.numel() - int(values.isfinite().sum())
     if wrong:
         raise GenerationFailed(
-            f"{whose} gave {wrong} of {values.numel()} values that are NaN or infinite, of which "
+            f"{source} gave {wrong} of {values.numel()} values that are NaN or infinite, of which "
             f"no video can be made. {remedy}"
         )
 
 
 @contextmanager
-def checked(modules: Iterable[nn.Module], check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before each of `modules` runs; what it raises ends the forward pass there."""
+def check_before_each(modules: Iterable[nn.Module], check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before each of `modules` runs; its exception ends the forward pass there."""
     handles = [module.register_forward_pre_hook(lambda *_: check()) for module in modules]
     try:
         yield

@@ -1,8 +1,7 @@
-"""The denoising of one request by a `WanPipeline`, on one card or as one of several.
+"""Denoise one request with a `WanPipeline` on one device.
 
-Over several cards each runs the same pipeline with the same noise and the same scheduler, so all
-have the same latents after each step; what a forward pass consists of is shared out beneath the
-pipeline.
+Over several ranks (`worker/distributed/cfg_parallel.py`) every rank runs the same pipeline with the
+same noise and the same scheduler.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from jobs.spec import GenerationRequest
 from worker.device import Device
 
 Embeddings = tuple[Tensor, Tensor | None]
-"""Of the prompt and of the negative one, [1, L, D] each; None where guidance is off."""
+"""The embeddings of prompt and negative prompt, [1, L, D] each; None without guidance."""
 
 OnStep = Callable[[int], None]
 
 
 class Denoise(Protocol):
-    """Runs all steps and returns the latents [1, C, F, H, W] in float32.
+    """A function that runs all steps and returns the latents [1, C, F, H, W] in float32.
 
-    `on_step` is called after each step, and ends the denoising by raising.
+    It calls `on_step` after each step with the number of steps done; an exception ends it.
     """
 
     def __call__(
@@ -39,7 +38,7 @@ class Denoise(Protocol):
 
 
 def denoise_on(device: Device) -> Denoise:
-    """The whole denoising on one device."""
+    """Build the function that denoises on `device` alone."""
 
     def denoise(
         pipeline: WanPipeline,
@@ -50,8 +49,8 @@ def denoise_on(device: Device) -> Denoise:
         def on_step_end(
             _: WanPipeline, step: int, __: Tensor, ___: dict[str, Any]
         ) -> dict[str, Any]:
-            # A device runs behind Python: without waiting, progress would be a promise and a cancel
-            # would come late.
+            # A device runs asynchronously. Without waiting, progress would run ahead of it and a
+            # cancel would take effect late.
             device.synchronize()
             on_step(step + 1)
             return {}

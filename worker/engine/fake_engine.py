@@ -1,7 +1,7 @@
 """Stand in for a model: an engine that makes frames of one colour, for tests and benchmarks.
 
-It keeps to the same interface as the real engine, needs no weights and no torch, and takes as long
-as it is told to.
+It implements the same interface as the real engine and needs neither weights nor torch. How long a
+step takes is up to the caller's `on_step`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from worker.interface import Clip, DeviceMemory, EngineDevice, Frame, JobControl
 OnStep = Callable[[int], None]
 
 FAILING = "fail, please"
-"""A prompt with these words ends as a failure."""
+"""A job whose prompt contains this text fails."""
 
 
 class FakeDevice:
-    """The host, which runs out of memory as Python says it, and is never lost."""
+    """The host as a device: out of memory on MemoryError, and never lost."""
 
     name = "none"
 
@@ -37,11 +37,14 @@ class FakeDevice:
         return False
 
     def empty_cache(self) -> None:
-        """There is none."""
+        """Do nothing; there is no cache."""
 
 
 class FakeEngine:
-    """Every frame has one colour, drawn from the seed. `on_step` may wait or raise."""
+    """An engine whose frames have one colour, taken from the seed.
+
+    `on_step` is called at each step and may wait or raise. `owners` lists the owners of all jobs.
+    """
 
     device: EngineDevice = FakeDevice()
     tokenizer_text = None
@@ -66,19 +69,19 @@ class FakeEngine:
         self._on_step = on_step
         self.owners: list[str] = []
 
-    def generate(self, request: GenerationRequest, watch: JobControl, owner: str) -> Clip:
+    def generate(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
         self.owners.append(owner)
         if FAILING in request.prompt:
             raise GenerationFailed("The prompt asks for a failure.")
-        watch.progress(Stage.TEXT_ENCODER, 1, 1)
-        watch.progress(Stage.DENOISE, 0, request.num_inference_steps)
+        control.progress(Stage.TEXT_ENCODER, 1, 1)
+        control.progress(Stage.DENOISE, 0, request.num_inference_steps)
         for step in range(1, request.num_inference_steps + 1):
             self._on_step(step)
-            watch.progress(Stage.DENOISE, step, request.num_inference_steps)
+            control.progress(Stage.DENOISE, step, request.num_inference_steps)
         seconds = StageSeconds(text_encoder_s=0.5, denoise_s=1.5, vae_s=0.25)
-        return Clip(self._frames(request, watch), request.num_frames, seconds)
+        return Clip(self._frames(request, control), request.num_frames, seconds)
 
-    def _frames(self, request: GenerationRequest, watch: JobControl) -> Generator[Frame]:
+    def _frames(self, request: GenerationRequest, control: JobControl) -> Generator[Frame]:
         for index in range(request.num_frames):
-            watch.progress(Stage.VAE, index + 1, request.num_frames)
+            control.progress(Stage.VAE, index + 1, request.num_frames)
             yield np.full((request.height, request.width, 3), request.seed % 256, np.uint8)

@@ -1,4 +1,4 @@
-"""A module that is on the device only while it is used, and costs one copy each time."""
+"""Keep a module on the host and copy it to the device only while it is used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class OffloadedModule:
-    """Keeps a module's weights in pinned memory of the host and lends them to a device.
+    """A module whose weights stay in pinned host memory and are copied to a device for each use.
 
-    Nothing is copied back, since weights do not change: the device's copies are dropped.
+    Nothing is copied back, because weights do not change: the copies on the device are dropped.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        """Take over a module that is on the host."""
+        """Pin the weights of a module that is on the host."""
         self.module = module
         self.device = device
         if device.type != "cpu":
@@ -25,17 +25,17 @@ class OffloadedModule:
 
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The module on the device, for the length of the block, however that ends."""
-        home = [(tensor, tensor.data) for tensor in self._tensors()]
+        """Put the module on the device for the duration of the block, even if the block raises."""
+        on_host = [(tensor, tensor.data) for tensor in self._tensors()]
         try:
-            for tensor, data in home:
+            for tensor, data in on_host:
                 tensor.data = data.to(self.device, non_blocking=True, copy=True)
             yield self.module
         finally:
-            for tensor, data in home:
+            for tensor, data in on_host:
                 tensor.data = data
 
     def _tensors(self) -> list[Tensor]:
-        """Each once, also where the module has it under several names."""
+        """Each tensor once, even if the module has it under several names."""
         every = (*self.module.parameters(), *self.module.buffers())
         return list({id(tensor): tensor for tensor in every}.values())

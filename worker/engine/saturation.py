@@ -1,9 +1,9 @@
-"""How well one step's activations fit the quantized format: a sample for operators.
+"""Sample how well one step's activations fit the quantized format, as a figure for operators.
 
-A static scale was calibrated on some prompts; whether it fits what callers ask for shows in how
-many values lie beyond the format, and how many become zero although they are none. Counted over
-one forward pass of each job, before each quantized layer rounds its inputs: by hooks on the layers
-where they run as they are, by the kernels where blocks are fused.
+A static scale was calibrated on some prompts. Whether it also fits what callers ask for shows in
+two shares: values beyond the format's range, and nonzero values that become zero. They are counted
+during one forward pass of each job, before each quantized layer rounds its inputs: by hooks on the
+layers, or by the kernels where blocks are fused.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from worker.interface import ActShares
 
 
 class ActSample:
-    """Counts over one forward pass of a transformer, once `arm` was called.
+    """A count over one forward pass of a transformer, started by `arm`.
 
-    The counts stay on the device until `shares` is asked for, so nothing waits for it meanwhile.
+    The counts stay on the device until `shares` is called, so nothing waits for it before.
     """
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -39,7 +39,7 @@ class ActSample:
         self._total = 0
 
     def arm(self) -> None:
-        """Count during the next pass that reaches a quantized layer, if there are any."""
+        """Count during the next pass that reaches a quantized layer, if the model has any."""
         if not self._linears and not self._blocks:
             return
         self.disarm()
@@ -50,7 +50,7 @@ class ActSample:
             block.kernels = CountingKernels(block.kernels, self._add)
 
     def disarm(self) -> None:
-        """Stop counting; harmless where it has stopped, or never began."""
+        """Stop counting; no error if it has stopped or never started."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -59,14 +59,14 @@ class ActSample:
         self._kernels.clear()
 
     def shares(self) -> ActShares | None:
-        """What was counted; None if nothing was."""
+        """Compute the shares from the counts; None if nothing was counted."""
         if self._counts is None:
             return None
         saturated, flushed = (self._counts.double() / self._total).tolist()
         return ActShares(saturated, flushed)
 
     def _after_pass(self, *_: object) -> None:
-        # A pass that a step cache cut short may have reached no quantized layer.
+        # A pass that a step cache shortened may have reached no quantized layer.
         if self._counts is not None:
             self.disarm()
 
@@ -84,5 +84,5 @@ class ActSample:
 
 
 def _rounds(block: FusedWanBlock) -> bool:
-    """Whether any product of a block takes rounded activations."""
+    """Whether any product of a block rounds its activations."""
     return any(getattr(part, "act_scale", None) is not None for part in block.children())

@@ -1,10 +1,10 @@
-"""Leave out parts of denoising steps that resemble earlier ones, by diffusers' own hooks.
+"""Skip parts of denoising steps that resemble earlier ones, with diffusers' own hooks.
 
-What a step may leave out is judged anew in every job: the hooks are put on when a job's denoising
-begins and taken off when it ends, however it ends, so nothing of one job is there in the next. The
-prompt's passes and the negative prompt's are judged and kept apart (the pipeline's
-`cache_context`). While a job runs, residuals of the size of the hidden states are kept on the
-device: three for each kind of pass with the first block's cache, two with MagCache.
+Every job starts with an empty cache: the hooks are registered when its denoising begins and removed
+when it ends, even with an error. The passes of the prompt and of the negative prompt have separate
+caches (the pipeline's `cache_context`). While a job runs, residuals of the size of the hidden
+states are kept on the device: three for each kind of pass with the first-block cache, two with
+MagCache.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from worker.errors import ConfigError
 
 @contextmanager
 def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterator[None]:
-    """Cache across the steps of one job while the context lasts.
+    """Cache across the steps of one job for the duration of the context.
 
     Args:
         transformer: a `WanTransformer3DModel`; its blocks may be fused.
         config: None to compute every step in full.
-        steps: how many the job has.
+        steps: the job's number of steps.
     """
     if config is None:
         yield
@@ -38,17 +38,17 @@ def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterat
     try:
         yield
     finally:
-        # Removed hooks lie in cycles until Python's collector comes by, and what they keep with
-        # them: the pipeline clears it at its end, but not that of a job that ends before.
+        # Removed hooks are in reference cycles, so their residuals would stay until the next
+        # garbage collection. The pipeline clears them at its end, but a job may stop before.
         HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
         transformer.disable_cache()
 
 
 def check_single_rank(config: WorkerConfig) -> None:
-    """Refuse step caches where a job runs on several cards.
+    """Refuse step caches where a job runs on several ranks.
 
-    Each card would judge by its own part of the tokens what a step may leave out, and wait for
-    others that judged otherwise.
+    Each rank would decide from its own part of the tokens what to skip, and then wait for ranks
+    that decided otherwise.
 
     Raises:
         ConfigError: naming the modes.
@@ -56,8 +56,8 @@ def check_single_rank(config: WorkerConfig) -> None:
     cached = [mode.name for mode in config.modes if mode.step_cache is not None]
     if cached:
         raise ConfigError(
-            f"Modes {', '.join(cached)} have a step_cache, which works on one card only: start the "
-            "worker without torchrun, or take it out of the configuration."
+            f"Modes {', '.join(cached)} have a step_cache, which works on one device only: start "
+            "the worker without torchrun, or take it out of the configuration."
         )
 
 
@@ -74,7 +74,7 @@ def _for_diffusers(config: StepCache, steps: int) -> FirstBlockCacheConfig | Mag
 
 
 def register_fused_blocks() -> None:
-    """Tell diffusers' hooks what a fused block takes and gives: what the one it stands for does."""
+    """Register the fused block with diffusers' hooks, with the outputs of the original block."""
     TransformerBlockRegistry.register(
         FusedWanBlock,
         TransformerBlockMetadata(

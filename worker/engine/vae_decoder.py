@@ -1,9 +1,9 @@
-"""Latents to frames, one latent frame at a time.
+"""Decode latents into frames, one latent frame at a time.
 
-`AutoencoderKLWan.decode` already runs its decoder once per latent frame, with a cache of features
-between the runs, but returns only when the last is done. This is the same loop as a generator, bit
-for bit, so that a video is encoded while it is decoded, only a few frames are ever held, and a job
-can be stopped in between.
+`AutoencoderKLWan.decode` also runs its decoder once per latent frame, with a feature cache between
+the runs, but returns only after the last. Here the same loop is a generator with bit-equal results.
+So a video is encoded while it is decoded, only a few frames are in memory at a time, and a job can
+be stopped in between.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from worker.interface import Frame
 
 
 def denormalize(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Undo the per-channel normalisation the transformer works in: [B, C, F, H, W] → same shape."""
-    # In the order of operations diffusers' pipeline uses, so that results agree to the last bit.
+    """Undo the per-channel normalisation that the transformer uses; [B, C, F, H, W], same shape."""
+    # In the same order of operations as diffusers' pipeline, so that results are bit-equal.
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
     inv_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(
@@ -36,10 +36,10 @@ def denormalize(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_chunks(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
-    """Decode latents [1, C, F, H, W] into pictures [1, 3, f, 8H, 8W] in -1..1.
+    """Decode latents [1, C, F, H, W] into frames [1, 3, f, 8H, 8W] in -1..1.
 
-    f is 1 for the first latent frame and 4 for every other. The chunks joined along their third
-    axis equal `vae.decode(latents).sample`.
+    f is 1 for the first latent frame and 4 for every other. The chunks concatenated along their
+    third axis equal `vae.decode(latents).sample`.
     """
     features = vae.post_quant_conv(latents)
     convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
@@ -58,13 +58,13 @@ def decode_chunks(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
 def decode_tiled(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
     """Decode as `decode_chunks` does, but in tiles: slower, with far less memory, not bit-equal.
 
-    diffusers decodes each tile for all frames before the next, so the first chunk comes last of all
-    work. The chunks joined equal `vae.tiled_decode(latents).sample`.
+    diffusers decodes each tile for all frames before the next tile, so the first chunk comes only
+    after all the work. The concatenated chunks equal `vae.tiled_decode(latents).sample`.
     """
     try:
         video = vae.tiled_decode(latents, return_dict=False)[0]
     finally:
-        vae.clear_cache()  # which a decode that is stopped leaves on the device
+        vae.clear_cache()  # a decode that is stopped would leave it on the device
     yield video[:, :, :1]
     stride = vae.config.scale_factor_temporal
     for start in range(1, video.shape[2], stride):
@@ -72,12 +72,12 @@ def decode_tiled(vae: AutoencoderKLWan, latents: Tensor) -> Generator[Tensor]:
 
 
 def to_frames(chunk: Tensor) -> list[Frame]:
-    """Turn pictures [1, 3, f, H, W] in -1..1 into f frames, rounding before bytes are copied."""
-    pictures = ((chunk[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    frames = pictures.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    """Turn frames [1, 3, f, H, W] in -1..1 into f arrays; rounded on the device, then copied."""
+    rounded = ((chunk[0] * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    frames = rounded.permute(1, 2, 3, 0).contiguous().cpu().numpy()
     return cast(list[Frame], list(frames))
 
 
 def stop_points(vae: AutoencoderKLWan) -> list[nn.Module]:
-    """The decoder's stages: the places inside one latent frame where a job may stop."""
+    """List the decoder's stages, before each of which a job may stop within one latent frame."""
     return [m for m in vae.decoder.modules() if isinstance(m, WanResidualBlock | WanResample)]

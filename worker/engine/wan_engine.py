@@ -1,12 +1,12 @@
-"""Wan2.1 text-to-video, resident on one device in one or more modes.
+"""Run Wan2.1 text-to-video, loaded on one device in one or more modes.
 
-The text encoder, the VAE and the scheduler's configuration exist once; each mode has its own
-transformer, sharing what it can, and its own `WanPipeline` around it. The pipeline does the
-denoising; encoding the prompt (`worker/engine/prompt_encoder.py`) and decoding the latents are
-called one by one, so that each stage is timed, reports progress, and can be stopped.
+The text encoder, the VAE and the scheduler's configuration exist once. Each mode has its own
+transformer, which shares tensors with the others where possible, and its own `WanPipeline` around
+it. The pipeline only denoises. Encoding the prompt (`worker/engine/prompt_encoder.py`) and decoding
+the latents are separate calls, so that each stage is timed, reports progress and can be stopped.
 
-The same request gives the same frames: the noise is drawn on the CPU from the seed, whatever the
-device, and each run has a scheduler of its own. Never here: queues, files, Redis.
+The same request gives the same frames: the noise is drawn from the seed on the CPU, whatever the
+device, and each run has its own scheduler. The engine uses no queue, no files and no Redis.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torch import Tensor
 import quant
 from jobs.catalog import ModelOffer, ModeOffer
 from jobs.errors import GenerationFailed
+from jobs.geometry import is_frame_count
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from worker.config import ModelConfig
 from worker.device import Device
-from worker.engine.checks import checked, require_finite
+from worker.engine.checks import check_before_each, require_finite
 from worker.engine.denoiser import Denoise, denoise_on
 from worker.engine.prompt_encoder import PromptEncoder
 from worker.engine.saturation import ActSample
@@ -47,11 +48,11 @@ logger = logging.getLogger(__name__)
 
 
 class WanEngine:
-    """The engine of one worker: one model, one device, its modes. One job at a time.
+    """The engine of one worker: one model on one device in its modes. It runs one job at a time.
 
     Attributes:
         loaded: the modes by name, in the order of the configuration.
-        tokenizer_text: of `tokenizer.json`, which `model.tokenizer` names.
+        tokenizer_text: the `tokenizer.json` whose fingerprint is `model.tokenizer`.
     """
 
     def __init__(
@@ -59,24 +60,28 @@ class WanEngine:
         config: ModelConfig,
         fingerprint: str,
         device: Device,
-        parts: Components,
+        components: Components,
         modes: tuple[Mode, ...],
         denoise: Denoise | None = None,
     ) -> None:
-        """denoise: how; by default all of it on `device`."""
+        """Build the pipelines.
+
+        Args:
+            denoise: the function that denoises; by default on `device` alone.
+        """
         self.config = config
         self.device = device
-        self.parts = parts
+        self.components = components
         self._denoise = denoise or denoise_on(device)
         self.loaded = {mode.offer.name: mode for mode in modes}
-        self._pipelines = {name: _pipeline(parts, mode) for name, mode in self.loaded.items()}
-        self.prompts = PromptEncoder(parts, device, config)
-        self.tokenizer_text = parts.tokenizer.text
-        self.model: ModelOffer = config.offer(fingerprint, parts.tokenizer.fingerprint)
+        self._pipelines = {name: _pipeline(components, mode) for name, mode in self.loaded.items()}
+        self.prompts = PromptEncoder(components, device, config)
+        self.tokenizer_text = components.tokenizer.text
+        self.model: ModelOffer = config.offer(fingerprint, components.tokenizer.fingerprint)
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
 
     def describe(self) -> list[str]:
-        """The facts of the start log: what was loaded, converted, and how many bytes it takes."""
+        """List for the start log what was loaded and converted, and how many bytes it takes."""
         lines = [
             f"model: {self.model.name} ({self.model.fingerprint})",
             f"device: {self.device.name}",
@@ -85,8 +90,8 @@ class WanEngine:
             f"with tokenizer {self.model.tokenizer}",
         ]
         for name, mode in self.loaded.items():
-            if mode.report is not None:
-                lines.append(f"mode {name}: {mode.report}")
+            if mode.conversion is not None:
+                lines.append(f"mode {name}: {mode.conversion}")
             if mode.step_cache is not None:
                 cache = mode.step_cache
                 lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
@@ -94,7 +99,7 @@ class WanEngine:
             lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
         lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
-        rest = quant.weight_bytes(self.parts.text_encoder, self.parts.vae)
+        rest = quant.weight_bytes(self.components.text_encoder, self.components.vae)
         lines.append(f"text encoder and VAE: {_bytes(rest)}")
         memory = self.device.memory()
         if memory is not None:
@@ -104,22 +109,22 @@ class WanEngine:
             )
         return lines
 
-    def generate(self, request: GenerationRequest, watch: JobControl, owner: str) -> Clip:
-        """Encode the prompt and denoise; frames are decoded as the caller takes them.
+    def generate(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
+        """Encode the prompt and denoise; frames are decoded as the caller consumes them.
 
-        The clip's seconds are wall time with the device synchronised at the end of each stage.
-        `vae_s` counts only the time spent decoding, not what the caller does between two frames.
+        The clip's seconds are wall time, with the device synchronized at the end of each stage.
+        `vae_s` counts only the decoding, not what the caller does between two frames.
         """
-        self._refuse_misfits(request)
+        self._refuse_unservable(request)
         pipeline = self._pipelines[request.mode]
         pipeline.scheduler = self._scheduler(request.size)
         seconds = StageSeconds()
         with self._timed(seconds, "text_encoder_s"):
-            embeddings = self.prompts.encode(request, watch, owner)
+            embeddings = self.prompts.encode(request, control, owner)
         sample = ActSample(pipeline.transformer)
 
         def on_step(done: int) -> None:
-            watch.progress(Stage.DENOISE, done, request.num_inference_steps)
+            control.progress(Stage.DENOISE, done, request.num_inference_steps)
             if done == request.num_inference_steps // 2:
                 sample.arm()
 
@@ -140,46 +145,46 @@ class WanEngine:
                 )
         finally:
             sample.disarm()
-            pipeline.scheduler = self.parts.scheduler  # the run's own holds latents
-        frames = self._frames(latents, seconds, watch)
+            pipeline.scheduler = self.components.scheduler  # the scheduler of the run holds latents
+        frames = self._frames(latents, seconds, control)
         return Clip(frames, request.num_frames, seconds, sample.shares())
 
-    def _refuse_misfits(self, request: GenerationRequest) -> None:
-        """Refuse what the pipeline would round or cut; a job may be older than this worker."""
+    def _refuse_unservable(self, request: GenerationRequest) -> None:
+        """Refuse what the pipeline would round or truncate; a job may be older than this worker."""
         if request.mode not in self.loaded or request.size not in self.config.sizes:
             raise GenerationFailed(
                 f"This worker serves modes {', '.join(self.loaded)} at sizes "
                 f"{', '.join(self.config.sizes)}, not {request.mode} at {request.size}."
             )
-        if request.num_frames % 4 != 1 or request.num_frames > self.config.max_frames:
+        if not is_frame_count(request.num_frames) or request.num_frames > self.config.max_frames:
             raise GenerationFailed(
                 f"num_frames is {request.num_frames}, not 4k+1 up to {self.config.max_frames}."
             )
         self.prompts.refuse_too_long(request)
 
     def _frames(
-        self, latents: Tensor, seconds: StageSeconds, watch: JobControl
+        self, latents: Tensor, seconds: StageSeconds, control: JobControl
     ) -> Generator[Frame]:
-        """Decode frame by frame; only the time inside the VAE counts."""
-        vae = self.parts.vae
+        """Decode one latent frame after another; only the time inside the VAE counts."""
+        vae = self.components.vae
         total = latents.shape[2]
-        watch.progress(Stage.VAE, 0, total)
+        control.progress(Stage.VAE, 0, total)
         latents = denormalize(vae, latents.to(self.device.vae_dtype))
-        decode = decode_tiled if self.parts.vae_tiling else decode_chunks
-        with checked(stop_points(vae), watch.check):
+        decode = decode_tiled if self.components.vae_tiling else decode_chunks
+        with check_before_each(stop_points(vae), control.check):
             chunks = decode(vae, latents)
             for done in range(1, total + 1):
                 with self._timed(seconds, "vae_s"):
                     frames = to_frames(next(chunks))
-                watch.progress(Stage.VAE, done, total)
+                control.progress(Stage.VAE, done, total)
                 yield from frames
 
     def _scheduler(self, size: str) -> Any:
-        """A fresh scheduler: it keeps state, and a cancelled run leaves it half way."""
-        pattern = self.parts.scheduler
+        """Create a scheduler for one run: it has state, which a cancelled run leaves incomplete."""
+        template = self.components.scheduler
         shift = self.config.flow_shift.get(size)
-        return pattern.from_config(
-            pattern.config, **({} if shift is None else {"flow_shift": shift})
+        return template.from_config(
+            template.config, **({} if shift is None else {"flow_shift": shift})
         )
 
     @contextmanager
@@ -190,12 +195,12 @@ class WanEngine:
         setattr(seconds, name, getattr(seconds, name) + time.perf_counter() - started)
 
 
-def _pipeline(parts: Components, mode: Mode) -> WanPipeline:
+def _pipeline(components: Components, mode: Mode) -> WanPipeline:
     pipeline = WanPipeline(
-        tokenizer=None,  # prompts come embedded
+        tokenizer=None,  # the pipeline gets embeddings
         text_encoder=None,
-        vae=parts.vae,
-        scheduler=parts.scheduler,
+        vae=components.vae,
+        scheduler=components.scheduler,
         transformer=mode.transformer,
     )
     pipeline.set_progress_bar_config(disable=True)

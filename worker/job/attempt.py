@@ -1,7 +1,7 @@
-"""One attempt at a job: a stored video, or the reason why there is none.
+"""Run one attempt at a job and turn every error into an outcome.
 
-The outcome is a value, written once by the task (`worker/tasks.py`). What was lost (a worker that
-died or hung, a device that is gone) is delivered again, what failed never.
+The outcome is a value that the task (`worker/tasks.py`) writes once. A job that was lost (its
+worker died or hung, or its device is gone) is delivered again; a job that failed is not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jobs.record import Attempt, Failure, JobRecord
 from worker.job.context import JobContext
 from worker.job.generation import JobThreads, Success, make_video
 from worker.job.lease import LeaseKeeper
-from worker.job.progress import GivenBack
+from worker.job.progress import JobReturned
 from worker.job.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -28,54 +28,56 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The device has stopped working on the job."""
+    """The job was cancelled, and the device no longer works on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The worker is to stop at once; the job is another's."""
+    """The worker stops at once and returns the job to the queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLost:
-    """The device does nothing more for this process, whatever the job's part in that was."""
+    """The device is unusable in this process, whether or not the job caused that."""
 
 
 Outcome = Success | Failure | Cancelled | Released | DeviceLost
 
 
 def run_attempt(
-    place: JobContext, attempt: Attempt, record: JobRecord, lifeline: LeaseKeeper
+    context: JobContext, attempt: Attempt, record: JobRecord, lease: LeaseKeeper
 ) -> Outcome:
     """Make the job's video and store it.
 
     Raises:
-        StaleAttempt: the job is no longer this attempt's; nothing is to be written.
+        StaleAttempt: the job no longer belongs to this attempt; nothing may be written.
     """
-    with _watchdog(place, attempt) as watchdog:
-        outcome = _outcome(place, attempt, record, JobThreads(lifeline, watchdog))
+    with _watchdog(context, attempt) as watchdog:
+        outcome = _outcome(context, attempt, record, JobThreads(lease, watchdog))
         if isinstance(outcome, Failure) and outcome.code == OutOfDeviceMemory.code:
-            # Only here are the frames gone that held the job's tensors.
+            # Only here have the stack frames ended that referred to the job's tensors.
             watchdog.alive()
-            _empty_cache(place)
+            _empty_cache(context)
     return outcome
 
 
-def _empty_cache(place: JobContext) -> None:
+def _empty_cache(context: JobContext) -> None:
     try:
-        place.engine.device.empty_cache()
+        context.engine.device.empty_cache()
     except Exception:
-        # The job has its failure, and is owed it. A device that cannot do this can do nothing.
+        # The job keeps its outcome. A device that cannot free memory cannot run another job.
         logger.exception("the device cannot give its memory back")
-        place.journal.device_lost()
+        context.stats.record_device_lost()
 
 
-def _outcome(place: JobContext, attempt: Attempt, record: JobRecord, guards: JobThreads) -> Outcome:
+def _outcome(
+    context: JobContext, attempt: Attempt, record: JobRecord, threads: JobThreads
+) -> Outcome:
     try:
-        return make_video(place, attempt, record, guards)
+        return make_video(context, attempt, record, threads)
     except StaleAttempt:
         raise
-    except GivenBack:
+    except JobReturned:
         return Released()
     except GenerationCancelled:
         return Cancelled()
@@ -83,27 +85,27 @@ def _outcome(place: JobContext, attempt: Attempt, record: JobRecord, guards: Job
         logger.error("failed: %s: %s", error.code, error)
         return Failure(code=error.code, detail=error.detail)
     except Exception as error:
-        # The one broad clause of the worker. Whatever a model, a driver or a full disk throws, the
-        # caller is owed an end and the next job a worker; the operator gets the traceback. What
-        # must pass (lost attempts, SystemExit) was handled above or is no Exception.
-        full = place.engine.device.is_out_of_memory(error)
-        what = "out of memory" if full else "failed with an unexpected error"
+        # The worker's one broad clause. Whatever a model, a driver or a full disk raises, the
+        # caller must get an end, the next job a worker, and the operator the traceback. What must
+        # propagate (lost attempts, SystemExit) was handled above or is no Exception.
+        out_of_memory = context.engine.device.is_out_of_memory(error)
+        what = "out of memory" if out_of_memory else "failed with an unexpected error"
         logger.exception(what)
-        return _of_unexpected(place, record, error)
+        return _from_unexpected(context, record, error)
 
 
-def _of_unexpected(place: JobContext, record: JobRecord, error: Exception) -> Outcome:
-    device = place.engine.device
+def _from_unexpected(context: JobContext, record: JobRecord, error: Exception) -> Outcome:
+    device = context.engine.device
     if device.is_lost(error):
-        place.journal.device_lost()
+        context.stats.record_device_lost()
         return DeviceLost()
     if not device.is_out_of_memory(error):
         return Failure(
             code=AppError.code,
             detail="An unexpected error ended the job; the worker's log has it under the job's id.",
         )
-    place.journal.out_of_memory()
-    _forget_frames(error)
+    context.stats.record_out_of_memory()
+    _clear_frames(error)
     request = record.request
     return Failure(
         code=OutOfDeviceMemory.code,
@@ -112,20 +114,21 @@ def _of_unexpected(place: JobContext, record: JobRecord, error: Exception) -> Ou
     )
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames refer to through which an error, and its causes, came."""
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of all stack frames that an error and its causes passed through."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 
-def _watchdog(place: JobContext, attempt: Attempt) -> Watchdog:
-    def last_words() -> None:
+def _watchdog(context: JobContext, attempt: Attempt) -> Watchdog:
+    def give_up() -> None:
         with suppress(RedisError, StaleAttempt):
-            state = place.store.give_up(attempt)
+            state = context.store.give_up(attempt)
             logger.critical("the job was given up and is %s", state)
-            catalog.withdraw(place.redis, place.worker)
+            catalog.withdraw(context.redis, context.worker)
 
-    in_this_job = contextvars.copy_context()
-    return Watchdog(place.limits.first_step_s, lambda: in_this_job.run(last_words))
+    # The watchdog's thread has none of the job's context variables (its id in log lines).
+    job_variables = contextvars.copy_context()
+    return Watchdog(context.limits.first_step_s, lambda: job_variables.run(give_up))

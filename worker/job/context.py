@@ -1,4 +1,4 @@
-"""What a job needs besides its id."""
+"""Hold what a job runs with besides its id."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from redis import Redis
 from jobs.artifacts.store import ArtifactStore
 from jobs.store.job_store import JobStore
 from worker.interface import Engine
-from worker.process.drain import Drain, JobInHand
+from worker.process.drain import CurrentJob, Drain
 from worker.process.stats import WorkerStats
 from worker.settings import StallLimits
 
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """Where one job is run: by which worker, with what, and under which rules.
+    """What one job runs with: the worker's name, its resources and its limits.
 
     Attributes:
+        worker: the worker's name.
         scratch: a folder for unfinished files.
-        job: the delivery at hand; everything else is the same for every job of the worker.
+        job: the current delivery; everything else is the same for all jobs of the worker.
     """
 
     worker: str
@@ -30,7 +31,7 @@ class JobContext:
     store: JobStore
     artifacts: ArtifactStore
     scratch: Path
-    journal: WorkerStats
+    stats: WorkerStats
     drain: Drain
     limits: StallLimits
-    job: JobInHand
+    job: CurrentJob

@@ -1,4 +1,4 @@
-"""From a job's record to a stored video: the engine's work, the MP4, and the artifact."""
+"""Turn a job's record into a stored video: run the engine, encode the MP4, store the artifact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from worker.job.watchdog import Watchdog
 
 @dataclass(frozen=True, slots=True)
 class Success:
-    """The video is stored under its key."""
+    """The outcome of an attempt whose video is stored."""
 
     video: Video
     timings: StageTimings
@@ -34,26 +34,26 @@ class Success:
 
 @dataclass(frozen=True, slots=True)
 class JobThreads:
-    """The two threads beside a job."""
+    """The two threads that run for the duration of a job."""
 
-    lifeline: LeaseKeeper
+    lease: LeaseKeeper
     watchdog: Watchdog
 
 
 def make_video(
-    place: JobContext, attempt: Attempt, record: JobRecord, guards: JobThreads
+    context: JobContext, attempt: Attempt, record: JobRecord, threads: JobThreads
 ) -> Success:
-    """Run the engine, encode its frames and store the file; raises whatever any of them does."""
+    """Run the engine, encode its frames and store the file; raises whatever they raise."""
     claimed = time.perf_counter()
-    # Two hosts' clocks: the service wrote one time, this worker the other.
+    # Two hosts' clocks: the service wrote `created_at`, this worker `started_at`.
     queue_s = max(0.0, ((record.started_at or now()) - record.created_at).total_seconds())
-    request, journal = record.request, place.journal
-    clock = JobClock(request, _measured(place, record), journal.step_times, place.limits)
-    wishes = (place.drain, place.job)
-    watch = JobProgress(guards.lifeline, guards.watchdog, clock, wishes, record.deadline_s)
-    clip = place.engine.generate(request, watch, record.owner)
-    journal.measured(request.mode, clock.own_steps, clip.act_shares)
-    video, mp4_s = _encode_and_store(place, attempt, record, clip, watch)
+    request, stats = record.request, context.stats
+    clock = JobClock(request, _read_durations(context, record), stats.step_times, context.limits)
+    stop_sources = (context.drain, context.job)
+    control = JobProgress(threads.lease, threads.watchdog, clock, stop_sources, record.deadline_s)
+    clip = context.engine.generate(request, control, record.owner)
+    stats.record_steps(request.mode, clock.step_seconds, clip.act_shares)
+    video, mp4_s = _encode_and_store(context, attempt, record, clip, control)
     timings = StageTimings(
         queue_s=queue_s,
         text_encoder_s=clip.seconds.text_encoder_s,
@@ -65,43 +65,43 @@ def make_video(
     return Success(video, timings)
 
 
-def remember_pace(place: JobContext, record: JobRecord, timings: StageTimings) -> None:
-    """Add what a job took to what is known of its shape; an estimate is not worth a wait."""
+def record_durations(context: JobContext, record: JobRecord, timings: StageTimings) -> None:
+    """Add a job's durations to those of its shape; not retried, as only estimates use them."""
     steps, texts_s = record.request.num_inference_steps, timings.text_encoder_s
     rest_s = max(0.0, timings.total_s - timings.denoise_s - texts_s)
-    took = Durations(timings.denoise_s / steps, rest_s, texts_s)
+    measured = Durations(timings.denoise_s / steps, rest_s, texts_s)
     with suppress(RedisError):
-        durations.measure(place.redis, record.request, took)
+        durations.measure(context.redis, record.request, measured)
 
 
-def _measured(place: JobContext, record: JobRecord) -> Durations | None:
+def _read_durations(context: JobContext, record: JobRecord) -> Durations | None:
     with suppress(RedisError):
-        return durations.read(place.redis, record.request)
+        return durations.read(context.redis, record.request)
     return None
 
 
 def _encode_and_store(
-    place: JobContext, attempt: Attempt, record: JobRecord, clip: Clip, watch: JobProgress
+    context: JobContext, attempt: Attempt, record: JobRecord, clip: Clip, control: JobProgress
 ) -> tuple[Video, float]:
-    """Encode the clip into an MP4, store it, and say how many seconds the MP4 cost.
+    """Encode the clip into an MP4 and store it; return the video and the MP4's seconds.
 
     Decoding and encoding overlap. The VAE's seconds are those spent decoding; the MP4's are those
-    ffmpeg held the worker up, so the two add up to the wall time of both.
+    the worker waited for ffmpeg. So the two add up to the wall time of both.
     """
     request = record.request
-    target = VideoFormat(request.width, request.height, clip.num_frames, place.engine.model.fps)
-    with tempfile.TemporaryDirectory(dir=place.scratch) as folder, closing(clip.frames):
+    target = VideoFormat(request.width, request.height, clip.num_frames, context.engine.model.fps)
+    with tempfile.TemporaryDirectory(dir=context.scratch) as folder, closing(clip.frames):
         encoded = encode_mp4(
-            _reporting_the_end(clip.frames, watch),
+            _report_last_frame(clip.frames, control),
             Path(folder) / "video.mp4",
             target,
             title=f"{request.model} {request.mode} seed {request.seed}",
-            facts=video_facts(place.engine, record),
-            check=watch.check,
+            metadata=video_metadata(context.engine, record),
+            check=control.check,
         )
-        watch.progress(Stage.MP4, 1, 1)
+        control.progress(Stage.MP4, 1, 1)
         key = artifact_key(attempt.job_id, attempt.label)
-        place.artifacts.put(key, encoded.path, watch.check)
+        context.artifacts.put(key, encoded.path, control.check)
     video = Video(
         key=key,
         bytes=encoded.bytes,
@@ -114,14 +114,14 @@ def _encode_and_store(
     return video, encoded.waited_s
 
 
-def _reporting_the_end(frames: Generator[Frame], watch: JobProgress) -> Iterator[Frame]:
-    """Once the last frame is taken, the device has nothing more to do with the job."""
+def _report_last_frame(frames: Generator[Frame], control: JobProgress) -> Iterator[Frame]:
+    """Yield `frames`, then report that the device has finished its part of the job."""
     yield from frames
-    watch.progress(Stage.MP4, 0, 1)
+    control.progress(Stage.MP4, 0, 1)
 
 
-def video_facts(engine: Engine, record: JobRecord) -> dict[str, object]:
-    """Name the job, the model, the mode and every setting; of the prompts only the hashes."""
+def video_metadata(engine: Engine, record: JobRecord) -> dict[str, object]:
+    """Collect the job, the model, the mode and every setting; of the prompts only their hashes."""
     request = record.request
     modes = {mode.name: mode for mode in engine.modes}
     return {

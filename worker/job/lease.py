@@ -1,9 +1,8 @@
-"""A running attempt's line to Redis, in a thread of its own: lease and progress out, the wish to
-stop in.
+"""Renew a running attempt's lease, publish its progress and detect its cancellation, in a thread.
 
-The engine's thread never waits for Redis: it leaves progress here and reads whether to stop. So a
-Redis that is away, or hangs, costs a job nothing; when it is back the lease is renewed first of
-all.
+The job's thread never waits for Redis: it hands over its progress and reads an attribute to learn
+whether to stop. So an unreachable or hanging Redis does not delay a job. When Redis is back, the
+lease is renewed before anything else.
 """
 
 from __future__ import annotations
@@ -26,79 +25,79 @@ logger = logging.getLogger(__name__)
 
 RENEW_EVERY_S: Final = LEASE_S / 5
 
-ASK_EVERY_S: Final = 0.05
-"""A cancel is known here at most this much later."""
+CHECK_EVERY_S: Final = 0.05
+"""How often to look for a cancellation."""
 
-TELL_EVERY_S: Final = 0.25
-"""Faster steps are published in part; the first and the last of a stage always are."""
+PUBLISH_EVERY_S: Final = 0.25
+"""Steps that follow faster are skipped, except the first and the last of a stage."""
 
 
 class LeaseKeeper(BackgroundThread):
-    """A context in which `attempt` stays alive in Redis.
+    """A context manager that keeps the lease of `attempt` while its thread runs.
 
     Attributes:
-        stop: why the attempt is to end, once that is known: GenerationCancelled or StaleAttempt.
+        stop: why the attempt must end, once known: GenerationCancelled or StaleAttempt.
     """
 
     def __init__(self, store: JobStore, attempt: Attempt, outage: RedisOutage) -> None:
-        super().__init__("lifeline")
+        super().__init__("lease")
         self.stop: AppError | None = None
         self._store = store
         self._attempt = attempt
         self._outage = outage
-        self._untold: deque[Progress] = deque()
+        self._pending: deque[Progress] = deque()
         self._lock = threading.Lock()
         self._renew_at = time.monotonic() + RENEW_EVERY_S
-        self._told_at = -float("inf")
+        self._published_at = -float("inf")
 
-    def tell(self, progress: Progress) -> None:
-        """Have progress published; what is overtaken before its turn is left out."""
+    def publish(self, progress: Progress) -> None:
+        """Have the thread publish `progress`; it replaces an older step that is still pending."""
         with self._lock:
-            if self._untold and not _is_edge(self._untold[-1]):
-                self._untold.pop()
-            self._untold.append(progress)
+            if self._pending and not _is_edge(self._pending[-1]):
+                self._pending.pop()
+            self._pending.append(progress)
 
     def _run(self) -> None:
-        pauses, pause_s = Backoff(), ASK_EVERY_S
+        backoff, pause_s = Backoff(), CHECK_EVERY_S
         while not self._done.wait(pause_s):
             try:
-                with self._outage.watched():
-                    self._ask()
-                    self._publish()
-                pauses.reset()
-                pause_s = ASK_EVERY_S
+                with self._outage.track():
+                    self._renew_or_check()
+                    self._publish_pending()
+                backoff.reset()
+                pause_s = CHECK_EVERY_S
             except StaleAttempt as error:
                 self.stop = error
                 return
             except Exception as error:
-                # Whatever it is, a job must not lose its lease to it.
+                # No error may end this thread, or the job would lose its lease.
                 if not isinstance(error, RedisError):
                     logger.exception("the lease is asked for again")
                 self._renew_at = 0
-                pause_s = pauses.next_s()
+                pause_s = backoff.next_s()
 
-    def _ask(self) -> None:
+    def _renew_or_check(self) -> None:
         now = time.monotonic()
         if now >= self._renew_at:
-            wanted = self._store.renew(self._attempt)
+            cancelled = self._store.renew(self._attempt)
             self._renew_at = now + RENEW_EVERY_S
         else:
-            wanted = self._store.cancel_requested(self._attempt)
-        if wanted:
+            cancelled = self._store.cancel_requested(self._attempt)
+        if cancelled:
             self.stop = GenerationCancelled("The job was cancelled while it ran.")
 
-    def _publish(self) -> None:
-        while self._untold:
+    def _publish_pending(self) -> None:
+        while self._pending:
             with self._lock:
-                progress = self._untold[0]
+                progress = self._pending[0]
             now = time.monotonic()
-            if not _is_edge(progress) and now - self._told_at < TELL_EVERY_S:
+            if not _is_edge(progress) and now - self._published_at < PUBLISH_EVERY_S:
                 return
             self._store.progress(self._attempt, progress)
-            self._told_at = now
+            self._published_at = now
             with self._lock:
-                if self._untold[0] is progress:
-                    self._untold.popleft()
+                if self._pending[0] is progress:
+                    self._pending.popleft()
 
 
 def _is_edge(progress: Progress) -> bool:

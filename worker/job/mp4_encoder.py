@@ -1,9 +1,9 @@
-"""Frames to an H.264 MP4, encoded while the frames come.
+"""Encode frames into an H.264 MP4 while they arrive.
 
-The file plays everywhere (yuv420p, BT.709 tagged) and starts before it is whole (faststart). Its
-`comment` holds a JSON object with what made it: a video found on some disk can be traced to its job
-without asking anyone. The prompt itself stays out of the file, only its hash goes in, since videos
-travel further than prompts should.
+The file plays everywhere (yuv420p, tagged BT.709), and playback can start before the whole file is
+downloaded (faststart). Its `comment` is a JSON object with the job, the model and all settings, so
+that a video found on any disk can be traced to its job. It holds the prompt's hash and not the
+prompt, because videos are passed on to people who should not read the prompt.
 
 ffmpeg comes from imageio-ffmpeg. Its own frame writer is not used: it waits for the encoder when a
 job is cancelled, and resizes odd sizes silently.
@@ -31,14 +31,15 @@ from worker.interface import Frame
 # Visually lossless for the eye at any size; the miniature's 17 frames take a few kilobytes.
 CRF = 17
 STALLED_S = 120.0
-"""ffmpeg hangs when it has taken no byte of a frame for this long, or not finished the file."""
+"""ffmpeg counts as hanging when it has read no byte of a frame, or not finished the file, for this
+long."""
 
 CHECK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class VideoFormat:
-    """What the file will hold."""
+    """The size, number of frames and frame rate of a video."""
 
     width: int
     height: int
@@ -48,7 +49,7 @@ class VideoFormat:
 
 @dataclass(frozen=True, slots=True)
 class EncodedVideo:
-    """A finished file. `waited_s` is the time the caller of `encode_mp4` was held up by ffmpeg."""
+    """A finished file. `waited_s` is how long the caller of `encode_mp4` waited for ffmpeg."""
 
     path: Path
     bytes: int
@@ -61,22 +62,25 @@ def encode_mp4(
     path: Path,
     video: VideoFormat,
     title: str,
-    facts: Mapping[str, object],
+    metadata: Mapping[str, object],
     check: Callable[[], None],
 ) -> EncodedVideo:
-    """Write `frames` to `path` as they come and return what was written.
+    """Write `frames` to `path` as they arrive.
 
-    `facts` become the file's comment, as JSON. ffmpeg runs beside the producer of the frames, so
-    `waited_s` counts only what the producer's own time did not hide: pipe writes that blocked, and
-    closing the file. `check` is called while ffmpeg is waited for; what it raises ends the work.
+    ffmpeg runs in parallel with the producer of the frames. So `waited_s` of the result counts only
+    blocked pipe writes and closing the file.
+
+    Args:
+        metadata: becomes the file's comment, as JSON.
+        check: called while waiting for ffmpeg; what it raises ends the encoding.
 
     Raises:
-        GenerationFailed: ffmpeg ended early or badly, or the number or shape of frames is not
-            `video`'s.
+        GenerationFailed: ffmpeg ended early or with an error, or the number or shape of the frames
+            is not `video`'s.
     """
     waited_s = 0.0
     count = 0
-    with tempfile.TemporaryFile() as log, _ffmpeg(path, video, title, facts, log) as process:
+    with tempfile.TemporaryFile() as log, _ffmpeg(path, video, title, metadata, log) as process:
         try:
             for frame in frames:
                 _check_frame(frame, count, video)
@@ -90,7 +94,7 @@ def encode_mp4(
             _finish(process, log, check)
             waited_s += time.perf_counter() - started
         except BaseException:
-            # Cancelled, timed out or failed: nothing wants the rest of this file.
+            # Cancelled, timed out or failed: nobody needs the rest of this file.
             process.kill()
             raise
     with path.open("rb") as file:
@@ -99,21 +103,21 @@ def encode_mp4(
 
 
 def _ffmpeg(
-    path: Path, video: VideoFormat, title: str, facts: Mapping[str, object], log: IO[bytes]
+    path: Path, video: VideoFormat, title: str, metadata: Mapping[str, object], log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-hide_banner", "-loglevel", "error"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{video.width}x{video.height}"]
     command += ["-r", str(video.fps), "-i", "pipe:0", "-an"]
-    # Untagged video is guessed to be BT.601 or BT.709 by its height; tagged, the colours stay what
-    # they were.
+    # Players guess from the height whether untagged video is BT.601 or BT.709, which may change
+    # its colours.
     command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"]
     command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
     command += ["-c:v", "libx264", "-preset", "medium", "-crf", str(CRF)]
     command += ["-movflags", "+faststart", "-metadata", f"title={title}"]
-    command += ["-metadata", f"comment={json.dumps(facts, sort_keys=True)}", str(path)]
-    # In a process group of its own: Ctrl-C in a terminal lets the worker finish its job, so it must
-    # spare ffmpeg too. Unbuffered: a write returns when ffmpeg has taken the bytes, and closing has
-    # nothing left to flush.
+    command += ["-metadata", f"comment={json.dumps(metadata, sort_keys=True)}", str(path)]
+    # In its own process group: on Ctrl-C in a terminal the worker finishes its job, so the signal
+    # must not reach ffmpeg either. Unbuffered: a write returns when the pipe has taken the bytes,
+    # and closing has nothing left to flush.
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -123,7 +127,7 @@ def _ffmpeg(
         process_group=0,
     )
     assert process.stdin is not None, "ffmpeg was started without a pipe"
-    # A write takes what fits into the pipe: a job can be stopped while ffmpeg is busy.
+    # A write takes what fits into the pipe, so that a job can be stopped while ffmpeg is busy.
     os.set_blocking(process.stdin.fileno(), False)
     return process
 
@@ -140,22 +144,22 @@ def _write(
     process: subprocess.Popen[bytes], frame: Frame, log: IO[bytes], check: Callable[[], None]
 ) -> None:
     assert process.stdin is not None, "ffmpeg was started without a pipe"
-    left = frame.reshape(-1).data
-    moved_at = time.monotonic()
+    remaining = frame.reshape(-1).data
+    progressed_at = time.monotonic()
     try:
-        while left:
-            written = process.stdin.write(left)
+        while remaining:
+            written = process.stdin.write(remaining)
             if written:
-                left, moved_at = left[written:], time.monotonic()
+                remaining, progressed_at = remaining[written:], time.monotonic()
                 continue
             # The pipe is full.
             check()
-            if time.monotonic() - moved_at > STALLED_S:
+            if time.monotonic() - progressed_at > STALLED_S:
                 raise GenerationFailed(f"ffmpeg has taken no frames for {STALLED_S:.0f} s.")
             select.select((), (process.stdin,), (), CHECK_EVERY_S)
     except BrokenPipeError:
-        # No frame can be taken any more, so the rest of the video need not be decoded.
-        raise _ended_badly(process.wait(STALLED_S), log) from None
+        # ffmpeg takes no more frames, so the rest of the video need not be decoded.
+        raise _failure(process.wait(STALLED_S), log) from None
 
 
 def _finish(process: subprocess.Popen[bytes], log: IO[bytes], check: Callable[[], None]) -> None:
@@ -169,16 +173,16 @@ def _finish(process: subprocess.Popen[bytes], log: IO[bytes], check: Callable[[]
             check()
             continue
         if code != 0:
-            raise _ended_badly(code, log)
+            raise _failure(code, log)
         return
     raise GenerationFailed(
         f"ffmpeg has not finished the file within {STALLED_S:.0f} s of the last frame."
     )
 
 
-def _ended_badly(code: int, log: IO[bytes]) -> GenerationFailed:
+def _failure(code: int, log: IO[bytes]) -> GenerationFailed:
     log.seek(0)
-    said = log.read().decode(errors="replace").strip().splitlines()
+    lines = log.read().decode(errors="replace").strip().splitlines()
     return GenerationFailed(
-        f"ffmpeg ended with status {code}: {said[-1] if said else 'it said nothing'}."
+        f"ffmpeg ended with status {code}: {lines[-1] if lines else 'it said nothing'}."
     )

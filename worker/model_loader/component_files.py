@@ -1,4 +1,4 @@
-"""The files of a model's parts: read with the libraries, or named where they are broken."""
+"""Check and read the files of a model's components, and name the file that is broken."""
 
 from __future__ import annotations
 
@@ -16,10 +16,18 @@ WEIGHTS = "*.safetensors"
 TOKENIZER = "tokenizer.json"
 
 
-def read_part(load: Callable[..., Any], folder: Path, needed: str = WEIGHTS, **options: Any) -> Any:
-    """Call a `from_pretrained` on a local folder; nothing is downloaded or unpickled.
+def load_component(
+    load: Callable[..., Any], folder: Path, needed: str = WEIGHTS, **options: Any
+) -> Any:
+    """Call a library's `from_pretrained` on a local folder; nothing is downloaded or unpickled.
 
-    `needed` is the pattern of the files that it cannot do without, beside a configuration.
+    Args:
+        load: the `from_pretrained`.
+        needed: a pattern of files that must exist besides a configuration.
+        options: passed to `load`.
+
+    Raises:
+        ModelUnusable: a file is missing, or cannot be read.
     """
     if needed == WEIGHTS:
         options["use_safetensors"] = True
@@ -28,7 +36,7 @@ def read_part(load: Callable[..., Any], folder: Path, needed: str = WEIGHTS, **o
         return load(folder, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ModelUnusable(f"The model part {folder} cannot be loaded: {reason}") from error
+        raise ModelUnusable(f"The model component {folder} cannot be loaded: {reason}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -37,13 +45,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, needed: str) -> None:
-    """Name the file that is missing or broken: the libraries call that a failed download.
+    """Refuse missing and broken files by name; the libraries would report a failed download.
 
-    What a tokenizer.json holds is left to who reads it: of a large one, this would take longer.
+    The content of tokenizer.json is not checked here: parsing a large one twice would take long.
+
+    Raises:
+        ModelUnusable: names the file.
     """
     for pattern in (CONFIG, needed):
         if not any(folder.glob(pattern)):
-            raise ModelUnusable(f"The model part {folder} lacks a file {pattern}.")
+            raise ModelUnusable(f"The model component {folder} lacks a file {pattern}.")
     for file in sorted(folder.iterdir()):
         try:
             if file.suffix == ".json" and file.name != TOKENIZER:

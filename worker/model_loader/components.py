@@ -1,4 +1,4 @@
-"""What all modes of a model share: tokenizer, text encoder, VAE and scheduler."""
+"""Load the components that all modes share: tokenizer, text encoder, VAE and scheduler."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ from quant.weights.header import stored_tensors
 from quant.weights.reader import ReadRequest
 from worker.device import Device
 from worker.errors import ModelUnusable
-from worker.model_loader.component_files import CONFIG, WEIGHTS, check_files, read_json, read_part
+from worker.model_loader.component_files import (
+    CONFIG,
+    WEIGHTS,
+    check_files,
+    load_component,
+    read_json,
+)
 from worker.model_loader.tokenizer import ModelTokenizer, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """What all modes use.
+    """The components that all modes share.
 
     Attributes:
-        scheduler: a pattern: a run makes its own from its configuration. text_encoder_place: as
-        `worker.model_loader.memory_plan.Placement` has it; on the host but for "device".
+        scheduler: a template; each run creates its own from its configuration.
+        text_encoder_placement: "device", "host" or "encode", as in
+            `worker.model_loader.memory_plan.Placement`; loaded on the host unless "device".
         vae_tiling: whether the VAE decodes in tiles.
     """
 
@@ -37,31 +44,31 @@ class Components:
     text_encoder: UMT5EncoderModel
     vae: AutoencoderKLWan
     scheduler: Any
-    text_encoder_place: str = "device"
+    text_encoder_placement: str = "device"
     vae_tiling: bool = False
 
 
 class ComponentLoader:
-    """Shared parts on their way: checked, then copied, by another thread if one likes, then there.
+    """Loads the shared components in three steps: check and allocate, copy, finish.
 
-    Everything that torch's and the libraries' global switches could get into the way of happens
-    where the object is made; `copy` only copies.
+    The constructor does everything that depends on global settings of torch and the libraries.
+    `copy` only copies and may therefore run in another thread.
     """
 
     def __init__(
-        self, path: Path, device: Device, text_encoder_on: torch.device | None = None
+        self, path: Path, device: Device, text_encoder_device: torch.device | None = None
     ) -> None:
-        """Check the weights of text encoder and VAE in the folder `path` and make room for them.
+        """Check the weights of text encoder and VAE in the folder `path` and allocate their memory.
 
         Args:
-            text_encoder_on: where the text encoder goes; by default to the device.
+            text_encoder_device: where the text encoder is loaded; by default `device`.
 
         Raises:
-            ModelUnusable: a part lacks a file, or one cannot be read.
-            quant.WeightsError: naming the tensor that is not as it should be.
+            ModelUnusable: a component lacks a file, or one cannot be read.
+            quant.WeightsError: names the tensor that is missing or has a wrong shape or type.
         """
         self._path = path
-        encoder = read_part(UMT5Config.from_pretrained, path / "text_encoder", WEIGHTS)
+        encoder = load_component(UMT5Config.from_pretrained, path / "text_encoder", WEIGHTS)
         check_files(path / "vae", WEIGHTS)
         try:
             with without_weights():
@@ -73,30 +80,30 @@ class ComponentLoader:
             ) from error
         self.text_encoder.tie_weights()
         self._copies: list[tuple[TensorReader, list[ReadRequest]]] = []
-        place = text_encoder_on or device.torch_device
-        self._expect(self.text_encoder, path / "text_encoder", device.dtype, place)
-        self._expect(self.vae, path / "vae", device.vae_dtype, device.torch_device)
+        encoder_device = text_encoder_device or device.torch_device
+        self._allocate(self.text_encoder, path / "text_encoder", device.dtype, encoder_device)
+        self._allocate(self.vae, path / "vae", device.vae_dtype, device.torch_device)
 
-    def copy(self, beside: BackgroundReader | None = None) -> None:
-        """Copy the weights, at once or by a thread beside.
+    def copy(self, background: BackgroundReader | None = None) -> None:
+        """Copy the weights, now or in the thread of `background`.
 
         Raises:
             quant.WeightsError: a file cannot be read, or has become shorter.
         """
-        for copier, wanted in self._copies:
-            if beside is None:
-                copier.read(wanted)
+        for reader, requests in self._copies:
+            if background is None:
+                reader.read(requests)
             else:
-                beside.read(wanted, copier)
+                background.read(requests, reader)
 
     def finish(self, tokenizer: Callable[[], ModelTokenizer] | None = None) -> Components:
-        """Read what is left; `copy` may still be under way.
+        """Read the remaining components; `copy` may still be running in the background.
 
         Args:
-            tokenizer: gives the one that somebody else is reading; by default it is read here.
+            tokenizer: returns the tokenizer that another thread reads; by default it is read here.
 
         Raises:
-            ModelUnusable: a part lacks a file, or one cannot be read.
+            ModelUnusable: a component lacks a file, or one cannot be read.
         """
         index: Mapping[str, Any] = read_json(self._path / "model_index.json")
         scheduler = getattr(diffusers, index["scheduler"][1])
@@ -104,33 +111,34 @@ class ComponentLoader:
             tokenizer=tokenizer() if tokenizer else read_tokenizer(self._path / "tokenizer"),
             text_encoder=self.text_encoder.eval(),
             vae=self.vae.eval(),
-            scheduler=read_part(scheduler.from_pretrained, self._path / "scheduler", CONFIG),
+            scheduler=load_component(scheduler.from_pretrained, self._path / "scheduler", CONFIG),
         )
 
-    def _expect(
-        self, module: nn.Module, folder: Path, dtype: torch.dtype, place: torch.device
+    def _allocate(
+        self, module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device
     ) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
         stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
-        wanted = dict(module.named_parameters())  # a parameter under two names counts once
-        check_stored(wanted, stored, source=str(folder), exact=False)
-        copier = TensorReader(place)
-        # All room is made now: memory that is freed under work still running must not be among it.
-        self._copies.append((copier, list(allocate(module, stored, copier.device))))
+        expected = dict(module.named_parameters())  # a parameter under two names counts once
+        check_stored(expected, stored, source=str(folder), exact=False)
+        reader = TensorReader(device)
+        # Allocate everything now. Memory that is freed while earlier work on the device still uses
+        # it must not be reused for this.
+        self._copies.append((reader, list(allocate(module, stored, reader.device))))
 
 
-def load_shared_parts(
-    path: Path, device: Device, text_encoder_on: torch.device | None = None
+def load_components(
+    path: Path, device: Device, text_encoder_device: torch.device | None = None
 ) -> Components:
     """Load tokenizer, text encoder, VAE and scheduler from the folder `path`.
 
     Args:
-        text_encoder_on: where the text encoder goes; by default to the device.
+        text_encoder_device: where the text encoder is loaded; by default `device`.
 
     Raises:
-        ModelUnusable, quant.WeightsError: as `ComponentLoader`.
+        ModelUnusable, quant.WeightsError: as in `ComponentLoader`.
     """
-    parts = ComponentLoader(path, device, text_encoder_on)
-    parts.copy()
-    return parts.finish()
+    component_loader = ComponentLoader(path, device, text_encoder_device)
+    component_loader.copy()
+    return component_loader.finish()

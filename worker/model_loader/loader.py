@@ -1,21 +1,21 @@
-"""From a diffusers folder and a configuration to what an engine holds: shared parts and modes.
+"""Load a model from a diffusers folder: the shared components, and each mode's transformer.
 
-Everything that can be refused is refused before the large tensors are read: the recipes, whether
-each scales file and packed checkpoint was made for this model and recipe, whether all of it fits.
-Only faults of text encoder, VAE, tokenizer and scheduler may be found while first weights are under
-way, and where a mode is quantized here, those of the transformer; the rest is then not read.
+Every check that is possible without the large tensors runs before they are read: the recipes,
+whether each scales file and packed checkpoint was made for this model and recipe, and whether
+everything fits in memory. Faults of text encoder, VAE, tokenizer and scheduler may be found while
+the first weights are being read; where a mode is quantized here, also faults of the transformer.
+The remaining weights are then not read.
 
-Weights go from their files straight to the device (`quant.weights.reader`). What is materialised
-where, with the transformer's bytes as the measure:
+Weights go from their files directly to the device (`quant.weights.reader`). Which transformers are
+in memory:
 - `bf16` alone: the BF16 transformer, on the device.
-- `bf16` with quantized modes, or several quantized ones with scales: the BF16 transformer on the
-  device, then each quantized one beside it, read if it is packed and otherwise made there. They
-  share every tensor that is not quantized, because neither tree is moved afterwards.
-- Packed modes only: their transformers on the device and nothing else, anywhere. Several share what
-  none of them quantizes. The model's own transformer weights need not be there.
-- One quantized mode with scales alone: the BF16 transformer on the host only, until it is
-  converted; the device sees the quantized one only. The BF16 blocks' memory on the host is then
-  returned.
+- `bf16` with quantized modes, or several quantized modes with scales: the BF16 transformer on the
+  device, and each quantized one as well, read if it is packed and otherwise quantized there. They
+  share every tensor that is not quantized, because none of them is moved afterwards.
+- Packed modes only: their transformers on the device and nothing else. Several share the tensors
+  that none of them quantizes. The model's own transformer weights need not exist.
+- A single quantized mode with scales: the BF16 transformer on the host until it is quantized; the
+  device gets only the quantized one. The BF16 blocks' host memory is freed afterwards.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from worker.model_loader.mode_plan import (
     KernelsByMode,
     ModePlan,
     choose_kernels,
-    distinct,
+    distinct_plans,
 )
 from worker.model_loader.tokenizer import ModelTokenizer
 
@@ -58,38 +58,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One transformer, ready to run.
+    """One mode's transformer, ready to run.
 
     Attributes:
-        report: what was converted; None where nothing was.
+        conversion: one line that says what was quantized; None if nothing was.
+        weight_bytes: of the transformer, including the tensors it shares.
     """
 
     offer: ModeOffer
     transformer: WanTransformer3DModel
-    report: str | None
+    conversion: str | None
     weight_bytes: int
     step_cache: StepCache | None = None
 
 
 def load_modes(
-    path: Path, plans: list[ModePlan], device: Device, choices: KernelsByMode | None = None
+    path: Path, plans: list[ModePlan], device: Device, kernels: KernelsByMode | None = None
 ) -> tuple[Mode, ...]:
-    """Load or make the transformer of every planned mode; `path` is the model's folder.
+    """Load or quantize the transformer of every planned mode.
 
-    Modes that differ in nothing a transformer is made with share one.
+    Modes with equal `ModeConfig.transformer_key` share one transformer.
 
     Args:
-        choices: of `choose_kernels`, by default made here.
+        path: the model's folder.
+        kernels: the result of `choose_kernels`; by default it is called here.
 
     Raises:
-        ModelUnusable: a recipe wants what the device does not run.
-        quant.QuantError: a recipe does not fit, or a tensor is not as it should be.
+        ModelUnusable: a recipe needs something that the device does not run.
+        quant.QuantError: a recipe does not fit the model, or a tensor is missing or has a wrong
+            shape or type.
     """
-    if choices is None:
-        choices = choose_kernels(plans, device)
-    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as beside:
-        begun = _begin_modes(path, plans, device, beside)
-        return _finish_modes(begun, plans, choices, device, beside)
+    if kernels is None:
+        kernels = choose_kernels(plans, device)
+    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as background:
+        built = _build_modes(path, plans, device, background)
+        return _fuse_modes(built, plans, kernels, device, background)
 
 
 def load_model(
@@ -97,87 +100,88 @@ def load_model(
     plans: list[ModePlan],
     device: Device,
     placement: Placement | None = None,
-    choices: KernelsByMode | None = None,
+    kernels: KernelsByMode | None = None,
     tokenizer: Callable[[], ModelTokenizer] | None = None,
 ) -> tuple[tuple[Mode, ...], Components]:
-    """Load the modes and what they share: a thread copies, while this one makes modules.
+    """Load modes and shared components: another thread copies weights while this one makes modules.
 
     Args:
-        placement: what goes where; by default everything to the device.
-        choices: of `choose_kernels`, by default made here.
-        tokenizer: gives the one that somebody else is reading; by default it is read here.
+        path: the model's folder.
+        placement: where the text encoder goes; by default everything is on the device.
+        kernels: the result of `choose_kernels`; by default it is called here.
+        tokenizer: returns the tokenizer that another thread reads; by default it is read here.
 
     Raises:
-        ModelUnusable, quant.QuantError: a part is missing, or a file or tensor is not as it should
-            be.
+        ModelUnusable, quant.QuantError: a component is missing, or a file or tensor is damaged.
     """
-    if choices is None:
-        choices = choose_kernels(plans, device)
-    home = None if placement is None else placement.text_encoder_home(device)
-    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as beside:
+    if kernels is None:
+        kernels = choose_kernels(plans, device)
+    encoder_device = None if placement is None else placement.text_encoder_load_device(device)
+    with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as background:
 
-        def begin_shared() -> ComponentLoader:
-            shared = ComponentLoader(path, device, home)
-            shared.copy(beside)
-            return shared
+        def start_components() -> ComponentLoader:
+            component_loader = ComponentLoader(path, device, encoder_device)
+            component_loader.copy(background)
+            return component_loader
 
-        # To make their modules takes time in which the transformer can be read already. But where
-        # it is quantized here, that is waited for, and a fault of theirs should not have to.
-        first = begin_shared() if any(map(_quantizes, plans)) else None
-        begun = _begin_modes(path, plans, device, beside)
-        parts = (first or begin_shared()).finish(tokenizer)
-        modes = _finish_modes(begun, plans, choices, device, beside)
+        # Normally the transformer comes first, so that it is read while the components' modules are
+        # made. But quantizing waits until it is read, so then the components come first, and their
+        # faults are found before that wait.
+        started = start_components() if any(map(_quantizes, plans)) else None
+        built = _build_modes(path, plans, device, background)
+        components = (started or start_components()).finish(tokenizer)
+        modes = _fuse_modes(built, plans, kernels, device, background)
     if placement is not None:
-        parts = replace(
-            parts,
-            text_encoder_place=placement.text_encoder,
+        components = replace(
+            components,
+            text_encoder_placement=placement.text_encoder,
             vae_tiling=placement.vae_tiling,
         )
-    return modes, parts
+    return modes, components
 
 
 def _quantizes(plan: ModePlan) -> bool:
-    """Whether its transformer is quantized here, rather than read as it is."""
+    """Whether the transformer is quantized here, rather than read packed or in BF16."""
     return plan.packed is None and plan.scales is not None
 
 
-def _begin_modes(
+def _build_modes(
     path: Path, plans: list[ModePlan], device: Device, reader: quant.BackgroundReader
 ) -> tuple[Mode, ...]:
-    """Make the distinct modes' trees; what is in them may still be on its way."""
-    plans = distinct(plans)
+    """Make the distinct modes' module trees; their weights may still be being read."""
+    plans = distinct_plans(plans)
     packed = [plan.packed for plan in plans if plan.packed is not None]
     base = None
     if len(packed) < len(plans):
-        convert_first = len(plans) == 1 and plans[0].recipe is not None
+        quantize_on_host = len(plans) == 1 and plans[0].recipe is not None
         host = quant.TensorReader(torch.device("cpu"))
-        base = _load_bf16(path / "transformer", device, host if convert_first else reader)
+        base = _load_bf16(path / "transformer", device, host if quantize_on_host else reader)
     elif len(packed) > 1:
         base = quant.load_packed_base(packed, reader)
     return tuple(_make_mode(plan, base, reader) for plan in plans)
 
 
-def _finish_modes(
-    begun: tuple[Mode, ...],
+def _fuse_modes(
+    built: tuple[Mode, ...],
     plans: list[ModePlan],
-    choices: KernelsByMode,
+    kernels: KernelsByMode,
     device: Device,
     reader: quant.BackgroundReader,
 ) -> tuple[Mode, ...]:
     """Put modes on their kernels, block by block as their weights arrive.
 
-    It comes after all trees have been made, as they share.
+    This must follow the making of all module trees, because they share tensors.
     """
-    for mode in begun:
+    for mode in built:
         if mode.transformer.device != device.torch_device:  # it was quantized on the host
             mode.transformer.to(device.torch_device)
-    made = {
-        plan.config.made_with: _put_on_kernels(
-            mode, plan, choices[plan.config.made_with], device, reader
+    fused = {
+        plan.config.transformer_key: _put_on_kernels(
+            mode, plan, kernels[plan.config.transformer_key], device, reader
         )
-        for mode, plan in zip(begun, distinct(plans), strict=True)
+        for mode, plan in zip(built, distinct_plans(plans), strict=True)
     }
-    return tuple(_as_mode(plan, made[plan.config.made_with]) for plan in plans)
+    return tuple(_as_mode(plan, fused[plan.config.transformer_key]) for plan in plans)
 
 
 def _put_on_kernels(
@@ -187,7 +191,7 @@ def _put_on_kernels(
     device: Device,
     reader: quant.BackgroundReader,
 ) -> Mode:
-    """Have a mode's blocks run on the kernels that were chosen for it."""
+    """Replace a mode's blocks by fused ones that run on the chosen kernels."""
     if choice is None:
         if device.attention_backend is not None:
             mode.transformer.set_attention_backend(device.attention_backend)
@@ -199,11 +203,11 @@ def _put_on_kernels(
     def wait_for(block: nn.Module) -> None:
         reader.wait_for(block.state_dict(keep_vars=True).values())
 
-    left = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
+    unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
     warning = choice.warning
-    if left and choice.kernels.name != EagerKernels.name:
+    if unfused and choice.kernels.name != EagerKernels.name:
         warning = (
-            f"{len(left)} of {len(mode.transformer.blocks)} blocks run in plain torch, which is "
+            f"{len(unfused)} of {len(mode.transformer.blocks)} blocks run in plain torch, which is "
             f"slower than bf16: the recipe {plan.config.recipe!r} rounds each token on its own, or "
             "quantizes only some of the linears that share an input."
         )
@@ -223,21 +227,21 @@ def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransfo
 def _make_mode(
     plan: ModePlan, base: WanTransformer3DModel | None, reader: quant.BackgroundReader
 ) -> Mode:
-    """Make one mode beside `base`, or from its packed checkpoint alone where there is none."""
-    transformer, report = base, None
+    """Make one mode that shares tensors with `base`, or without one from its checkpoint alone."""
+    transformer, conversion = base, None
     if plan.packed is not None:
         transformer = (
             quant.load_packed(plan.packed, reader)
             if base is None
-            else quant.load_packed_beside(plan.packed, base, reader)
+            else quant.load_packed_shared(plan.packed, base, reader)
         )
-        report = f"packed in {plan.packed.folder}, {plan.packed.linears} linears quantized"
+        conversion = f"packed in {plan.packed.folder}, {plan.packed.linears} linears quantized"
     elif base is not None and plan.recipe is not None and plan.scales is not None:
-        reader.wait()  # what is quantized has to be there
-        transformer, conversion = quant.quantize_transformer(base, plan.recipe, plan.scales)
-        logger.debug("mode %s:\n%s", plan.config.name, conversion.table())
-        report = str(conversion).splitlines()[0]
-    assert transformer is not None, "a mode that is not packed has a BF16 transformer to go with"
+        reader.wait()  # quantizing needs the weights
+        transformer, report = quant.quantize_transformer(base, plan.recipe, plan.scales)
+        logger.debug("mode %s:\n%s", plan.config.name, report.table())
+        conversion = str(report).splitlines()[0]
+    assert transformer is not None, "a mode that is not packed has a BF16 base"
     recipe_fingerprint = None if plan.recipe is None else plan.recipe.fingerprint
     offer = ModeOffer(
         name=plan.config.name,
@@ -245,11 +249,13 @@ def _make_mode(
         recipe_fingerprint=recipe_fingerprint,
     )
     weight_bytes = quant.weight_bytes(transformer)
-    return Mode(offer, transformer.eval(), report, weight_bytes)
+    return Mode(offer, transformer.eval(), conversion, weight_bytes)
 
 
-def _as_mode(plan: ModePlan, made: Mode) -> Mode:
-    """The planned mode, whose transformer was made for the first of its kind."""
+def _as_mode(plan: ModePlan, first: Mode) -> Mode:
+    """Return the planned mode with the transformer of the first mode of its key."""
     config = plan.config
     own = {"name": config.name, "description": config.description, "variant": config.variant}
-    return replace(made, offer=made.offer.model_copy(update=own), step_cache=plan.config.step_cache)
+    return replace(
+        first, offer=first.offer.model_copy(update=own), step_cache=plan.config.step_cache
+    )

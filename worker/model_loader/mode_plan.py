@@ -1,7 +1,7 @@
-"""Read and check what each mode is made of, and choose its kernels, before any weights are read.
+"""Read and check each mode's recipe and scales, and choose its kernels, before reading weights.
 
-Everything that can be refused is refused here: the recipes, and whether each scales file and packed
-checkpoint was made for this model and recipe.
+Every check that is possible without weights happens here: the recipes, and whether each scales file
+and packed checkpoint was made for this model and recipe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from worker.errors import ModelUnusable
 
 logger = logging.getLogger(__name__)
 
-_PARTS = (
+_REQUIRED_FILES = (
     "model_index.json",
     "tokenizer",
     "text_encoder/config.json",
@@ -38,15 +38,17 @@ _PARTS = (
 
 
 KernelsByMode = dict[tuple[object, ...], KernelChoice | None]
-"""The kernels of each distinct mode, by what it is made with."""
+"""The kernels of each distinct transformer, by `ModeConfig.transformer_key`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModePlan:
-    """One mode's recipe and scales, read and found to fit; both None for BF16.
+    """One mode's recipe and scales, read and checked.
 
-    `packed` is the checkpoint that has its transformer ready, where there is one. `shape` is of the
-    model's blocks.
+    Attributes:
+        shape: the shape of the model's blocks.
+        recipe, scales: None for BF16.
+        packed: the packed checkpoint that holds the mode's transformer, if there is one.
     """
 
     config: ModeConfig
@@ -57,25 +59,26 @@ class ModePlan:
 
 
 def fingerprint_model(config: WorkerConfig) -> str:
-    """Fingerprint the model, or take it from a packed checkpoint that goes with its other parts.
+    """Compute the model's fingerprint, or take it from a packed checkpoint.
 
-    The transformer's own weights are wanted only where a mode runs or quantizes them.
+    A packed checkpoint serves if the model's other components are those it was packed with. The
+    transformer's own weights are needed only if a mode runs or quantizes them.
 
     Raises:
-        ModelUnusable: the folder's other parts are not those the checkpoint was packed beside.
-        quant.QuantError: the folder lacks a part, or a packed checkpoint cannot be read.
+        ModelUnusable: the folder's other components are not those the checkpoint was packed with.
+        quant.QuantError: the folder lacks a component, or a packed checkpoint cannot be read.
     """
     folder, packed = config.model.path, [mode.packed for mode in config.modes]
     if quant.has_transformer_weights(folder) or None in packed:
         return quant.model_fingerprint(folder)
     assert packed[0] is not None, "a configuration has at least one mode"
     info = quant.open_packed(packed[0], model_folder=folder).info
-    parts = quant.parts_fingerprint(folder)
-    if parts != info.parts_fingerprint:
+    components = quant.parts_fingerprint(folder)
+    if components != info.parts_fingerprint:
         raise ModelUnusable(
-            f"Tokenizer, text encoder, VAE and scheduler in {folder} ({parts}) are not those that "
-            f"{packed[0]} was packed beside ({info.parts_fingerprint}); give the folder it was "
-            f"made from, or pack this model."
+            f"Tokenizer, text encoder, VAE and scheduler in {folder} ({components}) are not those "
+            f"that {packed[0]} was packed beside ({info.parts_fingerprint}); give the folder it "
+            f"was made from, or pack this model."
         )
     return info.model_fingerprint
 
@@ -84,10 +87,10 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
     """Read every mode's recipe and scales and check that they fit the model.
 
     Raises:
-        quant.ScalesMismatch, quant.PackedMismatch: the sentence ends with the command that makes
-            fitting ones.
-        quant.QuantError: a recipe, a scales file or a packed checkpoint cannot be read, or a tensor
-            in it is not as it should be.
+        quant.ScalesMismatch, quant.PackedMismatch: the message ends with the command that makes
+            matching ones.
+        quant.QuantError: a recipe, a scales file or a packed checkpoint cannot be read, or one of
+            its tensors is missing or has a wrong shape or type.
     """
     shape = BlockShape.of(shared_meta_model(read_transformer_config(config.model.path)).config)
     plans = []
@@ -106,7 +109,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
             )
             plans.append(ModePlan(mode, shape, recipe, packed.scales, packed))
             continue
-        assert mode.scales is not None, "the configuration has checked that"
+        assert mode.scales is not None, "ModeConfig has checked that"
         scales = quant.load_scales(mode.scales, model_folder=config.model.path, recipe=recipe)
         quant.check_scales(
             scales,
@@ -120,49 +123,52 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
 
 
 def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:
-    """Try which kernels the modes run on here, before any weights are read.
+    """Find out by trial which kernels the modes run on here, before reading weights.
 
-    Beside, what will read them is made ready.
+    Meanwhile another thread prepares the reader of the weights.
 
     Raises:
-        ModelUnusable, quant.QuantError: a recipe wants what the device does not run.
+        ModelUnusable, quant.QuantError: a recipe needs something that the device does not run.
     """
     _refuse_fp8_attention(plans, device)
-    with ThreadPoolExecutor(1) as beside:
-        ready = beside.submit(quant.TensorReader(device.torch_device).prepare)
-        choices = {plan.config.made_with: _kernels_of(plan, device) for plan in distinct(plans)}
-    ready.result()
-    _warn(plans, choices)
-    return choices
+    with ThreadPoolExecutor(1) as executor:
+        prepared = executor.submit(quant.TensorReader(device.torch_device).prepare)
+        kernels = {
+            plan.config.transformer_key: _kernels_of(plan, device) for plan in distinct_plans(plans)
+        }
+    prepared.result()
+    _warn(plans, kernels)
+    return kernels
 
 
-def _warn(plans: list[ModePlan], choices: KernelsByMode) -> None:
-    """Say once of each warning which modes it is of."""
+def _warn(plans: list[ModePlan], kernels: KernelsByMode) -> None:
+    """Log each warning once, with the names of its modes."""
     modes: dict[str, list[str]] = {}
     for plan in plans:
-        choice = choices[plan.config.made_with]
+        choice = kernels[plan.config.transformer_key]
         if choice is not None and choice.warning is not None:
             modes.setdefault(choice.warning, []).append(plan.config.name)
     for warning, names in modes.items():
         logger.warning("%s: %s", ", ".join(names), warning)
 
 
-def distinct(plans: list[ModePlan]) -> list[ModePlan]:
-    """The first of each kind."""
+def distinct_plans(plans: list[ModePlan]) -> list[ModePlan]:
+    """Return one plan for each distinct transformer: the first."""
     first: dict[tuple[object, ...], ModePlan] = {}
     for plan in plans:
-        first.setdefault(plan.config.made_with, plan)
+        first.setdefault(plan.config.transformer_key, plan)
     return list(first.values())
 
 
 def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
-    """Refuse FP8 attention where blocks run as diffusers has them: it would silently be BF16."""
-    wanting = [p for p in plans if p.recipe is not None and p.recipe.attention_inputs]
-    # Emulated, every device with kernels runs it.
-    if wanting and device.pick_kernels(quantized=True, emulate=True) is None:
+    """Refuse FP8 attention where blocks stay as diffusers has them: it would silently be BF16."""
+    fp8_plans = [p for p in plans if p.recipe is not None and p.recipe.attention_inputs]
+    # Every device with kernels runs it at least emulated.
+    if fp8_plans and device.pick_kernels(quantized=True, emulate=True) is None:
+        mode = fp8_plans[0].config
         raise ModelUnusable(
-            f"Mode {wanting[0].config.name!r} has the recipe {wanting[0].config.recipe!r} with FP8 "
-            f"attention, which {device.name} does not run; take a recipe with BF16 attention."
+            f"Mode {mode.name!r} has the recipe {mode.recipe!r} with FP8 attention, which "
+            f"{device.name} does not run; take a recipe with BF16 attention."
         )
 
 
@@ -171,19 +177,19 @@ def _kernels_of(plan: ModePlan, device: Device) -> KernelChoice | None:
     return device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
-        scales_rows=plan.recipe is not None and plan.recipe.scales_rows,
+        per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
         emulate=plan.config.exact_emulation and quantized,
     )
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that is not a whole Wan2.1 text-to-video pipeline.
+    """Refuse a folder that is not a complete Wan2.1 text-to-video pipeline.
 
     Raises:
-        ModelUnusable: naming what is missing or different.
+        ModelUnusable: names what is missing or different.
     """
-    missing = [part for part in _PARTS if not (path / part).exists()]
+    missing = [name for name in _REQUIRED_FILES if not (path / name).exists()]
     if missing:
         raise ModelUnusable(
             f"The model folder {path} lacks {', '.join(missing)}; it has to be a diffusers folder "

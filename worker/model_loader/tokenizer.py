@@ -1,6 +1,6 @@
-"""A model's tokenizer, read from its `tokenizer.json` as that file describes it.
+"""Read a model's tokenizer from its `tokenizer.json`, exactly as that file describes it.
 
-UMT5's has 256,300 tokens in 17 MB, and the library holds Python's lock all the while it reads them
+UMT5's has 256,300 tokens in 17 MB, and the library holds the GIL while it reads them
 (docs/decisions/014).
 """
 
@@ -21,12 +21,12 @@ T5_PADDING = "<pad>"
 
 @dataclass(frozen=True, slots=True)
 class ModelTokenizer:
-    """A tokenizer and where it comes from.
+    """A tokenizer and its source.
 
     Attributes:
-        tokenize: as diffusers' pipelines call it. Of special tokens it names only the padding.
-        text: of its file, UTF-8, by which the service counts the same tokens.
-        fingerprint: the text's name in the catalog.
+        tokenize: the callable for diffusers' pipelines. Its only named special token is padding.
+        text: the content of tokenizer.json, UTF-8; the service counts the same tokens with it.
+        fingerprint: the name of `text` in the catalog.
     """
 
     tokenize: PreTrainedTokenizerBase
@@ -37,42 +37,45 @@ class ModelTokenizer:
 def read_tokenizer(folder: Path) -> ModelTokenizer:
     """Read the tokenizer in `folder`.
 
-    Not by the class that its configuration names (`T5Tokenizer`): that makes a tokenizer of its own
-    from the file's vocabulary, in four times the time, and with its own idea of the unknown token.
-    Nor by a `from_pretrained`, which in some versions reads the file twice.
+    The class that its configuration names (`T5Tokenizer`) is not used: it builds a new tokenizer
+    from the file's vocabulary, which takes four times as long and has another unknown token. Nor is
+    `from_pretrained`, which in some versions reads the file twice.
 
-    What pads is all that is taken of the configuration: the pipeline needs texts at the left, and
-    none is cut.
+    Only the padding token is taken from the configuration. Padding is always on the right, as the
+    pipeline needs it, and no text is truncated.
 
     Raises:
-        ModelUnusable: a file is missing, or cannot be read; it is named. Or none says which token
-            of the vocabulary pads.
+        ModelUnusable: names the file that is missing or cannot be read; or no file says which token
+            of the vocabulary is for padding.
     """
     check_files(folder, TOKENIZER)
     file, config_file = folder / TOKENIZER, folder / CONFIG
     try:
         text = file.read_bytes()
-        # Without a side and a token of ours, the library takes those of the file as they are.
+        # Without these two arguments, the library would take the file's own padding settings.
         tokenize = PreTrainedTokenizerFast(
             tokenizer_file=str(file), padding_side="right", pad_token=None
         )
         padding = tokenize.backend_tokenizer.padding or {}
-        tokenize("a")  # some broken files show here
+        tokenize("a")  # some broken files fail only here
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library's panics are no Exceptions
+    except BaseException as error:  # the library's Rust panics are no Exceptions
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelUnusable(f"The model file {file} cannot be read: {reason}") from error
     config = read_json(config_file) if config_file.is_file() else {}
-    named = config.get("pad_token") or padding.get("pad_token") or T5_PADDING
-    tokenize.pad_token = _checked_padding(tokenize, named, file)
+    pad_token = config.get("pad_token") or padding.get("pad_token") or T5_PADDING
+    tokenize.pad_token = _checked_padding(tokenize, pad_token, file)
     return ModelTokenizer(tokenize, text, tokenizer_fingerprint(text))
 
 
-def _checked_padding(tokenize: PreTrainedTokenizerBase, named: object, file: Path) -> str:
-    """The token that pads. One that the file lacks the library would add, beyond the embedding."""
-    # Some name it as an object around the text.
-    token = named.get("content") if isinstance(named, dict) else named
+def _checked_padding(tokenize: PreTrainedTokenizerBase, pad_token: object, file: Path) -> str:
+    """Return the padding token, or refuse one that the file lacks.
+
+    The library would add it to the vocabulary, beyond the rows of the embedding.
+    """
+    # Some configurations have an object around the text.
+    token = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
     if not isinstance(token, str) or tokenize.backend_tokenizer.token_to_id(token) is None:
         raise ModelUnusable(
             f"{file} has no token {token!r} to pad with: name one that it has as pad_token in "

@@ -1,4 +1,4 @@
-"""A thread of its own beside what the worker does."""
+"""Run code in a background thread for the length of a context."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Self
 
 
 class BackgroundThread(ABC):
-    """A context in which `_run` runs in a thread of its own.
+    """A context manager that runs `_run` in a daemon thread.
 
-    `_run` has to return soon after `_done` is set.
+    `_run` must return soon after `_done` is set.
     """
 
-    def __init__(self, name: str, end_wait_s: float | None = None) -> None:
-        """end_wait_s: how long the end of the context waits for a thread that may hang in a Redis
-        or a device; None for as long as it takes.
+    def __init__(self, name: str, join_timeout_s: float | None = None) -> None:
+        """Prepare the thread.
+
+        Args:
+            join_timeout_s: how long the exit of the context waits for the thread, which may hang in
+                a call to Redis or to a device; None waits until it ends.
         """
         self._done = threading.Event()
-        self._end_wait_s = end_wait_s
+        self._join_timeout_s = join_timeout_s
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def __enter__(self) -> Self:
@@ -33,7 +36,7 @@ class BackgroundThread(ABC):
         trace: TracebackType | None,
     ) -> None:
         self._done.set()
-        self._thread.join(self._end_wait_s)
+        self._thread.join(self._join_timeout_s)
 
     @abstractmethod
     def _run(self) -> None: ...

@@ -1,7 +1,7 @@
-"""How a worker ends when it is told to: with its job, or without.
+"""Record requests to stop the worker, and whether it finishes its current job first.
 
 Signal handlers set plain attributes here. They run in the main thread between any two of its
-instructions, so they must not wait for a lock that this very thread may hold.
+instructions, so they must not wait for a lock: the main thread may be holding it.
 """
 
 from __future__ import annotations
@@ -12,44 +12,45 @@ from typing import Final
 
 from worker.settings import DrainChoice
 
-SAME_WISH_S: Final = 1.0
-"""Two signals within this time are one wish: a terminal and a launcher may both send theirs."""
+SAME_REQUEST_S: Final = 1.0
+"""Signals within this time count as one request: a terminal and a launcher may each send one."""
 
 
 class Drain:
-    """Whether this process was told to stop, and whether the job in hand is to be given back.
+    """Whether this process should stop, and whether it returns its current job to the queue.
 
     Attributes:
-        told: no further job is to be taken.
-        give_back: the job in hand is not to be finished here.
+        stopping: the worker takes no further job.
+        return_job: the current job is returned to the queue instead of being finished here.
     """
 
     def __init__(self, choice: DrainChoice = "finish") -> None:
-        self.told = False
-        self.give_back = False
+        self.stopping = False
+        self.return_job = False
         self._choice = choice
-        self._told_at = 0.0
+        self._requested_at = 0.0
 
-    def tell(self) -> None:
-        """Have the worker stop: as it is configured to; told a second time, without its job."""
+    def request_stop(self) -> None:
+        """Stop the worker as configured; a second request returns the current job at once."""
         now = time.monotonic()
-        if not self.told:
-            self._told_at = now
-            self.give_back = self._choice == "requeue"
-            self.told = True
-        elif now - self._told_at >= SAME_WISH_S:
-            self.give_back = True
+        if not self.stopping:
+            self._requested_at = now
+            self.return_job = self._choice == "requeue"
+            self.stopping = True
+        elif now - self._requested_at >= SAME_REQUEST_S:
+            self.return_job = True
 
 
 @dataclass(slots=True)
-class JobInHand:
-    """The delivery that is being worked on.
+class CurrentJob:
+    """The delivery of a job that the worker is running.
 
     Attributes:
-        stop: RQ's stop command wants it to end.
-        not_ours: the job is queued again, or run by another, so RQ must not call it finished.
+        stop: RQ's stop command asked for its end.
+        owned_elsewhere: the job is queued again, or another worker runs it, so RQ must not mark it
+            as finished.
     """
 
     job_id: str
     stop: bool = False
-    not_ours: bool = False
+    owned_elsewhere: bool = False

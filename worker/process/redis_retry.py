@@ -1,7 +1,7 @@
-"""Redis goes away and comes back; a worker with its model stays.
+"""Retry Redis commands across an outage, so that a worker keeps its loaded model.
 
-Every thread of a worker that talks to Redis reports to one `RedisOutage`, so the log says once that
-Redis has gone and once that it is back, however many ask in between.
+All threads of a worker that use Redis share one `RedisOutage`. An outage is thus logged once when
+it begins and once when it ends, however many commands fail in between.
 """
 
 from __future__ import annotations
@@ -31,55 +31,58 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATIENCE_S = 600.0
-"""How long what must not be lost is offered to a Redis that is away."""
+RETRY_TIMEOUT_S = 600.0
+"""How long a command whose effect must not be lost is repeated while Redis is unreachable."""
 
-HURRIED_S = 10.0
-"""The same, once whoever runs the worker wants it gone: the last try may take as long again."""
+SHUTDOWN_TIMEOUT_S = 10.0
+"""The same once the worker is stopping; the last attempt may take as long again."""
 
-LONGEST_PAUSE_S = 2.0
-"""Of what jobs wait for. Leases are not judged for longer than this after Redis is back."""
+MAX_PAUSE_S = 2.0
+"""Longest pause between two attempts of a command that a job waits for. When Redis is back, expired
+leases are tolerated for longer (`jobs/store/recovery.py`)."""
 
-END_WAIT_S = 5.0
-"""How long the end of a worker waits for a thread beside its jobs. They are daemons."""
+JOIN_TIMEOUT_S = 5.0
+"""How long the end of a worker waits for each of its background threads, which are daemons."""
 
 
 class RedisOutage:
-    """What is known of Redis: here, or away since some time."""
+    """Whether Redis is reachable, or since when it is not."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since: float | None = None
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Whatever is asked of Redis inside shows whether it is there; errors pass through."""
+    def track(self) -> Iterator[None]:
+        """Update the state from the Redis commands of the block; errors propagate."""
         try:
             yield
         except RedisError as error:
-            self.began(error)
+            self.mark_down(error)
             raise
-        self.ended()
+        self.mark_up()
 
     @contextmanager
-    def survived(self) -> Iterator[None]:
-        """For threads that nobody would miss if they ended: whatever goes wrong inside is logged,
-        an outage once, and passed over."""
+    def log_errors(self) -> Iterator[None]:
+        """Log and swallow every error of the block, an outage once.
+
+        For background threads, whose end because of an error would go unnoticed.
+        """
         try:
-            with self.watched():
+            with self.track():
                 yield
         except RedisError:
             pass
         except Exception:
             logger.exception("a thread beside the job goes on after an error")
 
-    def began(self, error: RedisError) -> None:
+    def mark_down(self, error: RedisError) -> None:
         with self._lock:
             if self._since is None:
                 self._since = time.monotonic()
                 logger.warning("Redis is away, which is waited for: %s", error)
 
-    def ended(self) -> None:
+    def mark_up(self) -> None:
         with self._lock:
             if self._since is not None:
                 logger.warning("Redis is back after %.1f s", time.monotonic() - self._since)
@@ -87,10 +90,10 @@ class RedisOutage:
 
 
 class Backoff:
-    """How long to wait after each failure: twice as long each time, up to a limit, with jitter."""
+    """Compute the pause after each failure: doubled each time, up to a limit, with jitter."""
 
-    def __init__(self, longest_s: float = LONGEST_PAUSE_S) -> None:
-        self._backoff = EqualJitterBackoff(cap=longest_s, base=0.05)
+    def __init__(self, max_s: float = MAX_PAUSE_S) -> None:
+        self._backoff = EqualJitterBackoff(cap=max_s, base=0.05)
         self._failures = 0
 
     def next_s(self) -> float:
@@ -101,37 +104,38 @@ class Backoff:
         self._failures = 0
 
 
-def keep_asking(
+def retry_until_answered(
     call: Callable[[], T],
     outage: RedisOutage,
-    patience_s: float | None = None,
-    hurried: Callable[[], bool] = lambda: False,
+    timeout_s: float | None = None,
+    shutting_down: Callable[[], bool] = lambda: False,
 ) -> T:
-    """Repeat a call that may be repeated until Redis answers it.
+    """Repeat an idempotent call until Redis answers it.
 
-    patience_s: PATIENCE_S if None.
-    hurried: whether patience is HURRIED_S from now on at the most.
+    Args:
+        timeout_s: how long; RETRY_TIMEOUT_S if None.
+        shutting_down: once it returns True, at most SHUTDOWN_TIMEOUT_S more are spent.
 
     Raises:
-        RedisError: the last one, when patience has run out, and at once one that would come again.
-            Whatever else the call raises, at once.
+        RedisError: the last one, when the time is over; at once, one that a repetition would not
+            change. Any other exception of the call is raised at once.
     """
-    deadline = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
-    pauses, in_a_hurry = Backoff(), False
+    deadline = time.monotonic() + (RETRY_TIMEOUT_S if timeout_s is None else timeout_s)
+    backoff, shortened = Backoff(), False
     while True:
         try:
-            with outage.watched():
+            with outage.track():
                 return call()
         except RedisError as error:
-            if not _may_pass(error) or time.monotonic() > deadline:
+            if not _is_transient(error) or time.monotonic() > deadline:
                 raise
-        if hurried() and not in_a_hurry:
-            in_a_hurry, deadline = True, min(deadline, time.monotonic() + HURRIED_S)
-        time.sleep(pauses.next_s())
+        if shutting_down() and not shortened:
+            shortened, deadline = True, min(deadline, time.monotonic() + SHUTDOWN_TIMEOUT_S)
+        time.sleep(backoff.next_s())
 
 
-def _may_pass(error: RedisError) -> bool:
-    """Whether Redis is away, or is there and takes nothing for now."""
+def _is_transient(error: RedisError) -> bool:
+    """Whether Redis is unreachable, or reachable but refuses commands for now."""
     kinds = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
     refusals = ("MISCONF", "NOREPLICAS", "MASTERDOWN")  # a full disk, a failover
     return isinstance(error, kinds) or (

@@ -1,8 +1,8 @@
-"""A folder for unfinished videos, which does not outlive its worker for long.
+"""Provide a temporary folder for unfinished videos, and remove those of killed workers.
 
-A worker that is killed cannot clean up behind itself, so the next one does: it removes the folders
-whose owner is gone. The owner holds a lock on a file in its folder, which the system lets go of
-however it ends.
+A killed worker cannot remove its folder, so the next worker that starts does. The owner of a folder
+holds a lock on a file in it; the kernel releases the lock however the owner ends. A folder without
+a held lock is abandoned.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ PREFIX: Final = "wan-worker-"
 LOCK: Final = "in-use"
 
 UNLOCKED_S: Final = 24 * 3600.0
-"""A folder without a lock is removed when nobody has touched it for this long."""
+"""A folder without a lock file is removed when it was not modified for this long."""
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of this worker's own, after a sweep of those that others left behind."""
+    """Create a folder for this worker, after removing abandoned ones."""
     parent = Path(tempfile.gettempdir())
-    sweep(parent)
-    # It gets its name when it is locked: no sweep meets one that is about to be.
+    remove_abandoned(parent)
+    # It is renamed once it is locked, so that no other worker finds it unlocked and removes it.
     unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
     with (unnamed / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -44,11 +44,11 @@ def scratch_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(parent: Path) -> int:
-    """Remove the scratch folders below `parent` whose owner is gone; returns how many."""
+def remove_abandoned(parent: Path) -> int:
+    """Remove the scratch folders in `parent` whose owner has ended; return how many."""
     removed = 0
     for folder in (*parent.glob(f"{PREFIX}*"), *parent.glob(f".{PREFIX}*")):
-        # Somebody else's, already gone, or not what its name says: not ours to touch.
+        # OSError: another user's folder, one already removed, or not a scratch folder at all.
         with suppress(OSError):
             if _is_abandoned(folder):
                 shutil.rmtree(folder)
@@ -59,10 +59,10 @@ def sweep(parent: Path) -> int:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         return False
-    untouched = time.time() - found.st_mtime > UNLOCKED_S
+    untouched = time.time() - status.st_mtime > UNLOCKED_S
     if folder.name.startswith("."):
         return untouched
     try:

@@ -1,4 +1,7 @@
-"""What a worker process remembers from job to job, whatever becomes of its connection to Redis."""
+"""Keep a process' statistics from job to job: step times, out-of-memory count, exit status.
+
+They outlive every loss of the connection to Redis.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from worker.interface import ActShares
 from worker.process.redis_retry import RedisOutage
 
 KEPT: Final = 50
-"""Of each kind of step, this many of the latest durations are remembered."""
-
+"""The number of latest durations kept of each kind of step."""
 
 OUT_OF_MEMORY_LIMIT: Final = 2
+"""Jobs in a row that run out of memory before the process ends."""
 
 
 class StepTimes:
-    """The latest durations of steps, by the shape of the request and the stage."""
+    """The latest durations of steps in seconds, by the shape of the request and the stage."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, Stage], deque[float]] = defaultdict(
@@ -36,17 +39,17 @@ class StepTimes:
         found = self._seconds.get((shape, stage))
         return statistics.median(found) if found else None
 
-    def slow(self, shape: str, stage: Stage) -> float | None:
-        """What one step in ten exceeds; of fewer than ten the longest."""
+    def percentile_90(self, shape: str, stage: Stage) -> float | None:
+        """The duration that one step in ten exceeds; of fewer than ten steps, the longest."""
         found = sorted(self._seconds.get((shape, stage), ()))
         return found[(9 * len(found) - 1) // 10] if found else None
 
 
 class WorkerStats:
-    """One for each process. Jobs write it, in turn; the status is read from another thread.
+    """The statistics of one process. Jobs write them in turn; another thread reads the status.
 
     Attributes:
-        exit_status: what the process is to end with now; None while it is fit for another job.
+        exit_status: the status to end the process with now; None while it can run another job.
     """
 
     def __init__(self) -> None:
@@ -59,25 +62,30 @@ class WorkerStats:
         self._steps: dict[str, deque[float]] = {}
         self._shares: dict[str, ActShares] = {}
 
-    def succeeded(self) -> None:
+    def record_success(self) -> None:
         self._out_of_memory = 0
         with self._lock:
             self._done += 1
 
-    def out_of_memory(self) -> None:
-        """A job has filled the memory. The second without a success in between is the last one:
-        either nothing fits any more, or memory leaks; a fresh process has all of it."""
+    def record_out_of_memory(self) -> None:
+        """Count a job that ran out of memory; the second in a row ends the process.
+
+        In a row means without a success in between. Then either no job fits any more or memory
+        leaks, and a new process starts with all of it.
+        """
         self._out_of_memory += 1
         if self._out_of_memory >= OUT_OF_MEMORY_LIMIT:
             self.exit_status = EXIT_OUT_OF_MEMORY
 
-    def device_lost(self) -> None:
+    def record_device_lost(self) -> None:
         self.exit_status = EXIT_DEVICE_LOST
 
-    def measured(self, mode: str, steps: Sequence[float], shares: ActShares | None) -> None:
+    def record_steps(
+        self, mode: str, step_seconds: Sequence[float], shares: ActShares | None
+    ) -> None:
         """Add a job's denoising steps, and its sample of activations if one was taken."""
         with self._lock:
-            self._steps.setdefault(mode, deque(maxlen=KEPT)).extend(steps)
+            self._steps.setdefault(mode, deque(maxlen=KEPT)).extend(step_seconds)
             if shares is not None:
                 self._shares[mode] = shares
 
@@ -86,7 +94,7 @@ class WorkerStats:
         return self._done
 
     def modes(self) -> dict[str, ModeStatus]:
-        """What was measured in each mode that has run."""
+        """The measurements of each mode that has run."""
         with self._lock:
             return {mode: self._mode(mode) for mode in self._steps}
 

@@ -1,4 +1,4 @@
--- ARGV: id, now, token, worker, length of a lease in ms.
+-- Starts an attempt. ARGV: id, now, token, worker, length of a lease in ms.
 -- Returns the state after the call, or 'missing', or 'held'; and the number of the attempt.
 local id, now, token = ARGV[1], ARGV[2], ARGV[3]
 local record = record_of(id)
@@ -8,7 +8,7 @@ if not state then return { 'missing', 0 } end
 local clock = clock_ms()
 local lease = clock + tonumber(ARGV[5])
 if state == 'running' then
-  -- Whether another attempt's lease that has run out means anything, recovery judges (look.lua).
+  -- Even if the other attempt's lease has expired: only recovery judges that (look.lua).
   if known[2] ~= token then return { 'held', attempts } end
   redis.call('HSET', record, 'lease_ms', lease)
   return { state, attempts }

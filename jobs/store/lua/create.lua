@@ -1,7 +1,9 @@
--- ARGV: id, now, owner, priority, queue, most waiting ('' for no limit), the owner's most, key of
--- the idempotency entry ('' for none), hash of the body, beginning of the oldest id whose record
--- can be there, number of record fields, record fields and values, RQ's fields and values.
--- Returns what happened, the id or the number that belongs to it, and the place of a new job.
+-- Creates a queued job, unless its idempotency key belongs to another one or a limit is reached.
+-- ARGV: id, now, owner, priority, queue, limit of waiting jobs ('' for none), limit of the owner's
+-- jobs ('' for none), Redis key of the idempotency entry ('' for none), hash of the body, prefix of
+-- the oldest id whose record can still exist, number of record fields, record fields and values,
+-- RQ's fields and values.
+-- Returns the outcome, the id or number that belongs to it, and the position of a new job (or -1).
 local id, now, owner, priority, queue = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local record, list = record_of(id), '@RQ_QUEUE@' .. queue
 if redis.call('EXISTS', record) == 1 then return { 'created', id, -1 } end
@@ -21,7 +23,7 @@ if ARGV[6] ~= '' and waiting >= tonumber(ARGV[6]) then return { 'queue_full', wa
 if ARGV[7] ~= '' then
   local active = 0
   for _, state in ipairs({ 'queued', 'running' }) do
-    -- Names of records that have lapsed are swept later.
+    -- Ids of expired records stay in the index for a while, so older ids are not counted.
     active = active + redis.call('ZLEXCOUNT', indexes(owner, state)[2], '[' .. ARGV[10], '+')
   end
   if active >= tonumber(ARGV[7]) then return { 'owner_full', active, -1 } end
@@ -36,18 +38,18 @@ end
 
 redis.call('HSET', '@RQ_JOB@' .. id, unpack(ARGV, 12 + fields))
 redis.call('SADD', '@RQ_QUEUES@', list)
-local behind, place = nil, waiting
+local next_id, position = nil, waiting
 if priority == '1' then
-  -- Before the first that has none, so that those with priority keep their own order.
-  for position, other in ipairs(redis.call('LRANGE', list, 0, -1)) do
+  -- Before the first job without priority, so that jobs with priority keep their order.
+  for number, other in ipairs(redis.call('LRANGE', list, 0, -1)) do
     if redis.call('HGET', record_of(other), 'priority') ~= '1' then
-      behind, place = other, position - 1
+      next_id, position = other, number - 1
       break
     end
   end
 end
-if behind then
-  redis.call('LINSERT', list, 'BEFORE', behind, id)
+if next_id then
+  redis.call('LINSERT', list, 'BEFORE', next_id, id)
 else
   redis.call('RPUSH', list, id)
 end
@@ -58,4 +60,4 @@ if ARGV[8] ~= '' then
 end
 count('created', redis.call('HGET', record, 'shape'))
 emit(id, 'state', now)
-return { 'created', id, place }
+return { 'created', id, position }

@@ -1,8 +1,8 @@
--- Notes that somebody looks for abandoned jobs.
--- ARGV: the ms without a look that count as a gap, and how long after one no lease is judged.
--- Returns the clock in ms, and whether a lease that has run out means that its holder has vanished:
--- after a gap (this server was away, or nobody was there to look) holders first get the time to
--- renew theirs.
+-- Records that a process looks for abandoned jobs, and decides whether it may judge leases.
+-- ARGV: how many ms without a look count as a gap; for how many ms after a gap no lease is judged.
+-- Returns the clock in ms, and 1 if an expired lease means that its holder is lost. It is 0 after a
+-- gap (this server was unreachable, or no process was running), when holders first get the time to
+-- renew their leases.
 local clock = clock_ms()
 local known = redis.call('HMGET', '@RECOVERY@', 'looked_ms', 'gap_ms')
 local gap = tonumber(known[2] or 0)

@@ -1,10 +1,12 @@
--- What every script begins with. Names between @ signs are put in by jobs/store/scripts.py.
+-- Defines what all scripts share; each script is prefixed with this file.
+-- jobs/store/scripts.py substitutes the names between @ signs.
 --
--- A script is one step to Redis: of two rivals (a cancel and a claim, an old attempt and a new one)
--- exactly one wins. Each may be repeated after a lost answer: it finds its own token, its own id or
--- its own result, and changes nothing. Two do: a lease (renew, and a repeated claim) runs from the
--- latest call on, and webhook_take hands out other entries; those of the lost answer are due again
--- when their lease ends. Progress that is repeated after newer progress counts as news.
+-- Redis runs a script atomically: of two competing calls (a cancel and a claim, an old attempt and
+-- a new one) exactly one takes effect. A call may be repeated after a lost response: the script
+-- finds its own token, its own id or its own result, and changes nothing. There are two exceptions: a
+-- lease (renew, and a repeated claim) runs from the latest call on, and webhook_take returns other
+-- entries (those of the lost response are due again when their lease ends). Progress that is
+-- repeated after newer progress is written and announced again.
 
 local ENDS = { succeeded = true, failed = true, cancelled = true }
 local BOUNDS = { @BOUNDS@ }
@@ -16,11 +18,12 @@ end
 
 local function record_of(id) return '@RECORD@' .. id end
 
--- Adds to a counter of /metrics; in the scripts, so that each transition counts exactly once.
+-- Increments a counter of /metrics, in the scripts, so that each transition counts exactly once.
 local function count(name, labels)
   redis.call('HINCRBYFLOAT', '@METRICS@', name .. '|' .. labels, 1)
 end
 
+-- Adds a value to a histogram of /metrics.
 local function observe(name, shape, seconds)
   local least = '+Inf'
   for _, bound in ipairs(BOUNDS) do
@@ -33,7 +36,7 @@ local function observe(name, shape, seconds)
   redis.call('HINCRBYFLOAT', '@METRICS@', name .. '|' .. shape .. '|sum', seconds)
 end
 
--- Appends to the job's event stream and wakes whoever follows it.
+-- Appends to the job's event stream and publishes the job's id to its readers.
 local function emit(id, kind, now)
   local record = redis.call('HMGET', record_of(id), 'state', 'attempts', 'progress')
   local stream = '@EVENTS@' .. id
@@ -43,12 +46,13 @@ local function emit(id, kind, now)
   redis.call('PUBLISH', '@CHANNEL@', id)
 end
 
--- A job is in four indexes: all and by state, of everybody and of its owner.
+-- Returns two of the four indexes of a job (all and by state, of everybody and of its owner).
 local function indexes(owner, state)
   return { '@INDEX@' .. state, '@INDEX@' .. 'owner:' .. owner .. ':' .. state }
 end
 
--- Changes the state, keeps the indexes in step, and does what an end brings with it.
+-- Changes the state and the indexes. At an end, it also sets the expiry of RQ's hash, counts, and
+-- enqueues the webhook and the requested deletion.
 local function move(id, from, to, now, code)
   local record = record_of(id)
   local known = redis.call('HMGET', record, 'owner', 'shape', 'webhook_url', 'delete_requested')
@@ -59,7 +63,7 @@ local function move(id, from, to, now, code)
   if ENDS[to] then
     redis.call('HSET', record, 'finished_at', now)
     redis.call('HDEL', record, 'lease_ms')
-    -- RQ does this too when a delivery ends, but not for a worker that vanished.
+    -- RQ does this too when a delivery ends, but not if the worker was lost.
     redis.call('EXPIRE', '@RQ_JOB@' .. id, @RQ_RESULT_TTL_S@)
     count('ended', known[2] .. '|' .. to .. '|' .. (code or ''))
     if known[3] then redis.call('ZADD', '@WEBHOOKS_DUE@', clock_ms(), id) end
@@ -67,7 +71,7 @@ local function move(id, from, to, now, code)
   end
 end
 
--- Writes RQ's own hash of the job anew and puts its id at the front of its queue: it had its turn.
+-- Writes RQ's hash of the job again and puts its id at the front of its queue, as it waited before.
 local function deliver_again(id, queue, fields, first)
   local job, list = '@RQ_JOB@' .. id, '@RQ_QUEUE@' .. queue
   redis.call('DEL', job)
@@ -77,7 +81,7 @@ local function deliver_again(id, queue, fields, first)
   redis.call('LPUSH', list, id)
 end
 
--- One attempt has vanished. Returns true when that was one too often, and ends the job.
+-- Counts a lost attempt. If there were too many, it fails the job and returns true.
 local function lose_attempt(id, most, failure, code, now)
   local record = record_of(id)
   count('lost', redis.call('HGET', record, 'shape'))

@@ -1,9 +1,9 @@
--- Deletes a job for good. ARGV: id, now.
--- Returns 'missing', 'purged', or 'marked': a running job ends first, and is deleted then.
+-- Deletes everything about a job. ARGV: id, now.
+-- Returns 'missing', 'purged', or 'marked': a running job is cancelled first, and deleted later.
 local id, now = ARGV[1], ARGV[2]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'owner', 'queue')
--- Also of a record of another version, which may lack some of it.
+-- A record of another version may lack some of these fields; it is deleted all the same.
 local state, owner, queue = known[1], known[2] or '', known[3] or ''
 if not state then
   redis.call('ZREM', '@DELETIONS@', id)
@@ -25,7 +25,7 @@ end
 redis.call('ZREM', '@DELETIONS@', id)
 redis.call('ZREM', '@WEBHOOKS_DUE@', id)
 redis.call('DEL', record, '@EVENTS@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
--- What RQ keeps of deliveries that ended: a traceback would outlive the job it is of.
+-- RQ's results of ended deliveries: their tracebacks must not outlive the job.
 redis.call('DEL', '@RQ_RESULTS@' .. id)
 for _, registry in ipairs({ '@RQ_FINISHED@', '@RQ_FAILED@' }) do
   redis.call('ZREM', registry .. queue, id)

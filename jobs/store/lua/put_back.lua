@@ -1,8 +1,9 @@
--- Ends a running attempt without ending the job: its worker gives it back, or has vanished.
--- ARGV: id, now, token ('' takes only a job whose lease has run out), whether the attempt counts as
--- lost, most lost attempts, the failure and its code when they are used up, RQ's fields and values.
--- Returns the state after the call, or 'missing', 'held', 'superseded', or, to one without a token,
--- 'settled' when the job does not run any more.
+-- Ends a running attempt without ending the job: its worker releases it, or is lost.
+-- ARGV: id, now, token ('' for recovery, which takes only a job whose lease has expired), whether
+-- the attempt counts as lost, limit of lost attempts, the failure and its code for reaching that
+-- limit, RQ's fields and values.
+-- Returns the state after the call, or 'missing', 'held' (the lease has not expired), 'superseded'
+-- (a newer attempt owns the job), or, without a token, 'settled' if the job is not running.
 local id, now, token = ARGV[1], ARGV[2], ARGV[3]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'token', 'lease_ms', 'cancel_requested', 'queue',

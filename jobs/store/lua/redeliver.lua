@@ -1,6 +1,7 @@
--- Puts a queued job that is in no queue back into its own: a worker took it and died before it
--- claimed it. It has to be seen missing for a while, because every job is for a moment.
--- ARGV: id, the ms it has to be missing, RQ's fields and values. Returns whether it was put back.
+-- Puts a queued job that is in no queue back into its queue: a worker took it and died before it
+-- claimed it. The job must be missing for a while, as every job is in no queue for a moment.
+-- ARGV: id, for how many ms it must be missing, RQ's fields and values.
+-- Returns 1 if it was put back, otherwise 0.
 local id = ARGV[1]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'queue', 'missing_ms')

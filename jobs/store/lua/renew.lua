@@ -1,5 +1,6 @@
--- ARGV: id, now, token, length of a lease in ms.
--- Returns 'ok' or 'cancel' while the attempt owns the job; otherwise why it does not.
+-- Renews the lease of an attempt. ARGV: id, now, token, length of a lease in ms.
+-- Returns 'ok', or 'cancel' if the job is to be cancelled. If the attempt does not own the job, it
+-- returns the reason: 'missing', 'superseded' or the state.
 local record = record_of(ARGV[1])
 local known = redis.call('HMGET', record, 'state', 'token', 'cancel_requested')
 if not known[1] then return 'missing' end

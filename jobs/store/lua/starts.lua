@@ -1,23 +1,28 @@
--- When the waiting jobs of a queue will start. ARGV: queue, number of workers that serve it, how
--- many waiting jobs to look into.
--- Returns seconds as text: first what each further job adds, then the start of each place from 0
--- on. Ends early before a place that has a job in front of it of a kind never measured.
-local queue, workers, ahead = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+-- Estimates when the waiting jobs of a queue will start.
+-- ARGV: queue, number of workers that serve it, number of waiting jobs to examine.
+-- Returns seconds as text: first what each further job adds, then the start of each position from 0
+-- on. The list ends before a position that is behind a job whose shape was never measured.
+local queue, workers, examined = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 
-local paces = {}
+local durations = {}
+
+-- Returns the seconds that a job takes; nil if its shape was never measured.
 local function expected(other)
   local known = redis.call('HMGET', record_of(other), 'shape', 'steps')
   local shape = known[1]
   if not shape then return nil end
-  if paces[shape] == nil then
-    local text = redis.call('HGET', '@PACE@', shape)
-    local step_s, rest_s, texts_s = string.match(text or '', '^(%S+) (%S+) (%S+)$')
-    paces[shape] = step_s and { tonumber(step_s), tonumber(rest_s) + tonumber(texts_s) } or false
+  if durations[shape] == nil then
+    local text = redis.call('HGET', '@DURATIONS@', shape)
+    local step_s, rest_s, text_encoding_s = string.match(text or '', '^(%S+) (%S+) (%S+)$')
+    durations[shape] = step_s
+      and { step_s = tonumber(step_s), other_s = tonumber(rest_s) + tonumber(text_encoding_s) }
+      or false
   end
-  local pace = paces[shape]
-  return pace and pace[2] + tonumber(known[2]) * pace[1]
+  local found = durations[shape]
+  return found and found.other_s + tonumber(known[2]) * found.step_s
 end
 
+-- Returns the seconds that a running job has left; nil if that cannot be estimated.
 local function left(other)
   local known = redis.call('HMGET', record_of(other), 'progress', 'started_ms')
   local progress = known[1] and cjson.decode(known[1])
@@ -26,7 +31,7 @@ local function left(other)
   return whole and math.max(0, whole - (clock_ms() - tonumber(known[2])) / 1000)
 end
 
--- Each job goes to the worker that is free first, as the queue will do it.
+-- Each job goes to the worker that is free first, as in the queue.
 local free_in = {}
 for _, other in ipairs(redis.call('ZRANGE', '@INDEX@running', 0, -1)) do
   if redis.call('HGET', record_of(other), 'queue') == queue then
@@ -38,8 +43,8 @@ end
 while #free_in < workers do free_in[#free_in + 1] = 0 end
 table.sort(free_in)
 local answer, sum = { '0', tostring(free_in[1]) }, 0
-if ahead > 0 then
-  for number, other in ipairs(redis.call('LRANGE', '@RQ_QUEUE@' .. queue, 0, ahead - 1)) do
+if examined > 0 then
+  for number, other in ipairs(redis.call('LRANGE', '@RQ_QUEUE@' .. queue, 0, examined - 1)) do
     local seconds = expected(other)
     if not seconds then break end
     sum = sum + seconds

@@ -1,6 +1,8 @@
--- Ends a lease. ARGV: id, lease, outcome ('delivered', 'retried', 'given_up', or 'postponed' for no
--- try at all), milliseconds until the next try, fields and values of the outcome.
--- Returns 'ok', 'missing' (the job is gone, and so is the entry now), or 'superseded'.
+-- Ends the lease of an entry of the outbox.
+-- ARGV: id, lease, outcome ('delivered', 'retried', 'given_up', or 'postponed' for no try at all),
+-- milliseconds until the next try, fields and values of the outcome.
+-- Returns 'ok', 'missing' (the job no longer exists, and the entry is removed), or 'superseded'
+-- (the lease has ended).
 local id, outcome = ARGV[1], ARGV[3]
 local held = redis.call('ZSCORE', '@WEBHOOKS_DUE@', id)
 if not held or tonumber(held) ~= tonumber(ARGV[2]) then return 'superseded' end
@@ -12,7 +14,7 @@ if not known[1] or known[2] then
   return 'missing'
 end
 if outcome == 'retried' or outcome == 'postponed' then
-  -- A little later, so that it is never the lease that ends here, nor taken again as the same one.
+  -- At least 1 ms later and not equal to this lease, because its score identifies a lease.
   local due = clock_ms() + math.max(1, ARGV[4])
   if due == tonumber(held) then due = due + 1 end
   redis.call('ZADD', '@WEBHOOKS_DUE@', string.format('%d', due), id)

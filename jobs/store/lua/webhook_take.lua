@@ -1,6 +1,6 @@
--- Leases due entries of the outbox: each is due again when the lease ends, whoever holds it.
--- ARGV: most entries, milliseconds of the lease.
--- Returns ids and, after each, its lease: the score the entry has while it is held.
+-- Leases due entries of the outbox; each is due again when its lease ends.
+-- ARGV: maximum number of entries, length of the lease in ms.
+-- Returns ids, each followed by its lease: the score of the entry during the lease.
 local now = clock_ms()
 local lease = string.format('%d', now + ARGV[2])
 local taken = {}

@@ -1,12 +1,14 @@
+-- Writes the progress or the end of an attempt.
 -- ARGV: id, now, token, target state, code of a failure, then fields and values.
--- Progress that stands there already is no news. Returns 'ok', 'missing', 'superseded', or the terminal state that forbids the write.
+-- Progress that equals the stored one is not announced again.
+-- Returns 'ok', 'missing', 'superseded', or the terminal state that forbids the write.
 local id, now, token, target = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'token', 'shape', 'started_ms')
 if not known[1] then return 'missing' end
 if known[2] ~= token then return 'superseded' end
 if known[1] ~= 'running' then
-  -- The token outlives an end, so that its own repetition is recognised.
+  -- The token is kept after the end, so that a repetition of the same write is recognised.
   return known[1] == target and 'ok' or known[1]
 end
 if target == 'running' then

@@ -1,12 +1,12 @@
-"""What a service process does for all its event streams together.
+"""Wake the event streams of one service process when their jobs have new events.
 
-While there are streams, one subscription to `keys.EVENTS_CHANNEL` wakes those of the job that has
-news; each then reads the job's stream in Redis after the last event it has sent. A message that is
-missed costs nothing but time: streams also look when their heartbeat is due, and whenever the
-subscription is back after Redis was away. So any number of processes serve the same jobs, and none
-remembers any.
+While there are streams, one subscription to `redis_keys.EVENTS_CHANNEL` receives the ids of jobs
+with new events, and wakes the streams of these jobs. Each stream then reads the job's events in
+Redis, from the last event that it has sent. A message that is missed only delays events: streams
+also read when their heartbeat is due, and whenever the subscription is restored after Redis was
+down. So any number of processes can serve the same jobs, and none holds state about them.
 
-Everything here belongs to the event loop, and none of it is safe to share between threads.
+Everything here belongs to the event loop. It is not safe to share between threads.
 """
 
 import asyncio
@@ -36,53 +36,57 @@ CONNECTIONS: Final = 16
 FIRST_RETRY_S: Final = 0.1
 LAST_RETRY_S: Final = 2.0
 SILENCE_S: Final = 5.0
-"""A subscription that says nothing for so long is asked for a sign of life, and given up if none
-comes in as long again."""
+"""After so long without a message the subscription sends a ping. If nothing comes for as long again
+it is given up."""
 
 WOKEN_AT_ONCE: Final = 8
 BETWEEN_S: Final = 0.002
 
 SHARES: Final = 10
-"""An owner may have this part of all streams, so that one alone leaves room for others."""
+"""An owner may have one part in so many of all streams, to leave room for others."""
 SMALLEST_SHARE: Final = 10
 RETRY_AFTER_S: Final = 10
 
 AFTER_FAULT_S: Final = 2.0
-"""How long one of the tasks rests after a fault of its own before it goes on."""
+"""How long one of the tasks pauses after an unexpected error before it goes on."""
 
-PLACES_EVERY_S: Final = 1.5
-"""How often the places of the waiting jobs that are followed are looked up, all at once."""
+POSITIONS_EVERY_S: Final = 1.5
+"""How often the queue positions of the queued jobs that are followed are read, all at once."""
 
 
 class Follower:
-    """One stream: `changed` is set whenever there may be something new to send.
+    """One event stream, as the hub knows it.
 
-    `owner` is whose share of the streams it is counted against, if against anybody's.
+    Attributes:
+        owner: the owner whose share of the streams it counts against; None: it counts against none.
+        changed: set whenever there may be something new to send.
+        is_queued: whether the job waits in a queue, so that its position is of interest.
+        queue_position: the position that was read last.
     """
 
     def __init__(self, job: JobRecord, owner: str | None = None) -> None:
         self.job = job
         self.owner = owner
         self.changed = asyncio.Event()
-        self.waits = job.state is JobState.QUEUED
-        self.place: QueuePosition | None = None
+        self.is_queued = job.state is JobState.QUEUED
+        self.queue_position: QueuePosition | None = None
 
 
 class EventHub:
-    """Runs from `start` to `stop`; `most` streams may be open at a time."""
+    """Wakes streams from `start` to `stop`; at most `max_streams` may be open at a time."""
 
-    def __init__(self, url: str, places: CachedQueuePositions, most: int) -> None:
+    def __init__(self, url: str, positions: CachedQueuePositions, max_streams: int) -> None:
         self._redis: Redis = connect_async(url, CONNECTIONS)
         self._reader = EventReader(self._redis)
-        self._places = places
-        self._most = most
-        self._share = max(SMALLEST_SHARE, most // SHARES)
-        self._of_owner: Counter[str] = Counter()
+        self._positions = positions
+        self._max_streams = max_streams
+        self._share = max(SMALLEST_SHARE, max_streams // SHARES)
+        self._streams_by_owner: Counter[str] = Counter()
         self._followers: dict[str, set[Follower]] = {}
-        self._due: dict[Follower, None] = {}
-        self._someone_follows = asyncio.Event()
-        self._someone_is_due = asyncio.Event()
-        self._someone_waits = asyncio.Event()
+        self._due: dict[Follower, None] = {}  # to be woken, in this order
+        self._any_followers = asyncio.Event()
+        self._any_due = asyncio.Event()
+        self._any_queued = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_closing = False
 
@@ -92,11 +96,11 @@ class EventHub:
 
     def start(self) -> None:
         self._reader.start()
-        for work in (self._listen, self._wake_those_due, self._look_up_places):
+        for work in (self._listen, self._wake_those_due, self._look_up_positions):
             self._spawn(work)
 
     def end_streams(self) -> None:
-        """Let every stream end now; their clients come back to another process."""
+        """End every stream now; their clients will reconnect to another process."""
         self.is_closing = True
         self._reader.end()
         for followers in self._followers.values():
@@ -107,7 +111,7 @@ class EventHub:
         self.end_streams()
         left = self._tasks | self._reader.tasks
         while left:
-            # Again and again: a client that is just connecting may swallow a cancellation.
+            # Repeated, because a Redis client that is just connecting may swallow a cancellation.
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=0.1)
@@ -115,41 +119,41 @@ class EventHub:
 
     @contextmanager
     def follow(self, follower: Follower) -> Iterator[None]:
-        """Count a stream as open, and wake it when its job has news.
+        """Count a stream as open for the length of the block, and wake it on new events of its job.
 
         Raises:
-            TooManyStreams: as many as may be are open.
-            TooManyOwnStreams: as many as its owner may have are open.
+            TooManyStreams: the process has as many streams open as it may have.
+            TooManyOwnStreams: the owner has as many streams open as one owner may have.
         """
-        self._check_room(follower.owner)
+        self._check_limits(follower.owner)
         job, owner = follower.job, follower.owner
         followers = self._followers.setdefault(job.id, set())
         followers.add(follower)
-        self._someone_follows.set()
+        self._any_followers.set()
         if owner is not None:
-            self._of_owner[owner] += 1
-        if follower.waits:
-            self._someone_waits.set()
+            self._streams_by_owner[owner] += 1
+        if follower.is_queued:
+            self._any_queued.set()
         try:
             yield
         finally:
             followers.discard(follower)
             if owner is not None:
-                self._of_owner[owner] -= 1
-                self._of_owner += Counter()  # drops what is 0
+                self._streams_by_owner[owner] -= 1
+                self._streams_by_owner += Counter()  # drops what is 0
             self._due.pop(follower, None)
             if not followers and self._followers.get(job.id) is followers:
                 del self._followers[job.id]
             if not self._followers:
-                self._someone_follows.clear()
+                self._any_followers.clear()
 
-    def _check_room(self, owner: str | None) -> None:
-        if self.followers >= self._most:
+    def _check_limits(self, owner: str | None) -> None:
+        if self.followers >= self._max_streams:
             raise TooManyStreams(
-                f"This process has {self._most} event streams open, and that is the most; come "
-                f"back later, or ask for the job now and then."
+                f"This process has {self._max_streams} event streams open, and that is the most; "
+                f"come back later, or ask for the job now and then."
             )
-        if owner is not None and self._of_owner[owner] >= self._share:
+        if owner is not None and self._streams_by_owner[owner] >= self._share:
             raise TooManyOwnStreams(
                 f"You have {self._share} event streams open at this process, and that is the most "
                 f"for one key; close one, or ask for the job now and then.",
@@ -157,24 +161,24 @@ class EventHub:
             )
 
     def note_state(self, follower: Follower, state: JobState) -> None:
-        """Take notice of whether the job waits for a worker, and its place is of interest."""
-        follower.waits = state is JobState.QUEUED
-        if follower.waits:
-            self._someone_waits.set()
+        """Record the job's state; its queue position is read only while it is queued."""
+        follower.is_queued = state is JobState.QUEUED
+        if follower.is_queued:
+            self._any_queued.set()
         else:
-            follower.place = None
+            follower.queue_position = None
 
     async def read(self, job_id: str, after: str) -> EventBatch:
-        """Read what happened after the event `after`. Raises RedisError."""
+        """Read the events after the event `after`. Raises RedisError."""
         return await self._reader.read(job_id, after)
 
     async def _listen(self) -> None:
-        """Keep a subscription as long as somebody follows: without, news only costs time."""
+        """Keep a subscription while there are streams; without any, messages would waste time."""
         retry_s = FIRST_RETRY_S
         while True:
             if not self._followers:
                 retry_s = FIRST_RETRY_S
-                await self._someone_follows.wait()
+                await self._any_followers.wait()
             try:
                 async with cast("Any", self._redis).pubsub() as subscription:
                     await subscription.subscribe(redis_keys.EVENTS_CHANNEL)
@@ -187,46 +191,46 @@ class EventHub:
                             self._reader.forget(each)
                             self._wake(*self._followers.get(each, ()))
                         if not self._followers:
-                            break  # heard of at the next message, which is soon enough
+                            break  # checked only when a message comes, which is soon enough
             except (RedisError, OSError) as error:
                 if retry_s == FIRST_RETRY_S:
                     logger.warning("Events cannot be followed for now: %r", error)
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
 
-    async def _look_up_places(self) -> None:
+    async def _look_up_positions(self) -> None:
         while True:
-            await self._someone_waits.wait()
+            await self._any_queued.wait()
             waiting = {
-                f.job.id: f.job for each in self._followers.values() for f in each if f.waits
+                f.job.id: f.job for each in self._followers.values() for f in each if f.is_queued
             }
             if not waiting:
-                self._someone_waits.clear()
+                self._any_queued.clear()
                 continue
             queued = [job.model_copy(update={"state": JobState.QUEUED}) for job in waiting.values()]
-            places = await run_in_threadpool(self._places.of, queued)
-            for job_id, place in places.items():
+            positions = await run_in_threadpool(self._positions.of, queued)
+            for job_id, position in positions.items():
                 for follower in self._followers.get(job_id, ()):
-                    if follower.place != place:
-                        follower.place = place
+                    if follower.queue_position != position:
+                        follower.queue_position = position
                         self._wake(follower)
-            await asyncio.sleep(PLACES_EVERY_S)
+            await asyncio.sleep(POSITIONS_EVERY_S)
 
     async def _wake_those_due(self) -> None:
-        """Wake a few at a time: requests come in between, however many streams have news."""
+        """Wake a few streams at a time, so that requests are handled between them."""
         while True:
-            await self._someone_is_due.wait()
+            await self._any_due.wait()
             for follower in list(self._due)[:WOKEN_AT_ONCE]:
                 del self._due[follower]
                 follower.changed.set()
             if not self._due:
-                self._someone_is_due.clear()
+                self._any_due.clear()
             await asyncio.sleep(BETWEEN_S)
 
     def _wake(self, *followers: Follower) -> None:
         self._due.update(dict.fromkeys(followers))
         if self._due:
-            self._someone_is_due.set()
+            self._any_due.set()
 
     def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         task = asyncio.create_task(keep_doing(work))
@@ -235,7 +239,7 @@ class EventHub:
 
 
 async def keep_doing(work: Callable[[], Awaitable[None]]) -> None:
-    """No fault ends it: without any one of its tasks, the streams would be late for good."""
+    """Repeat `work` for ever, whatever it raises: if a task ended, streams would stay late."""
     while True:
         try:
             await work()
@@ -245,23 +249,23 @@ async def keep_doing(work: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _messages(subscription: Any) -> AsyncIterator[str | None]:
-    """Yield None once the subscription stands, then the ids of jobs with news, for ever.
+    """Yield None once the subscription is confirmed, then ids of jobs with new events, for ever.
 
     Raises:
-        RedisError, OSError: it broke.
+        RedisError, OSError: the connection broke.
     """
-    asked = False
+    pinged = False
     while True:
         message = await subscription.get_message(timeout=SILENCE_S)
         if message is None:
-            if asked:
+            if pinged:
                 raise RedisAway(f"no sign of life for {2 * SILENCE_S:.0f} s")
             await subscription.ping()
-            asked = True
+            pinged = True
             continue
-        asked = False
+        pinged = False
         if message["type"] == "subscribe":
             yield None
         elif message["type"] == "message":
-            # Anybody may publish, so it may be no id at all.
+            # Any client of Redis may publish, so the data may not be an id.
             yield message["data"].decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Reads the events of jobs for many streams at once, and puts them on the wire once for all."""
+"""Read the events of jobs from Redis, and encode each once for all streams that send it."""
 
 import asyncio
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ from service.schemas.jobs import EventView, JobView
 
 @dataclass(frozen=True, slots=True)
 class EncodedEvent:
-    """An event, and what is sent of it where nothing is added."""
+    """An event, and its encoding without the job."""
 
     event: JobEvent
     chunk: bytes
 
     @property
-    def ends(self) -> bool:
+    def is_last(self) -> bool:
         return self.event.kind == "state" and self.event.state.is_terminal
 
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """What happened to a job after some event; `state` is None when the job is gone."""
+    """The events of a job after a given one, and its state; None if the job is gone."""
 
     state: JobState | None
-    told: tuple[EncodedEvent, ...]
+    events: tuple[EncodedEvent, ...]
 
 
 class EventReader:
-    """Shares each read among all who ask for the same while it is under way."""
+    """Reads events; streams that ask for the same events while a read is under way share it."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -48,51 +48,51 @@ class EventReader:
         self._end = asyncio.get_running_loop().create_future()
 
     def end(self) -> None:
-        """Let nobody wait for Redis any more."""
+        """End all waiting for Redis, now and later."""
         if not self._end.done():
             self._end.set_result(None)
 
     async def read(self, job_id: str, after: str) -> EventBatch:
-        """Read what happened after the event `after`. Raises RedisError."""
+        """Read the events after the event `after`. Raises RedisError."""
         read = self._reads.get((job_id, after))
         if read is None or read.done():
             read = asyncio.create_task(self._read(job_id, after))
             self._reads[job_id, after] = read
             self.tasks.add(read)
             read.add_done_callback(partial(self._drop, (job_id, after)))
-        # A task of its own is not cancelled with the stream that asked first: others may wait for
-        # it, and redis-py loses connections of its pool to cancellations that come over and over.
+        # A separate task is not cancelled with the stream that asked first. Others may wait for it,
+        # and redis-py loses connections of its pool when it is cancelled over and over.
         done, _ = await asyncio.wait((read, self._end), return_when=asyncio.FIRST_COMPLETED)
         if read not in done:
             raise RedisAway("this process ends and waits for no answer")
         return read.result()
 
     def forget(self, job_id: str) -> None:
-        """There is something new: who asks from now on needs a read that begins now."""
+        """Share no read that has begun before now: the job has new events, which it may miss."""
         for each in [each for each in self._reads if each[0] == job_id]:
             del self._reads[each]
 
-    def _drop(self, asked: tuple[str, str], read: asyncio.Task[EventBatch]) -> None:
+    def _drop(self, key: tuple[str, str], read: asyncio.Task[EventBatch]) -> None:
         self.tasks.discard(read)
         if not read.cancelled():
-            read.exception()  # everybody who asked may be gone
-        if self._reads.get(asked) is read:
-            del self._reads[asked]
+            read.exception()  # marks it as retrieved, even if no stream waits for it any more
+        if self._reads.get(key) is read:
+            del self._reads[key]
 
     async def _read(self, job_id: str, after: str) -> EventBatch:
         async with self._redis.pipeline(transaction=False) as pipe:
-            # The state first: events up to an end that is seen here are seen below.
+            # The state is read first: if it is terminal, the events below include the last one.
             pipe.hmget(redis_keys.record(job_id), ["state", "delete_requested"])
             pipe.xrange(*events.range_after(job_id, after))
             (state, deleted), entries = await pipe.execute()
         if state is None or deleted is not None:
             return EventBatch(None, ())
-        told = (EncodedEvent(event, encode(job_id, event)) for event in events.decode(entries))
-        return EventBatch(JobState(state.decode()), tuple(told))
+        encoded = (EncodedEvent(event, encode(job_id, event)) for event in events.decode(entries))
+        return EventBatch(JobState(state.decode()), tuple(encoded))
 
 
 def encode(job_id: str, event: JobEvent, job: JobView | None = None) -> bytes:
-    """Put an event on the wire, with the whole job if it is given."""
+    """Encode an event as a server-sent event, with the whole job if it is given."""
     view = EventView(
         id=job_id,
         state=event.state,

@@ -1,9 +1,9 @@
-"""One job's events as server-sent events.
+"""Send the events of one job as server-sent events.
 
-FastAPI has the wire format (`fastapi.sse`), and only that is used of it: what it makes of a route
-with its response class is a generator that cannot answer 204, costs two more tasks for each
-stream, and leaves it open who ends a stream. `sse-starlette` has more switches, but patches uvicorn
-to learn of the end of the process, which `service/server.py` tells the hub instead.
+Only the wire format is FastAPI's (`fastapi.sse`). A route with FastAPI's response class is a
+generator that cannot answer 204, costs two more tasks for each stream, and leaves it undefined who
+ends a stream. `sse-starlette` has more options, but patches uvicorn to notice the end of the
+process; here `service/server.py` notifies the hub.
 """
 
 import asyncio
@@ -27,25 +27,29 @@ from service.schemas.jobs import JobView, QueueView
 logger = logging.getLogger(__name__)
 
 RECONNECT_MS: Final = 2000
-"""How long a client waits before it comes back after its connection broke."""
+"""How long a client waits before it reconnects after its connection broke."""
 
-AGAIN_S: Final = 1.0
-"""How long a stream waits to ask again while Redis is away."""
+REDIS_RETRY_S: Final = 1.0
+"""How long a stream waits before it reads again while Redis is down."""
 
 HEADERS: Final = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Sends what happened to a job after the event `after`, and what happens, until it ends.
+    """Sends the events of a job after the event `after`, past and new ones, until the job ends.
 
-    Ends early when the job is deleted or the process ends. Raises TooManyStreams and
+    Ends early if the job is deleted or the process ends. Raises TooManyStreams and
     TooManyOwnStreams before anything is sent.
+
+    heartbeat_s: after so many seconds without an event a comment is sent.
+    view: makes the JSON of the job as it is now.
     """
 
     media_type = "text/event-stream"
 
     send_s: ClassVar = 60.0
-    """A client that takes nothing for so long, though the network's buffers are full, is left."""
+    """A client that receives nothing for so long, while the network's buffers are full, is dropped.
+    """
 
     def __init__(
         self,
@@ -62,10 +66,10 @@ class EventStream(StreamingResponse):
         self._after = after
         self._heartbeat_s = heartbeat_s
         self._view = view
-        self._place: QueuePosition | None = None
+        self._sent_position: QueuePosition | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Here and not in the generator, which may be left standing when the client goes away.
+        # Here and not in the generator, which may never be resumed after the client disconnects.
         with self._hub.follow(self._follower):
             await super().__call__(scope, receive, send)
 
@@ -78,7 +82,7 @@ class EventStream(StreamingResponse):
         try:
             await super().stream_response(send_in_time)
         except TimeoutError:
-            # The server sees that the answer is not complete, and closes the connection.
+            # The server notices that the answer is incomplete, and closes the connection.
             logger.warning("An event stream is given up: its client takes nothing any more.")
         finally:
             await chunks.aclose()
@@ -89,11 +93,11 @@ class EventStream(StreamingResponse):
             self._follower.changed.clear()
             wait_s = self._heartbeat_s
             try:
-                news, is_over = await self._news()
+                chunks, is_over = await self._new_chunks()
             except (RedisError, OSError):
-                news, is_over, wait_s = [], False, min(wait_s, AGAIN_S)
-            if news:
-                yield b"".join(news)
+                chunks, is_over, wait_s = [], False, min(wait_s, REDIS_RETRY_S)
+            if chunks:
+                yield b"".join(chunks)
             if is_over:
                 return
             try:
@@ -102,27 +106,27 @@ class EventStream(StreamingResponse):
             except TimeoutError:
                 yield KEEPALIVE_COMMENT
 
-    async def _news(self) -> tuple[list[bytes], bool]:
-        """What to send now, and whether that is all there will ever be."""
-        news = await self._hub.read(self._job.id, self._after)
-        if news.state is None:
+    async def _new_chunks(self) -> tuple[list[bytes], bool]:
+        """Return what to send now, and whether the stream ends after it."""
+        batch = await self._hub.read(self._job.id, self._after)
+        if batch.state is None:
             return [], True
-        self._hub.note_state(self._follower, news.state)
+        self._hub.note_state(self._follower, batch.state)
         chunks: list[bytes] = []
-        for told in news.told:
-            if told.ends:
+        for encoded in batch.events:
+            if encoded.is_last:
                 try:
                     view = await run_in_threadpool(self._view)
                 except JobNotFound:
                     return chunks, True
-                return [*chunks, encode(self._job.id, told.event, view)], True
-            chunks.append(told.chunk)
-        if news.told:
-            self._after = news.told[-1].event.event_id
-        place = self._follower.place
-        if news.state is JobState.QUEUED and place not in (None, self._place):
-            assert place is not None, "told apart just now"
-            self._place = place
-            data = QueueView.of(place).model_dump_json()
+                return [*chunks, encode(self._job.id, encoded.event, view)], True
+            chunks.append(encoded.chunk)
+        if batch.events:
+            self._after = batch.events[-1].event.event_id
+        position = self._follower.queue_position
+        if batch.state is JobState.QUEUED and position not in (None, self._sent_position):
+            assert position is not None, "checked in the line before"
+            self._sent_position = position
+            data = QueueView.of(position).model_dump_json()
             chunks.append(format_sse_event(event="queue", data_str=data))
-        return chunks, news.state.is_terminal
+        return chunks, batch.state.is_terminal

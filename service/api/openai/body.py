@@ -1,7 +1,7 @@
-"""The fields of `POST /v1/videos`, from JSON or from a form: clients send the one or the other.
+"""Read the fields of `POST /v1/videos` from JSON or from a form; clients send one or the other.
 
-In a form everything is text; what is to be a number is read as one, and what is none is left as it
-is, for the checks of its field to refuse.
+Every value of a form is text. Fields that hold numbers are converted. Text that is not a number is
+kept, so that the checks of its field refuse it.
 """
 
 import re
@@ -16,8 +16,8 @@ from jobs.spec import shown
 from service.api.json_body import json_body
 
 FORM: Final = "multipart/form-data"
-# More than there are fields, so that each one too many can be named.
-MOST_PARTS: Final = 64
+# More than there are fields, so that unknown fields can be named in the answer.
+MAX_FORM_PARTS: Final = 64
 
 _WHOLE_FIELDS: Final = frozenset({"seed", "num_inference_steps", "num_frames"})
 _DECIMAL_FIELDS: Final = frozenset({"guidance_scale"})
@@ -26,23 +26,23 @@ _DECIMAL: Final = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?", re.ASCII)
 
 
 class FormFile:
-    """A file in a form. No field takes one."""
+    """A file in a form. No field accepts one, so the checks of its field refuse it."""
 
     def __repr__(self) -> str:
         return "a file"
 
 
 async def video_fields(request: Request) -> Any:
-    """Read the body: any JSON, or the fields of a form by their names.
+    """Read the body of a request: any JSON, or the fields of a form by name.
 
     Raises:
-        InvalidSpec: it is neither, or a form names a field twice.
+        InvalidSpec: the body is neither, or a form has a field twice.
         HTTPException: 400 for a body that cannot be read.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != FORM:
         return await json_body(request)
     try:
-        async with request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS) as form:
+        async with request.form(max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS) as form:
             return _fields(form)
     except ClientDisconnect as error:
         raise HTTPException(400, "The form ended early.") from error

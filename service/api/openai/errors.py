@@ -1,8 +1,7 @@
-"""Problems in the shape OpenAI's clients read, for every answer under `/v1`.
+"""Convert problem documents to OpenAI's error format, for every answer under `/v1`.
 
-The table of statuses is that of `service/middleware/problems.py`; only what OpenAI's clients know
-under another number is put right here. They repeat a request after 408, 409, 429 and 5xx by
-themselves.
+Statuses are those of `service/middleware/problems.py`, except where OpenAI's API uses another one.
+OpenAI's clients repeat a request by themselves after 408, 409, 429 and 5xx.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from service.schemas.problem import Problem
 
 PREFIX: Final = "/v1"
 
-_STATUS_HERE: Final[Mapping[int, int]] = MappingProxyType(
+_OPENAI_STATUS: Final[Mapping[int, int]] = MappingProxyType(
     {
         HTTPStatus.UNPROCESSABLE_ENTITY: HTTPStatus.BAD_REQUEST,
         HTTPStatus.GONE: HTTPStatus.NOT_FOUND,
@@ -50,17 +49,17 @@ class ErrorAnswer(BaseModel):
 
 
 def status_of(problem: Problem) -> int:
-    return _STATUS_HERE.get(problem.status, problem.status)
+    return _OPENAI_STATUS.get(problem.status, problem.status)
 
 
 def answer_of(problem: Problem) -> ErrorAnswer:
     status = status_of(problem)
-    ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-    other = "server_error" if ours else "invalid_request_error"
+    is_server_error = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    default_type = "server_error" if is_server_error else "invalid_request_error"
     return ErrorAnswer(
         error=ErrorObject(
             message=problem.detail,
-            type=_TYPE_OF.get(status, other),
+            type=_TYPE_OF.get(status, default_type),
             param=problem.errors[0].field if problem.errors else None,
             code=problem.code,
         )
@@ -71,6 +70,6 @@ def response(problem: Problem, headers: Mapping[str, str]) -> JSONResponse:
     """Make the HTTP answer for a problem."""
     extra = dict(headers)
     if problem.status == HTTPStatus.CONFLICT:
-        # However often it is repeated, it stays one.
+        # A conflict stays a conflict, however often the request is repeated.
         extra["X-Should-Retry"] = "false"
     return JSONResponse(answer_of(problem).model_dump(), status_of(problem), headers=extra)

@@ -1,4 +1,4 @@
-"""What is known of a job beyond its record: its frame rate, place, seconds left, and time to go."""
+"""Look up what video objects show besides a job's record: position, seconds left, expiry."""
 
 import logging
 from collections.abc import Sequence
@@ -18,17 +18,21 @@ logger = logging.getLogger(__name__)
 MIN_POLL_MS: Final = 500
 MAX_POLL_MS: Final = 5000
 UNKNOWN_POLL_MS: Final = 1000
-"""What OpenAI's clients do without being told."""
+"""The default of OpenAI's clients."""
 POLLS_LEFT: Final = 10
-"""About so often a client asks until the end: it learns of it a tenth of the time late at most."""
+"""About how often a client polls until the job ends. So it notices the end late by at most a tenth
+of the time that was left."""
 
 
 @dataclass(frozen=True, slots=True)
 class VideoStatus:
-    """None for what is not known or does not apply. `seconds_left` are those until the end."""
+    """The frame rate, position, seconds until the end, and expiry of a job's video.
+
+    None for a value that is unknown or does not apply.
+    """
 
     fps: int | None
-    place: QueuePosition | None = None
+    queue_position: QueuePosition | None = None
     seconds_left: float | None = None
     expires_at: datetime | None = None
 
@@ -39,46 +43,49 @@ class VideoStatus:
         return min(MAX_POLL_MS, max(MIN_POLL_MS, round(self.seconds_left * 1000 / POLLS_LEFT)))
 
 
-def outlooks(parts: AppState, jobs: Sequence[JobRecord]) -> dict[str, VideoStatus]:
-    """Find the outlook of each job, by its id.
+def video_statuses(app_state: AppState, jobs: Sequence[JobRecord]) -> dict[str, VideoStatus]:
+    """Look up the status of each job, by its id.
 
-    Where Redis does not answer, an unfinished job has none: that is no reason to answer with an
-    error, least of all when the job was just created.
+    If Redis does not answer, the values of jobs without a video are None. That is no reason to
+    answer a request with an error, least of all when a job was just created.
     """
-    found = {job.id: _of_video(parts, job) for job in jobs}
-    unfinished = [job for job in jobs if job.video is None]
-    if unfinished:
+    found = {job.id: _with_video(app_state, job) for job in jobs}
+    without_video = [job for job in jobs if job.video is None]
+    if without_video:
         try:
-            found |= _of_unfinished(parts, unfinished)
+            found |= _without_video(app_state, without_video)
         except RedisError as error:
             logger.warning("What jobs have before them cannot be read: %r", error)
     return found
 
 
-def _of_video(parts: AppState, job: JobRecord) -> VideoStatus:
+def _with_video(app_state: AppState, job: JobRecord) -> VideoStatus:
     if job.video is None:
         return VideoStatus(None)
-    return VideoStatus(job.video.fps, expires_at=parts.settings.keep.video_until(job))
+    expires_at = app_state.settings.retention_periods.video_until(job)
+    return VideoStatus(job.video.fps, expires_at=expires_at)
 
 
-def _of_unfinished(parts: AppState, jobs: Sequence[JobRecord]) -> dict[str, VideoStatus]:
-    fps = {offer.model.name: offer.model.fps for offer in parts.catalog.get().offers}
-    places = parts.places.of(jobs)
-    paces = DurationCache(parts.redis)
+def _without_video(app_state: AppState, jobs: Sequence[JobRecord]) -> dict[str, VideoStatus]:
+    fps = {offer.model.name: offer.model.fps for offer in app_state.catalog.get().offers}
+    positions = app_state.queue_positions.of(jobs)
+    duration_cache = DurationCache(app_state.redis)
     found = {}
     for job in jobs:
-        place = places.get(job.id)
-        seconds_left = _seconds_left(job, place, paces)
-        found[job.id] = VideoStatus(fps.get(job.request.model), place, seconds_left)
+        position = positions.get(job.id)
+        seconds_left = _seconds_left(job, position, duration_cache)
+        found[job.id] = VideoStatus(fps.get(job.request.model), position, seconds_left)
     return found
 
 
 def _seconds_left(
-    job: JobRecord, place: QueuePosition | None, paces: DurationCache
+    job: JobRecord, position: QueuePosition | None, duration_cache: DurationCache
 ) -> float | None:
     if job.progress is not None:
         return job.progress.seconds_left
-    if place is None or place.starts_in_s is None:
+    if position is None or position.starts_in_s is None:
         return None
-    pace = paces.of(job.request)
-    return None if pace is None else place.starts_in_s + pace.job_s(job.request.num_inference_steps)
+    durations = duration_cache.of(job.request)
+    if durations is None:
+        return None
+    return position.starts_in_s + durations.job_s(job.request.num_inference_steps)

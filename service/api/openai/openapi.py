@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of `/v1/videos`."""
+"""Describe `/v1/videos` in the OpenAPI document."""
 
 from typing import Any, Final
 
@@ -65,24 +65,24 @@ _EXAMPLES: Final[Json] = {
 def errors(*statuses: int) -> Answers:
     """Describe a route's error answers, given as the statuses of
     `service/middleware/problems.py`."""
-    return _in_shape(problems(*statuses))
+    return _in_openai_format(problems(*statuses))
 
 
 def create_answers() -> Answers:
-    """Describe what `POST /v1/videos` answers, apart from the object itself."""
+    """Describe the answers of `POST /v1/videos`, apart from the object itself."""
     replayed = "Idempotent-Replayed"
     headers = {replayed: GENERATE_ANSWER[202]["headers"][replayed]}
     return {
         200: {"headers": VIDEO_ANSWER[200]["headers"] | headers},
         **errors(400, 401, 403, 413, 422, 429, 503),
-        **_in_shape(problem(KEY_TAKEN, "/v1/videos")),
+        **_in_openai_format(problem(KEY_TAKEN, "/v1/videos")),
     }
 
 
 def video_body() -> Json:
-    """Describe the body of `POST /v1/videos` in both of its spellings."""
+    """Describe the body of `POST /v1/videos`, as JSON and as a form."""
     described = GenerationBody.model_json_schema()["properties"]
-    # The fields of `POST /generate`, but for what OpenAI has names of its own for.
+    # The fields of `POST /generate`, except those that OpenAI's API names differently.
     fields = {name: described[name] for name in PASSED_ON}
     fields |= {"model": _MODEL, "seconds": _SECONDS}
     in_form = {name: _without_null(schema) for name, schema in fields.items()}
@@ -103,13 +103,13 @@ def _object_of(fields: Json) -> Json:
 
 
 def _without_null(schema: Json) -> Json:
-    """The same for a form, which has no null; there a field is left out instead."""
+    """Return the schema for a form, which has no null: there the field is left out instead."""
     choices = [each for each in schema.get("anyOf", []) if each != _NULL]
     rest = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
     return rest | (choices[0] if len(choices) == 1 else {"anyOf": choices} if choices else {})
 
 
-def _in_shape(described: Answers) -> Answers:
+def _in_openai_format(described: Answers) -> Answers:
     schema = {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}
     answers: Answers = {}
     for each in described.values():

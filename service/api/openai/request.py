@@ -1,7 +1,8 @@
-"""From the fields of `POST /v1/videos` to a complete order.
+"""Convert the fields of `POST /v1/videos` to a complete request for a video.
 
-`model` says model and mode, `seconds` the number of frames; the rest has the names and the checks
-of `jobs.spec`. Nothing is rounded, and every violation is reported, under the caller's names.
+`model` gives the model and the mode, `seconds` the number of frames. The other fields have the
+names and the checks of `jobs.spec`. Nothing is rounded, and every violation is reported under the
+caller's field name.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ from typing import Final
 
 from jobs.catalog import Catalog, ModelOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
+from jobs.geometry import FRAME_STRIDE
 from jobs.spec import (
-    FRAME_STRIDE,
-    MOST_UNKNOWN,
+    MAX_UNKNOWN_FIELDS,
     CheckWebhook,
     CountTokens,
     GenerationRequest,
-    more_unknown,
+    more_unknown_fields,
     resolve_json,
     shown,
 )
@@ -40,23 +41,26 @@ _SECONDS: Final = re.compile(SECONDS_PATTERN, re.ASCII)
 _ONE_OF_FIELDS: Final = f"one of the fields {', '.join(FIELDS)}"
 
 
-def resolve_video(
+def video_request_to_spec(
     fields: object, catalog: Catalog, count_tokens: CountTokens, check_webhook: CheckWebhook
 ) -> tuple[GenerationRequest, str]:
-    """Check and complete the request, and choose its queue.
+    """Check the fields, fill in the defaults, and choose the queue.
+
+    Returns:
+        The complete request and the name of its queue.
 
     Raises:
-        InvalidSpec: with every violation.
+        InvalidSpec: fields are missing or wrong; has every violation.
         ModeNotServed: see `jobs.spec.resolve`.
     """
     if not isinstance(fields, Mapping):
         detail = f"The body is not an object; its fields are {', '.join(FIELDS)}."
         raise InvalidSpec.of("body", None, "an object", detail)
     unknown = [name for name in fields if name not in FIELDS]
-    violations = [_not_taken(name, fields[name]) for name in unknown[:MOST_UNKNOWN]]
-    if len(unknown) > MOST_UNKNOWN:
-        violations.append(more_unknown(len(unknown) - MOST_UNKNOWN, FIELDS))
-    model, mode = _chosen(fields.get("model"), catalog, violations)
+    violations = [_unknown_field(name, fields[name]) for name in unknown[:MAX_UNKNOWN_FIELDS]]
+    if len(unknown) > MAX_UNKNOWN_FIELDS:
+        violations.append(more_unknown_fields(len(unknown) - MAX_UNKNOWN_FIELDS, FIELDS))
+    model, mode = _model_and_mode(fields.get("model"), catalog, violations)
     body = {name: fields[name] for name in PASSED_ON if name in fields}
     if fields.get("seconds") is not None:
         body["num_frames"] = _frames(fields, _offer_of(model, mode, catalog), violations)
@@ -73,7 +77,7 @@ def resolve_video(
     return resolved
 
 
-def _not_taken(name: object, value: object) -> Violation:
+def _unknown_field(name: object, value: object) -> Violation:
     field = str(shown(name))
     if name == "input_reference":
         why = "this service makes videos from text alone; leave it out."
@@ -82,10 +86,10 @@ def _not_taken(name: object, value: object) -> Violation:
     return Violation(field, shown(value), _ONE_OF_FIELDS, f"{field} is not a field; {known}.")
 
 
-def _chosen(
+def _model_and_mode(
     name: object, catalog: Catalog, violations: list[Violation]
 ) -> tuple[str | None, str | None]:
-    """The model and the mode that `name` means: a model, a mode, or model:mode."""
+    """Return the model and the mode that `name` means: a model, a mode, or model:mode."""
     live = {(model, mode) for model in catalog.models for mode in catalog.modes(model)}
     known = live | catalog.known
     if name is None or not known:
@@ -97,9 +101,9 @@ def _chosen(
         if any(name == model for model, _ in known):
             return name, None
         for pairs in (live, known):
-            having = [model for model, mode in pairs if mode == name]
-            if len(having) == 1:
-                return having[0], name
+            models = [model for model, mode in pairs if mode == name]
+            if len(models) == 1:
+                return models[0], name
     bound = "one of " + ", ".join(f"{model}:{mode}" for model, mode in sorted(live or known))
     why = "is a mode of several models" if any(name == mode for _, mode in known) else "is unknown"
     detail = f"model {shown(name)} {why}; use {bound}, or leave it out."
@@ -108,11 +112,11 @@ def _chosen(
 
 
 def _offer_of(model: str | None, mode: str | None, catalog: Catalog) -> ModelOffer | None:
-    """The bounds by which seconds are read; none where it is not clear which model is meant."""
+    """Return the offer whose bounds apply to `seconds`; None if it is not clear which model's."""
     if model is None and len(catalog.models) == 1:
         model = catalog.models[0]
     offers = [offer for offer in catalog.offers if offer.model.name == model]
-    # Workers may differ in their bounds.
+    # Workers may differ in their bounds, so those that serve the mode come first.
     offers.sort(key=lambda offer: not offer.serves(mode or offer.model.default_mode))
     return offers[0].model if offers else None
 
@@ -120,7 +124,7 @@ def _offer_of(model: str | None, mode: str | None, catalog: Catalog) -> ModelOff
 def _frames(
     fields: Mapping[str, object], offer: ModelOffer | None, violations: list[Violation]
 ) -> int | None:
-    """The number of frames that last for `seconds`; None where that cannot be said."""
+    """Return the number of frames that last for `seconds`; None if it is unknown or refused."""
     value = fields["seconds"]
     seconds = _exact(value)
     bound = "a number of seconds" if offer is None else _bound(offer)
@@ -157,7 +161,7 @@ def _bound(offer: ModelOffer) -> str:
 def _add_renamed(
     found: tuple[Violation, ...], fields: Mapping[str, object], violations: list[Violation]
 ) -> None:
-    """Add what `jobs.spec` found, under the caller's names; once for each field is enough."""
+    """Add the violations that `jobs.spec` found, under the caller's names, one for each field."""
     named = {violation.field for violation in violations}
     for violation in found:
         name = violation.field

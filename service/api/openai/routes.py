@@ -1,4 +1,4 @@
-"""`/v1/videos`: the same jobs as everywhere, for the clients of OpenAI's Videos API."""
+"""Serve `/v1/videos`: the same jobs as `/jobs`, for clients of OpenAI's Videos API."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
@@ -13,13 +13,13 @@ from jobs.store.deletion import delete_job
 from jobs.store.job_store import MAX_PAGE
 from service.api.deps import AppStateDep, IdempotencyKeyDep, PrincipalDep
 from service.api.openai.body import video_fields
-from service.api.openai.job_progress import outlooks
+from service.api.openai.job_progress import video_statuses
 from service.api.openai.openapi import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
-from service.api.openai.request import resolve_video
+from service.api.openai.request import video_request_to_spec
 from service.api.openai.schemas import VideoDeleted, VideoList, VideoObject
 from service.api.openapi import VIDEO_RESPONSES
 from service.api.submit import REPLAYED_HEADER, accept
-from service.api.video_response import VideoResponse, WantedDep, send_video
+from service.api.video_response import RangeRequestDep, VideoResponse, send_video
 from service.auth.gate import listed_owner, visible_job
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
@@ -37,10 +37,10 @@ FieldsDep = Annotated[Any, Depends(video_fields)]
     openapi_extra=video_body(),
 )
 def create_video(
-    # First: a stranger's body is not even read.
+    # First, so that the body of an unauthenticated request is not read.
     principal: PrincipalDep,
     fields: FieldsDep,
-    parts: AppStateDep,
+    app_state: AppStateDep,
     response: Response,
     idempotency_key: IdempotencyKeyDep = None,
 ) -> VideoObject:
@@ -50,19 +50,21 @@ def create_video(
     """
 
     def resolve() -> tuple[GenerationRequest, str]:
-        check_webhook = parts.settings.webhook_rules.violation
-        return resolve_video(fields, parts.catalog.get(), parts.tokens.count, check_webhook)
+        check_webhook = app_state.settings.webhook_rules.violation
+        return video_request_to_spec(
+            fields, app_state.catalog.get(), app_state.token_counter.count, check_webhook
+        )
 
-    created = accept(parts, principal, fields, idempotency_key, resolve)
+    created = accept(app_state, principal, fields, idempotency_key, resolve)
     if created.replayed:
         response.headers[REPLAYED_HEADER] = "true"
-    return _described(created.job, parts, response)
+    return _video_object(created.job, app_state, response)
 
 
 @router.get("", summary="List videos", responses=errors(401, 422, 429, 503))
 def list_videos(
     principal: PrincipalDep,
-    parts: AppStateDep,
+    app_state: AppStateDep,
     after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,
     limit: Annotated[
         int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})
@@ -73,14 +75,14 @@ def list_videos(
     owner = listed_owner(principal, None)
     cursor = None if after is None else _cursor(after)
     while True:
-        page = parts.store.list(
+        page = app_state.store.list(
             owner=owner, limit=limit, cursor=cursor, oldest_first=order == "asc"
         )
         cursor = page.next_cursor
-        # A page of nothing but records that cannot be read would look like the end.
+        # A page with only unreadable records is empty, and would look like the last one.
         if page.jobs or cursor is None:
             break
-    found = outlooks(parts, page.jobs)
+    found = video_statuses(app_state, page.jobs)
     data = [VideoObject.of(job, found[job.id]) for job in page.jobs]
     return VideoList.of(data, has_more=cursor is not None)
 
@@ -91,10 +93,10 @@ def list_videos(
     responses={**VIDEO_ANSWER, **errors(401, 404, 429, 503)},
 )
 def read_video(
-    principal: PrincipalDep, video_id: str, parts: AppStateDep, response: Response
+    principal: PrincipalDep, video_id: str, app_state: AppStateDep, response: Response
 ) -> VideoObject:
-    """Read a job as it stands. A failed job is answered with 200 and its `error`."""
-    return _described(visible_job(parts.store, principal, video_id), parts, response)
+    """Read the current state of a job. A failed job is answered with 200 and its `error`."""
+    return _video_object(visible_job(app_state.store, principal, video_id), app_state, response)
 
 
 @router.head("/{video_id}/content", include_in_schema=False)
@@ -107,8 +109,8 @@ def read_video(
 def read_content(
     principal: PrincipalDep,
     video_id: str,
-    parts: AppStateDep,
-    wanted: WantedDep,
+    app_state: AppStateDep,
+    range_request: RangeRequestDep,
     variant: Annotated[
         str, Query(description="Only `video` is offered.", json_schema_extra={"enum": ["video"]})
     ] = "video",
@@ -122,26 +124,28 @@ def read_content(
             f"variant {shown(variant)} is not offered: only the video itself is kept; ask for "
             f"video, or leave variant out.",
         )
-    return send_video(parts.artifacts, visible_job(parts.store, principal, video_id), wanted)
+    job = visible_job(app_state.store, principal, video_id)
+    return send_video(app_state.artifacts, job, range_request)
 
 
 @router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
-def delete_video(principal: PrincipalDep, video_id: str, parts: AppStateDep) -> VideoDeleted:
+def delete_video(principal: PrincipalDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
     """Delete the job, its video and its record, for good.
 
     A queued job will not run; a running one is stopped. Nobody can read it from now on.
     """
-    with suppress(RecordUnreadable):  # deleting is the way to be rid of it
-        visible_job(parts.store, principal, video_id)
-    delete_job(parts.store, parts.artifacts, video_id)
+    with suppress(RecordUnreadable):  # such a record can only be deleted
+        visible_job(app_state.store, principal, video_id)
+    delete_job(app_state.store, app_state.artifacts, video_id)
     return VideoDeleted(id=video_id)
 
 
-def _described(job: JobRecord, parts: AppStateDep, response: Response) -> VideoObject:
-    outlook = outlooks(parts, [job])[job.id]
+def _video_object(job: JobRecord, app_state: AppStateDep, response: Response) -> VideoObject:
+    """Build the video object, and set the header that says when to poll again."""
+    video_status = video_statuses(app_state, [job])[job.id]
     if not job.state.is_terminal:
-        response.headers[POLL_HEADER] = str(outlook.poll_after_ms)
-    return VideoObject.of(job, outlook)
+        response.headers[POLL_HEADER] = str(video_status.poll_after_ms)
+    return VideoObject.of(job, video_status)
 
 
 def _cursor(after: str) -> str:

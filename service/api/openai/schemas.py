@@ -1,4 +1,4 @@
-"""Jobs as OpenAI's clients see them: video objects, with some keys of our own beside theirs."""
+"""Define the video objects that OpenAI's clients see, with some keys of this service's own."""
 
 from datetime import datetime
 from typing import Any, Final, Literal, Self
@@ -22,7 +22,7 @@ _PERCENT: Final = {
     Stage.VAE: (90, 98),
     Stage.MP4: (98, 99),
 }
-"""Where each stage begins and ends; 100 is kept for a video that is there."""
+"""The percentages at which each stage begins and ends; 100 only for a finished video."""
 
 _EXAMPLE: dict[str, Any] = {
     "id": "01a2039b8ee84d074d36452736a1b6c7",
@@ -57,7 +57,7 @@ class VideoError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """One job as it stands. The keys from `mode` on are this service's own."""
+    """The current state of a job. The keys from `mode` on are this service's own."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
@@ -87,20 +87,20 @@ class VideoObject(BaseModel):
     seconds_left: float | None = Field(description="Until the job's end, as far as is known.")
 
     @classmethod
-    def of(cls, job: JobRecord, outlook: VideoStatus) -> Self:
-        request = job.request
+    def of(cls, job: JobRecord, video_status: VideoStatus) -> Self:
+        request, position = job.request, video_status.queue_position
         return cls(
             id=job.id,
             model=f"{request.model}:{request.mode}",
             status=_STATUS[job.state],
             progress=_percent(job),
             created_at=int(job.created_at.timestamp()),
-            completed_at=_second(job.finished_at),
-            expires_at=_second(outlook.expires_at),
-            seconds=_duration(request.num_frames, outlook.fps),
+            completed_at=_unix_second(job.finished_at),
+            expires_at=_unix_second(video_status.expires_at),
+            seconds=_duration(request.num_frames, video_status.fps),
             error=_error(job),
-            queue_position=None if outlook.place is None else outlook.place.position,
-            seconds_left=outlook.seconds_left,
+            queue_position=None if position is None else position.position,
+            seconds_left=video_status.seconds_left,
             **request.model_dump(exclude={"model"}),
         )
 
@@ -121,7 +121,7 @@ class VideoList(BaseModel):
 
 
 class VideoDeleted(BaseModel):
-    """A job that is no more."""
+    """The answer to a deletion."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
@@ -129,7 +129,7 @@ class VideoDeleted(BaseModel):
 
 
 def _percent(job: JobRecord) -> int:
-    """Grows while an attempt runs; one that begins anew begins at 0."""
+    """Compute the progress in percent. It grows during an attempt, and each attempt begins at 0."""
     if job.state is JobState.SUCCEEDED:
         return 100
     if job.progress is None:
@@ -147,7 +147,7 @@ def _error(job: JobRecord) -> VideoError | None:
     return VideoError(code=job.failure.code, message=job.failure.detail)
 
 
-def _second(moment: datetime | None) -> int | None:
+def _unix_second(moment: datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp())
 
 

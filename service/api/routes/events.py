@@ -1,6 +1,6 @@
-"""What happens to a job, as it happens."""
+"""Serve the events of a job as a stream."""
 
-from typing import Annotated, Final
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 from starlette.concurrency import run_in_threadpool
@@ -14,8 +14,6 @@ from service.auth.gate import visible_job
 
 router = APIRouter(tags=["jobs"])
 
-_ID: Final = r"^[0-9]{1,19}-[0-9]{1,19}$"
-
 
 @router.get(
     "/jobs/{job_id}/events",
@@ -27,35 +25,39 @@ _ID: Final = r"^[0-9]{1,19}-[0-9]{1,19}$"
 async def follow_job(
     principal: PrincipalDep,
     job_id: str,
-    parts: AppStateDep,
+    app_state: AppStateDep,
     views: JobViewsDep,
     last_event_id: Annotated[
         str | None,
-        Header(alias="Last-Event-ID", pattern=_ID, description="Send only what came after it."),
+        Header(
+            alias="Last-Event-ID",
+            pattern=events.EVENT_ID_PATTERN,
+            description="Send only what came after it.",
+        ),
     ] = None,
     query_id: Annotated[
         str | None,
         Query(
             alias="last_event_id",
-            pattern=_ID,
+            pattern=events.EVENT_ID_PATTERN,
             description="The same, for who cannot set headers.",
         ),
     ] = None,
 ) -> Response:
     """Follow a job by server-sent events, from its creation or from `Last-Event-ID`, to its end.
 
-    `state` and `progress` have ids, so an EventSource that loses its connection misses nothing;
-    the last `state` brings the whole job. While the job is queued, `queue` says where it stands.
-    Who comes back after the last event is answered with 204, and an EventSource ends then.
+    `state` and `progress` have ids, so an EventSource that loses its connection misses nothing. The
+    last `state` has the whole job. While the job is queued, `queue` gives its position. A client
+    that reconnects after the last event is answered with 204, which ends an EventSource.
     """
-    job = await run_in_threadpool(visible_job, parts.store, principal, job_id)
+    job = await run_in_threadpool(visible_job, app_state.store, principal, job_id)
     after = last_event_id or query_id or events.START
-    if job.state.is_terminal and not (await parts.hub.read(job_id, after)).told:
+    if job.state.is_terminal and not (await app_state.hub.read(job_id, after)).events:
         return Response(status_code=204)
     return EventStream(
-        parts.hub,
+        app_state.hub,
         Follower(job, None if principal.sees_all else principal.owner),
         after,
-        parts.settings.heartbeat_s,
-        lambda: views.of(parts.store.get(job_id)),
+        app_state.settings.heartbeat_s,
+        lambda: views.of(app_state.store.get(job_id)),
     )

@@ -1,4 +1,4 @@
-"""Is the process alive, and can it do its work?"""
+"""Serve the health checks: whether the process is alive, and whether it can run jobs."""
 
 from fastapi import APIRouter
 
@@ -17,9 +17,9 @@ async def healthz() -> HealthView:
 
 
 @router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
-async def readyz(parts: AppStateDep) -> ReadyView:
+async def readyz(app_state: AppStateDep) -> ReadyView:
     """Answer 200 when Redis is reachable and at least one worker is live; within two seconds."""
-    workers = await parts.readiness.workers()
+    workers = await app_state.readiness.workers()
     if not workers.live:
         raise NoLiveWorker("Redis is reachable, but no worker is live.")
     return ReadyView(workers=workers.live, degraded=workers.degraded)

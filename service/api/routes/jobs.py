@@ -1,7 +1,7 @@
-"""Jobs: create, list, read, cancel, and fetch the video.
+"""Serve the routes of jobs: create, list, read, cancel, and fetch the video.
 
-The routes are plain functions, which FastAPI runs in its thread pool: one synchronous `JobStore`
-serves service and worker alike, a Redis call takes well under a millisecond, and no route waits
+The routes are synchronous functions, which FastAPI runs in its thread pool. So service and worker
+share one synchronous `JobStore`. A Redis call takes well under a millisecond, and no route waits
 for a job.
 """
 
@@ -32,10 +32,10 @@ from service.api.openapi import (
     problems,
 )
 from service.api.submit import REPLAYED_HEADER, accept
-from service.api.video_response import VideoResponse, WantedDep, send_video
+from service.api.video_response import RangeRequestDep, VideoResponse, send_video
 from service.auth.gate import visible_job
 from service.schemas.jobs import JobListView, JobView
-from service.webhooks.openapi import callbacks
+from service.webhooks.message import callbacks
 
 router = APIRouter(tags=["jobs"])
 
@@ -54,11 +54,11 @@ router = APIRouter(tags=["jobs"])
     openapi_extra={**GENERATE_BODY, **callbacks()},
 )
 def generate(
-    # First: a stranger's body is not even read.
+    # First, so that the body of an unauthenticated request is not read.
     principal: PrincipalDep,
-    # Any JSON: jobs.spec reports malformed fields and broken bounds in one answer.
+    # Any JSON: `jobs.spec` reports malformed fields and broken bounds in one answer.
     body: JsonBodyDep,
-    parts: AppStateDep,
+    app_state: AppStateDep,
     views: JobViewsDep,
     idempotency_key: IdempotencyKeyDep = None,
 ) -> Response:
@@ -69,14 +69,15 @@ def generate(
     """
 
     def resolve() -> tuple[GenerationRequest, str]:
-        check_webhook = parts.settings.webhook_rules.violation
-        return resolve_json(body, parts.catalog.get(), parts.tokens.count, check_webhook)
+        check_webhook = app_state.settings.webhook_rules.violation
+        count_tokens = app_state.token_counter.count
+        return resolve_json(body, app_state.catalog.get(), count_tokens, check_webhook)
 
-    created = accept(parts, principal, body, idempotency_key, resolve)
-    headers = {"Location": f"{parts.settings.public_path}/jobs/{created.job.id}"}
+    created = accept(app_state, principal, body, idempotency_key, resolve)
+    headers = {"Location": f"{app_state.settings.public_path}/jobs/{created.job.id}"}
     if created.replayed:
         headers[REPLAYED_HEADER] = "true"
-    # Written here, once: FastAPI would check the view against its own model again.
+    # Encoded here, because FastAPI would validate the view against its model a second time.
     text = views.created(created).model_dump_json()
     return Response(text, 202, headers, media_type="application/json")
 
@@ -87,7 +88,7 @@ def list_jobs(
     store: StoreDep,
     views: JobViewsDep,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
-    # The store has the sentences for what is out of bounds.
+    # Bounds are checked by the store, which has the messages.
     limit: Annotated[int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> JobListView:
@@ -98,7 +99,7 @@ def list_jobs(
 
 @router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
 def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobViewsDep) -> JobView:
-    """Read a job as it stands. A failed job is answered with 200 and its `failure`."""
+    """Read the current state of a job. A failed job is answered with 200 and its `failure`."""
     return views.of(visible_job(store, principal, job_id))
 
 
@@ -141,11 +142,11 @@ def read_video(
     job_id: str,
     store: StoreDep,
     artifacts: ArtifactsDep,
-    wanted: WantedDep,
+    range_request: RangeRequestDep,
 ) -> Response:
     """Fetch the MP4, whole or in ranges, with a key or by the signed link in the job's `video.url`.
 
     Its ETag is the file's SHA-256.
     """
     job = store.get(job_id) if viewer is None else visible_job(store, viewer, job_id)
-    return send_video(artifacts, job, wanted)
+    return send_video(artifacts, job, range_request)

@@ -1,4 +1,4 @@
-"""What can be generated now."""
+"""Serve the list of models that live workers offer."""
 
 from fastapi import APIRouter
 

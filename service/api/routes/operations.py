@@ -1,4 +1,4 @@
-"""For those who run the service: its metrics, its workers and its queues."""
+"""Serve what operators need: metrics, workers and queues."""
 
 from fastapi import APIRouter, Request, Response
 from redis.exceptions import ConnectionError as RedisAway
@@ -8,7 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.deps import AppStateDep, BearerDep, OpsDep
 from service.api.openapi import problems
-from service.monitoring.fleet import look
+from service.monitoring.fleet import snapshot
 from service.schemas.operations import FleetView
 
 router = APIRouter(tags=["operations"])
@@ -29,25 +29,25 @@ router = APIRouter(tags=["operations"])
         **problems(401, 403, 429, 503),
     },
 )
-async def read_metrics(request: Request, parts: AppStateDep, bearer: BearerDep) -> Response:
+async def read_metrics(request: Request, app_state: AppStateDep, bearer: BearerDep) -> Response:
     """Show the metrics to ops.
 
-    Without Redis nobody can be asked who is ops. Then whoever could read the metrics within the
-    last hour sees what the process measures itself, and others see only that `wan_redis_up` is 0.
+    While Redis is down keys cannot be checked. Then the caller who read the metrics last, within an
+    hour, sees what the process measures itself. Others see only that `wan_redis_up` is 0.
     """
     token = None if bearer is None else bearer.credentials
-    is_known = parts.readers.knows(token)
-    if await parts.exposition.redis_answers():
+    is_known = app_state.metrics_access.knows(token)
+    if await app_state.exposition.redis_answers():
         try:
-            await run_in_threadpool(parts.readers.admit, token)
+            await run_in_threadpool(app_state.metrics_access.admit, token)
             is_known = True
         except (RedisAway, RedisTimeout):
-            pass  # it went away just now
+            pass  # it stopped answering just now
         except RedisError:
-            # It answers, but will not write that somebody has asked.
+            # It answers, but refuses to write, and counting the request needs a write.
             if not is_known:
                 raise
-    text, media_type = await parts.exposition.text(request.headers.get("accept", ""), is_known)
+    text, media_type = await app_state.exposition.text(request.headers.get("accept", ""), is_known)
     return Response(text, media_type=media_type)
 
 
@@ -56,6 +56,6 @@ async def read_metrics(request: Request, parts: AppStateDep, bearer: BearerDep) 
     summary="Live workers and their queues",
     responses=problems(401, 403, 429, 503),
 )
-def read_fleet(principal: OpsDep, parts: AppStateDep) -> FleetView:
-    """Show ops how each live worker is doing, and what waits in which queue."""
-    return FleetView.of(look(parts.redis))
+def read_fleet(principal: OpsDep, app_state: AppStateDep) -> FleetView:
+    """Show the state of each live worker, and what waits in each queue, to ops."""
+    return FleetView.of(snapshot(app_state.redis))

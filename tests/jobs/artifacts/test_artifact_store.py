@@ -1,4 +1,4 @@
-"""What every artifact store promises, with a folder and with a bucket of a real S3 server."""
+"""Test what every artifact store must do, with a folder and with a bucket of a real S3 server."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_delete_removes_the_artifact_and_only_it(artifacts: ArtifactStore, sourc
     kept, gone = artifact_key("01a2", "2"), artifact_key("01a2", "1")
     artifacts.put(kept, source)
     artifacts.put(gone, source)
-    for _ in range(2):  # what is gone may be deleted again
+    for _ in range(2):  # a deletion may be repeated
         artifacts.delete(gone)
         assert [each.key for each in artifacts.list()] == [kept]
     with pytest.raises(ArtifactRefused):

@@ -1,4 +1,4 @@
-"""The artifact bucket, when its server stumbles, is away, refuses, is full, or we are killed."""
+"""Test the artifact bucket with a server that fails, is down, refuses, is full, or with a kill."""
 
 import os
 import subprocess
@@ -15,16 +15,16 @@ from obstore.store import S3Store
 from jobs.artifacts.bucket import BucketArtifactStore
 from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import AppError, ArtifactNotStored, ArtifactsUnavailable, GenerationCancelled
-from tests.support.s3_server import Gate
+from tests.support.s3_server import FaultyProxy
 
 KEY = "videos/01a2/1.mp4"
 
 
 @pytest.fixture
-def gate(s3_endpoint: str) -> Iterator[Gate]:
-    gate = Gate(s3_endpoint)
-    yield gate
-    gate.close()
+def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(s3_endpoint)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def through(gate: Gate, bucket: str, patience_s: float = 0.5) -> BucketArtifactStore:
-    return BucketArtifactStore(BucketAddress(bucket, "wan", gate.endpoint), patience_s)
+def through_proxy(proxy: FaultyProxy, bucket: str, retry_for_s: float = 0.5) -> BucketArtifactStore:
+    return BucketArtifactStore(BucketAddress(bucket, "wan", proxy.endpoint), retry_for_s)
 
 
 def test_the_object_has_its_prefix_and_its_type(
@@ -75,7 +75,7 @@ def test_the_environment_does_not_outrank_the_address(
 ) -> None:
     for name in ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    artifacts = BucketArtifactStore(BucketAddress(bucket, "", s3_endpoint), patience_s=0)
+    artifacts = BucketArtifactStore(BucketAddress(bucket, "", s3_endpoint), retry_for_s=0)
     artifacts.put(KEY, source)
     assert artifacts.size(KEY) == 300_000
 
@@ -89,23 +89,25 @@ def test_plain_http_must_be_asked_for(
 
 
 def test_a_server_that_comes_back_gets_the_video(
-    gate: Gate, bucket: str, direct: BucketArtifactStore, source: Path
+    proxy: FaultyProxy, bucket: str, direct: BucketArtifactStore, source: Path
 ) -> None:
-    gate.is_open = False
-    waited = threading.Event()
+    proxy.is_open = False
+    checked = threading.Event()
 
     def check() -> None:
-        waited.set()
-        gate.is_open = True
+        checked.set()
+        proxy.is_open = True
 
-    through(gate, bucket, patience_s=60).put(KEY, source, check)
-    assert waited.is_set()
+    through_proxy(proxy, bucket, retry_for_s=60).put(KEY, source, check)
+    assert checked.is_set()
     assert direct.size(KEY) == 300_000
 
 
-def test_a_server_that_stays_away_is_told(gate: Gate, bucket: str, source: Path) -> None:
-    gate.is_open = False
-    artifacts = through(gate, bucket)
+def test_a_server_that_stays_down_is_reported(
+    proxy: FaultyProxy, bucket: str, source: Path
+) -> None:
+    proxy.is_open = False
+    artifacts = through_proxy(proxy, bucket)
     with pytest.raises(ArtifactNotStored, match="does not answer") as caught:
         artifacts.put(KEY, source)
     assert "127.0.0.1" not in caught.value.detail
@@ -120,14 +122,14 @@ def test_a_server_that_stays_away_is_told(gate: Gate, bucket: str, source: Path)
             use()
 
 
-def test_a_cancel_ends_the_waiting(gate: Gate, bucket: str, source: Path) -> None:
-    gate.is_open = False
+def test_a_cancel_ends_the_waiting(proxy: FaultyProxy, bucket: str, source: Path) -> None:
+    proxy.is_open = False
 
     def check() -> None:
         raise GenerationCancelled("The job was cancelled.")
 
     with pytest.raises(GenerationCancelled):
-        through(gate, bucket, patience_s=1000).put(KEY, source, check)
+        through_proxy(proxy, bucket, retry_for_s=1000).put(KEY, source, check)
 
 
 def http(status: str, code: str) -> bytes:
@@ -136,7 +138,7 @@ def http(status: str, code: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("answer", "sentence", "patience_s"),
+    ("answer", "sentence", "retry_for_s"),
     [
         (http("403 Forbidden", "AccessDenied"), "refuses the credentials", 1000),
         (http("404 Not Found", "NoSuchBucket"), "does not exist", 1000),
@@ -144,20 +146,20 @@ def http(status: str, code: str) -> bytes:
         (http("503 Service Unavailable", "SlowDown"), "answers with errors", 0.5),
     ],
 )
-def test_what_the_server_says_is_told(
-    gate: Gate, bucket: str, source: Path, answer: bytes, sentence: str, patience_s: float
+def test_the_error_of_the_server_is_reported(
+    proxy: FaultyProxy, bucket: str, source: Path, answer: bytes, sentence: str, retry_for_s: float
 ) -> None:
-    """The 1000 s are never waited for: these faults are there to stay."""
-    gate.answer = answer
-    artifacts = through(gate, bucket, patience_s)
+    """The faults with 1000 s are permanent, so they are never retried for so long."""
+    proxy.answer = answer
+    artifacts = through_proxy(proxy, bucket, retry_for_s)
     with pytest.raises(ArtifactNotStored, match=sentence):
         artifacts.put(KEY, source)
     with pytest.raises(ArtifactsUnavailable, match=f"{bucket} cannot be used: .*{sentence}"):
         artifacts.probe()
 
 
-def test_a_bucket_that_is_missing_is_told(s3_endpoint: str, bucket: str, source: Path) -> None:
-    artifacts = BucketArtifactStore(BucketAddress("none-such", "", s3_endpoint), patience_s=1000)
+def test_a_missing_bucket_is_reported(s3_endpoint: str, bucket: str, source: Path) -> None:
+    artifacts = BucketArtifactStore(BucketAddress("none-such", "", s3_endpoint), retry_for_s=1000)
     with pytest.raises(ArtifactNotStored, match="does not exist"):
         artifacts.put(KEY, source)
     with pytest.raises(ArtifactsUnavailable, match="none-such cannot be used"):
@@ -168,7 +170,7 @@ def test_a_bucket_that_is_missing_is_told(s3_endpoint: str, bucket: str, source:
     ("set_variables", "sentence"),
     [({}, "there are no credentials"), ({"AWS_ACCESS_KEY_ID": "key"}, "Missing SecretAccessKey")],
 )
-def test_missing_credentials_are_told(
+def test_missing_credentials_are_reported(
     s3_endpoint: str,
     bucket: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -194,14 +196,14 @@ open_artifacts(sys.argv[1]).put(sys.argv[2], Path(sys.argv[3]))
 
 @pytest.mark.parametrize("mib", [4, 40])  # in one request, and in parts
 def test_a_put_that_is_killed_half_way_leaves_nothing_visible(
-    gate: Gate, bucket: str, direct: BucketArtifactStore, source: Path, mib: int
+    proxy: FaultyProxy, bucket: str, direct: BucketArtifactStore, source: Path, mib: int
 ) -> None:
     os.truncate(source, mib * 1024 * 1024)
-    gate.hold_after = 3 * 1024 * 1024
-    url = f"s3://{bucket}/wan?endpoint={gate.endpoint}"
+    proxy.pause_after = 3 * 1024 * 1024
+    url = f"s3://{bucket}/wan?endpoint={proxy.endpoint}"
     with subprocess.Popen([sys.executable, "-c", PUTTING, url, KEY, str(source)]) as process:
         try:
-            assert gate.held.wait(60)
+            assert proxy.paused.wait(60)
         finally:
             process.kill()
     assert direct.size(KEY) is None

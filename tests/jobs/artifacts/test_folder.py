@@ -1,4 +1,4 @@
-"""The artifact folder: whole files only, whatever goes wrong, and no way out of it."""
+"""Test the artifact folder: only complete files, after any fault, and no path out of it."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ DAY_S = 24 * 3600
 
 @pytest.fixture
 def artifacts(tmp_path: Path) -> FolderArtifactStore:
-    return FolderArtifactStore(tmp_path / "root", patience_s=0.5)
+    return FolderArtifactStore(tmp_path / "root", retry_for_s=0.5)
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def python(script: str, *args: object, inside: tuple[str, ...] = ()) -> list[str]:
-    return [*inside, sys.executable, "-c", script, *map(str, args)]
+def python(script: str, *args: object, prefix: tuple[str, ...] = ()) -> list[str]:
+    return [*prefix, sys.executable, "-c", script, *map(str, args)]
 
 
 def run(command: list[str]) -> str:
@@ -85,11 +85,13 @@ def test_leftovers_go_after_a_day(artifacts: FolderArtifactStore, source: Path) 
     assert not (artifacts.root / "videos" / "empty").exists()
 
 
-def test_a_fault_that_stays_is_told_at_once(artifacts: FolderArtifactStore, source: Path) -> None:
+def test_a_permanent_fault_is_reported_at_once(
+    artifacts: FolderArtifactStore, source: Path
+) -> None:
     (artifacts.root / "videos").touch()  # where a folder must be
-    patient = FolderArtifactStore(artifacts.root, patience_s=1000)
+    retrying = FolderArtifactStore(artifacts.root, retry_for_s=1000)
     with pytest.raises(ArtifactNotStored, match="does not take it") as caught:
-        patient.put("videos/a.mp4", source)
+        retrying.put("videos/a.mp4", source)
     assert str(artifacts.root) not in caught.value.detail
 
 
@@ -106,7 +108,7 @@ if frees_after:
     lift = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     threading.Timer(frees_after, lift).start()
 try:
-    FolderArtifactStore(root, patience_s=60 if frees_after else 0.5).put("videos/a.mp4", source)
+    FolderArtifactStore(root, retry_for_s=60 if frees_after else 0.5).put("videos/a.mp4", source)
     print("stored")
 except ArtifactNotStored as error:
     print(error)
@@ -128,7 +130,7 @@ from jobs.errors import ArtifactNotStored
 root, source = Path(sys.argv[1]), Path(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", root], check=True)
 try:
-    FolderArtifactStore(root, patience_s=0.5).put("videos/a.mp4", source)
+    FolderArtifactStore(root, retry_for_s=0.5).put("videos/a.mp4", source)
 except ArtifactNotStored as error:
     print(error)
 (root / "filler").write_bytes(b"x" * 150_000)  # there is room again
@@ -136,29 +138,29 @@ assert [path.name for path in root.rglob("*") if path.is_file()] == ["filler"]
 """
 
 
-def ways_to_have_no_room() -> Iterator[object]:
-    """A limit on the size of files works everywhere, a small disk where a test may mount one."""
+def no_room_cases() -> Iterator[object]:
+    """A limit on file sizes works everywhere, a small disk only where a test may mount one."""
     yield pytest.param(LIMITED, (), "does not take it", id="limit")
     for user in ((), ("--user", "--map-root-user")):
-        inside = ("unshare", "--mount", *user)
+        prefix = ("unshare", "--mount", *user)
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            mount = [*inside, "mount", "-t", "tmpfs", "none", "/mnt"]
+            mount = [*prefix, "mount", "-t", "tmpfs", "none", "/mnt"]
             subprocess.run(mount, check=True, capture_output=True)
             sentence = "the disk of the artifact store is full (No space left on device)"
-            yield pytest.param(ON_A_SMALL_DISK, inside, sentence, id="disk")
+            yield pytest.param(ON_A_SMALL_DISK, prefix, sentence, id="disk")
             return
 
 
-@pytest.mark.parametrize(("script", "inside", "sentence"), list(ways_to_have_no_room()))
-def test_no_room_is_told_and_leaves_nothing(
+@pytest.mark.parametrize(("script", "prefix", "sentence"), list(no_room_cases()))
+def test_no_room_is_reported_and_leaves_nothing(
     artifacts: FolderArtifactStore,
     source: Path,
     script: str,
-    inside: tuple[str, ...],
+    prefix: tuple[str, ...],
     sentence: str,
 ) -> None:
-    """The kernel ends a write half way."""
-    assert sentence in run(python(script, artifacts.root, source, 0, inside=inside))
+    """The kernel fails a write half way."""
+    assert sentence in run(python(script, artifacts.root, source, 0, prefix=prefix))
     assert files(artifacts.root) == []
 
 
@@ -177,31 +179,31 @@ for number in count():
 def test_a_put_that_is_killed_half_way_leaves_nothing_visible(
     artifacts: FolderArtifactStore, source: Path
 ) -> None:
-    whole = 64 * 1024 * 1024
-    os.truncate(source, whole)
+    size = 64 * 1024 * 1024
+    os.truncate(source, size)
     with subprocess.Popen(python(PUTTING, artifacts.root, source)) as process:
         try:
-            wait_until_half_written(process.pid, artifacts.root, whole)
+            wait_until_half_written(process.pid, artifacts.root, size)
         finally:
             process.kill()
     assert [each for each in files(artifacts.root) if ".incoming-" in each]
-    assert {each.bytes for each in artifacts.list()} <= {whole}
+    assert {each.bytes for each in artifacts.list()} <= {size}
 
 
-def wait_until_half_written(pid: int, root: Path, whole: int) -> None:
+def wait_until_half_written(pid: int, root: Path, size: int) -> None:
     """Stop the process (SIGSTOP) in the middle of a file."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         os.kill(pid, signal.SIGSTOP)
         sizes = [path.stat().st_size for path in root.glob("videos/.incoming-*")]
-        if any(0 < size < whole for size in sizes):
+        if any(0 < each < size for each in sizes):
             return
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.003)
     raise TimeoutError("no file was seen half written")
 
 
-def test_probe_tells_that_nothing_can_be_written(tmp_path: Path) -> None:
+def test_probe_reports_that_nothing_can_be_written(tmp_path: Path) -> None:
     artifacts = FolderArtifactStore(tmp_path / "root")
     artifacts.root.rmdir()
     with pytest.raises(ArtifactsUnavailable, match=f"written to the artifact folder {tmp_path}"):

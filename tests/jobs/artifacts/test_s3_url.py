@@ -1,4 +1,4 @@
-"""ARTIFACTS_URL: what is understood, and what is refused with which sentence."""
+"""Test ARTIFACTS_URL: which addresses are accepted, and which are refused with which error."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_open_reads_a_file_address(tmp_path: Path) -> None:
     assert folder.is_dir()
 
 
-def test_open_does_not_ask_a_bucket() -> None:
+def test_open_sends_no_request_to_a_bucket() -> None:
     url = "s3://bucket/wan?endpoint=https://127.0.0.1:1"
     assert isinstance(open_artifacts(url), BucketArtifactStore)
 

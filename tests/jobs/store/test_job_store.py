@@ -1,4 +1,4 @@
-"""The store against a real Valkey: creation, attempts, endings, cancelling, order."""
+"""Test the store with a real Valkey: creation, attempts, ends, cancelling, order."""
 
 import json
 from typing import Literal
@@ -52,7 +52,7 @@ def end(store: JobStore, attempt: Attempt, state: JobState) -> None:
             store.cancelled(attempt)
 
 
-def let_lease_run_out(redis: Redis, job_id: str) -> None:
+def expire_lease(redis: Redis, job_id: str) -> None:
     redis.hset(redis_keys.record(job_id), "lease_ms", 1)
 
 
@@ -114,9 +114,9 @@ def test_second_claim_makes_the_first_stale(
     job_id = create(store, request_for_video)
     old = store.claim(job_id, "w")
     store.progress(old, Progress(stage=Stage.VAE, step=1, steps=2))
-    let_lease_run_out(redis, job_id)
+    expire_lease(redis, job_id)
     with pytest.raises(JobHeld, match="Attempt 1"):
-        store.claim(job_id, "w")  # whether that lease means anything, recovery judges
+        store.claim(job_id, "w")  # only recovery judges expired leases
     assert Recovery(redis).run() == {job_id: "queued"}
     new = store.claim(job_id, "w")
     assert new.number == 2
@@ -159,7 +159,7 @@ def test_ended_job_never_changes(
 def test_repeated_write_of_the_same_end_is_no_error(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    """A lost answer makes the client send the script again."""
+    """After a lost response the client sends the script again."""
     attempt = store.claim(create(store, request_for_video), "w")
     store.succeed(attempt, VIDEO, TIMINGS)
     before = store.get(attempt.job_id)
@@ -182,20 +182,20 @@ def test_a_claim_repeated_with_its_token_is_the_same_attempt_with_a_fresh_lease(
 ) -> None:
     job_id, token = create(store, request_for_video), new_token()
     first = store.claim(job_id, "w", token)
-    let_lease_run_out(redis, job_id)
+    expire_lease(redis, job_id)
     assert store.claim(job_id, "w", token) == first
     assert Recovery(redis).run() == {}
     assert (store.get(job_id).attempts, store.get(job_id).lost) == (1, 0)
 
 
 @pytest.mark.parametrize("last", [*ENDINGS, "lost"])
-def test_what_rq_keeps_of_an_ended_job_lapses(
+def test_the_rq_hash_of_an_ended_job_expires(
     store: JobStore,
     redis: Redis,
     request_for_video: GenerationRequest,
     last: JobState | Literal["lost"],
 ) -> None:
-    """Also where no worker is left to say so to RQ."""
+    """Also if no worker is left to report the end to RQ."""
     attempt = store.claim(create(store, request_for_video), "w")
     assert redis.ttl(Job.key_for(attempt.job_id)) == -1
     if isinstance(last, JobState):
@@ -253,7 +253,7 @@ def test_cancelled_job_of_a_lost_worker_is_not_run_again(
     job_id = create(store, request_for_video)
     lost = store.claim(job_id, "w")
     store.cancel(job_id)
-    let_lease_run_out(redis, job_id)
+    expire_lease(redis, job_id)
     assert Recovery(redis).run() == {job_id: "cancelled"}
     with pytest.raises(JobAlreadyFinished):
         store.claim(job_id, "w")
@@ -282,7 +282,7 @@ def test_unknown_and_impossible_ids(store: JobStore, job_id: str) -> None:
 def test_state_table_is_what_the_scripts_allow(
     store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    """Every pair: the scripts move a job exactly where the table says it may go."""
+    """For every pair of states, the scripts allow exactly the transitions of the table."""
     reached: dict[JobState, set[JobState]] = {state: set() for state in JobState}
     for start in JobState:
         for target in JobState:
@@ -423,7 +423,7 @@ def test_foreign_cursor_is_refused(store: JobStore, cursor: str) -> None:
 
 
 def test_expired_records_leave_the_list(store: JobStore, redis: Redis) -> None:
-    """At once; their names in the indexes go with the next retention round."""
+    """At once; the next retention round removes their ids from the indexes."""
     ancient = "000000000001" + "0" * 20
     for index in (redis_keys.index("all"), redis_keys.index("succeeded")):
         redis.zadd(index, {ancient: 0})

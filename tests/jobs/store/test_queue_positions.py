@@ -1,4 +1,4 @@
-"""What a waiting job is told: its place, and the seconds before its start."""
+"""Test the positions of waiting jobs and the estimates of their starts."""
 
 import pytest
 from redis import Redis
@@ -13,8 +13,8 @@ from jobs.store.queue_positions import QueuePosition, QueuePositions
 from jobs.store.submission import Submission
 
 QUEUE = "q"
-PACE = Durations(step_s=2.0, rest_s=4.0, texts_s=1.0)
-JOB_S = PACE.job_s(20)
+DURATIONS = Durations(step_s=2.0, rest_s=4.0, text_encoding_s=1.0)
+JOB_S = DURATIONS.job_s(20)
 
 
 @pytest.fixture
@@ -22,47 +22,47 @@ def jobs(store: JobStore, request_for_video: GenerationRequest) -> list[JobRecor
     return [store.create(request_for_video, QUEUE).job for _ in range(6)]
 
 
-def place(redis: Redis, job: JobRecord, workers: int) -> QueuePosition | None:
+def position(redis: Redis, job: JobRecord, workers: int) -> QueuePosition | None:
     return QueuePositions(redis).of([job], {QUEUE: workers}).get(job.id)
 
 
 def test_a_start_is_not_known_before_anything_was_measured(
     redis: Redis, jobs: list[JobRecord]
 ) -> None:
-    assert place(redis, jobs[2], workers=1) == QueuePosition(2, None)
-    assert place(redis, jobs[0], workers=1) == QueuePosition(0, 0)
+    assert position(redis, jobs[2], workers=1) == QueuePosition(2, None)
+    assert position(redis, jobs[0], workers=1) == QueuePosition(0, 0)
 
 
 def test_each_job_goes_to_the_worker_that_is_free_first(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, PACE)
-    assert place(redis, jobs[2], workers=1) == QueuePosition(2, 2 * JOB_S)
-    assert place(redis, jobs[2], workers=2) == QueuePosition(2, JOB_S)
-    assert place(redis, jobs[2], workers=3) == QueuePosition(2, 0)
-    assert place(redis, jobs[2], workers=0) == QueuePosition(2, None)
+    durations.measure(redis, request_for_video, DURATIONS)
+    assert position(redis, jobs[2], workers=1) == QueuePosition(2, 2 * JOB_S)
+    assert position(redis, jobs[2], workers=2) == QueuePosition(2, JOB_S)
+    assert position(redis, jobs[2], workers=3) == QueuePosition(2, 0)
+    assert position(redis, jobs[2], workers=0) == QueuePosition(2, None)
 
 
-def test_running_jobs_count_with_what_they_have_left(
+def test_running_jobs_count_with_the_seconds_they_have_left(
     redis: Redis, store: JobStore, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, DURATIONS)
     redis.lpop(Queue(QUEUE, connection=redis).key)
     attempt = store.claim(jobs[0].id, "w")
-    first = place(redis, jobs[2], workers=1)
+    first = position(redis, jobs[2], workers=1)
     assert first is not None
     assert first.starts_in_s == pytest.approx(2 * JOB_S, abs=5)
     store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=4.0))
-    assert place(redis, jobs[2], workers=1) == QueuePosition(1, 4 + JOB_S)
-    assert place(redis, store.get(jobs[0].id), workers=1) is None
-    # As it was read before it was taken.
-    assert place(redis, jobs[0], workers=1) is None
+    assert position(redis, jobs[2], workers=1) == QueuePosition(1, 4 + JOB_S)
+    assert position(redis, store.get(jobs[0].id), workers=1) is None
+    # The record was read before a worker took the job.
+    assert position(redis, jobs[0], workers=1) is None
 
 
 def test_many_jobs_of_several_queues_at_once(
     redis: Redis, store: JobStore, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, DURATIONS)
     other = store.create(request_for_video, "other").job
     store.cancel(jobs[1].id)
     asked = [*(store.get(job.id) for job in reversed(jobs)), other]
@@ -78,7 +78,7 @@ def test_many_jobs_of_several_queues_at_once(
 def test_far_behind_the_mean_of_those_in_front_is_taken(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest, workers: int
 ) -> None:
-    durations.measure(redis, request_for_video, PACE)
+    durations.measure(redis, request_for_video, DURATIONS)
     asked = QueuePositions(redis, 2).of(jobs, {QUEUE: workers})
     exact = QueuePositions(redis, 100).of(jobs, {QUEUE: workers})
     assert [asked[job.id].position for job in jobs] == list(range(6))
@@ -91,11 +91,11 @@ def test_far_behind_the_mean_of_those_in_front_is_taken(
 def test_behind_a_kind_never_measured_nothing_is_known(
     redis: Redis, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, PACE)
-    strange = request_for_video.model_copy(update={"mode": "w8a8"})
+    durations.measure(redis, request_for_video, DURATIONS)
+    unmeasured = request_for_video.model_copy(update={"mode": "w8a8"})
     known, unknown, behind = (
         store.create(request, QUEUE).job
-        for request in (request_for_video, strange, request_for_video)
+        for request in (request_for_video, unmeasured, request_for_video)
     )
     found = QueuePositions(redis).of([known, unknown, behind], {QUEUE: 1})
     assert [found[job.id].starts_in_s for job in (known, unknown, behind)] == [0, JOB_S, None]
@@ -108,11 +108,11 @@ def test_priority_goes_first(
     request_for_video: GenerationRequest,
 ) -> None:
     first = store.create(request_for_video, QUEUE, Submission(priority=True)).job
-    assert place(redis, first, workers=1) == QueuePosition(0, 0)
-    assert place(redis, jobs[0], workers=1) == QueuePosition(1, None)
+    assert position(redis, first, workers=1) == QueuePosition(0, 0)
+    assert position(redis, jobs[0], workers=1) == QueuePosition(1, None)
 
 
-def test_a_pace_follows_new_measurements_slowly(
+def test_durations_follow_new_measurements_slowly(
     redis: Redis, request_for_video: GenerationRequest
 ) -> None:
     durations.measure(redis, request_for_video, Durations(1.0, 10.0, 5.0))
@@ -120,35 +120,33 @@ def test_a_pace_follows_new_measurements_slowly(
     kept = durations.read(redis, request_for_video)
     assert kept is not None
     assert kept.step_s == pytest.approx(1.3)
-    assert kept.texts_s == pytest.approx(3.5)
+    assert kept.text_encoding_s == pytest.approx(3.5)
     assert kept.job_s(10) == pytest.approx(26.5)
     unguided = request_for_video.model_copy(update={"guidance_scale": 1.0})
     assert durations.read(redis, unguided) is None
 
 
-def test_a_pace_is_asked_for_once_in_a_while(
-    redis: Redis, request_for_video: GenerationRequest
-) -> None:
-    paces = DurationCache(redis)
-    durations.measure(redis, request_for_video, PACE)
-    assert paces.of(request_for_video) == PACE
+def test_durations_are_cached(redis: Redis, request_for_video: GenerationRequest) -> None:
+    cache = DurationCache(redis)
+    durations.measure(redis, request_for_video, DURATIONS)
+    assert cache.of(request_for_video) == DURATIONS
     durations.measure(redis, request_for_video, Durations(4.0, 5.0))
-    assert paces.of(request_for_video) == PACE
-    assert DurationCache(redis).of(request_for_video) != PACE
+    assert cache.of(request_for_video) == DURATIONS
+    assert DurationCache(redis).of(request_for_video) != DURATIONS
 
 
-def test_the_estimate_of_a_queue_is_kept_for_a_moment_and_the_place_is_not(
+def test_the_estimate_of_a_queue_is_cached_and_the_position_is_not(
     redis: Redis, jobs: list[JobRecord], request_for_video: GenerationRequest
 ) -> None:
-    durations.measure(redis, request_for_video, PACE)
-    places = QueuePositions(redis, kept_s=60)
-    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
+    durations.measure(redis, request_for_video, DURATIONS)
+    positions = QueuePositions(redis, cache_s=60)
+    assert positions.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
     durations.measure(redis, request_for_video, Durations(1.0, 1.0))
-    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
+    assert positions.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
     redis.lpop(Queue(QUEUE, connection=redis).key)
-    assert places.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(0, 0)
-    # What it does not reach to is looked into now.
-    found = places.of([jobs[5]], {QUEUE: 1})[jobs[5].id]
+    assert positions.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(0, 0)
+    # The cached estimate does not cover this position, so a new one is made.
+    found = positions.of([jobs[5]], {QUEUE: 1})[jobs[5].id]
     assert found.position == 4
     assert found.starts_in_s is not None
     assert found.starts_in_s < 4 * JOB_S

@@ -1,4 +1,4 @@
-"""Attempts that vanish, are given back, or never begin: the job goes on, or is given up."""
+"""Test lost, released and never started attempts: the job is queued again, or failed."""
 
 import time
 
@@ -36,12 +36,12 @@ def queued(redis: Redis) -> list[str]:
 
 
 def take(redis: Redis, store: JobStore, job_id: str) -> Attempt:
-    """What a worker does: out of the queue, then claimed."""
+    """Do what a worker does: take the id out of the queue, then claim the job."""
     redis.lrem(Queue(QUEUE, connection=redis).key, 1, job_id)
     return store.claim(job_id, "worker-1")
 
 
-def let_lease_run_out(redis: Redis, job_id: str) -> None:
+def expire_lease(redis: Redis, job_id: str) -> None:
     redis.hset(redis_keys.record(job_id), "lease_ms", 1)
 
 
@@ -56,7 +56,7 @@ def test_a_live_attempt_is_left_alone_and_cannot_be_claimed_away(
     assert store.renew(attempt) is False
 
 
-def test_a_lapsed_attempt_is_put_back_to_the_front(
+def test_a_lost_attempt_is_put_back_to_the_front(
     redis: Redis,
     store: JobStore,
     recovery: Recovery,
@@ -65,7 +65,7 @@ def test_a_lapsed_attempt_is_put_back_to_the_front(
 ) -> None:
     lost = take(redis, store, job_id)
     other = store.create(request_for_video, QUEUE).job.id
-    let_lease_run_out(redis, job_id)
+    expire_lease(redis, job_id)
     assert recovery.run() == {job_id: "queued"}
     job = store.get(job_id)
     assert (job.state, job.attempts, job.lost, job.worker) == (JobState.QUEUED, 1, 1, None)
@@ -77,11 +77,11 @@ def test_a_lapsed_attempt_is_put_back_to_the_front(
     assert recovery.run() == {}
 
 
-def test_a_renewed_lease_does_not_lapse(
+def test_a_renewed_lease_does_not_expire(
     redis: Redis, store: JobStore, recovery: Recovery, job_id: str
 ) -> None:
     attempt = take(redis, store, job_id)
-    let_lease_run_out(redis, job_id)
+    expire_lease(redis, job_id)
     store.renew(attempt)
     assert recovery.run() == {}
 
@@ -91,7 +91,7 @@ def test_a_job_that_keeps_losing_its_worker_is_given_up(
 ) -> None:
     for number in range(1, MAX_LOST + 1):
         assert take(redis, store, job_id).number == number
-        let_lease_run_out(redis, job_id)
+        expire_lease(redis, job_id)
         assert recovery.run() == {job_id: "failed" if number == MAX_LOST else "queued"}
     job = store.get(job_id)
     assert (job.state, job.attempts, job.lost) == (JobState.FAILED, MAX_LOST, MAX_LOST)
@@ -101,7 +101,7 @@ def test_a_job_that_keeps_losing_its_worker_is_given_up(
     assert queued(redis) == []
 
 
-def test_an_attempt_given_back_is_not_lost(
+def test_a_released_attempt_is_not_lost(
     redis: Redis, store: JobStore, recovery: Recovery, job_id: str
 ) -> None:
     for number in range(1, 2 * MAX_LOST + 1):
@@ -117,18 +117,18 @@ def test_giving_up_counts_as_lost(redis: Redis, store: JobStore, job_id: str) ->
     assert store.give_up(take(redis, store, job_id)) is JobState.FAILED
 
 
-@pytest.mark.parametrize("way", ["release", "give_up", "lapse"])
+@pytest.mark.parametrize("end", ["release", "give_up", "expire"])
 def test_a_job_to_be_cancelled_is_not_queued_again(
-    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, way: str
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, end: str
 ) -> None:
     attempt = take(redis, store, job_id)
     store.cancel(job_id)
     assert store.renew(attempt) is True
-    if way == "lapse":
-        let_lease_run_out(redis, job_id)
+    if end == "expire":
+        expire_lease(redis, job_id)
         assert recovery.run() == {job_id: "cancelled"}
     else:
-        assert getattr(store, way)(attempt) is JobState.CANCELLED
+        assert getattr(store, end)(attempt) is JobState.CANCELLED
     assert store.get(job_id).state is JobState.CANCELLED
     assert queued(redis) == []
 
@@ -138,7 +138,7 @@ def test_a_job_taken_and_never_claimed_is_delivered_again(
 ) -> None:
     queue = Queue(QUEUE, connection=redis)
     redis.lmove(queue.key, queue.intermediate_queue_key)
-    assert recovery.run() == {}, "it has only just been noticed"
+    assert recovery.run() == {}, "it has only just been seen"
     redis.hset(redis_keys.record(job_id), "missing_ms", 1)
     assert recovery.run() == {job_id: "queued"}
     assert queued(redis) == [job_id]
@@ -165,15 +165,15 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_reported(
     redis: Redis, store: JobStore, recovery: Recovery, job_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = take(redis, store, job_id)
-    let_lease_run_out(redis, job_id)
-    ask = recovery._without_lease
+    expire_lease(redis, job_id)
+    find = recovery._with_expired_lease
 
     def just_before_its_end() -> list[str]:
-        found = list(ask())
+        found = list(find())
         store.cancelled(attempt)
         return found
 
-    monkeypatch.setattr(recovery, "_without_lease", just_before_its_end)
+    monkeypatch.setattr(recovery, "_with_expired_lease", just_before_its_end)
     assert recovery.run() == {}
     assert store.get(job_id).lost == 0
 
@@ -195,14 +195,14 @@ def test_after_a_gap_holders_get_the_time_to_renew(
     job_id: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A Redis that was away for longer than a lease brings nobody's job down."""
+    """A Redis outage that is longer than a lease makes no job lost."""
     monkeypatch.setattr("jobs.store.recovery.GRACE_S", 0.2)
     attempt = take(redis, store, job_id)
     recovery.run()
-    redis.hset(redis_keys.RECOVERY, "looked_ms", 1)  # as if nobody had looked since
-    let_lease_run_out(redis, job_id)
+    redis.hset(redis_keys.RECOVERY, "looked_ms", 1)  # as if no process had looked since
+    expire_lease(redis, job_id)
     assert recovery.run() == {}
-    assert Recovery(redis).run() == {}  # nor does a process that has just been started judge
+    assert Recovery(redis).run() == {}  # neither does a new process judge it
     time.sleep(0.25)
     assert recovery.run() == {job_id: "queued"}
     with pytest.raises(StaleAttempt):
@@ -212,10 +212,10 @@ def test_after_a_gap_holders_get_the_time_to_renew(
 def test_an_unreadable_record_is_put_back_like_any_other(
     redis: Redis, store: JobStore, recovery: Recovery, job_id: str
 ) -> None:
-    """The worker that gets it ends it."""
+    """The worker that takes it fails it."""
     recovery.run()
     take(redis, store, job_id)
-    let_lease_run_out(redis, job_id)
+    expire_lease(redis, job_id)
     redis.hset(redis_keys.record(job_id), mapping={"request": "{", "deadline_s": "soon"})
     assert recovery.run() == {job_id: "queued"}
     assert queued(redis) == [job_id]
@@ -228,7 +228,7 @@ def test_an_unreadable_record_is_put_back_like_any_other(
     assert (rq_job.args, rq_job.timeout) == ([job_id], UNKNOWN_DEADLINE_S)
 
 
-def test_a_record_beyond_help_is_named_once_and_keeps_no_other_waiting(
+def test_an_unrecoverable_record_is_logged_once_and_does_not_stop_the_others(
     redis: Redis,
     store: JobStore,
     recovery: Recovery,
@@ -239,7 +239,7 @@ def test_a_record_beyond_help_is_named_once_and_keeps_no_other_waiting(
     other = store.create(request_for_video, QUEUE).job.id
     for each in (job_id, other):
         take(redis, store, each)
-        let_lease_run_out(redis, each)
+        expire_lease(redis, each)
     redis.hdel(redis_keys.record(job_id), "shape")
     assert recovery.run() == {other: "queued"}
     assert recovery.run() == {}

@@ -1,4 +1,4 @@
-"""The hash through which RQ's worker finds a job is the one that RQ itself would have written."""
+"""Test that RQ's hash of a job is what RQ itself would have written."""
 
 from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""Rivals at one job: whoever comes first, there is exactly one end and it stays."""
+"""Test concurrent calls for one job: it ends exactly once, and the end never changes."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 
-RIVALS = 8
+CALLERS = 8
 ROUNDS = 12
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
@@ -83,10 +83,10 @@ def test_cancel_against_claim(
     assert seen <= {JobState.RUNNING, JobState.CANCELLED}
 
 
-def test_everybody_at_once(
+def test_workers_and_callers_at_once(
     redis: Redis, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
-    """Workers claim and finish, callers cancel: one end, one video at most, nothing moves after."""
+    """Workers claim and finish, callers cancel: there is one end and at most one video."""
     for _ in range(ROUNDS):
         job = store.create(request_for_video, "q").job
 
@@ -95,8 +95,8 @@ def test_everybody_at_once(
             store.succeed(attempt, video(attempt), TIMINGS)
             return attempt
 
-        calls: list[Callable[[], object]] = [work] * RIVALS
-        calls += [lambda j=job.id: store.cancel(j)] * RIVALS  # type: ignore[misc]
+        calls: list[Callable[[], object]] = [work] * CALLERS
+        calls += [lambda j=job.id: store.cancel(j)] * CALLERS  # type: ignore[misc]
         results = race(calls)
         winners = [result for result in results if isinstance(result, Attempt)]
         ended = store.get(job.id)

@@ -1,4 +1,4 @@
-"""The outbox: what is due, who holds it, and what became of it."""
+"""Test the outbox: which webhooks are due, their leases, and their outcomes."""
 
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def outbox(redis: Redis) -> Outbox:
 
 @pytest.fixture
 def make_job(store: JobStore, request_for_video: GenerationRequest) -> MakeJob:
-    """Makes a queued job with a webhook, or one that has ended."""
+    """Make a job with a webhook, ended or queued."""
 
     def make(url: str | None = URL, *, ended: bool = True) -> JobRecord:
         job = store.create(request_for_video, "q", Submission(webhook_url=url)).job
@@ -37,7 +37,7 @@ def make_job(store: JobStore, request_for_video: GenerationRequest) -> MakeJob:
 
 
 def counted(redis: Redis) -> dict[str, int]:
-    """The outcomes of calls as /metrics has them."""
+    """Return the outcomes of calls as /metrics counts them."""
     prefix = f"webhook|{SHAPE}|"
     found = {}
     for name, value in redis.hgetall(redis_keys.METRICS).items():
@@ -48,7 +48,7 @@ def counted(redis: Redis) -> dict[str, int]:
 
 
 def make_due(redis: Redis, job: JobRecord) -> None:
-    """Let the time pass until the next try, or the end of the lease."""
+    """Make the webhook due now, as after the pause before the next try or the end of its lease."""
     redis.zadd(redis_keys.WEBHOOKS_DUE, {job.id: 1})
 
 
@@ -67,7 +67,9 @@ def test_a_webhook_is_due_when_its_job_ends(
     assert [lease.job_id for lease in outbox.take(10)] == [failed.id]
 
 
-def test_what_is_leased_is_nobody_elses(redis: Redis, outbox: Outbox, make_job: MakeJob) -> None:
+def test_leased_entries_are_not_taken_again(
+    redis: Redis, outbox: Outbox, make_job: MakeJob
+) -> None:
     jobs = [make_job() for _ in range(5)]
     first, second = outbox.take(3), Outbox(redis).take(3)
     assert [lease.job_id for lease in first + second] == [job.id for job in jobs]
@@ -75,7 +77,7 @@ def test_what_is_leased_is_nobody_elses(redis: Redis, outbox: Outbox, make_job: 
     assert outbox.take(0) == []
 
 
-def test_a_lease_runs_out(redis: Redis, make_job: MakeJob) -> None:
+def test_a_lease_ends(redis: Redis, make_job: MakeJob) -> None:
     job = make_job()
     short = Outbox(redis, lease_s=0.2)
     (first,) = short.take(1)
@@ -84,7 +86,7 @@ def test_a_lease_runs_out(redis: Redis, make_job: MakeJob) -> None:
     (second,) = short.take(1)
     assert second.job_id == job.id
     assert second.until_ms > first.until_ms
-    # The first holder, slow but alive, must not undo what the second does.
+    # The first holder is slow but alive: it must not undo what the second does.
     assert not short.settle(first, Outcome(error="no connection", retry_in_s=60))
     assert not short.postpone(first, 60)
     assert short.settle(second, Outcome(204))
@@ -118,7 +120,7 @@ def test_delivered(redis: Redis, outbox: Outbox, make_job: MakeJob) -> None:
     )
 
 
-def test_failed_tries_are_counted_and_only_the_latest_is_told_of(
+def test_failed_tries_are_counted_and_only_the_latest_is_shown(
     redis: Redis, outbox: Outbox, make_job: MakeJob
 ) -> None:
     job = make_job()
@@ -146,7 +148,7 @@ def test_failed_tries_are_counted_and_only_the_latest_is_told_of(
 
 
 def test_a_repeated_settlement_counts_once(redis: Redis, outbox: Outbox, make_job: MakeJob) -> None:
-    """As the client does it when the answer to the first was lost."""
+    """As the client does after a lost response."""
     job = make_job()
     (lease,) = outbox.take(1)
     outcome = Outcome(error="no connection", retry_in_s=60)
@@ -183,7 +185,7 @@ def test_deleting_a_job_deletes_its_webhook(
     store.purge(job.id)
     assert not redis.exists(redis_keys.webhook(job.id))
     assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 0
-    # The call under way at that moment leaves nothing behind.
+    # The call that is running at that moment leaves nothing behind.
     assert not outbox.settle(lease, Outcome(204))
     assert not redis.exists(redis_keys.webhook(job.id))
 

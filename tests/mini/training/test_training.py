@@ -1,4 +1,4 @@
-"""Training at a size that says nothing about quality: it runs, goes on, and saves its weights."""
+"""Training at a tiny size: it runs, resumes, and saves its weights; quality is not tested."""
 
 import copy
 import json
@@ -17,10 +17,10 @@ from mini.training.dataset import scenes_of, tokenize
 from mini.training.optimizer import Optimizer, TrainingStep
 from mini.training.settings import DenoiserSettings, TrainingSettings, VaeSettings
 from mini.training.train import TrainingRun
-from mini.training.train_denoiser import draw_sigma, encode_text, look_both_ways
+from mini.training.train_denoiser import bias_heads_by_direction, draw_sigma, encode_text
 from mini.world.scenes import Split, captions_of
 
-# Under autocast torch says that BF16 activations meet FP32 norm weights; that is what autocast is.
+# Under autocast torch warns that BF16 activations meet FP32 norm weights, which is intended.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 
 TINY = TrainingSettings(
@@ -33,30 +33,30 @@ TINY = TrainingSettings(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
-    """A finished VAE and a denoiser stopped halfway."""
+    """Return a run with a finished VAE and a denoiser stopped halfway."""
     work = tmp_path_factory.mktemp("training")
     run = TrainingRun(work, TINY, "cpu")
-    run.vae()
-    assert run.denoiser(until=0.5) >= 0.5
+    run.train_vae()
+    assert run.train_denoiser(until=0.5) >= 0.5
     return run
 
 
 def logged(run: TrainingRun, stage: str) -> list[dict[str, float]]:
-    """The figures of one stage in the work folder's log."""
+    """Return the figures of one stage in the work folder's log."""
     lines = [json.loads(line) for line in (run.work / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["stage"] == stage]
 
 
-def test_a_later_run_goes_on_and_saves_the_average(run: TrainingRun, tmp_path: Path) -> None:
+def test_a_later_run_continues_and_saves_the_average(run: TrainingRun, tmp_path: Path) -> None:
     before = logged(run, "denoiser")[-1]
     corpus = (run.work / "corpus.pt").stat().st_mtime_ns
     spent_s = torch.load(run.work / "denoiser.pt", weights_only=True)["optimizer"]["spent_s"]
     longer = replace(TINY.denoiser, seconds=spent_s + 0.5)
     later = TrainingRun(run.work, replace(TINY, denoiser=longer), "cpu")
-    later.vae()
+    later.train_vae()
     for name, tensor in run.model.vae.state_dict().items():
         assert torch.equal(tensor, later.model.vae.state_dict()[name]), name
-    assert later.denoiser() == 1.0
+    assert later.train_denoiser() == 1.0
     after = logged(run, "denoiser")[-1]
     assert after["steps"] > before["steps"]
     assert after["spent_s"] > spent_s >= 0.5
@@ -81,7 +81,7 @@ def test_a_later_run_goes_on_and_saves_the_average(run: TrainingRun, tmp_path: P
 def test_a_vae_that_is_trained_on_makes_encoded_scenes_stale(tmp_path: Path) -> None:
     (tmp_path / "corpus.pt").touch()
     (tmp_path / "denoiser.pt").touch()
-    TrainingRun(tmp_path, TINY, "cpu").vae()
+    TrainingRun(tmp_path, TINY, "cpu").train_vae()
     assert not (tmp_path / "corpus.pt").exists()
     assert not (tmp_path / "denoiser.pt").exists()
 
@@ -103,7 +103,7 @@ def test_text_is_encoded_as_the_pipeline_encodes_it(run: TrainingRun) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-def test_a_share_of_the_noise_levels_is_where_places_are_decided() -> None:
+def test_a_share_of_the_noise_levels_is_where_positions_are_decided() -> None:
     torch.manual_seed(0)
     usual = draw_sigma(20_000, DenoiserSettings(noisy_share=0.0), torch.device("cpu"))
     assert 0.02 < (usual > 0.95).float().mean() < 0.04
@@ -120,12 +120,12 @@ def test_a_share_of_the_noise_levels_is_where_places_are_decided() -> None:
     assert (mixed >= 0.9).float().mean() == pytest.approx(float(expected), abs=0.02)
 
 
-def test_pairs_are_as_frequent_as_told() -> None:
+def test_pairs_are_as_frequent_as_requested() -> None:
     assert all(s.relation for s in scenes_of(Split.TRAIN, 20, seed=1, pair_share=1.0))
     assert not any(s.relation for s in scenes_of(Split.TRAIN, 20, seed=1, pair_share=0.0))
 
 
-def test_a_new_text_encoder_tells_before_from_after(run: TrainingRun) -> None:
+def test_a_new_text_encoder_distinguishes_before_from_after(run: TrainingRun) -> None:
     tokens = tokenize(
         run.model.tokenizer,
         [
@@ -135,23 +135,23 @@ def test_a_new_text_encoder_tells_before_from_after(run: TrainingRun) -> None:
     )
     red = run.model.tokenizer.convert_tokens_to_ids("Ġred")
 
-    def moved(encoder: UMT5EncoderModel) -> float:
-        """How much of what is said of "red" depends on which thing is named first."""
+    def change(encoder: UMT5EncoderModel) -> float:
+        """Return the relative change of the embedding of "red" if the other thing comes first."""
         with torch.no_grad():
-            said = encode_text(encoder, tokens)[tokens == red]
-        return float((said[0] - said[1]).norm() / said[0].norm())
+            embedded = encode_text(encoder, tokens)[tokens == red]
+        return float((embedded[0] - embedded[1]).norm() / embedded[0].norm())
 
     torch.manual_seed(0)
     encoder = build_text_encoder()
-    before = moved(encoder)
-    look_both_ways(encoder)
-    assert moved(encoder) > 2 * before
+    before = change(encoder)
+    bias_heads_by_direction(encoder)
+    assert change(encoder) > 2 * before
 
 
-def test_the_tokenizer_of_a_work_folder_is_kept(tmp_path: Path) -> None:
-    kept = build_tokenizer(captions_of(Split.TRAIN, 20))
-    kept.save_pretrained(tmp_path / "tokenizer")
-    assert TrainingRun(tmp_path, TINY, "cpu").model.tokenizer.get_vocab() == kept.get_vocab()
+def test_the_tokenizer_of_a_work_folder_is_used_again(tmp_path: Path) -> None:
+    stored = build_tokenizer(captions_of(Split.TRAIN, 20))
+    stored.save_pretrained(tmp_path / "tokenizer")
+    assert TrainingRun(tmp_path, TINY, "cpu").model.tokenizer.get_vocab() == stored.get_vocab()
 
 
 def test_a_cpu_without_bf16_instructions_computes_in_fp32() -> None:
@@ -162,7 +162,7 @@ def test_a_cpu_without_bf16_instructions_computes_in_fp32() -> None:
     assert out.dtype == (torch.bfloat16 if multiplies_bf16(cpu) else torch.float32)
 
 
-def test_the_learning_rate_follows_the_clock() -> None:
+def test_the_learning_rate_depends_on_elapsed_time() -> None:
     layer = nn.Linear(4, 4)
     optimizer = Optimizer(layer.parameters(), peak_lr=0.1, seconds=100.0, warm_up_steps=2)
     rates = []
@@ -199,7 +199,7 @@ def test_a_step_lowers_the_loss_and_the_average_follows() -> None:
     assert not optimizer.average[0].requires_grad
 
 
-def test_a_restored_optimizer_goes_on_with_its_own_learning_rate() -> None:
+def test_a_restored_optimizer_continues_with_its_own_learning_rate() -> None:
     layer = nn.Linear(4, 1)
     first = Optimizer(layer.parameters(), peak_lr=0.1, seconds=1e9, warm_up_steps=1)
     TrainingStep(lambda: layer(torch.ones(1, 4)).square().sum(), first)()
@@ -212,7 +212,7 @@ def test_a_restored_optimizer_goes_on_with_its_own_learning_rate() -> None:
     assert not torch.equal(layer.weight, before)
 
 
-def test_moments_are_restored_where_a_captured_step_looks_for_them() -> None:
+def test_moments_are_restored_in_place_for_a_captured_step() -> None:
     layer = nn.Linear(4, 1)
     optimizer = Optimizer(layer.parameters(), peak_lr=0.1, seconds=1e9, warm_up_steps=1)
     step = TrainingStep(lambda: layer(torch.ones(1, 4)).square().sum(), optimizer)

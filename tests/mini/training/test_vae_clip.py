@@ -1,4 +1,4 @@
-"""Whole-clip training passes equal diffusers' own frame-by-frame ones."""
+"""Whole-clip passes for training equal diffusers' frame-by-frame passes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from mini.training.vae_clip import (
     whole_clip,
 )
 
-# Two orders of summation in FP32.
+# The two passes sum in different orders in FP32.
 TOLERANCE = 1e-4
 
 

@@ -1,7 +1,7 @@
-"""The oracle reads what was painted, refuses what was not, and is not fooled by damage.
+"""The oracle recognizes rendered scenes, rejects other scenes, and handles damaged videos.
 
-The rates over 2,000 scenes are measured by benchmarks/quality/oracle.py; here every attribute and
-every value is met at least once, and the ways a generated video goes wrong are painted on purpose.
+benchmarks/quality/oracle.py measures its rates over 2,000 scenes. Here every attribute and every
+value occurs at least once, and typical faults of generated videos are drawn on purpose.
 """
 
 import random
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.quality.oracle import changed
+from benchmarks.quality.oracle import change_attribute
 from mini.world.oracle import ATTRIBUTES, read, verdicts
 from mini.world.render import render_scene
 from mini.world.scenes import (
@@ -29,7 +29,7 @@ from mini.world.scenes import (
 Frames = NDArray[np.uint8]
 
 
-def painted(scene: Scene, seed: int = 0) -> Frames:
+def rendered(scene: Scene, seed: int = 0) -> Frames:
     frames: Frames = render_scene(scene, random.Random(seed)).numpy()
     return frames
 
@@ -39,35 +39,35 @@ def painted(scene: Scene, seed: int = 0) -> Frames:
 def test_reads_every_shape_at_every_size(shape: str, size: str) -> None:
     for background, motion in (("white", "still"), ("navy", "growing"), ("gray", "shrinking")):
         scene = Scene((Thing(size, "red", shape),), motion, background)
-        assert all(verdicts(painted(scene), scene).values()), (scene, read(painted(scene)))
+        assert all(verdicts(rendered(scene), scene).values()), (scene, read(rendered(scene)))
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_reads_every_colour_on_every_background(colour: str, background: str) -> None:
     scene = Scene((Thing("small", colour, "circle"),), "right", background)
-    assert all(verdicts(painted(scene), scene).values()), read(painted(scene))
+    assert all(verdicts(rendered(scene), scene).values()), read(rendered(scene))
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_reads_every_motion(motion: str) -> None:
     for seed in range(5):
         scene = Scene(EXAMPLE.things, motion, "black")
-        assert read(painted(scene, seed)).motion == motion
+        assert read(rendered(scene, seed)).motion == motion
 
 
 def test_rejects_the_caption_with_one_attribute_changed() -> None:
     rng = random.Random(2)
-    seen = set()
+    tested = set()
     for _ in range(60):
         scene = sample_scene(rng, Split.EVALUATION, pair_share=0.5)
-        frames = painted(scene)
+        frames = rendered(scene)
         for name, shown in verdicts(frames, scene).items():
             assert shown, (scene, name)
-            other = verdicts(frames, changed(scene, name, rng))
+            other = verdicts(frames, change_attribute(scene, name, rng))
             assert not other[name], (scene, name)
-            seen.add(name)
-    assert seen == set(ATTRIBUTES)
+            tested.add(name)
+    assert tested == set(ATTRIBUTES)
 
 
 def test_an_empty_video_shows_only_its_background() -> None:
@@ -84,7 +84,7 @@ def test_noise_shows_nothing() -> None:
 
 
 def test_a_second_object_is_not_overlooked() -> None:
-    frames = painted(Scene(EXAMPLE.things, "still", "black"))
+    frames = rendered(Scene(EXAMPLE.things, "still", "black"))
     frames[:, 70:84, 70:84] = COLOURS["blue"]
     shown = verdicts(frames, Scene(EXAMPLE.things, "still", "black"))
     assert not shown["shape"]
@@ -94,7 +94,7 @@ def test_a_second_object_is_not_overlooked() -> None:
 def test_a_third_object_is_not_overlooked() -> None:
     pair = (Thing("large", "red", "circle"), Thing("large", "blue", "star"))
     scene = Scene(pair, "still", "white", "left")
-    frames = painted(scene)
+    frames = rendered(scene)
     frames[:, 4:20, 40:56] = COLOURS["green"]
     shown = verdicts(frames, scene)
     assert not shown["shape"]
@@ -102,9 +102,9 @@ def test_a_third_object_is_not_overlooked() -> None:
 
 
 def test_jumping_about_is_no_motion() -> None:
-    places = np.random.default_rng(1).integers(10, 70, (17, 2))
+    positions = np.random.default_rng(1).integers(10, 70, (17, 2))
     frames = np.full((17, 96, 96, 3), BACKGROUNDS["black"], dtype=np.uint8)
-    for frame, (row, column) in zip(frames, places, strict=True):
+    for frame, (row, column) in zip(frames, positions, strict=True):
         frame[row : row + 16, column : column + 16] = COLOURS["red"]
     assert read(frames).motion is None
 
@@ -112,13 +112,13 @@ def test_jumping_about_is_no_motion() -> None:
 def test_a_colour_that_changes_midway_is_no_colour() -> None:
     scene = Scene((Thing("large", "red", "square"),), "still", "black")
     other = Scene((Thing("large", "green", "square"),), "still", "black")
-    frames = np.concatenate([painted(scene)[:9], painted(other)[9:]])
+    frames = np.concatenate([rendered(scene)[:9], rendered(other)[9:]])
     assert not verdicts(frames, scene)["colour"]
     assert not verdicts(frames, other)["colour"]
 
 
 def test_an_object_that_vanishes_halfway_is_not_shown() -> None:
-    frames = painted(Scene(EXAMPLE.things, "still", "black"))
+    frames = rendered(Scene(EXAMPLE.things, "still", "black"))
     frames[8:] = BACKGROUNDS["black"]
     shown = verdicts(frames, Scene(EXAMPLE.things, "still", "black"))
     assert not shown["shape"]
@@ -128,7 +128,7 @@ def test_an_object_that_vanishes_halfway_is_not_shown() -> None:
 def test_swapped_colours_of_a_pair_are_seen() -> None:
     pair = (Thing("large", "red", "circle"), Thing("large", "blue", "star"))
     swapped = (Thing("large", "blue", "circle"), Thing("large", "red", "star"))
-    frames = painted(Scene(pair, "still", "white", "left"))
+    frames = rendered(Scene(pair, "still", "white", "left"))
     shown = verdicts(frames, Scene(swapped, "still", "white", "left"))
     assert not shown["shape"]
     assert shown["size"]
@@ -139,5 +139,5 @@ def test_mild_noise_changes_no_verdict() -> None:
     noise = np.random.default_rng(9)
     for _ in range(10):
         scene = sample_scene(rng, Split.EVALUATION)
-        frames = painted(scene).astype(np.float64) + noise.normal(0, 6, (17, 96, 96, 3))
+        frames = rendered(scene).astype(np.float64) + noise.normal(0, 6, (17, 96, 96, 3))
         assert all(verdicts(np.clip(frames, 0, 255).astype(np.uint8), scene).values()), scene

@@ -1,4 +1,4 @@
-"""The world's words: every wording says one scene, and no caption is in two splits."""
+"""Captions: every wording describes one scene, and no caption is in two splits."""
 
 import random
 
@@ -34,14 +34,14 @@ def test_every_wording_is_read_back_as_its_scene(seed: int, split: Split) -> Non
     assert parse_caption(plain_caption(scene)) == scene
 
 
-def test_each_fact_is_said_in_several_wordings() -> None:
-    said = {caption(EXAMPLE, random.Random(seed)) for seed in range(4000)}
+def test_each_fact_has_several_wordings() -> None:
+    captions = {caption(EXAMPLE, random.Random(seed)) for seed in range(4000)}
     # 3 sizes x 2 shapes x 3 motions x 2 grounds x 3 orders
-    assert len(said) == 108
-    assert {parse_caption(text) for text in said} == {EXAMPLE}
+    assert len(captions) == 108
+    assert {parse_caption(text) for text in captions} == {EXAMPLE}
 
 
-def test_both_ways_to_say_a_relation_are_one_scene() -> None:
+def test_both_wordings_of_a_relation_describe_one_scene() -> None:
     direct = parse_caption(
         "a small red circle left of a large blue star both moving up on a black background"
     )

@@ -1,4 +1,4 @@
-"""Calibration end to end on the real pipeline classes: what it records, chooses, and refuses."""
+"""Calibration end to end on the real pipeline classes: statistics, scales, and errors."""
 
 import dataclasses
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from quant.calibration.act_statistics import ActivationStatistics, InputOf
+from quant.calibration.act_statistics import ActivationStatistics, ModuleInput
 from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import default_sampler, resolve_sampler
@@ -20,7 +20,7 @@ LINEARS, GROUPS, PROMPTS = 20, 2, 10
 FFN_IN = "blocks.1.ffn.net.0.proj"
 
 
-def replan(plan: CalibrationPlan, **recipe_changes) -> CalibrationPlan:
+def with_recipe(plan: CalibrationPlan, **recipe_changes) -> CalibrationPlan:
     recipe = dataclasses.replace(plan.recipe, **recipe_changes)
     return dataclasses.replace(plan, recipe=recipe)
 
@@ -56,9 +56,11 @@ def test_statistics_are_those_of_the_inputs(tiny_pipe, tiny_plan, tiny_scales: S
     assert len(inputs) == 4 * 2  # steps, with and without the prompt
     row = tiny_scales.linears.index(FFN_IN)
     for group in range(GROUPS):
-        seen = torch.cat(inputs[4 * group : 4 * group + 4])
-        assert tiny_scales.act_amax[row, group, 0] == seen.abs().max()
-        torch.testing.assert_close(tiny_scales.act_mean_square[row, group, 0], seen.square().mean())
+        observed = torch.cat(inputs[4 * group : 4 * group + 4])
+        assert tiny_scales.act_amax[row, group, 0] == observed.abs().max()
+        torch.testing.assert_close(
+            tiny_scales.act_mean_square[row, group, 0], observed.square().mean()
+        )
 
 
 def test_default_scales_bring_what_was_seen_into_8_to_16(tiny_scales: Scales, tiny_pipe):
@@ -83,7 +85,7 @@ def test_no_hook_is_left_behind(tiny_pipe, tiny_scales):
 @pytest.mark.parametrize("policy", ["sqnr", "amax15", "none"])
 def test_other_policies_choose_other_scales(tiny_pipe, tiny_plan, policy):
     chosen = POLICIES[policy]
-    plan = replan(tiny_plan, weight_policy=chosen, act_policy=chosen)
+    plan = with_recipe(tiny_plan, weight_policy=chosen, act_policy=chosen)
     scales = run_calibration(tiny_pipe, plan)
     weight = tiny_pipe.transformer.get_submodule(FFN_IN).weight.float()
     ratio = weight.abs().max() / scales.weight_scale[FFN_IN]
@@ -94,7 +96,7 @@ def test_other_policies_choose_other_scales(tiny_pipe, tiny_plan, policy):
 
 @pytest.mark.parametrize("policy", ["pow2", "sqnr"])
 def test_per_channel_weights_get_a_scale_per_row(tiny_pipe, tiny_plan, policy):
-    plan = replan(tiny_plan, weight_granularity=PerChannel(), weight_policy=POLICIES[policy])
+    plan = with_recipe(tiny_plan, weight_granularity=PerChannel(), weight_policy=POLICIES[policy])
     scale = run_calibration(tiny_pipe, plan).weight_scale[FFN_IN]
     assert scale.shape == (64, 1)
     amax = tiny_pipe.transformer.get_submodule(FFN_IN).weight.float().abs().amax(1, keepdim=True)
@@ -102,15 +104,15 @@ def test_per_channel_weights_get_a_scale_per_row(tiny_pipe, tiny_plan, policy):
 
 
 def test_per_token_activations_need_no_scale(tiny_pipe, tiny_plan):
-    scales = run_calibration(tiny_pipe, replan(tiny_plan, act_granularity=PerToken()))
+    scales = run_calibration(tiny_pipe, with_recipe(tiny_plan, act_granularity=PerToken()))
     assert scales.act_scale == {}
     assert scales.act_amax.shape == (LINEARS, GROUPS, PROMPTS)
 
 
-def test_progress_is_told_prompt_by_prompt(tiny_pipe, tiny_plan):
-    told: list[tuple[int, int]] = []
-    run_calibration(tiny_pipe, tiny_plan, on_prompt=lambda *now: told.append(now))
-    assert told == [(done, PROMPTS) for done in range(1, PROMPTS + 1)]
+def test_progress_is_reported_prompt_by_prompt(tiny_pipe, tiny_plan):
+    progress: list[tuple[int, int]] = []
+    run_calibration(tiny_pipe, tiny_plan, on_prompt=lambda *now: progress.append(now))
+    assert progress == [(done, PROMPTS) for done in range(1, PROMPTS + 1)]
 
 
 def test_a_recipe_that_does_not_fit_stops_it(tiny_pipe, tiny_plan):
@@ -135,9 +137,9 @@ def test_activations_that_are_not_finite_stop_it(tiny_model, tiny_plan):
 
 def test_histogram_adds_up_over_prompts():
     linear = torch.nn.Linear(4, 4)
-    statistics = ActivationStatistics([InputOf(linear)], 1, 2, torch.device("cpu"))
+    statistics = ActivationStatistics([ModuleInput(linear)], 1, 2, torch.device("cpu"))
     batches = torch.randn(2, 3, 4)
-    with statistics.watching():
+    with statistics.observing():
         for prompt, x in enumerate(batches):
             statistics.begin(prompt)
             linear(x)

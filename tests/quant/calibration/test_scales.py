@@ -1,4 +1,4 @@
-"""The scales file: round trip, size, atomicity, and every way it can fail to fit."""
+"""The scales file: round trip, size, atomic writing, and every way it can be wrong."""
 
 import dataclasses
 import json
@@ -63,8 +63,8 @@ def test_a_scale_that_is_none_is_named(tmp_path, tiny_scales: Scales, kind, wron
     scales[name] = torch.full_like(scales[name], wrong)
     changed: dict[str, Any] = {kind: scales}
     save_scales(dataclasses.replace(tiny_scales, **changed), tmp_path / "s.safetensors")
-    said = rf"{name}\.{kind} has {wrong}, and scales are positive and finite"
-    with pytest.raises(ScalesError, match=said):
+    message = rf"{name}\.{kind} has {wrong}, and scales are positive and finite"
+    with pytest.raises(ScalesError, match=message):
         load_scales(tmp_path / "s.safetensors")
 
 
@@ -96,13 +96,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, tiny_scales: Scales):
 
 
 def command_in(error: pytest.ExceptionInfo[ScalesError]) -> list[str]:
-    """The command an error message ends with, as words."""
+    """Return the arguments of the command that an error message ends with."""
     _, found, arguments = str(error.value).rpartition(COMMAND)
     assert found
     return shlex.split(arguments)
 
 
-def test_fitting_scales_pass(tiny_scales: Scales):
+def test_matching_scales_pass(tiny_scales: Scales):
     renamed = dataclasses.replace(tiny_scales.recipe, name="other")
     fingerprint = tiny_scales.model_fingerprint
     check_scales(tiny_scales, model_fingerprint=fingerprint, recipe=renamed)
@@ -163,7 +163,7 @@ def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
 
 def test_the_command_uses_a_cuda_device_where_there_is_one(tmp_path, tiny_recipe, monkeypatch):
     for available, named in ((True, ["--device", "cuda"]), (False, ["--recipe", "tiny"])):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=available: value)
         with pytest.raises(ScalesError) as error:
             load_scales(tmp_path / "absent.safetensors", recipe=tiny_recipe)
         assert command_in(error)[-2:] == named

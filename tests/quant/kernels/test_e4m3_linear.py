@@ -1,5 +1,4 @@
-"""Weights in E4M3 are those of the linears they are made of; what only a card multiplies is not
-tried here."""
+"""Weights in E4M3 equal those of the quantized linears; products need a GPU and are not tested."""
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ SCALE = torch.tensor(0.5)
 
 
 def linear(policy: str, size: float, *, per_channel: bool = False) -> Hif8Linear:
-    """A small linear whose weights are as large as `size` says, quantized as `policy` says."""
+    """Return a small linear with weights of magnitude `size`, quantized by `policy`."""
     generator = torch.Generator().manual_seed(int(size * 8))
     plain = nn.Linear(64, 48, dtype=torch.bfloat16)
     spread = torch.logspace(-3, 3, 48, 2).unsqueeze(1) if per_channel else torch.ones(1)
@@ -27,9 +26,9 @@ def linear(policy: str, size: float, *, per_channel: bool = False) -> Hif8Linear
     return Hif8Linear.from_linear(plain, scale, act_scale=SCALE, act_policy=scale_policy("pow2"))
 
 
-def weights(of: E4m3Linear) -> torch.Tensor:
-    scale = of.weight_scale.t() if of.weight_scale.dim() else of.weight_scale
-    return of.weight.float() * scale
+def weights(linear: E4m3Linear) -> torch.Tensor:
+    scale = linear.weight_scale.t() if linear.weight_scale.dim() else linear.weight_scale
+    return linear.weight.float() * scale
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -42,7 +41,7 @@ def test_the_weights_stay_what_they_were(policy: str, per_channel: bool) -> None
     exact = torch.isclose(found, expected, rtol=1e-6, atol=0)
     assert exact.float().mean() > 0.99
     assert joined.flushed == pytest.approx(1 - exact.float().mean().item(), abs=2e-3)
-    # What is not exact is small beside the largest.
+    # Inexact weights are small compared with the largest.
     assert (found - expected).abs().max() <= 2**-12 * expected.abs().max()
 
 
@@ -50,19 +49,19 @@ def test_the_weights_stay_what_they_were(policy: str, per_channel: bool) -> None
 def test_every_code_becomes_the_nearest_of_e4m3(factor: float) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(40)  # more than one program
     out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn)
-    wrong = torch.zeros(1, dtype=torch.int32)
-    triton_recode.to_e4m3(codes, factor, out, wrong)
+    inexact_count = torch.zeros(1, dtype=torch.int32)
+    triton_recode.to_e4m3(codes, factor, out, inexact_count)
     found = out.float().view(40, 256)
-    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    every = every[every.isfinite()]
+    all_e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    all_e4m3 = all_e4m3[all_e4m3.isfinite()]
     values = hif8.code_values() * factor
     number = ~values.isnan()
     assert torch.equal(found.isnan(), (~number).expand(40, -1))
     found, values = found[:, number], values[number].clamp(-448, 448)
-    nearest = (every[None] - values[:, None]).abs().amin(1)
+    nearest = (all_e4m3[None] - values[:, None]).abs().amin(1)
     assert torch.equal((found - values).abs(), nearest.expand(40, -1))
     inexact = (nearest > 0) | (hif8.code_values()[number].abs() * factor > 448)
-    assert wrong.item() == 40 * (inexact.sum() + (~number).sum())
+    assert inexact_count.item() == 40 * (inexact.sum() + (~number).sum())
 
 
 def test_the_largest_magnitude_is_found_whatever_its_sign() -> None:
@@ -75,23 +74,23 @@ def test_the_largest_magnitude_is_found_whatever_its_sign() -> None:
     ] == expected
 
 
-def test_one_scale_is_kept_where_it_serves_all() -> None:
+def test_one_scale_is_used_where_it_is_exact_for_all() -> None:
     assert E4m3Linear([linear("pow2", size) for size in (0.02, 0.3)]).weight_scale.shape == ()
     assert E4m3Linear([linear("amax15", 0.3)]).weight_scale.shape == ()
     two = E4m3Linear([linear("amax15", size) for size in (0.02, 0.3)])
     assert two.weight_scale.shape == (1, 96)
 
 
-def test_linears_without_a_weight_that_counts() -> None:
-    nothing = linear("pow2", 0.3)
-    nothing.weight_qdata.zero_()
-    alone = E4m3Linear([nothing])
+def test_linears_whose_weights_are_all_zero() -> None:
+    zeros = linear("pow2", 0.3)
+    zeros.weight_qdata.zero_()
+    alone = E4m3Linear([zeros])
     assert not weights(alone).any()
     assert alone.flushed == 0
     other = linear("pow2", 0.3)
-    beside = weights(E4m3Linear([nothing, other]))
-    assert not beside[:48].any()
-    assert torch.allclose(beside[48:], other.dequantized_weight(torch.float32), atol=2**-12)
+    joined = weights(E4m3Linear([zeros, other]))
+    assert not joined[:48].any()
+    assert torch.allclose(joined[48:], other.dequantized_weight(torch.float32), atol=2**-12)
 
 
 def test_biases_are_joined() -> None:

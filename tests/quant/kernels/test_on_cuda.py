@@ -1,5 +1,7 @@
-"""What only a card can show: `TRITON_INTERPRET=0 pytest -m cuda
-tests/quant/kernels/test_on_cuda.py`."""
+"""Tests that need a CUDA GPU.
+
+Run them with `TRITON_INTERPRET=0 pytest -m cuda tests/quant/kernels/test_on_cuda.py`.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,18 @@ from quant.weights.writer import spec_of, split_into_shards, write_safetensors
 
 pytestmark = pytest.mark.cuda
 
-CARD = torch.device("cuda", 0)
+CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled():
-    """Elsewhere Triton's interpreter stands in for its compiler."""
+    """Check that Triton compiles; other tests use its interpreter."""
     assert os.environ.get("TRITON_INTERPRET", "0") == "0", "run it with TRITON_INTERPRET=0"
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    """Tensors of many sizes and types, together far more than all buffers of the test hold."""
+    """Write tensors of many sizes and dtypes, in total much larger than the test's buffers."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"{size}.{dtype}": torch.randn(size, generator=generator).to(dtype)
@@ -53,61 +55,61 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
-def by_library() -> Transfer:
-    made = FastSafetensorsTransfer(CARD)
-    made.chunk_bytes = 8192
-    return made
+def library_transfer() -> Transfer:
+    transfer = FastSafetensorsTransfer(CUDA)
+    transfer.chunk_bytes = 8192
+    return transfer
 
 
-def by_threads() -> Transfer:
-    made = ThreadTransfer(CARD)
-    made.chunk_bytes = 8192
-    return made
+def thread_transfer() -> Transfer:
+    transfer = ThreadTransfer(CUDA)
+    transfer.chunk_bytes = 8192
+    return transfer
 
 
 @pytest.fixture
-def few_are_small(monkeypatch):
+def small_limit(monkeypatch):
     monkeypatch.setattr(header, "SMALL_BYTES", 400)
 
 
-@pytest.mark.usefixtures("few_are_small")
-@pytest.mark.parametrize("transfer", [by_library, by_threads, None])
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("transfer", [library_transfer, thread_transfer, None])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
-def test_every_tensor_arrives_on_the_card(file, dtype, transfer):
+def test_every_tensor_arrives_on_the_device(file, dtype, transfer):
     stored = stored_tensors([file])
     assert file.stat().st_size > 4 * BUFFERS * 8192
     targets = {
-        name: torch.full(s.shape, 77, dtype=dtype or s.dtype, device=CARD)
+        name: torch.full(s.shape, 77, dtype=dtype or s.dtype, device=CUDA)
         for name, s in stored.items()
     }
-    with BackgroundReader(TensorReader(CARD, transfer)) as beside:
-        beside.read((stored[name], targets[name]) for name in stored)
-    elsewhere = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
-    TensorReader(torch.device("cpu")).read((stored[name], elsewhere[name]) for name in stored)
+    with BackgroundReader(TensorReader(CUDA, transfer)) as reader:
+        reader.read((stored[name], targets[name]) for name in stored)
+    on_cpu = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
+    TensorReader(torch.device("cpu")).read((stored[name], on_cpu[name]) for name in stored)
     for name, target in targets.items():
-        assert torch.equal(target.cpu(), elsewhere[name].to(target.dtype)), name
+        assert torch.equal(target.cpu(), on_cpu[name].to(target.dtype)), name
 
 
 @pytest.mark.parametrize("wide_first", [False, True])
-@pytest.mark.usefixtures("few_are_small")
-@pytest.mark.parametrize("transfer", [by_library, by_threads, None])
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("transfer", [library_transfer, thread_transfer, None])
 def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, transfer, wide_first):
-    """As a BF16 transformer is stored, some of which runs in FP32."""
+    """A transformer is stored in BF16, and some of its tensors run in FP32."""
     file = tmp_path / "bf16.safetensors"
     tensors = {f"{n:02}": torch.randn(100 + n).to(torch.bfloat16) for n in range(40)}
     save_file(tensors, file)
     dtypes = (torch.bfloat16, torch.float32)
-    wanted = [
-        (s, torch.full(s.shape, 77.0, dtype=dtypes[(n + wide_first) % 2], device=CARD))
+    requests = [
+        (s, torch.full(s.shape, 77.0, dtype=dtypes[(n + wide_first) % 2], device=CUDA))
         for n, s in enumerate(stored_tensors([file]).values())
     ]
-    TensorReader(CARD, transfer).read(wanted)
-    for stored, target in wanted:
+    TensorReader(CUDA, transfer).read(requests)
+    for stored, target in requests:
         assert torch.equal(target.cpu(), tensors[stored.name].to(target.dtype)), stored.name
 
 
 class Layers(nn.Module):
-    """Large tensors and small ones between them, without weights."""
+    """Large tensors with small ones between them, on the meta device."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -117,9 +119,9 @@ class Layers(nn.Module):
         )
 
 
-@pytest.mark.parametrize("transfer", [None, partial(ThreadTransfer, CARD)])
-def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch, transfer):
-    """As a worker loads them: many at once, into memory that others' work still writes to."""
+@pytest.mark.parametrize("transfer", [None, partial(ThreadTransfer, CUDA)])
+def test_large_tensors_arrive_in_the_allocated_memory(tmp_path, monkeypatch, transfer):
+    """Many tensors are loaded at once, into memory that earlier kernels still write to."""
     generator = torch.Generator().manual_seed(0)
     specs = [spec_of(name, tensor) for name, tensor in Layers(60).state_dict().items()]
     values = {
@@ -131,16 +133,16 @@ def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch
     sizes: list[int] = []
     begin = FastSafetensorsTransfer.begin
 
-    def noted(library: FastSafetensorsTransfer, file: int, start: int, target: torch.Tensor):
+    def recorded(library: FastSafetensorsTransfer, file: int, start: int, target: torch.Tensor):
         sizes.append(target.nbytes)
         return begin(library, file, start, target)
 
-    monkeypatch.setattr(FastSafetensorsTransfer, "begin", noted)
-    torch.cuda.empty_cache()  # or the first would be given what others have left
+    monkeypatch.setattr(FastSafetensorsTransfer, "begin", recorded)
+    torch.cuda.empty_cache()  # otherwise the first allocation reuses memory of other tests
     for _ in range(3):
         module = Layers(60)
-        with BackgroundReader(TensorReader(CARD, transfer)) as beside:
-            load_weights(module, stored, beside)
+        with BackgroundReader(TensorReader(CUDA, transfer)) as reader:
+            load_weights(module, stored, reader)
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor.cpu(), values[name]), name
         torch.cuda._sleep(100_000_000)  # cycles: some 50 ms
@@ -149,33 +151,33 @@ def test_large_tensors_arrive_where_room_was_made_for_them(tmp_path, monkeypatch
         del module, tensor
     if transfer is not None:
         return
-    assert fastsafetensors(CARD) is not None, "the extra `cuda` has the library"
+    assert fastsafetensors(CUDA) is not None, "the extra `cuda` has the library"
     assert sum(sizes) == 3 * sum(s.nbytes for s in stored.values() if s.nbytes >= SMALL_BYTES)
 
 
-def test_the_card_runs_its_own_kernels():
+def test_the_device_runs_its_own_kernels():
     for rows in (False, True):
         for shape in (None, BlockShape(40, 5120, 13824), BlockShape(4, 128, 344)):
             choice = pick_kernels(
-                CARD, quantized=True, shape=shape, scales_rows=rows, fp8_attention=True
+                CUDA, quantized=True, shape=shape, per_row_scales=rows, fp8_attention=True
             )
             assert (choice.kernels.name, choice.warning) == ("cuda", None)
 
 
-def test_codes_become_the_same_e4m3_on_card_and_host():
+def test_codes_become_the_same_e4m3_on_device_and_host():
     from quant.kernels import triton_recode  # noqa: PLC0415 (needs Triton's compiler)
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (3, 70_001), dtype=torch.uint8, generator=generator)
     codes[hif8.code_values()[codes.long()].isnan()] = 0
     values = hif8.code_values()[codes.long()]
-    on_card = codes.to(CARD)
-    out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn, device=CARD)
-    wrong = torch.zeros(1, dtype=torch.int32, device=CARD)
-    triton_recode.to_e4m3(on_card, 4.0, out, wrong)
+    on_device = codes.to(CUDA)
+    out = torch.empty(codes.shape, dtype=torch.float8_e4m3fn, device=CUDA)
+    inexact_count = torch.zeros(1, dtype=torch.int32, device=CUDA)
+    triton_recode.to_e4m3(on_device, 4.0, out, inexact_count)
     expected = (values * 4).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(out.cpu().view(torch.uint8), expected.view(torch.uint8))
-    assert wrong.item() == (expected.float() != values * 4).sum()
+    assert inexact_count.item() == (expected.float() != values * 4).sum()
     finite = values.abs().nan_to_num(0, 0)
-    ranks = triton_recode.largest_ranks(list(on_card)).tolist()
+    ranks = triton_recode.largest_ranks(list(on_device)).tolist()
     assert [triton_recode.magnitude(rank) for rank in ranks] == finite.amax(1).tolist()

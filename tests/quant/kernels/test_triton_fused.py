@@ -1,5 +1,6 @@
-"""The Triton kernels compute what plain torch does. Here Triton's interpreter runs them, on the
-CPU; what a card makes of them `quant.kernels.self_test.check_kernels` finds out on the card."""
+"""The Triton kernels compute the same as plain torch, run by Triton's interpreter on the CPU.
+
+On a GPU, `quant.kernels.self_test.check_kernels` tests the compiled kernels."""
 
 import importlib
 from types import ModuleType
@@ -10,19 +11,21 @@ from torch import Tensor, nn
 
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, Norm
-from quant.kernels.self_test import SMALL, BlockShape, _Between
+from quant.kernels.self_test import SMALL, BlockShape, _OperationsTest
 from quant.numerics import hif8
 from quant.numerics.metrics import sqnr_db
 
-# The interpreter is numpy, which warns of the NaN and the infinities that are put in on purpose.
+# The interpreter uses numpy, which warns of the NaN and infinities that these tests use.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 EAGER = EagerKernels()
 SHAPES = ((2, 5, 96, 4), (1, 3, 384, 3), (1, 2, 5120, 40))  # batch, tokens, width, heads
 SCALE = 0.25
 AGREEMENT_DB = 20.0
-"""The interpreter cuts off where a card rounds, so the last bit may differ everywhere; what is
-wrong is below 10."""
+"""Lowest SQNR of a kernel against plain torch, in dB.
+
+The interpreter truncates where a GPU rounds, so the last bit may differ everywhere. A wrong result
+is below 10."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def values(code: Tensor, scale: float | None) -> Tensor:
 
 def test_every_bf16_value_is_rounded_to_hifloat8_as_far_as_e4m3_reaches(fused: ModuleType) -> None:
     x = hif8.all_bf16()
-    x = x[x.abs() <= 384]  # a card saturates beyond; the interpreter does not
+    x = x[x.abs() <= 384]  # larger values saturate on a GPU, but not in the interpreter
     found = fused.round_act(x, 1.0).float()
     expected = hif8.round_to_hif8(x).float()
     exact = expected.abs() >= 2**-8
@@ -55,15 +58,15 @@ def test_every_bf16_value_is_rounded_to_hifloat8_as_far_as_e4m3_reaches(fused: M
 @pytest.mark.parametrize(
     "shape", [SMALL, BlockShape(40, 5120, 13824), BlockShape(4, 128, 344)], ids=str
 )
-def test_the_trial_of_a_start_passes(
+def test_the_self_test_of_a_start_passes(
     fused: ModuleType, shape: BlockShape, act_scale: float | None, fp8_attention: bool
 ) -> None:
-    """Of what is written in Triton, in the widths of the 14B and of the miniature."""
+    """The part written in Triton, at the widths of the 14B and of the miniature."""
     from quant.kernels.cuda import CudaKernels  # noqa: PLC0415 (imports Triton)
 
     with torch.no_grad():
-        trial = _Between(torch.device("cpu"), shape, 3, act_scale, fp8_attention)
-        expected, found = trial.run(EAGER), trial.run(CudaKernels())
+        test = _OperationsTest(torch.device("cpu"), shape, 3, act_scale, fp8_attention)
+        expected, found = test.run(EAGER), test.run(CudaKernels())
     assert expected.keys() == found.keys()
     for name, values_ in found.items():
         assert sqnr_db(expected[name], values_) > AGREEMENT_DB, name
@@ -108,7 +111,7 @@ def test_gelu(fused: ModuleType, act_scale: float | None) -> None:
 
 @pytest.mark.parametrize("scales", [None, AttentionScales(0.25, 0.5, 0.125, 1.0)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_queries_and_keys_are_normalised_and_turned(
+def test_queries_and_keys_are_normalised_and_rotated(
     fused: ModuleType, shape: tuple[int, int, int, int], scales: AttentionScales | None
 ) -> None:
     batch, tokens, width, heads = shape
@@ -116,14 +119,14 @@ def test_queries_and_keys_are_normalised_and_turned(
     for norm in (q_norm, k_norm):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
     angles = randn(1, tokens, 1, width // heads // 2).float()
-    cos, sin = (turn(angles).repeat_interleave(2, -1) for turn in (torch.cos, torch.sin))
+    cos, sin = (function(angles).repeat_interleave(2, -1) for function in (torch.cos, torch.sin))
     qkv = randn(batch, tokens, 3 * width)
-    room = tokens if scales is None else 128  # for FP8 attention's keys and values
+    kv_length = tokens if scales is None else 128  # FP8 attention pads keys and values
     with torch.no_grad():
         found = fused.norm_rope(qkv, q_norm, k_norm, (cos, sin), heads, scales)
         expected = EAGER.norm_rope(qkv, q_norm, k_norm, (cos, sin), heads, scales)
     each_scale = (None,) * 3 if scales is None else (scales.q, scales.k, scales.v)
-    assert [part.shape[1] for part in found] == [tokens, room, room]
+    assert [part.shape[1] for part in found] == [tokens, kv_length, kv_length]
     for ours, theirs, scale in zip(found, expected, each_scale, strict=True):
         assert sqnr_db(theirs, values(ours[:, :tokens], scale)) > AGREEMENT_DB
         assert (ours[:, tokens:].float() == 0).all()

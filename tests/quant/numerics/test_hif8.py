@@ -1,4 +1,4 @@
-"""The format: exhaustive where the space is small, against en_dtypes, and by its properties."""
+"""HiFloat8 encoding: exhaustive over all BF16 values, against en_dtypes, and by properties."""
 
 import en_dtypes
 import numpy as np
@@ -19,14 +19,14 @@ def all_fp16() -> torch.Tensor:
 
 
 def random_fp32_bits(count: int) -> torch.Tensor:
-    """Floats of uniformly random bits: every exponent, subnormals, infinities and NaNs alike."""
+    """Return floats of uniformly random bits: all exponents, subnormals, infinities and NaNs."""
     generator = torch.Generator().manual_seed(20240916)
     bits = torch.randint(-(1 << 31), 1 << 31, (count,), dtype=torch.int64, generator=generator)
     return bits.to(torch.int32).view(torch.float32)
 
 
 def encode_with_en_dtypes(x: torch.Tensor) -> torch.Tensor:
-    """The reference's codes; it does not saturate, so values are clamped first."""
+    """Return the codes of en_dtypes; it does not saturate, so values are clamped first."""
     clamped = np.clip(x.float().numpy(), -32768.0, 32768.0)
     with np.errstate(invalid="ignore"):
         return torch.from_numpy(clamped.astype(en_dtypes.hifloat8).view(np.uint8))

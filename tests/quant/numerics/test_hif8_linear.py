@@ -1,4 +1,4 @@
-"""Hif8Linear: what it holds, what it computes, and how it is saved."""
+"""Hif8Linear: its tensors, its output, and its state dict."""
 
 from typing import Any
 

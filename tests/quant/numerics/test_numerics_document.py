@@ -1,4 +1,4 @@
-"""docs/numerics.md shows the codes and recipes the toolkit really has."""
+"""docs/numerics.md lists the codes and recipes that the toolkit has."""
 
 import re
 from pathlib import Path

@@ -13,7 +13,7 @@ ODD = [0.3, 1 / 15, 7.0]
 
 
 def arithmetic(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """`fake_quantize` as it is defined, in float32."""
+    """Compute `fake_quantize` as it is defined, in float32."""
     return (hif8.round_to_hif8(x.float() / scale) * scale).to(x.dtype)
 
 
@@ -94,19 +94,19 @@ def test_a_power_of_two_on_values_and_scale_comes_out_as_it_went_in(power: int, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_tensors_are_rounded_in_pieces(monkeypatch, dtype: torch.dtype):
-    """As on a card, where BF16 has no table."""
+    """Large tensors are processed in chunks, as on a GPU, where BF16 has no table."""
     x, scale = torch.randn(7, 13, 11, generator=torch.Generator().manual_seed(0)).to(dtype), 0.3
     x = x.transpose(0, 1)
     expected = reference.fake_quantize(x, torch.tensor(scale))
-    monkeypatch.setattr(reference, "_PIECE", 100)
-    pieces = reference.fake_quantize(x, torch.tensor([scale]))
-    assert pieces.dtype is dtype
-    assert torch.equal(pieces, expected)
+    monkeypatch.setattr(reference, "_CHUNK", 100)
+    chunked = reference.fake_quantize(x, torch.tensor([scale]))
+    assert chunked.dtype is dtype
+    assert torch.equal(chunked, expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_product_in_bf16_is_rounded_once(bias: bool):
-    """Whichever instructions a CPU has: within half a step of BF16 of the exact sum."""
+    """On every CPU, the result is within half a BF16 step of the exact sum."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(50, 200, generator=generator).bfloat16() for _ in range(2))
     b = torch.randn(50, generator=generator).bfloat16() if bias else None

@@ -1,4 +1,4 @@
-"""The scale rule: where amax lands, which power of two loses least, and what is refused."""
+"""Scale policies: the scaled amax, the power of two with the least error, and errors."""
 
 import math
 
@@ -21,7 +21,7 @@ from quant.numerics.scaling import (
     scale_policy,
 )
 
-# The `sqnr` policy assumes values spread evenly inside a binade; real ones are not quite.
+# The `sqnr` policy assumes values uniform within a binade; real values are not quite.
 SQNR_SLACK_DB = 0.1
 
 
@@ -51,7 +51,7 @@ def test_nothing_seen_gives_scale_one(policy):
 
 @pytest.mark.parametrize(("amax", "exponent"), [(2.0**-62, -64), (2.0**68, 64), (3e38, 64)])
 def test_beyond_them_the_exponent_is_held(amax: float, exponent: int):
-    """docs/numerics.md gives these bounds."""
+    """docs/numerics.md states these bounds."""
     assert choose_scale(POLICIES["pow2"], torch.tensor(amax)).item() == 2.0**exponent
 
 
@@ -114,7 +114,7 @@ def test_sqnr_policy_lets_outliers_go_above_16():
 
 @pytest.mark.parametrize("exponent", [-7, 0, 9])
 def test_sqnr_breaks_ties_towards_the_pow2_rule(exponent: int):
-    """One binade alone rounds equally well anywhere in the 3-bit band."""
+    """Values of one binade have the same error anywhere in the 3-bit range."""
     x = 2.0**exponent * (1 + torch.rand(1, 1000))
     binades = binade_histogram(x)
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""Packed checkpoints: the same numbers as quantizing on the spot, and what is refused."""
+"""Packed checkpoints: the same numbers as quantizing at load time, and what is refused."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from quant import (
     convert,
     load_packed,
     load_packed_base,
-    load_packed_beside,
+    load_packed_shared,
     model_fingerprint,
     open_packed,
     quantize_transformer,
@@ -44,8 +44,8 @@ from quant.transformer.meta_model import (
     check_stored,
     empty_transformer,
     load_weights,
-    quantized_skeleton,
-    shared_quantized_skeleton,
+    quantized_meta_model,
+    shared_quantized_meta_model,
 )
 from quant.transformer.module_tree import share_tree
 from quant.weights.fingerprint import read_transformer_config
@@ -53,7 +53,7 @@ from quant.weights.header import SMALL_BYTES, stored_tensors
 from quant.weights.writer import spec_of, split_into_shards
 
 CPU = TensorReader(torch.device("cpu"))
-NO_HEADERS = [b"", b"\x00" * 7, b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"[1,2,3] "]
+BROKEN_HEADERS = [b"", b"\x00" * 7, b"\xff" * 64, b"\x08" + b"\x00" * 7 + b"[1,2,3] "]
 QDATA = "blocks.1.attn1.to_q.weight_qdata"
 
 
@@ -73,12 +73,12 @@ def made(tmp_path_factory, tiny_model, tiny_recipe, scales_file) -> Path:
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """A copy that a test may break."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "packed"))
 
 
 def test_an_empty_transformer_is_the_one_diffusers_makes(tiny_model):
-    """Its blocks, too, of which only one is constructed."""
+    """The blocks are compared as well, because only one of them is constructed."""
     config = read_transformer_config(tiny_model)
     theirs = WanTransformer3DModel.from_pretrained(
         tiny_model, subfolder="transformer", torch_dtype=torch.bfloat16
@@ -104,7 +104,7 @@ def test_a_configuration_without_blocks_is_refused(tiny_model, count):
 
 @pytest.fixture
 def bf16(tiny_model):
-    """The model's transformer, in the dtypes diffusers gives it."""
+    """Return the model's transformer in the dtypes that diffusers gives it."""
     transformer = empty_transformer(read_transformer_config(tiny_model))
     stored = stored_tensors((tiny_model / "transformer").glob("*.safetensors"))
     return load_weights(transformer, stored, CPU)
@@ -133,20 +133,20 @@ def test_packed_and_quantized_on_the_spot_give_the_same_bits(
     packed = opened(made, tiny_model, tiny_recipe)
     on_the_spot, _ = quantize_transformer(bf16, tiny_recipe, tiny_scales)
     alone = load_packed(packed, CPU)
-    beside = load_packed_beside(packed, bf16, CPU)
-    wanted = on_the_spot.state_dict()
-    for other in (alone, beside):
+    shared = load_packed_shared(packed, bf16, CPU)
+    expected = on_the_spot.state_dict()
+    for other in (alone, shared):
         found = other.state_dict()
-        assert found.keys() == wanted.keys()
-        assert all(found[name].dtype is wanted[name].dtype for name in wanted)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert found.keys() == expected.keys()
+        assert all(found[name].dtype is expected[name].dtype for name in expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert torch.equal(run(other), run(on_the_spot))
     assert not torch.equal(run(alone), run(bf16)), "nothing was quantized"
 
 
-def test_beside_a_loaded_transformer_only_the_linears_are_new(made, tiny_model, tiny_recipe, bf16):
-    twin = load_packed_beside(opened(made, tiny_model, tiny_recipe), bf16, CPU)
-    ours, theirs = (dict(tree.named_parameters()) for tree in (twin, bf16))
+def test_in_a_shared_copy_only_the_linears_are_new(made, tiny_model, tiny_recipe, bf16):
+    shared = load_packed_shared(opened(made, tiny_model, tiny_recipe), bf16, CPU)
+    ours, theirs = (dict(tree.named_parameters()) for tree in (shared, bf16))
     assert ours.keys() < theirs.keys()
     assert all(ours[name] is theirs[name] for name in ours)
 
@@ -162,10 +162,10 @@ def test_several_recipes_share_what_none_of_them_quantizes(
         opened(tmp_path / "kept", tiny_model, kept),
     ]
     base = load_packed_base(both, CPU)
-    twins = [load_packed_beside(packed, base, CPU) for packed in both]
-    for packed, twin in zip(both, twins, strict=True):
-        assert torch.equal(run(twin), run(load_packed(packed, CPU)))
-    assert twins[0].proj_out.weight is twins[1].proj_out.weight
+    copies = [load_packed_shared(packed, base, CPU) for packed in both]
+    for packed, copy in zip(both, copies, strict=True):
+        assert torch.equal(run(copy), run(load_packed(packed, CPU)))
+    assert copies[0].proj_out.weight is copies[1].proj_out.weight
     assert base.blocks[1].attn1.to_q.weight.is_meta, "no mode runs it in BF16"
 
 
@@ -185,15 +185,15 @@ def test_shards_are_safetensors_files_that_say_what_they_are(made, tiny_model, t
 
 
 def test_what_is_written_is_what_the_configuration_says(made, tiny_recipe, tiny_model):
-    skeleton = quantized_skeleton(
+    meta_model = quantized_meta_model(
         empty_transformer(read_transformer_config(tiny_model)), tiny_recipe
     )
-    size = sum(tensor.nbytes for tensor in skeleton.state_dict().values())
+    size = sum(tensor.nbytes for tensor in meta_model.state_dict().values())
     assert sum(each.nbytes for each in stored_tensors(made.glob(SHARD_PATTERN)).values()) == size
 
 
 def test_the_large_model_takes_what_was_promised():
-    """Added up on the meta device: nothing of it is allocated."""
+    """The bytes are summed on the meta device, so nothing is allocated."""
     config: dict[str, object] = {
         "num_layers": 40,
         "num_attention_heads": 40,
@@ -202,7 +202,7 @@ def test_the_large_model_takes_what_was_promised():
     config |= {"ffn_dim": 13824, "text_dim": 4096, "freq_dim": 256, "cross_attn_norm": True}
     config |= {"in_channels": 16, "out_channels": 16, "qk_norm": "rms_norm_across_heads"}
     bf16 = empty_transformer(config)
-    w8a8 = quantized_skeleton(bf16, QuantRecipe.load("boundary-hif8"))
+    w8a8 = quantized_meta_model(bf16, QuantRecipe.load("boundary-hif8"))
     assert sum(isinstance(module, Hif8Linear) for module in w8a8.modules()) == 350
     assert gib(bf16) == pytest.approx(26.67, abs=0.01)
     assert gib(w8a8) == pytest.approx(15.22, abs=0.01)
@@ -210,11 +210,11 @@ def test_the_large_model_takes_what_was_promised():
 
 
 def test_large_tensors_of_a_shard_lie_one_behind_the_other(tiny_model, tiny_recipe):
-    """So that many are read at once; blocks in their order, so that they go on kernels early."""
+    """Many are then read at once. Blocks are in order, so that they can be fused early."""
     config = read_transformer_config(tiny_model) | {"num_attention_heads": 8, "ffn_dim": 8192}
-    skeleton = quantized_skeleton(empty_transformer(config), tiny_recipe)
-    specs = [spec_of(name, tensor) for name, tensor in skeleton.state_dict().items()]
-    sizes = {name: tensor.nbytes for name, tensor in skeleton.state_dict().items()}
+    meta_model = quantized_meta_model(empty_transformer(config), tiny_recipe)
+    specs = [spec_of(name, tensor) for name, tensor in meta_model.state_dict().items()]
+    sizes = {name: tensor.nbytes for name, tensor in meta_model.state_dict().items()}
     shards = [[name for name, _, _ in shard] for shard in split_into_shards(specs, 6_000_000)]
     assert len(shards) > 1
     for shard in shards:
@@ -228,35 +228,35 @@ def test_large_tensors_of_a_shard_lie_one_behind_the_other(tiny_model, tiny_reci
 def test_small_tensors_of_a_file_are_taken_first(made, tiny_model, tiny_recipe, monkeypatch):
     monkeypatch.setattr("quant.transformer.meta_model.SMALL_BYTES", 500)
     packed = opened(made, tiny_model, tiny_recipe)
-    skeleton = share_tree(
-        shared_quantized_skeleton(packed.info.transformer_config, tiny_recipe), lambda *_: None
+    meta_model = share_tree(
+        shared_quantized_meta_model(packed.info.transformer_config, tiny_recipe), lambda *_: None
     )
-    taken = [stored for stored, _ in allocate(skeleton, packed.stored, torch.device("cpu"))]
+    taken = [stored for stored, _ in allocate(meta_model, packed.stored, torch.device("cpu"))]
     assert {each.name for each in taken} == packed.stored.keys()
-    places = [(each.file, each.nbytes >= 500, each.start) for each in taken]
-    assert places == sorted(places)
-    assert {large for _, large, _ in places} == {False, True}
+    positions = [(each.file, each.nbytes >= 500, each.start) for each in taken]
+    assert positions == sorted(positions)
+    assert {large for _, large, _ in positions} == {False, True}
 
 
-def test_a_shared_skeleton_stays_one_and_empty(made, tiny_model, tiny_recipe):
+def test_a_shared_meta_model_stays_one_and_empty(made, tiny_model, tiny_recipe):
     packed = opened(made, tiny_model, tiny_recipe)
     config = packed.info.transformer_config
-    before = shared_quantized_skeleton(config, tiny_recipe)
+    before = shared_quantized_meta_model(config, tiny_recipe)
     first, second = load_packed(packed, CPU), load_packed(packed, CPU)
-    assert shared_quantized_skeleton(config, tiny_recipe) is before
+    assert shared_quantized_meta_model(config, tiny_recipe) is before
     assert all(parameter.is_meta for parameter in before.parameters())
     ours = {id(tensor) for tensor in first.state_dict(keep_vars=True).values()}
     assert ours.isdisjoint(id(tensor) for tensor in second.state_dict(keep_vars=True).values())
 
 
 def gib(*trees) -> float:
-    """What several trees take together, every shared tensor once."""
+    """Sum the GiB of several trees, counting every shared tensor once."""
     tensors = {id(t): t for tree in trees for t in (*tree.parameters(), *tree.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values()) / 2**30
 
 
 def rewrite(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """Change the tensors of the shard that has `name`, and keep its metadata."""
+    """Change the tensors of the shard that contains `name`; its metadata stays."""
     file = stored_tensors(folder.glob(SHARD_PATTERN))[name].file
     with safe_open(file, framework="pt") as opened_file:
         metadata = opened_file.metadata()
@@ -308,7 +308,7 @@ def test_a_file_that_is_cut_after_it_was_checked_is_named(folder, tiny_model, ti
         load_packed(packed, CPU)
 
 
-@pytest.mark.parametrize("header", NO_HEADERS)
+@pytest.mark.parametrize("header", BROKEN_HEADERS)
 def test_a_file_of_something_else_is_refused(folder, tiny_model, tiny_recipe, header):
     file = sorted(folder.glob(SHARD_PATTERN))[0]
     file.write_bytes(header)
@@ -317,7 +317,7 @@ def test_a_file_of_something_else_is_refused(folder, tiny_model, tiny_recipe, he
 
 
 def with_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change what a safetensors file says of itself, and nothing else."""
+    """Change the header of a safetensors file and nothing else."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -363,22 +363,22 @@ def test_bytes_that_belong_to_no_tensor_are_refused(folder, tiny_model, tiny_rec
 
 def test_weights_in_8_bits_are_no_bf16_model(tiny_model):
     stored = stored_tensors((tiny_model / "transformer").glob("*.safetensors"))
-    wanted = empty_transformer(read_transformer_config(tiny_model)).state_dict()
+    expected = empty_transformer(read_transformer_config(tiny_model)).state_dict()
     name = "blocks.1.ffn.net.2.weight"
-    check_stored(wanted, stored, source="it", exact=False)
+    check_stored(expected, stored, source="it", exact=False)
     for dtype, fits in ((torch.float16, True), (torch.float8_e4m3fn, False)):
         stored[name] = replace(stored[name], dtype=dtype)
         if fits:
-            check_stored(wanted, stored, source="it", exact=False)
+            check_stored(expected, stored, source="it", exact=False)
             continue
         with pytest.raises(WeightsError, match=rf"'{name}' in .* holds torch.float8_e4m3fn, not"):
-            check_stored(wanted, stored, source="it", exact=False)
+            check_stored(expected, stored, source="it", exact=False)
 
 
 def test_a_missing_file_is_named_with_the_command(folder, tiny_model, tiny_recipe):
-    gone = sorted(folder.glob(SHARD_PATTERN))[1]
-    gone.unlink()
-    with pytest.raises(WeightsError, match=rf"lacks {gone.name}.*-m quant convert"):
+    missing = sorted(folder.glob(SHARD_PATTERN))[1]
+    missing.unlink()
+    with pytest.raises(WeightsError, match=rf"lacks {missing.name}.*-m quant convert"):
         opened(folder, tiny_model, tiny_recipe)
 
 
@@ -405,8 +405,8 @@ def test_a_scale_that_is_not_the_scales_files_is_refused(
 ):
     name = QDATA.replace("weight_qdata", kind)
     rewrite(folder, name, lambda tensors: tensors.update({name: tensors[name].fill_(wrong)}))
-    said = rf"tensor '{name}' in .* has {wrong:g}, where scales.safetensors has .* convert"
-    with pytest.raises(WeightsError, match=said):
+    message = rf"tensor '{name}' in .* has {wrong:g}, where scales.safetensors has .* convert"
+    with pytest.raises(WeightsError, match=message):
         opened(folder, tiny_model, tiny_recipe)
 
 

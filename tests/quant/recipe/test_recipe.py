@@ -1,4 +1,4 @@
-"""Recipes: the default one, round trips, fingerprints, and what is refused."""
+"""Recipes: the default recipe, round trips, fingerprints, and errors."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def test_the_default_recipe_is_the_papers():
 )
 def test_a_recipe_says_whether_products_take_a_scale_for_each_row(changed, rows):
     recipe = QuantRecipe.load("boundary-hif8")
-    assert dataclasses.replace(recipe, **changed).scales_rows is rows
+    assert dataclasses.replace(recipe, **changed).per_row_scales is rows
 
 
 def test_fp8_attention_is_one_word_more_than_the_default_recipe():
@@ -50,7 +50,7 @@ def test_fp8_attention_is_one_word_more_than_the_default_recipe():
 
 
 def test_fingerprints_of_recipes_without_the_option_are_what_they_were():
-    """Scales files in people's hands name it."""
+    """Existing scales files contain this fingerprint."""
     shipped = "sha256:15a92fcc65460ef99ba29fbe981975e6f8595db5d0ac23ec1a28b7487e6f0f3e"
     assert QuantRecipe.load("boundary-hif8").fingerprint == shipped
 

@@ -1,4 +1,4 @@
-"""Cards that share the tokens of a video: what is exchanged, and what a split transformer gives."""
+"""Context parallelism: what the ranks exchange, and the result of a split transformer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from quant.transformer.context_parallel import Ulysses, split_tokens
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("cards", [2, 4])
-def test_tokens_are_traded_for_heads_and_back(cards: int) -> None:
-    command = [sys.executable, "-m", "tests.support.ulysses_ranks", str(cards)]
-    crew = subprocess.Popen(
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tokens_are_exchanged_for_heads_and_back(ranks: int) -> None:
+    command = [sys.executable, "-m", "tests.support.ulysses_ranks", str(ranks)]
+    launcher = subprocess.Popen(
         command,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -32,15 +32,15 @@ def test_tokens_are_traded_for_heads_and_back(cards: int) -> None:
         start_new_session=True,
     )
     try:
-        said = crew.communicate(timeout=100)[1]
-        assert crew.returncode == 0, said.decode()
+        errors = launcher.communicate(timeout=100)[1]
+        assert launcher.returncode == 0, errors.decode()
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(crew.pid, signal.SIGKILL)
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @torch.no_grad()
-def test_one_card_alone_notices_nothing(tiny_transformer: WanTransformer3DModel) -> None:
+def test_without_a_group_the_result_is_unchanged(tiny_transformer: WanTransformer3DModel) -> None:
     x, text = torch.randn(1, 16, 2, 4, 4).bfloat16(), torch.randn(1, 8, 96).bfloat16()
     inputs = {"hidden_states": x, "timestep": torch.tensor([500]), "encoder_hidden_states": text}
     before = tiny_transformer(**inputs, return_dict=False)[0]
@@ -53,5 +53,5 @@ def test_blocks_that_cannot_be_split_are_named(tiny_transformer: WanTransformer3
     own.to_q = Hif8Linear.from_linear(
         own.to_q, torch.tensor(1.0), act_scale=None, act_policy=POLICIES["pow2"]
     )
-    with pytest.raises(ConversionError, match=r"blocks \[1\] cannot run on several cards"):
+    with pytest.raises(ConversionError, match=r"blocks \[1\] cannot run on several ranks"):
         split_tokens(tiny_transformer, Ulysses())

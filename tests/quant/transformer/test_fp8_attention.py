@@ -1,4 +1,4 @@
-"""Recipes with FP8 attention: what calibration finds, what the file holds, who refuses what."""
+"""Recipes with FP8 attention: calibration, the scales file, fusing, and what is refused."""
 
 import dataclasses
 import shlex
@@ -10,6 +10,7 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.fixtures.fused_transformer import fused_transformer
 from quant.calibration.calibrate import load_pipeline, run_calibration
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
@@ -19,12 +20,14 @@ from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.numerics.scaling import NUM_BINADES
 from quant.recipe.recipe import QuantRecipe
-from quant.transformer.fuse import attention_scales, prepare_transformer
+from quant.transformer.fuse import attention_scales, fuse_quantized
+from quant.transformer.module_tree import share_tree
+from quant.transformer.quantize import quantize_transformer
 from quant.transformer.wan_block import FusedWanBlock
 
 BLOCKS = (1, 2)
 NAMES = tuple(f"blocks.{block}.attn1.{part}" for block in BLOCKS for part in "qkv")
-# Rounding queries, keys, values and what comes out costs far less than other noise would.
+# Rounding queries, keys, values and the output costs far less than an error in the code would.
 MIN_ATTENTION_SQNR_DB = 20.0
 
 
@@ -34,15 +37,15 @@ def path(tmp_path, fp8_scales: Scales):
     return tmp_path / "fp8.safetensors"
 
 
-class NotingKernels(EagerKernels):
-    """Note the largest magnitudes of q, k and v in the self-attention of every block."""
+class RecordingKernels(EagerKernels):
+    """Record the largest magnitudes of q, k and v in the self-attention of every block."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[float, ...]] = []
+        self.amax: list[tuple[float, ...]] = []
 
     def attention(self, q, k, v, scales, tokens):
         if q.shape == k.shape:  # the prompt has another length
-            self.seen.append(tuple(part.abs().amax().item() for part in (q, k, v)))
+            self.amax.append(tuple(part.abs().amax().item() for part in (q, k, v)))
         return super().attention(q, k, v, scales, tokens)
 
 
@@ -74,14 +77,14 @@ def sample(pipe: WanPipeline, scales: Scales, seed: int) -> None:
 
 
 def test_scales_hold_what_attention_sees_after_the_rotary_embedding(tiny_model, fp8_scales):
-    """The first prompt again, and what its attention was really given."""
+    """Run the first prompt again and compare with what its attention really received."""
     pipe = load_pipeline(tiny_model, "cpu")
-    kernels = NotingKernels()
-    pipe.transformer = prepare_transformer(pipe.transformer, kernels).transformer
+    kernels = RecordingKernels()
+    pipe.transformer = fused_transformer(pipe.transformer, kernels)
     pipe.set_progress_bar_config(disable=True)
     sample(pipe, fp8_scales, seed=0)
-    assert len(kernels.seen) == 4 * 2 * 4  # steps, with and without the prompt, blocks
-    by_block = torch.tensor(kernels.seen).view(8, 4, 3).amax(0)[list(BLOCKS)].flatten()
+    assert len(kernels.amax) == 4 * 2 * 4  # steps, with and without the prompt, blocks
+    by_block = torch.tensor(kernels.amax).view(8, 4, 3).amax(0)[list(BLOCKS)].flatten()
     bounds = fp8_scales.attention_amax[:, :, 0].amax(1)
     # Queries and keys: no angle exceeds the length of the pair, and some angle comes near it. BF16
     # rounds what was turned, by half a last bit.
@@ -166,10 +169,10 @@ def test_each_block_gets_its_scales(fp8_recipe: QuantRecipe, fp8_scales: Scales,
 
 def test_bf16_on_kernels_computes_the_same_bits(tiny_transformer):
     before = run(tiny_transformer)
-    prepared = prepare_transformer(tiny_transformer, EagerKernels())
-    assert (prepared.report, prepared.unfused_blocks) == (None, ())
-    assert all(isinstance(block, FusedWanBlock) for block in prepared.transformer.blocks)
-    assert torch.equal(run(prepared.transformer), before)
+    shared = share_tree(tiny_transformer, lambda *_: None)
+    assert fuse_quantized(shared, EagerKernels(), {}) == ()
+    assert all(isinstance(block, FusedWanBlock) for block in shared.blocks)
+    assert torch.equal(run(shared), before)
     assert torch.equal(run(tiny_transformer), before)
 
 
@@ -177,15 +180,13 @@ def test_quantized_on_kernels_is_near_and_leaves_the_source(
     tiny_transformer, fp8_recipe, fp8_scales
 ):
     before = run(tiny_transformer)
-    prepared = prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, fp8_scales)
-    assert prepared.report is not None
-    assert prepared.report.linears == 20
+    quantized, report = quantize_transformer(tiny_transformer, fp8_recipe, fp8_scales)
+    assert fuse_quantized(quantized, EagerKernels(), attention_scales(fp8_recipe, fp8_scales)) == ()
+    assert report.linears == 20
     assert not any(isinstance(module, Hif8Linear) for module in tiny_transformer.modules())
-    with_fp8 = run(prepared.transformer)
+    with_fp8 = run(quantized)
     plain = dataclasses.replace(fp8_recipe, attention="bf16")
-    without = run(
-        prepare_transformer(tiny_transformer, EagerKernels(), plain, fp8_scales).transformer
-    )
+    without = run(fused_transformer(tiny_transformer, EagerKernels(), plain, fp8_scales))
     assert torch.equal(run(tiny_transformer), before)
     assert not torch.equal(with_fp8, without)
     assert sqnr_db(without, with_fp8) > MIN_ATTENTION_SQNR_DB
@@ -193,34 +194,34 @@ def test_quantized_on_kernels_is_near_and_leaves_the_source(
 
 
 def test_only_quantized_blocks_have_fp8_attention(tiny_transformer, fp8_recipe, fp8_scales):
-    prepared = prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, fp8_scales)
-    has = [block.attention_scales is not None for block in prepared.transformer.blocks]
+    fused = fused_transformer(tiny_transformer, EagerKernels(), fp8_recipe, fp8_scales)
+    has = [block.attention_scales is not None for block in fused.blocks]
     assert has == [False, True, True, False]
 
 
 def test_a_block_that_cannot_be_fused_is_refused(tiny_transformer, fp8_recipe, fp8_scales):
     recipe = dataclasses.replace(fp8_recipe, kept_linears=("blocks.2.attn1.to_v",))
     with pytest.raises(ConversionError, match=r"needs fused blocks, .* being block 2: "):
-        prepare_transformer(tiny_transformer, EagerKernels(), recipe, fp8_scales)
+        fused_transformer(tiny_transformer, EagerKernels(), recipe, fp8_scales)
 
 
 def test_scales_that_lack_attention_are_refused(tiny_transformer, fp8_recipe, tiny_scales):
     with pytest.raises(ConversionError, match=r"the first being blocks\.1\.attn1\.q"):
-        prepare_transformer(tiny_transformer, EagerKernels(), fp8_recipe, tiny_scales)
+        fused_transformer(tiny_transformer, EagerKernels(), fp8_recipe, tiny_scales)
 
 
-def test_emulated_attention_is_attention_and_its_pieces_are_the_whole():
+def test_emulated_attention_is_attention_and_does_not_depend_on_chunks():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, 3, tokens, 16, generator=generator).to(torch.bfloat16)
         for tokens in (50, 70, 70)
     )
-    whole = fp8_attention(q, k, v, out_scale=2.0**-6)
+    emulated = fp8_attention(q, k, v, out_scale=2.0**-6)
     exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    assert whole.shape == exact.shape
-    assert sqnr_db(exact, whole) > 28  # three mantissa bits, twice
-    # 420 scores for a query: eight pieces, the last of them one query; sums differ in last bits.
-    for most_scores in (7 * 420, 1):
-        assert sqnr_db(whole, fp8_attention(q, k, v, 2.0**-6, most_scores)) > 40
+    assert emulated.shape == exact.shape
+    assert sqnr_db(exact, emulated) > 28  # three mantissa bits, twice
+    # 420 scores per query: eight chunks, the last of one query; sums differ in the last bits.
+    for max_scores in (7 * 420, 1):
+        assert sqnr_db(emulated, fp8_attention(q, k, v, 2.0**-6, max_scores)) > 40
     beyond = fp8_attention(q, k, 100 * v, out_scale=2.0**-6)
     assert beyond.abs().max() == 448 * 2.0**-6

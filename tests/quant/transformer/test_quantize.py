@@ -1,4 +1,4 @@
-"""Applying a recipe: what is shared, what is counted, and what is refused."""
+"""Quantizing a transformer: what is shared, what is reported, and what is refused."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ from quant.transformer.module_tree import share_tree
 from quant.transformer.quantize import quantize_transformer
 
 KINDS = 10
-# Four linears-deep random blocks lose little; this only says that the twin computes the same thing.
+# Four random blocks lose little; this only checks that the copy computes the same function.
 MIN_OUTPUT_SQNR_DB = 20.0
 
 
@@ -50,49 +50,51 @@ def quantized_names() -> set[str]:
 
 
 def test_exactly_the_recipes_linears_are_replaced(converted):
-    source, twin, _ = converted
-    assert {n for n, m in twin.named_modules() if isinstance(m, Hif8Linear)} == quantized_names()
+    source, quantized, _ = converted
+    assert {
+        n for n, m in quantized.named_modules() if isinstance(m, Hif8Linear)
+    } == quantized_names()
     assert not any(isinstance(module, Hif8Linear) for module in source.modules())
 
 
 def test_every_other_tensor_is_shared_and_no_module_is(converted):
-    source, twin, _ = converted
-    ours = dict(twin.state_dict(keep_vars=True))
+    source, quantized, _ = converted
+    ours = dict(quantized.state_dict(keep_vars=True))
     kept = {n: p for n, p in source.state_dict(keep_vars=True).items() if n in ours}
-    gone = set(source.state_dict()) - set(kept)
-    assert gone == {f"{name}.weight" for name in quantized_names()}
+    replaced = set(source.state_dict()) - set(kept)
+    assert replaced == {f"{name}.weight" for name in quantized_names()}
     assert all(tensor.data_ptr() == ours[name].data_ptr() for name, tensor in kept.items())
-    assert not {id(m) for m in source.modules()} & {id(m) for m in twin.modules()}
+    assert not {id(m) for m in source.modules()} & {id(m) for m in quantized.modules()}
 
 
 def test_the_source_still_computes_what_it_did(tiny_transformer, tiny_recipe, tiny_scales):
     before = run(tiny_transformer)
-    twin, _ = quantize_transformer(tiny_transformer, tiny_recipe, tiny_scales)
-    quantized = run(twin)
+    quantized, _ = quantize_transformer(tiny_transformer, tiny_recipe, tiny_scales)
+    out = run(quantized)
     assert torch.equal(run(tiny_transformer), before)
-    assert MIN_OUTPUT_SQNR_DB < sqnr_db(before, quantized) < 60
+    assert MIN_OUTPUT_SQNR_DB < sqnr_db(before, out) < 60
 
 
 def test_hooks_on_one_tree_do_not_reach_the_other(converted):
-    source, twin, _ = converted
+    source, quantized, _ = converted
     calls: list[str] = []
-    twin.blocks[0].register_forward_hook(lambda *_: calls.append("twin"))
+    quantized.blocks[0].register_forward_hook(lambda *_: calls.append("quantized"))
     run(source)
     assert calls == []
-    run(twin)
-    assert calls == ["twin"]
+    run(quantized)
+    assert calls == ["quantized"]
 
 
 def test_the_report_counts_and_weighs(converted):
-    source, twin, report = converted
+    source, quantized, report = converted
     assert str(report).startswith("20 linears in 2 of 4 blocks quantized")
     assert (report.linears, report.blocks, report.total_blocks) == (20, 2, 4)
-    assert report.weight_bytes == weight_bytes(twin)
+    assert report.weight_bytes == weight_bytes(quantized)
     assert report.source_weight_bytes == weight_bytes(source)
     weights = sum(row.out_features * row.in_features for row in report.rows)
     two_scales = 2 * 4 * report.linears
     assert report.weight_bytes == report.source_weight_bytes - weights + two_scales
-    assert weight_bytes(source, twin) == report.source_weight_bytes + weights + two_scales
+    assert weight_bytes(source, quantized) == report.source_weight_bytes + weights + two_scales
     assert all(25 < row.weight_sqnr_db < 40 for row in report.rows)
 
 
@@ -108,9 +110,9 @@ def test_the_table_has_one_line_per_kind(converted):
 
 def test_kept_linears_stay_bf16(tiny_transformer, tiny_recipe, tiny_scales):
     recipe = dataclasses.replace(tiny_recipe, kept_linears=("blocks.*.ffn.net.2",))
-    twin, report = quantize_transformer(tiny_transformer, recipe, tiny_scales)
+    quantized, report = quantize_transformer(tiny_transformer, recipe, tiny_scales)
     assert report.linears == 18
-    assert twin.blocks[1].ffn.net[2].weight is tiny_transformer.blocks[1].ffn.net[2].weight
+    assert quantized.blocks[1].ffn.net[2].weight is tiny_transformer.blocks[1].ffn.net[2].weight
 
 
 def test_the_default_recipe_fits_the_miniature():
@@ -179,18 +181,18 @@ def test_hooked_or_patched_modules_are_refused(tiny_transformer):
         share_tree(tiny_transformer, lambda *_: None)
 
 
-def test_a_tree_that_a_pipeline_has_run_gives_a_twin_that_can_be_cached(tiny_transformer):
-    """A pipeline leaves diffusers' registry of hooks on its transformer, which names its owner."""
+def test_a_tree_that_a_pipeline_has_run_gives_a_shared_copy_that_can_be_cached(tiny_transformer):
+    """A pipeline leaves diffusers' hook registry, which refers to its owner, on its transformer."""
     with tiny_transformer.cache_context("cond"):
         before = run(tiny_transformer)
-    twin = share_tree(tiny_transformer, lambda *_: None)
-    twin.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
-    with twin.cache_context("cond"):
-        assert torch.equal(run(twin), before)
+    copy = share_tree(tiny_transformer, lambda *_: None)
+    copy.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    with copy.cache_context("cond"):
+        assert torch.equal(run(copy), before)
 
 
 def test_a_module_used_twice_stays_one_module():
     shared = nn.Linear(2, 2)
-    twin = share_tree(nn.ModuleDict({"a": shared, "b": shared}), lambda *_: None)
-    assert twin["a"] is twin["b"]
-    assert twin["a"] is not shared
+    copy = share_tree(nn.ModuleDict({"a": shared, "b": shared}), lambda *_: None)
+    assert copy["a"] is copy["b"]
+    assert copy["a"] is not shared

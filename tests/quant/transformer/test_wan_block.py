@@ -1,4 +1,4 @@
-"""A fused block is diffusers' own to the last bit, in BF16 and quantized, and keeps its prompts."""
+"""Fused blocks equal diffusers' own to the last bit; the choice of kernels and their self-test."""
 
 import gc
 import re
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def transformer() -> WanTransformer3DModel:
-    """Three blocks, small, with norms that are not all ones; in the types diffusers loads."""
+    """Build three small blocks with norms that are not all ones, in the dtypes diffusers loads."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         num_attention_heads=2,
@@ -36,11 +36,11 @@ def transformer() -> WanTransformer3DModel:
         num_layers=3,
         freq_dim=32,
     )
-    kept = set(model._keep_in_fp32_modules)
+    fp32_names = set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        if not kept & set(name.split(".")):
+        if not fp32_names & set(name.split(".")):
             parameter.data = parameter.data.to(torch.bfloat16)
     return model.eval().requires_grad_(requires_grad=False)
 
@@ -65,11 +65,13 @@ def test_fused_is_diffusers_to_the_last_bit(transformer: WanTransformer3DModel) 
     assert fuse_blocks(fused, EagerKernels()) == ()
     assert all(isinstance(block, FusedWanBlock) for block in fused.blocks)
     with_our_products(transformer)
-    for seed in (0, 1, 0):  # another prompt in between: none is taken for the other
+    for seed in (0, 1, 0):  # another prompt in between must not be confused with the first
         assert torch.equal(run(fused, inputs(seed)), run(transformer, inputs(seed)))
 
 
-def test_a_prompt_is_kept_while_it_lives_and_no_longer(transformer: WanTransformer3DModel) -> None:
+def test_a_prompt_is_cached_only_while_its_tensor_exists(
+    transformer: WanTransformer3DModel,
+) -> None:
     fuse_blocks(transformer, EagerKernels())
     embedder = transformer.condition_embedder.text_embedder
     seen: list[Tensor] = []
@@ -79,10 +81,10 @@ def test_a_prompt_is_kept_while_it_lives_and_no_longer(transformer: WanTransform
     assert torch.equal(first, second)
     assert len(seen) == 1
     blocks = transformer.blocks
-    assert [len(block._prompts) for block in blocks] == [1, 1, 1]
+    assert [len(block._cached_kv) for block in blocks] == [1, 1, 1]
     del given
     gc.collect()
-    assert [len(block._prompts) for block in blocks] == [0, 0, 0]
+    assert [len(block._cached_kv) for block in blocks] == [0, 0, 0]
 
 
 def test_joined_linears_compute_the_same_and_take_no_memory_twice(
@@ -109,50 +111,52 @@ def test_on_a_cpu_blocks_run_in_plain_torch() -> None:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A card as torch would speak of it, of a generation with FP8; there is none to run on."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Return a GPU with FP8 as torch would describe it; nothing can run on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 0)
 
 
-def test_a_card_without_fp8_emulates_quantized_modes_and_says_what_that_costs(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_without_fp8_emulates_quantized_modes_with_a_warning(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    choice = pick_kernels(card, quantized=True)
+    choice = pick_kernels(gpu, quantized=True)
     assert isinstance(choice.kernels, EagerKernels)
     assert choice.warning is not None
-    assert re.search(r"Some Card \(compute capability 8\.0\) has no FP8", choice.warning)
+    assert re.search(r"Some GPU \(compute capability 8\.0\) has no FP8", choice.warning)
     assert "longer than bf16" in choice.warning
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_kernels_that_do_not_run_are_replaced_with_a_warning(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch, quantized: bool
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, quantized: bool
 ) -> None:
     monkeypatch.setitem(sys.modules, "quant.kernels.cuda", None)  # as where Triton is missing
-    choice = pick_kernels(card, quantized=quantized)
+    choice = pick_kernels(gpu, quantized=quantized)
     assert isinstance(choice.kernels, EagerKernels)
     assert choice.warning is not None
-    said = r"The kernels for Some Card do not run \(ModuleNotFoundError: .*kernels.cuda.*\); plain"
-    assert re.search(said, choice.warning)
+    expected = (
+        r"The kernels for Some GPU do not run \(ModuleNotFoundError: .*kernels.cuda.*\); plain"
+    )
+    assert re.search(expected, choice.warning)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_fp8_attention_that_does_not_run_is_refused(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    """Emulated, a step would take minutes."""
+    """An emulated step would take minutes."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(sys.modules, "quant.kernels.cuda", None)
-    said = r"FP8 attention does not run here: .*Some Card.* a recipe with attention 'bf16'"
-    with pytest.raises(quant.ConversionError, match=said):
-        pick_kernels(card, quantized=True, fp8_attention=True)
+    expected = r"FP8 attention does not run here: .*Some GPU.* a recipe with attention 'bf16'"
+    with pytest.raises(quant.ConversionError, match=expected):
+        pick_kernels(gpu, quantized=True, fp8_attention=True)
 
 
-class LostKernels(EagerKernels):
-    """Make no numbers of numbers."""
+class NanKernels(EagerKernels):
+    """Kernels whose GELU returns NaN only."""
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
         return torch.full_like(x, torch.nan)
@@ -160,11 +164,11 @@ class LostKernels(EagerKernels):
 
 def test_kernels_that_compute_no_numbers_are_not_trusted() -> None:
     with pytest.raises(quant.ConversionError, match=r"its GELU agrees .* nan dB"):
-        check_kernels(LostKernels(), CPU, quantized=True)
+        check_kernels(NanKernels(), CPU, quantized=True)
 
 
 class NarrowKernels(EagerKernels):
-    """Compile for few widths."""
+    """Kernels that compile for small widths only."""
 
     def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
         if x.shape[-1] > 1000:
@@ -177,33 +181,33 @@ class NarrowKernels(EagerKernels):
         return super().gelu(x, act_scale)
 
 
-def test_kernels_are_tried_as_wide_as_the_model_is() -> None:
+def test_kernels_are_tested_at_the_width_of_the_model() -> None:
     check_kernels(NarrowKernels(), CPU, quantized=True)
     check_kernels(NarrowKernels(), CPU, quantized=True, shape=BlockShape(2, 512, 1024))
-    for shape, said in (
+    for shape, expected in (
         (BlockShape(8, 1024, 2000), "shared memory"),
         (BlockShape(4, 512, 2048), "registers"),
     ):
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises(RuntimeError, match=expected):
             check_kernels(NarrowKernels(), CPU, quantized=True, shape=shape)
 
 
 class WrongKernels(EagerKernels):
-    """Forgets the gate."""
+    """Kernels that ignore the gate."""
 
     def add_gated(self, x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
         return x + delta
 
 
-class DeafKernels(EagerKernels):
-    """Makes a number of NaN."""
+class NanHidingKernels(EagerKernels):
+    """Kernels that replace NaN by a number."""
 
     def round_act(self, x: Tensor, act_scale: float | None) -> Tensor:
         return super().round_act(x, act_scale).nan_to_num()
 
 
 class RowBlindKernels(EagerKernels):
-    """Takes the first row's scale for all."""
+    """Kernels that use the first row's scale for all rows."""
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         for linear in linears:
@@ -211,11 +215,11 @@ class RowBlindKernels(EagerKernels):
         return super().quantized(linears)
 
 
-def test_a_scale_for_each_row_is_tried_where_a_recipe_has_it() -> None:
-    check_kernels(EagerKernels(), CPU, quantized=True, scales_rows=True)
+def test_a_scale_for_each_row_is_tested_where_a_recipe_has_it() -> None:
+    check_kernels(EagerKernels(), CPU, quantized=True, per_row_scales=True)
     check_kernels(RowBlindKernels(), CPU, quantized=True)
     with pytest.raises(quant.ConversionError, match=r"its product by rows agrees .* dB"):
-        check_kernels(RowBlindKernels(), CPU, quantized=True, scales_rows=True)
+        check_kernels(RowBlindKernels(), CPU, quantized=True, per_row_scales=True)
 
 
 def test_kernels_that_compute_something_else_are_not_trusted() -> None:
@@ -224,4 +228,4 @@ def test_kernels_that_compute_something_else_are_not_trusted() -> None:
         with pytest.raises(quant.ConversionError, match=r"its gated norm's sum agrees .* -?\d+ dB"):
             check_kernels(WrongKernels(), CPU, quantized=quantized)
     with pytest.raises(quant.ConversionError, match="of NaN, infinity"):
-        check_kernels(DeafKernels(), CPU, quantized=True)
+        check_kernels(NanHidingKernels(), CPU, quantized=True)

@@ -1,4 +1,4 @@
-"""Deleting a job for good, in each of its states, with either kind of artifact store."""
+"""Test the deletion of jobs in each of their states, with either kind of artifact store."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_running_job_is_hidden_at_once_and_gone_with_its_video_after_its_end(
     with pytest.raises(JobNotFound):
         store.get(job_id)
     assert store.cancel_requested(attempt)
-    # It was too far to stop.
+    # The attempt had gone too far to be stopped.
     store.succeed(attempt, put_video(artifacts, attempt, tmp_path), TIMINGS)
     assert redis.zrange(redis_keys.DELETIONS, 0, -1) == [job_id.encode()]
     assert delete_job(store, artifacts, job_id)

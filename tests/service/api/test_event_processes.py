@@ -1,4 +1,4 @@
-"""Event streams and readiness of real processes: several of them, one that ends, no Redis."""
+"""Test event streams and readiness with real processes: several, one that ends, no Redis."""
 
 import signal
 import subprocess
@@ -49,7 +49,7 @@ def environment(valkey_of_its_own: KillableValkey, tmp_path: Path) -> Mapping[st
 
 @pytest.fixture
 def processes(environment: Mapping[str, str]) -> Iterator[dict[str, Process]]:
-    """Two processes of the service by their addresses."""
+    """Two processes of the service by their URLs."""
     with ExitStack() as stack:
         started = [stack.enter_context(service(**environment)) for _ in range(2)]
         yield {address(process): process for process in started}
@@ -58,7 +58,7 @@ def processes(environment: Mapping[str, str]) -> Iterator[dict[str, Process]]:
 @pytest.fixture
 def own_redis(valkey_of_its_own: KillableValkey) -> Iterator[Redis]:
     with valkey_of_its_own.connect() as redis:
-        # What was answered is on the disk, so that a killed server has lost nothing.
+        # Every write is on the disk before its answer, so that a killed server loses nothing.
         redis.config_set("appendfsync", "always")
         yield redis
 
@@ -73,8 +73,8 @@ def own_job(own_store: JobStore, request_for_video: GenerationRequest) -> str:
     return own_store.create(request_for_video, "q").job.id
 
 
-def live(store: JobStore, job_id: str, pause_s: float = 0.02) -> None:
-    """A whole life, step by step."""
+def run_job(store: JobStore, job_id: str, pause_s: float = 0.02) -> None:
+    """Run a job step by step, until it fails."""
     attempt = store.claim(job_id, "w")
     for number in range(1, STEPS + 1):
         store.progress(attempt, Progress(stage=Stage.DENOISE, step=number, steps=STEPS))
@@ -89,7 +89,7 @@ def ids(redis: Redis, job_id: str) -> list[str]:
 
 
 def end(process: Process) -> tuple[float, str]:
-    """Tell a process to end; the seconds it took, and what it logged."""
+    """End a process by SIGTERM; return the seconds that took and its log."""
     begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=30)
@@ -97,20 +97,20 @@ def end(process: Process) -> tuple[float, str]:
     return time.monotonic() - begun, log
 
 
-def test_every_process_tells_everything_once_and_in_order(
+def test_every_process_sends_every_event_once_and_in_order(
     processes: dict[str, Process], own_redis: Redis, own_store: JobStore, own_job: str
 ) -> None:
     here, there = processes
     sources = [
         EventSource([here], own_job),
         EventSource([there], own_job),
-        # Away after every few events, and back at the other process.
+        # Disconnects after every few events, and reconnects to the other process.
         EventSource([here, there], own_job, cut_after=1),
         EventSource([there, here], own_job, cut_after=3),
     ]
     for source in sources:
         source.start()
-    live(own_store, own_job)
+    run_job(own_store, own_job)
     for source in sources:
         assert [each.id for each in source.finish()] == ids(own_redis, own_job)
     assert sources[2].connections == STEPS + 4
@@ -137,13 +137,13 @@ def test_streams_outlive_a_killed_redis(
     wait_until(lambda: all(len(source.sent) == 3 for source in sources))
     own_store.fail(attempt, FAILURE)
     for source in sources:
-        assert [each.told for each in source.finish()] == [
+        assert [each.kind_and_state for each in source.finish()] == [
             ("state", "queued"),
             ("state", "running"),
             ("progress", "running"),
             ("state", "failed"),
         ]
-        # One stream all the way, and one more request that was answered with 204.
+        # One stream to the end, and one more request that was answered with 204.
         assert source.connections == 2
     for process in processes.values():
         _, log = end(process)
@@ -192,7 +192,7 @@ def test_open_streams_do_not_keep_a_process_and_go_on_at_another(
     assert seconds < 3
     assert "Traceback" not in log
     assert "Cancel" not in log
-    live(own_store, own_job, pause_s=0.005)
+    run_job(own_store, own_job, pause_s=0.005)
     for source in sources:
         assert [each.id for each in source.finish()] == ids(own_redis, own_job)
     seconds, log = end(second)
@@ -213,9 +213,9 @@ def test_a_process_ends_though_redis_does_not_answer(
         source.start()
     wait_until(lambda: all(source.sent for source in sources))
     getattr(valkey_of_its_own, fault)()
-    time.sleep(1.5)  # streams have asked in vain by now
+    time.sleep(1.5)  # by now the streams have tried to read, and failed
     seconds, log = end(process)
-    assert seconds < 8  # the housekeeping is waited for, too
+    assert seconds < 8  # includes the wait for background tasks
     assert "Traceback" not in log
     assert "Cancel" not in log
 

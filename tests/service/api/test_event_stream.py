@@ -1,4 +1,4 @@
-"""`GET /jobs/{id}/events`: what is sent, from where on, and when it ends."""
+"""Test `GET /jobs/{id}/events`: which events are sent, from which on, and when the stream ends."""
 
 import asyncio
 import socket
@@ -58,8 +58,8 @@ def step(store: JobStore, attempt: Attempt, number: int) -> None:
     store.progress(attempt, Progress(stage=Stage.DENOISE, step=number, steps=20, seconds_left=3.5))
 
 
-def live(store: JobStore, job_id: str) -> None:
-    """A whole life: five events."""
+def run_job(store: JobStore, job_id: str) -> None:
+    """Run a job until it fails: five events with the one of its creation."""
     attempt = store.claim(job_id, "w")
     step(store, attempt, 1)
     step(store, attempt, 2)
@@ -75,9 +75,9 @@ def test_a_job_is_followed_from_its_creation_to_its_end(
         assert next(sent).retry == "2000"
         first = next(each for each in sent if each.event == "state")
         assert first.data["state"] == "queued"
-        live(store, job_id)
+        run_job(store, job_id)
         found = [first, *(each for each in sent if each.event not in ("", "queue"))]
-    assert [each.told for each in found] == LIFE
+    assert [each.kind_and_state for each in found] == LIFE
     entries = events.decode(redis.xrange(redis_keys.events(job_id)))
     assert [each.id for each in found] == [entry.event_id for entry in entries]
     assert found[2].data["progress"] == {
@@ -92,22 +92,22 @@ def test_a_job_is_followed_from_its_creation_to_its_end(
     assert found[-1].data["job"]["failure"]["code"] == FAILURE.code
 
 
-def test_who_comes_late_is_told_everything(site: Site, store: JobStore, job_id: str) -> None:
-    live(store, job_id)
-    assert [each.told for each in read(site.url, job_id)] == LIFE
+def test_a_late_client_gets_every_event(site: Site, store: JobStore, job_id: str) -> None:
+    run_job(store, job_id)
+    assert [each.kind_and_state for each in read(site.url, job_id)] == LIFE
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_what_came_before_the_last_event_is_not_repeated(
     site: Site, store: JobStore, job_id: str, number: int
 ) -> None:
-    live(store, job_id)
+    run_job(store, job_id)
     everything = read(site.url, job_id)
     seen = everything[number].id
     for found in (
         read(site.url, job_id, after=seen),
         read(site.url, job_id, last_event_id=seen),
-        # A browser that comes back keeps the address it had, and says better in the header.
+        # A browser that reconnects keeps the URL it had; the id in its header is newer.
         read(site.url, job_id, after=seen, last_event_id="0-0"),
     ):
         assert found == everything[number + 1 :]
@@ -117,7 +117,7 @@ def test_what_came_before_the_last_event_is_not_repeated(
 def test_after_the_last_event_there_is_nothing_more(
     client: TestClient, store: JobStore, redis: Redis, job_id: str, beyond: bool
 ) -> None:
-    live(store, job_id)
+    run_job(store, job_id)
     last = events.decode(redis.xrange(redis_keys.events(job_id)))[-1].event_id
     seen = "9999999999999999999-0" if beyond else last
     for answer in (
@@ -152,7 +152,7 @@ def test_a_stream_without_events_shows_that_it_is_alive(site: Site, job_id: str)
     assert len(comments) >= 3
 
 
-def test_a_waiting_job_is_told_its_place_whenever_that_changes(
+def test_a_queued_job_gets_its_position_whenever_that_changes(
     site: Site,
     store: JobStore,
     redis: Redis,
@@ -169,12 +169,12 @@ def test_a_waiting_job_is_told_its_place_whenever_that_changes(
     step(store, attempt, 1)
     wait_until(lambda: source.queue[1:] == [{"position": 0, "starts_in_s": 3.5}])
     redis.lpop(Queue(live_worker.queue, connection=redis).key)
-    live(store, second.id)
-    assert [each.told for each in source.finish()] == LIFE
+    run_job(store, second.id)
+    assert [each.kind_and_state for each in source.finish()] == LIFE
     assert len(source.queue) == 2
 
 
-def test_a_job_that_is_given_back_has_a_place_again(
+def test_a_released_job_has_a_position_again(
     site: Site, store: JobStore, redis: Redis, job_id: str
 ) -> None:
     redis.lpop(Queue("q", connection=redis).key)
@@ -209,7 +209,9 @@ def test_a_stream_ends_when_its_job_is_deleted(
         assert next(sent).retry
         assert next(each for each in sent if each.event == "state").data["state"] == "queued"
         store.purge(job_id)
-        assert ("state", "cancelled") not in [each.told for each in sent if each.event == "state"]
+        assert ("state", "cancelled") not in [
+            each.kind_and_state for each in sent if each.event == "state"
+        ]
         wait_until(lambda: site.hub.followers == 0)
 
 
@@ -232,7 +234,9 @@ def test_no_more_streams_than_allowed(
         with stream(site.url, job_id) as (_, third):
             assert next(third).retry
         store.cancel(job_id)
-        assert [each.told for each in sent if each.event != "queue" and each.event][-1] == (
+        assert [each.kind_and_state for each in sent if each.event != "queue" and each.event][
+            -1
+        ] == (
             "state",
             "cancelled",
         )
@@ -269,18 +273,18 @@ def test_one_key_alone_leaves_room_for_others(
 def test_clients_that_vanish_leave_nothing_behind(site: Site, store: JobStore, job_id: str) -> None:
     for _ in range(3):
         opened = [stream(site.url, job_id) for _ in range(50)]
-        # Kept, because a stream that nobody reads any more closes itself.
+        # Referenced, because a stream that is garbage collected closes itself.
         reading = [each.__enter__()[1] for each in opened]
         assert all(next(sent).retry for sent in reading)
         assert site.hub.followers == 50
         for number, each in enumerate(opened):
             if number % 10 == 0:
-                # So that some go away just while they are being told something.
+                # So that some disconnect while events are being sent to them.
                 store.release(store.claim(job_id, "w"))
             each.__exit__(None, None, None)
         wait_until(lambda: site.hub.followers == 0)
     store.cancel(job_id)
-    assert [each.told for each in read(site.url, job_id)][-1] == ("state", "cancelled")
+    assert [each.kind_and_state for each in read(site.url, job_id)][-1] == ("state", "cancelled")
 
 
 def test_a_hundred_streams_at_once(
@@ -292,11 +296,11 @@ def test_a_hundred_streams_at_once(
         source.start()
     wait_until(lambda: all(source.sent for source in sources), 60)
     assert site.hub.followers == 100
-    writers = [threading.Thread(target=live, args=(store, job_id)) for job_id in jobs]
+    writers = [threading.Thread(target=run_job, args=(store, job_id)) for job_id in jobs]
     for writer in writers:
         writer.start()
     for source in sources:
-        assert [each.told for each in source.finish(60)] == LIFE
+        assert [each.kind_and_state for each in source.finish(60)] == LIFE
     wait_until(lambda: site.hub.followers == 0)
 
 
@@ -334,15 +338,15 @@ def test_a_client_that_takes_nothing_is_left(
 def test_a_cut_connection_costs_nothing(site: Site, store: JobStore, job_id: str) -> None:
     source = EventSource([site.url], job_id, cut_after=1)
     source.start()
-    live(store, job_id)
+    run_job(store, job_id)
     found = source.finish()
-    assert [each.told for each in found] == LIFE
+    assert [each.kind_and_state for each in found] == LIFE
     assert len({each.id for each in found}) == len(found)
     assert source.connections == len(LIFE) + 1
 
 
 def test_sent_is_what_the_standard_says(client: TestClient, store: JobStore, job_id: str) -> None:
-    live(store, job_id)
+    run_job(store, job_id)
     text = client.get(f"/jobs/{job_id}/events").text
     assert text.startswith("retry: 2000\n\n")
     assert text.endswith("\n\n")
@@ -358,8 +362,8 @@ def test_a_message_that_is_no_id_harms_nobody(
     source.start()
     wait_until(lambda: bool(source.sent))
     redis.publish(redis_keys.EVENTS_CHANNEL, b"\xff")
-    live(store, job_id)
-    assert [each.told for each in source.finish()] == LIFE
+    run_job(store, job_id)
+    assert [each.kind_and_state for each in source.finish()] == LIFE
     assert "unexpected" not in caplog.text
 
 
@@ -372,7 +376,7 @@ def test_nobody_listens_for_nobody_and_the_next_stream_is_woken_again(
     def listeners() -> int:
         return int(redis.pubsub_numsub(redis_keys.EVENTS_CHANNEL)[0][1])
 
-    # No heartbeat comes to the rescue: news has to arrive by the subscription.
+    # No heartbeat makes the streams read: new events must be noticed by the subscription.
     with serving(settings.model_copy(update={"heartbeat_s": 120})) as site:
         for _ in range(2):
             job_id = store.create(request_for_video, "q").job.id
@@ -380,8 +384,8 @@ def test_nobody_listens_for_nobody_and_the_next_stream_is_woken_again(
             source = EventSource([site.url], job_id)
             source.start()
             wait_until(lambda: listeners() == 1)
-            live(store, job_id)
-            assert [each.told for each in source.finish()] == LIFE
+            run_job(store, job_id)
+            assert [each.kind_and_state for each in source.finish()] == LIFE
             wait_until(lambda: site.hub.followers == 0)
             redis.publish(redis_keys.EVENTS_CHANNEL, job_id)
             wait_until(lambda: listeners() == 0)

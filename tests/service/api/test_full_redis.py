@@ -1,4 +1,4 @@
-"""A Redis that is full and refuses to write (noeviction): what only reads goes on."""
+"""Test a Redis that is full and refuses to write (noeviction): requests that only read go on."""
 
 import logging
 from collections.abc import Iterator
@@ -52,11 +52,13 @@ def test_who_has_a_key_goes_on_reading_and_is_not_counted(
             client.delete(f"/jobs/{queued.id}", headers=ops),
         ):
             assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
-        # What takes no room is done: deleting is a way out.
+        # Writes that need no memory succeed, so jobs can be deleted to make room.
         assert client.delete(f"/v1/videos/{finished.id}", headers=ops).status_code == 200
     assert client.delete(f"/jobs/{queued.id}", headers=ops).status_code == 200
-    told = [record.message for record in caplog.records if record.name == "service.auth.rate_limit"]
-    assert [text.split(",")[0] for text in told] == ["Redis is full", "Redis has room again"]
+    logged = [
+        record.message for record in caplog.records if record.name == "service.auth.rate_limit"
+    ]
+    assert [text.split(",")[0] for text in logged] == ["Redis is full", "Redis has room again"]
 
 
 def test_links_of_an_earlier_secret_are_signed_by_a_process_that_starts_now(

@@ -1,4 +1,4 @@
-"""`POST /generate`: what is queued, and what is refused with nothing queued."""
+"""Test `POST /generate`: what is queued, and what is refused with nothing queued."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PROMPT = "a small red circle moving right"
 
 
 def enqueued(redis: Redis) -> list[bytes]:
-    """Every key that a queued job would have made."""
+    """List the Redis keys that a queued job would have made."""
     return [
         cast("bytes", key)
         for pattern in ("rq:*", redis_keys.record("*"), "wan:jobs:*")

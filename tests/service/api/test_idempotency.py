@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on `POST /generate`: one key and body, one job."""
+"""Test `Idempotency-Key` on `POST /generate`: the same key and body make one job."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,13 +34,13 @@ def test_the_same_key_and_body_are_answered_with_the_same_job(
     assert "idempotent-replayed" not in first.headers
     job_id = first.json()["id"]
     store.claim(job_id, "w")
-    # Another order and other blanks are the same document.
+    # Other whitespace and another order of the keys do not make another document.
     text = b'{ "mode": "bf16",\n "prompt": "a small red circle" }'
     headers = {"Idempotency-Key": "k", "Content-Type": "application/json"}
     again = client.post("/generate", content=text, headers=headers)
     assert (again.status_code, again.headers["idempotent-replayed"]) == (202, "true")
     assert again.headers["location"] == first.headers["location"] == f"/jobs/{job_id}"
-    # As it stands now, with the seed that was drawn then.
+    # The answer has the current state, with the seed that was drawn at first.
     assert again.json()["state"] == "running"
     assert again.json()["request"] == first.json()["request"]
     assert jobs_of(store) == [job_id]

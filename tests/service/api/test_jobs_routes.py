@@ -1,4 +1,4 @@
-"""Reading, listing and cancelling jobs over HTTP."""
+"""Test reading, listing and cancelling jobs over HTTP."""
 
 import pytest
 from fastapi.testclient import TestClient
@@ -59,8 +59,8 @@ def test_waiting_jobs_show_their_places_and_no_others_do(
     }
     listed = client.get("/jobs").json()["jobs"]
     assert {job["id"]: job["queue"] for job in listed} == expected
-    for job_id, place in expected.items():
-        assert client.get(f"/jobs/{job_id}").json()["queue"] == place
+    for job_id, position in expected.items():
+        assert client.get(f"/jobs/{job_id}").json()["queue"] == position
     assert client.get(f"/jobs/{running}").json()["progress"]["seconds_left"] == 7.25
     assert client.delete(f"/jobs/{first}").json()["queue"] is None
     assert client.get(f"/jobs/{second}").json()["queue"]["position"] == 0
@@ -176,7 +176,7 @@ def test_bad_parameters_are_named(client: TestClient, name: str, value: str) -> 
         ("state", "paused", "paused", "one of queued, running, succeeded, failed, cancelled"),
     ],
 )
-def test_bounds_of_parameters_are_sentences_of_ours(
+def test_bounds_of_parameters_are_described_by_the_service(
     client: TestClient, name: str, value: str, shown: object, bound: str
 ) -> None:
     assert client.get("/jobs", params={name: value}).json()["errors"] == [
@@ -234,8 +234,8 @@ def test_unreadable_record_is_its_owners_to_delete(
         redis.hset(record, "lost", "many")
         for method, path in (("GET", f"/jobs/{job.id}"), ("DELETE", f"/v1/videos/{job.id}")):
             assert client.request(method, path, headers=bob).status_code == 404
-        told = client.delete(f"/jobs/{job.id}", headers=alice).json()
-        assert f"`DELETE /v1/videos/{job.id}` deletes it." in told["detail"]
+        problem = client.delete(f"/jobs/{job.id}", headers=alice).json()
+        assert f"`DELETE /v1/videos/{job.id}` deletes it." in problem["detail"]
         assert client.delete(f"/v1/videos/{job.id}", headers=alice).status_code == 200
         assert client.get(f"/jobs/{job.id}", headers=alice).status_code == 404
         assert not redis.exists(record)

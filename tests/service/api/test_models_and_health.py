@@ -1,4 +1,4 @@
-"""What is served, and whether anything is."""
+"""Test the list of models and the health checks."""
 
 import time
 

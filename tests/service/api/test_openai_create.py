@@ -1,4 +1,4 @@
-"""`POST /v1/videos`: what the fields mean, from JSON and from a form, and what is refused."""
+"""Test `POST /v1/videos`: what the fields mean, as JSON and as a form, and what is refused."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ Create = Callable[..., httpx2.Response]
 
 @pytest.fixture(params=["json", "form"])
 def create(request: pytest.FixtureRequest, client: TestClient, live_worker: WorkerOffer) -> Create:
-    """Sends fields in one of the two ways."""
+    """Send fields, as JSON or as a form."""
 
     def send(**fields: Any) -> httpx2.Response:
         if request.param == "json":
@@ -35,7 +35,7 @@ def create(request: pytest.FixtureRequest, client: TestClient, live_worker: Work
 
 
 def refusal(answer: httpx2.Response) -> dict[str, Any]:
-    """The error of an answer that is a 400 in OpenAI's shape."""
+    """Return the error of an answer, after checking that it is a 400 in OpenAI's format."""
     assert answer.status_code == 400, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert list(answer.json()) == ["error"]
@@ -113,7 +113,7 @@ def test_model_picks_the_mode(create: Create, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sora-2", "wan-mini:int8", "", ":", "w8a8:wan-mini", "💥", 7])
-def test_unknown_model_is_told_what_is_served(create: Create, name: object) -> None:
+def test_an_unknown_model_is_answered_with_what_is_served(create: Create, name: object) -> None:
     error = refusal(create(prompt=PROMPT, model=name))
     assert error["param"] == "model"
     assert "use one of wan-mini:bf16, wan-mini:w8a8, or leave it out." in error["message"]

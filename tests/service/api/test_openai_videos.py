@@ -1,4 +1,4 @@
-"""`/v1/videos` after creation: read, list, fetch, delete; and errors in OpenAI's shape."""
+"""Test `/v1/videos` after creation: read, list, fetch, delete, and errors in OpenAI's format."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from jobs.artifacts.store import open_artifacts
 from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
 from jobs.store.job_store import JobStore
-from service.api.openai.job_progress import VideoStatus, outlooks
+from service.api.openai.job_progress import VideoStatus, video_statuses
 from service.api.openai.schemas import VideoObject
 from service.app import MAX_BODY_BYTES, create_app
 from service.settings import ServiceSettings
@@ -21,7 +21,7 @@ from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
 
 
 def error_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
-    """The error of an answer in OpenAI's shape."""
+    """Return the error of an answer, after checking that it has OpenAI's format."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -72,7 +72,7 @@ def test_failed_job_is_an_ordinary_answer(
     assert answer.json()["status"] == "failed"
     assert answer.json()["error"] == {"code": "out_of_device_memory", "message": "No room."}
     assert answer.json()["progress"] == 0
-    assert answer.json()["seconds"] is None, "nothing tells the frame rate any more"
+    assert answer.json()["seconds"] is None, "the frame rate is unknown without a worker"
 
 
 def test_cancelled_job_is_a_failed_one(
@@ -82,7 +82,7 @@ def test_cancelled_job_is_a_failed_one(
     store.cancel(job.id)
     video = client.get(f"/v1/videos/{job.id}").json()
     assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
-    assert video["seconds"] == "2", "a live worker tells the frame rate"
+    assert video["seconds"] == "2", "the offer of a live worker has the frame rate"
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -183,7 +183,7 @@ def test_delete(
             assert error_of(client.request(method, path), 404)["code"] == "job_not_found"
         assert client.get(f"/jobs/{job_id}").status_code == 404
     assert list(artifacts.list()) == []
-    assert store.renew(running), "its worker is told to stop"
+    assert store.renew(running), "its worker is asked to stop"
     assert client.get("/v1/videos").json()["data"] == []
 
 
@@ -251,8 +251,8 @@ def test_a_job_is_described_though_redis_went_away_meanwhile(
 ) -> None:
     waiting, done = make_job(), make_job(video=True)
     url = SecretStr(f"redis://127.0.0.1:{unused_port}/0")
-    away = create_app(settings.model_copy(update={"redis_url": url})).state.parts
-    found = outlooks(away, [waiting, done])
+    away = create_app(settings.model_copy(update={"redis_url": url})).state.app_state
+    found = video_statuses(away, [waiting, done])
     assert found[waiting.id] == VideoStatus(None)
     assert found[waiting.id].poll_after_ms == 1000
     assert found[done.id].fps == 8
@@ -264,7 +264,7 @@ def test_an_unexpected_error_is_hidden_in_the_shape(settings: ServiceSettings) -
 
     @app.get("/v1/broken")
     def broken() -> None:
-        raise RuntimeError("the secret of the house")
+        raise RuntimeError("the secret of the service")
 
     with TestClient(app, raise_server_exceptions=False) as client:
         error = error_of(client.get("/v1/broken"), 500)

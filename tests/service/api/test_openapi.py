@@ -1,4 +1,4 @@
-"""The OpenAPI document is what the service does."""
+"""Test that the OpenAPI document describes what the service does."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`GET /jobs/{id}/video.mp4`: the whole file, parts of it, and why there may be none.
+"""Test `GET /jobs/{id}/video.mp4`: the whole file, ranges of it, and jobs without a video.
 
 Every test runs with a folder and with a bucket.
 """
@@ -16,7 +16,7 @@ from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 from service.settings import ServiceSettings
-from tests.support.s3_server import Gate
+from tests.support.s3_server import FaultyProxy
 
 DATA = bytes(range(256)) * 8
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -172,24 +172,24 @@ def test_unknown_job(client: TestClient) -> None:
 
 
 @pytest.fixture
-def gate(s3_endpoint: str) -> Iterator[Gate]:
-    gate = Gate(s3_endpoint)
-    yield gate
-    gate.close()
+def proxy(s3_endpoint: str) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(s3_endpoint)
+    yield proxy
+    proxy.close()
 
 
-class TestBucketBehindAGate:
+class TestBucketBehindAProxy:
     @pytest.fixture
-    def each_artifacts_url(self, gate: Gate, bucket: str) -> str:
-        return f"s3://{bucket}?endpoint={gate.endpoint}"
+    def each_artifacts_url(self, proxy: FaultyProxy, bucket: str) -> str:
+        return f"s3://{bucket}?endpoint={proxy.endpoint}"
 
     def test_a_bucket_that_is_away_is_a_problem_to_try_again(
-        self, client: TestClient, url: str, gate: Gate
+        self, client: TestClient, url: str, proxy: FaultyProxy
     ) -> None:
-        gate.is_open = False
+        proxy.is_open = False
         answer = client.get(url)
         assert (answer.status_code, answer.json()["code"]) == (503, "artifacts_unavailable")
         assert "retry-after" in answer.headers
         assert "127.0.0.1" not in answer.json()["detail"]
-        gate.is_open = True
+        proxy.is_open = True
         assert client.get(url).content == DATA

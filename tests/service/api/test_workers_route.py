@@ -1,4 +1,4 @@
-"""`GET /workers`: how the live workers are doing and what waits for them."""
+"""Test `GET /workers`: the state of live workers and of their queues."""
 
 from fastapi.testclient import TestClient
 from redis import Redis

@@ -1,4 +1,4 @@
-"""Who may do what: one row for each endpoint, proven by `test_permissions.py`.
+"""Define who may do what, in one row for each endpoint; `test_permissions.py` checks every row.
 
 `.venv/bin/python -m tests.service.auth.permission_table` writes docs/permissions.md from these
 rows.
@@ -12,13 +12,13 @@ from typing import Any, Final
 DOCUMENT: Final = Path(__file__).resolve().parents[3] / "docs" / "permissions.md"
 
 CALLERS: Final = ("nobody", "owner", "other user", "ops", "revoked key", "signed link")
-"""Owner: the key that asked for the job in question, or, where none is, any key of role user."""
+"""Owner: the key that requested the job in the path, or any key of role user if there is no job."""
 
 Refusals = tuple[int | None, int | None, int | None, int | None, int | None, int | None]
 
 
 class Policy(Enum):
-    """What each of CALLERS is answered; None where they may."""
+    """The status of the answer to each of CALLERS that is refused; None for those who may."""
 
     PUBLIC = (None,) * 6
     KEY = (401, None, None, None, 401, 401)
@@ -36,7 +36,7 @@ class Row:
     """One endpoint.
 
     Attributes:
-        done: the status of a request that may be made.
+        done: the status of the answer to callers who may.
         finished: whether the job in the path has its video already.
         lists: whether the answer shows jobs: then only those the caller may see.
         json: the body to send.
@@ -80,13 +80,14 @@ ROWS: Final[dict[str, Row]] = {
 _HEAD: Final = f"""\
 # Who may do what
 
-Proven by `tests/service/auth/test_permissions.py`, which tries every row with every caller; written
-by `.venv/bin/python -m tests.service.auth.permission_table`.
+`tests/service/auth/test_permissions.py` checks every row with every caller. This page is written by
+`.venv/bin/python -m tests.service.auth.permission_table`.
 
-A job belongs to the key that asked for it: its *owner*. A job of somebody else is answered exactly
-like one that does not exist (404). A *signed link* is the address in a finished job's `video.url`:
-it opens that one video until it expires, without a key. Where no key was ever made and the service
-listens on loopback only, everybody who reaches it may do what *ops* may.
+A job belongs to the key that requested it, its *owner*. A request for somebody else's job is
+answered exactly like one for a job that does not exist (404). A *signed link* is the URL in a
+finished job's `video.url`: it gives access to that one video without a key, until it expires. While
+no key was ever made and the service listens on loopback only, every caller may do what *ops* may.
+*nobody* is a caller without a key.
 
 | request | to | {" | ".join(CALLERS)} |
 |---|---|{"---|" * len(CALLERS)}
@@ -94,7 +95,7 @@ listens on loopback only, everybody who reaches it may do what *ops* may.
 
 
 def table() -> str:
-    """Return the document's text."""
+    """Return the text of docs/permissions.md."""
     lines = []
     for endpoint, row in ROWS.items():
         cells = (

@@ -1,4 +1,4 @@
-"""Requests with the same key are let in together, and each is still counted."""
+"""Test that requests with the same key are admitted in batches, and that each is counted."""
 
 import asyncio
 

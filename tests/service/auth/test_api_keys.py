@@ -1,4 +1,4 @@
-"""API keys: how they are made, proven, listed and revoked, by code and on the command line."""
+"""Test API keys: made, checked, listed and revoked, by code and on the command line."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def test_only_the_secret_proves_a_key(key_store: KeyStore) -> None:
     assert proves(secret, made)
     assert not proves(wrong, made)
     assert not proves(secret, None)
-    # The stand-in for a key that is not there is not a way in either.
+    # The secret that stands in for a missing key does not authenticate anybody.
     assert not proves("0" * 64, None)
 
 

@@ -1,4 +1,4 @@
-"""Who is let in: open and locked services, good and bad keys, and whose jobs are shown."""
+"""Test authentication: open and locked services, good and bad keys, and which jobs are shown."""
 
 import time
 
@@ -12,7 +12,7 @@ from jobs.errors import Unauthenticated
 from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
-from service.auth.gate import REMEMBERED_S, Gate
+from service.auth.gate import KEY_CACHED_S, Gate
 from service.auth.rate_limit import RateLimiter
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey
@@ -23,7 +23,7 @@ ASK = {"prompt": "a small red circle"}
 def test_without_keys_on_loopback_everybody_is_local(
     client: TestClient, live_worker: WorkerOffer
 ) -> None:
-    # Existing clients send some key always.
+    # Some clients always send a key.
     for headers in ({}, {"Authorization": "Bearer unused"}):
         job = client.post("/generate", json=ASK, headers=headers).json()
         assert job["owner"] == "local"
@@ -42,10 +42,10 @@ def test_the_first_key_locks_the_service(
 ) -> None:
     assert client.get("/jobs").status_code == 200
     alice = make_key("alice")
-    time.sleep(REMEMBERED_S + 0.1)
+    time.sleep(KEY_CACHED_S + 0.1)
     assert client.get("/jobs").status_code == 401
     assert client.get("/jobs", headers=alice).status_code == 200
-    # A revoked key locks as well: who once had keys does not mean to be open.
+    # A revoked key closes the service as well: whoever once made keys does not want it open.
     key_store.revoke("alice")
     with TestClient(create_app(settings)) as another:
         assert another.get("/jobs").status_code == 401
@@ -57,7 +57,7 @@ def test_a_redis_that_lost_its_keys_does_not_open_the_door(
     alice = make_key("alice")
     assert client.get("/jobs", headers=alice).status_code == 200
     redis.delete(redis_keys.API_KEYS)
-    time.sleep(REMEMBERED_S + 0.1)
+    time.sleep(KEY_CACHED_S + 0.1)
     assert client.get("/jobs").status_code == 401
     assert client.get("/jobs", headers=alice).status_code == 401
 
@@ -68,7 +68,7 @@ def test_a_revoked_key_works_two_seconds_at_most(
     alice = make_key("alice")
     assert client.get("/jobs", headers=alice).status_code == 200
     key_store.revoke("alice")
-    time.sleep(REMEMBERED_S + 0.1)
+    time.sleep(KEY_CACHED_S + 0.1)
     assert client.get("/jobs", headers=alice).status_code == 401
 
 
@@ -79,7 +79,7 @@ def test_a_rotated_key_works_at_once_and_its_old_secret_two_seconds_at_most(
     assert client.get("/jobs", headers=old).status_code == 200
     _, token = key_store.rotate("alice")
     assert client.get("/jobs", headers={"Authorization": f"Bearer {token}"}).status_code == 200
-    time.sleep(REMEMBERED_S + 0.1)
+    time.sleep(KEY_CACHED_S + 0.1)
     assert client.get("/jobs", headers=old).status_code == 401
 
 
@@ -163,7 +163,7 @@ def test_use_is_noted_but_not_every_time(
 def test_what_is_remembered_is_bounded(
     redis: Redis, key_store: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.auth.gate.MOST_REMEMBERED", 3)
+    monkeypatch.setattr("service.auth.gate.MAX_CACHED_KEYS", 3)
     gate = Gate(key_store, RateLimiter(redis, "600/minute"), may_be_open=False)
     tokens = [key_store.add(f"k{n}", Role.USER)[1] for n in range(5)]
     for _ in range(2):
@@ -218,7 +218,7 @@ def test_somebody_elses_job_looks_like_none(
     unknown = client.request(method, path.format(purged.id), headers=bob)
     assert foreign.status_code == unknown.status_code
     assert foreign.text.replace(hers.id, "") == unknown.text.replace(purged.id, "")
-    # The headers give nothing away either; the request's id is drawn for each.
+    # The headers reveal nothing either; the request's id differs for each.
     assert foreign.headers.pop("x-request-id") != unknown.headers.pop("x-request-id")
     assert dict(foreign.headers) == dict(unknown.headers)
 

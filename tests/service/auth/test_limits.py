@@ -1,4 +1,4 @@
-"""How often a key may ask, how many jobs it may have, and how many may wait."""
+"""Test the limits on requests and jobs of a key, and on the jobs that wait in a queue."""
 
 import time
 
@@ -17,7 +17,7 @@ from tests.service.conftest import MakeKey
 ASK = {"prompt": "a small red circle"}
 
 
-def test_a_key_that_asks_too_often_is_told_when_to_come_back(
+def test_a_key_that_exceeds_its_rate_gets_retry_after(
     client: TestClient, make_key: MakeKey
 ) -> None:
     alice, bob = make_key("alice", rate="3/minute"), make_key("bob")
@@ -35,7 +35,7 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(
     assert client.get("/healthz").status_code == 200
 
 
-def test_whoever_comes_back_when_told_is_let_in(redis: Redis) -> None:
+def test_requests_after_the_wait_are_admitted(redis: Redis) -> None:
     limiter = RateLimiter(redis, "5/second")
     for _ in range(5):
         limiter.count("alice", None)
@@ -85,12 +85,12 @@ def test_a_key_may_have_so_many_jobs(
 
         (_, first), (status, _) = ask(alice), ask(alice)
         assert status == 202
-        # Running counts as well.
+        # Running jobs count as well.
         store.claim(first.removeprefix("/jobs/"), "w")
         assert ask(alice)[0] == 429
         assert [ask(bob)[0] for _ in range(2)] == [202, 429]
         assert ask(carl)[0] == 202
-        # What has ended counts no longer.
+        # Jobs that have ended do not count.
         (waiting,) = client.get("/jobs?state=queued", headers=alice).json()["jobs"]
         client.delete(f"/jobs/{waiting['id']}", headers=alice)
         assert ask(alice)[0] == 202

@@ -1,4 +1,4 @@
-"""Every endpoint with every kind of caller, against the table in `permissions.py`."""
+"""Test every endpoint with every kind of caller, against the table in `permission_table.py`."""
 
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -20,10 +20,10 @@ from tests.service.conftest import MakeJob, MakeKey
 
 
 def endpoints(settings: ServiceSettings) -> Iterator[str]:
-    """Every method and path of the application, as it routes them."""
+    """List every method and path of the application's routes."""
     for route in iter_route_contexts(create_app(settings).routes):
         methods = route.methods or {"ANY"}
-        # GET's own HEAD is no endpoint of its own.
+        # A HEAD that comes with a GET is not a separate endpoint.
         for method in methods - ({"HEAD"} if "GET" in methods else set()):
             yield f"{method} {route.path}"
 
@@ -45,7 +45,7 @@ def test_the_document_is_the_table() -> None:
 
 @pytest.fixture
 def keys_of(make_key: MakeKey, key_store: KeyStore) -> dict[str, dict[str, str]]:
-    """The headers each caller sends."""
+    """The headers that each caller sends."""
     keys = {
         "owner": make_key("owner"),
         "other user": make_key("other"),
@@ -79,7 +79,7 @@ def test_the_row_is_true(
     signer = LinkSigner(redis, None, 3600)
     theirs = make_job("other", video=True)
     for caller in CALLERS:
-        # A job for each: what one caller does must not change what the next one finds.
+        # A job for each caller: the request of one must not change the answer to the next.
         job = make_job("owner", video=row.finished)
         link = caller == "signed link"
         query = "?" + urlsplit(signer.sign(video_path(job.id))).query if link else ""

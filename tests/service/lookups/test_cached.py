@@ -1,4 +1,4 @@
-"""What many threads ask for is read once in a while, by one of them."""
+"""Test that a cached value is read by one thread at a time, and shared by the others."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from service.lookups.cached import CachedValue
 
 
 class Source:
-    """Counts how often it is read; reading waits for `open`."""
+    """A value that counts how often it is read; reading waits for `open`."""
 
     def __init__(self) -> None:
         self.reads = 0
@@ -26,28 +26,28 @@ class Source:
 
 def test_errors_are_passed_on_and_not_kept() -> None:
     source = Source()
-    remembered = CachedValue(source.read, kept_s=60)
+    cached = CachedValue(source.read, ttl_s=60)
     with pytest.raises(ConnectionError):
-        remembered.get()
-    assert remembered.fresh() is None
-    assert remembered.get() == remembered.get() == remembered.fresh() == 2
+        cached.get()
+    assert cached.fresh() is None
+    assert cached.get() == cached.get() == cached.fresh() == 2
     assert source.reads == 2
 
 
 def test_nothing_is_kept_for_no_time() -> None:
     source = Source()
     source.reads = 1
-    remembered = CachedValue(source.read, kept_s=0)
-    assert [remembered.get(), remembered.get()] == [2, 3]
-    assert remembered.fresh() is None
+    cached = CachedValue(source.read, ttl_s=0)
+    assert [cached.get(), cached.get()] == [2, 3]
+    assert cached.fresh() is None
 
 
 def test_what_is_not_worth_it_is_not_kept() -> None:
     source = Source()
     source.reads = 1
-    remembered = CachedValue(source.read, kept_s=60, worth_keeping=lambda value: value > 2)
-    assert [remembered.get(), remembered.get(), remembered.get()] == [2, 3, 3]
-    assert remembered.fresh() == 3
+    cached = CachedValue(source.read, ttl_s=60, worth_caching=lambda value: value > 2)
+    assert [cached.get(), cached.get(), cached.get()] == [2, 3, 3]
+    assert cached.fresh() == 3
 
 
 @pytest.mark.parametrize("reads_before", [0, 1])
@@ -55,9 +55,9 @@ def test_those_who_ask_meanwhile_get_what_the_reader_gets(reads_before: int) -> 
     source = Source()
     source.reads = reads_before
     source.open.clear()
-    remembered = CachedValue(source.read, kept_s=60)
+    cached = CachedValue(source.read, ttl_s=60)
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(remembered.get) for _ in range(8)]
+        asked = [pool.submit(cached.get) for _ in range(8)]
         source.open.set()
         outcomes = [each.exception(10) or each.result() for each in asked]
     if reads_before:

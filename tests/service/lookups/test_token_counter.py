@@ -1,4 +1,4 @@
-"""Prompts are counted in tokens before they are queued, with the tokenizer a worker published."""
+"""Test that the tokens of prompts are counted with the tokenizer that a worker has published."""
 
 import json
 import logging
@@ -13,8 +13,8 @@ from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer, queue_name
 from service.api.deps import AppState
 from service.app import create_app
-from service.lookups.token_counter import MOST_KEPT, TokenCounter
-from service.maintenance.tasks import chores
+from service.lookups.token_counter import MAX_TOKENIZERS, TokenCounter
+from service.maintenance.tasks import background_tasks
 from service.settings import ServiceSettings
 
 TOKENIZER = Path(__file__).parents[3] / "models" / "wan-mini" / "tokenizer" / "tokenizer.json"
@@ -43,7 +43,7 @@ def counting_worker(redis: Redis, offer: WorkerOffer, text: bytes) -> WorkerOffe
 def test_a_text_of_too_many_tokens_is_refused_and_nothing_queued(
     client: TestClient, redis: Redis, field: str
 ) -> None:
-    # 63 words and the closing token: as many as the text encoder takes.
+    # 63 words and the end-of-sequence token: as many as the text encoder takes.
     fits = {"prompt": "a circle", field: " ".join(["red"] * (BOUND - 1))}
     answer = client.post("/generate", json={**fits, field: fits[field] + " red"})
     assert answer.status_code == 422, answer.text
@@ -100,8 +100,8 @@ def test_a_prepared_tokenizer_waits_for_no_request(redis: Redis, text: bytes) ->
 
 @pytest.fixture
 def three(redis: Redis, text: bytes) -> list[str]:
-    """Names of as many tokenizers, one more than are kept, in Redis."""
-    texts = [text + b"\n" * n for n in range(MOST_KEPT + 1)]
+    """The names of three tokenizers in Redis, one more than are kept."""
+    texts = [text + b"\n" * n for n in range(MAX_TOKENIZERS + 1)]
     names = [catalog.tokenizer_fingerprint(each) for each in texts]
     for name, each in zip(names, texts, strict=True):
         catalog.publish_tokenizer(redis, name, each)
@@ -109,7 +109,7 @@ def three(redis: Redis, text: bytes) -> list[str]:
 
 
 def reads_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes the names of the tokenizers that are read from now on."""
+    """Record the names of the tokenizers that are read from now on."""
     reads: list[str] = []
     read = catalog.read_tokenizer
 
@@ -136,7 +136,7 @@ def test_what_had_to_go_is_not_prepared_again(
     counter = TokenCounter(redis)
     counter.prepare(three[:1])
     counter.prepare(three[:2])
-    assert counter.count(three[2], "red") == 2  # in the place of the first
+    assert counter.count(three[2], "red") == 2  # evicts the first
     reads = reads_of(monkeypatch)
     counter.prepare(three[:2])
     assert reads == []
@@ -147,7 +147,7 @@ def test_one_that_is_published_late_is_prepared_then(
 ) -> None:
     name, counter = catalog.tokenizer_fingerprint(text), TokenCounter(redis)
     counter.prepare([name])
-    assert not caplog.records, "said every few seconds, it would fill the log"
+    assert not caplog.records, "logged every few seconds, it would fill the log"
     catalog.publish_tokenizer(redis, name, text)
     counter.prepare([name])
     redis.delete(redis_keys.tokenizer(name))
@@ -156,13 +156,13 @@ def test_one_that_is_published_late_is_prepared_then(
 
 @pytest.mark.usefixtures("counting_worker")
 def test_a_service_prepares_those_of_live_offers(settings: ServiceSettings) -> None:
-    parts: AppState = create_app(settings).state.parts
-    (task,) = (task for task in chores(parts) if task.name == "tokenizers")
+    app_state: AppState = create_app(settings).state.app_state
+    (task,) = (task for task in background_tasks(app_state) if task.name == "tokenizers")
     task.work(threading.Event())
-    name = parts.catalog.get().offers[0].model.tokenizer
+    name = app_state.catalog.get().offers[0].model.tokenizer
     assert name is not None
-    parts.redis.delete(redis_keys.tokenizer(name))
-    assert parts.tokens.count(name, "red") == 2
+    app_state.redis.delete(redis_keys.tokenizer(name))
+    assert app_state.token_counter.count(name, "red") == 2
 
 
 def test_one_that_comes_late_is_found(redis: Redis, text: bytes) -> None:

@@ -1,4 +1,4 @@
-"""`python -m service retention` as a process."""
+"""Test `python -m service retention` as a process."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def test_deletes_at_once_and_says_what(
     file.write_bytes(b"mp4")
     video = Video(key=key, bytes=3, sha256="ab", width=96, height=96, num_frames=17, fps=8)
     store.succeed(attempt, video, TIMINGS)
-    # A command is asked for; that a process did it minutes ago is no answer.
+    # The command runs a round even if a process did so minutes ago.
     redis.set(redis_keys.RETENTION_DONE, "a moment ago")
 
     done = retention(**environment)

@@ -1,4 +1,4 @@
-"""What runs beside the requests: goes on after faults, says so once, and ends when told to."""
+"""Test the scheduler: tasks go on after errors, which are logged once, and end with the process."""
 
 import logging
 import threading
@@ -16,14 +16,14 @@ from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from service.app import create_app
-from service.maintenance.scheduler import Housekeeping, Task
+from service.maintenance.scheduler import Scheduler, Task
 from service.settings import ServiceSettings
 
 PATIENCE_S = 20.0
 
 
 class Faulty:
-    """Work whose next rounds raise the errors it is given, and which counts all its rounds."""
+    """Work that raises the given errors in its next rounds, and counts all its rounds."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -36,12 +36,12 @@ class Faulty:
 
 
 def run_rounds(work: Faulty, rounds: int) -> None:
-    housekeeping = Housekeeping([Task("sweeping", 0.01, work)])
-    housekeeping.start()
+    scheduler = Scheduler([Task("sweeping", 0.01, work)])
+    scheduler.start()
     try:
         wait_until(lambda: work.rounds >= rounds)
     finally:
-        housekeeping.stop()
+        scheduler.stop()
 
 
 def test_a_task_goes_on_after_any_fault(caplog: pytest.LogCaptureFixture):
@@ -70,10 +70,10 @@ def test_a_lasting_fault_is_logged_once(caplog: pytest.LogCaptureFixture):
 
 def test_a_failing_task_backs_off():
     work = Faulty(*(RedisConnectionError("away") for _ in range(1000)))
-    housekeeping = Housekeeping([Task("sweeping", 0.1, work)])
-    housekeeping.start()
+    scheduler = Scheduler([Task("sweeping", 0.1, work)])
+    scheduler.start()
     time.sleep(1.0)
-    housekeeping.stop()
+    scheduler.stop()
 
     # 0, 0.1, 0.3, 0.7 s, each a tenth off at most; without a back-off there are ten.
     assert 2 <= work.rounds <= 5
@@ -87,11 +87,11 @@ def test_stopping_waits_neither_for_the_next_round_nor_for_one_that_hangs():
         began.set()
         release.wait()
 
-    housekeeping = Housekeeping([Task("idle", 3600, Faulty()), Task("hanging", 3600, hang)])
-    housekeeping.start()
+    scheduler = Scheduler([Task("idle", 3600, Faulty()), Task("hanging", 3600, hang)])
+    scheduler.start()
     assert began.wait(PATIENCE_S)
     asked_at = time.monotonic()
-    housekeeping.stop()
+    scheduler.stop()
     assert time.monotonic() - asked_at < 5
     release.set()
 
@@ -103,9 +103,9 @@ def test_long_work_learns_that_the_process_ends():
         if ending.wait(PATIENCE_S):
             seen.set()
 
-    housekeeping = Housekeeping([Task("long", 3600, long)])
-    housekeeping.start()
-    housekeeping.stop()
+    scheduler = Scheduler([Task("long", 3600, long)])
+    scheduler.start()
+    scheduler.stop()
     assert seen.is_set()
 
 
@@ -128,5 +128,5 @@ def test_a_service_process_puts_abandoned_jobs_back(
 
 def test_the_tasks_end_with_the_application(settings: ServiceSettings):
     with TestClient(create_app(settings)):
-        assert any(thread.name == "housekeeping-recovery" for thread in threading.enumerate())
-    assert not any(thread.name.startswith("housekeeping-") for thread in threading.enumerate())
+        assert any(thread.name == "scheduler-recovery" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("scheduler-") for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""What is turned away before a route sees it, and what every answer carries."""
+"""Test the checks of Host and Origin, the body limit, and the headers of every answer."""
 
 import pytest
 from fastapi.testclient import TestClient
@@ -193,5 +193,5 @@ def test_redis_away_is_the_same_503_with_keys(settings: ServiceSettings, unused_
         assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
         link = client.get("/jobs/a/video.mp4?expires=1&signature=0")
         assert (link.status_code, link.json()["code"]) == (503, "store_unavailable")
-        # Who shows no key is turned away without a question to Redis.
+        # A request without a key is refused without reading Redis.
         assert client.get("/jobs").status_code == 401

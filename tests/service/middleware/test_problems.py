@@ -1,4 +1,4 @@
-"""Every error has a place in the table, and every answer is a problem document."""
+"""Test that every error is in the table, and that every error answer is a problem document."""
 
 import logging
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ def test_unexpected_error_is_logged_and_hidden(
 
     @app.get("/broken")
     def broken() -> None:
-        raise RuntimeError("the secret of the house")
+        raise RuntimeError("the secret of the service")
 
     with TestClient(app, raise_server_exceptions=False) as client, caplog.at_level(logging.ERROR):
         answer = client.get("/broken")
@@ -90,7 +90,7 @@ def test_unexpected_error_is_logged_and_hidden(
     assert "secret" not in answer.text
     reference = problem["detail"].split()[-1].rstrip(".")
     assert reference in caplog.text
-    assert "the secret of the house" in caplog.text
+    assert "the secret of the service" in caplog.text
 
 
 @pytest.mark.parametrize(

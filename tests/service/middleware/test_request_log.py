@@ -1,4 +1,4 @@
-"""The service's log as an operator reads it: every request, named, timed, and without secrets."""
+"""Test the service's log: every request with its id and duration, and without secrets."""
 
 import json
 import re
@@ -18,7 +18,7 @@ UNKNOWN = "01a2039b8ee84d074d36452736a1b6c7"
 
 @pytest.fixture
 def lines(redis_url: str, tmp_path: Path, live_worker: WorkerOffer) -> list[dict[str, Any]]:
-    """What a service wrote while it was asked this and that, as JSON."""
+    """The log of a service that handled the requests of `ask`, as JSON."""
     environment = {
         "REDIS_URL": redis_url,
         "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),

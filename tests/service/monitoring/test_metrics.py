@@ -1,4 +1,4 @@
-"""`/metrics`: right numbers, whichever process is asked, in a form that Prometheus reads."""
+"""Test `/metrics`: correct numbers from every process, in a format that Prometheus parses."""
 
 import re
 import time
@@ -26,7 +26,7 @@ from jobs.store.job_store import JobStore
 from jobs.store.submission import Submission
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
-from service.auth.gate import REMEMBERED_S
+from service.auth.gate import KEY_CACHED_S
 from service.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,7 +47,7 @@ class Shown:
         self.families: dict[str, Metric] = {each.name: each for each in parse_text(answer.text)}
 
     def value(self, sample: str, **labels: str) -> float:
-        """The one sample that has at least these labels."""
+        """Return the one sample that has at least these labels."""
         found = self.find(sample, **labels)
         assert len(found) == 1, f"{len(found)} samples of {sample} with {labels}"
         return next(iter(found.values()))
@@ -72,7 +72,7 @@ def history(
     live_worker: WorkerOffer,
     request_for_video: GenerationRequest,
 ) -> None:
-    """One job that succeeded, one that failed after a lost attempt, one cancelled, two waiting."""
+    """Five jobs: succeeded, failed after a lost attempt, cancelled, and two queued."""
     queue = live_worker.queue
 
     def taken() -> str:
@@ -90,7 +90,9 @@ def history(
     store.cancel(store.create(request_for_video, queue, webhook).job.id)
     for _ in range(2):
         store.create(request_for_video, queue)
-    durations.measure(redis, request_for_video, Durations(step_s=0.25, rest_s=1.0, texts_s=0.5))
+    durations.measure(
+        redis, request_for_video, Durations(step_s=0.25, rest_s=1.0, text_encoding_s=0.5)
+    )
     catalog.publish_status(
         redis,
         WorkerStatus(
@@ -214,7 +216,7 @@ def test_what_another_version_counted_is_passed_over(client: TestClient, redis: 
     redis.hset(
         redis_keys.METRICS, mapping={"created|a": 1, "ended|a|b": 1, "wait|a": 1, "new|x": 1}
     )
-    redis.hset(redis_keys.PACE, "a|b", "1 2")
+    redis.hset(redis_keys.DURATIONS, "a|b", "1 2")
     shown = Shown(client)
     assert shown.find("wan_jobs_created_total") == {}
     assert shown.find("wan_step_seconds") == {}
@@ -239,7 +241,7 @@ def test_every_process_shows_the_same_jobs_and_its_own_requests(
     assert in_other.find("wan_http_requests_total", **healthz) == {}
 
 
-def test_requests_are_told_apart_by_route_and_never_by_path(
+def test_requests_are_counted_by_route_and_never_by_path(
     client: TestClient, store: JobStore, request_for_video: GenerationRequest
 ) -> None:
     job = store.create(request_for_video, "q").job
@@ -336,8 +338,8 @@ def test_without_redis_they_say_so(
         assert scraped.value("wan_redis_up") == 0
         assert scraped.value("wan_http_requests_total", route="/metrics") == 1
         assert scraped.find("wan_jobs") == {}
-        for stranger in ({}, {"Authorization": "Bearer wan_0123"}):
-            assert set(Shown(client, **stranger).families) == {"wan_redis_up"}
+        for unknown in ({}, {"Authorization": "Bearer wan_0123"}):
+            assert set(Shown(client, **unknown).families) == {"wan_redis_up"}
 
 
 def test_who_read_without_a_key_is_a_stranger_once_keys_are_needed(
@@ -351,7 +353,7 @@ def test_who_read_without_a_key_is_a_stranger_once_keys_are_needed(
         assert Shown(client).value("wan_redis_up") == 1
         with Redis.from_url(url.get_secret_value()) as redis:
             _, ops = KeyStore(redis).add("prometheus", Role.OPS)
-        time.sleep(REMEMBERED_S + 0.1)
+        time.sleep(KEY_CACHED_S + 0.1)
         assert client.get("/jobs", headers={"Authorization": f"Bearer {ops}"}).status_code == 200
         own_valkey.stop()
         assert set(Shown(client).families) == {"wan_redis_up"}
@@ -366,7 +368,7 @@ def test_an_open_service_shows_its_own_metrics_without_redis(
     with TestClient(create_app(settings.model_copy(update={"redis_url": url}))) as client:
         assert Shown(client).value("wan_redis_up") == 1
         own_valkey.stop()
-        time.sleep(REMEMBERED_S + 0.1)
+        time.sleep(KEY_CACHED_S + 0.1)
         shown = Shown(client)
         assert shown.value("wan_redis_up") == 0
         assert shown.value("wan_http_requests_total", route="/metrics") == 1
@@ -375,8 +377,8 @@ def test_an_open_service_shows_its_own_metrics_without_redis(
 def test_what_another_version_left_is_passed_over(
     client: TestClient, redis: Redis, history: None, request_for_video: GenerationRequest
 ) -> None:
-    redis.hset(redis_keys.PACE, "a|b|c|d|e", "1")
-    redis.hset(redis_keys.PACE, durations.shape(request_for_video), "1")
+    redis.hset(redis_keys.DURATIONS, "a|b|c|d|e", "1")
+    redis.hset(redis_keys.DURATIONS, durations.shape(request_for_video), "1")
     assert client.post("/generate", json={"prompt": "a"}).status_code == 202
     redis.hset(redis_keys.METRICS, "created|m|bf16|96x96|17|1", "many")
     redis.hset(redis_keys.METRICS, b"\xff", "1")

@@ -1,4 +1,4 @@
-"""Signed video links: what opens a video without a key, and what does not."""
+"""Test signed video links: which give access to a video without a key, and which do not."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TTL_S = 3600
 
 @pytest.fixture
 def signer(redis: Redis) -> LinkSigner:
-    """Signs as the service over the same Redis does."""
+    """A signer with the secret of the service over the same Redis."""
     return LinkSigner(redis, None, TTL_S)
 
 
@@ -32,7 +32,7 @@ def alice(make_key: MakeKey) -> dict[str, str]:
 
 @pytest.fixture
 def link(client: TestClient, alice: dict[str, str], make_job: MakeJob) -> str:
-    """Path and query of a link, as the job's JSON gives it."""
+    """The path and query of the link in a job's JSON."""
     job = make_job("alice", video=True)
     url = client.get(f"/jobs/{job.id}", headers=alice).json()["video"]["url"]
     return str(url).removeprefix("http://testserver")

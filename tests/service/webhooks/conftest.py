@@ -1,4 +1,4 @@
-"""Fixtures of webhooks: a receiver, an office with short pauses, and couriers at work."""
+"""Define fixtures of webhooks: a receiver, deliveries with short pauses, a running dispatcher."""
 
 import base64
 import threading
@@ -14,11 +14,10 @@ from jobs.record import JobRecord
 from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox, WebhookStatus
 from service.app import create_app
-from service.maintenance.tasks import office as build_office
+from service.maintenance import tasks
 from service.settings import ServiceSettings
-from service.webhooks.delivery import Deliveries, DeliveryContext
+from service.webhooks.delivery import Deliveries, DeliveryContext, Schedule
 from service.webhooks.dispatcher import Dispatcher
-from service.webhooks.retry import Schedule
 from service.webhooks.sender import Sender, TimeLimits, tls_context
 from tests.service.conftest import MakeJob
 from tests.support.webhook_receiver import Receiver
@@ -39,7 +38,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def hook(receiver: Receiver) -> str:
-    """The address of the receiver, by a name that only our resolver knows."""
+    """The URL of the receiver, by a name that only the tests' resolver knows."""
     return f"http://{HOST}:{receiver.port}/done"
 
 
@@ -60,22 +59,22 @@ async def resolve_to_loopback(host: str, port: int) -> Sequence[str]:
 
 
 @pytest.fixture
-def office(webhook_settings: ServiceSettings) -> DeliveryContext:
-    """What the service builds, but for the pauses and the names of hosts."""
+def delivery_context(webhook_settings: ServiceSettings) -> DeliveryContext:
+    """What the service builds, except for shorter pauses and the tests' resolver."""
     limits = TimeLimits(connect_s=2, total_s=2, rest_s=0.5)
     return replace(
-        build_office(create_app(webhook_settings).state.parts),
+        tasks.delivery_context(create_app(webhook_settings).state.app_state),
         schedule=Schedule(pauses_s=(0.1, 0.1, 0.1)),
         sender=Sender(tls_context(), private=True, limits=limits, resolve=resolve_to_loopback),
     )
 
 
 @contextmanager
-def working(office: DeliveryContext) -> Iterator[None]:
-    """Run a courier for the length of the block; its faults are the test's."""
+def delivering(delivery_context: DeliveryContext) -> Iterator[None]:
+    """Run a dispatcher for the length of the block; its errors fail the test."""
     ending = threading.Event()
-    courier = Dispatcher(office.outbox, Deliveries(office).deliver)
-    thread = threading.Thread(target=courier.run, args=(ending,))
+    dispatcher = Dispatcher(delivery_context.outbox, Deliveries(delivery_context).deliver)
+    thread = threading.Thread(target=dispatcher.run, args=(ending,))
     thread.start()
     try:
         yield
@@ -87,13 +86,13 @@ def working(office: DeliveryContext) -> Iterator[None]:
 
 @pytest.fixture
 def make_ended(make_job: MakeJob, store: JobStore, hook: str) -> MakeEnded:
-    """Makes a cancelled job whose webhook is due."""
+    """Make a cancelled job whose webhook is due."""
     return lambda url=hook: store.cancel(make_job(webhook_url=url).id)
 
 
 @pytest.fixture
 def status(redis: Redis) -> Status:
-    """Reads how far a job's webhook is."""
+    """Read the status of a job's webhook."""
 
     def status(job: JobRecord) -> WebhookStatus:
         found = Outbox(redis).status(job)

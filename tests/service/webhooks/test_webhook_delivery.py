@@ -1,4 +1,4 @@
-"""From the end of a job to its receiver: real couriers, a real Valkey, real sockets."""
+"""Test deliveries from the end of a job to its receiver, with a real Valkey and real sockets."""
 
 import json
 import logging
@@ -20,9 +20,8 @@ from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox, WebhookState
 from service.app import create_app
 from service.settings import ServiceSettings
-from service.webhooks.delivery import MOST_PER_HOST, Deliveries, DeliveryContext
-from service.webhooks.dispatcher import MOST_UNDER_WAY, Dispatcher
-from service.webhooks.retry import Schedule
+from service.webhooks.delivery import MAX_CALLS_PER_HOST, Deliveries, DeliveryContext, Schedule
+from service.webhooks.dispatcher import MAX_CALLS, Dispatcher
 from service.webhooks.sender import Sender, tls_context
 from service.webhooks.url_rules import WebhookRules
 from tests.service.conftest import VIDEO_BYTES, MakeJob
@@ -31,8 +30,8 @@ from tests.service.webhooks.conftest import (
     SECRET,
     MakeEnded,
     Status,
+    delivering,
     resolve_to_loopback,
-    working,
 )
 from tests.support.webhook_receiver import Call, Receiver, hold, in_turn
 from tests.support.webhook_receiver import status as answered
@@ -43,7 +42,7 @@ def webhook_id(call: Call) -> str:
 
 
 def test_delivered_once_and_verified(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     hook: str,
     make_job: MakeJob,
@@ -52,17 +51,17 @@ def test_delivered_once_and_verified(
     job = make_job(video=True, webhook_url=hook)
     client = TestClient(create_app(webhook_settings))
     before = client.get(f"/jobs/{job.id}").json()
-    with working(office):
+    with delivering(delivery_context):
         receiver.wait()
         wait_until(lambda: client.get(f"/jobs/{job.id}").json()["webhook"]["state"] == "delivered")
     (call,) = receiver.calls
     assert webhook_id(call) == f"msg_{job.id}"
     assert call.headers["content-type"] == "application/json"
     for secret in (SECRET, NEXT_SECRET):
-        told = Webhook(secret).verify(call.body, dict(call.headers))
-    assert told["type"] == "job.succeeded"
-    assert told["timestamp"] == before["finished_at"]
-    data = told["data"]
+        message = Webhook(secret).verify(call.body, dict(call.headers))
+    assert message["type"] == "job.succeeded"
+    assert message["timestamp"] == before["finished_at"]
+    data = message["data"]
     assert data["webhook"] == before["webhook"]
     # The link holds a time, which may have moved on.
     assert {**data, "video": {**data["video"], "url": ""}} == {
@@ -83,12 +82,12 @@ def test_delivered_once_and_verified(
 
 
 def test_what_was_changed_on_the_way_does_not_verify(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
 ) -> None:
     make_ended()
-    with working(office):
+    with delivering(delivery_context):
         receiver.wait()
     (call,) = receiver.calls
     headers = dict(call.headers)
@@ -102,32 +101,36 @@ def test_what_was_changed_on_the_way_does_not_verify(
             Webhook(SECRET).verify(body, changed)
 
 
-def test_a_failure_is_told_of(
-    office: DeliveryContext, receiver: Receiver, hook: str, make_job: MakeJob, store: JobStore
+def test_a_failed_job_is_delivered(
+    delivery_context: DeliveryContext,
+    receiver: Receiver,
+    hook: str,
+    make_job: MakeJob,
+    store: JobStore,
 ) -> None:
     job = make_job(webhook_url=hook)
     failure = Failure(code="out_of_device_memory", detail="It did not fit.")
     store.fail(store.claim(job.id, "w"), failure)
-    with working(office):
+    with delivering(delivery_context):
         receiver.wait()
-    told = json.loads(receiver.calls[0].body)
-    assert told["type"] == "job.failed"
-    assert told["data"]["failure"] == failure.model_dump()
-    assert told["data"]["video"] is None
+    message = json.loads(receiver.calls[0].body)
+    assert message["type"] == "job.failed"
+    assert message["data"]["failure"] == failure.model_dump()
+    assert message["data"]["video"] is None
 
 
-def test_a_receiver_that_was_down_is_told_later(
-    office: DeliveryContext,
+def test_a_receiver_that_was_down_is_called_later(
+    delivery_context: DeliveryContext,
     status: Status,
     make_ended: MakeEnded,
     unused_port: int,
 ) -> None:
     url = f"http://hooks.example.com:{unused_port}/"
-    rules = WebhookRules((replace(office.rules.hosts[0], port=unused_port),), http=True)
-    patient = replace(office, rules=rules, schedule=Schedule(pauses_s=(0.2,) * 100))
+    rules = WebhookRules((replace(delivery_context.rules.hosts[0], port=unused_port),), http=True)
+    patient = replace(delivery_context, rules=rules, schedule=Schedule(pauses_s=(0.2,) * 100))
     job = make_ended(url)
     late = Receiver()
-    with working(patient):
+    with delivering(patient):
         wait_until(lambda: status(job).tries >= 2)
         assert status(job).state is WebhookState.PENDING
         assert status(job).last_error == "no connection"
@@ -140,7 +143,7 @@ def test_a_receiver_that_was_down_is_told_later(
 
 
 def test_errors_are_repeated_with_the_same_id(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -148,7 +151,7 @@ def test_errors_are_repeated_with_the_same_id(
 ) -> None:
     receiver.answer = in_turn(500, 503, 204)
     job = make_ended()
-    with working(office):
+    with delivering(delivery_context):
         receiver.wait(3)
         wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert {webhook_id(call) for call in receiver.calls} == {f"msg_{job.id}"}
@@ -167,7 +170,7 @@ def test_errors_are_repeated_with_the_same_id(
 
 @pytest.mark.parametrize(("code", "tries"), [(500, 4), (307, 4), (404, 4), (410, 1)])
 def test_given_up_in_the_end(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -176,34 +179,34 @@ def test_given_up_in_the_end(
 ) -> None:
     receiver.answer = answered(code, Location=f"http://127.0.0.1:{receiver.port}/trap")
     job = make_ended()
-    with working(office):
+    with delivering(delivery_context):
         wait_until(lambda: status(job).state is WebhookState.GIVEN_UP)
     assert (status(job).tries, status(job).last_status) == (tries, code)
     assert [call.path for call in receiver.calls] == ["/done"] * tries
 
 
 def test_an_allowed_name_that_leads_inside_is_not_called(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
 ) -> None:
     strict = Sender(tls_context(), private=False, resolve=resolve_to_loopback)
     job = make_ended()
-    with working(replace(office, sender=strict)):
+    with delivering(replace(delivery_context, sender=strict)):
         wait_until(lambda: status(job).state is WebhookState.GIVEN_UP)
     assert receiver.calls == []
     assert status(job).last_error == "the host has an address which may not be called"
 
 
 def test_what_is_no_longer_allowed_is_given_up_at_once(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
 ) -> None:
     job = make_ended()
-    with working(replace(office, rules=replace(office.rules, http=False))):
+    with delivering(replace(delivery_context, rules=replace(delivery_context.rules, http=False))):
         wait_until(lambda: status(job).state is WebhookState.GIVEN_UP)
     assert receiver.calls == []
     assert status(job).tries == 1
@@ -211,7 +214,7 @@ def test_what_is_no_longer_allowed_is_given_up_at_once(
 
 
 def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
@@ -219,7 +222,7 @@ def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
 ) -> None:
     odd, sound = make_ended(), make_ended()
     redis.hset(redis_keys.record(odd.id), "from_the_future", "1")
-    with working(office):
+    with delivering(delivery_context):
         wait_until(lambda: status(odd).tries >= 1)
         assert status(odd).state is WebhookState.PENDING
         wait_until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
@@ -230,7 +233,7 @@ def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
 
 
 def test_deleted_jobs_are_dropped(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     hook: str,
     make_job: MakeJob,
@@ -244,13 +247,13 @@ def test_deleted_jobs_are_dropped(
     redis.zadd(redis_keys.WEBHOOKS_DUE, {"nobody": 1, deleted.id: 2})
     redis.delete(redis_keys.record(deleted.id))
     assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 3
-    with working(office):
+    with delivering(delivery_context):
         wait_until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     assert receiver.calls == []
 
 
 def test_a_slow_host_leaves_room_for_others(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
 ) -> None:
@@ -258,23 +261,23 @@ def test_a_slow_host_leaves_room_for_others(
     slow = Receiver()
     slow.answer = hold(slow)
     with slow.listening(port=0):
-        host = replace(office.rules.hosts[0], host="slow.example.com", port=slow.port)
-        rules = replace(office.rules, hosts=(*office.rules.hosts, host))
-        for _ in range(MOST_UNDER_WAY + 10):
+        host = replace(delivery_context.rules.hosts[0], host="slow.example.com", port=slow.port)
+        rules = replace(delivery_context.rules, hosts=(*delivery_context.rules.hosts, host))
+        for _ in range(MAX_CALLS + 10):
             url = f"http://slow.example.com:{slow.port}/"
             make_ended(url)
         quick = [make_ended() for _ in range(3)]
         patient = Sender(tls_context(), private=True, resolve=resolve_to_loopback)
-        with working(replace(office, rules=rules, sender=patient)):
+        with delivering(replace(delivery_context, rules=rules, sender=patient)):
             slow.wait()
             # Each call of the slow host takes 10 s; these have to be through long before.
             receiver.wait(3, timeout=8)
-            assert len(slow.calls) == MOST_PER_HOST
+            assert len(slow.calls) == MAX_CALLS_PER_HOST
     assert sorted(map(webhook_id, receiver.calls)) == sorted(f"msg_{job.id}" for job in quick)
 
 
 def test_processes_share_the_work(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     redis: Redis,
@@ -282,43 +285,43 @@ def test_processes_share_the_work(
     jobs = [make_ended() for _ in range(60)]
     with ExitStack() as stack:
         for _ in range(3):
-            stack.enter_context(working(office))
+            stack.enter_context(delivering(delivery_context))
         receiver.wait(len(jobs), timeout=60)
         wait_until(lambda: redis.zcard(redis_keys.WEBHOOKS_DUE) == 0)
     assert sorted(map(webhook_id, receiver.calls)) == sorted(f"msg_{job.id}" for job in jobs)
 
 
 def test_a_call_in_hand_at_the_end_is_given_back(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
 ) -> None:
     receiver.answer = hold(receiver)
     job = make_ended()
-    with working(office):
+    with delivering(delivery_context):
         receiver.wait()
     assert status(job).tries == 0
     receiver.answer = in_turn(204)
-    with working(office):
+    with delivering(delivery_context):
         # Long before the lease would have run out.
         receiver.wait(timeout=20)
         wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert len(receiver.calls) == 2
 
 
-def test_redis_away_is_for_the_housekeeper_to_see(
-    office: DeliveryContext, unused_port: int
-) -> None:
+def test_redis_errors_end_the_run(delivery_context: DeliveryContext, unused_port: int) -> None:
     with connect(f"redis://127.0.0.1:{unused_port}/0") as nobody:
         outbox = Outbox(nobody)
-        courier = Dispatcher(outbox, Deliveries(replace(office, outbox=outbox)).deliver)
+        dispatcher = Dispatcher(
+            outbox, Deliveries(replace(delivery_context, outbox=outbox)).deliver
+        )
         with pytest.raises(RedisError):
-            courier.run(threading.Event())
+            dispatcher.run(threading.Event())
 
 
 def test_addresses_are_not_logged(
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     hook: str,
@@ -329,7 +332,7 @@ def test_addresses_are_not_logged(
     caplog.set_level(logging.DEBUG, logger="service")
     receiver.answer = in_turn(500, 204)
     job = make_ended(f"{hook}?token=hidden")
-    with working(office):
+    with delivering(delivery_context):
         wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert job.id in caplog.text
     assert "hidden" not in caplog.text

@@ -1,4 +1,4 @@
-"""The receiver in docs/webhooks.md does what the page says."""
+"""Test that the receiver in docs/webhooks.md does what the page says."""
 
 import os
 import re
@@ -9,24 +9,29 @@ from pathlib import Path
 
 from deploy.local.waiting import wait_until
 from jobs.store.webhook_outbox import WebhookState
-from service.webhooks.delivery import DeliveryContext
+from service.webhooks.delivery import DeliveryContext, Schedule
 from service.webhooks.message import Signer
-from service.webhooks.retry import Schedule
 from service.webhooks.url_rules import HostRule
-from tests.service.webhooks.conftest import HOST, SECRET, MakeEnded, Status, working
+from tests.service.webhooks.conftest import HOST, SECRET, MakeEnded, Status, delivering
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "webhooks.md"
 
 
 def test_the_example_receives(
-    office: DeliveryContext, make_ended: MakeEnded, status: Status, unused_port: int, tmp_path: Path
+    delivery_context: DeliveryContext,
+    make_ended: MakeEnded,
+    status: Status,
+    unused_port: int,
+    tmp_path: Path,
 ) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "receiver.py").write_text(example)
-    rules = replace(office.rules, hosts=(HostRule(HOST, port=unused_port),))
-    # It may not listen yet when it is called first.
-    office = replace(office, rules=rules, schedule=Schedule(pauses_s=(0.2,) * 100))
-    forger = replace(office, signer=Signer(["whsec_" + "Zm9yZ2Vy" * 5]))
+    rules = replace(delivery_context.rules, hosts=(HostRule(HOST, port=unused_port),))
+    # The receiver may not listen yet at the first call, so the pauses are short and many.
+    delivery_context = replace(
+        delivery_context, rules=rules, schedule=Schedule(pauses_s=(0.2,) * 100)
+    )
+    forger = replace(delivery_context, signer=Signer(["whsec_" + "Zm9yZ2Vy" * 5]))
     with subprocess.Popen(
         [sys.executable, "receiver.py", str(unused_port)],
         cwd=tmp_path,
@@ -37,9 +42,9 @@ def test_the_example_receives(
     ) as example_process:
         try:
             job = make_ended(f"http://{HOST}:{unused_port}/wan")
-            with working(forger):
+            with delivering(forger):
                 wait_until(lambda: status(job).last_status == 401)
-            with working(office):
+            with delivering(delivery_context):
                 wait_until(lambda: status(job).state is WebhookState.DELIVERED)
         finally:
             example_process.terminate()

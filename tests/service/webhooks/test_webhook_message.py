@@ -1,4 +1,4 @@
-"""The signature, by the specification's own example."""
+"""Test the signature with the specification's own example."""
 
 from datetime import UTC, datetime
 

@@ -1,4 +1,4 @@
-"""Webhooks with the service as a process: it delivers, and nothing is lost when it is killed."""
+"""Test webhooks with the service as a process: nothing is lost when it is killed."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from jobs import redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.store.webhook_outbox import WebhookState
 from service.webhooks.delivery import DeliveryContext
-from tests.service.webhooks.conftest import SECRET, MakeEnded, Status, working
+from tests.service.webhooks.conftest import SECRET, MakeEnded, Status, delivering
 from tests.support.http_service import address, service
 from tests.support.webhook_receiver import Receiver
 
@@ -55,9 +55,9 @@ def test_from_the_request_to_the_receiver(
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     (call,) = receiver.calls
-    told = Webhook(SECRET).verify(call.body, dict(call.headers))
-    assert (told["type"], call.path) == ("job.cancelled", "/done?token=hidden")
-    assert told["data"]["request"]["prompt"] == "private"
+    message = Webhook(SECRET).verify(call.body, dict(call.headers))
+    assert (message["type"], call.path) == ("job.cancelled", "/done?token=hidden")
+    assert message["data"]["request"]["prompt"] == "private"
     for secret in ("private", "hidden", SECRET):
         assert secret not in log
     assert "Traceback" not in log
@@ -65,14 +65,14 @@ def test_from_the_request_to_the_receiver(
 
 def test_what_a_killed_process_had_in_hand_is_delivered_by_another(
     environment: dict[str, str],
-    office: DeliveryContext,
+    delivery_context: DeliveryContext,
     receiver: Receiver,
     make_ended: MakeEnded,
     status: Status,
     redis: Redis,
 ) -> None:
     job = make_ended()
-    command = [sys.executable, "-m", "tests.service.webhooks.stuck_courier", str(LEASE_S)]
+    command = [sys.executable, "-m", "tests.service.webhooks.stuck_dispatcher", str(LEASE_S)]
     with subprocess.Popen(
         command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
     ) as stuck:
@@ -81,9 +81,9 @@ def test_what_a_killed_process_had_in_hand_is_delivered_by_another(
         stuck.kill()
         assert stuck.wait(20) == -signal.SIGKILL
     assert receiver.calls == []
-    # Still in the outbox, and nobody else's until the lease has run out.
+    # Still in the outbox, and not leased by others until the lease has run out.
     assert redis.zcard(redis_keys.WEBHOOKS_DUE) == 1
-    with working(office):
+    with delivering(delivery_context):
         receiver.wait()
         wait_until(lambda: status(job).state is WebhookState.DELIVERED)
     assert [call.headers["webhook-id"] for call in receiver.calls] == [f"msg_{job.id}"]

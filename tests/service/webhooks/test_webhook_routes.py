@@ -1,4 +1,4 @@
-"""`webhook_url` in a request, and what its job shows of it."""
+"""Test `webhook_url` in a request, and what its job shows of the webhook."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PENDING = {"tries": 0, "last_status": None, "last_error": None, "delivered_at": 
 
 @pytest.fixture
 def allowing(webhook_settings: ServiceSettings, live_worker: WorkerOffer) -> TestClient:
-    """The service with a host that may be called; nobody delivers, so nothing changes by itself."""
+    """The service with a host that may be called; no dispatcher runs, so no status changes."""
     return TestClient(create_app(webhook_settings))
 
 

@@ -1,4 +1,4 @@
-"""When a call is repeated, and when not."""
+"""Test when a call is repeated, and when not."""
 
 import time
 from email.utils import formatdate
@@ -6,7 +6,7 @@ from email.utils import formatdate
 import pytest
 
 from jobs.store.webhook_outbox import Outcome
-from service.webhooks.retry import Schedule
+from service.webhooks.delivery import Schedule
 from service.webhooks.sender import Answer
 
 EXACT = Schedule(jitter=0)

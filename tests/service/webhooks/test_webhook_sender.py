@@ -1,4 +1,4 @@
-"""One call over real sockets: where it goes, how long it takes, and what is believed."""
+"""Test calls over real sockets: where they go, how long they take, which certificates they need."""
 
 import asyncio
 import ssl
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from service.webhooks.ip_rules import Resolve
 from service.webhooks.sender import Answer, Sender, TimeLimits, tls_context
-from service.webhooks.url_rules import HostRule, Target, WebhookRules
+from service.webhooks.url_rules import HostRule, Resolve, Target, WebhookRules
 from tests.conftest import free_port
 from tests.support.certificates import Authority
 from tests.support.webhook_receiver import Receiver, hold, status
@@ -22,7 +21,7 @@ QUICK = TimeLimits(connect_s=1, total_s=1, rest_s=0.5)
 
 
 def names(*answers: Sequence[str]) -> tuple[Resolve, list[str]]:
-    """A resolver that gives one answer after the other, and the names it was asked for."""
+    """A resolver that returns one answer after the other, and the list of names it resolved."""
     asked: list[str] = []
 
     async def resolve(host: str, _: int) -> Sequence[str]:
@@ -76,21 +75,21 @@ def test_a_name_that_leads_inside_is_not_called(
     assert answer.status is None
     assert answer.error == "the host has an address which may not be called"
     assert receiver.calls == []
-    # Where it leads is for the operators, not for whoever asked.
+    # The IP address is logged for the operators, but not shown to the caller.
     assert "127.0.0.1" in caplog.text
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(receiver: Receiver) -> None:
-    trap = Receiver()
-    with trap.listening("127.0.0.3", receiver.port):
+    other = Receiver()
+    with other.listening("127.0.0.3", receiver.port):
         resolve, asked = names(["127.0.0.1"], ["127.0.0.3"])
         assert post(sender(resolve), f"http://{NAME}:{receiver.port}/").status == 204
         assert asked == [NAME]
-        assert trap.calls == []
+        assert other.calls == []
         assert len(receiver.calls) == 1
-        # The trap does work: the next call, a look-up of its own, walks into it.
+        # The second receiver works: the next call resolves the name again, and goes there.
         assert post(sender(resolve), f"http://{NAME}:{receiver.port}/").status == 204
-        assert (len(receiver.calls), len(trap.calls)) == (1, 1)
+        assert (len(receiver.calls), len(other.calls)) == (1, 1)
 
 
 def test_proxies_of_the_environment_are_not_used(
@@ -106,12 +105,12 @@ def test_proxies_of_the_environment_are_not_used(
 
 
 def test_redirects_are_not_followed(receiver: Receiver) -> None:
-    trap = Receiver()
-    with trap.listening():
-        receiver.answer = status(307, Location=f"http://127.0.0.1:{trap.port}/")
+    other = Receiver()
+    with other.listening():
+        receiver.answer = status(307, Location=f"http://127.0.0.1:{other.port}/")
         resolve, _ = names(["127.0.0.1"])
         assert post(sender(resolve), f"http://{NAME}:{receiver.port}/").status == 307
-    assert trap.calls == []
+    assert other.calls == []
 
 
 def test_the_next_address_is_tried_where_nobody_listens(receiver: Receiver) -> None:
@@ -176,7 +175,7 @@ def test_of_a_huge_answer_little_is_read(receiver: Receiver) -> None:
     resolve, _ = names(["127.0.0.1"])
     assert post(sender(resolve), f"http://{NAME}:{receiver.port}/") == Answer(200)
     assert broken.wait(20), "the connection is closed while the receiver still sends"
-    # What the kernels' buffers hold at most, and not 10 GB.
+    # At most what the kernel's buffers hold, and not 10 GB.
     assert sent < 64 << 20
 
 
@@ -236,13 +235,13 @@ def test_the_certificate_is_checked_for_the_name(
         assert post(trusts, f"https://{NAME}:{receiver.port}/") == Answer(204)
         other = post(trusts, f"https://other.example.com:{receiver.port}/")
         address = post(trusts, f"https://127.0.0.1:{receiver.port}/")
-        stranger = post(sender(resolve), f"https://{NAME}:{receiver.port}/")
+        untrusted = post(sender(resolve), f"https://{NAME}:{receiver.port}/")
     assert other.error is not None
     assert "not valid for 'other.example.com'" in other.error
     assert address.error is not None
     assert "not valid for '127.0.0.1'" in address.error
-    assert stranger.error is not None
-    assert stranger.error.startswith("no trusted connection")
+    assert untrusted.error is not None
+    assert untrusted.error.startswith("no trusted connection")
     assert len(receiver.calls) == 1
 
 

@@ -1,4 +1,4 @@
-"""What webhooks need in the environment, and what stops the start."""
+"""Test the settings of webhooks, and which of them prevent the start."""
 
 import base64
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
-from service.server import sentences
+from service.server import describe_errors
 from service.settings import ServiceSettings
 from service.webhooks.settings import SECRET_BYTES
 
@@ -19,7 +19,7 @@ def secret(size: int = 32) -> str:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Read:
-    """Reads the settings from an environment with these variables."""
+    """Read the settings from an environment with these variables."""
 
     def read(**variables: str) -> ServiceSettings:
         for name, value in {"ARTIFACTS_URL": "file:///x", **variables}.items():
@@ -74,7 +74,7 @@ def test_what_is_missing_or_wrong_is_named(
         read(**variables)
     found = {error["loc"]: error["msg"] for error in refused.value.errors()}
     assert reason in found[where]
-    assert reason in sentences(refused.value)
+    assert reason in describe_errors(refused.value)
 
 
 @pytest.mark.parametrize(

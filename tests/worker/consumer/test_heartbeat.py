@@ -1,4 +1,4 @@
-"""The standing offer: in the catalog while the worker lives, whatever happens to Redis's data."""
+"""Test that the offer is in the catalog while the worker lives, even if Redis loses its data."""
 
 from redis import Redis
 
@@ -21,7 +21,7 @@ def test_offer_tokenizer_and_status_come_back_after_redis_lost_its_data(
     name = catalog.tokenizer_fingerprint(TEXT)
     model = offer.model.model_copy(update={"tokenizer": name})
     offer = offer.model_copy(update={"model": model})
-    with Heartbeat(redis, offer, TEXT, status, RedisOutage(), repeat_every_s=0.05):
+    with Heartbeat(redis, offer, TEXT, status, RedisOutage(), publish_every_s=0.05):
         assert catalog.read(redis).offers == (offer,)
         assert catalog.read_tokenizer(redis, name) == TEXT.decode()
         redis.flushdb()
@@ -39,8 +39,8 @@ def test_a_worker_without_a_tokenizer_text_stores_none(redis: Redis, offer: Work
 
 
 def test_a_closed_offer_leaves_the_status_until_the_end(redis: Redis, offer: WorkerOffer) -> None:
-    with Heartbeat(redis, offer, None, status, RedisOutage(), repeat_every_s=60) as standing:
-        standing.close()
+    with Heartbeat(redis, offer, None, status, RedisOutage(), publish_every_s=60) as heartbeat:
+        heartbeat.close()
         wait_until(lambda: catalog.read(redis).offers == ())
         assert catalog.read_statuses(redis) == (status(),)
     assert catalog.read_statuses(redis) == ()
@@ -49,8 +49,8 @@ def test_a_closed_offer_leaves_the_status_until_the_end(redis: Redis, offer: Wor
 def test_a_change_is_published_at_once(redis: Redis, offer: WorkerOffer) -> None:
     now = [status()]
     with Heartbeat(
-        redis, offer, None, lambda: now[0], RedisOutage(), repeat_every_s=60
-    ) as standing:
+        redis, offer, None, lambda: now[0], RedisOutage(), publish_every_s=60
+    ) as heartbeat:
         now[0] = status().model_copy(update={"state": "busy"})
-        standing.refresh()
+        heartbeat.refresh()
         wait_until(lambda: catalog.read_statuses(redis) == (now[0],))

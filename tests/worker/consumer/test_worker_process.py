@@ -1,4 +1,4 @@
-"""`python -m worker`: what it says when it starts, and how it ends when it cannot."""
+"""Test `python -m worker`: what it logs at its start, and how it ends when it cannot start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redis import Redis
 from jobs import catalog
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.support.requests import order
+from tests.support.requests import generation_request
 from worker.errors import EXIT_DEVICE_LOST
 from worker.startup import main
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def environment(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sound environment, for this process and its children."""
+    """A valid environment, for this process and its children."""
     values = {
         "REDIS_URL": redis_url,
         "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
@@ -68,7 +68,7 @@ def wait_for_line(process: subprocess.Popen[bytes], log: Path, pattern: str) -> 
         pytest.fail(f"the worker ended: {text}")
 
 
-def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
+def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     worker: tuple[subprocess.Popen[bytes], Path], redis: Redis, store: JobStore
 ) -> None:
     process, log = worker
@@ -77,7 +77,9 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     assert [mode.name for mode in offer.modes] == ["bf16", "w8a8"]
     assert offer.model.tokenizer is not None
     assert catalog.read_tokenizer(redis, offer.model.tokenizer) is not None
-    job = store.create(order(mode="w8a8", num_frames=5, num_inference_steps=1), offer.queue).job
+    job = store.create(
+        generation_request(mode="w8a8", num_frames=5, num_inference_steps=1), offer.queue
+    ).job
     wait_for_line(process, log, rf"{job.id}\] succeeded")
     record = store.get(job.id)
     assert record.state is JobState.SUCCEEDED
@@ -85,7 +87,7 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     assert record.video.num_frames == 5
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
-    said = log.read_text(encoding="utf-8")
+    output = log.read_text(encoding="utf-8")
     for line in (
         r"model: wan-mini \(sha256-full-v2:[0-9a-f]{64}\)",
         "device: cpu, 1 threads",
@@ -96,9 +98,9 @@ def test_a_worker_says_what_it_loaded_serves_a_job_and_ends_on_sigterm(
         r"seconds to ready: [0-9.]+",
         "ready: wan-mini",
     ):
-        assert re.search(line, said), line
-    assert "Traceback" not in said
-    assert order().prompt not in said
+        assert re.search(line, output), line
+    assert "Traceback" not in output
+    assert generation_request().prompt not in output
 
 
 FAULTS = {
@@ -148,16 +150,16 @@ def test_a_fault_ends_the_start_with_one_line_and_a_status(
     with pytest.raises(typer.Exit) as caught:
         main(tmp_path / config if config else config_file)
     assert caught.value.exit_code == 1
-    said = capsys.readouterr().err.splitlines()
-    assert re.match(f"worker: .*{message}", said[-1]), said
-    assert not any("Traceback" in line for line in said)
+    output = capsys.readouterr().err.splitlines()
+    assert re.match(f"worker: .*{message}", output[-1]), output
+    assert not any("Traceback" in line for line in output)
 
 
 @pytest.mark.usefixtures("environment")
 def test_a_device_that_fails_at_the_start_ends_the_process_at_once(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In an orderly end Python would wait for the device once more."""
+    """A normal exit would make Python wait for the device once more."""
 
     def fail(*_: object) -> Never:
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `X`")
@@ -172,8 +174,8 @@ def test_a_device_that_fails_at_the_start_ends_the_process_at_once(
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Left, match=str(EXIT_DEVICE_LOST)):
         main(config_file)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
+    output = capsys.readouterr().err.splitlines()
+    assert output == [
         "worker: The device has failed: CUDA error: unspecified launch failure Compile with `X`"
     ]
 

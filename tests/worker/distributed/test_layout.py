@@ -1,4 +1,4 @@
-"""How cards divide a job, and which numbers of cards are refused."""
+"""Test how ranks divide a job, and which numbers of ranks are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_guidance_is_split_first(world: int, guided: bool, cfg: int, ulysses: in
     assert RankLayout.of(world, guided) == RankLayout(world, cfg, ulysses)
 
 
-def test_every_card_has_its_branch_and_its_tokens() -> None:
+def test_every_rank_has_its_branch_and_its_tokens() -> None:
     layout = RankLayout.of(4, guided=True)
     assert [layout.branch(rank) for rank in range(4)] == [PROMPT, PROMPT, NEGATIVE, NEGATIVE]
     assert [layout.ulysses_ranks(rank) for rank in range(4)] == [(0, 1), (0, 1), (2, 3), (2, 3)]
@@ -34,14 +34,14 @@ def test_every_card_has_its_branch_and_its_tokens() -> None:
     assert layout.groups() == [(0, 1), (0, 2), (1, 3), (2, 3)]
 
 
-def test_groups_of_one_are_none() -> None:
+def test_groups_of_one_rank_are_left_out() -> None:
     assert RankLayout.of(2, guided=True).groups() == [(0, 1)]
     assert RankLayout.of(4, guided=False).groups() == [(0, 1, 2, 3)]
 
 
 @pytest.mark.parametrize(("cfg", "ulysses"), [(3, 1), (2, 2), (0, 0)])
-def test_a_layout_uses_all_cards(cfg: int, ulysses: int) -> None:
-    with pytest.raises(ValueError, match="3 cards are not"):
+def test_a_layout_uses_all_ranks(cfg: int, ulysses: int) -> None:
+    with pytest.raises(ValueError, match="3 ranks are not"):
         RankLayout(3, cfg, ulysses)
 
 
@@ -62,7 +62,7 @@ def test_the_real_model_runs_on_any_of_the_usual_numbers(world: int, model_14b: 
 
 
 def test_heads_that_do_not_divide_are_refused(model_14b: Path) -> None:
-    with pytest.raises(ConfigError, match=r"3 cards share .* in 3 parts, which .* 40 attention"):
+    with pytest.raises(ConfigError, match=r"3 ranks share .* in 3 parts, which .* 40 attention"):
         check_ranks(3, model_14b, SIZES_14B)
 
 

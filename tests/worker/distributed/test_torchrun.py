@@ -1,6 +1,6 @@
-"""`torchrun -m worker`: two cards serve jobs as one worker, and end as one.
+"""Test `torchrun -m worker`: two ranks serve jobs as one worker, and end together.
 
-On a machine with two NVIDIA cards also with those:
+On a machine with two NVIDIA GPUs also on those:
 `TRITON_INTERPRET=0 pytest -m cuda tests/worker/distributed/test_torchrun.py`.
 """
 
@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 from jobs import catalog
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.support.requests import order
+from tests.support.requests import generation_request
 from tests.support.worker_processes import has_ended, is_denoising, wait_for
 from worker.config import WorkerConfig
 from worker.errors import ConfigError
@@ -35,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Torchrun:
-    """torchrun with two cards, and what they log."""
+    """A torchrun with two ranks, and their log."""
 
     def __init__(self, config: Path, log: Path, **variables: str) -> None:
         self._log = log
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        # A machine's own name need not resolve; gloo is told the same below.
+        # A machine's own name need not resolve; GLOO_SOCKET_IFNAME does the same for gloo.
         command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
         if "--shutdown-timeout" in get_args_parser().format_help():  # torch 2.11 has 30 s for all
             command += ["--shutdown-timeout", "60"]
@@ -55,14 +55,14 @@ class Torchrun:
                 start_new_session=True,
             )
 
-    def says(self) -> str:
+    def log_text(self) -> str:
         return self._log.read_text(encoding="utf-8")
 
     def wait_for_line(self, pattern: str) -> str:
         deadline = time.monotonic() + 150
-        while not (found := re.search(pattern, self.says(), re.MULTILINE)):
-            assert self.process.poll() is None, self.says()
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.says()}"
+        while not (found := re.search(pattern, self.log_text(), re.MULTILINE)):
+            assert self.process.poll() is None, self.log_text()
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.log_text()}"
             time.sleep(0.1)
         return found.group()
 
@@ -74,9 +74,9 @@ class Torchrun:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def kind(request: pytest.FixtureRequest) -> str:
-    """The kind of device that the cards' processes work on."""
+    """The kind of device that the ranks use."""
     if request.param == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip(f"two cards are needed, and here are {torch.cuda.device_count()}")
+        pytest.skip(f"two devices are needed, and here are {torch.cuda.device_count()}")
     return str(request.param)
 
 
@@ -96,45 +96,45 @@ def torchrun(redis_url: str, config_file: Path, tmp_path: Path, kind: str) -> It
     run.kill()
 
 
-def test_two_cards_are_one_worker(
+def test_two_ranks_are_one_worker(
     torchrun: Torchrun, kind: str, redis: Redis, store: JobStore
 ) -> None:
     torchrun.wait_for_line(r"ready: wan-mini\.")
     (offer,) = catalog.read(redis).offers
-    card = "cpu, 1 threads" if kind == "cpu" else torch.cuda.get_device_name()
-    assert offer.device == f"2 x {card}"
+    device_name = "cpu, 1 threads" if kind == "cpu" else torch.cuda.get_device_name()
+    assert offer.device == f"2 x {device_name}"
 
-    short = order(mode="w8a8", num_frames=5, num_inference_steps=1)
+    short = generation_request(mode="w8a8", num_frames=5, num_inference_steps=1)
     done = store.create(short, offer.queue).job
-    long = order(num_frames=1, num_inference_steps=50)
+    long = generation_request(num_frames=1, num_inference_steps=50)
     cancelled = store.create(long, offer.queue).job
     assert wait_for(store, done.id, has_ended).state is JobState.SUCCEEDED
     wait_for(store, cancelled.id, is_denoising)
     store.cancel(cancelled.id)
     assert wait_for(store, cancelled.id, has_ended, 10).state is JobState.CANCELLED
-    # The follower names the job, too, and why it ended.
-    torchrun.wait_for_line(rf"\[card-1 {cancelled.id}\].*card 0: GenerationCancelled")
+    # The follower also logs the job, and why it ended.
+    torchrun.wait_for_line(rf"\[rank-1 {cancelled.id}\].*rank 0: GenerationCancelled")
 
-    last = store.create(order(num_frames=1, num_inference_steps=8), offer.queue).job
+    last = store.create(generation_request(num_frames=1, num_inference_steps=8), offer.queue).job
     wait_for(store, last.id, is_denoising)
     torchrun.process.send_signal(signal.SIGTERM)
     torchrun.process.wait(60)
-    assert store.get(last.id).state is JobState.SUCCEEDED, "a drain finishes the job in hand"
+    assert store.get(last.id).state is JobState.SUCCEEDED, "a drain finishes the current job"
     assert catalog.read(redis).offers == ()
-    said = torchrun.says()
-    assert "the process ends" not in said, "the follower was told to end, and not left"
+    log = torchrun.log_text()
+    assert "the process ends" not in log, "the leader shut the follower down"
     with pytest.raises(ProcessLookupError):
         os.killpg(torchrun.process.pid, 0)
 
 
-def test_a_number_of_cards_that_does_not_divide_is_refused_before_anybody_is_waited_for(
+def test_a_number_of_ranks_that_does_not_divide_is_refused_before_waiting_for_others(
     config: WorkerConfig,
 ) -> None:
     settings = WorkerSettings(
         artifacts_url="file:///none", device="cpu", threads=1, world_size=3, rank=1, local_rank=1
     )
     with (
-        pytest.raises(ConfigError, match=r"3 cards share .* 4 attention heads"),
+        pytest.raises(ConfigError, match=r"3 ranks share .* 4 attention heads"),
         join_ranks(settings, config),
     ):
         pass

@@ -1,4 +1,4 @@
-"""A module that visits a device leaves its host copy where it was."""
+"""Test that an offloaded module keeps its weights on the host after each use."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from torch import nn
 from worker.engine.offload import OffloadedModule
 
 
-def test_a_visitor_is_home_again_after_each_visit():
+def test_the_weights_are_on_the_host_again_after_each_use():
     module = nn.Linear(4, 4)
     module.again = module.weight  # under a second name
     x = torch.ones(1, 4)
     y = module(x)
-    home = module.weight.data_ptr()
-    visitor = OffloadedModule(module, torch.device("cpu"))
-    with visitor.on_device() as guest:
-        assert guest is module
-        assert module.weight.data_ptr() != home
+    host_address = module.weight.data_ptr()
+    offloaded = OffloadedModule(module, torch.device("cpu"))
+    with offloaded.on_device() as on_device:
+        assert on_device is module
+        assert module.weight.data_ptr() != host_address
         assert torch.equal(module(x), y)
         assert module.again is module.weight
-    assert module.weight.data_ptr() == home
-    with pytest.raises(KeyboardInterrupt), visitor.on_device():
+    assert module.weight.data_ptr() == host_address
+    with pytest.raises(KeyboardInterrupt), offloaded.on_device():
         raise KeyboardInterrupt
-    assert module.weight.data_ptr() == home
+    assert module.weight.data_ptr() == host_address

@@ -1,4 +1,4 @@
-"""The service's count of a prompt's tokens is the engine's, whatever the text."""
+"""Test that the service counts a prompt's tokens as the engine does, for any text."""
 
 from __future__ import annotations
 

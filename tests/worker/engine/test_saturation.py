@@ -1,4 +1,4 @@
-"""The sample of activations counts what the format cannot hold, in one forward pass."""
+"""Test that the sample counts the activations that do not fit the format, in one forward pass."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from quant import Scales, fuse_quantized, prepare_transformer, quantize_transformer
+from benchmarks.fixtures.fused_transformer import fused_transformer
+from quant import Scales, fuse_quantized, quantize_transformer
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.numerics import reference
@@ -42,7 +43,8 @@ def test_the_bounds_are_those_of_the_format() -> None:
 def test_values_beyond_the_format_and_values_that_become_zero_are_counted() -> None:
     model = nn.Sequential(linear(0.5))
     sample = ActSample(model)
-    # Scaled by 1/0.5 the first is beyond the largest value, the second is it, the third vanishes.
+    # Scaled by 1/0.5 the first is beyond the largest value, the second equals it, the third is
+    # flushed.
     x = torch.tensor([[LARGEST, LARGEST / 2, FLUSHED_BELOW / 4, 0.0]], dtype=torch.bfloat16)
     sample.arm()
     model(x)
@@ -92,8 +94,8 @@ def test_a_model_that_is_not_quantized_has_no_shares() -> None:
     assert sample.shares() is None
 
 
-# Of the linears that share an input, one: fused kernels round it once for all of them.
-ROUNDED_ONCE = (
+# One of the linears that share an input, because fused kernels round it once for all of them.
+ROUNDED_LINEARS = (
     *("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_out.0"),
     *("ffn.net.0.proj", "ffn.net.2"),
 )
@@ -108,7 +110,7 @@ def transformer(model_folder: Path) -> WanTransformer3DModel:
 
 @pytest.fixture(scope="module")
 def misfitting(scales: Scales) -> Scales:
-    """Scales under which the values of even blocks saturate, and those of odd ones vanish."""
+    """Scales with which values saturate in even blocks and are flushed in odd ones."""
     factors = (2.0**-20, 2.0**20)
     act_scale = {
         name: scale * factors[int(name.split(".")[1]) % 2]
@@ -145,13 +147,13 @@ def test_fused_blocks_count_what_the_layers_would(
     unfused, _ = quantize_transformer(transformer, misfitting.recipe, misfitting)
     counted: list[Tensor] = []
     for name, module in unfused.named_modules():
-        if name.endswith(ROUNDED_ONCE) and isinstance(module, Hif8Linear):
+        if name.endswith(ROUNDED_LINEARS) and isinstance(module, Hif8Linear):
             module.register_forward_pre_hook(counter(counted))
     out = one_pass(with_our_products(unfused))
-    fused = prepare_transformer(transformer, EagerKernels(), misfitting.recipe, misfitting)
-    sample = ActSample(fused.transformer)
+    fused = fused_transformer(transformer, EagerKernels(), misfitting.recipe, misfitting)
+    sample = ActSample(fused)
     sample.arm()
-    assert torch.equal(one_pass(fused.transformer), out)
+    assert torch.equal(one_pass(fused), out)
     saturated, flushed, total = torch.stack(counted).sum(0).tolist()
     assert saturated > total / 20
     assert flushed > total / 20
@@ -162,7 +164,7 @@ def test_fused_blocks_have_their_kernels_back_after_the_pass(
     transformer: WanTransformer3DModel, scales: Scales
 ) -> None:
     kernels = EagerKernels()
-    fused = prepare_transformer(transformer, kernels, scales.recipe, scales).transformer
+    fused = fused_transformer(transformer, kernels, scales.recipe, scales)
     sample = ActSample(fused)
     for _ in range(2):
         sample.arm()
@@ -183,12 +185,12 @@ def test_what_fp8_attention_takes_is_counted(
     fit = AttentionScales(1.0, 1.0, 1.0, scales.act_scale["blocks.2.attn1.to_out.0"].item())
 
     def shares(attention: AttentionScales) -> ActShares:
-        twin, _ = quantize_transformer(transformer, scales.recipe, scales)
-        fuse_quantized(twin, EagerKernels(), {2: attention})
-        out = one_pass(twin)
-        sample = ActSample(twin)
+        quantized, _ = quantize_transformer(transformer, scales.recipe, scales)
+        fuse_quantized(quantized, EagerKernels(), {2: attention})
+        out = one_pass(quantized)
+        sample = ActSample(quantized)
         sample.arm()
-        assert torch.equal(one_pass(twin), out)
+        assert torch.equal(one_pass(quantized), out)
         counted = sample.shares()
         assert counted is not None
         return counted
@@ -199,7 +201,7 @@ def test_what_fp8_attention_takes_is_counted(
 
 def test_fused_bf16_blocks_have_no_shares(transformer: WanTransformer3DModel) -> None:
     kernels = EagerKernels()
-    fused = prepare_transformer(transformer, kernels).transformer
+    fused = fused_transformer(transformer, kernels)
     sample = ActSample(fused)
     sample.arm()
     assert fused.blocks[2].kernels is kernels

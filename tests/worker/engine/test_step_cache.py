@@ -1,4 +1,4 @@
-"""Step caches: what they leave out, and that no job leaves anything of it to the next."""
+"""Test what step caches skip, and that nothing of a job is left for the next one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from benchmarks.fixtures.fused_transformer import fused_transformer
 from jobs.errors import GenerationCancelled
 from jobs.record import Stage
-from quant import Scales, prepare_transformer
+from quant import Scales
 from quant.kernels.eager import EagerKernels
-from tests.support.requests import OWNER, order
+from tests.support.requests import OWNER, generation_request
 from worker.config import FirstBlockCache, MagCache, StepCache, WorkerConfig, load_config
 from worker.device import Device
 from worker.engine.step_cache import check_single_rank
@@ -31,15 +32,15 @@ STEPS = 5
 SHORT: dict[str, Any] = {"num_frames": 1, "num_inference_steps": STEPS}
 NEVER = FirstBlockCache(method="first_block", threshold=1e-9)
 ALWAYS = FirstBlockCache(method="first_block", threshold=1e9)
-# Some steps of the short job are left out, and some are not.
+# With these, some steps of the short job are skipped and some are not.
 SOME: dict[str, StepCache] = {
     "first_block": FirstBlockCache(method="first_block", threshold=0.5),
     "mag": MagCache(method="mag", threshold=0.5, mag_ratios=(1.0, 0.9), max_skipped_steps=1),
 }
 
 
-class Watch:
-    """Stops the job at a denoising step, if it is given one."""
+class StoppingControl:
+    """A control that stops the job at a denoising step, if one is given."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self._stop_at = stop_at
@@ -53,7 +54,7 @@ class Watch:
 
 
 def run(engine: WanEngine, **changes: object) -> tuple[Clip, np.ndarray]:
-    clip = engine.generate(order(**SHORT | changes), Watch(), OWNER)
+    clip = engine.generate(generation_request(**SHORT | changes), StoppingControl(), OWNER)
     return clip, np.stack(list(clip.frames))
 
 
@@ -67,13 +68,13 @@ def fused(model_folder: Path, scales: Scales) -> dict[str, WanTransformer3DModel
         model_folder / "transformer", dtype=torch.bfloat16
     ).eval()
     kernels = EagerKernels()
-    quantized = prepare_transformer(source, kernels, scales.recipe, scales).transformer
-    return {"bf16": prepare_transformer(source, kernels).transformer, "w8a8": quantized}
+    quantized = fused_transformer(source, kernels, scales.recipe, scales)
+    return {"bf16": fused_transformer(source, kernels), "w8a8": quantized}
 
 
 @pytest.fixture(scope="module")
 def with_cache(engine: WanEngine, config: WorkerConfig, device: Device) -> Callable[..., WanEngine]:
-    """The miniature again, with a step cache in every mode; and other transformers, if given."""
+    """Build an engine of the miniature with a step cache in every mode, or other transformers."""
 
     def build(
         cache: StepCache | None, transformers: dict[str, WanTransformer3DModel] | None = None
@@ -83,14 +84,14 @@ def with_cache(engine: WanEngine, config: WorkerConfig, device: Device) -> Calla
             return replace(mode, transformer=transformer, step_cache=cache)
 
         modes = tuple(cached(name, mode) for name, mode in engine.loaded.items())
-        return WanEngine(config.model, "fingerprint", device, engine.parts, modes)
+        return WanEngine(config.model, "fingerprint", device, engine.components, modes)
 
     return build
 
 
 @contextmanager
 def counted(engine: WanEngine, mode: str = "bf16") -> Iterator[list[int]]:
-    """How often the blocks behind the first ran, as the length of a list."""
+    """Count the runs of the blocks after the first, as the length of a list."""
     calls: list[int] = []
     block = engine.loaded[mode].transformer.blocks[20]
     inner = getattr(block, "attn1", None) or block.qkv
@@ -122,7 +123,7 @@ def test_a_cache_that_always_holds_runs_all_blocks_once_for_each_prompt(
 
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize("mode", ["bf16", "w8a8"])
-def test_some_steps_are_left_out_and_fused_blocks_give_the_same_bits(
+def test_some_steps_are_skipped_and_fused_blocks_give_the_same_bits(
     with_cache: Callable[..., WanEngine],
     fused: dict[str, WanTransformer3DModel],
     method: str,
@@ -130,9 +131,9 @@ def test_some_steps_are_left_out_and_fused_blocks_give_the_same_bits(
 ) -> None:
     unfused = with_cache(SOME[method])
     with counted(unfused, mode) as calls:
-        wanted = frames(unfused, mode=mode)
+        expected = frames(unfused, mode=mode)
     assert 2 < len(calls) < 2 * STEPS
-    assert np.array_equal(frames(with_cache(SOME[method], fused), mode=mode), wanted)
+    assert np.array_equal(frames(with_cache(SOME[method], fused), mode=mode), expected)
 
 
 @pytest.mark.parametrize("method", SOME)
@@ -143,7 +144,9 @@ def test_a_job_after_a_cancelled_one_is_as_if_it_were_the_first(
     used = with_cache(SOME[method])
     with pytest.raises(GenerationCancelled):
         used.generate(
-            order(**SHORT | {"prompt": "a blue ring", "seed": 3}), Watch(STEPS - 1), OWNER
+            generation_request(**SHORT | {"prompt": "a blue ring", "seed": 3}),
+            StoppingControl(STEPS - 1),
+            OWNER,
         )
     assert np.array_equal(frames(used), fresh)
     frames(used, seed=4, num_inference_steps=2)
@@ -162,7 +165,7 @@ def test_a_cancelled_job_leaves_no_residuals_to_the_collector(
     gc.disable()
     try:
         with pytest.raises(GenerationCancelled):
-            cached.generate(order(**SHORT), Watch(STEPS - 1), OWNER)
+            cached.generate(generation_request(**SHORT), StoppingControl(STEPS - 1), OWNER)
         left = [each for each in gc.get_objects() if type(each) is torch.Tensor]
         assert not [each for each in left if each.shape == shapes[0]]
     finally:
@@ -176,7 +179,7 @@ def test_nothing_stays_on_a_transformer_that_another_mode_shares(
     before = frames(engine)
     cached = with_cache(ALWAYS)
     with pytest.raises(GenerationCancelled):
-        cached.generate(order(**SHORT), Watch(2), OWNER)
+        cached.generate(generation_request(**SHORT), StoppingControl(2), OWNER)
     assert not engine.loaded["bf16"].transformer.is_cache_enabled
     assert np.array_equal(frames(engine), before)
 
@@ -220,18 +223,18 @@ def test_it_is_configured_by_mode(config_file: Path, tmp_path: Path, text: str) 
         ('method = "first_block"\nthreshold = 0.1\nmag_ratios = [1.0]', "mag_ratios: Extra"),
     ],
 )
-def test_what_is_wrong_in_it_is_named(
-    config_file: Path, tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_fault_in_it_is_named(config_file: Path, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "worker.toml"
     path.write_text(f"{config_file.read_text()}\n[modes.step_cache]\n{text}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_config(path)
 
 
-def test_several_cards_refuse_it(config: WorkerConfig) -> None:
+def test_several_ranks_refuse_it(config: WorkerConfig) -> None:
     check_single_rank(config)
     bf16, quantized = config.modes
     cached = quantized.model_copy(update={"step_cache": ALWAYS})
-    with pytest.raises(ConfigError, match="Modes w8a8 have a step_cache, which works on one card"):
+    with pytest.raises(
+        ConfigError, match="Modes w8a8 have a step_cache, which works on one device"
+    ):
         check_single_rank(config.model_copy(update={"modes": (bf16, cached)}))

@@ -1,4 +1,4 @@
-"""Frame by frame is the same as all at once, to the last bit."""
+"""Test that decoding frame by frame equals decoding all at once, to the last bit."""
 
 from pathlib import Path
 
@@ -70,13 +70,13 @@ def test_gradients_are_off_while_decoding_and_as_before_in_between(
 
 
 def test_frames_are_rounded_as_diffusers_does(vae: AutoencoderKLWan) -> None:
-    pictures = torch.rand(1, 3, 4, 8, 16) * 2.4 - 1.2
-    frames = np.stack(to_frames(pictures))
-    theirs = VideoProcessor(vae_scale_factor=8).postprocess_video(pictures, output_type="np")[0]
+    video = torch.rand(1, 3, 4, 8, 16) * 2.4 - 1.2
+    frames = np.stack(to_frames(video))
+    theirs = VideoProcessor(vae_scale_factor=8).postprocess_video(video, output_type="np")[0]
     assert frames.shape == (4, 8, 16, 3)
     assert frames.dtype == np.uint8
     assert np.array_equal(frames, (theirs * 255).round().astype(np.uint8))
-    assert all(frame.flags.c_contiguous for frame in to_frames(pictures))
+    assert all(frame.flags.c_contiguous for frame in to_frames(video))
 
 
 def test_denormalize_undoes_the_normalisation_of_training() -> None:
@@ -89,7 +89,7 @@ def test_denormalize_undoes_the_normalisation_of_training() -> None:
     assert torch.allclose(denormalize(vae, (raw - mean) / std), raw, atol=1e-6)
 
 
-def test_a_decoder_has_stops_all_along(vae: AutoencoderKLWan) -> None:
+def test_a_decoder_has_many_stop_points(vae: AutoencoderKLWan) -> None:
     """At 480p one latent frame takes seconds on an NPU; a stop every few convolutions is enough."""
     convolutions = sum(1 for name, _ in vae.decoder.named_modules() if name.endswith("conv1"))
     assert len(stop_points(vae)) > convolutions

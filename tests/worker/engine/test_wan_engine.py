@@ -1,4 +1,4 @@
-"""The resident engine on the real classes: both modes, to the last bit, and stopped anywhere."""
+"""Test the engine on the real classes: both modes to the last bit, and jobs stopped anywhere."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import quant
 from jobs.errors import GenerationCancelled, GenerationFailed, PromptTooLong
 from jobs.record import Stage
 from tests.support.diffusers_reference import with_our_products
-from tests.support.job_controls import Notes, StopAtStep
-from tests.support.requests import OWNER, order, unseen
+from tests.support.job_controls import RecordingControl, StopAtStep
+from tests.support.requests import OWNER, generation_request, unique_prompt
 from worker.config import WorkerConfig
 from worker.device import Device
 from worker.engine.wan_engine import WanEngine
 from worker.interface import Frame
-from worker.model_loader.components import load_shared_parts
+from worker.model_loader.components import load_components
 from worker.model_loader.loader import load_modes
 from worker.model_loader.mode_plan import plan_modes
 
@@ -28,15 +28,17 @@ from worker.model_loader.mode_plan import plan_modes
 SHORT: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 1}
 
 
-def frames(engine: WanEngine, watch: Notes | None = None, **changes: object) -> np.ndarray:
-    clip = engine.generate(order(**changes), watch or Notes(), OWNER)
+def frames(
+    engine: WanEngine, control: RecordingControl | None = None, **changes: object
+) -> np.ndarray:
+    clip = engine.generate(generation_request(**changes), control or RecordingControl(), OWNER)
     taken: list[Frame] = list(clip.frames)
     assert len(taken) == clip.num_frames
     return np.stack(taken)
 
 
 @pytest.fixture(scope="module")
-def whole(engine: WanEngine) -> np.ndarray:
+def undisturbed(engine: WanEngine) -> np.ndarray:
     """The short clip in BF16, undisturbed."""
     return frames(engine, **SHORT)
 
@@ -48,10 +50,10 @@ def test_bf16_is_diffusers_own_pipeline_to_the_last_bit(
     pipeline = WanPipeline.from_pretrained(model_folder, vae=vae, dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     with_our_products(pipeline.transformer)
-    wanted = order()
+    request = generation_request()
     theirs = pipeline(
-        prompt=wanted.prompt,
-        negative_prompt=wanted.negative_prompt,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
         width=96,
         height=96,
         num_frames=17,
@@ -65,45 +67,45 @@ def test_bf16_is_diffusers_own_pipeline_to_the_last_bit(
     assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
 
 
-def test_latents_that_are_no_numbers_are_no_video(
-    engine: WanEngine, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_latents_with_nan_fail_the_job(
+    engine: WanEngine, undisturbed: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = torch.full_like(engine.loaded["bf16"].transformer.proj_out.weight, torch.nan)
     with monkeypatch.context() as patch:
         patch.setattr(engine.loaded["bf16"].transformer.proj_out.weight, "data", broken)
         with pytest.raises(GenerationFailed, match=r"mode 'bf16' gave (\d+) of \1 .* another mode"):
             frames(engine, **SHORT)
-    assert np.array_equal(frames(engine, **SHORT), whole)
+    assert np.array_equal(frames(engine, **SHORT), undisturbed)
 
 
-def test_modes_do_not_disturb_each_other(engine: WanEngine, whole: np.ndarray) -> None:
+def test_modes_do_not_disturb_each_other(engine: WanEngine, undisturbed: np.ndarray) -> None:
     quantized = frames(engine, mode="w8a8", **SHORT)
-    assert np.array_equal(frames(engine, **SHORT), whole)
+    assert np.array_equal(frames(engine, **SHORT), undisturbed)
     assert np.array_equal(frames(engine, mode="w8a8", **SHORT), quantized)
-    assert not np.array_equal(whole, quantized)
+    assert not np.array_equal(undisturbed, quantized)
 
 
 def test_quantized_frames_are_near_those_of_the_same_seed(
-    engine: WanEngine, whole: np.ndarray
+    engine: WanEngine, undisturbed: np.ndarray
 ) -> None:
     quantized = frames(engine, mode="w8a8", **SHORT).astype(float)
     other_seed = frames(engine, seed=8, **SHORT).astype(float)
-    assert np.abs(quantized - whole).mean() < np.abs(other_seed - whole).mean() / 3
+    assert np.abs(quantized - undisturbed).mean() < np.abs(other_seed - undisturbed).mean() / 3
 
 
 def test_without_guidance_the_negative_prompt_does_not_count(
-    engine: WanEngine, whole: np.ndarray
+    engine: WanEngine, undisturbed: np.ndarray
 ) -> None:
     free = frames(engine, guidance_scale=1.0, **SHORT)
     assert np.array_equal(free, frames(engine, guidance_scale=1.0, negative_prompt="blue", **SHORT))
     guided = frames(engine, negative_prompt="blue", **SHORT)
-    assert not np.array_equal(guided, whole)
+    assert not np.array_equal(guided, undisturbed)
 
 
-def test_progress_is_told_in_order(engine: WanEngine) -> None:
-    watch = Notes()
-    frames(engine, watch, prompt=unseen(), num_frames=9, num_inference_steps=3)
-    assert watch.seen == [
+def test_progress_is_reported_in_order(engine: WanEngine) -> None:
+    control = RecordingControl()
+    frames(engine, control, prompt=unique_prompt(), num_frames=9, num_inference_steps=3)
+    assert control.seen == [
         (Stage.TEXT_ENCODER, 0, 1),
         *[(Stage.DENOISE, step, 3) for step in range(4)],
         *[(Stage.VAE, step, 3) for step in range(4)],
@@ -111,7 +113,9 @@ def test_progress_is_told_in_order(engine: WanEngine) -> None:
 
 
 def test_seconds_are_counted_per_stage(engine: WanEngine) -> None:
-    clip = engine.generate(order(prompt=unseen(), **SHORT), Notes(), OWNER)
+    clip = engine.generate(
+        generation_request(prompt=unique_prompt(), **SHORT), RecordingControl(), OWNER
+    )
     assert clip.seconds.text_encoder_s > 0
     assert clip.seconds.denoise_s > 0
     assert clip.seconds.vae_s == 0
@@ -120,36 +124,36 @@ def test_seconds_are_counted_per_stage(engine: WanEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    "watch",
+    "control",
     [
-        pytest.param(Notes((Stage.TEXT_ENCODER, 2)), id="between text encoder layers"),
+        pytest.param(RecordingControl((Stage.TEXT_ENCODER, 2)), id="between text encoder layers"),
         pytest.param(StopAtStep(Stage.DENOISE, 1), id="after a denoising step"),
-        pytest.param(Notes((Stage.VAE, 3)), id="inside the first latent frame"),
+        pytest.param(RecordingControl((Stage.VAE, 3)), id="inside the first latent frame"),
         pytest.param(StopAtStep(Stage.VAE, 1), id="between latent frames"),
     ],
 )
-def test_a_job_stops_where_it_is_told_and_the_next_one_is_whole(
-    engine: WanEngine, watch: Notes, whole: np.ndarray
+def test_a_job_stops_at_any_point_and_the_next_one_is_unaffected(
+    engine: WanEngine, control: RecordingControl, undisturbed: np.ndarray
 ) -> None:
     with pytest.raises(GenerationCancelled):
-        frames(engine, watch, prompt=unseen(), **SHORT)
-    assert np.array_equal(frames(engine, **SHORT), whole)
+        frames(engine, control, prompt=unique_prompt(), **SHORT)
+    assert np.array_equal(frames(engine, **SHORT), undisturbed)
 
 
-def test_no_hooks_stay_behind(engine: WanEngine) -> None:
+def test_no_hooks_are_left(engine: WanEngine) -> None:
     with pytest.raises(GenerationCancelled):
-        frames(engine, Notes((Stage.VAE, 3)), **SHORT)
-    clip = engine.generate(order(**SHORT), Notes(), OWNER)
+        frames(engine, RecordingControl((Stage.VAE, 3)), **SHORT)
+    clip = engine.generate(generation_request(**SHORT), RecordingControl(), OWNER)
     next(clip.frames)
     clip.frames.close()
-    for part in (engine.parts.vae, engine.parts.text_encoder):
+    for part in (engine.components.vae, engine.components.text_encoder):
         assert not any(module._forward_pre_hooks for module in part.modules())
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
 def test_a_text_that_would_be_cut_is_refused(engine: WanEngine, field: str) -> None:
     fits = " ".join(["red"] * 63)
-    assert len(engine.parts.tokenizer.tokenize(fits).input_ids) == 64
+    assert len(engine.components.tokenizer.tokenize(fits).input_ids) == 64
     assert len(frames(engine, **{**SHORT, field: fits})) == 5
     with pytest.raises(PromptTooLong, match=f"{field} has 65 tokens, more than 64") as caught:
         frames(engine, **{**SHORT, field: fits + " red"})
@@ -165,11 +169,11 @@ def test_a_text_that_would_be_cut_is_refused(engine: WanEngine, field: str) -> N
         ({"num_frames": 21}, "num_frames is 21"),
     ],
 )
-def test_an_order_the_pipeline_would_round_is_refused(
+def test_a_request_that_the_pipeline_would_round_is_refused(
     engine: WanEngine, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(GenerationFailed, match=message):
-        engine.generate(order(**changes), Notes(), OWNER)
+        engine.generate(generation_request(**changes), RecordingControl(), OWNER)
 
 
 def test_each_size_may_have_its_own_shift(
@@ -177,11 +181,11 @@ def test_each_size_may_have_its_own_shift(
 ) -> None:
     shifted = config.model.model_copy(update={"flow_shift": {"96x96": 9.0}})
     modes = tuple(engine.loaded.values())
-    other = WanEngine(shifted, "fingerprint", device, engine.parts, modes)
-    # The shift bends the way between the first and the last step, so it takes two to show.
+    other = WanEngine(shifted, "fingerprint", device, engine.components, modes)
+    # The shift changes the steps between the first and the last timestep, so two steps are needed.
     two_steps = SHORT | {"num_inference_steps": 2}
     assert not np.array_equal(frames(other, **two_steps), frames(engine, **two_steps))
-    assert engine.parts.scheduler.config.flow_shift == 3.0
+    assert engine.components.scheduler.config.flow_shift == 3.0
 
 
 def test_the_modes_share_what_is_not_quantized(engine: WanEngine) -> None:
@@ -211,8 +215,8 @@ def test_a_quantized_mode_alone_keeps_no_bf16_weights_of_quantized_blocks(
         for block in mode.transformer.blocks[2:37]
         for module in block.modules()
     )
-    parts = load_shared_parts(config.model.path, device)
-    only = WanEngine(config.model, "fingerprint", device, parts, (mode,))
+    components = load_components(config.model.path, device)
+    only = WanEngine(config.model, "fingerprint", device, components, (mode,))
     assert np.array_equal(frames(only, mode="w8a8", **SHORT), frames(engine, mode="w8a8", **SHORT))
 
 
@@ -236,19 +240,23 @@ def test_the_offer_is_what_was_loaded(engine: WanEngine) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_each_quantized_job_samples_how_its_activations_fit(engine: WanEngine, steps: int) -> None:
-    wanted: dict[str, Any] = {"num_frames": 1, "num_inference_steps": steps}
-    shares = engine.generate(order(mode="w8a8", **wanted), Notes(), OWNER).act_shares
+    short: dict[str, Any] = {"num_frames": 1, "num_inference_steps": steps}
+    shares = engine.generate(
+        generation_request(mode="w8a8", **short), RecordingControl(), OWNER
+    ).act_shares
     assert shares is not None
     assert 0 <= shares.saturated < 0.001
     assert 0 <= shares.flushed < 0.1
-    assert engine.generate(order(**wanted), Notes(), OWNER).act_shares is None
+    assert (
+        engine.generate(generation_request(**short), RecordingControl(), OWNER).act_shares is None
+    )
 
 
-def test_a_job_that_stops_leaves_neither_hooks_nor_latents_behind(engine: WanEngine) -> None:
-    wanted = order(mode="w8a8", num_frames=1, num_inference_steps=2)
+def test_a_job_that_stops_leaves_neither_hooks_nor_latents(engine: WanEngine) -> None:
+    request = generation_request(mode="w8a8", num_frames=1, num_inference_steps=2)
     with pytest.raises(GenerationCancelled):
-        engine.generate(wanted, StopAtStep(Stage.DENOISE, 1), OWNER)
+        engine.generate(request, StopAtStep(Stage.DENOISE, 1), OWNER)
     transformer = engine.loaded["w8a8"].transformer
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in transformer.modules())
     pipeline = engine._pipelines["w8a8"]
-    assert pipeline.scheduler is engine.parts.scheduler
+    assert pipeline.scheduler is engine.components.scheduler

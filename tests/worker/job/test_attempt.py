@@ -1,6 +1,6 @@
-"""A job's way through the worker, in front of a real Valkey, with an engine that is all pattern.
+"""Test a job in the worker, with a real Valkey and the fake engine.
 
-Every job goes the way of production: `JobStore.create`, RQ's queue, `ResidentWorker.work`.
+Every job takes production's path: `JobStore.create`, RQ's queue, `ResidentWorker.work`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from jobs.store.submission import Submission
-from tests.support.requests import order
+from tests.support.requests import generation_request
 from worker.consumer.rq_worker import ResidentWorker
 from worker.device import Device
 from worker.engine.fake_engine import FakeEngine, OnStep
@@ -35,7 +35,7 @@ from worker.errors import EXIT_DEVICE_LOST
 from worker.process.stats import WorkerStats
 from worker.tasks import JOB_CONTEXT
 
-ORDER = order(model="fake", mode="plain", size="64x32", num_frames=9, seed=200)
+REQUEST = generation_request(model="fake", mode="plain", size="64x32", num_frames=9, seed=200)
 SECRET = "a prompt nobody may read in a log"
 QUEUE = catalog.queue_name(FakeEngine.model, FakeEngine.modes)
 
@@ -47,8 +47,14 @@ def artifacts(tmp_path: Path) -> FolderArtifactStore:
 
 @pytest.fixture
 def worker_for(redis: Redis, artifacts: FolderArtifactStore) -> Callable[[OnStep], ResidentWorker]:
-    """A worker whose engine calls a function at each step."""
-    return lambda on_step: ResidentWorker(FakeEngine(on_step), redis, artifacts)
+    """A worker whose engine calls a function at each step, on the real CPU device."""
+
+    def build(on_step: OnStep) -> ResidentWorker:
+        engine = FakeEngine(on_step)
+        engine.device = Device("cpu", "none")
+        return ResidentWorker(engine, redis, artifacts)
+
+    return build
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def run(
     """Create a job, have a worker run it, and return its record."""
 
     def run_job(on_step: OnStep = lambda step: None, **changes: object) -> JobRecord:
-        job = store.create(ORDER.model_copy(update=changes), QUEUE).job
+        job = store.create(REQUEST.model_copy(update=changes), QUEUE).job
         worker_for(on_step).work(burst=True, logging_level="WARNING")
         return store.get(job.id)
 
@@ -90,12 +96,12 @@ def test_a_job_becomes_a_stored_video(
     assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
 
 
-def test_an_engine_is_told_whose_job_it_is(
+def test_an_engine_gets_the_owner_of_each_job(
     store: JobStore, redis: Redis, artifacts: FolderArtifactStore
 ) -> None:
     engine = FakeEngine()
     for owner in ("ann", "bob"):
-        store.create(ORDER, QUEUE, Submission(owner))
+        store.create(REQUEST, QUEUE, Submission(owner))
     ResidentWorker(engine, redis, artifacts).work(burst=True, logging_level="WARNING")
     assert engine.owners == ["ann", "bob"]
 
@@ -108,14 +114,14 @@ def test_the_seconds_of_a_job_add_up(run: Callable[..., JobRecord]) -> None:
     assert 0 < timings.mp4_s < timings.total_s
 
 
-def test_the_file_tells_what_made_it_but_not_the_prompt(
+def test_the_file_names_what_made_it_but_not_the_prompt(
     run: Callable[..., JobRecord], artifacts: FolderArtifactStore
 ) -> None:
     record = run(prompt=SECRET)
     assert record.video is not None
     data = artifacts.path(record.video.key).read_bytes()
-    for fact in (record.id, "recipe-1", '"seed": 200', hashlib.sha256(SECRET.encode()).hexdigest()):
-        assert fact.encode() in data
+    for text in (record.id, "recipe-1", '"seed": 200', hashlib.sha256(SECRET.encode()).hexdigest()):
+        assert text.encode() in data
     assert SECRET.encode() not in data
 
 
@@ -138,7 +144,7 @@ def test_a_failure_has_a_code_and_no_traceback(
     assert record.failure.code == code
     assert "Traceback" not in record.failure.detail
     assert "a bug" not in record.failure.detail
-    # Delivered, and not to be delivered again.
+    # Delivered, and not delivered again.
     assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
     assert record.attempts == 1
 
@@ -155,7 +161,7 @@ def test_the_log_has_the_traceback_under_the_job_and_never_the_prompt(
 def test_the_time_limit_is_a_failure_of_its_own(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
+    job = store.create(REQUEST, QUEUE).job
     redis.hset(redis_keys.record(job.id), "deadline_s", 1)
     worker_for(lambda step: time.sleep(0.4)).work(burst=True, logging_level="WARNING")
     failure = store.get(job.id).failure
@@ -167,7 +173,7 @@ def test_the_time_limit_is_a_failure_of_its_own(
 def test_a_running_job_is_cancelled_between_two_steps(
     store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    job = store.create(REQUEST.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
     steps: list[int] = []
 
     def on_step(step: int) -> None:
@@ -186,8 +192,8 @@ def test_a_running_job_is_cancelled_between_two_steps(
 def test_rq_can_stop_a_job_and_the_next_one_runs(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    stopped = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
-    after = store.create(ORDER, QUEUE).job
+    stopped = store.create(REQUEST.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    after = store.create(REQUEST, QUEUE).job
 
     def on_step(step: int) -> None:
         if step == 2:
@@ -202,17 +208,17 @@ def test_rq_can_stop_a_job_and_the_next_one_runs(
 def test_a_job_that_has_ended_is_not_run_again(
     store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
+    job = store.create(REQUEST, QUEUE).job
     attempt = store.claim(job.id, "w")
     store.cancelled(attempt)
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.CANCELLED
 
 
-def overtake(redis: Redis, store: JobStore, job_id: str) -> None:
-    """What becomes of a job whose worker was silent for too long."""
+def take_over(redis: Redis, store: JobStore, job_id: str) -> None:
+    """Do to a job what happens when its worker was silent for too long."""
     redis.hset(redis_keys.record(job_id), "lease_ms", 1)
-    Recovery(redis).run()  # or the worker's own patrol, if that is first
+    Recovery(redis).run()  # or the worker's own recovery thread, if that is first
     redis.delete(f"rq:queue:{QUEUE}")  # out of the queue, as a worker takes it
     store.claim(job_id, "other")
 
@@ -220,14 +226,14 @@ def overtake(redis: Redis, store: JobStore, job_id: str) -> None:
 def test_a_stale_attempt_stops_and_writes_nothing(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
+    job = store.create(REQUEST.model_copy(update={"num_inference_steps": 1000}), QUEUE).job
     steps: list[int] = []
 
     def on_step(step: int) -> None:
         steps.append(step)
         time.sleep(0.01)
         if step == 1:
-            overtake(redis, store, job.id)
+            take_over(redis, store, job.id)
 
     worker_for(on_step).work(burst=True, logging_level="WARNING")
     assert len(steps) < 30
@@ -235,14 +241,14 @@ def test_a_stale_attempt_stops_and_writes_nothing(
     assert record.state is JobState.RUNNING
     assert (record.attempts, record.worker) == (2, "other")
     assert record.video is None
-    # RQ's hash is the other attempt's now.
+    # RQ's hash belongs to the other attempt now.
     assert rq_job(redis, job.id).get_status() is not JobStatus.FINISHED
 
 
 def test_a_job_that_another_worker_holds_is_left_to_it(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
+    job = store.create(REQUEST, QUEUE).job
     held = store.claim(job.id, "other")
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
     assert store.renew(held) is False
@@ -252,7 +258,7 @@ def test_a_job_that_another_worker_holds_is_left_to_it(
 def test_a_record_that_cannot_be_read_ends_its_job(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
+    job = store.create(REQUEST, QUEUE).job
     redis.hset(redis_keys.record(job.id), "field_of_another_version", "1")
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
     redis.hdel(redis_keys.record(job.id), "field_of_another_version")
@@ -266,7 +272,7 @@ def test_a_record_that_cannot_be_read_ends_its_job(
 def test_a_claim_whose_answer_is_lost_is_made_once_and_its_job_is_run(
     store: JobStore, redis: Redis, artifacts: FolderArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
+    job = store.create(REQUEST, QUEUE).job
     claim, claims = JobStore.claim, list[str | None]()
 
     def lossy(self: JobStore, job_id: str, worker: str, token: str | None = None) -> Attempt:
@@ -291,18 +297,18 @@ class BrokenDevice(Device):
 def test_a_device_that_cannot_empty_its_cache_fails_the_job_and_ends_the_process(
     store: JobStore, redis: Redis, artifacts: FolderArtifactStore
 ) -> None:
-    job, journal = store.create(ORDER, QUEUE).job, WorkerStats()
+    job, stats = store.create(REQUEST, QUEUE).job, WorkerStats()
     engine = FakeEngine(failing(torch.OutOfMemoryError("2 GiB wanted")))
     engine.device = BrokenDevice("cpu", "none")
-    ResidentWorker(engine, redis, artifacts, journal).work(burst=True, logging_level="WARNING")
+    ResidentWorker(engine, redis, artifacts, stats).work(burst=True, logging_level="WARNING")
     failure = store.get(job.id).failure
     assert failure is not None
     assert failure.code == "out_of_device_memory"
-    assert journal.exit_status == EXIT_DEVICE_LOST
+    assert stats.exit_status == EXIT_DEVICE_LOST
 
 
-class MuteDevice(Device):
-    """Does not tell its memory: each question hangs, once a job has begun."""
+class HangingDevice(Device):
+    """A device whose memory query hangs once a job has started."""
 
     asked = threading.Event()
     answers = threading.Event()
@@ -318,45 +324,45 @@ class MuteDevice(Device):
 def test_a_lost_device_that_hangs_when_it_is_asked_does_not_keep_the_worker(
     store: JobStore, redis: Redis, artifacts: FolderArtifactStore
 ) -> None:
-    store.create(ORDER, QUEUE)
+    store.create(REQUEST, QUEUE)
 
     def lose(step: int) -> None:
-        MuteDevice.asked.set()
-        worker._standing_offer.refresh()
-        time.sleep(0.5)  # the thread of the offer asks, and hangs
+        HangingDevice.asked.set()
+        worker._heartbeat.refresh()
+        time.sleep(0.5)  # the heartbeat's thread asks, and hangs
         raise RuntimeError("the device is gone")
 
-    engine, journal = FakeEngine(lose), WorkerStats()
-    engine.device = MuteDevice("npu", "none")
-    worker = ResidentWorker(engine, redis, artifacts, journal)
-    began = time.monotonic()
+    engine, stats = FakeEngine(lose), WorkerStats()
+    engine.device = HangingDevice("npu", "none")
+    worker = ResidentWorker(engine, redis, artifacts, stats)
+    started = time.monotonic()
     worker.work(burst=True, logging_level="WARNING")
-    assert time.monotonic() - began < 30
-    assert journal.exit_status == EXIT_DEVICE_LOST
-    MuteDevice.answers.set()
-    worker._standing_offer._thread.join()
+    assert time.monotonic() - started < 30
+    assert stats.exit_status == EXIT_DEVICE_LOST
+    HangingDevice.answers.set()
+    worker._heartbeat._thread.join()
 
 
-class OvertakenStore(FolderArtifactStore):
-    """Each time a video has just been stored, something happens to its job."""
+class InterferingStore(FolderArtifactStore):
+    """A store that calls `then` each time a video has just been stored."""
 
-    def __init__(self, root: Path, happens: Callable[[], object]) -> None:
+    def __init__(self, root: Path, then: Callable[[], object]) -> None:
         super().__init__(root)
-        self.happens = happens
+        self.then = then
         self.stored: list[Path] = []
 
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         super().put(key, source, check)
         self.stored.append(self.path(key))
         assert self.stored[-1].is_file()
-        self.happens()
+        self.then()
 
 
 def test_the_video_of_an_attempt_that_became_stale_is_deleted(
     store: JobStore, redis: Redis, tmp_path: Path
 ) -> None:
-    job = store.create(ORDER, QUEUE).job
-    artifacts = OvertakenStore(tmp_path / "artifacts", lambda: overtake(redis, store, job.id))
+    job = store.create(REQUEST, QUEUE).job
+    artifacts = InterferingStore(tmp_path / "artifacts", lambda: take_over(redis, store, job.id))
     ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.RUNNING
     assert len(artifacts.stored) == 1
@@ -367,7 +373,7 @@ def test_a_worker_is_offered_while_it_works_and_not_afterwards(
     redis: Redis, store: JobStore, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
     during: list[str] = []
-    store.create(ORDER, QUEUE)
+    store.create(REQUEST, QUEUE)
     worker = worker_for(lambda step: during.extend(o.worker_id for o in catalog.read(redis).offers))
     worker.work(burst=True, logging_level="WARNING")
     assert set(during) == {worker.name}
@@ -375,7 +381,7 @@ def test_a_worker_is_offered_while_it_works_and_not_afterwards(
     assert catalog.read(redis).offers == ()
 
 
-def test_outside_a_job_there_is_no_workplace() -> None:
+def test_outside_a_job_there_is_no_context() -> None:
     with pytest.raises(LookupError):
         JOB_CONTEXT.get()
 
@@ -390,5 +396,5 @@ def test_names_are_unique_and_equal_workers_share_a_queue(
 
 def test_the_threads_of_a_worker_end_with_it(run: Callable[..., JobRecord]) -> None:
     run()
-    ours = {"lifeline", "watchdog", "patrol", "standing-offer"}
+    ours = {"lease", "watchdog", "recovery", "heartbeat"}
     assert not ours & {thread.name for thread in threading.enumerate()}

@@ -1,4 +1,4 @@
-"""Progress goes out, the lease is renewed and the wish to stop comes in, whatever Redis does."""
+"""Test that progress is published, the lease renewed and a cancel detected, whatever Redis does."""
 
 import time
 from collections.abc import Iterator
@@ -14,75 +14,75 @@ from jobs.store import events
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.support.killable_valkey import KillableValkey
-from tests.support.requests import order
+from tests.support.requests import generation_request
 from worker.job import lease as module
-from worker.job.lease import ASK_EVERY_S, TELL_EVERY_S, LeaseKeeper
+from worker.job.lease import CHECK_EVERY_S, PUBLISH_EVERY_S, LeaseKeeper
 from worker.process.redis_retry import RedisOutage
 
 
 @pytest.fixture
 def attempt(store: JobStore) -> Attempt:
-    return store.claim(store.create(order(), "queue").job.id, "w")
+    return store.claim(store.create(generation_request(), "queue").job.id, "w")
 
 
 @pytest.fixture
-def lifeline(store: JobStore, attempt: Attempt) -> Iterator[LeaseKeeper]:
-    with LeaseKeeper(store, attempt, RedisOutage()) as line:
-        yield line
+def lease(store: JobStore, attempt: Attempt) -> Iterator[LeaseKeeper]:
+    with LeaseKeeper(store, attempt, RedisOutage()) as keeper:
+        yield keeper
 
 
-def at(step: int, steps: int = 100) -> Progress:
+def progress_at(step: int, steps: int = 100) -> Progress:
     return Progress(stage=Stage.DENOISE, step=step, steps=steps)
 
 
-def told(redis: Redis, job_id: str) -> list[Progress]:
+def published(redis: Redis, job_id: str) -> list[Progress]:
     seen = events.decode(redis.xrange(*events.range_after(job_id, events.START)))
     return [event.progress for event in seen if event.kind == "progress" and event.progress]
 
 
-def test_fast_steps_are_published_in_part_and_the_edges_of_a_stage_always(
-    lifeline: LeaseKeeper, redis: Redis, store: JobStore, attempt: Attempt
+def test_fast_steps_are_published_in_part_and_the_ends_of_a_stage_always(
+    lease: LeaseKeeper, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
     for step in range(101):
-        lifeline.tell(at(step))
-    lifeline.tell(Progress(stage=Stage.VAE, step=0, steps=3))
+        lease.publish(progress_at(step))
+    lease.publish(Progress(stage=Stage.VAE, step=0, steps=3))
     wait_until(lambda: store.get(attempt.job_id).progress == Progress(stage="vae", step=0, steps=3))
-    seen = told(redis, attempt.job_id)
-    assert seen[0] == at(0)
-    assert at(100) in seen
+    seen = published(redis, attempt.job_id)
+    assert seen[0] == progress_at(0)
+    assert progress_at(100) in seen
     assert len(seen) <= 4
 
 
 def test_the_latest_step_is_published_in_the_end(
-    lifeline: LeaseKeeper, store: JobStore, attempt: Attempt
+    lease: LeaseKeeper, store: JobStore, attempt: Attempt
 ) -> None:
     for step in (0, 1, 2, 3):
-        lifeline.tell(at(step))
-    wait_until(lambda: store.get(attempt.job_id).progress == at(3), TELL_EVERY_S + 5)
+        lease.publish(progress_at(step))
+    wait_until(lambda: store.get(attempt.job_id).progress == progress_at(3), PUBLISH_EVERY_S + 5)
 
 
-def test_redis_is_asked_only_now_and_then(lifeline: LeaseKeeper, redis: Redis) -> None:
+def test_redis_gets_few_commands(lease: LeaseKeeper, redis: Redis) -> None:
     def commands() -> int:
         return int(redis.info("stats")["total_commands_processed"])
 
     before, started = commands(), time.monotonic()
     time.sleep(0.5)
-    assert commands() - before <= 2 + (time.monotonic() - started) / ASK_EVERY_S
+    assert commands() - before <= 2 + (time.monotonic() - started) / CHECK_EVERY_S
 
 
-def test_a_cancel_comes_in(lifeline: LeaseKeeper, store: JobStore, attempt: Attempt) -> None:
-    assert lifeline.stop is None
+def test_a_cancel_is_detected(lease: LeaseKeeper, store: JobStore, attempt: Attempt) -> None:
+    assert lease.stop is None
     store.cancel(attempt.job_id)
-    wait_until(lambda: isinstance(lifeline.stop, GenerationCancelled))
+    wait_until(lambda: isinstance(lease.stop, GenerationCancelled))
 
 
 def test_a_newer_attempt_ends_this_one(
-    lifeline: LeaseKeeper, redis: Redis, store: JobStore, attempt: Attempt
+    lease: LeaseKeeper, redis: Redis, store: JobStore, attempt: Attempt
 ) -> None:
     redis.hset(redis_keys.record(attempt.job_id), "lease_ms", 1)
     assert Recovery(redis).run() == {attempt.job_id: "queued"}
     store.claim(attempt.job_id, "other")
-    wait_until(lambda: isinstance(lifeline.stop, StaleAttempt))
+    wait_until(lambda: isinstance(lease.stop, StaleAttempt))
 
 
 def test_the_lease_is_renewed_also_of_a_job_that_is_to_be_cancelled(
@@ -91,31 +91,31 @@ def test_the_lease_is_renewed_also_of_a_job_that_is_to_be_cancelled(
     monkeypatch.setattr(module, "RENEW_EVERY_S", 0.1)
     store.cancel(attempt.job_id)
 
-    def lease() -> int:
+    def lease_ms() -> int:
         return int(redis.hget(redis_keys.record(attempt.job_id), "lease_ms") or 0)
 
     with LeaseKeeper(store, attempt, RedisOutage()):
         for _ in range(2):
-            before = lease()
-            wait_until(lambda: lease() > before)  # noqa: B023
+            before = lease_ms()
+            wait_until(lambda: lease_ms() > before)  # noqa: B023
 
 
 def test_a_redis_that_is_away_stops_nothing_and_loses_no_progress(
-    mortal: KillableValkey, caplog: pytest.LogCaptureFixture
+    killable_valkey: KillableValkey, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with mortal.connect() as redis:
+    with killable_valkey.connect() as redis:
         store = JobStore(redis)
-        attempt = store.claim(store.create(order(), "queue").job.id, "w")
-        with LeaseKeeper(store, attempt, RedisOutage()) as line:
-            mortal.kill()
-            line.tell(at(100))
+        attempt = store.claim(store.create(generation_request(), "queue").job.id, "w")
+        with LeaseKeeper(store, attempt, RedisOutage()) as keeper:
+            killable_valkey.kill()
+            keeper.publish(progress_at(100))
             time.sleep(2)
-            assert line.stop is None
-            mortal.start()
-            wait_until(lambda: store.get(attempt.job_id).progress == at(100))
+            assert keeper.stop is None
+            killable_valkey.start()
+            wait_until(lambda: store.get(attempt.job_id).progress == progress_at(100))
             store.cancel(attempt.job_id)
-            wait_until(lambda: line.stop is not None)
-    said = [
+            wait_until(lambda: keeper.stop is not None)
+    messages = [
         each.getMessage() for each in caplog.records if each.name == "worker.process.redis_retry"
     ]
-    assert len(said) == 2, said
+    assert len(messages) == 2, messages

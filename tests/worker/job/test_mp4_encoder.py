@@ -1,4 +1,4 @@
-"""Frames in, a file every player takes out; and a clear failure where that cannot be."""
+"""Test that frames become a file that every player takes, and that failures are clear."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ FORMAT = VideoFormat(width=96, height=64, num_frames=17, fps=8)
 
 
 def never_stop() -> None:
-    """A check of a job that nobody wants to stop."""
+    """A check of a job that is not stopped."""
 
 
 def gradient(count: int, width: int = 96, height: int = 64) -> Iterator[Frame]:
@@ -31,7 +31,7 @@ def gradient(count: int, width: int = 96, height: int = 64) -> Iterator[Frame]:
         yield frame
 
 
-def ffmpeg_says(path: Path) -> str:
+def ffmpeg_output(path: Path) -> str:
     """What `ffmpeg -i` prints about a file."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
@@ -43,8 +43,8 @@ def comment_of(path: Path) -> dict[str, object]:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = re.search(r"^comment=(.*)$", text, re.MULTILINE)
     assert line is not None, text
-    facts: dict[str, object] = json.loads(re.sub(r"\\(.)", r"\1", line.group(1)))
-    return facts
+    metadata: dict[str, object] = json.loads(re.sub(r"\\(.)", r"\1", line.group(1)))
+    return metadata
 
 
 def decoded(path: Path) -> list[Frame]:
@@ -57,9 +57,9 @@ def decoded(path: Path) -> list[Frame]:
 def test_file_is_h264_yuv420p_with_every_frame_at_its_rate(tmp_path: Path) -> None:
     path = tmp_path / "video.mp4"
     done = encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
-    said = ffmpeg_says(path)
-    assert re.search(r"Video: h264 .*yuv420p\(tv, bt709", said), said
-    assert re.search(r"96x64.* 8 fps", said), said
+    output = ffmpeg_output(path)
+    assert re.search(r"Video: h264 .*yuv420p\(tv, bt709", output), output
+    assert re.search(r"96x64.* 8 fps", output), output
     assert imageio_ffmpeg.count_frames_and_secs(str(path)) == (17, pytest.approx(17 / 8, abs=0.01))
     assert done.bytes == path.stat().st_size
     assert done.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -80,12 +80,12 @@ def test_playback_can_start_before_the_file_is_whole(tmp_path: Path) -> None:
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-def test_facts_and_title_can_be_read_back(tmp_path: Path) -> None:
+def test_metadata_and_title_can_be_read_back(tmp_path: Path) -> None:
     path = tmp_path / "video.mp4"
-    facts = {"seed": 7, "mode": "w8a8", "odd": 'a "quoted" = value; # ü', "recipe": None}
-    encode_mp4(gradient(17), path, FORMAT, "wan-mini w8a8 seed 7", facts, never_stop)
-    assert comment_of(path) == facts
-    assert re.search(r"title +: wan-mini w8a8 seed 7$", ffmpeg_says(path), re.MULTILINE)
+    metadata = {"seed": 7, "mode": "w8a8", "odd": 'a "quoted" = value; # ü', "recipe": None}
+    encode_mp4(gradient(17), path, FORMAT, "wan-mini w8a8 seed 7", metadata, never_stop)
+    assert comment_of(path) == metadata
+    assert re.search(r"title +: wan-mini w8a8 seed 7$", ffmpeg_output(path), re.MULTILINE)
 
 
 def test_frames_are_taken_one_by_one(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_job_can_be_stopped_while_ffmpeg_is_busy(tmp_path: Path) -> None:
     def stop() -> None:
         raise Stop
 
-    # A frame is forty times what a pipe holds, so ffmpeg is waited for.
+    # A frame is forty times what a pipe holds, so writing waits for ffmpeg.
     format_ = VideoFormat(1280, 720, 1000, 8)
     with pytest.raises(Stop):
         encode_mp4(gradient(1000, 1280, 720), tmp_path / "video.mp4", format_, "", {}, stop)

@@ -1,4 +1,4 @@
-"""What a worker makes of memory that is full, of a device that is lost, and of what it measures."""
+"""Test what a worker does when memory is full or a device is lost, and what it measures."""
 
 import gc
 import threading
@@ -21,7 +21,7 @@ from jobs.record import JobRecord, Progress
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
-from tests.support.worker_processes import ORDER, QUEUE
+from tests.support.worker_processes import QUEUE, REQUEST
 from worker.consumer.rq_worker import ResidentWorker
 from worker.device import Device
 from worker.engine.fake_engine import FakeEngine, OnStep
@@ -29,12 +29,12 @@ from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
 from worker.interface import DeviceMemory
 from worker.process.stats import WorkerStats
 
-SHORT = ORDER.model_copy(update={"num_inference_steps": 2})
+SHORT = REQUEST.model_copy(update={"num_inference_steps": 2})
 
 
 @dataclass(frozen=True)
-class Card(Device):
-    """A device that notes, each time its cache is emptied, which tensors are still referred to."""
+class RecordingDevice(Device):
+    """A device that records, each time its cache is emptied, which tensors are still referenced."""
 
     tensors: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     alive: list[int] = field(default_factory=list)
@@ -47,29 +47,29 @@ class Card(Device):
 
 
 @dataclass
-class Bench:
-    """A worker at a time over one Redis; `journal` is that of the last one."""
+class WorkerRuns:
+    """Runs one worker after another on one Redis; `stats` are those of the last one."""
 
     redis: Redis
     store: JobStore
     artifacts: FolderArtifactStore
     device: Device = field(default_factory=lambda: Device("cpu", "none"))
-    journal: WorkerStats = field(default_factory=WorkerStats)
+    stats: WorkerStats = field(default_factory=WorkerStats)
 
     def run(self, on_step: OnStep, jobs: int = 1) -> list[JobRecord]:
         """Run new jobs until the queue is empty or the worker ends by itself."""
         names = [self.store.create(SHORT, QUEUE).job.id for _ in range(jobs)]
-        self.journal = WorkerStats()
+        self.stats = WorkerStats()
         engine = FakeEngine(on_step)
         engine.device = self.device
-        worker = ResidentWorker(engine, self.redis, self.artifacts, self.journal)
+        worker = ResidentWorker(engine, self.redis, self.artifacts, self.stats)
         worker.work(burst=True, logging_level="WARNING")
         return [self.store.get(name) for name in names]
 
 
 @pytest.fixture
-def bench(redis: Redis, store: JobStore, tmp_path: Path) -> Bench:
-    return Bench(redis, store, FolderArtifactStore(tmp_path / "artifacts"))
+def runs(redis: Redis, store: JobStore, tmp_path: Path) -> WorkerRuns:
+    return WorkerRuns(redis, store, FolderArtifactStore(tmp_path / "artifacts"))
 
 
 def codes(records: list[JobRecord]) -> list[str | None]:
@@ -77,7 +77,7 @@ def codes(records: list[JobRecord]) -> list[str | None]:
 
 
 def full_at(*calls: int) -> OnStep:
-    """Out of memory at these calls, counted from 1; a job has two."""
+    """Run out of memory at these calls, counted from 1; a job makes two."""
     count = 0
 
     def on_step(step: int) -> None:
@@ -89,46 +89,46 @@ def full_at(*calls: int) -> OnStep:
     return on_step
 
 
-def test_out_of_memory_twice_in_a_row_ends_the_worker_before_the_next_job(bench: Bench) -> None:
-    records = bench.run(full_at(1, 2), jobs=3)
+def test_out_of_memory_twice_in_a_row_ends_the_worker_before_the_next_job(runs: WorkerRuns) -> None:
+    records = runs.run(full_at(1, 2), jobs=3)
     assert codes(records) == ["out_of_device_memory", "out_of_device_memory", None]
     assert records[2].state is JobState.QUEUED
-    assert bench.journal.exit_status == EXIT_OUT_OF_MEMORY
+    assert runs.stats.exit_status == EXIT_OUT_OF_MEMORY
 
 
-def test_a_success_in_between_makes_it_not_in_a_row(bench: Bench) -> None:
-    records = bench.run(full_at(1, 4), jobs=3)
+def test_a_success_in_between_makes_it_not_in_a_row(runs: WorkerRuns) -> None:
+    records = runs.run(full_at(1, 4), jobs=3)
     assert codes(records) == ["out_of_device_memory", None, "out_of_device_memory"]
-    assert bench.journal.exit_status is None
+    assert runs.stats.exit_status is None
 
 
 def test_nothing_refers_to_the_failed_jobs_tensors_when_the_cache_is_emptied(
-    bench: Bench,
+    runs: WorkerRuns,
 ) -> None:
-    """Not the frames the error came through, and not those of the error it was made of."""
-    card = Card("cpu", "a card")
-    bench.device = card
+    """Neither the stack frames of the error nor those of its cause."""
+    device = RecordingDevice("cpu", "a device")
+    runs.device = device
 
     def allocate() -> None:
         tensor = torch.zeros(8)
-        card.tensors.append(weakref.ref(tensor))
+        device.tensors.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("2 GiB wanted")
 
     def on_step(step: int) -> None:
         tensor = torch.ones(8)
-        card.tensors.append(weakref.ref(tensor))
+        device.tensors.append(weakref.ref(tensor))
         try:
             allocate()
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError("again") from error
 
-    assert codes(bench.run(on_step)) == ["out_of_device_memory"]
-    assert len(card.tensors) == 2
-    assert card.alive == [0]
+    assert codes(runs.run(on_step)) == ["out_of_device_memory"]
+    assert len(device.tensors) == 2
+    assert device.alive == [0]
 
 
-class Gone(Device):
-    """A card whose driver refuses everything."""
+class LostDevice(Device):
+    """A device whose driver refuses every call."""
 
     def memory(self) -> DeviceMemory | None:
         raise RuntimeError("ERR00100 PTA call acl api failed")
@@ -137,56 +137,57 @@ class Gone(Device):
         raise RuntimeError("ERR00100 PTA call acl api failed")
 
 
-def test_a_lost_device_ends_the_worker_and_gives_the_job_to_another(bench: Bench) -> None:
+def test_a_lost_device_ends_the_worker_and_gives_the_job_to_another(runs: WorkerRuns) -> None:
     def lose(step: int) -> None:
         raise RuntimeError("The process exits for this inner error, and the operator is aclnnMul.")
 
-    bench.device = Gone("npu", "a card")
-    (record,) = bench.run(lose)
+    runs.device = LostDevice("npu", "a device")
+    (record,) = runs.run(lose)
     assert record.state is JobState.QUEUED
     assert (record.attempts, record.lost) == (1, 1)
-    assert bench.journal.exit_status == EXIT_DEVICE_LOST
-    assert catalog.read_statuses(bench.redis) == ()
+    assert runs.stats.exit_status == EXIT_DEVICE_LOST
+    assert catalog.read_statuses(runs.redis) == ()
 
 
-def test_a_measured_pace_gives_the_next_job_its_seconds_left(bench: Bench) -> None:
+def test_measured_durations_give_the_next_job_its_seconds_left(runs: WorkerRuns) -> None:
     seen: list[Progress | None] = []
 
-    def look(step: int) -> None:
+    def observe(step: int) -> None:
         time.sleep(0.1)
-        (job_id,) = [each.id for each in bench.store.list(JobState.RUNNING).jobs]
-        seen.append(bench.store.get(job_id).progress)
+        (job_id,) = [each.id for each in runs.store.list(JobState.RUNNING).jobs]
+        seen.append(runs.store.get(job_id).progress)
 
-    assert durations.read(bench.redis, SHORT) is None
-    bench.run(look)
-    measured = durations.read(bench.redis, SHORT)
+    assert durations.read(runs.redis, SHORT) is None
+    runs.run(observe)
+    measured = durations.read(runs.redis, SHORT)
     assert measured is not None
-    assert (measured.step_s, measured.texts_s) == (0.75, 0.5)  # what the engine says it took
+    # As the fake engine reports them.
+    assert (measured.step_s, measured.text_encoding_s) == (0.75, 0.5)
     assert seen[0] is not None
     assert seen[0].seconds_left is None
-    bench.run(look)
+    runs.run(observe)
     assert seen[2] is not None
     assert seen[2].seconds_left == pytest.approx(2 * 0.75 + measured.rest_s, abs=1)
 
 
-def test_the_status_says_what_the_worker_does_and_has_measured(bench: Bench) -> None:
+def test_the_status_says_what_the_worker_does_and_has_measured(runs: WorkerRuns) -> None:
     seen: list[WorkerStatus] = []
 
-    def look(step: int) -> None:
+    def observe(step: int) -> None:
         time.sleep(0.2)
-        seen.extend(catalog.read_statuses(bench.redis))
+        seen.extend(catalog.read_statuses(runs.redis))
 
-    (first,) = bench.run(look)
+    (first,) = runs.run(observe)
     assert {(status.state, status.job_id) for status in seen} == {("busy", first.id)}
-    assert bench.journal.jobs_done == 1
-    step_s = bench.journal.modes()["plain"].step_s
+    assert runs.stats.jobs_done == 1
+    step_s = runs.stats.modes()["plain"].step_s
     assert step_s is not None
     assert step_s > 0.2
-    assert catalog.read_statuses(bench.redis) == ()
+    assert catalog.read_statuses(runs.redis) == ()
 
 
-class Unhelpful(FolderArtifactStore):
-    """Waits for ever for a disk that is full, and asks meanwhile whether it should."""
+class WaitingStore(FolderArtifactStore):
+    """A store that waits for ever, as for a full disk, and keeps calling `check`."""
 
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         assert check is not None
@@ -195,34 +196,34 @@ class Unhelpful(FolderArtifactStore):
             time.sleep(0.01)
 
 
-def test_a_job_is_cancelled_while_its_video_is_stored(bench: Bench, tmp_path: Path) -> None:
-    bench.artifacts = Unhelpful(tmp_path / "full")
+def test_a_job_is_cancelled_while_its_video_is_stored(runs: WorkerRuns, tmp_path: Path) -> None:
+    runs.artifacts = WaitingStore(tmp_path / "full")
 
     def cancel_soon(step: int) -> None:
         if step == 2:
-            (job,) = bench.store.list(JobState.RUNNING).jobs
-            threading.Timer(0.5, bench.store.cancel, (job.id,)).start()
+            (job,) = runs.store.list(JobState.RUNNING).jobs
+            threading.Timer(0.5, runs.store.cancel, (job.id,)).start()
 
-    (record,) = bench.run(cancel_soon)
+    (record,) = runs.run(cancel_soon)
     assert record.state is JobState.CANCELLED
 
 
 def test_a_claim_that_redis_refuses_loses_nothing_though_rq_calls_its_job_failed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    runs: WorkerRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.store.recovery.MISSING_S", 0.0)
-    job = bench.store.create(SHORT, QUEUE).job
-    # For the length of the claim the record is of a kind that no script can read.
-    bench.redis.rename(redis_keys.record(job.id), "aside")
-    bench.redis.set(redis_keys.record(job.id), "no hash")
-    worker = ResidentWorker(FakeEngine(), bench.redis, bench.artifacts)
+    job = runs.store.create(SHORT, QUEUE).job
+    # During the claim the record has a type that no script can read.
+    runs.redis.rename(redis_keys.record(job.id), "aside")
+    runs.redis.set(redis_keys.record(job.id), "no hash")
+    worker = ResidentWorker(FakeEngine(), runs.redis, runs.artifacts)
     worker.work(burst=True, logging_level="CRITICAL")
-    bench.redis.rename("aside", redis_keys.record(job.id))
-    fetched = Job.fetch(job.id, connection=bench.redis, serializer=JSONSerializer)
+    runs.redis.rename("aside", redis_keys.record(job.id))
+    fetched = Job.fetch(job.id, connection=runs.redis, serializer=JSONSerializer)
     assert fetched.get_status() is JobStatus.FAILED
-    recovery = Recovery(bench.redis)
+    recovery = Recovery(runs.redis)
     recovery.run()
     assert recovery.run() == {job.id: "queued"}
-    bench.run(lambda step: None)
-    record = bench.store.get(job.id)
+    runs.run(lambda step: None)
+    record = runs.store.get(job.id)
     assert (record.state, record.attempts, record.lost) == (JobState.SUCCEEDED, 1, 0)

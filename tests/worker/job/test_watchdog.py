@@ -1,4 +1,4 @@
-"""A job that shows no sign of life ends its process; everything else does not."""
+"""Test that a job without a sign of life ends its process, and no other job does."""
 
 import threading
 import time
@@ -7,40 +7,40 @@ from worker.errors import EXIT_HUNG
 from worker.job.watchdog import Watchdog
 
 
-class Ends:
-    """What would have ended the process."""
+class FakeExit:
+    """A callback in place of `os._exit`."""
 
     def __init__(self) -> None:
         self.status: int | None = None
-        self.came = threading.Event()
+        self.called = threading.Event()
 
     def __call__(self, status: int) -> None:
         self.status = status
-        self.came.set()
+        self.called.set()
 
 
-def test_silence_ends_the_process_after_the_last_words() -> None:
-    ends, words = Ends(), list[str]()
-    with Watchdog(0.6, lambda: words.append("given up"), ends):
-        assert ends.came.wait(10)
-    assert ends.status == EXIT_HUNG
-    assert words == ["given up"]
+def test_silence_ends_the_process_after_the_callback() -> None:
+    fake_exit, calls = FakeExit(), list[str]()
+    with Watchdog(0.6, lambda: calls.append("given up"), fake_exit):
+        assert fake_exit.called.wait(10)
+    assert fake_exit.status == EXIT_HUNG
+    assert calls == ["given up"]
 
 
-def test_last_words_that_hang_are_not_waited_for_long(monkeypatch) -> None:
-    monkeypatch.setattr("worker.job.watchdog.LAST_WORDS_S", 0.2)
-    ends, never = Ends(), threading.Event()
-    with Watchdog(0.1, lambda: never.wait(30), ends):
-        assert ends.came.wait(10)
+def test_a_callback_that_hangs_is_not_waited_for_long(monkeypatch) -> None:
+    monkeypatch.setattr("worker.job.watchdog.ON_HANG_TIMEOUT_S", 0.2)
+    fake_exit, never = FakeExit(), threading.Event()
+    with Watchdog(0.1, lambda: never.wait(30), fake_exit):
+        assert fake_exit.called.wait(10)
     never.set()
 
 
-def test_signs_of_life_and_a_larger_limit_keep_it_quiet() -> None:
-    ends = Ends()
-    with Watchdog(1.2, lambda: None, ends) as dog:
+def test_signs_of_life_and_a_larger_limit_prevent_the_end() -> None:
+    fake_exit = FakeExit()
+    with Watchdog(1.2, lambda: None, fake_exit) as watchdog:
         for _ in range(12):
             time.sleep(0.2)
-            dog.alive()
-        dog.allow(60)
+            watchdog.alive()
+        watchdog.set_limit(60)
         time.sleep(2)
-    assert ends.status is None
+    assert fake_exit.status is None

@@ -1,4 +1,4 @@
-"""What is refused before anything large is read."""
+"""Test what the loader refuses before it reads large tensors, and what modes share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from worker.config import FirstBlockCache, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader import loader
-from worker.model_loader.components import ComponentLoader, load_shared_parts
+from worker.model_loader.components import ComponentLoader, load_components
 from worker.model_loader.loader import load_model, load_modes
 from worker.model_loader.mode_plan import (
     check_folder,
@@ -50,11 +50,11 @@ def with_scales(config: WorkerConfig, path: Path) -> WorkerConfig:
     return config.model_copy(update={"modes": (config.modes[0], quantized)})
 
 
-def test_the_miniature_is_whole(model_folder: Path) -> None:
+def test_the_miniature_is_complete(model_folder: Path) -> None:
     check_folder(model_folder)
 
 
-def test_scales_that_fit_are_planned(config: WorkerConfig, scales: Scales) -> None:
+def test_matching_scales_are_planned(config: WorkerConfig, scales: Scales) -> None:
     bf16, quantized = plan_modes(config, scales.model_fingerprint)
     assert (bf16.recipe, bf16.scales) == (None, None)
     assert quantized.recipe == QuantRecipe.load("boundary-hif8")
@@ -119,11 +119,11 @@ def test_an_unknown_recipe_is_refused(config: WorkerConfig) -> None:
         plan_modes(config.model_copy(update={"modes": (mode,)}), "fingerprint")
 
 
-@pytest.mark.parametrize("part", ["model_index.json", "tokenizer", "vae/config.json"])
-def test_a_missing_part_is_named(folder: Path, part: str) -> None:
-    path = folder / part
+@pytest.mark.parametrize("name", ["model_index.json", "tokenizer", "vae/config.json"])
+def test_a_missing_component_is_named(folder: Path, name: str) -> None:
+    path = folder / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(ModelUnusable, match=f"lacks {part}"):
+    with pytest.raises(ModelUnusable, match=f"lacks {name}"):
         check_folder(folder)
 
 
@@ -147,14 +147,14 @@ def test_another_kind_of_folder_is_refused(folder: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""])
-def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
+def test_a_broken_index_is_refused(folder: Path, text: str) -> None:
     (folder / "model_index.json").write_text(text, encoding="utf-8")
     with pytest.raises(ModelUnusable, match=r"model_index\.json cannot be read"):
         check_folder(folder)
 
 
 @pytest.mark.parametrize(
-    "part",
+    "name",
     [
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
@@ -165,15 +165,15 @@ def test_an_index_that_is_none_is_refused(folder: Path, text: str) -> None:
     ],
 )
 @pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
-def test_a_damaged_part_is_named(folder: Path, device: Device, part: str, damage: str) -> None:
-    do_damage(folder / part, damage)
-    with pytest.raises(ModelUnusable, match=part.partition("/")[0]) as caught:
-        load_shared_parts(folder, device)
-    assert says_file_and_fault(str(caught.value), folder / part, damage)
+def test_a_damaged_component_is_named(folder: Path, device: Device, name: str, damage: str) -> None:
+    do_damage(folder / name, damage)
+    with pytest.raises(ModelUnusable, match=name.partition("/")[0]) as caught:
+        load_components(folder, device)
+    assert names_file_and_fault(str(caught.value), folder / name, damage)
 
 
 @pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
-def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
+def test_a_component_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
     folder: Path, config: WorkerConfig, device: Device, modes: slice, monkeypatch
 ) -> None:
     model = config.model.model_copy(update={"path": folder})
@@ -189,29 +189,29 @@ def test_a_part_that_lacks_a_tensor_is_refused_before_its_weights_are_read(
     )
     with pytest.raises(QuantError, match=r"text_encoder.* lacks tensor .*SelfAttention\.q"):
         load_model(folder, plans, device)
-    # Nor anything else where it would have been waited for, to be quantized.
+    # Nor the transformer, if it would be quantized, because the check comes before that wait.
     quantizes = any(mode.scales is not None for mode in broken.modes)
     expected = set() if quantizes else {folder / "transformer"}
     assert {stored.file.parent for stored, _ in read} <= expected
 
 
-def test_the_copy_of_shared_parts_ends_when_nobody_wants_it_any_more(
+def test_the_copy_of_components_ends_when_loading_fails(
     config: WorkerConfig, device: Device, monkeypatch
 ) -> None:
-    """As where a transformer is damaged that is to be quantized, for which they come first."""
+    """For example when a transformer that is to be quantized is damaged: components come first."""
     read: list[str] = []
 
     def fail(*_args: object) -> None:
         raise ModelUnusable("a damaged transformer")
 
     def slowly(
-        _copier: TensorReader, wanted: Iterable[ReadRequest], _arrived: object = None
+        _reader: TensorReader, wanted: Iterable[ReadRequest], _arrived: object = None
     ) -> None:
         for stored, _ in wanted:
             time.sleep(0.01)
             read.append(stored.name)
 
-    monkeypatch.setattr(loader, "_begin_modes", fail)
+    monkeypatch.setattr(loader, "_build_modes", fail)
     monkeypatch.setattr(TensorReader, "read", slowly)
     plans = plan_modes(config, fingerprint_model(config))[1:2]
     with pytest.raises(ModelUnusable, match="a damaged transformer"):
@@ -223,13 +223,13 @@ def test_the_copy_of_shared_parts_ends_when_nobody_wants_it_any_more(
 def test_kernels_are_tried_as_the_recipe_multiplies(
     config: WorkerConfig, device: Device, monkeypatch, policy: str, rows: bool
 ) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: asked.append(how))
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: calls.append(how))
     plan = plan_modes(config, fingerprint_model(config))[1]
     assert plan.recipe is not None
     recipe = replace(plan.recipe, weight_policy=POLICIES[policy])
     choose_kernels([replace(plan, recipe=recipe)], device)
-    assert [how["scales_rows"] for how in asked] == [rows]
+    assert [how["per_row_scales"] for how in calls] == [rows]
 
 
 @pytest.mark.parametrize("modes", [slice(0, 1), slice(1, 2), slice(0, 2)])
@@ -238,45 +238,45 @@ def test_the_transformer_comes_first_unless_it_is_waited_for(
 ) -> None:
     chosen = config.model_copy(update={"modes": config.modes[modes]})
     plans = plan_modes(chosen, fingerprint_model(config))
-    order: list[str] = []
-    begin = loader._begin_modes
+    calls: list[str] = []
+    build = loader._build_modes
 
-    class Noted(ComponentLoader):
+    class RecordingLoader(ComponentLoader):
         def __init__(self, *args: Any) -> None:
-            order.append("shared parts")
+            calls.append("components")
             super().__init__(*args)
 
-    def begin_modes(*args: Any) -> Any:
-        order.append("transformer")
-        return begin(*args)
+    def build_modes(*args: Any) -> Any:
+        calls.append("transformer")
+        return build(*args)
 
-    monkeypatch.setattr(loader, "ComponentLoader", Noted)
-    monkeypatch.setattr(loader, "_begin_modes", begin_modes)
+    monkeypatch.setattr(loader, "ComponentLoader", RecordingLoader)
+    monkeypatch.setattr(loader, "_build_modes", build_modes)
     load_model(config.model.path, plans, device)
     quantizes = any(mode.scales is not None for mode in chosen.modes)
-    assert order == sorted(["transformer", "shared parts"], reverse=not quantizes)
+    assert calls == sorted(["transformer", "components"], reverse=not quantizes)
 
 
-@pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
 def test_a_damaged_transformer_is_named(
-    folder: Path, config: WorkerConfig, device: Device, part: str, damage: str
+    folder: Path, config: WorkerConfig, device: Device, name: str, damage: str
 ) -> None:
-    do_damage(folder / "transformer" / part, damage)
+    do_damage(folder / "transformer" / name, damage)
     model = config.model.model_copy(update={"path": folder})
     bf16 = config.model_copy(update={"model": model, "modes": config.modes[:1]})
     with pytest.raises((ModelUnusable, QuantError)) as caught:
         load_engine(bf16, device)
     assert "transformer/" in str(caught.value)
-    assert says_file_and_fault(str(caught.value), folder / "transformer" / part, damage)
+    assert names_file_and_fault(str(caught.value), folder / "transformer" / name, damage)
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae"])
 def test_a_cut_model_is_not_another_model(
-    folder: Path, config: WorkerConfig, device: Device, part: str
+    folder: Path, config: WorkerConfig, device: Device, name: str
 ) -> None:
-    """Which new scales would be recommended for."""
-    file = next((folder / part).glob("*.safetensors"))
+    """As another model, it would be refused with the advice to make new scales."""
+    file = next((folder / name).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
     model = config.model.model_copy(update={"path": folder})
     with pytest.raises(QuantError, match=rf"{file} ends after .* within tensor .* was cut"):
@@ -293,8 +293,8 @@ def do_damage(path: Path, damage: str) -> None:
             path.write_text("[]", encoding="utf-8")
 
 
-def says_file_and_fault(message: str, path: Path, damage: str) -> bool:
-    """One line that names the file (a missing one by its kind), and no talk of downloads."""
+def names_file_and_fault(message: str, path: Path, damage: str) -> bool:
+    """Whether a message is one line that names the file and does not mention downloads."""
     named = "lacks" in message if damage == "missing" else str(path) in message
     return named and "huggingface" not in message and "\n" not in message
 
@@ -325,7 +325,7 @@ def with_fp8_attention(config: WorkerConfig, scales: Scales, path: Path) -> Work
     return config.model_copy(update={"modes": (mode,)})
 
 
-def test_quantized_blocks_get_the_attention_their_recipe_wants(
+def test_quantized_blocks_get_the_attention_of_their_recipe(
     config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path
 ) -> None:
     fp8 = with_fp8_attention(config, scales, tmp_path / "fp8.safetensors")
@@ -336,10 +336,10 @@ def test_quantized_blocks_get_the_attention_their_recipe_wants(
     assert blocks[2].attention_scales == AttentionScales(1, 1, 1, out)
 
 
-def test_kernels_that_do_not_run_are_said_once_and_offered_with_their_warning(
+def test_kernels_that_do_not_run_are_logged_once_and_offered_with_their_warning(
     config: WorkerConfig, scales: Scales, device: Device, monkeypatch, caplog
 ) -> None:
-    warning = "The kernels for Some Card do not run; plain torch runs instead."
+    warning = "The kernels for Some Device do not run; plain torch runs instead."
     monkeypatch.setattr(
         Device, "pick_kernels", lambda _self, **how: KernelChoice(EagerKernels(), warning)
     )
@@ -351,12 +351,12 @@ def test_kernels_that_do_not_run_are_said_once_and_offered_with_their_warning(
 
 
 class FastKernels(EagerKernels):
-    """As if plain torch were a card's own kernels."""
+    """Plain torch under the name of a device's own kernels."""
 
     name = "cuda"
 
 
-def test_blocks_that_run_in_plain_torch_beside_fast_ones_are_said(
+def test_blocks_that_run_in_plain_torch_beside_fast_ones_are_logged(
     config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path, monkeypatch, caplog
 ) -> None:
     text = (ROOT / "quant" / "recipe" / "presets" / "boundary-hif8.toml").read_text(

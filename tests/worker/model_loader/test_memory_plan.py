@@ -1,4 +1,4 @@
-"""The sum is right, the choice follows from it, and what does not fit is refused with it."""
+"""Test the computed memory, the placement that follows from it, and the refusals."""
 
 import json
 import re
@@ -41,7 +41,7 @@ RECIPE = QuantRecipe.load("boundary-hif8")
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory) -> Path:
-    """The 14B as far as the sum looks: configurations, and files of the right sizes with holes."""
+    """The 14B model's configurations, and sparse files of the right sizes."""
     folder = tmp_path_factory.mktemp("large")
     for part in ("transformer", "text_encoder", "vae"):
         (folder / part).mkdir()
@@ -53,7 +53,7 @@ def large_folder(tmp_path_factory) -> Path:
 
 
 def sparse_weights(file: Path, count: int) -> None:
-    """A safetensors file with one FP32 tensor of `count` elements, of which none is written."""
+    """Write a safetensors file with one FP32 tensor of `count` elements, all in a hole."""
     text = f'{{"w":{{"dtype":"F32","shape":[{count}],"data_offsets":[0,{4 * count}]}}}}'.encode()
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
@@ -75,7 +75,7 @@ def with_model(config: WorkerConfig, **changes: str) -> WorkerConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
-def place(config: WorkerConfig, gib: float | None, device: Device) -> Placement:
+def choose_placement(config: WorkerConfig, gib: float | None, device: Device) -> Placement:
     recipes = [None if mode.recipe is None else RECIPE for mode in config.modes]
     available = None if gib is None else int(gib * GIB)
     return place_model(config, recipes, device, available)
@@ -136,50 +136,50 @@ def test_what_emulation_and_step_caches_take_is_added(large, device):
 
 
 @pytest.mark.parametrize(("capability", "emulated"), [((8, 0), True), ((9, 0), False)])
-def test_a_card_without_fp8_is_known_to_emulate(large, monkeypatch, capability, emulated):
+def test_a_device_without_fp8_counts_as_emulating(large, monkeypatch, capability, emulated):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    card, modes = Device("cuda", "a card"), large.modes
+    cuda, modes = Device("cuda", "a device"), large.modes
     bf16 = large.model_copy(update={"modes": modes[:1]})
-    plain = measure_model(bf16, [None], card).denoising
-    more = measure_model(large, [None, RECIPE], card).denoising - plain
+    plain = measure_model(bf16, [None], cuda).denoising
+    more = measure_model(large, [None, RECIPE], cuda).denoising - plain
     assert more == (4 * 75_600 * 5120 * 2 if emulated else 0)
 
 
 CHOICES = {
-    80.0: ("device", False),  # all of it
-    60.0: ("encode", False),  # the text encoder only while nothing else needs the room
+    80.0: ("device", False),  # everything fits
+    60.0: ("encode", False),  # the text encoder only while it encodes
     52.0: ("encode", True),
 }
 
 
 @pytest.mark.parametrize("gib", CHOICES)
-def test_what_stays_where_follows_from_the_sum(large, device, gib):
-    placement = place(large, gib, device)
+def test_the_placement_follows_from_the_sum(large, device, gib):
+    placement = choose_placement(large, gib, device)
     assert (placement.text_encoder, placement.vae_tiling) == CHOICES[gib]
     assert placement.need.total <= gib * GIB
-    card = Device("cuda", "a card")
-    at_home = placement.text_encoder == "device"
-    assert placement.text_encoder_home(card).type == ("cuda" if at_home else "cpu")
-    assert place(large, placement.need.total / GIB, device).need == placement.need
+    cuda = Device("cuda", "a device")
+    on_device = placement.text_encoder == "device"
+    assert placement.text_encoder_load_device(cuda).type == ("cuda" if on_device else "cpu")
+    assert choose_placement(large, placement.need.total / GIB, device).need == placement.need
 
 
-def test_a_choice_of_the_operator_stands(large, device):
+def test_a_configured_placement_is_kept(large, device):
     chosen = with_model(large, text_encoder="host", vae_tiling="on")
-    placement = place(chosen, 80.0, device)
+    placement = choose_placement(chosen, 80.0, device)
     assert (placement.text_encoder, placement.vae_tiling) == ("host", True)
     assert str(placement).startswith("text encoder: host, VAE decodes in tiles, at most 49.3 GiB")
-    assert "text encoder" not in {*placement.need.resident, *placement.need.passing}
+    assert "text encoder" not in {*placement.need.resident, *placement.need.transient}
 
 
-def test_without_a_bound_nothing_is_moved_or_cut(large, device):
-    placement = place(large, None, device)
+def test_without_a_limit_everything_is_on_the_device(large, device):
+    placement = choose_placement(large, None, device)
     assert (placement.text_encoder, placement.vae_tiling) == ("device", False)
 
 
 def test_what_does_not_fit_is_refused_with_sum_and_remedies(large, device):
     fixed = with_model(large, text_encoder="device", vae_tiling="off")
     with pytest.raises(TooLittleMemory) as caught:
-        place(fixed, 40.0, device)
+        choose_placement(fixed, 40.0, device)
     message = str(caught.value)
     for part in (
         r"wan-mini with bf16, w8a8 at up to 1280x720 and 81 frames",
@@ -194,26 +194,26 @@ def test_what_does_not_fit_is_refused_with_sum_and_remedies(large, device):
     ):
         assert re.search(part, message), (part, message)
     with pytest.raises(TooLittleMemory) as caught:
-        place(large, 40.0, device)
+        choose_placement(large, 40.0, device)
     assert "text_encoder =" not in str(caught.value), "it was tried on the host already"
 
 
-def test_a_follower_needs_room_to_denoise_only(large, device, monkeypatch):
+def test_a_follower_needs_memory_to_denoise_only(large, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     recipes = [None, RECIPE]
-    least = measure_model(large, recipes, device).followers_need().total
+    least = measure_model(large, recipes, device).follower_need().total
     assert least / GIB == pytest.approx(38.1 + 2.0 + 8.7, abs=0.1)
-    card = Device("cuda", "2 x a card", card=1)
+    cuda = Device("cuda", "2 x a device", index=1)
     for enough in (None, least):
-        check_follower(large, recipes, card, enough)
+        check_follower(large, recipes, cuda, enough)
     with pytest.raises(TooLittleMemory) as caught:
         check_follower(
-            with_model(large, text_encoder="device", vae_tiling="off"), recipes, card, least - 1
+            with_model(large, text_encoder="device", vae_tiling="off"), recipes, cuda, least - 1
         )
     message = str(caught.value)
     for part in (
         r"needs 48\.\d GiB \(transformer 38\.1, reserve 2\.0, and the largest of: denoising 8\.7\)",
-        r"on card 1, which denoises with the first, which has 48\.\d GiB",
+        r"on device 1, which denoises with the first, which has 48\.\d GiB",
         "serve fewer modes",
         "fewer frames",
     ):
@@ -223,39 +223,39 @@ def test_a_follower_needs_room_to_denoise_only(large, device, monkeypatch):
 
 
 class FullDevice(Device):
-    """A device that somebody else has taken the memory of."""
+    """A device whose memory another process uses."""
 
     def available_bytes(self) -> int:
         return 1 << 20
 
 
-class Ordered:
-    """As far as a follower that loads knows the other cards."""
+class FakeLeader:
+    """The part of `RankGroup` that a follower uses while it loads."""
 
-    device = FullDevice("cpu", "a full card", card=1)
+    device = FullDevice("cpu", "a full device", index=1)
 
     def __init__(self, fingerprint: str) -> None:
         self._fingerprint = fingerprint
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         return self._fingerprint
 
 
-def test_a_follower_without_room_loads_nothing(
+def test_a_follower_without_memory_loads_nothing(
     config: WorkerConfig, engine: WanEngine, monkeypatch
 ):
     monkeypatch.setattr(follower, "load_modes", lambda *_: pytest.fail("it loads"))
-    with pytest.raises(TooLittleMemory, match=r"on card 1, .* which has 0\.0 GiB"):
-        load_follower(config, Ordered(engine.model.fingerprint))  # type: ignore[arg-type]
+    with pytest.raises(TooLittleMemory, match=r"on device 1, .* which has 0\.0 GiB"):
+        load_follower(config, FakeLeader(engine.model.fingerprint))  # type: ignore[arg-type]
 
 
 def test_the_estimate_of_weights_is_what_the_miniature_takes(
     config: WorkerConfig, engine: WanEngine, device: Device
 ):
     size = measure_model(config, [None, RECIPE], device)
-    parts = engine.parts
-    assert size.text_encoder == sum(p.nbytes for p in parts.text_encoder.parameters())
-    assert size.vae == sum(p.nbytes for p in parts.vae.parameters())
+    components = engine.components
+    assert size.text_encoder == sum(p.nbytes for p in components.text_encoder.parameters())
+    assert size.vae == sum(p.nbytes for p in components.vae.parameters())
     modes = [mode.weight_bytes for mode in engine.loaded.values()]
     assert max(modes) <= size.transformer <= sum(modes)
 

@@ -1,4 +1,4 @@
-"""Modes from packed checkpoints: the same frames, fewer tensors, and refusals before loading."""
+"""Test modes from packed checkpoints: the same frames, fewer tensors, early refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quant import PackedMismatch, QuantRecipe, WeightsError, convert, weight_byt
 from quant.transformer import wan_block
 from quant.weights import header, reader
 from quant.weights.transfer import ThreadTransfer
-from tests.support.job_controls import Unwatched
+from tests.support.job_controls import IgnoringControl
 from tests.support.requests import OWNER
 from worker.config import ModeConfig, WorkerConfig, load_config
 from worker.device import Device
@@ -66,7 +66,7 @@ def frames(engine: WanEngine) -> np.ndarray:
         seed=7,
         model="wan-mini",
     )
-    return np.stack(list(engine.generate(request, Unwatched(), OWNER).frames))
+    return np.stack(list(engine.generate(request, IgnoringControl(), OWNER).frames))
 
 
 def test_a_packed_worker_makes_the_same_frames(
@@ -94,31 +94,31 @@ def is_code(tensor: torch.Tensor) -> bool:
     return tensor.dtype is torch.uint8
 
 
-def test_blocks_go_on_their_kernels_while_others_are_on_their_way(
+def test_blocks_are_fused_while_others_are_still_read(
     packed_config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulated = packed_config.modes[1].model_copy(update={"exact_emulation": True})
     config = packed_config.model_copy(update={"modes": (emulated,)})
-    at_once = frames(load_engine(config, device))
-    happened: list[str] = []
+    expected = frames(load_engine(config, device))
+    events: list[str] = []
 
     class Slow(ThreadTransfer):
         def finish(self, begun: Any) -> None:
             time.sleep(0.001)
             super().finish(begun)
-            happened.append("read")
+            events.append("read")
 
-    class Noted(wan_block.FusedWanBlock):
+    class RecordingBlock(wan_block.FusedWanBlock):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            happened.append("fused")
+            events.append("fused")
 
     monkeypatch.setattr(header, "SMALL_BYTES", 1)  # each tensor is read by itself
     monkeypatch.setattr(reader, "fastest_transfer", Slow)
-    monkeypatch.setattr(wan_block, "FusedWanBlock", Noted)
-    assert np.array_equal(frames(load_engine(config, device)), at_once)
-    assert happened.count("fused") == 40
-    assert "read" in happened[happened.index("fused") :]
+    monkeypatch.setattr(wan_block, "FusedWanBlock", RecordingBlock)
+    assert np.array_equal(frames(load_engine(config, device)), expected)
+    assert events.count("fused") == 40
+    assert "read" in events[events.index("fused") :]
 
 
 def test_packed_alone_needs_no_other_transformer(

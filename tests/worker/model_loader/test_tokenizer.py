@@ -1,4 +1,4 @@
-"""A tokenizer is what its file says, whatever class a configuration names."""
+"""Test that a tokenizer does what its file says, whatever class a configuration names."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ TEXT = "a red ball <extra_id_3> over the 海 \u20ac"
 
 @pytest.fixture
 def umt5(tmp_path: Path) -> Path:
-    """A tokenizer as Wan's folders have it, but small: `<unk>` is its fourth token."""
+    """A tokenizer like that of Wan's folders, but small; `<unk>` is its fourth token."""
     folder = tmp_path / "tokenizer"
     write_tokenizer(folder, 500, seed=3)
     return folder
 
 
-def test_it_computes_what_its_file_says(umt5: Path) -> None:
+def test_it_follows_its_file(umt5: Path) -> None:
     read = read_tokenizer(umt5)
-    said = Tokenizer.from_file(str(umt5 / "tokenizer.json")).encode(TEXT).ids
-    assert read.tokenize(TEXT).input_ids == said
-    assert said.count(3) == 2, "both unknown characters, and no other class' unknown token"
-    assert said[-1] == 1
+    ids = Tokenizer.from_file(str(umt5 / "tokenizer.json")).encode(TEXT).ids
+    assert read.tokenize(TEXT).input_ids == ids
+    assert ids.count(3) == 2, "both unknown characters, and no other class' unknown token"
+    assert ids[-1] == 1
 
 
 def test_it_pads_and_cuts_as_pipelines_ask(umt5: Path) -> None:
@@ -57,7 +57,9 @@ def test_it_pads_and_cuts_as_pipelines_ask(umt5: Path) -> None:
     ],
     ids=["plain", "an object"],
 )
-def test_it_is_what_the_library_makes_of_the_folder(umt5: Path, change: dict[str, object]) -> None:
+def test_it_equals_the_librarys_tokenizer_of_the_folder(
+    umt5: Path, change: dict[str, object]
+) -> None:
     configure(umt5, change)
     library = PreTrainedTokenizerFast.from_pretrained(umt5)
     ours, theirs = (
@@ -75,20 +77,20 @@ def configure(folder: Path, change: dict[str, object]) -> None:
     file.write_text(json.dumps(config), encoding="utf-8")
 
 
-def call_padding(folder: Path, name: str) -> None:
-    """Give the token that pads another name, which no configuration says."""
+def rename_padding_token(folder: Path, name: str) -> None:
+    """Rename the padding token in tokenizer.json only."""
     configure(folder, {"pad_token": None})
     file = folder / "tokenizer.json"
     text = file.read_text(encoding="utf-8").replace('"<pad>"', f'"{name}"')
     file.write_text(text, encoding="utf-8")
 
 
-def test_padding_unnamed_is_t5s(umt5: Path) -> None:
+def test_the_default_padding_token_is_t5s(umt5: Path) -> None:
     configure(umt5, {"pad_token": None})
     assert read_tokenizer(umt5).tokenize.pad_token_id == 0
 
 
-def pad_in_the_file(folder: Path, **padding: object) -> None:
+def write_padding_section(folder: Path, **padding: object) -> None:
     """Write a padding section into the tokenizer's file."""
     file = folder / "tokenizer.json"
     section = {"strategy": "BatchLongest", "pad_id": 0, "pad_type_id": 0} | padding
@@ -96,23 +98,23 @@ def pad_in_the_file(folder: Path, **padding: object) -> None:
     file.write_text(json.dumps(whole), encoding="utf-8")
 
 
-def test_texts_are_at_the_left_whatever_the_files_say(umt5: Path) -> None:
+def test_padding_is_on_the_right_whatever_the_files_say(umt5: Path) -> None:
     configure(umt5, {"padding_side": "left"})
-    pad_in_the_file(umt5, direction="Left", pad_token="<pad>", pad_to_multiple_of=None)
+    write_padding_section(umt5, direction="Left", pad_token="<pad>", pad_to_multiple_of=None)
     ids = read_tokenizer(umt5).tokenize("red", padding="max_length", max_length=12).input_ids
     assert ids[0] != 0 == ids[-1]
 
 
 def test_padding_may_be_named_by_the_tokenizer_itself(umt5: Path) -> None:
-    call_padding(umt5, "[PAD]")
-    pad_in_the_file(umt5, direction="Right", pad_token="[PAD]", pad_to_multiple_of=None)
+    rename_padding_token(umt5, "[PAD]")
+    write_padding_section(umt5, direction="Right", pad_token="[PAD]", pad_to_multiple_of=None)
     assert read_tokenizer(umt5).tokenize.pad_token_id == 0
 
 
 @pytest.mark.parametrize("named", [None, "<pad>"])
 def test_padding_of_the_file_does_not_grow_its_vocabulary(umt5: Path, named: str | None) -> None:
     size = len(read_tokenizer(umt5).tokenize)
-    pad_in_the_file(umt5, direction="Right", pad_token="[NOPE]", pad_to_multiple_of=None)
+    write_padding_section(umt5, direction="Right", pad_token="[NOPE]", pad_to_multiple_of=None)
     configure(umt5, {"pad_token": named})
     if named is None:
         with pytest.raises(ModelUnusable, match=r"has no token '\[NOPE\]' to pad with"):
@@ -122,19 +124,19 @@ def test_padding_of_the_file_does_not_grow_its_vocabulary(umt5: Path, named: str
 
 
 @pytest.mark.parametrize(
-    ("named", "called"),
+    ("named", "shown"),
     [(None, "'<pad>'"), ("[PAD]", r"'\[PAD\]'"), ([1], r"\[1\]"), (3, "3")],
 )
 def test_padding_that_the_vocabulary_lacks_is_refused(
-    umt5: Path, named: object, called: str
+    umt5: Path, named: object, shown: str
 ) -> None:
-    call_padding(umt5, "[FILL]")
+    rename_padding_token(umt5, "[FILL]")
     configure(umt5, {"pad_token": named})
-    with pytest.raises(ModelUnusable, match=rf"tokenizer\.json has no token {called} to pad with"):
+    with pytest.raises(ModelUnusable, match=rf"tokenizer\.json has no token {shown} to pad with"):
         read_tokenizer(umt5)
 
 
-def test_padding_that_is_named_without_words_is_refused(umt5: Path) -> None:
+def test_a_padding_token_without_text_is_refused(umt5: Path) -> None:
     configure(umt5, {"pad_token": {"x": 1}})
     with pytest.raises(ModelUnusable, match="has no token None to pad with"):
         read_tokenizer(umt5)
@@ -158,12 +160,14 @@ def test_a_broken_file_is_named(umt5: Path, text: str) -> None:
         whole = json.loads(file.read_text(encoding="utf-8"))
         text = json.dumps(whole | {"normalizer": normalizer})
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(ModelUnusable, match=r"tokenizer/tokenizer\.json cannot be read: ") as told:
+    with pytest.raises(
+        ModelUnusable, match=r"tokenizer/tokenizer\.json cannot be read: "
+    ) as caught:
         read_tokenizer(umt5)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_who_interrupts_is_heard(umt5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_not_caught(umt5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
@@ -182,19 +186,19 @@ def test_a_missing_file_is_named(umt5: Path, name: str) -> None:
 def test_it_is_read_while_kernels_are_tried(
     config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, tried = threading.Event(), threading.Event()
+    started, tried = threading.Event(), threading.Event()
     choose = mode_plan.choose_kernels
 
     def read(folder: Path) -> ModelTokenizer:
-        begun.set()
+        started.set()
         assert tried.wait(20), "kernels wait for the tokenizer"
         return read_tokenizer(folder)
 
     def choose_kernels(*args):
-        assert begun.wait(20), "nobody reads the tokenizer"
-        choices = choose(*args)
+        assert started.wait(20), "the tokenizer is not being read"
+        kernels = choose(*args)
         tried.set()
-        return choices
+        return kernels
 
     monkeypatch.setattr(startup, "read_tokenizer", read)
     monkeypatch.setattr(startup, "choose_kernels", choose_kernels)
@@ -206,12 +210,12 @@ def test_it_is_read_while_kernels_are_tried(
 def test_a_tokenizer_that_cannot_be_read_ends_the_start(
     config: WorkerConfig, device: Device, monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
-    failing, loading_begun = threading.Event(), threading.Event()
+    failing, loading_started = threading.Event(), threading.Event()
     choose, load = mode_plan.choose_kernels, loader.load_model
 
     def read(folder: Path) -> ModelTokenizer:
         if known == "meanwhile":
-            assert loading_begun.wait(20)
+            assert loading_started.wait(20)
         failing.set()
         raise ModelUnusable(f"{folder} is no tokenizer")
 
@@ -222,7 +226,7 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start(
         return choose(*args)
 
     def load_model(*args):
-        loading_begun.set()
+        loading_started.set()
         return load(*args)
 
     monkeypatch.setattr(startup, "read_tokenizer", read)
@@ -230,4 +234,4 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_start(
     monkeypatch.setattr(startup, "load_model", load_model)
     with pytest.raises(ModelUnusable, match="is no tokenizer"):
         load_engine(config, device)
-    assert loading_begun.is_set() == (known == "meanwhile")
+    assert loading_started.is_set() == (known == "meanwhile")

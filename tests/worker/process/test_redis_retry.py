@@ -1,4 +1,4 @@
-"""What is asked of Redis again, and for how long."""
+"""Test which Redis errors are retried, and for how long."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.process.redis_retry import RedisOutage, keep_asking
+from worker.process.redis_retry import RedisOutage, retry_until_answered
 
 
 def failing_once(error: RedisError) -> tuple[Callable[[], str], list[int]]:
@@ -40,26 +40,28 @@ def failing_once(error: RedisError) -> tuple[Callable[[], str], list[int]]:
         ResponseError("MISCONF Valkey is configured to save RDB snapshots"),
     ],
 )
-def test_what_may_pass_is_asked_again(error: RedisError) -> None:
+def test_a_transient_error_is_retried(error: RedisError) -> None:
     call, calls = failing_once(error)
-    assert keep_asking(call, RedisOutage()) == "answer"
+    assert retry_until_answered(call, RedisOutage()) == "answer"
     assert len(calls) == 2
 
 
-def test_what_would_come_again_is_raised_at_once() -> None:
+def test_a_lasting_error_is_raised_at_once() -> None:
     call, calls = failing_once(ResponseError("WRONGTYPE Operation against a key"))
     with pytest.raises(ResponseError, match="WRONGTYPE"):
-        keep_asking(call, RedisOutage())
+        retry_until_answered(call, RedisOutage())
     assert len(calls) == 1
 
 
-def test_who_is_hurried_gives_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.process.redis_retry.HURRIED_S", 0.2)
+def test_shutting_down_shortens_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.process.redis_retry.SHUTDOWN_TIMEOUT_S", 0.2)
 
-    def gone() -> None:
+    def unreachable() -> None:
         raise RedisConnectionError("gone")
 
-    began = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(RedisConnectionError):
-        keep_asking(gone, RedisOutage(), hurried=lambda: time.monotonic() - began > 0.3)
-    assert 0.5 <= time.monotonic() - began < 30
+        retry_until_answered(
+            unreachable, RedisOutage(), shutting_down=lambda: time.monotonic() - started > 0.3
+        )
+    assert 0.5 <= time.monotonic() - started < 30

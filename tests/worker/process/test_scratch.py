@@ -1,4 +1,4 @@
-"""Folders of killed workers are swept, those of living ones are not."""
+"""Test that folders of killed workers are removed, and those of living workers are not."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from worker.process.scratch import LOCK, PREFIX, UNLOCKED_S, scratch_folder, sweep
+from worker.process.scratch import LOCK, PREFIX, UNLOCKED_S, remove_abandoned, scratch_folder
 
-HOLD = """
+HOLD_FOLDER = """
 import sys, tempfile, time
 tempfile.tempdir = sys.argv[1]
 from worker.process.scratch import scratch_folder
@@ -23,21 +23,21 @@ with scratch_folder() as folder:
 
 
 @pytest.fixture(autouse=True)
-def _own_temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _separate_temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-def holder(folder: Path) -> tuple[subprocess.Popen[str], Path]:
-    command = [sys.executable, "-c", HOLD, str(folder)]
+def hold_folder(folder: Path) -> tuple[subprocess.Popen[str], Path]:
+    command = [sys.executable, "-c", HOLD_FOLDER, str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
 
 
 def test_what_a_killed_worker_leaves_is_removed_once_it_is_dead(tmp_path: Path) -> None:
-    process, folder = holder(tmp_path)
+    process, folder = hold_folder(tmp_path)
     with process:
-        assert sweep(tmp_path) == 0
+        assert remove_abandoned(tmp_path) == 0
         assert (folder / "video.mp4").exists()
         process.send_signal(signal.SIGKILL)
     with scratch_folder() as own:
@@ -60,7 +60,7 @@ def test_what_only_looks_like_one_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / f"{PREFIX}link").symlink_to(elsewhere)
     (tmp_path / f"{PREFIX}young").mkdir()
     (tmp_path / f".{PREFIX}unnamed").mkdir()
-    assert sweep(tmp_path) == 0
+    assert remove_abandoned(tmp_path) == 0
     assert elsewhere.is_dir()
     assert len(list(tmp_path.iterdir())) == 5
 
@@ -70,4 +70,4 @@ def test_a_folder_that_was_never_locked_goes_in_the_end(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         long_ago = (tmp_path / name).stat().st_mtime - UNLOCKED_S - 1
         os.utime(tmp_path / name, (long_ago, long_ago))
-    assert sweep(tmp_path) == 2
+    assert remove_abandoned(tmp_path) == 2
