@@ -40,8 +40,8 @@ generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= 
 test: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## tests that need no accelerator, without the slow ones  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## the slow ones as well: faults of every process, fuzzing  [ARGS=]
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights" $(ARGS)
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## the slow ones first (faults of every process, fuzzing), then those of make test
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
 
 lint: $(VENV)/.dev ## ruff, mypy, import contracts
@@ -51,7 +51,7 @@ lint: $(VENV)/.dev ## ruff, mypy, import contracts
 	$(BIN)/lint-imports
 
 fuzz: $(VENV)/.dev ## thousands of requests made from the OpenAPI document, against a real service
-	@FUZZ_EXAMPLES=400 FUZZ_LEAST_CASES=5000 $(BIN)/python -m pytest -s tests/e2e/test_contract.py
+	@FUZZ_EXAMPLES=400 FUZZ_LEAST_CASES=5000 $(BIN)/python -m pytest -s -m slow tests/e2e/test_contract.py
 
 fix: $(VENV)/.dev ## let ruff repair and format
 	$(BIN)/ruff check --fix .

@@ -120,7 +120,7 @@ class ModelOffer(_Offer):
 
 
 class WorkerOffer(_Offer):
-    """What one worker process serves, and the queue it takes jobs from."""
+    """The offer of one worker process: its model and modes, and the queue it takes jobs from."""
 
     worker_id: str = Field(min_length=1)
     queue: str = Field(min_length=1)
@@ -149,7 +149,7 @@ class WorkerOffer(_Offer):
 
 
 class ModeStatus(_Offer):
-    """What a worker has measured in one mode; None for what it has not measured yet.
+    """The measurements of a worker in one mode; None for a value that was not measured yet.
 
     The shares are of the inputs of the quantized layers, in one sampled step of the latest job:
     `saturated_share` lies beyond the format's range, `flushed_share` is not zero but too small.

@@ -1,4 +1,4 @@
-"""Keep how long jobs of one shape take, and derive how long an attempt may take.
+"""Store measured durations by shape, and compute the time limit of an attempt.
 
 A shape is what a job's time depends on, apart from its number of steps: model, mode, size, frames,
 and whether guidance doubles the work. The durations of each shape are kept in Redis. They serve two
@@ -10,9 +10,8 @@ An attempt may take
     600 s + steps x (5 s + 4 ms x tokens)
 
 or ten times what its shape was measured to take, whichever is longer. `tokens` is the length of the
-transformer's sequence. For 832x480, 81 frames and 50 steps that is two hours; the slowest published
-figure for the 14B model on one device (Ascend 910B, BF16) is 860 s. The limit only ends attempts
-that would never end: the worker itself notices a hung device much earlier.
+transformer's sequence. For 832x480, 81 frames and 50 steps that is two hours. The limit only ends
+attempts that would never end: the worker itself notices a hung device much earlier.
 """
 
 import math
@@ -50,8 +49,8 @@ class Durations:
     Attributes:
         step_s: one denoising step.
         rest_s: everything else together, except encoding the texts.
-        text_encoding_s: encoding the texts. Some jobs find their embeddings cached in the worker
-            and take none of it, so this average lies between 0 and what encoding takes.
+        text_encoding_s: encoding the texts. Jobs whose embeddings are cached in the worker skip
+            encoding, so this average lies between 0 and what encoding takes.
     """
 
     step_s: float
@@ -114,7 +113,7 @@ def parse(text: bytes) -> Durations:
 
 
 def measure(redis: Redis, request: GenerationRequest, measured: Durations) -> Durations:
-    """Average a measurement into what is kept for the request's shape; return the new average.
+    """Update the moving average of the request's shape with a measurement, and return it.
 
     Of two workers that measure at the same moment, one may overwrite the other's measurement. That
     is harmless.

@@ -18,7 +18,7 @@ GetIds = Callable[[], Mapping[str, str]]
 
 
 class LogFormat(StrEnum):
-    """How a line is written."""
+    """The formats of log lines."""
 
     TEXT = "text"
     JSON = "json"

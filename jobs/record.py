@@ -33,7 +33,7 @@ class _Part(BaseModel):
 
 
 class Progress(_Part):
-    """How far a running job is: `step` of `steps` done within `stage`.
+    """The progress of a running job: `step` of `steps` done within `stage`.
 
     `seconds_left`, until the job's end, is None if no job of its shape was ever measured.
     """
@@ -45,7 +45,7 @@ class Progress(_Part):
 
 
 class Failure(_Part):
-    """Why a job failed: an error's code and its detail sentence, never a traceback."""
+    """The reason why a job failed: an error's code and detail sentence, never a traceback."""
 
     code: str
     detail: str

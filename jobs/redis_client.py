@@ -21,7 +21,7 @@ HEALTH_CHECK_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long to wait for a connection and for a response, and how often to retry."""
+    """The timeouts of connections and responses, and the number of retries."""
 
     connect_s: float
     response_s: float

@@ -47,7 +47,11 @@ _BOUNDS = {
 
 
 class GenerationBody(BaseModel):
-    """A request for one video. Everything but the prompt has a default from the model's offer."""
+    """A request for one video. Only the prompt is required.
+
+    A missing seed is drawn at random. The model may be missing while one model is served. No
+    webhook is called without a URL. All other fields have defaults in the model's offer.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -104,7 +108,11 @@ class GenerationBody(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """A complete request: every choice is made, so running it twice gives the same video."""
+    """A complete request: every choice is made, the seed included.
+
+    Running it twice on one device gives the same video. On another kind of device, or with another
+    number of CPU threads, the last bits of its numbers may differ.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
@@ -120,12 +128,12 @@ class GenerationRequest(BaseModel):
 
     @property
     def width(self) -> int:
-        """In pixels."""
+        """The width in pixels."""
         return parse_size(self.size)[0]
 
     @property
     def height(self) -> int:
-        """In pixels."""
+        """The height in pixels."""
         return parse_size(self.size)[1]
 
 
@@ -135,10 +143,10 @@ def resolve(
     count_tokens: CountTokens | None = None,
     check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
-    """Complete `body` and choose its queue: the shortest one of live workers that accept it.
+    """Complete `body`, and choose the shortest of the queues whose live workers accept it.
 
-    Without `count_tokens`, or where it returns None, only the characters of a text are bounded; the
-    worker checks its tokens later. Without `check_webhook`, a webhook is refused.
+    Without `count_tokens`, or where it returns None, only the number of characters of a text is
+    checked; the worker checks its tokens later. Without `check_webhook`, every webhook is refused.
 
     Raises:
         InvalidSpec: something is out of bounds; all violations are in it.
@@ -154,7 +162,11 @@ def resolve_json(
     count_tokens: CountTokens | None = None,
     check_webhook: CheckWebhook | None = None,
 ) -> tuple[GenerationRequest, str]:
-    """Do the same for a parsed JSON document; errors of its types are reported with the others."""
+    """Resolve a parsed JSON document; values of wrong types are reported with other violations.
+
+    Raises:
+        InvalidSpec, ModeNotServed: as `resolve`.
+    """
     more = 0
     if isinstance(raw, Mapping):
         unknown = [name for name in raw if name not in GenerationBody.model_fields]

@@ -1,4 +1,4 @@
-"""`python -m service` runs the service; `keys ...` and `retention` after it are its commands."""
+"""Run the service or one of its commands: `python -m service [run | keys ... | retention]`."""
 
 from service.cli import app
 

@@ -59,6 +59,7 @@ class Server(uvicorn.Server):
         self._hub = hub
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the event streams, then shut down as uvicorn does."""
         self._hub.end_streams()
         await super().shutdown(sockets)
 

@@ -121,6 +121,7 @@ class ServiceSettings(WebhookSettings, RedisSettings):
 
     @property
     def retention_periods(self) -> RetentionPeriods:
+        """The three retention times as durations."""
         return RetentionPeriods(
             videos=timedelta(hours=self.keep_videos_h),
             jobs=timedelta(hours=self.keep_jobs_h),

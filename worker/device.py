@@ -68,12 +68,12 @@ class Device:
 
     @property
     def collectives(self) -> str:
-        """The `torch.distributed` backend that exchanges tensors between such devices."""
+        """The `torch.distributed` backend to exchange tensors between devices of this kind."""
         return {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}[self.kind]
 
     @property
     def attention_backend(self) -> str | None:
-        """The diffusers attention backend for this device; None keeps diffusers' default."""
+        """The attention backend of diffusers to set on this device; None keeps its default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
 
     def pick_kernels(
@@ -87,11 +87,13 @@ class Device:
     ) -> KernelChoice | None:
         """Choose the kernels for a mode's blocks; None leaves the blocks as diffusers has them.
 
+        On an NPU it is always None. Quantized products then run in plain torch, as
+        `quant.numerics.linear` defines them.
+
         Args:
-            quantized, shape, per_row_scales, fp8_attention: as
-            `quant.kernels.selection.pick_kernels` has
-                them.
-            emulate: run quantized products in plain torch, bit-true on every device.
+            quantized, shape, per_row_scales, fp8_attention: as in
+                `quant.kernels.selection.pick_kernels`.
+            emulate: run quantized products in plain torch even if the device has kernels for them.
         """
         if self.kind == "npu":
             return None  # diffusers' blocks, with the attention of `attention_backend`
@@ -107,22 +109,22 @@ class Device:
 
     @property
     def emulates(self) -> bool:
-        """Whether this is an accelerator that runs quantized modes in plain torch."""
+        """Whether quantized modes run in plain torch on this accelerator; False on the CPU."""
         return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
 
     def synchronize(self) -> None:
-        """Wait for the device's queued work, so that timings and progress are true."""
+        """Wait for the device's queued work, so that timings and progress are right."""
         if self.kind != "cpu":
             backend(self.kind).synchronize(self.index)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether `error` means that the device's or the host's memory is exhausted."""
+        """Return whether `error` means that the device's or the host's memory is exhausted."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
         return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OOM_MESSAGES)
 
     def is_lost(self, error: BaseException) -> bool:
-        """Whether the device is unusable in this process after `error`.
+        """Return whether the device is unusable in this process after `error`.
 
         On CUDA an error of the runtime (an illegal access, a failed assertion) persists for the
         life of the process; an out-of-memory error does not.
@@ -145,7 +147,7 @@ class Device:
             backend(self.kind).empty_cache()
 
     def available_bytes(self) -> int | None:
-        """Bytes of device memory that this process may still use; None on the CPU."""
+        """Return the bytes of device memory that this process may still use; None on the CPU."""
         if self.kind == "cpu":
             return None
         module = backend(self.kind)

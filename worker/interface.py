@@ -9,6 +9,7 @@ memory is in use.
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,13 +20,22 @@ from jobs.catalog import ModelOffer, ModeOffer
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 
+JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
+"""The job that this thread works on, for its log lines."""
+
 Frame = NDArray[np.uint8]
 """One frame: [H, W, 3] uint8, RGB, C-contiguous."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes that this process holds on the device now and held at most, and the device's total."""
+    """The memory of a device, in bytes.
+
+    Attributes:
+        allocated_bytes: held by this process now.
+        peak_bytes: the most that this process has held.
+        total_bytes: the size of the device's memory.
+    """
 
     allocated_bytes: int
     peak_bytes: int
@@ -42,10 +52,10 @@ class EngineDevice(Protocol):
         """Read the device's memory figures; None if it has no memory of its own."""
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether `error` means that the device's or the host's memory is exhausted."""
+        """Return whether `error` means that the device's or the host's memory is exhausted."""
 
     def is_lost(self, error: BaseException) -> bool:
-        """Whether the device is unusable in this process after `error`."""
+        """Return whether the device is unusable in this process after `error`."""
 
     def empty_cache(self) -> None:
         """Free memory that is no longer referenced."""

@@ -17,7 +17,7 @@ DrainChoice = Literal["finish", "requeue"]
 
 @dataclass(frozen=True)
 class StallLimits:
-    """How long a job may give no sign of life before it counts as hanging.
+    """The times without a sign of life after which a job counts as hanging.
 
     Attributes:
         floor_s: the least limit of any step.
@@ -30,7 +30,7 @@ class StallLimits:
 
 
 class WorkerSettings(BaseSettings):
-    """Where the worker finds Redis, its artifacts, its configuration and its device."""
+    """The settings of a worker. The aliases are the environment variables."""
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, populate_by_name=True)
 
@@ -72,4 +72,5 @@ class WorkerSettings(BaseSettings):
 
     @property
     def stall_limits(self) -> StallLimits:
+        """The two limits together."""
         return StallLimits(floor_s=self.stall_floor_s, first_step_s=self.first_step_s)

@@ -1,6 +1,7 @@
 """Measure the oracle's accuracy on rendered scenes: `python -m benchmarks.quality.oracle`.
 
-A rendered scene shows exactly what its caption says. So the oracle must accept every attribute of
+The oracle (`mini.world.oracle`) recognizes what a video shows, without seeing its caption. A
+rendered scene shows exactly what its caption says. So the oracle must accept every attribute of
 the true caption, and reject a caption in which only that attribute was changed.
 """
 
@@ -29,7 +30,7 @@ from mini.world.scenes import (
 
 
 def change_attribute(scene: Scene, attribute: str, rng: random.Random) -> Scene:
-    """Return the scene with another value of one attribute (of one thing, if things have it)."""
+    """Change one attribute of a scene; of one random thing, if it is an attribute of things."""
     if attribute in ("shape", "colour", "size"):
         index = rng.randrange(len(scene.things))
         thing = scene.things[index]

@@ -11,7 +11,7 @@ There are three measurements, each with a baseline from the same run on one mach
 - A job: from sending the request to receiving the event of its success, minus the seconds that the
   pipeline took.
 
-Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 import asyncio

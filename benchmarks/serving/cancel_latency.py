@@ -5,7 +5,7 @@ latency is from sending DELETE to receiving the event with the state `cancelled`
 writes when the device has stopped. The baseline is the longest piece of work in the stage: a
 denoising step, a latent frame, the whole text encoder, the whole MP4.
 
-Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 import json
@@ -35,7 +35,7 @@ STAGES = ("text_encoder", "denoise", "vae", "mp4")
 
 def main(
     cancels: Annotated[int, typer.Option(min=1, help="Jobs cancelled in each stage.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random moments.")] = 1,
 ) -> None:
     """Cancel jobs at random moments and write the result."""
     rng = random.Random(seed)

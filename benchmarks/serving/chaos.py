@@ -4,8 +4,9 @@ Two API processes, two workers with the shipped miniature and one Valkey are kil
 random and restarted, while callers keep submitting short jobs. Afterwards every accepted job is
 checked: it must have ended exactly once, and its video must be complete.
 
-Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/. The exit
-status is 1 if a job was lost, ended twice, or has a broken video, or if a process was left behind.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/. The
+exit status is 1 if a job was lost, ended twice or has a broken video, or if a process was left
+behind.
 """
 
 import collections
@@ -33,7 +34,7 @@ TARGETS = {"worker-0": 3, "worker-1": 3, "api-0": 2, "api-1": 2, "valkey": 2}
 """The processes to kill, with the weights of their random choice."""
 
 PAUSE_S = (2.0, 7.0)
-"""Between two kills: from less to more than the restart of a worker takes."""
+"""The shortest and longest pause between two kills: less and more than a worker's restart takes."""
 
 MAX_OPEN_JOBS = 6
 """Callers submit while fewer jobs than this are queued or running."""
@@ -56,7 +57,7 @@ class Tally:
 
 def main(
     kills: Annotated[int, typer.Option(min=1, help="How many processes to kill.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the choice of victims and pauses.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random processes and pauses.")] = 1,
 ) -> None:
     """Kill processes at random, then check every job."""
     tally = Tally()

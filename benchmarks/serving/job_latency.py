@@ -4,8 +4,9 @@
 
 It runs the whole system (Valkey, worker, service) and sends jobs over HTTP, so the figures include
 the queue and the front end. The modes take turns, after a warm-up round; each figure is a median.
-Each job has its own prompt, because a worker caches embeddings. Prints a table, then the result as
-one line of JSON, and saves it in benchmarks/results/.
+Each job has its own prompt, because a worker caches embeddings.
+
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 import json

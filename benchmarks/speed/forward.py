@@ -7,7 +7,7 @@ bit-true emulation, and where the time of a pass goes. For step caches, it has w
 they skip nothing, and what remains of a pass when they skip it; how often they skip can only be
 measured with a trained model (`benchmarks/speed/step_cache.py`).
 
-Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations

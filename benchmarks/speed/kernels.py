@@ -1,9 +1,10 @@
 """Measure the parts of a block on a device: `python -m benchmarks.speed.kernels`.
 
-It compares E4M3 matrix products, with and without the rounding of their input, with `F.linear` in
-BF16; the kernels' attention in BF16 and in E4M3 with torch's; and each fused kernel with the same
-arithmetic in plain torch. Prints a table, then the result as one line of JSON, and saves it in
-benchmarks/results/.
+Measured are matrix products in E4M3, with and without the rounding of their input, against
+`F.linear` in BF16; the kernels' attention, in BF16 and in E4M3, against torch's; and each fused
+kernel against the same arithmetic in plain torch.
+
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ the library, bit by bit. Work that does not depend on the checkpoint (imports, t
 the device, trying its kernels and preparing the readers of weights) has its own rows, and so has
 the tokenizer, which is read in parallel.
 
-Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations

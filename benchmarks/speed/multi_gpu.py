@@ -76,7 +76,7 @@ def main(
     size: str = "832x480",
     frames: int = 81,
     steps: Annotated[int, typer.Option(min=2, help="The first is not counted.")] = 4,
-    mode: Annotated[list[str] | None, typer.Option(help="Of " + ", ".join(RECIPES))] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="Any of " + ", ".join(RECIPES))] = None,
     device: str = "cuda",
     tiny: bool = False,
 ) -> None:

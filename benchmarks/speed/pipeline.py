@@ -12,7 +12,7 @@ Each job that counts has its own prompt to encode, as callers' jobs have. The ne
 same for all, and cached since the first job, which does not count. The video of that job in each
 mode, with the same request, and the worker's log are saved in `--keep`.
 
-Prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _FAULTS = (exceptions.BaseError, OSError)
 class BucketArtifactStore:
     """Artifacts as objects below the address' prefix. Credentials come from AWS_* variables.
 
-    Creating it sends no request to the bucket.
+    `ArtifactStore` describes the methods. Creating one sends no request to the bucket.
 
     Raises:
         ArtifactRefused: those variables contradict each other.

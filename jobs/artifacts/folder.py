@@ -31,8 +31,8 @@ _PERMANENT = {
 class FolderArtifactStore:
     """Artifacts as files below `root`, which is created if it is missing.
 
-    A file is visible under its key only once it is complete, because it is written under another
-    name in the same folder and then renamed.
+    `ArtifactStore` describes the methods. A file is visible under its key only once it is complete,
+    because it is written under another name in the same folder and then renamed.
     """
 
     def __init__(self, root: Path, retry_for_s: float = RETRY_FOR_S) -> None:

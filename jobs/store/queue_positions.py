@@ -18,7 +18,7 @@ from jobs.state import JobState
 from jobs.store import scripts
 
 MAX_EXAMINED: Final = 100
-"""Behind this many waiting jobs, a start is extrapolated from their mean."""
+"""At most so many jobs of a queue are examined; later starts are extrapolated from their mean."""
 
 CACHE_S: Final = 1.0
 """How long the estimate of a queue is cached."""

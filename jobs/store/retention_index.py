@@ -29,7 +29,7 @@ _FIELDS: Final = ("state", "created_at", "finished_at", "video", "video_deleted_
 
 @dataclass(frozen=True, slots=True)
 class RetentionEntry:
-    """What retention needs to know of a job; `video_key` is None without a video to delete."""
+    """The facts of a job that retention needs; `video_key` is None without a video to delete."""
 
     id: str
     state: JobState

@@ -109,7 +109,7 @@ class Outbox:
         return self.statuses([job])[0]
 
     def statuses(self, jobs: Sequence[JobRecord]) -> list[WebhookStatus | None]:
-        """Do the same for many jobs, in their order, in at most one round trip."""
+        """Read the delivery status of many jobs, in their order, in at most one round trip."""
         found: dict[str, WebhookStatus] = {}
         with_webhook = [job.id for job in jobs if job.webhook_url is not None]
         if with_webhook:

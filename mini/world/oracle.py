@@ -56,7 +56,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a video shows; a field is None if the video does not show it steadily."""
+    """The facts that a video shows; a field is None if the video does not show it steadily."""
 
     things: tuple[RecognizedThing, ...]
     background: str | None

@@ -242,7 +242,7 @@ def _amax(linear: nn.Linear) -> Tensor:
 
 
 def _weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
-    """weight [N, K] → [] or [N, 1] float32."""
+    """Choose the scale from the weights themselves: weight [N, K] → [] or [N, 1] float32."""
     per_channel = isinstance(recipe.weight_granularity, PerChannel)
     rows = weight if per_channel else weight.reshape(1, -1)
     binades = binade_histogram(rows) if recipe.weight_policy.needs_binades else None

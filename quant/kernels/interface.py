@@ -57,7 +57,7 @@ class BlockLinear(Protocol):
         """Return the scale its input is rounded under; None if it takes BF16."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] in the kernels' form for `act_scale` → [..., sum of N] bf16."""
+        """Multiply x [..., K], in the kernels' form for `act_scale` → [..., sum of N] bf16."""
 
 
 class Kernels(Protocol):

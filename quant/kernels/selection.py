@@ -113,7 +113,7 @@ def _check_fp8_attention(
 
 
 def _no_fp8_attention(reason: str) -> ConversionError:
-    """FP8 attention has no replacement on a GPU: docs/decisions/016."""
+    """Build the error; FP8 attention has no fallback on a GPU (docs/decisions/016)."""
     return ConversionError(
         f"FP8 attention does not run here: {reason}; take a recipe with attention 'bf16'"
     )

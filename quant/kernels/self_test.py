@@ -1,4 +1,4 @@
-"""Test kernels against plain torch on small tensors: that they run here and compute the same.
+"""Check that kernels run here and agree with plain torch, on small tensors.
 
 The operations between a block's matrix products are compiled for a model's width, so they are
 tested at that width. Products and attention come from libraries and are tested in one small size.
@@ -113,8 +113,10 @@ class _SelfTest(Protocol):
 
 
 class _OperationsTest:
-    """Runs the operations between a block's products, with every combination of arguments that a
-    block uses, with quantized or BF16 output."""
+    """Runs the operations between a block's products, with quantized or BF16 output.
+
+    They are run with every combination of arguments that a block uses.
+    """
 
     def __init__(
         self,

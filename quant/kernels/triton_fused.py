@@ -218,8 +218,7 @@ def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def padded_length(tokens: int) -> int:
-    """Return the number of keys for FP8 attention to `tokens` keys, padding included
-    (`quant.kernels.cudnn_attention`)."""
+    """Return `tokens` rounded up to the multiple that FP8 attention pads keys to."""
     return -(-tokens // KEYS_MULTIPLE) * KEYS_MULTIPLE
 
 

@@ -151,8 +151,10 @@ def _encode_bits(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _binade_tables() -> tuple[Tensor, Tensor]:
-    """Return for each FP32 exponent field the code of its power of two, and how many of 3 mantissa
-    bits are dropped."""
+    """Return two tables by FP32 exponent field: the code of its power of two, and dropped bits.
+
+    The dropped bits are the number of mantissa bits, of 3, that HiFloat8 lacks in this binade.
+    """
     base = torch.zeros(256, dtype=torch.int32)
     shift = torch.full((256,), 3, dtype=torch.int32)
     for code in range(1, SIGN_BIT):

@@ -9,7 +9,8 @@ lose bits and then saturate, smaller ones lose bits and then become zero. The po
 the power of two with the least error on a histogram of binades; outliers above 16 then have fewer
 bits if this reduces the error. The other policies reproduce other HiFloat8 code.
 
-This module chooses scales; `quant.kernels` applies them.
+This module chooses scales; `quant.kernels` applies them. The statistics come from
+`quant.calibration`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ScalePolicy:
     Attributes:
         name: its name in recipes.
         qmax: the value that amax is mapped to; None if the policy does not use amax.
-        power_of_two: the scale is rounded up to a power of two, so amax lands in [qmax/2, qmax).
+        power_of_two: the scale is a power of two. If the policy uses amax, it is the smallest one
+            greater than amax / qmax, so that amax lands in [qmax/2, qmax).
         needs_binades: the policy needs a histogram, so it cannot choose scales at run time.
         summary: a description in one line, for people.
     """
@@ -127,8 +129,9 @@ def binade_histogram(x: Tensor) -> Tensor:
 def best_exponent(binades: Tensor) -> Tensor:
     """Return the exponent of the power-of-two scale with the least squared rounding error.
 
-    Values are assumed to be uniform within each binade. Among scales with nearly equal error, the
-    one closest to the `pow2` rule is chosen, so that ties do not depend on rounding.
+    Values are assumed to be uniformly distributed within each binade. Many scales have nearly equal
+    errors. Of these the one closest to the `pow2` rule is chosen, so that the result does not
+    depend on the last bits of the sums.
 
     Args:
         binades: [..., NUM_BINADES] counts → [...] int32.

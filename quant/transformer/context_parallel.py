@@ -38,11 +38,12 @@ class Ulysses:
     """
 
     def __init__(self, sync_or_abort: Callable[[], None] = lambda: None) -> None:
-        """Create it without a group.
+        """Start without a group: this rank alone has all tokens.
 
         Args:
-            sync_or_abort: called immediately before each exchange, when no step that may fail
-                remains between the call and the exchange. If it raises, no exchange happens.
+            sync_or_abort: called immediately before each exchange, to wait for the other ranks. If
+                it raises, no exchange happens. Nothing between the call and the exchange may fail,
+                because the other ranks would then wait in the exchange for ever.
         """
         self._sync_or_abort = sync_or_abort
         self._group: dist.ProcessGroup | None = None
@@ -78,7 +79,10 @@ class Ulysses:
         return all_gather(x, self._group, self._sync_or_abort).movedim(0, 1).flatten(1, 2)
 
     def attention(self, inner: Attention) -> Attention:
-        """Return self-attention over all ranks' tokens; `inner` computes some of the heads."""
+        """Return self-attention over the tokens of all ranks.
+
+        On each rank, `inner` computes some of the heads.
+        """
 
         def exchanged(
             q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
@@ -92,7 +96,10 @@ class Ulysses:
         return exchanged
 
     def _gather_tokens(self, *inputs: Tensor) -> list[Tensor]:
-        """q, k, v [B, S / ranks, heads, D] → [B, S, heads / ranks, D]; k, v padded after S."""
+        """Exchange heads for tokens: q, k, v [B, S / ranks, heads, D] → [B, S, heads / ranks, D].
+
+        Keys and values are padded after S.
+        """
         chunks = [self._chunks(_as_int64(x), 2) for x in inputs]
         sent = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in chunks]
         tokens = self.world_size * chunks[0].shape[2]
@@ -113,7 +120,7 @@ class Ulysses:
         ]
 
     def _gather_heads(self, x: Tensor) -> Tensor:
-        """[B, S, heads * D / ranks] → [B, S / ranks, heads * D]."""
+        """Exchange tokens for heads: [B, S, heads * D / ranks] → [B, S / ranks, heads * D]."""
         send = self._chunks(_as_int64(x), 1).contiguous()
         received = torch.empty_like(send)
         self._sync_or_abort()
@@ -162,8 +169,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, sync_or_abort: Callable[[], 
     """Gather x from every rank of `group`, in rank order: [ranks, *x.shape].
 
     Args:
-        sync_or_abort: called immediately before the exchange, when no step that may fail remains
-            between the call and the exchange. If it raises, no exchange happens.
+        sync_or_abort: called immediately before the exchange, as in `Ulysses`.
     """
     # As bytes, because not every backend supports every dtype.
     mine = x.contiguous().view(-1).view(torch.uint8)
@@ -193,5 +199,5 @@ def _receive_buffer(like: Tensor, padding: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _merge_ranks(received: Tensor, padded: Tensor | None) -> Tensor:
-    """[ranks, B, s, ...] → [B, ranks * s, ...]; no copy where `_receive_buffer` gave `padded`."""
+    """Join the ranks' tokens: [ranks, B, s, ...] → [B, ranks * s, ...]; `padded` needs no copy."""
     return received.movedim(0, 1).flatten(1, 2) if padded is None else padded

@@ -33,7 +33,7 @@ class ConvertedLinear:
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """What `quantize_transformer` converted.
+    """The result of `quantize_transformer`: what was converted.
 
     Attributes:
         weight_bytes: bytes of all tensors that the quantized tree uses, shared ones included.
@@ -48,7 +48,7 @@ class ConversionReport:
 
     @property
     def linears(self) -> int:
-        """How many linears were converted."""
+        """The number of linears that were converted."""
         return len(self.rows)
 
     def __str__(self) -> str:

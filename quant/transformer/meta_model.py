@@ -24,7 +24,7 @@ from quant.numerics.linear import Hif8Linear
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.module_tree import share_tree
-from quant.weights.header import SMALL_BYTES, StoredTensor
+from quant.weights.header import StoredTensor
 from quant.weights.reader import Reader, ReadRequest
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def allocate(
 
     def file_order(name: str) -> tuple[Path, bool, int]:
         each = stored[name]
-        return each.file, each.nbytes >= SMALL_BYTES, each.start
+        return each.file, not each.is_small, each.start
 
     for name in sorted(empty, key=file_order):
         tensor = empty[name]

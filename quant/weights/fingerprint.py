@@ -1,4 +1,7 @@
-"""Which model a file was made for, told from the model's files rather than from their names."""
+"""Compute a fingerprint that identifies a model by its files.
+
+Scales files, packed checkpoints and videos name the model they were made for by this fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -28,45 +31,49 @@ _WEIGHTS = (_TRANSFORMER_WEIGHTS, *_OTHER_WEIGHTS)
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Fingerprint a pipeline folder: whatever decides what a request's video looks like.
+    """Compute a pipeline folder's fingerprint: a SHA-256 over the files that determine its videos.
 
-    That is more than the transformer. Scales fit the activations its linears see, which depend on
-    tokenizer, text encoder and scheduler; and whoever finds the fingerprint in a video's metadata
-    takes it that the same request gives the same video, which depends on the VAE as well.
+    It covers more than the transformer. Scales depend on the activations of its linears, and so on
+    tokenizer, text encoder and scheduler. Videos with equal fingerprints and requests should be
+    equal, which depends on the VAE as well.
 
-    SHA-256 over the configurations of transformer, text encoder, VAE and scheduler and over
-    model_index.json, which names the scheduler's class (keys that say who saved them left out);
-    over tokenizer.json; and over the safetensors files of transformer, text encoder and VAE in the
-    order of their names. Up to 1 GiB of weights every byte counts, and the result begins with
-    "sha256-full-v2:". Beyond that only each file's size, header, first and last MiB do, so that a
-    28 GB model starts without being read twice; the result then begins with "sha256-sampled-v2:",
-    and a change deep inside a file goes unseen.
+    These are hashed, in this order:
 
-    "v2", because until then only the transformer was covered: a file with an older fingerprint is
-    seen to be old, rather than made for another model.
+    - model_index.json, which names the scheduler's class, and the configurations of transformer,
+      text encoder, VAE and scheduler, without the keys about the software that saved them;
+    - tokenizer.json;
+    - the safetensors files of transformer, text encoder and VAE, sorted by name.
+
+    Up to 1 GiB of weights, every byte is hashed and the result begins with "sha256-full-v2:".
+    Above, only the size, header, first MiB and last MiB of each file are hashed, so that the start
+    with a 28 GB model does not read it twice. The result then begins with "sha256-sampled-v2:", and
+    a change in the middle of a file is not detected.
+
+    Version 1 covered only the transformer. Because of the "v2" a version 1 fingerprint is
+    recognised as outdated, and not taken for that of another model.
 
     Raises:
         QuantError: the folder lacks a part of a pipeline in diffusers format, or a file of it
             cannot be read.
-        WeightsError: a file of weights was cut, which would make another model of it.
+        WeightsError: a file of weights is truncated.
     """
     return _fingerprint(folder, _WEIGHTS)
 
 
 def parts_fingerprint(folder: Path) -> str:
-    """Fingerprint a pipeline folder but for the transformer's weights, which need not be there.
+    """Compute the same fingerprint without the transformer's weights, which may be absent.
 
-    Computed as `model_fingerprint`: a packed checkpoint bears both, and this one shows that it
-    meets the text encoder, VAE, tokenizer and scheduler it was made beside.
+    A packed checkpoint stores both fingerprints. This one shows whether it is used with the text
+    encoder, VAE, tokenizer and scheduler that it was made for.
 
     Raises:
-        QuantError: as `model_fingerprint`.
+        QuantError, WeightsError: as `model_fingerprint`.
     """
     return _fingerprint(folder, _OTHER_WEIGHTS)
 
 
 def has_transformer_weights(folder: Path) -> bool:
-    """Whether a pipeline folder holds its transformer, or only what goes with a packed one."""
+    """Return whether a folder holds its transformer's weights, which packed modes do not need."""
     return any(folder.glob(_TRANSFORMER_WEIGHTS))
 
 
@@ -122,7 +129,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _without_origin(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that a model is built from: not those that say by what and from where it came."""
+    """Remove the keys that say which software saved a configuration, and from which path."""
     return {
         key: value
         for key, value in values.items()
@@ -131,7 +138,7 @@ def _without_origin(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _update(digest: hashlib._Hash, name: str, content: bytes) -> None:
-    """Take in a name and a content so that no other pair gives the same bytes."""
+    """Hash a name, the length of a content, and the content, so that no two pairs hash alike."""
     digest.update(f"{name}:{len(content)}:".encode())
     digest.update(content)
 

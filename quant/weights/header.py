@@ -1,8 +1,8 @@
-"""Which tensors lie where in safetensors files, read from their headers alone.
+"""Read the headers of safetensors files: dtype, shape and byte range of each tensor.
 
-The safetensors library maps a file and hands out tensors on the host. Streaming weights to a device
-and adding up what a model will take need only the places: dtype, shape and byte range of each
-tensor. A file that is shorter than its header says is refused here, with the tensor's name.
+The safetensors library maps a file and returns tensors on the host. To copy weights to a device, or
+to compute how much memory a model needs, the headers are enough. A file that is shorter than its
+header says is refused here, with the name of the first incomplete tensor.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SMALL_BYTES = 1 << 20
-"""Tensors below this are more work by their number than by their bytes."""
+"""Below this size the overhead per tensor costs more time than copying the bytes."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file. `start` is its first byte, counted from the file's beginning."""
+    """A tensor in a file. `start` is the offset of its first byte from the file's beginning."""
 
     name: str
     dtype: torch.dtype
@@ -52,34 +52,34 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it takes."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_small(self) -> bool:
-        """Whether it is more work by its number than by its bytes."""
+        """Whether it has fewer than `SMALL_BYTES`."""
         return self.nbytes < SMALL_BYTES
 
     @property
     def end(self) -> int:
-        """The byte after its last one."""
+        """The offset of the byte after its last one."""
         return self.start + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file says of itself."""
+    """The header of one file: its tensors, in the order of their bytes, and its metadata."""
 
     tensors: tuple[StoredTensor, ...]
     metadata: dict[str, str]
 
 
 def read_header(file: Path) -> Header:
-    """Read the header of a safetensors file and hold the file's length against it.
+    """Read the header of a safetensors file, and check the file's length against it.
 
     Raises:
-        WeightsError: the file cannot be read, is no safetensors file, or is cut short; then the
-            message names the first tensor that is not whole.
+        WeightsError: the file cannot be read, is no safetensors file, or is truncated. The message
+            then names the first incomplete tensor.
     """
     try:
         status = file.stat()
@@ -90,7 +90,10 @@ def read_header(file: Path) -> Header:
 
 @lru_cache(maxsize=64)
 def _read_header(file: Path, size: int, _version: tuple[int, int]) -> Header:
-    """A start asks for a file's header several times: to name the model, to add up, to read."""
+    """Read and check a header; cached, as a worker's start reads each one several times.
+
+    It needs them for the fingerprint, for the memory plan and to read the weights.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
@@ -115,7 +118,7 @@ def _read_header(file: Path, size: int, _version: tuple[int, int]) -> Header:
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """All tensors of several files, by name, in the order in which they lie there.
+    """Read the headers of files; return all their tensors by name, in the order of their bytes.
 
     Raises:
         WeightsError: as `read_header`; or two files have a tensor of one name.
@@ -124,7 +127,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def tensors_by_name(headers: Iterable[Header]) -> dict[str, StoredTensor]:
-    """As `stored_tensors`, of headers that have been read.
+    """Collect the tensors of several headers by name, in the order of their bytes.
 
     Raises:
         WeightsError: two files have a tensor of one name.
@@ -159,7 +162,7 @@ def _stored(file: Path, first: int, name: str, fields: dict[str, Any]) -> Stored
 
 
 def _check_places(file: Path, first: int, size: int, tensors: Iterable[StoredTensor]) -> None:
-    """Tensors lie one behind the other, from the header's end to the file's."""
+    """Check that tensors follow each other without gaps, from the header's end to the file's."""
     at = first
     for each in tensors:
         if each.start != at:

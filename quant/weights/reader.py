@@ -1,8 +1,8 @@
 """Read stored tensors into tensors of one device, at once or in a background thread.
 
-No whole tensor is held on the host on its way to a device. What is stored in another dtype than
-wanted is converted where it arrives. Small tensors are read together, because each one by itself
-costs turns at the interpreter's lock.
+A large tensor is read in slices, so the host never holds a whole one. A tensor that is stored in
+another dtype than wanted is converted on the device. Small tensors are read together, because each
+read takes Python's interpreter lock several times.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch._utils import _unflatten_dense_tensors
 
 from quant.errors import WeightsError
 from quant.weights.header import StoredTensor
-from quant.weights.transfer import Transfer, fastest_transfer, memory_of, read_bytes
+from quant.weights.transfer import Transfer, bytes_of, fastest_transfer, fastsafetensors, read_bytes
 
 GAP_BYTES = 64 << 10
-"""What is read in vain between two small tensors rather than asking twice."""
+"""Small tensors with at most this gap between them are read at once, with the gap."""
 CONVERTED_BYTES = 768 << 20
-"""What may lie on the device in its stored dtype, to be converted."""
+"""At most about so much on the device waits to be converted from its stored dtype."""
 
 ReadRequest = tuple[StoredTensor, Tensor]
-"""A tensor in a file, and the contiguous tensor of the same shape that is to hold it."""
+"""A tensor in a file, and the contiguous tensor of the same shape to read it into."""
 
 
 class TensorReader:
@@ -41,7 +41,7 @@ class TensorReader:
     def __init__(
         self, device: torch.device, transfer: Callable[[], Transfer] | None = None
     ) -> None:
-        """transfer: makes what moves the bytes, by default the fastest there is."""
+        """Prepare to read to `device`; `transfer` makes the transfer, by default the fastest."""
         if device.type != "cpu" and device.index is None:
             # Each thread has a current device of its own.
             index = torch.get_device_module(device).current_device()
@@ -50,31 +50,31 @@ class TensorReader:
         self._make_transfer = transfer or partial(fastest_transfer, device)
 
     def prepare(self) -> None:
-        """Make what the first `read` to this device would otherwise have to wait for."""
-        self._make_transfer()
+        """Start the threads that the first `read` to an NVIDIA GPU would otherwise start."""
+        if self.device.type != "cpu":
+            fastsafetensors(self.device)
 
     @torch.no_grad()
     def read(
         self, wanted: Iterable[ReadRequest], arrived: Callable[[list[Tensor]], object] = id
     ) -> None:
-        """Fill every wanted tensor; when it returns, all have arrived.
-
-        It goes fastest in the order of the files.
+        """Fill every wanted tensor; return when all are filled. Fastest in the order of the files.
 
         Args:
-            arrived: is called with tensors that work given to the device from then on finds filled.
+            arrived: called with tensors as they arrive: device work that is enqueued after the
+                call sees them filled.
 
         Raises:
             WeightsError: a file cannot be read or has become shorter; it names the tensor.
         """
         in_flight: deque[_Slice] = deque()
-        with ExitStack() as opened:
+        with ExitStack() as files, ExitStack() as running:
 
             @cache
             def open_file(path: Path) -> int:
                 with _explained(path):
                     number = os.open(path, os.O_RDONLY)
-                opened.callback(os.close, number)
+                files.callback(os.close, number)
                 return number
 
             def finish_first() -> None:
@@ -82,7 +82,7 @@ class TensorReader:
                 in_flight.popleft()
 
             transfer = self._make_transfer()
-            opened.callback(transfer.close)
+            running.callback(transfer.close)  # before the files it reads
             for requests in _groups(wanted):
                 (stored, target), file = requests[0], open_file(requests[0][0].file)
                 if stored.is_small:
@@ -101,7 +101,7 @@ class TensorReader:
 
 
 class _Slice:
-    """Elements of a large tensor, at most `count` from `first` on, on their way to the target."""
+    """At most `count` elements of a large tensor, from element `first` on, being read."""
 
     def __init__(
         self, transfer: Transfer, file: int, request: ReadRequest, first: int, count: int
@@ -118,7 +118,7 @@ class _Slice:
         self._begun = transfer.begin(file, start, self._landing)
 
     def finish(self) -> list[Tensor]:
-        """Wait for it; returns the target if nothing of it is left to be read."""
+        """Wait until the slice is read; return the target if it was the last slice of it."""
         with _explained(self._stored.file, self._file, [self._stored]):
             self._transfer.finish(self._begun)
         if self.converts:
@@ -134,7 +134,7 @@ def _has_room(transfer: Transfer, in_flight: Collection[_Slice]) -> bool:
 
 
 def _groups(wanted: Iterable[ReadRequest]) -> Iterator[list[ReadRequest]]:
-    """Put small tensors that follow each other together; leave out tensors without elements."""
+    """Group consecutive small tensors of one file; skip tensors without elements."""
     held = (request for request in wanted if request[1].numel())
     for (_, small), requests in groupby(held, lambda each: (each[0].file, each[0].is_small)):
         if small:
@@ -144,8 +144,8 @@ def _groups(wanted: Iterable[ReadRequest]) -> Iterator[list[ReadRequest]]:
 
 
 def _read_small(file: int, requests: list[ReadRequest]) -> None:
-    """Read tensors of one file by this thread, copy them together, and split them on the device."""
-    # By both dtypes: `_foreach_copy_` takes all targets for the first one's dtype on a card.
+    """Read tensors of one file in this thread, copy them together, and split them on the device."""
+    # By both dtypes: on CUDA `_foreach_copy_` assumes that all targets have the first one's dtype.
     kinds: dict[tuple[torch.dtype, torch.dtype], list[ReadRequest]] = defaultdict(list)
     for stored, target in requests:
         kinds[stored.dtype, target.dtype].append((stored, target))
@@ -155,20 +155,20 @@ def _read_small(file: int, requests: list[ReadRequest]) -> None:
         targets = [target.detach() for _, target in same]
         data = torch.empty(sum(map(Tensor.numel, targets)), dtype=dtype)
         held.append((data, targets))
-        view = memory_of(data)
+        view = bytes_of(data)
         for stored, _ in same:
             places.append((stored, view[: stored.nbytes]))
             view = view[stored.nbytes :]
     with _explained(requests[0][0].file, file, [stored for stored, _ in requests]):
         _fill(file, places)
-    # As few calls of torch as can be: each gives the interpreter's lock away.
+    # As few torch calls as possible: each releases the interpreter lock.
     for data, targets in held:
         sources = _unflatten_dense_tensors(data.to(targets[0].device), targets)  # type: ignore[no-untyped-call]
         torch._foreach_copy_(targets, list(sources), non_blocking=True)
 
 
 def _fill(file: int, places: list[tuple[StoredTensor, memoryview]]) -> None:
-    """Read tensors of a file to their places, those that lie close together at once."""
+    """Read tensors of a file into their views, those that are close together at once."""
     places = sorted(places, key=lambda each: each[0].start)
     while places:
         count = 1
@@ -186,7 +186,7 @@ def _fill(file: int, places: list[tuple[StoredTensor, memoryview]]) -> None:
 
 @contextmanager
 def _explained(path: Path, file: int = -1, wanted: Iterable[StoredTensor] = ()) -> Iterator[None]:
-    """Raise what opening or reading a file meets as WeightsError, naming a tensor it lacks."""
+    """Convert errors of opening or reading a file to WeightsError, naming a missing tensor."""
     try:
         yield
     except OSError as error:
@@ -205,10 +205,10 @@ def _explained(path: Path, file: int = -1, wanted: Iterable[StoredTensor] = ()) 
 
 
 class BackgroundReader:
-    """Reads in a thread of its own: `read` returns at once, `wait` when all tensors have arrived.
+    """Reads in a background thread: `read` returns at once, `wait` when all tensors have arrived.
 
-    It is a context manager. Left in order, it waits as well. Left by an error, it waits only for
-    what is in flight.
+    It is a context manager. At a normal end it waits for all tensors. After an error in the block
+    it waits only for the transfers under way.
     """
 
     def __init__(self, reader: TensorReader) -> None:
@@ -224,10 +224,10 @@ class BackgroundReader:
         return self._reader.device
 
     def read(self, wanted: Iterable[ReadRequest], reader: TensorReader | None = None) -> None:
-        """Take all of `wanted` now, and fill it after what was wanted before.
+        """Enqueue all of `wanted`, to be filled after the requests of earlier calls.
 
         Args:
-            reader: another than its own, for tensors of another device.
+            reader: a reader to use instead of its own, for tensors on another device.
         """
         taken = deque(wanted)
         with self._changed:
@@ -236,15 +236,12 @@ class BackgroundReader:
         self._tasks.append(self._pool.submit(self._unless_ending, task))
 
     def wait(self) -> None:
-        """Wait until everything is read; after the first error nothing more is."""
+        """Wait until everything is read. Raises the first error; nothing is read after it."""
         while self._tasks:
             self._tasks.pop(0).result()
 
     def wait_for(self, tensors: Iterable[Tensor]) -> None:
-        """Wait until those of the tensors that are being read have arrived.
-
-        Work that is given to the device from then on finds them filled.
-        """
+        """Wait for those `tensors` that are being read; device work enqueued later sees them."""
         wanted = {id(tensor) for tensor in tensors}
         with self._changed:
             self._changed.wait_for(lambda: self._ending.is_set() or wanted.isdisjoint(self._coming))
@@ -257,7 +254,7 @@ class BackgroundReader:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._ending.set()
+            self._end()
         self._pool.shutdown(cancel_futures=error is not None)
         if error is None:
             self.wait()
@@ -268,10 +265,13 @@ class BackgroundReader:
         try:
             task()
         except BaseException:
-            with self._changed:
-                self._ending.set()
-                self._changed.notify_all()
+            self._end()
             raise
+
+    def _end(self) -> None:
+        with self._changed:
+            self._ending.set()
+            self._changed.notify_all()
 
     def _note_arrival(self, tensors: list[Tensor]) -> None:
         with self._changed:
@@ -279,11 +279,11 @@ class BackgroundReader:
             self._changed.notify_all()
 
     def _each_once(self, taken: deque[ReadRequest]) -> Iterator[ReadRequest]:
-        """Hand them out and forget them, so that their memory can be given back before the last."""
+        """Yield the requests and drop them, so that their memory can be freed before the last."""
         while taken and not self._ending.is_set():
             yield taken.popleft()
 
 
 Reader = TensorReader | BackgroundReader
-"""Fills tensors of one device from files. Errors come from `read` of the first kind, and from
-`wait`, `wait_for` and the end of the context of the second."""
+"""Fills tensors of one device from files. Errors are raised by `TensorReader.read`; a
+`BackgroundReader` raises them in `wait`, in `wait_for` and at the end of its context."""

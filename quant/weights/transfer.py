@@ -14,10 +14,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 16 << 20
 BUFFERS = 6
 SLICE_BYTES = 4 << 20
-"""What a thread reads at once: little enough to stay in its core's cache on the way."""
+"""What a thread reads at once: small enough to stay in its core's cache until it is copied."""
 MAX_THREADS = 12
 
 
@@ -25,8 +24,8 @@ class Transfer(Protocol):
     """Fills tensors of one device with bytes of open files, several tensors at a time.
 
     Attributes:
-        chunk_bytes: the most that one `begin` takes.
-        most_in_flight, most_bytes: another `begin` is welcome below both.
+        chunk_bytes: the most that one `begin` may read.
+        most_in_flight, most_bytes: call `begin` only while fewer reads and bytes are in flight.
     """
 
     chunk_bytes: int
@@ -34,33 +33,33 @@ class Transfer(Protocol):
     most_bytes: int
 
     def begin(self, file: int, start: int, target: Tensor) -> Any:
-        """Begin to fill a flat tensor from byte `start` of an open file on, for `finish`."""
+        """Start to fill a flat tensor from byte `start` of a file; pass the result to `finish`."""
 
     def finish(self, begun: Any) -> None:
-        """Wait for what was begun first. Work that the device is given from then on sees the bytes.
+        """Wait for the oldest read; device work that is enqueued after this sees the bytes.
 
         Raises:
             OSError: the file cannot be read.
-            EOFError: it ends too early.
+            EOFError: the file ends before the tensor is full.
         """
 
     def close(self) -> None:
-        """Wait for what is in flight, also after an error: memory in use must not be freed."""
+        """Wait for all reads in flight, also after an error: their memory may then be freed."""
 
 
 class ThreadTransfer(Transfer):
-    """Python's threads read: on the CPU into the target, else into pinned buffers.
+    """Reads with Python threads: on the CPU into the target, else into pinned buffers.
 
-    A stream copies these to the device, which reads host memory at full speed only where it is
-    pinned, and the page cache is not.
+    A stream copies the buffers to the device. Devices read host memory at full speed only if it is
+    pinned; the page cache is not.
     """
 
-    chunk_bytes = BUFFER_BYTES
+    chunk_bytes = 16 << 20
     most_in_flight = BUFFERS - 1  # one more is being copied
-    most_bytes = BUFFERS * BUFFER_BYTES
+    most_bytes = BUFFERS * chunk_bytes
 
     def __init__(self, device: torch.device, *, buffered: bool = False) -> None:
-        """buffered: use buffers on the CPU, too, which tests do."""
+        """Create the threads; `buffered` uses buffers on the CPU, too, for tests."""
         self._device = device
         self._backend: Any = None if device.type == "cpu" else torch.get_device_module(device)
         self._stream: Any = None if self._backend is None else self._backend.Stream(device)
@@ -71,7 +70,7 @@ class ThreadTransfer(Transfer):
 
     def begin(self, file: int, start: int, target: Tensor) -> Any:
         buffer, copied = self._take_buffer() if self._buffered else (target, None)
-        view = memory_of(buffer)[: target.nbytes]
+        view = bytes_of(buffer)[: target.nbytes]
         reads = [
             self._pool.submit(read_bytes, file, start + at, view[at : at + SLICE_BYTES])
             for at in range(0, len(view), SLICE_BYTES)
@@ -102,7 +101,7 @@ class ThreadTransfer(Transfer):
             self._stream.synchronize()
 
     def _take_buffer(self) -> tuple[Tensor, Any]:
-        if self._made < BUFFERS:  # one by one, while others are being read: pinning takes its time
+        if self._made < BUFFERS:  # pinning is slow: the first reads run meanwhile
             self._made += 1
             if self._backend is None:
                 return torch.empty(self.chunk_bytes, dtype=torch.uint8), None
@@ -116,42 +115,23 @@ class ThreadTransfer(Transfer):
 
 
 class FastSafetensorsTransfer(Transfer):
-    """The threads of fastsafetensors read and copy, without Python's lock (docs/decisions/013).
+    """Reads with the threads of fastsafetensors, without Python's lock (docs/decisions/013).
 
-    Each has two pinned buffers: one is filled, the other is being copied.
+    Each thread fills one of its two pinned buffers while the other is copied.
     """
 
     chunk_bytes = 256 << 20
     most_in_flight = 1024
-    most_bytes = 4 << 30  # a tenth of a second's work, should Python be busy
-    threads = 12
-    buffer_bytes = 4 << 20  # all of them together stay in the processor's cache on the way
+    most_bytes = 4 << 30  # about 0.1 s of copying, for when Python is busy
 
-    def __init__(self, device: torch.device) -> None:
-        """Pin the buffers and start the threads, which takes some 50 ms. The host is for tests.
-
-        Raises:
-            ImportError: fastsafetensors is not installed, or not for this Python.
-            RuntimeError: it does not find CUDA.
-        """
-        # Of the extra `cuda`: elsewhere it need not be installed.
-        from fastsafetensors import cpp  # noqa: PLC0415
-
-        self._library: Any = cpp
-        self._on_card = device.type == "cuda"
-        if self._on_card:
-            version = (torch.version.cuda or "").partition(".")[0]
-            cpp.load_library_functions(f"libcudart.so.{version}")  # the one that torch has loaded
-            if not cpp.is_cuda_found():
-                raise RuntimeError(f"fastsafetensors does not find libcudart.so.{version}")
-        cpp.set_gil_release(True)
-        size = 2 * self.threads * self.buffer_bytes >> 10
-        index = device.index if self._on_card else -1
-        self._reader: Any = cpp.nogds_file_reader(False, size, self.threads, self._on_card, index)
+    def __init__(self, device: torch.device, threads: tuple[Any, Any]) -> None:
+        """Use `threads`, which `fastsafetensors` started for the device."""
+        self._library, self._reader = threads
+        self._on_gpu = device.type == "cuda"
         self._in_flight: dict[int, Tensor] = {}
 
     def begin(self, file: int, start: int, target: Tensor) -> tuple[int, int, int]:
-        memory = self._library.gds_device_buffer(target.data_ptr(), target.nbytes, self._on_card)
+        memory = self._library.gds_device_buffer(target.data_ptr(), target.nbytes, self._on_gpu)
         # It waits for work that may still use this memory.
         number: int = self._reader.submit_read(file, memory, start, target.nbytes, 0)
         self._in_flight[number] = target
@@ -162,36 +142,55 @@ class FastSafetensorsTransfer(Transfer):
         arrived = self._reader.wait_read(number)
         target = self._in_flight.pop(number)
         if not arrived:
-            # It does not say why, and takes a short read for a failed one: network file systems
-            # have such.
+            # The library gives no reason, and treats a short read, which network file systems
+            # may return, as a failure. So read again, with errors of our own.
             data = torch.empty_like(target, device="cpu")
-            read_bytes(file, start, memory_of(data))
+            read_bytes(file, start, bytes_of(data))
             target.copy_(data)
 
     def close(self) -> None:
-        while self._in_flight:
-            self._reader.wait_read(self._in_flight.popitem()[0])
+        for number in self._in_flight:
+            self._reader.wait_read(number)
+        self._in_flight.clear()
 
 
 @lru_cache(maxsize=8)
-def fastsafetensors(device: torch.device) -> FastSafetensorsTransfer | None:
-    """The process' transfer to an NVIDIA card, made once; None where the library is not there."""
-    if device.type != "cuda" or torch.version.cuda is None:
+def fastsafetensors(device: torch.device) -> tuple[Any, Any] | None:
+    """Start the library's threads for a device, once for the process; takes about 50 ms.
+
+    Returns the library and its threads for `FastSafetensorsTransfer`, or None without the library.
+    A CPU device is accepted for tests only.
+    """
+    if device.type == "npu" or (device.type == "cuda" and torch.version.cuda is None):
         return None
     try:
-        return FastSafetensorsTransfer(device)
+        from fastsafetensors import cpp  # noqa: PLC0415  # of the extra `cuda`
+
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            version = (torch.version.cuda or "").partition(".")[0]
+            cpp.load_library_functions(f"libcudart.so.{version}")  # the one that torch has loaded
+            if not cpp.is_cuda_found():
+                raise RuntimeError(f"fastsafetensors does not find libcudart.so.{version}")
+        cpp.set_gil_release(True)
+        buffers_kib = 2 * MAX_THREADS * SLICE_BYTES >> 10
+        index = device.index if on_gpu else -1
+        return cpp, cpp.nogds_file_reader(False, buffers_kib, MAX_THREADS, on_gpu, index)
     except (ImportError, RuntimeError) as error:
         logger.info("%s: weights are read by Python's threads, which takes longer", error)
         return None
 
 
 def fastest_transfer(device: torch.device) -> Transfer:
-    """The fastest transfer to a device that this process has."""
-    return fastsafetensors(device) or ThreadTransfer(device)
+    """Return the fastest transfer to a device that this process can use."""
+    threads = None if device.type == "cpu" else fastsafetensors(device)
+    if threads is not None:
+        return FastSafetensorsTransfer(device, threads)
+    return ThreadTransfer(device)
 
 
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host; the caller keeps the tensor."""
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a view of a contiguous host tensor's bytes; the caller must keep the tensor."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

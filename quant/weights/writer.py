@@ -1,7 +1,8 @@
-"""Writes safetensors files tensor by tensor, so that none but the one in hand is in memory.
+"""Write safetensors files one tensor at a time, to save memory.
 
-The safetensors library takes all tensors of a file at once. The format asks for less: a header with
-every tensor's dtype, shape and place, which are known beforehand, then the data in that order.
+The safetensors library needs all tensors of a file in memory at once. The format does not: it is a
+header with the dtype, shape and byte range of every tensor, all known beforehand, and then the data
+in the same order.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from torch import Tensor
 
 from quant.weights.header import NAMES, SMALL_BYTES
 
-_HEADER_MULTIPLE = 64  # a header is filled up with blanks, so that the data begins at one
+_HEADER_MULTIPLE = 64  # a header is padded with blanks to a multiple of this size
 Spec = tuple[str, torch.dtype, tuple[int, ...]]
 """A tensor to be written: name, dtype, shape."""
 
 
 def spec_of(name: str, tensor: Tensor) -> Spec:
-    """What the header has to say of a tensor."""
+    """Return the name, dtype and shape of a tensor, for the header."""
     return name, tensor.dtype, tuple(tensor.shape)
 
 
 def split_into_shards(specs: Sequence[Spec], shard_bytes: int) -> Iterator[list[Spec]]:
-    """Fill shards one after the other with up to `shard_bytes` each, or one larger tensor.
+    """Divide tensors, in order, into shards of up to `shard_bytes` each; a larger one is alone.
 
-    Within a shard small tensors go last, so that large ones lie one behind the other and are read
-    at once, and the least of them after those: all others then begin at multiples of 16.
+    Each shard is then sorted: first the large tensors, then the small ones (`SMALL_BYTES`), which
+    are thus read together. Within both groups, tensors whose size is no multiple of 16 bytes come
+    last, so that those before them begin at multiples of 16.
     """
     shard: list[Spec] = []
     size = 0
@@ -55,11 +57,12 @@ def write_safetensors(
     """Write one file and return its size in bytes.
 
     Args:
-        make: called once for every name, in order; the tensor has to be as its spec says.
-        sync: whether to wait until it is on disk.
+        make: called once for every name, in order; returns a tensor of the dtype and shape in
+            `specs`.
+        sync: whether to wait until the file is on disk.
 
     Raises:
-        OSError: as the system says.
+        OSError: the file exists already, or cannot be written.
     """
     with file.open("xb") as stream:
         stream.write(_header(specs, metadata))

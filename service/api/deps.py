@@ -66,10 +66,6 @@ async def _store(app_state: AppStateDep) -> JobStore:
     return app_state.store
 
 
-async def _outbox(app_state: AppStateDep) -> Outbox:
-    return app_state.outbox
-
-
 async def _artifacts(app_state: AppStateDep) -> ArtifactStore:
     return app_state.artifacts
 
@@ -78,10 +74,6 @@ async def _catalog(app_state: AppStateDep) -> Catalog:
     # Mostly the catalog is cached, and the thread pool is not needed.
     cached = app_state.catalog.fresh()
     return await run_in_threadpool(app_state.catalog.get) if cached is None else cached
-
-
-async def _token_counter(app_state: AppStateDep) -> TokenCounter:
-    return app_state.token_counter
 
 
 async def _links(request: Request) -> VideoLinks:
@@ -148,12 +140,9 @@ OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]
 ViewerDep = Annotated[Principal | None, Depends(_viewer)]
 StoreDep = Annotated[JobStore, Depends(_store)]
-OutboxDep = Annotated[Outbox, Depends(_outbox)]
 ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]
-TokenCounterDep = Annotated[TokenCounter, Depends(_token_counter)]
-LinksDep = Annotated[VideoLinks, Depends(_links)]
 JobViewsDep = Annotated[JobViews, Depends(_job_views)]
 IdempotencyKeyDep = Annotated[
     str | None,

@@ -38,7 +38,7 @@ _NOBODYS_SECRET: Final = "0" * 64
 
 
 class Role(StrEnum):
-    """What a key may do: `ops` see and cancel everybody's jobs, and their own jobs go first."""
+    """The rights of a key: `ops` see and cancel everybody's jobs, and their own jobs go first."""
 
     USER = "user"
     OPS = "ops"
@@ -110,6 +110,7 @@ class KeyStore:
         return sorted(_read_all(self._redis), key=lambda each: each.created_at)
 
     def get(self, key_id: str) -> ApiKey | None:
+        """Read a key by its id; None if there is none, or it cannot be parsed."""
         return _decode(key_id, cast("bytes | None", self._redis.hget(redis_keys.API_KEYS, key_id)))
 
     def any_was_made(self) -> bool:

@@ -1,7 +1,8 @@
-"""Authenticate callers by their API key, and decide which jobs they may see. Independent of HTTP.
+"""Authenticate callers by their API key, and decide which jobs they may see.
 
-The service is open while it listens on loopback and no key was ever made; every caller is then
-`LOCAL`. Once a key was made a key is required, on loopback too, even if that key is revoked.
+This module does not depend on HTTP. The service is open while it listens on loopback and no key was
+ever made; every caller is then `LOCAL`. Once a key was made a key is required, on loopback too,
+even if that key is revoked.
 """
 
 import threading
@@ -44,6 +45,7 @@ class Principal:
 
     @property
     def sees_all(self) -> bool:
+        """Whether it sees the jobs of all owners."""
         return self.role is Role.OPS
 
     @property
@@ -57,12 +59,14 @@ LOCAL: Final = Principal(OPEN_OWNER, OPEN_OWNER, Role.OPS)
 
 
 class Gate:
-    """Authenticates callers by their key. Safe to share between threads.
-
-    may_be_open: whether only this machine can reach the service.
-    """
+    """Authenticates callers by their key. Safe to share between threads."""
 
     def __init__(self, keys: KeyStore, rates: RateLimiter, *, may_be_open: bool) -> None:
+        """Create the gate of one process.
+
+        Args:
+            may_be_open: whether only this machine can reach the service.
+        """
         self._keys = keys
         self._rates = rates
         self._may_be_open = may_be_open
@@ -85,7 +89,8 @@ class Gate:
     def admit(self, token: str | None) -> Principal:
         """Authenticate a caller and count one request.
 
-        token: the key that was sent, if any.
+        Args:
+            token: the key that was sent, if any.
 
         Raises:
             Unauthenticated: the key is missing, unknown or revoked.
@@ -97,7 +102,7 @@ class Gate:
         return answer
 
     def admit_all(self, token: str | None, requests: int) -> Sequence[Principal | RateLimited]:
-        """Authenticate a caller and count so many requests; returns a result for each.
+        """Authenticate a caller and count its requests; return a result for each.
 
         Raises:
             Unauthenticated: the key is missing, unknown or revoked.
@@ -191,7 +196,8 @@ def _may_see(principal: Principal, owner: object) -> bool:
 def listed_owner(principal: Principal, wanted: str | None) -> str | None:
     """Return the owner whose jobs to list; None for all owners.
 
-    wanted: the owner that the caller asks for, if any.
+    Args:
+        wanted: the owner that the caller asks for, if any.
 
     Raises:
         Forbidden: the caller asks for another owner's jobs, and is not ops.

@@ -21,12 +21,10 @@ LONGEST_WINDOW_S: Final = 24 * 60 * 60
 
 
 class RateLimiter:
-    """Counts requests by key. Safe to share between threads; Redis errors are raised.
-
-    default: the rate of keys without one of their own.
-    """
+    """Counts requests by key. Safe to share between threads; Redis errors are raised."""
 
     def __init__(self, redis: Redis, default: str) -> None:
+        """Create the limiter of one process; `default` is the rate of keys without their own."""
         self._default = default
         # The client's own pool, so that its time limits and retries apply here, too.
         storage = RedisStorage(

@@ -37,10 +37,9 @@ class TokenCounter:
     def prepare(self, fingerprints: Iterable[str]) -> None:
         """Parse one of the tokenizers that live offers name, before a request waits for it.
 
-        The library lets nothing else in the process run while it parses a large tokenizer, for a
-        second or more. So a call parses one at most, and only the first `MAX_TOKENIZERS` are
-        prepared, each once: one that was evicted is parsed again when a request needs it.
-        Redis errors are raised.
+        Parsing a large tokenizer takes a second or more, in which no other thread of the process
+        runs. So a call parses at most one. Only the first `MAX_TOKENIZERS` are prepared, each once:
+        one that was evicted is parsed again when a request needs it. Redis errors are raised.
         """
         for fingerprint in islice(dict.fromkeys(fingerprints), MAX_TOKENIZERS):
             if fingerprint in self._prepared:
@@ -54,8 +53,8 @@ class TokenCounter:
     def count(self, fingerprint: str, text: str) -> int | None:
         """Count the tokens of `text`, with the end-of-sequence token.
 
-        None if the tokenizer is not in Redis or cannot be parsed: then only the worker checks the
-        length, later. Redis errors are raised.
+        Return None if the tokenizer is not in Redis or cannot be parsed. Only the worker checks the
+        length then, later. Redis errors are raised.
         """
         tokenizer = self._tokenizer(fingerprint)
         return None if tokenizer is None else len(tokenizer.encode(cleaned(text)).ids)
@@ -69,7 +68,7 @@ class TokenCounter:
             return self._kept[fingerprint]
 
     def _keep(self, fingerprint: str) -> bool:
-        """Parse a tokenizer unless it is kept, as the last to be evicted; False: not in Redis."""
+        """Cache a tokenizer as the last to be evicted; return False if Redis does not have it."""
         if fingerprint not in self._kept:
             text = catalog.read_tokenizer(self._redis, fingerprint)
             if text is None:

@@ -50,6 +50,7 @@ class Scheduler:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
+        """Start a thread for each task."""
         for task in self._tasks:
             thread = threading.Thread(
                 target=self._repeat, args=(task,), name=f"scheduler-{task.name}", daemon=True
@@ -74,9 +75,9 @@ class Scheduler:
             self._ending.wait(_pause_s(task.every_s, failures))
 
     def _run_once(self, task: Task, before: str | None) -> str | None:
-        """Run one round and return the name of its error; logs only changes since the last round.
+        """Run one round and return the name of its error; None if it had none.
 
-        before: the error of the round before.
+        It logs only if that differs from `before`, the error of the round before.
         """
         try:
             task.work(self._ending)

@@ -35,7 +35,7 @@ release the interpreter's lock each time."""
 
 @dataclass(slots=True)
 class RequestFacts:
-    """What the log contains about a request, in whichever thread handles it."""
+    """The facts about a request that every line of its log gets, in any thread that handles it."""
 
     id: str
     scope: Scope

@@ -24,6 +24,7 @@ class QueueState:
 
     @property
     def model(self) -> str:
+        """The name of the model whose jobs wait in it."""
         return self.name.rpartition(".")[0]
 
 
@@ -37,14 +38,17 @@ class WorkerState:
 
     @property
     def model(self) -> str:
+        """The name of its model; without an offer, from its id."""
         return self.id.rpartition(".")[0] if self.offer is None else self.offer.model.name
 
     @property
     def device(self) -> str:
+        """The name of its device; empty without an offer."""
         return "" if self.offer is None else self.offer.device
 
     @property
     def state(self) -> Literal["idle", "busy", "draining", "unknown"]:
+        """The state in its last status."""
         return "unknown" if self.status is None else self.status.state
 
 

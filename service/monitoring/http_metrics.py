@@ -29,6 +29,7 @@ class HttpMetrics:
         )
 
     def count(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count one answered request; `seconds` is the time until its answer began."""
         method = scope["method"] if scope["method"] in _METHODS else "other"
         route = getattr(scope.get("route"), "path", "unmatched")
         self._requests.labels(method, route, str(status)).inc()

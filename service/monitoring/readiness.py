@@ -16,7 +16,7 @@ THREADS: Final = 4
 
 
 class LiveWorkers(NamedTuple):
-    """How many workers are live, and how many of them run a mode slower than it was made for."""
+    """The number of live workers, and of those with a mode that is slower than intended."""
 
     live: int
     degraded: int

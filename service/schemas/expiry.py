@@ -23,7 +23,7 @@ class Dated(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RetentionPeriods:
-    """How long videos, records and orphans are kept.
+    """The times for which videos, records and orphans are kept.
 
     Attributes:
         videos: the time from the end of a job to the deletion of its video.

@@ -1,6 +1,6 @@
 """Define the JSON of jobs and models that callers see.
 
-It has no queue names, artifact keys and attempt tokens.
+It contains no queue names, artifact keys or attempt tokens.
 """
 
 from collections.abc import Sequence
@@ -111,6 +111,7 @@ class QueueView(BaseModel):
 
     @classmethod
     def of(cls, queue_position: QueuePosition) -> Self:
+        """Build the view of a position."""
         seconds = queue_position.starts_in_s
         return cls(
             position=queue_position.position,
@@ -199,6 +200,7 @@ class JobViews:
     queue_positions: CachedQueuePositions
 
     def of(self, job: JobRecord) -> JobView:
+        """Build the view of one job."""
         return self.all([job])[0]
 
     def created(self, created: Created) -> JobView:
@@ -211,6 +213,7 @@ class JobViews:
         return JobView.of(job, self.links, status, queue_position)
 
     def all(self, jobs: Sequence[JobRecord]) -> list[JobView]:
+        """Build the views of many jobs, with few round trips to Redis."""
         positions = self.queue_positions.of(jobs)
         statuses = self.outbox.statuses(jobs)
         return [
@@ -237,6 +240,8 @@ class ServedModeView(ModeOffer):
 
 
 class WorkerView(BaseModel):
+    """A live worker that serves the model."""
+
     id: str
     device: str
     modes: list[str]
@@ -257,15 +262,20 @@ class ModelListView(BaseModel):
 
     @classmethod
     def of(cls, catalog: Catalog) -> Self:
+        """Build the view of all live offers, sorted by model."""
         models = sorted({offer.model for offer in catalog.offers}, key=lambda m: m.name)
         return cls(models=[_model_view(model, catalog) for model in models])
 
 
 class HealthView(BaseModel):
+    """The answer of a process that is alive."""
+
     status: Literal["ok"] = "ok"
 
 
 class ReadyView(BaseModel):
+    """The answer of a service that can run jobs."""
+
     status: Literal["ready"] = "ready"
     workers: int = Field(description="Live workers.")
     degraded: int = Field(

@@ -28,6 +28,7 @@ class WorkerModeView(ModeStatus):
 
     @classmethod
     def of(cls, offer: ModeOffer | None, status: ModeStatus | None) -> Self:
+        """Build the view of one mode from what the worker offers and has measured."""
         measured = {} if status is None else status.model_dump()
         if offer is not None:
             measured |= {"kernels": offer.kernels, "warning": offer.warning}
@@ -54,6 +55,7 @@ class WorkerStateView(BaseModel):
 
     @classmethod
     def of(cls, worker: WorkerState) -> Self:
+        """Build the view of one worker."""
         offered = {} if worker.offer is None else {m.name: m for m in worker.offer.modes}
         measured = {} if worker.status is None else worker.status.modes
         return cls(
@@ -70,6 +72,8 @@ class WorkerStateView(BaseModel):
 
 
 class QueueStateView(BaseModel):
+    """The state of a queue."""
+
     name: str
     model: str
     waiting: int
@@ -85,6 +89,7 @@ class FleetView(BaseModel):
 
     @classmethod
     def of(cls, fleet: Fleet) -> Self:
+        """Build the view of all workers and queues."""
         return cls(
             workers=[WorkerStateView.of(worker) for worker in fleet.workers],
             queues=[

@@ -15,6 +15,8 @@ class FieldProblem(BaseModel):
 
 
 class ServedModel(BaseModel):
+    """A model that is served now, and its modes."""
+
     model: str
     modes: list[str]
 

@@ -23,20 +23,26 @@ from jobs.errors import LinkRefused
 from service.schemas.expiry import RetentionPeriods
 
 SECRET_READ_EVERY_S: Final = 10.0
-"""How long processes may disagree after Redis has lost the secret and another one was made."""
+"""How often a process reads the secret in Redis again.
+
+If Redis loses the secret, the next process that reads it makes another. For so long, processes may
+then sign with different secrets."""
 STABLE_FOR_S: Final = 60
-"""How long the links to one video stay the same, so that a job that is polled does not change."""
+"""How long the link to a video stays the same, so that polling a job gives equal answers."""
 
 _EXPIRES = re.compile(r"[0-9]{1,12}", re.ASCII)
 
 
 class LinkSigner:
-    """Signs paths and checks signatures. Safe to share between threads.
-
-    ttl_s: how long a link is valid, in seconds.
-    """
+    """Signs paths and checks signatures. Safe to share between threads."""
 
     def __init__(self, redis: Redis, secret: SecretStr | None, ttl_s: int) -> None:
+        """Create the signer of one process.
+
+        Args:
+            secret: the configured secret; None to use the one in Redis.
+            ttl_s: how long a link is valid, in seconds.
+        """
         self._redis = redis
         self._configured = None if secret is None else secret.get_secret_value().encode()
         self._ttl_s = ttl_s
@@ -103,8 +109,10 @@ class VideoLinks:
     retention_periods: RetentionPeriods
 
     def to(self, job_id: str) -> str:
+        """Return the signed URL of a job's video."""
         return self.base_url + self.signer.sign(video_path(job_id))
 
 
 def video_path(job_id: str) -> str:
+    """Return the path of the route that sends a job's video."""
     return f"/jobs/{job_id}/video.mp4"

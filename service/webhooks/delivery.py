@@ -40,7 +40,7 @@ MakeView = Callable[[JobRecord, WebhookStatus], JobView]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When a failed call is repeated, and when it is given up.
+    """The schedule by which a failed call is repeated and finally given up.
 
     Attributes:
         pauses_s: seconds to wait after the first, second, … failed try. After as many repeats the
@@ -56,7 +56,8 @@ class Schedule:
     def outcome(self, answer: Answer, tries_before: int) -> Outcome:
         """Decide from a receiver's answer whether the webhook is delivered, repeated or given up.
 
-        tries_before: the tries before the one that was answered.
+        Args:
+            tries_before: the tries before the one that was answered.
         """
         status = answer.status
         if status is not None and 200 <= status < 300:
@@ -74,7 +75,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryContext:
-    """What deliveries work with. `make_view` makes the JSON of a job, as callers see it."""
+    """The objects that deliveries use. `make_view` makes the JSON of a job, as callers see it."""
 
     store: JobStore
     outbox: Outbox

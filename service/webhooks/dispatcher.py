@@ -1,7 +1,7 @@
 """Lease due webhooks from the outbox and deliver them, several calls at a time.
 
-Runs in every service process. The outbox grants leases, so the processes share the work. When a
-process is killed, its leases run out and other processes deliver its webhooks.
+Every service process runs a dispatcher. A webhook is leased to one of them at a time. When a
+process is killed, its leases expire, and other processes deliver its webhooks.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ from jobs.store.webhook_outbox import Lease, Outbox
 logger = logging.getLogger(__name__)
 
 MAX_CALLS: Final = 16
-"""Calls under way in one process."""
+"""The most calls under way in one process."""
 POLL_EVERY_S: Final = 0.25
 GRACE_S: Final = 1.0
-"""How long calls under way may take once the process is to end."""
+"""How long the calls under way may still take once the process is stopping."""
 THREADS: Final = 4 * MAX_CALLS
-"""For Redis calls and name resolution. More than calls, because the system's resolver may hang for
-longer than a call may take."""
+"""Threads for Redis calls and name resolution. There are more than calls, because the system's
+resolver may block a thread for longer than a call may take."""
 
 Deliver = Callable[[Lease], Awaitable[None]]
 

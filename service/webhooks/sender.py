@@ -61,10 +61,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 class Sender:
-    """Sends requests to checked addresses; any number of calls may be under way.
-
-    private: whether hosts may have addresses of internal networks.
-    """
+    """Sends requests to checked addresses; any number of calls may be under way."""
 
     def __init__(
         self,
@@ -74,6 +71,11 @@ class Sender:
         limits: TimeLimits | None = None,
         resolve: Resolve = resolve,
     ) -> None:
+        """Create a sender.
+
+        Args:
+            private: whether hosts may have addresses of internal networks.
+        """
         self._context = context
         self._private = private
         self._limits = limits or TimeLimits()

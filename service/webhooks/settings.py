@@ -40,11 +40,13 @@ class WebhookSettings(BaseSettings):
 
     @property
     def webhook_rules(self) -> WebhookRules:
+        """The rules that the settings describe."""
         hosts = tuple(map(HostRule.parse, _split(self.webhook_hosts)))
         return WebhookRules(hosts, http=self.webhook_http, private=self.webhook_private)
 
     @property
     def webhook_secrets(self) -> tuple[str, ...]:
+        """The secrets to sign with, in their order."""
         return tuple(_split(self.webhook_secret.get_secret_value()))
 
     @field_validator("webhook_hosts")

@@ -86,6 +86,7 @@ class HostRule:
         return cls(host, wildcard, int(found["port"]) if found["port"] else None)
 
     def allows(self, target: Target) -> bool:
+        """Return whether the rule allows calls to the target's host and port."""
         if target.port != (self.port or SCHEME_PORTS[target.scheme]):
             return False
         if self.wildcard:
@@ -95,7 +96,7 @@ class HostRule:
 
 @dataclass(frozen=True, slots=True)
 class WebhookRules:
-    """What the operators allow: nothing at all by default.
+    """The rules of the operators; by default no URL may be called.
 
     Attributes:
         hosts: the hosts that may be called.

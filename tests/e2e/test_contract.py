@@ -22,6 +22,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 LEAST_CASES = int(os.environ.get("FUZZ_LEAST_CASES", "1000"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_answer_is_in_the_document(tmp_path: Path) -> None:
     engine = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0")

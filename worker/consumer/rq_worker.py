@@ -1,11 +1,13 @@
 """Run RQ's worker around a resident model.
 
-A device cannot be held across a fork, so jobs run in this process (`SimpleWorker`). RQ delivers
-their ids and nothing else. The job's record says who owns it and what happens when its worker
-vanishes (`jobs/store/job_store.py`, `jobs/store/recovery.py`). So three features of RQ are switched
-off: its search for lost jobs, its alarm that stops a job, and failing a job on a second signal.
-Each worker has one queue. RQ then takes jobs with BLMOVE; a job that was taken but not started is
-in no queue, which recovery detects, and it is requeued.
+A device cannot be held across a fork, so jobs run in this process (`SimpleWorker`). RQ only
+delivers their ids. Who owns a job, and what happens when its worker dies, is decided by the job's
+record (`jobs/store/job_store.py`, `jobs/store/recovery.py`). So three features of RQ are replaced:
+it would mark abandoned jobs as failed (`clean_registries`), interrupt a job by an alarm
+(`NoDeathPenalty`), and end a job on a second signal (`request_stop`).
+
+Each worker has one queue, from which RQ takes ids with BLMOVE. If a worker dies between taking an
+id and claiming the job, the id is in no queue. Recovery finds such jobs and queues them again.
 
 Two threads run as long as the worker: the heartbeat, which publishes offer and status, and the
 recovery of abandoned jobs. Two more run during a job: the lease keeper and the watchdog.
@@ -39,10 +41,9 @@ from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import WorkerOffer, WorkerStatus
 from jobs.store.job_store import JobStore
 from worker.consumer.heartbeat import Heartbeat, RecoveryThread
-from worker.interface import DeviceMemory, Engine
+from worker.interface import JOB_ID, DeviceMemory, Engine
 from worker.job.context import JobContext
 from worker.process.drain import CurrentJob, Drain
-from worker.process.logs import JOB_ID
 from worker.process.scratch import scratch_folder
 from worker.process.stats import WorkerStats
 from worker.settings import StallLimits
@@ -60,7 +61,7 @@ during it, so that it takes no id without running it. The wait is well below the
 
 
 class NoDeathPenalty(BaseDeathPenalty):  # type: ignore[misc]  # rq is untyped to mypy here
-    """Replace RQ's alarm by nothing.
+    """A replacement for RQ's alarm that does nothing.
 
     RQ's alarm raises between any two instructions of the main thread, even while an outcome is
     written. The job's own checks enforce its deadline, and the watchdog notices when they stop.
@@ -76,8 +77,9 @@ class NoDeathPenalty(BaseDeathPenalty):  # type: ignore[misc]  # rq is untyped t
 class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to mypy here
     """A worker of one process: one device, one resident model and one queue.
 
-    When Redis is lost at the wrong moment, `work` returns or raises. `worker/consumer/serve.py`
-    then creates another `ResidentWorker` around the same engine, stats and drain.
+    RQ survives a loss of Redis while it waits for a job, but not at every other moment: `work` then
+    returns or raises. `worker/consumer/serve.py` creates another `ResidentWorker` around the same
+    engine, stats and drain.
     """
 
     death_penalty_class = NoDeathPenalty
@@ -136,8 +138,8 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         Raises:
             RedisError: Redis was lost before the work started, or while it ended.
         """
-        # RQ installs them too, but only after its first commands to Redis. A signal that arrived
-        # when the offer is already published would then end the process at once.
+        # RQ installs them too, but only after its first commands to Redis. By then the offer is
+        # published, and a signal that arrived before would end the process at once.
         self._install_signal_handlers()
         with scratch_folder() as scratch, self._heartbeat, self._recovery:
             self._context = dataclasses.replace(self._context, scratch=scratch)
@@ -190,7 +192,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
     # ------------------------------------------------------------------ heartbeats
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
-        """Seconds after which RQ's entries of a job expire."""
+        """Return the seconds after which RQ's entries of a job expire."""
         return RQ_TTL_S
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
@@ -267,12 +269,12 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
 
     @property
     def dequeue_timeout(self) -> int:
-        """Seconds one wait for a job lasts (RQ's: the worker's TTL less 15)."""
+        """The seconds that one wait for a job lasts; by RQ's default the worker's TTL less 15."""
         return DEQUEUE_WAIT_S
 
     @property
     def connection_timeout(self) -> int:
-        """The least answer timeout that RQ needs; ours is longer, so RQ changes nothing."""
+        """The least socket timeout that RQ demands; ours is longer, so RQ does not change it."""
         return DEQUEUE_WAIT_S
 
     @property

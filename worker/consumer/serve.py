@@ -28,7 +28,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class ServeContext:
-    """What is opened and loaded once and outlives every loss of Redis."""
+    """The objects that are made once and outlive every loss of Redis."""
 
     engine: Engine
     redis: Redis

@@ -25,17 +25,17 @@ from worker.distributed.cfg_parallel import denoise_over_ranks
 from worker.distributed.rank_group import RankGroup
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
 from worker.errors import EXIT_DEVICE_LOST, RankFailed, RanksDiffer, RanksLost
+from worker.interface import JOB_ID
 from worker.model_loader.loader import Mode, load_modes
 from worker.model_loader.memory_plan import check_follower
 from worker.model_loader.mode_plan import check_folder, plan_modes
-from worker.process.logs import JOB_ID
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RankTask:
-    """What a follower needs for one job. The embeddings are on the host."""
+    """The task of the followers for one job. The embeddings are on the host."""
 
     job_id: str | None
     request: GenerationRequest

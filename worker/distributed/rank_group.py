@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RankError:
-    """Why a rank aborted."""
+    """The reason why a rank aborted."""
 
     rank: int
     kind: Literal["out of memory", "lost", "stopped"]
@@ -67,6 +67,7 @@ class RankGroup:
 
     @property
     def is_leader(self) -> bool:
+        """Whether this is rank 0, which receives the jobs."""
         return self.rank == 0
 
     # ------------------------------------------------------------------ messages

@@ -36,6 +36,6 @@ class OffloadedModule:
                 tensor.data = data
 
     def _tensors(self) -> list[Tensor]:
-        """Each tensor once, even if the module has it under several names."""
+        """Iterate over the tensors, each once, even if the module has it under several names."""
         every = (*self.module.parameters(), *self.module.buffers())
         return list({id(tensor): tensor for tensor in every}.values())

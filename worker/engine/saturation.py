@@ -1,9 +1,9 @@
 """Sample how well one step's activations fit the quantized format, as a figure for operators.
 
-A static scale was calibrated on some prompts. Whether it also fits what callers ask for shows in
-two shares: values beyond the format's range, and nonzero values that become zero. They are counted
-during one forward pass of each job, before each quantized layer rounds its inputs: by hooks on the
-layers, or by the kernels where blocks are fused.
+Static scales are calibrated on some prompts, and may fit the prompts of callers less well. Two
+shares measure that: of values beyond the format's range, and of nonzero values that become zero.
+They are counted during one forward pass of each job, before each quantized layer rounds its inputs:
+by hooks on the layers, or by the kernels where blocks are fused.
 """
 
 from __future__ import annotations
@@ -84,5 +84,5 @@ class ActSample:
 
 
 def _rounds(block: FusedWanBlock) -> bool:
-    """Whether any product of a block rounds its activations."""
+    """Return whether any product of a block rounds its activations."""
     return any(getattr(part, "act_scale", None) is not None for part in block.children())

@@ -17,7 +17,7 @@ from worker.settings import StallLimits
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """What one job runs with: the worker's name, its resources and its limits.
+    """The context of one job: the worker's name, its resources and its limits.
 
     Attributes:
         worker: the worker's name.

@@ -78,7 +78,7 @@ class JobClock:
         self._stage, self._step, self._steps, self._since = stage, step, steps, now
 
     def allowed_silence_s(self) -> float:
-        """Seconds from now for which the job may give no sign of life."""
+        """Return for how many seconds from now the job may give no sign of life."""
         if self._stage is None or self._stage is Stage.MP4 or self._step == self._steps:
             return max(FINISH_S, self._limits.floor_s)
         median = self._times.median(self._shape, self._stage)

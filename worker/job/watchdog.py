@@ -5,9 +5,9 @@ a signal handler reaches it. So another thread counts the silence and finally en
 stacks of all threads go to the log, the job is given up in Redis, and the process supervisor starts
 the worker again.
 
-The silence is counted in the thread's own ticks, not by the clock: a process that was stopped as a
-whole (SIGSTOP, a suspended machine) does not count as silent. Only the last resort uses the clock
-(`NO_THREAD_RUNS_S`).
+The silence is added up in steps of at most two ticks (`TICK_S`). So the time in which the whole
+process was stopped (SIGSTOP, a suspended machine) hardly counts. Only `NO_THREAD_RUNS_S` is real
+time.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from worker.process.background import BackgroundThread
 logger = logging.getLogger(__name__)
 
 TICK_S: Final = 0.5
+"""How often the thread checks for a sign of life."""
 
 ON_HANG_TIMEOUT_S: Final = 5.0
 """How long giving up the job in Redis may take; without it, the job's lease expires later."""
 
 NO_THREAD_RUNS_S: Final = 900.0
-"""Native code that hangs while it holds the interpreter's lock stops this thread as well. Then
-`faulthandler`, which needs no lock, ends the process with status 1 after this long. This is real
-time, unlike the silence above: a process that was stopped for longer may end when it is continued.
-By then another worker has its job."""
+"""The limit if not even the watchdog's thread can run, because native code hangs while it holds the
+interpreter lock. `faulthandler` needs no lock and then ends the process with status 1. This is real
+time: a process that was stopped for longer may end so when it is continued. Another worker has its
+job by then."""
 
 _STDERR = 2
 
 
 class Watchdog(BackgroundThread):
-    """A context manager that ends the process unless the job's thread keeps calling `alive`."""
+    """A context manager whose thread ends the process once `alive` is not called for too long."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Watchdog(BackgroundThread):
         Args:
             limit_s: how long the silence may last at first.
             on_hang: called when the limit is passed; it may fail, hang, or take long.
-            end: ends the process with a status.
+            end: called with the exit status, to end the process.
         """
         super().__init__("watchdog")
         self._limit_s = limit_s

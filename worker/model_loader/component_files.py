@@ -40,6 +40,7 @@ def load_component(
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; raises OSError or ValueError."""
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return values
 

@@ -126,19 +126,3 @@ class ComponentLoader:
         # Allocate everything now. Memory that is freed while earlier work on the device still uses
         # it must not be reused for this.
         self._copies.append((reader, list(allocate(module, stored, reader.device))))
-
-
-def load_components(
-    path: Path, device: Device, text_encoder_device: torch.device | None = None
-) -> Components:
-    """Load tokenizer, text encoder, VAE and scheduler from the folder `path`.
-
-    Args:
-        text_encoder_device: where the text encoder is loaded; by default `device`.
-
-    Raises:
-        ModelUnusable, quant.WeightsError: as in `ComponentLoader`.
-    """
-    component_loader = ComponentLoader(path, device, text_encoder_device)
-    component_loader.copy()
-    return component_loader.finish()

@@ -141,7 +141,7 @@ def load_model(
 
 
 def _quantizes(plan: ModePlan) -> bool:
-    """Whether the transformer is quantized here, rather than read packed or in BF16."""
+    """Return whether the transformer is quantized here, rather than read packed or in BF16."""
     return plan.packed is None and plan.scales is not None
 
 

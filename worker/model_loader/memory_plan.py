@@ -63,7 +63,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The peak: all that is resident, and the largest of the rest."""
         return sum(self.resident.values()) + max(self.transient.values())
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the text encoder is and how the VAE decodes; resolved, never "auto".
+    """The chosen place of the text encoder and mode of the VAE; resolved, never "auto".
 
     Attributes:
         text_encoder: "device", "host", or "encode": on the device only while it encodes.
@@ -88,8 +88,7 @@ class Placement:
     available_bytes: int | None
 
     def text_encoder_load_device(self, device: Device) -> torch.device:
-        """Return where the text encoder is loaded; "encode" copies it from the host for each
-        use."""
+        """Return where the text encoder is loaded: for "encode" too, which copies it, the host."""
         return device.torch_device if self.text_encoder == "device" else torch.device("cpu")
 
     def __str__(self) -> str:

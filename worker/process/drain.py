@@ -17,7 +17,7 @@ SAME_REQUEST_S: Final = 1.0
 
 
 class Drain:
-    """Whether this process should stop, and whether it returns its current job to the queue.
+    """The requests to stop this process: whether it stops, and what it does with its current job.
 
     Attributes:
         stopping: the worker takes no further job.

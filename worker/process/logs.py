@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from contextvars import ContextVar
 
 from redis.exceptions import RedisError
 
 from jobs import logs
 from jobs.logs import LogFormat
-
-JOB_ID: ContextVar[str | None] = ContextVar("job_id", default=None)
+from worker.interface import JOB_ID
 
 
 class WorkerIds:

@@ -46,7 +46,7 @@ JOIN_TIMEOUT_S = 5.0
 
 
 class RedisOutage:
-    """Whether Redis is reachable, or since when it is not."""
+    """The state of the connection to Redis: reachable, or unreachable since some moment."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -77,12 +77,14 @@ class RedisOutage:
             logger.exception("a thread beside the job goes on after an error")
 
     def mark_down(self, error: RedisError) -> None:
+        """Note that a command failed; log it if Redis was reachable until now."""
         with self._lock:
             if self._since is None:
                 self._since = time.monotonic()
-                logger.warning("Redis is away, which is waited for: %s", error)
+                logger.warning("Redis is away; waiting for it: %s", error)
 
     def mark_up(self) -> None:
+        """Note that Redis has answered; log it if it was unreachable until now."""
         with self._lock:
             if self._since is not None:
                 logger.warning("Redis is back after %.1f s", time.monotonic() - self._since)
@@ -97,10 +99,12 @@ class Backoff:
         self._failures = 0
 
     def next_s(self) -> float:
+        """Count one more failure, and return the pause after it."""
         self._failures = min(self._failures + 1, 30)
         return float(self._backoff.compute(self._failures))
 
     def reset(self) -> None:
+        """Start again with the shortest pause."""
         self._failures = 0
 
 
@@ -135,7 +139,7 @@ def retry_until_answered(
 
 
 def _is_transient(error: RedisError) -> bool:
-    """Whether Redis is unreachable, or reachable but refuses commands for now."""
+    """Return whether Redis is unreachable, or refuses commands for now."""
     kinds = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
     refusals = ("MISCONF", "NOREPLICAS", "MASTERDOWN")  # a full disk, a failover
     return isinstance(error, kinds) or (

@@ -33,14 +33,16 @@ class StepTimes:
         )
 
     def add(self, shape: str, stage: Stage, seconds: float) -> None:
+        """Add the duration of one step."""
         self._seconds[shape, stage].append(seconds)
 
     def median(self, shape: str, stage: Stage) -> float | None:
+        """Return the median duration of a step; None if none was measured."""
         found = self._seconds.get((shape, stage))
         return statistics.median(found) if found else None
 
     def percentile_90(self, shape: str, stage: Stage) -> float | None:
-        """The duration that one step in ten exceeds; of fewer than ten steps, the longest."""
+        """Return the duration that one step in ten exceeds; with fewer than ten, the longest."""
         found = sorted(self._seconds.get((shape, stage), ()))
         return found[(9 * len(found) - 1) // 10] if found else None
 
@@ -63,6 +65,7 @@ class WorkerStats:
         self._shares: dict[str, ActShares] = {}
 
     def record_success(self) -> None:
+        """Count a job that succeeded."""
         self._out_of_memory = 0
         with self._lock:
             self._done += 1
@@ -78,6 +81,7 @@ class WorkerStats:
             self.exit_status = EXIT_OUT_OF_MEMORY
 
     def record_device_lost(self) -> None:
+        """Note that the process can run no further job on its device, and has to end."""
         self.exit_status = EXIT_DEVICE_LOST
 
     def record_steps(
@@ -94,7 +98,7 @@ class WorkerStats:
         return self._done
 
     def modes(self) -> dict[str, ModeStatus]:
-        """The measurements of each mode that has run."""
+        """Return the measurements of each mode that has run."""
         with self._lock:
             return {mode: self._mode(mode) for mode in self._steps}
 

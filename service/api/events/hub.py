@@ -33,34 +33,38 @@ from service.lookups.queue_positions import CachedQueuePositions
 logger = logging.getLogger(__name__)
 
 CONNECTIONS: Final = 16
+"""The most connections to Redis."""
 FIRST_RETRY_S: Final = 0.1
 LAST_RETRY_S: Final = 2.0
+"""The first and the longest pause before the subscription is tried again."""
 SILENCE_S: Final = 5.0
-"""After so long without a message the subscription sends a ping. If nothing comes for as long again
-it is given up."""
+"""After this long without a message, the subscription sends a ping. If nothing comes for as long
+again, the connection counts as broken."""
 
 WOKEN_AT_ONCE: Final = 8
+"""The most streams that are woken at once; then other tasks of the event loop run for BETWEEN_S."""
 BETWEEN_S: Final = 0.002
 
 SHARES: Final = 10
-"""An owner may have one part in so many of all streams, to leave room for others."""
+"""One owner may have 1/SHARES of the most streams open, but at least SMALLEST_SHARE."""
 SMALLEST_SHARE: Final = 10
 RETRY_AFTER_S: Final = 10
+"""Sent as Retry-After when an owner has that many open."""
 
 AFTER_FAULT_S: Final = 2.0
-"""How long one of the tasks pauses after an unexpected error before it goes on."""
+"""The pause of a background task after an unexpected error."""
 
 POSITIONS_EVERY_S: Final = 1.5
-"""How often the queue positions of the queued jobs that are followed are read, all at once."""
+"""How often the queue positions of all followed, queued jobs are read, in one call."""
 
 
 class Follower:
-    """One event stream, as the hub knows it.
+    """The hub's record of one event stream.
 
     Attributes:
-        owner: the owner whose share of the streams it counts against; None: it counts against none.
+        owner: the owner in whose share of the streams it is counted; None if in nobody's.
         changed: set whenever there may be something new to send.
-        is_queued: whether the job waits in a queue, so that its position is of interest.
+        is_queued: whether the job waits in a queue, so that the hub reads its position.
         queue_position: the position that was read last.
     """
 
@@ -92,9 +96,11 @@ class EventHub:
 
     @property
     def followers(self) -> int:
+        """The number of open streams."""
         return sum(map(len, self._followers.values()))
 
     def start(self) -> None:
+        """Start the background tasks in the running event loop."""
         self._reader.start()
         for work in (self._listen, self._wake_those_due, self._look_up_positions):
             self._spawn(work)
@@ -108,6 +114,7 @@ class EventHub:
                 follower.changed.set()
 
     async def stop(self) -> None:
+        """End all streams and background tasks, and close the connections."""
         self.end_streams()
         left = self._tasks | self._reader.tasks
         while left:
@@ -173,7 +180,7 @@ class EventHub:
         return await self._reader.read(job_id, after)
 
     async def _listen(self) -> None:
-        """Keep a subscription while there are streams; without any, messages would waste time."""
+        """Subscribe to new events while there are streams; otherwise messages would waste time."""
         retry_s = FIRST_RETRY_S
         while True:
             if not self._followers:
@@ -239,7 +246,7 @@ class EventHub:
 
 
 async def keep_doing(work: Callable[[], Awaitable[None]]) -> None:
-    """Repeat `work` for ever, whatever it raises: if a task ended, streams would stay late."""
+    """Repeat `work` for ever, whatever it raises: if a task ended, streams would be late."""
     while True:
         try:
             await work()

@@ -24,6 +24,7 @@ class EncodedEvent:
 
     @property
     def is_last(self) -> bool:
+        """Whether the job sends no event after this one."""
         return self.event.kind == "state" and self.event.state.is_terminal
 
 
@@ -45,6 +46,7 @@ class EventReader:
         self.tasks: set[asyncio.Task[EventBatch]] = set()
 
     def start(self) -> None:
+        """Attach the reader to the running event loop; call it before any `read`."""
         self._end = asyncio.get_running_loop().create_future()
 
     def end(self) -> None:
@@ -81,7 +83,7 @@ class EventReader:
 
     async def _read(self, job_id: str, after: str) -> EventBatch:
         async with self._redis.pipeline(transaction=False) as pipe:
-            # The state is read first: if it is terminal, the events below include the last one.
+            # The state is read first: if it is final, the events below include the last one.
             pipe.hmget(redis_keys.record(job_id), ["state", "delete_requested"])
             pipe.xrange(*events.range_after(job_id, after))
             (state, deleted), entries = await pipe.execute()

@@ -40,16 +40,12 @@ class EventStream(StreamingResponse):
 
     Ends early if the job is deleted or the process ends. Raises TooManyStreams and
     TooManyOwnStreams before anything is sent.
-
-    heartbeat_s: after so many seconds without an event a comment is sent.
-    view: makes the JSON of the job as it is now.
     """
 
     media_type = "text/event-stream"
 
     send_s: ClassVar = 60.0
-    """A client that receives nothing for so long, while the network's buffers are full, is dropped.
-    """
+    """A client is dropped that takes nothing for this long while the network's buffers are full."""
 
     def __init__(
         self,
@@ -59,6 +55,12 @@ class EventStream(StreamingResponse):
         heartbeat_s: float,
         view: Callable[[], JobView],
     ) -> None:
+        """Prepare the response.
+
+        Args:
+            heartbeat_s: after so many seconds without an event, a comment is sent.
+            view: makes the JSON of the job as it is now.
+        """
         super().__init__(self._chunks(), headers=HEADERS)
         self._hub = hub
         self._follower = follower
@@ -74,6 +76,8 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
+        """Send the stream; give up on a client that takes longer than `send_s` for one message."""
+
         async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(self.send_s):
                 await send(message)

@@ -34,7 +34,7 @@ _TYPE_OF: Final[Mapping[int, str]] = MappingProxyType(
 
 
 class ErrorObject(BaseModel):
-    """What went wrong."""
+    """The description of an error."""
 
     message: str = Field(examples=["There is no job 01a2."])
     type: str = Field(description="The kind of error.", examples=["not_found_error"])
@@ -49,10 +49,12 @@ class ErrorAnswer(BaseModel):
 
 
 def status_of(problem: Problem) -> int:
+    """Return the HTTP status that OpenAI's clients expect for a problem."""
     return _OPENAI_STATUS.get(problem.status, problem.status)
 
 
 def answer_of(problem: Problem) -> ErrorAnswer:
+    """Convert a problem document to OpenAI's error object."""
     status = status_of(problem)
     is_server_error = status >= HTTPStatus.INTERNAL_SERVER_ERROR
     default_type = "server_error" if is_server_error else "invalid_request_error"

@@ -38,6 +38,7 @@ class VideoStatus:
 
     @property
     def poll_after_ms(self) -> int:
+        """After how many milliseconds the client should ask again."""
         if self.seconds_left is None:
             return UNKNOWN_POLL_MS
         return min(MAX_POLL_MS, max(MIN_POLL_MS, round(self.seconds_left * 1000 / POLLS_LEFT)))

@@ -63,8 +63,7 @@ _EXAMPLES: Final[Json] = {
 
 
 def errors(*statuses: int) -> Answers:
-    """Describe a route's error answers, given as the statuses of
-    `service/middleware/problems.py`."""
+    """Describe a route's error answers; `statuses` are this service's own, not yet OpenAI's."""
     return _in_openai_format(problems(*statuses))
 
 

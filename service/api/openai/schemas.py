@@ -50,7 +50,7 @@ _EXAMPLE: dict[str, Any] = {
 
 
 class VideoError(BaseModel):
-    """Why there is no video."""
+    """The reason why there is no video."""
 
     code: str = Field(description="Stable; `cancelled` for a job that was cancelled.")
     message: str
@@ -88,6 +88,7 @@ class VideoObject(BaseModel):
 
     @classmethod
     def of(cls, job: JobRecord, video_status: VideoStatus) -> Self:
+        """Build the video object of a job."""
         request, position = job.request, video_status.queue_position
         return cls(
             id=job.id,
@@ -116,6 +117,7 @@ class VideoList(BaseModel):
 
     @classmethod
     def of(cls, data: list[VideoObject], *, has_more: bool) -> Self:
+        """Build a page of these video objects."""
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return cls(data=data, first_id=first, last_id=last, has_more=has_more)
 

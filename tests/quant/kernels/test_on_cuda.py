@@ -56,7 +56,9 @@ def file(tmp_path_factory) -> Path:
 
 
 def library_transfer() -> Transfer:
-    transfer = FastSafetensorsTransfer(CUDA)
+    threads = fastsafetensors(CUDA)
+    assert threads is not None, "the extra `cuda` has the library"
+    transfer = FastSafetensorsTransfer(CUDA, threads)
     transfer.chunk_bytes = 8192
     return transfer
 

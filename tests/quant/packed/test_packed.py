@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from deploy.local.waiting import wait_until
 from quant import (
     PackedMismatch,
     QuantError,
@@ -226,7 +226,7 @@ def test_large_tensors_of_a_shard_lie_one_behind_the_other(tiny_model, tiny_reci
 
 
 def test_small_tensors_of_a_file_are_taken_first(made, tiny_model, tiny_recipe, monkeypatch):
-    monkeypatch.setattr("quant.transformer.meta_model.SMALL_BYTES", 500)
+    monkeypatch.setattr("quant.weights.header.SMALL_BYTES", 500)
     packed = opened(made, tiny_model, tiny_recipe)
     meta_model = share_tree(
         shared_quantized_meta_model(packed.info.transformer_config, tiny_recipe), lambda *_: None
@@ -486,11 +486,12 @@ def test_nothing_is_left_of_a_command_that_is_told_to_end(tmp_path):
     command += ["--scales", str(model / "scales" / "boundary-hif8.safetensors")]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out")])
     try:
-        deadline = time.monotonic() + 120
-        while not any(tmp_path.iterdir()):
+
+        def has_begun() -> bool:
             assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+            return any(tmp_path.iterdir())
+
+        wait_until(has_begun, 120, "something is written", every_s=0.01)
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
     finally:

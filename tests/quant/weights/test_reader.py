@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deploy.local.waiting import wait_until
 from quant.errors import WeightsError
 from quant.weights import header, transfer
 from quant.weights import reader as reader_module
@@ -57,7 +59,13 @@ def few_are_small(monkeypatch):
 @pytest.fixture(scope="module")
 def library() -> FastSafetensorsTransfer:
     """The library's own threads, which on a CPU copy into its memory."""
-    return FastSafetensorsTransfer(CPU)
+    return by_library()
+
+
+def by_library() -> FastSafetensorsTransfer:
+    threads = fastsafetensors(CPU)
+    assert threads is not None
+    return FastSafetensorsTransfer(CPU, threads)
 
 
 def threads(chunk_bytes: int, *, buffered: bool = False) -> ThreadTransfer:
@@ -254,7 +262,7 @@ def test_of_one_dtype_in_the_file_some_may_be_wanted_in_another(tmp_path, make_r
 
 def test_what_the_library_does_not_bring_is_read_again(files, monkeypatch):
     """It takes a short read for a failed one; network file systems have such."""
-    library = FastSafetensorsTransfer(CPU)
+    library = by_library()
     library.chunk_bytes = 5000
     reader = library._reader
 
@@ -270,6 +278,45 @@ def test_what_the_library_does_not_bring_is_read_again(files, monkeypatch):
     targets = {name: torch.full(s.shape, 77, dtype=s.dtype) for name, s in stored.items()}
     TensorReader(CPU, lambda: library).read((stored[name], targets[name]) for name in stored)
     check(files, targets)
+
+
+def test_files_stay_open_until_nothing_reads_them(files, tmp_path):
+    """Also after an error: a thread would read from whatever file has the number next."""
+    gone = tmp_path / "gone.safetensors"
+    gone.write_bytes(files[0].read_bytes())
+    stored = stored_tensors([files[1], gone])
+    gone.unlink()
+    numbers: list[int] = []
+
+    class Checked(ThreadTransfer):
+        def begin(self, file, start, target):
+            numbers.append(file)
+            return super().begin(file, start, target)
+
+        def close(self):
+            for number in numbers:
+                os.fstat(number)
+            super().close()
+
+    wanted = [(s, torch.empty(s.shape, dtype=s.dtype)) for s in stored.values()]
+    with pytest.raises(WeightsError, match="No such file"):
+        TensorReader(CPU, partial(Checked, CPU)).read(wanted)
+    assert numbers
+
+
+def test_two_readers_of_one_device_do_not_disturb_each_other(files):
+    stored = stored_tensors(files)
+    targets = [{n: torch.zeros(s.shape, dtype=s.dtype) for n, s in stored.items()} for _ in "ab"]
+
+    def read(into: dict[str, torch.Tensor]) -> None:
+        for _ in range(20):
+            TensorReader(CPU, by_library).read((stored[name], into[name]) for name in stored)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(read, into) for into in targets]:
+            done.result()
+    for into in targets:
+        check(files, into)
 
 
 def test_a_file_that_is_gone_is_named(files, tmp_path, make_reader):
@@ -315,7 +362,7 @@ def test_what_is_told_of_a_cut_file_is_where_it_ends(tmp_path, make_reader, left
 
 
 def test_what_is_in_flight_is_waited_for_before_memory_goes(files, tmp_path, monkeypatch):
-    library = FastSafetensorsTransfer(CPU)
+    library = by_library()
     reader, begun, ended = library._reader, [], []
 
     class Noting:
@@ -484,10 +531,7 @@ def test_beside_what_has_arrived_is_not_kept(files):
         del wanted
         for _ in range(2 * BUFFERS):
             way.let.release()
-        deadline = time.monotonic() + 10
-        while first() is not None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert first() is None
+        wait_until(lambda: first() is None, 10, "the first is forgotten")
         assert last() is not None, "it is still coming"
         way.let.release(1000)
 

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Never
@@ -17,6 +16,7 @@ import torch
 import typer
 from redis import Redis
 
+from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
@@ -55,17 +55,16 @@ def worker(
 
 
 def wait_for_line(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
-    deadline = time.monotonic() + 120
-    while True:
-        text = log.read_text(encoding="utf-8")
-        assert time.monotonic() < deadline, f"no {pattern!r} in {text}"
-        if found := re.search(pattern, text, re.MULTILINE):
-            return found.group()
-        try:
-            process.wait(0.1)
-        except subprocess.TimeoutExpired:
-            continue
-        pytest.fail(f"the worker ended: {text}")
+    found: list[str] = []
+
+    def is_logged() -> bool:
+        has_ended, text = process.poll() is not None, log.read_text(encoding="utf-8")
+        found.extend(match.group() for match in re.finditer(pattern, text, re.MULTILINE))
+        assert found or not has_ended, f"the worker ended: {text}"
+        return bool(found)
+
+    wait_until(is_logged, 120, f"{pattern!r} is logged", log.read_text, every_s=0.1)
+    return found[0]
 
 
 def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(

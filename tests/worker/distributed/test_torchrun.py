@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from redis import Redis
 from torch.distributed.run import get_args_parser
 
+from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
@@ -59,12 +59,16 @@ class Torchrun:
         return self._log.read_text(encoding="utf-8")
 
     def wait_for_line(self, pattern: str) -> str:
-        deadline = time.monotonic() + 150
-        while not (found := re.search(pattern, self.log_text(), re.MULTILINE)):
-            assert self.process.poll() is None, self.log_text()
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.log_text()}"
-            time.sleep(0.1)
-        return found.group()
+        found: list[str] = []
+
+        def is_logged() -> bool:
+            has_ended, text = self.process.poll() is not None, self.log_text()
+            found.extend(match.group() for match in re.finditer(pattern, text, re.MULTILINE))
+            assert found or not has_ended, f"torchrun ended: {text}"
+            return bool(found)
+
+        wait_until(is_logged, 150, f"{pattern!r} is logged", self.log_text, every_s=0.1)
+        return found[0]
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

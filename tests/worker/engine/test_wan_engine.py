@@ -20,7 +20,7 @@ from worker.config import WorkerConfig
 from worker.device import Device
 from worker.engine.wan_engine import WanEngine
 from worker.interface import Frame
-from worker.model_loader.components import load_components
+from worker.model_loader.components import ComponentLoader
 from worker.model_loader.loader import load_modes
 from worker.model_loader.mode_plan import plan_modes
 
@@ -215,7 +215,9 @@ def test_a_quantized_mode_alone_keeps_no_bf16_weights_of_quantized_blocks(
         for block in mode.transformer.blocks[2:37]
         for module in block.modules()
     )
-    components = load_components(config.model.path, device)
+    component_loader = ComponentLoader(config.model.path, device)
+    component_loader.copy()
+    components = component_loader.finish()
     only = WanEngine(config.model, "fingerprint", device, components, (mode,))
     assert np.array_equal(frames(only, mode="w8a8", **SHORT), frames(engine, mode="w8a8", **SHORT))
 

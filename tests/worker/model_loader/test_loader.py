@@ -26,7 +26,7 @@ from worker.config import FirstBlockCache, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader import loader
-from worker.model_loader.components import ComponentLoader, load_components
+from worker.model_loader.components import ComponentLoader
 from worker.model_loader.loader import load_model, load_modes
 from worker.model_loader.mode_plan import (
     check_folder,
@@ -167,8 +167,14 @@ def test_a_broken_index_is_refused(folder: Path, text: str) -> None:
 @pytest.mark.parametrize("damage", ["missing", "cut", "a list"])
 def test_a_damaged_component_is_named(folder: Path, device: Device, name: str, damage: str) -> None:
     do_damage(folder / name, damage)
+
+    def load() -> None:
+        component_loader = ComponentLoader(folder, device)
+        component_loader.copy()
+        component_loader.finish()
+
     with pytest.raises(ModelUnusable, match=name.partition("/")[0]) as caught:
-        load_components(folder, device)
+        load()
     assert names_file_and_fault(str(caught.value), folder / name, damage)
 
 
