@@ -15,7 +15,7 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the job has ended: no state follows this one."""
+        """Whether the state is final: the job has ended, and no state follows this one."""
         return not TRANSITIONS[self]
 
 

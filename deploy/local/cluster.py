@@ -222,7 +222,7 @@ class Cluster:
         return self.job(job_id)
 
     def end_states(self, job_id: str) -> list[str]:
-        """Return every terminal state in the job's event stream; there should be one."""
+        """Return every final state in the job's event stream; there should be one."""
         entries: Any = self.redis.xrange(f"wan:events:{job_id}")
         states = [fields[b"state"].decode() for _, fields in entries]
         return [state for state in states if state in ENDED]

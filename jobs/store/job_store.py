@@ -2,7 +2,8 @@
 
 Every change is one Lua script (`jobs/store/lua/`), which may be repeated after a lost response.
 After a claim, only the holder of the latest token may write, as long as it renews its lease. A
-record in a terminal state never changes. Redis errors are not caught.
+final state never changes; afterwards only the deletion of the video is recorded. Redis errors are
+not caught.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Find jobs by their age, oldest first and in pages, with what retention needs to know of them.
+"""Find jobs by their age, oldest first and in pages, with the facts that retention needs.
 
 Ids sort by the time of creation, so the indexes are in order of age; but an old job may have ended
 just now. Only the necessary fields are read. A record that cannot be read is left alone.

@@ -3,11 +3,14 @@
 `scale` is always the dequantization multiplier, x ≈ decode(qdata) * scale. The default policy
 `pow2` chooses the power of two that brings amax into [8, 16), the top of the range in which
 HiFloat8 has 3 mantissa bits. Multiplying by a power of two is exact in BF16, so scaling gives the
-same bits on every device, and the scale can be folded into other operations. Exponents are clamped
-to ±MAX_SCALE_EXPONENT, which leaves this rule unchanged for amax in [2**-61, 2**68). Larger values
-lose bits and then saturate, smaller ones lose bits and then become zero. The policy `sqnr` chooses
-the power of two with the least error on a histogram of binades; outliers above 16 then have fewer
-bits if this reduces the error. The other policies reproduce other HiFloat8 code.
+same bits on every device, and the scale can be folded into other operations. Its exponent is
+clamped to ±MAX_SCALE_EXPONENT, so amax lands in [8, 16) only if it is in [2**-61, 2**68). The
+values of larger tensors lose mantissa bits and then saturate. Those of smaller tensors lose
+mantissa bits and then become zero.
+
+The policy `sqnr` chooses the power of two with the least error on a histogram of binades. Outliers
+above 16 then have fewer bits if this reduces the error. The other policies reproduce other HiFloat8
+code.
 
 This module chooses scales; `quant.kernels` applies them. The statistics come from
 `quant.calibration`.

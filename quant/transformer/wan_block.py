@@ -60,7 +60,10 @@ class FusedWanBlock(nn.Module):
         temb: Tensor,
         rotary_emb: Rope,
     ) -> Tensor:
-        """hidden_states [B, S, K] bf16, encoder_hidden_states [B, T, K], temb [B, 6, K]."""
+        """Run the block.
+
+        Inputs: hidden_states [B, S, K] bf16, encoder_hidden_states [B, T, K], temb [B, 6, K].
+        """
         kernels = self.kernels
         hidden_states = hidden_states.contiguous()  # kernels require it
         modulation = self.scale_shift_table + temb.float()

@@ -1,4 +1,4 @@
-"""List the background tasks of a service process, and build what they work with."""
+"""List the background tasks of a service process, and build the objects they use."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -60,7 +60,7 @@ def build_dispatcher(app_state: AppState) -> Dispatcher | None:
 
 
 def delivery_context(app_state: AppState) -> DeliveryContext:
-    """Gather what deliveries work with. The settings must allow hosts to be called."""
+    """Gather the objects that deliveries use. The settings must allow hosts to be called."""
     settings = app_state.settings
     assert settings.public_url is not None, "the settings require it if there are webhook hosts"
     links = VideoLinks(settings.public_url, app_state.link_signer, settings.retention_periods)

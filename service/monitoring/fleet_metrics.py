@@ -31,7 +31,7 @@ _MEASURED: Final = {
 }
 
 WorkerStates = Sequence[tuple[WorkerState, WorkerStatus]]
-"""The workers that publish a status, with it."""
+"""The workers that publish a status, each with its status."""
 
 
 def families(fleet: Fleet) -> Iterator[Metric]:

@@ -5,8 +5,9 @@ transformer, which shares tensors with the others where possible, and its own `W
 it. The pipeline only denoises. Encoding the prompt (`worker/engine/prompt_encoder.py`) and decoding
 the latents are separate calls, so that each stage is timed, reports progress and can be stopped.
 
-The same request gives the same frames: the noise is drawn from the seed on the CPU, whatever the
-device, and each run has its own scheduler. The engine uses no queue, no files and no Redis.
+On one device the same request gives the same frames: the noise is drawn from the seed, on the CPU
+whatever the device, and each run has its own scheduler. The engine uses no queue, no files and no
+Redis.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hold what a job runs with besides its id."""
+"""Define the context of a job: the objects and limits that it runs with."""
 
 from __future__ import annotations
 

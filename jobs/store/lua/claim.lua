@@ -8,7 +8,7 @@ if not state then return { 'missing', 0 } end
 local clock = clock_ms()
 local lease = clock + tonumber(ARGV[5])
 if state == 'running' then
-  -- Even if the other attempt's lease has expired: only recovery judges that (look.lua).
+  -- Even if the other attempt's lease has expired: only recovery ends it (look.lua, put_back.lua).
   if known[2] ~= token then return { 'held', attempts } end
   redis.call('HSET', record, 'lease_ms', lease)
   return { state, attempts }
