@@ -151,11 +151,11 @@ def measure_start(
             if reading is None:
                 modes = load_modes(path, plans, device, choices)
             else:
-                modes, parts = load_model(
+                modes, components = load_model(
                     path, plans, device, placement, choices, lambda: reading.result()[0]
                 )
-                WanEngine(config.model, fingerprint, device, parts, modes)
-                shared_bytes = quant.weight_bytes(parts.text_encoder, parts.vae)
+                WanEngine(config.model, fingerprint, device, components, modes)
+                shared_bytes = quant.weight_bytes(components.text_encoder, components.vae)
                 tokenizer_s = reading.result()[1]
     lap()
     seconds = [after - before for before, after in pairwise(laps)]
@@ -228,9 +228,9 @@ def bits(tensor: Tensor) -> Tensor:
 def load_again(folder: Path, config: WorkerConfig, device: Device) -> Mapping[str, Tensor]:
     """Load a component's tensors as a worker does, without fusing them onto kernels; by name."""
     if folder.name in {"text_encoder", "vae"}:
-        parts = ComponentLoader(config.model.path, device)
-        parts.copy()
-        module: nn.Module = getattr(parts, folder.name)
+        components = ComponentLoader(config.model.path, device)
+        components.copy()
+        module: nn.Module = getattr(components, folder.name)
         return module.state_dict()
     with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as reader:
         if folder == config.model.path / "transformer":
