@@ -2,6 +2,7 @@
 -- ARGV: id, now, token, target state, code of a failure, then fields and values.
 -- Progress that equals the stored one is not announced again.
 -- Returns 'ok', 'missing', 'superseded', or the final state that forbids the write.
+-- The functions that are not defined here are in prelude.lua.
 local id, now, token, target = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local record = record_of(id)
 local known = redis.call('HMGET', record, 'state', 'token', 'shape', 'started_ms')
