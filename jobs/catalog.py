@@ -52,6 +52,9 @@ _NOT_IN_QUEUE_NAME = {
     "default_guidance_scale",
     "default_mode",
     "default_negative_prompt",
+    "vocabulary",
+    "prompt_template",
+    "example_prompts",
 }
 
 
@@ -78,12 +81,23 @@ class ModeOffer(_Offer):
     warning: str | None = None
 
 
+class WordGroup(_Offer):
+    """Words or phrases of one kind that a model was trained on, for example its colours."""
+
+    kind: str = Field(min_length=1)
+    phrases: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(min_length=1)
+
+
 class ModelOffer(_Offer):
     """One model, its bounds and its defaults.
 
     Counts of frames have the form 4k+1; sizes are "WxH" in pixels. `max_prompt_chars` is the bound
     that is cheap to check. `max_prompt_tokens` is what the text encoder takes, counted with
     `tokenizer`: the SHA-256 of a text that `read_tokenizer` returns.
+
+    `vocabulary` lists what the model can draw, if it was trained on few words; it is empty for a
+    model that takes any text. It is for hints only: no prompt is refused by it. `prompt_template`
+    shows how a prompt is built, with the kinds of the vocabulary in capitals.
     """
 
     name: ModelName
@@ -102,6 +116,9 @@ class ModelOffer(_Offer):
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     tokenizer: Sha256 | None = None
     default_negative_prompt: str = ""
+    vocabulary: tuple[WordGroup, ...] = ()
+    prompt_template: str | None = None
+    example_prompts: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _defaults_lie_within_bounds(self) -> "ModelOffer":

@@ -23,13 +23,13 @@ from pydantic import (
     model_validator,
 )
 
-from jobs.catalog import ModelName, ModelOffer, ModeName, Size
+from jobs.catalog import ModelName, ModelOffer, ModeName, Size, WordGroup
 from jobs.geometry import SIZE_MULTIPLE_PX, is_frame_count, parse_size
 from worker.errors import ConfigError
 
 TextEncoderPlacement = Literal["auto", "device", "host", "encode"]
 VaeTiling = Literal["auto", "on", "off"]
-_WORKER_ONLY = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling"}
+_WORKER_ONLY = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling", "vocabulary"}
 
 
 class _Section(BaseModel):
@@ -53,6 +53,14 @@ class ModelConfig(_Section):
     default_mode: ModeName
     max_prompt_chars: int = Field(ge=1)
     default_negative_prompt: str = ""
+    vocabulary: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="What the model can draw, phrases by their kind; nothing if it takes any text.",
+    )
+    prompt_template: str | None = Field(
+        None, description="How a prompt is built, with kinds of the vocabulary in capitals."
+    )
+    example_prompts: tuple[str, ...] = ()
     text_tokens: int = Field(
         ge=1, description="Tokens the text encoder sees; a longer text is refused."
     )
@@ -94,6 +102,9 @@ class ModelConfig(_Section):
             fingerprint=fingerprint,
             tokenizer=tokenizer,
             max_prompt_tokens=self.text_tokens,
+            vocabulary=tuple(
+                WordGroup(kind=kind, phrases=phrases) for kind, phrases in self.vocabulary.items()
+            ),
             **offered,
         )
 

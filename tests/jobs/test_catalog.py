@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from redis import Redis
 
 from jobs import catalog, redis_keys
-from jobs.catalog import ModelOffer, ModeStatus, WorkerOffer, WorkerStatus
+from jobs.catalog import ModelOffer, ModeStatus, WordGroup, WorkerOffer, WorkerStatus
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 
@@ -88,7 +88,9 @@ def test_queue_name_does_not_depend_on_texts_and_defaults(
     model: ModelOffer, offer: WorkerOffer
 ) -> None:
     """Otherwise waiting jobs would never run after a description was changed."""
-    changed = model.model_copy(update={"default_steps": 4, "default_negative_prompt": "dark"})
+    words = WordGroup(kind="colour", phrases=("red",))
+    texts = {"default_negative_prompt": "dark", "vocabulary": (words,), "prompt_template": "COLOUR"}
+    changed = model.model_copy(update={"default_steps": 4, "example_prompts": ("red",), **texts})
     modes = [mode.model_copy(update={"description": "new"}) for mode in offer.modes]
     assert catalog.queue_name(changed, modes) == offer.queue
 
