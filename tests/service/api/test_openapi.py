@@ -75,7 +75,8 @@ def test_every_error_has_its_shape_and_a_valid_example(document: Any) -> None:
 def test_the_cookie_is_described_where_it_is_taken(document: Any) -> None:
     schemes = document["components"]["securitySchemes"]
     assert (schemes["session"]["in"], schemes["session"]["name"]) == ("cookie", "wan_session")
-    cookie, key = {"session": []}, {"key": []}
+    cookie: dict[str, list[str]] = {"session": []}
+    key: dict[str, list[str]] = {"key": []}
     for name, operation in operations(document):
         security = operation.get("security", [])
         if name == "POST /session":
