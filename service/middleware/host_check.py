@@ -99,11 +99,7 @@ class OriginCheck:
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
-        try:
-            netloc = urlsplit(origin).netloc.lower()
-        except ValueError:
-            return False
-        # The origin "null", which a sandboxed page sends, has no netloc.
+        netloc = _netloc(origin)
         return bool(netloc) and netloc in (host.lower(), self._public_netloc)
 
     def _is_from_own_page(self, headers: Headers) -> bool:
@@ -112,10 +108,19 @@ class OriginCheck:
         if site is not None:
             return site in ("same-origin", "none")
         origin, host = headers.get("origin", ""), headers.get("host", "")
-        if self._public_origin is None or is_loopback(_host_name(host)):
-            return self._is_own(origin, host)
         # With the scheme: anybody on the way can make a page of the same name without TLS.
-        return origin == self._public_origin
+        if origin == self._public_origin:
+            return True
+        has_own_name = self._public_origin is None or is_loopback(_host_name(host))
+        return has_own_name and bool(host) and _netloc(origin) == host.lower()
+
+
+def _netloc(origin: str) -> str:
+    """Return the name and port of an origin; "null", which a sandboxed page sends, has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _host_name(netloc: str) -> str:

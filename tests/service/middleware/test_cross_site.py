@@ -98,10 +98,13 @@ def test_a_key_needs_no_page(
         ("https://video.example", "video.example:80", "http://video.example:80", False),
         ("https://video.example", "other.example", "http://other.example", False),
         ("https://video.example", "127.0.0.1:8000", "http://127.0.0.1:8000", True),
+        ("https://video.example", "127.0.0.1:8000", "https://video.example", True),
+        ("https://video.example", "127.0.0.1:8000", "http://video.example", False),
         ("https://video.example", "localhost:8000", "http://127.0.0.1:8000", False),
         (None, "video.example:8000", "http://video.example:8000", True),
         (None, "video.example:8000", "http://video.example", False),
         (None, "video.example", "null", False),
+        (None, "", "null", False),
     ],
 )
 def test_the_services_own_origin(
