@@ -11,9 +11,10 @@
     │   ├── QueueFull          the queue has reached its limit
     │   ├── QuotaExceeded      the caller's own jobs have reached their limit
     │   ├── RateLimited        the caller sends requests too often
+    │   ├── TooManySignIns     too many sign-ins from one address, or with one key
     │   └── TooManyOwnStreams  the caller's open event streams have reached their limit
     ├── TooManyStreams         this process' open event streams have reached their limit
-    ├── Unauthenticated        the request has no API key, or an unknown one
+    ├── Unauthenticated        the request has no API key and no session, or an unknown one
     ├── Forbidden              the caller is known, but not allowed to do this
     │   └── LinkRefused        a video link is forged, altered or too old
     ├── VideoNotReady          the video is requested before the job succeeded
@@ -133,6 +134,11 @@ class QuotaExceeded(TooManyRequests):
 class RateLimited(TooManyRequests):
     code = "rate_limited"
     title = "Too many requests from this key"
+
+
+class TooManySignIns(TooManyRequests):
+    code = "too_many_sign_ins"
+    title = "Too many attempts to sign in"
 
 
 class TooManyOwnStreams(TooManyRequests):

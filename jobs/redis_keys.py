@@ -23,6 +23,15 @@ TOKENIZER_TTL_S: Final = KNOWN_MODE_TTL_S
 IDEMPOTENCY_TTL_S: Final = DAY_S
 """An Idempotency-Key refers to the same job for this long."""
 
+SESSION_IDLE_S: Final = 12 * 60 * 60
+"""A session ends when it was not used for this long."""
+
+SESSION_LONGEST_S: Final = 7 * DAY_S
+"""A session ends this long after the sign-in, however much it is used."""
+
+SESSION_RENEWED_EVERY_S: Final = 5 * 60
+"""A use renews a session only this long after the last renewal, so that few requests write."""
+
 RQ_RESULT_TTL_S: Final = 60 * 60
 """RQ keeps its hash of an ended job this long; our own record holds the outcome."""
 
@@ -109,6 +118,19 @@ def webhook(job_id: str) -> str:
 def idempotency(owner: str, key: str) -> str:
     """Return the Redis key of an Idempotency-Key, hashed because it is the caller's text."""
     return f"wan:idempotency:{owner}:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def session(digest: str) -> str:
+    """Return the key of a session; `digest` is the SHA-256 of its id, which is stored nowhere."""
+    return f"wan:session:{digest}"
+
+
+def sessions_of(key_id: str) -> str:
+    """Return the sorted set of an API key's sessions: digests; scores are their latest ends in ms.
+
+    Some may have ended earlier. It is kept as long as its latest session may last.
+    """
+    return f"wan:sessions:{key_id}"
 
 
 def tokenizer(fingerprint: str) -> str:

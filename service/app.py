@@ -22,11 +22,12 @@ from service.api.events.hub import EventHub
 from service.api.openai import errors as openai_errors
 from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
-from service.api.routes import events, health, jobs, models, operations
+from service.api.routes import events, health, jobs, models, operations, session
 from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore
 from service.auth.gate import Gate
 from service.auth.rate_limit import RateLimiter
+from service.auth.sessions import SessionStore
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
@@ -34,6 +35,7 @@ from service.maintenance.scheduler import Scheduler
 from service.maintenance.tasks import background_tasks
 from service.middleware import problems
 from service.middleware.body_limit import BodyLimit
+from service.middleware.cors import Cors
 from service.middleware.host_check import HostCheck, OriginCheck
 from service.middleware.request_log import RequestLog
 from service.middleware.security_headers import SecurityHeaders
@@ -50,6 +52,7 @@ _TAGS = [
     {"name": "jobs", "description": "Ask for videos, follow them, cancel them, fetch them."},
     {"name": "videos", "description": "The same, for clients of OpenAI's Videos API."},
     {"name": "models", "description": "What the live workers offer."},
+    {"name": "session", "description": "Sign in with an API key and a cookie, in a browser."},
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
@@ -81,7 +84,9 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         lifespan=_lifespan,
     )
     exposition = Exposition(redis_url)
-    gate = Gate(KeyStore(redis), RateLimiter(redis, settings.rate), may_be_open=settings.is_local)
+    sessions = SessionStore(redis)
+    rates = RateLimiter(redis, settings.rate)
+    gate = Gate(KeyStore(redis), rates, sessions, may_be_open=settings.is_local)
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=exposition.http)
     app.state.app_state = AppState(
@@ -96,12 +101,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         artifacts=artifacts,
         token_counter=TokenCounter(redis),
         gate=gate,
+        sessions=sessions,
         admission=Admission(gate),
         exposition=exposition,
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    for routes in (jobs, events, videos, models, operations, health):
+    for routes in (jobs, events, videos, models, session, operations, health):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
     openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])
@@ -126,7 +132,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
     """Add the checks before the routes. The middleware that is added last runs first."""
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
-    app.add_middleware(OriginCheck, public_url=settings.public_url)
+    app.add_middleware(
+        OriginCheck, public_url=settings.public_url, allowed_origins=settings.origins
+    )
     if settings.is_local:
         app.add_middleware(HostCheck, names=settings.known_names)
+    if settings.origins:
+        # Around the checks, so that allowed pages can read why they are refused.
+        app.add_middleware(Cors, origins=settings.origins)
     app.add_middleware(SecurityHeaders)

@@ -5,6 +5,9 @@
 - `SERVICE_PORT`: the port to listen on, by default 8000; 0 takes a free one.
 - `SERVICE_PUBLIC_URL`: the URL under which callers reach the service, for video URLs; by default
   that of each request. A service on loopback accepts its host in the Host header, too.
+- `SERVICE_ALLOWED_ORIGINS`: origins of other sites whose pages may call the service with an API key
+  (CORS), separated by commas and each exactly as browsers send it, like https://app.example; by
+  default none.
 - `SERVICE_URL_SECRET`: the secret that signs video URLs, 32 characters or more; by default one that
   the processes share through Redis.
 - `SERVICE_URL_TTL_S`: how many seconds a video URL is valid, by default 3600.
@@ -36,6 +39,7 @@ An empty variable counts as absent, as it does for the worker.
 """
 
 import ipaddress
+import re
 from datetime import timedelta
 from typing import Annotated, Self
 from urllib.parse import urlsplit
@@ -49,6 +53,8 @@ from jobs.redis_keys import RECORD_TTL_S
 from service.auth.rate_limit import check_rate
 from service.schemas.expiry import RetentionPeriods
 from service.webhooks.settings import WebhookSettings
+
+_USUAL_PORTS = {"http": 80, "https": 443}
 
 Hours = Annotated[float, Field(gt=0, le=RECORD_TTL_S / 3600, allow_inf_nan=False)]
 
@@ -91,6 +97,7 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         default=8000, validation_alias="SERVICE_PORT"
     )
     public_url: str | None = Field(default=None, validation_alias="SERVICE_PUBLIC_URL")
+    allowed_origins: str = Field(default="", validation_alias="SERVICE_ALLOWED_ORIGINS")
     url_secret: Annotated[SecretStr, Field(min_length=32)] | None = Field(
         default=None, validation_alias="SERVICE_URL_SECRET"
     )
@@ -139,6 +146,11 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         return frozenset({urlsplit(self.public_url).hostname or ""} if self.public_url else ())
 
     @property
+    def origins(self) -> frozenset[str]:
+        """The origins in `allowed_origins`."""
+        return frozenset(_split(self.allowed_origins))
+
+    @property
     def public_path(self) -> str:
         """The prefix of callers' paths, if a proxy removes one; mostly empty."""
         return urlsplit(self.public_url or "").path
@@ -151,6 +163,22 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         if not _is_web_address(url):
             raise ValueError(f"{url} is not a web address; write it as https://host or with a path")
         return url.rstrip("/")
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, origins: str) -> str:
+        for origin in _split(origins):
+            if "*" in origin:
+                raise ValueError(
+                    f"{origin} would let the pages of every site call this service; name each "
+                    f"origin, like https://app.example"
+                )
+            if not _is_web_address(origin) or origin_of(origin) != origin:
+                raise ValueError(
+                    f"{origin} is not an origin as browsers send it; write it like "
+                    f"https://app.example, with a port only if it is not the scheme's own"
+                )
+        return origins
 
     @model_validator(mode="after")
     def _webhooks_have_public_url(self) -> Self:
@@ -175,6 +203,19 @@ def _is_web_address(url: str) -> bool:
         return False
     is_bare = not (parts.query or parts.fragment or "?" in url or "#" in url)
     return parts.scheme in ("http", "https") and bool(parts.hostname) and has_port and is_bare
+
+
+def _split(text: str) -> list[str]:
+    return [part for part in re.split(r"[,\s]+", text) if part]
+
+
+def origin_of(url: str) -> str:
+    """Return the origin of a web address as browsers send it: in lower case, no usual port."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    name = f"[{host}]" if ":" in host else host
+    usual = parts.port in (None, _USUAL_PORTS.get(parts.scheme))
+    return f"{parts.scheme}://{name}" + ("" if usual else f":{parts.port}")
 
 
 def is_loopback(host: str) -> bool:

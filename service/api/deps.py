@@ -17,9 +17,11 @@ from service.api.events.hub import EventHub
 from service.api.json_body import json_body
 from service.auth.admission import Admission
 from service.auth.gate import Gate, Principal, listed_owner, require_ops
+from service.auth.sessions import SessionStore
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
+from service.middleware.credentials import sent_credential, sent_key
 from service.monitoring.access import MetricsAccess
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
@@ -43,6 +45,7 @@ class AppState:
     artifacts: ArtifactStore
     token_counter: TokenCounter
     gate: Gate
+    sessions: SessionStore
     admission: Admission
     exposition: Exposition
     metrics_access: MetricsAccess
@@ -76,10 +79,17 @@ async def _catalog(app_state: AppStateDep) -> Catalog:
     return await run_in_threadpool(app_state.catalog.get) if cached is None else cached
 
 
+def public_url(request: Request) -> str:
+    """Return the URL under which this caller reaches the service."""
+    configured = _app_state_of(request).settings.public_url
+    return configured or str(request.base_url).rstrip("/")
+
+
 async def _links(request: Request) -> VideoLinks:
     app_state = _app_state_of(request)
-    base_url = app_state.settings.public_url or str(request.base_url).rstrip("/")
-    return VideoLinks(base_url, app_state.link_signer, app_state.settings.retention_periods)
+    return VideoLinks(
+        public_url(request), app_state.link_signer, app_state.settings.retention_periods
+    )
 
 
 async def _job_views(request: Request) -> JobViews:
@@ -93,9 +103,13 @@ _BEARER = HTTPBearer(
 BearerDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
-async def _principal(request: Request, bearer: BearerDep) -> Principal:
-    token = None if bearer is None else bearer.credentials
-    return await _app_state_of(request).admission.admit(token)
+# `_bearer` is there for the OpenAPI document, to which `service/api/openapi.py` adds the cookie.
+async def _principal(request: Request, _bearer: BearerDep) -> Principal:
+    return await _app_state_of(request).admission.admit(sent_credential(request.headers))
+
+
+async def _key_principal(request: Request, _bearer: BearerDep) -> Principal:
+    return await _app_state_of(request).admission.admit(sent_key(request.headers))
 
 
 PrincipalDep = Annotated[Principal, Depends(_principal)]
@@ -127,15 +141,18 @@ async def _viewer(
                 signer.check, video_path(job_id), expires or "", signature or ""
             )
         except LinkRefused:
-            # A caller who sends a key as well does not need a link; it may be an old one.
-            if bearer is None:
+            # A caller who sends a key or a cookie as well does not need a link; it may be an old
+            # one.
+            if sent_credential(request.headers) is None:
                 raise
         else:
             return None
     return await _principal(request, bearer)
 
 
-# The aliases that routes use. PrincipalDep admits everybody with a key, OpsDep only ops.
+# The aliases that routes use. PrincipalDep admits everybody with a key or a session, KeyDep only
+# with a key, OpsDep only ops.
+KeyDep = Annotated[Principal, Depends(_key_principal)]
 OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]
 ViewerDep = Annotated[Principal | None, Depends(_viewer)]

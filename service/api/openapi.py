@@ -13,9 +13,11 @@ from pydantic import BaseModel
 
 from jobs import errors
 from jobs.spec import GenerationBody
+from service.middleware.credentials import COOKIE
 from service.middleware.problems import MEDIA_TYPE, from_error, from_status
 from service.schemas.jobs import QUEUED_EXAMPLE, EventView, JobListView, JobView
 from service.schemas.problem import Problem
+from service.schemas.session import SignInBody
 
 Json = dict[str, Any]
 
@@ -69,6 +71,21 @@ GENERATE_ANSWER: dict[int | str, Json] = {
         },
     }
 }
+
+SIGN_IN: Json = {
+    "requestBody": {
+        "required": False,
+        "description": "Or send the key as `Authorization: Bearer wan_...`.",
+        "content": {"application/json": {"schema": {"$ref": _REF.format(model="SignInBody")}}},
+    },
+    "security": [{}, {"key": []}],
+}
+SIGN_OUT: Json = {"security": [{}, {"key": []}, {"session": []}]}
+_SET_COOKIE: Json = {
+    "description": f"The session: `{COOKIE}`, HttpOnly. Not on an open service, which needs none.",
+    "schema": {"type": "string"},
+}
+SIGN_IN_ANSWER: dict[int | str, Json] = {200: {"headers": {"Set-Cookie": _SET_COOKIE}}}
 
 KEY_TAKEN = errors.IdempotencyConflict(
     "This Idempotency-Key was used for another request, which made job 01a2; use a new key for a "
@@ -211,7 +228,7 @@ def _document(
     described = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         described.pop(name, None)
-    models: list[type[BaseModel]] = [GenerationBody, Problem, *schemas]
+    models: list[type[BaseModel]] = [GenerationBody, SignInBody, Problem, *schemas]
     for model in models:
         schema = model.model_json_schema(ref_template=_REF)
         described.update(schema.pop("$defs", {}))
@@ -222,6 +239,7 @@ def _document(
         described[view.__name__]["examples"] = view.model_json_schema()["examples"]
     document["paths"][_EVENTS_PATH]["get"]["responses"]["200"]["content"] = _EVENTS
     _describe_links(document)
+    _describe_cookie(document)
     accepted = document["paths"]["/generate"]["post"]["responses"]["202"]
     accepted["content"]["application/json"]["example"] = QUEUED_EXAMPLE
     for path in document["paths"].values():
@@ -241,3 +259,19 @@ def _describe_links(document: Json) -> None:
         "description": "Part of a signed link, as in a job's `video.url`.",
     }
     document["paths"][_VIDEO_PATH]["get"]["security"].append({"link": []})
+
+
+def _describe_cookie(document: Json) -> None:
+    """Describe the session's cookie as a scheme of all routes with a key, but not of `/v1`."""
+    document["components"]["securitySchemes"]["session"] = {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": COOKIE,
+        "description": "Set by `POST /session`. Anything but reading also needs the header "
+        "`Sec-Fetch-Site: same-origin` or the service's own `Origin`, as browsers send them.",
+    }
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            schemes = operation.get("security", [])
+            if {"key": []} in schemes and {} not in schemes and not path.startswith("/v1/"):
+                schemes.append({"session": []})

@@ -88,7 +88,7 @@ class KeyStore:
             id=secrets.token_hex(6),
             name=name,
             role=role,
-            secret_sha256=_digest(secret),
+            secret_sha256=digest(secret),
             created_at=now(),
             quota=quota,
             rate=rate,
@@ -140,7 +140,7 @@ class KeyStore:
         def rotated(key: ApiKey) -> ApiKey:
             if key.revoked_at is not None:
                 raise KeyRefused(f"the key of {key.name} was revoked, and that is for good.")
-            return key.model_copy(update={"secret_sha256": _digest(secret)})
+            return key.model_copy(update={"secret_sha256": digest(secret)})
 
         key = self._replace(name_or_id, rotated)
         return key, _token(key, secret)
@@ -180,8 +180,8 @@ def split(token: str) -> tuple[str, str] | None:
 
 def proves(secret: str, key: ApiKey | None) -> bool:
     """Return whether `secret` is the key's. Takes as long if there is no such key."""
-    expected = _digest(_NOBODYS_SECRET) if key is None else key.secret_sha256
-    same = hmac.compare_digest(_digest(secret), expected)
+    expected = digest(_NOBODYS_SECRET) if key is None else key.secret_sha256
+    same = hmac.compare_digest(digest(secret), expected)
     return same and key is not None
 
 
@@ -189,7 +189,8 @@ def _token(key: ApiKey, secret: str) -> str:
     return f"wan_{key.id}_{secret}"
 
 
-def _digest(secret: str) -> str:
+def digest(secret: str) -> str:
+    """Return the SHA-256 of a key's secret, as Redis holds it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 

@@ -1,10 +1,11 @@
-"""Authenticate callers by their API key, and decide which jobs they may see.
+"""Authenticate callers by their API key or their session, and decide which jobs they may see.
 
 This module does not depend on HTTP. The service is open while it listens on loopback and no key was
 ever made; every caller is then `LOCAL`. Once a key was made a key is required, on loopback too,
 even if that key is revoked.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,12 @@ from jobs.store.job_store import JobStore
 from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import ApiKey, KeyStore, Role, proves, split
 from service.auth.rate_limit import RateLimiter
+from service.auth.sessions import SessionStore, SessionToken, belongs
+
+logger = logging.getLogger(__name__)
+
+Credential = str | SessionToken | None
+"""Proves who sends a request: an API key, a session, or nothing."""
 
 KEY_CACHED_S: Final = 2.0
 """How long a key is cached; a revoked key works at most this much longer."""
@@ -59,9 +66,11 @@ LOCAL: Final = Principal(OPEN_OWNER, OPEN_OWNER, Role.OPS)
 
 
 class Gate:
-    """Authenticates callers by their key. Safe to share between threads."""
+    """Authenticates callers by their key or session. Safe to share between threads."""
 
-    def __init__(self, keys: KeyStore, rates: RateLimiter, *, may_be_open: bool) -> None:
+    def __init__(
+        self, keys: KeyStore, rates: RateLimiter, sessions: SessionStore, *, may_be_open: bool
+    ) -> None:
         """Create the gate of one process.
 
         Args:
@@ -69,6 +78,7 @@ class Gate:
         """
         self._keys = keys
         self._rates = rates
+        self._sessions = sessions
         self._may_be_open = may_be_open
         self._open_until = 0.0
         # By key id: when it expires, and the key.
@@ -86,39 +96,63 @@ class Gate:
         """Whether it is known, without reading Redis, that every caller needs a key."""
         return not self._may_be_open
 
-    def admit(self, token: str | None) -> Principal:
+    def admit(self, credential: Credential) -> Principal:
         """Authenticate a caller and count one request.
 
         Args:
-            token: the key that was sent, if any.
+            credential: the key or session that was sent, if any.
 
         Raises:
-            Unauthenticated: the key is missing, unknown or revoked.
+            Unauthenticated: it is missing or unknown, its key was revoked, or the session ended.
             RateLimited: the key has used up its requests.
         """
-        (answer,) = self.admit_all(token, 1)
+        (answer,) = self.admit_all(credential, 1)
         if isinstance(answer, RateLimited):
             raise answer
         return answer
 
-    def admit_all(self, token: str | None, requests: int) -> Sequence[Principal | RateLimited]:
+    def admit_all(self, credential: Credential, requests: int) -> Sequence[Principal | RateLimited]:
         """Authenticate a caller and count its requests; return a result for each.
 
         Raises:
-            Unauthenticated: the key is missing, unknown or revoked.
+            Unauthenticated: see `admit`.
         """
         if self._is_open_now():
             return [LOCAL] * requests
-        if token is None:
+        if credential is None:
             raise Unauthenticated(
                 "This needs an API key; send it as `Authorization: Bearer wan_...`. The operators "
                 "of this service make keys with `python -m service keys add NAME`."
             )
-        key = self._proven(token)
+        if isinstance(credential, SessionToken):
+            key = self._signed_in(credential)
+        else:
+            key = self._proven(credential)
         refusals = self._rates.count_all(key.id, key.rate, requests)
         self._note_use(key.id)
         principal = Principal(key.id, key.name, key.role, key.quota)
         return [principal if refusal is None else refusal for refusal in refusals]
+
+    def sign_in(self, token: str | None, address: str) -> tuple[Principal, SessionToken | None]:
+        """Exchange a key for a session; an open service needs none, and makes none.
+
+        Args:
+            token: the key that was sent, if any.
+            address: the client's address, whose attempts are counted.
+
+        Raises:
+            Unauthenticated, RateLimited: see `admit`.
+            TooManySignIns: there were too many attempts.
+        """
+        if self._is_open_now():
+            return LOCAL, None
+        parts = split(token or "")
+        self._rates.count_sign_in(address, parts and parts[0])
+        principal = self.admit(token)
+        assert parts is not None, "an admitted key has the form of one"
+        session = self._sessions.create(*parts)
+        logger.info("%s signed in from %s", principal.name, address)
+        return principal, session
 
     def _is_open_now(self) -> bool:
         if not self._may_be_open:
@@ -144,6 +178,20 @@ class Gate:
                 return key
         # The same message in all these cases, so that guessing reveals nothing.
         raise Unauthenticated("The API key is not one of this service, or it was revoked.")
+
+    def _signed_in(self, token: SessionToken) -> ApiKey:
+        """Return the key of a session; a session ends with the secret that it was made with."""
+        session = self._sessions.read(token)
+        if session is not None:
+            key = self._cached_key(session.key_id)
+            if not belongs(session, key):
+                # The key may have been rotated since it was cached, or is not cached.
+                key = self._read_again(session.key_id)
+            if belongs(session, key) and key is not None and key.revoked_at is None:
+                return key
+        raise Unauthenticated(
+            "The session is unknown or has ended; sign in again by `POST /session` with an API key."
+        )
 
     def _cached_key(self, key_id: str) -> ApiKey | None:
         with self._lock:

@@ -1,5 +1,9 @@
-"""Limit how many requests a key may send, by a sliding window in Redis shared by all processes."""
+"""Limit how many requests a key may send, and how often somebody may try to sign in.
 
+The windows slide, and are in Redis, so that all processes count together.
+"""
+
+import ipaddress
 import logging
 import math
 import time
@@ -12,12 +16,16 @@ from redis import Redis
 from redis.exceptions import OutOfMemoryError
 
 from jobs import redis_keys
-from jobs.errors import RateLimited
+from jobs.errors import RateLimited, TooManySignIns
 
 logger = logging.getLogger(__name__)
 
 RATE_BOUND: Final = 'like "600/minute" or "5/second", for a second to a day'
 LONGEST_WINDOW_S: Final = 24 * 60 * 60
+
+SIGN_INS_PER_ADDRESS: Final = "30/minute"
+SIGN_INS_PER_KEY: Final = "60/minute"
+"""More than one address may have, so that no single one keeps a key's owner from signing in."""
 
 
 class RateLimiter:
@@ -56,9 +64,29 @@ class RateLimiter:
         passed = [requests > 1 and self._hit(item, key_id) for _ in range(requests)]
         return [None if may_pass else self._refusal(item, key_id) for may_pass in passed]
 
+    def count_sign_in(self, address: str, key_id: str | None) -> None:
+        """Count an attempt to sign in, against the client's address and against the key's id.
+
+        Raises:
+            TooManySignIns: there were too many attempts of either kind.
+        """
+        self._count_attempt(SIGN_INS_PER_ADDRESS, f"address:{_network(address)}", "this address")
+        if key_id is not None:
+            self._count_attempt(SIGN_INS_PER_KEY, f"key:{key_id}", "this key")
+
+    def _count_attempt(self, rate: str, counted: str, shown: str) -> None:
+        item, name = parse(rate), f"sign-in:{counted}"
+        if self._hit(item, name):
+            return
+        wait_s = self._wait_s(item, name)
+        raise TooManySignIns(
+            f"There were {item.amount} attempts to sign in with {shown} in {item.get_expiry()} s, "
+            f"which is the most; try again in {wait_s} s.",
+            retry_after_s=wait_s,
+        )
+
     def _refusal(self, item: RateLimitItem, key_id: str) -> RateLimited:
-        reset_at, _ = self._window.get_window_stats(item, key_id)
-        wait_s = max(1, math.ceil(reset_at - time.time()))
+        wait_s = self._wait_s(item, key_id)
         return RateLimited(
             f"This key may send {item.amount} requests in {item.get_expiry()} s and has sent them; "
             f"come back in {wait_s} s.",
@@ -66,6 +94,10 @@ class RateLimiter:
             rate_amount=item.amount,
             rate_window_s=item.get_expiry(),
         )
+
+    def _wait_s(self, item: RateLimitItem, name: str) -> int:
+        reset_at, _ = self._window.get_window_stats(item, name)
+        return max(1, math.ceil(reset_at - time.time()))
 
     def _hit(self, item: RateLimitItem, key_id: str, requests: int = 1) -> bool:
         try:
@@ -80,6 +112,17 @@ class RateLimiter:
             self._is_full = False
             logger.info("Redis has room again, and requests are counted.")
         return may_pass
+
+
+def _network(address: str) -> str:
+    """Return what is counted for an address: for IPv6 its /64, which one client has as a whole."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if parsed.version == 4:
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((int(parsed), 64), strict=False))
 
 
 def check_rate(rate: str) -> str:

@@ -4,7 +4,9 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
+from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs.artifacts.store import open_artifacts
@@ -16,6 +18,7 @@ from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
 
 MakeKey = Callable[..., dict[str, str]]
+SignIn = Callable[..., dict[str, str]]
 MakeJob = Callable[..., JobRecord]
 
 VIDEO_BYTES = bytes(range(256)) * 8
@@ -36,6 +39,24 @@ def make_key(key_store: KeyStore) -> MakeKey:
         return {"Authorization": f"Bearer {token}"}
 
     return make
+
+
+@pytest.fixture
+def sign_in(client: TestClient) -> SignIn:
+    """Sign in with the header of a key, and return the headers that a browser's page sends."""
+
+    def sign_in(key: dict[str, str], at: TestClient | None = None) -> dict[str, str]:
+        answer = (at or client).post("/session", headers=key)
+        assert answer.status_code == 200, answer.text
+        (at or client).cookies.clear()  # tests say themselves which cookie is sent
+        return {"Cookie": cookie_in(answer), "Sec-Fetch-Site": "same-origin"}
+
+    return sign_in
+
+
+def cookie_in(answer: httpx2.Response) -> str:
+    """Return what a browser sends back of the cookie in an answer."""
+    return answer.headers["set-cookie"].partition(";")[0]
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import pytest
 from pydantic import ValidationError
 
 from service.server import describe_errors
-from service.settings import ServiceSettings
+from service.settings import ServiceSettings, origin_of
 
 NAMES = (
     *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PUBLIC_URL", "REDIS_URL", "ARTIFACTS_URL"),
     *("SERVICE_URL_SECRET", "SERVICE_URL_TTL_S", "SERVICE_RATE", "SERVICE_QUOTA"),
-    "SERVICE_MAX_WAITING",
+    *("SERVICE_MAX_WAITING", "SERVICE_ALLOWED_ORIGINS"),
 )
 
 
@@ -76,6 +76,18 @@ def test_which_hosts_are_this_machine(
         ("SERVICE_PUBLIC_URL", "https://video.example:70000", "web address"),
         ("SERVICE_PUBLIC_URL", "https://:443", "web address"),
         ("SERVICE_PUBLIC_URL", "https://[video", "web address"),
+        ("SERVICE_ALLOWED_ORIGINS", "*", "every site"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://app.example, *", "every site"),
+        ("SERVICE_ALLOWED_ORIGINS", "app.example", "not an origin as browsers send it"),
+        ("SERVICE_ALLOWED_ORIGINS", "null", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://*.app.example", "name each origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://app.example/", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://app.example/a", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://app.example:443", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "http://app.example:80", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://App.example", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "https://me@app.example", "not an origin"),
+        ("SERVICE_ALLOWED_ORIGINS", "file:///app", "not an origin"),
         ("SERVICE_RATE", "10 per 2 day", "for a second to a day"),
         ("SERVICE_RATE", "1/99999999999999 year", "for a second to a day"),
         ("REDIS_URL", "localhost:6379", "redis://"),
@@ -119,6 +131,25 @@ def test_empty_variables_count_as_absent(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ARTIFACTS_URL", "")
     with pytest.raises(ValidationError, match="ARTIFACTS_URL"):
         ServiceSettings()
+
+
+def test_allowed_origins_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ServiceSettings().origins == frozenset()
+    monkeypatch.setenv("SERVICE_ALLOWED_ORIGINS", "https://app.example, http://[::1]:3000,")
+    assert ServiceSettings().origins == {"https://app.example", "http://[::1]:3000"}
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://Video.example:443/api", "https://video.example"),
+        ("http://video.example:8000", "http://video.example:8000"),
+        ("http://video.example:443", "http://video.example:443"),
+        ("http://[::1]:80/", "http://[::1]"),
+    ],
+)
+def test_the_origin_of_an_address(url: str, origin: str) -> None:
+    assert origin_of(url) == origin
 
 
 def test_artifacts_are_required(monkeypatch: pytest.MonkeyPatch) -> None:

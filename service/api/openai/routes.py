@@ -1,4 +1,7 @@
-"""Serve `/v1/videos`: the same jobs as `/jobs`, for clients of OpenAI's Videos API."""
+"""Serve `/v1/videos`: the same jobs as `/jobs`, for clients of OpenAI's Videos API.
+
+They are programs, so a key is needed: a session's cookie opens nothing here.
+"""
 
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
@@ -11,7 +14,7 @@ from jobs.record import JobRecord
 from jobs.spec import GenerationRequest, shown
 from jobs.store.deletion import delete_job
 from jobs.store.job_store import MAX_PAGE
-from service.api.deps import AppStateDep, IdempotencyKeyDep, PrincipalDep
+from service.api.deps import AppStateDep, IdempotencyKeyDep, KeyDep
 from service.api.openai.body import video_fields
 from service.api.openai.job_progress import video_statuses
 from service.api.openai.openapi import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
@@ -38,7 +41,7 @@ FieldsDep = Annotated[Any, Depends(video_fields)]
 )
 def create_video(
     # First, so that the body of an unauthenticated request is not read.
-    principal: PrincipalDep,
+    principal: KeyDep,
     fields: FieldsDep,
     app_state: AppStateDep,
     response: Response,
@@ -63,7 +66,7 @@ def create_video(
 
 @router.get("", summary="List videos", responses=errors(401, 422, 429, 503))
 def list_videos(
-    principal: PrincipalDep,
+    principal: KeyDep,
     app_state: AppStateDep,
     after: Annotated[str | None, Query(description="`last_id` of the page before.")] = None,
     limit: Annotated[
@@ -93,7 +96,7 @@ def list_videos(
     responses={**VIDEO_ANSWER, **errors(401, 404, 429, 503)},
 )
 def read_video(
-    principal: PrincipalDep, video_id: str, app_state: AppStateDep, response: Response
+    principal: KeyDep, video_id: str, app_state: AppStateDep, response: Response
 ) -> VideoObject:
     """Read the current state of a job. A failed job is answered with 200 and its `error`."""
     return _video_object(visible_job(app_state.store, principal, video_id), app_state, response)
@@ -107,7 +110,7 @@ def read_video(
     responses={**VIDEO_RESPONSES, **errors(400, 401, 404, 416, 422, 429, 503)},
 )
 def read_content(
-    principal: PrincipalDep,
+    principal: KeyDep,
     video_id: str,
     app_state: AppStateDep,
     range_request: RangeRequestDep,
@@ -129,7 +132,7 @@ def read_content(
 
 
 @router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
-def delete_video(principal: PrincipalDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
+def delete_video(principal: KeyDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
     """Delete the job, its video and its record, for good.
 
     A queued job will not run; a running one is stopped. Nobody can read it from now on.

@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.deps import AppStateDep, BearerDep, OpsDep
 from service.api.openapi import problems
+from service.middleware.credentials import sent_credential
 from service.monitoring.fleet import snapshot
 from service.schemas.operations import FleetView
 
@@ -29,17 +30,17 @@ router = APIRouter(tags=["operations"])
         **problems(401, 403, 429, 503),
     },
 )
-async def read_metrics(request: Request, app_state: AppStateDep, bearer: BearerDep) -> Response:
+async def read_metrics(request: Request, app_state: AppStateDep, _bearer: BearerDep) -> Response:
     """Show the metrics to ops.
 
     While Redis is down keys cannot be checked. Then the caller who read the metrics last, within an
     hour, sees what the process measures itself. Others see only that `wan_redis_up` is 0.
     """
-    token = None if bearer is None else bearer.credentials
-    is_known = app_state.metrics_access.knows(token)
+    credential = sent_credential(request.headers)
+    is_known = app_state.metrics_access.knows(credential)
     if await app_state.exposition.redis_answers():
         try:
-            await run_in_threadpool(app_state.metrics_access.admit, token)
+            await run_in_threadpool(app_state.metrics_access.admit, credential)
             is_known = True
         except (RedisAway, RedisTimeout):
             pass  # it stopped answering just now

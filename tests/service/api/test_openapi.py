@@ -43,6 +43,9 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /v1/videos/{video_id}",
         "DELETE /v1/videos/{video_id}",
         "GET /v1/videos/{video_id}/content",
+        "POST /session",
+        "GET /session",
+        "DELETE /session",
         "GET /models",
         "GET /metrics",
         "GET /workers",
@@ -67,6 +70,26 @@ def test_every_error_has_its_shape_and_a_valid_example(document: Any) -> None:
             content = answer["content"]["application/problem+json"]
             assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
             assert Problem.model_validate(content["example"]).status == status
+
+
+def test_the_cookie_is_described_where_it_is_taken(document: Any) -> None:
+    schemes = document["components"]["securitySchemes"]
+    assert (schemes["session"]["in"], schemes["session"]["name"]) == ("cookie", "wan_session")
+    cookie: dict[str, list[str]] = {"session": []}
+    key: dict[str, list[str]] = {"key": []}
+    for name, operation in operations(document):
+        security = operation.get("security", [])
+        if name == "POST /session":
+            assert security == [{}, key]
+        elif name == "DELETE /session":
+            assert security == [{}, key, cookie]
+        else:
+            assert security.count(cookie) == (key in security and " /v1/" not in name), name
+    with_cookie = [
+        name for name, each in operations(document) if cookie in each.get("security", [])
+    ]
+    assert {"GET /session", "POST /generate", "GET /jobs/{job_id}/events"} <= set(with_cookie)
+    assert "GET /healthz" not in with_cookie
 
 
 def test_references_resolve(document: Any) -> None:

@@ -67,6 +67,11 @@ ROWS: Final[dict[str, Row]] = {
     "GET /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "fetch a video"),
     "HEAD /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "ask whether there is a video"),
     "GET /models": Row(Policy.KEY, "see what is offered"),
+    "POST /session": Row(Policy.KEY, "sign in"),
+    "GET /session": Row(Policy.KEY, "ask who one is"),
+    "DELETE /session": Row(
+        Policy.PUBLIC, "sign out; with `all=true`, which needs a key, everywhere", done=204
+    ),
     "GET /metrics": Row(Policy.OPS, "read the metrics"),
     "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
     "GET /healthz": Row(Policy.PUBLIC, "ask whether the process is alive"),
@@ -87,7 +92,8 @@ A job belongs to the key that requested it, its *owner*. A request for somebody 
 answered exactly like one for a job that does not exist (404). A *signed link* is the URL in a
 finished job's `video.url`: it gives access to that one video without a key, until it expires. While
 no key was ever made and the service listens on loopback only, every caller may do what *ops* may.
-*nobody* is a caller without a key.
+*nobody* is a caller without a key. A [session](sessions.md) may do what its key may, except under
+`/v1`, which takes keys only.
 
 | request | to | {" | ".join(CALLERS)} |
 |---|---|{"---|" * len(CALLERS)}

@@ -10,6 +10,7 @@ from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore, Role
 from service.auth.gate import Gate, Principal
 from service.auth.rate_limit import RateLimiter
+from service.auth.sessions import SessionStore
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def keys(redis: Redis) -> KeyStore:
 
 @pytest.fixture
 def gate(redis: Redis, keys: KeyStore) -> Gate:
-    return Gate(keys, RateLimiter(redis, "1000/minute"), may_be_open=False)
+    return Gate(keys, RateLimiter(redis, "1000/minute"), SessionStore(redis), may_be_open=False)
 
 
 async def crowd(gate: Gate, tokens: list[str | None]) -> list[Principal | BaseException]:

@@ -14,6 +14,7 @@ from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
 from service.auth.gate import KEY_CACHED_S, Gate
 from service.auth.rate_limit import RateLimiter
+from service.auth.sessions import SessionStore
 from service.settings import ServiceSettings
 from tests.service.conftest import MakeJob, MakeKey
 
@@ -164,7 +165,7 @@ def test_what_is_remembered_is_bounded(
     redis: Redis, key_store: KeyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.auth.gate.MAX_CACHED_KEYS", 3)
-    gate = Gate(key_store, RateLimiter(redis, "600/minute"), may_be_open=False)
+    gate = Gate(key_store, RateLimiter(redis, "600/minute"), SessionStore(redis), may_be_open=False)
     tokens = [key_store.add(f"k{n}", Role.USER)[1] for n in range(5)]
     for _ in range(2):
         assert [gate.admit(token).name for token in tokens] == [f"k{n}" for n in range(5)]

@@ -16,7 +16,7 @@ from service.auth.api_keys import KeyStore, Role
 from service.schemas.video_url import LinkSigner, video_path
 from service.settings import ServiceSettings
 from tests.service.auth.permission_table import CALLERS, DOCUMENT, ROWS, Row, table
-from tests.service.conftest import MakeJob, MakeKey
+from tests.service.conftest import MakeJob, MakeKey, SignIn
 
 
 def endpoints(settings: ServiceSettings) -> Iterator[str]:
@@ -62,6 +62,7 @@ def send(
     method, path = endpoint.split(" ")
     for name in ("job_id", "video_id"):
         path = path.replace(f"{{{name}}}", job_id)
+    client.cookies.clear()  # the callers are different clients
     assert "{" not in path, f"no value for a parameter of {endpoint}"
     return client.request(method, path + query, **extra)  # type: ignore[arg-type]
 
@@ -90,6 +91,30 @@ def test_the_row_is_true(
         elif row.lists:
             assert (job.id in answer.text) is (caller in ("owner", "ops")), caller
             assert (theirs.id in answer.text) is (caller in ("other user", "ops")), caller
+
+
+@pytest.mark.usefixtures("live_worker")
+@pytest.mark.parametrize(("endpoint", "row"), ROWS.items(), ids=ROWS.keys())
+def test_a_session_may_do_what_its_key_may(
+    client: TestClient,
+    make_key: MakeKey,
+    make_job: MakeJob,
+    sign_in: SignIn,
+    endpoint: str,
+    row: Row,
+) -> None:
+    pages = {
+        "owner": sign_in(make_key("owner")),
+        "other user": sign_in(make_key("other")),
+        "ops": sign_in(make_key("ops", Role.OPS)),
+    }
+    for caller, page in pages.items():
+        refusal = row.policy.refusal(caller)
+        if " /v1" in endpoint or endpoint == "POST /session":
+            refusal = 401  # here only a key will do
+        job = make_job("owner", video=row.finished)
+        answer = send(client, endpoint, job.id, "", headers=page, json=row.json)
+        assert answer.status_code == (refusal or row.done), (caller, answer.text)
 
 
 @pytest.mark.usefixtures("live_worker")

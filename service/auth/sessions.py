@@ -1,0 +1,158 @@
+"""Store the sessions of callers who signed in with an API key, which browsers need.
+
+A session id is 256 random bits. It is in the caller's cookie only; Redis holds its SHA-256, for the
+same reasons as that of a key's secret (`service/auth/api_keys.py`). A session is tied to its key's
+id and secret, and has no rights of its own: what `Gate` knows of the key counts at each request.
+"""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final, cast
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from redis import Redis
+
+from jobs import redis_keys
+from jobs.record import now
+from service.auth.api_keys import ApiKey, digest
+
+logger = logging.getLogger(__name__)
+
+MOST_SESSIONS: Final = 100
+"""Sessions that one key may have; one more ends the oldest."""
+
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionToken:
+    """A session id as a caller sent it. It is a secret, so `repr` leaves it out."""
+
+    text: str = field(repr=False)
+
+    @property
+    def digest(self) -> str | None:
+        """The SHA-256 under which the session is stored; None if this cannot be a session id."""
+        if not _ID.fullmatch(self.text):
+            return None
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class Session(BaseModel):
+    """One session as Redis holds it.
+
+    Attributes:
+        secret_sha256: that of its key when the session was made; a rotated key has another one.
+        ends_at: when it ends at the latest.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    key_id: str
+    secret_sha256: str
+    ends_at: AwareDatetime
+
+
+class SessionStore:
+    """Makes, reads and ends sessions. Safe to share between threads; Redis errors are raised."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        idle_s: float = redis_keys.SESSION_IDLE_S,
+        longest_s: float = redis_keys.SESSION_LONGEST_S,
+        renewed_every_s: float = redis_keys.SESSION_RENEWED_EVERY_S,
+    ) -> None:
+        self._redis = redis
+        self._idle_ms = round(idle_s * 1000)
+        self._longest = timedelta(seconds=longest_s)
+        self._renewed_every_ms = round(renewed_every_s * 1000)
+
+    def create(self, key_id: str, secret: str) -> SessionToken:
+        """Make a session of a key that `secret` has proved."""
+        token = SessionToken(secrets.token_hex(32))
+        assert token.digest is not None, "a new id has the form of one"
+        session = Session(
+            key_id=key_id, secret_sha256=digest(secret), ends_at=now() + self._longest
+        )
+        longest_ms = self._longest // timedelta(milliseconds=1)
+        index = redis_keys.sessions_of(key_id)
+        with self._redis.pipeline() as pipe:
+            pipe.set(
+                redis_keys.session(token.digest),
+                session.model_dump_json(),
+                px=min(self._idle_ms, longest_ms),
+            )
+            pipe.zremrangebyscore(index, "-inf", int(time.time() * 1000))
+            pipe.zadd(index, {token.digest: int(session.ends_at.timestamp() * 1000)})
+            pipe.pexpire(index, longest_ms)
+            pipe.zrange(index, 0, -MOST_SESSIONS - 1)
+            *_, too_many = pipe.execute()
+        self._end(key_id, too_many)
+        return token
+
+    def read(self, token: SessionToken) -> Session | None:
+        """Read a session and renew it; None if there is none, or it has ended."""
+        if token.digest is None:
+            return None
+        key = redis_keys.session(token.digest)
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.get(key)
+            pipe.pttl(key)
+            text, left_ms = pipe.execute()
+        session = _decode(text)
+        if session is None:
+            return None
+        longest_ms = (session.ends_at - now()) // timedelta(milliseconds=1)
+        if longest_ms <= 0:
+            return None
+        renewed_ms = min(self._idle_ms, longest_ms)
+        if renewed_ms - left_ms > self._renewed_every_ms:
+            # Does nothing if the session was ended meanwhile.
+            self._redis.pexpire(key, renewed_ms)
+        return session
+
+    def end(self, token: SessionToken) -> None:
+        """End a session; ending one that has ended changes nothing."""
+        if token.digest is None:
+            return
+        text = cast("bytes | None", self._redis.getdel(redis_keys.session(token.digest)))
+        session = _decode(text)
+        if session is not None:
+            self._redis.zrem(redis_keys.sessions_of(session.key_id), token.digest)
+
+    def end_all(self, key_id: str) -> None:
+        """End every session of a key."""
+        found = self._redis.zrange(redis_keys.sessions_of(key_id), 0, -1)
+        self._end(key_id, cast("list[bytes]", found))
+
+    def _end(self, key_id: str, digests: list[bytes]) -> None:
+        # By name, not the whole index: a session may have been made meanwhile.
+        if digests:
+            with self._redis.pipeline() as pipe:
+                pipe.delete(*(redis_keys.session(each.decode()) for each in digests))
+                pipe.zrem(redis_keys.sessions_of(key_id), *digests)
+                pipe.execute()
+
+
+def belongs(session: Session, key: ApiKey | None) -> bool:
+    """Return whether a session was made with this key, and with the secret that it has now."""
+    return key is not None and hmac.compare_digest(session.secret_sha256, key.secret_sha256)
+
+
+def _decode(text: bytes | None) -> Session | None:
+    if text is None:
+        return None
+    try:
+        return Session.model_validate_json(text)
+    except ValidationError as error:
+        fields = error.errors(include_input=False, include_url=False)
+        logger.error("A session cannot be read, so it is of no use: %s", fields)
+        return None
