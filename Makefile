@@ -37,10 +37,10 @@ generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= 
 	@$(BIN)/python -m deploy.local generate
 
 # Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## tests that need no accelerator, without the slow ones  [ARGS=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium ## tests that need no accelerator, without the slow ones  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 ## the slow ones first (faults of every process, fuzzing), then those of make test
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
 
@@ -74,6 +74,10 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@sh deploy/install/compiler.sh "$(VENV)"
 	@$(PIP) -e '.[dev]' -c constraints.txt
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.chromium: | $(VENV)/.venv
+	@sh deploy/install/chromium.sh
+	@touch $@
 
 # An older client of OpenAI's, beside the current one that .dev brings: the two send requests differently.
 # What it needs besides distro is there already.

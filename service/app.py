@@ -42,6 +42,7 @@ from service.middleware.security_headers import SecurityHeaders
 from service.monitoring.access import MetricsAccess
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
+from service.pages import api_docs, static_files
 from service.schemas.video_url import LinkSigner
 from service.settings import ServiceSettings
 
@@ -82,6 +83,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         "the results. Errors are problem documents (RFC 9457).",
         openapi_tags=_TAGS,
         lifespan=_lifespan,
+        docs_url=None,  # `service/pages/api_docs.py` serves it
+        redoc_url=None,
     )
     exposition = Exposition(redis_url)
     sessions = SessionStore(redis)
@@ -107,7 +110,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    for routes in (jobs, events, videos, models, session, operations, health):
+    api = (jobs, events, videos, models, session, operations, health)
+    for routes in (*api, api_docs, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
     openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])

@@ -216,12 +216,11 @@ async def _on_anything_else(request: Request, error: Exception) -> Response:
     hidden = errors.AppError(
         f"The service met an unexpected error; its log has the details under {reference}."
     )
-    path = request.url.path
     # This answer is sent outside of the middleware that adds these headers to all others.
     return response(
         request.app,
-        from_error(hidden, path),
-        {**security_headers(path, MEDIA_TYPE), **request_headers()},
+        from_error(hidden, request.url.path),
+        {**security_headers(MEDIA_TYPE), **request_headers()},
     )
 
 

@@ -78,8 +78,10 @@ ROWS: Final[dict[str, Row]] = {
     "GET /readyz": Row(Policy.PUBLIC, "ask whether jobs can be run"),
     "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),
     "GET /docs": Row(Policy.PUBLIC, "read the same as a page"),
-    "GET /docs/oauth2-redirect": Row(Policy.PUBLIC, "part of that page"),
-    "GET /redoc": Row(Policy.PUBLIC, "read the same as another page"),
+    "GET /redoc": Row(Policy.PUBLIC, "be redirected to that page"),
+    "GET /static/{version}/{name:path}": Row(Policy.PUBLIC, "load a file of the pages"),
+    "GET /favicon.ico": Row(Policy.PUBLIC, "load the icon of the pages"),
+    "GET /favicon.svg": Row(Policy.PUBLIC, "load the same icon in any size"),
 }
 
 _HEAD: Final = f"""\

@@ -60,8 +60,9 @@ def send(
     client: TestClient, endpoint: str, job_id: str, query: str, **extra: object
 ) -> httpx2.Response:
     method, path = endpoint.split(" ")
-    for name in ("job_id", "video_id"):
-        path = path.replace(f"{{{name}}}", job_id)
+    values = {"job_id": job_id, "video_id": job_id, "version": "any", "name:path": "docs.js"}
+    for name, value in values.items():
+        path = path.replace(f"{{{name}}}", value)
     client.cookies.clear()  # the callers are different clients
     assert "{" not in path, f"no value for a parameter of {endpoint}"
     return client.request(method, path + query, **extra)  # type: ignore[arg-type]

@@ -127,16 +127,6 @@ def test_every_answer_carries_the_headers(
     assert "no-store" not in answers["video"].headers["cache-control"]
 
 
-def test_the_docs_pages_may_load_what_they_name(client: TestClient) -> None:
-    for path in ("/docs", "/redoc"):
-        page = client.get(path)
-        policy = page.headers["content-security-policy"]
-        for attribute in page.text.split('src="')[1:] + page.text.split('href="')[1:]:
-            url = attribute.partition('"')[0]
-            if url.startswith("https://"):
-                assert "/".join(url.split("/")[:3]) in policy, (path, url)
-
-
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 10 * 1024 * 1024])
 def test_large_bodies_are_refused(
