@@ -174,7 +174,8 @@ def _area_weights(source: int, target: int) -> NDArray[np.float32]:
     edges = np.arange(target + 1) * (source / target)
     pixels = np.arange(source)
     covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (covered.clip(0) * (target / source)).astype(np.float32)
+    shares: NDArray[np.float32] = (covered.clip(0) * (target / source)).astype(np.float32)
+    return shares
 
 
 def _encode_webp(picture: Frame, path: Path, timeout_s: float) -> EncodedPicture:

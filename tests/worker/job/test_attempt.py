@@ -421,14 +421,14 @@ def test_the_video_of_an_attempt_that_became_stale_is_deleted(
     job = store.create(REQUEST, QUEUE).job
 
     def then() -> None:
-        if len(artifacts.stored) == 1:
+        if len(interfering.stored) == 1:
             take_over(redis, store, job.id)
 
-    artifacts = InterferingStore(tmp_path / "artifacts", then)
-    ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    interfering = InterferingStore(tmp_path / "artifacts", then)
+    ResidentWorker(FakeEngine(), redis, interfering).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.RUNNING
-    assert len(artifacts.stored) == 3, "the video and two pictures"
-    assert not any(path.exists() for path in artifacts.stored)
+    assert len(interfering.stored) == 3, "the video and two pictures"
+    assert not any(path.exists() for path in interfering.stored)
 
 
 def test_a_video_whose_pictures_cannot_be_stored_is_a_video(
@@ -438,15 +438,15 @@ def test_a_video_whose_pictures_cannot_be_stored_is_a_video(
 
     def then() -> None:
         """Once the video is stored, put a folder where a picture has to go."""
-        video = artifacts.stored[0]
+        video = interfering.stored[0]
         video.with_name(f"{video.stem}-spritesheet.webp").mkdir(exist_ok=True)
 
-    artifacts = InterferingStore(tmp_path / "artifacts", then)
-    ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    interfering = InterferingStore(tmp_path / "artifacts", then)
+    ResidentWorker(FakeEngine(), redis, interfering).work(burst=True, logging_level="WARNING")
     record = store.get(job.id)
     assert record.state is JobState.SUCCEEDED
     assert record.video is not None
-    assert artifacts.path(record.video.key).is_file()
+    assert interfering.path(record.video.key).is_file()
     assert (record.video.thumbnail, record.video.spritesheet) == (None, None)
     assert "the video has no pictures, because they could not be stored" in caplog.messages
 
