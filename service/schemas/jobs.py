@@ -92,7 +92,7 @@ QUEUED_EXAMPLE: dict[str, Any] = {
 
 
 class SpritesheetView(BaseModel):
-    """A WebP with frames of the video in a grid; the cells after the last frame are black."""
+    """A WebP with frames of the video in a grid; the cells after the last frame are transparent."""
 
     url: str = Field(description="Like the video's; answers 410 when the video's does.")
     columns: int

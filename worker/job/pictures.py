@@ -100,7 +100,8 @@ class PictureCollector:
         size = self._layout.frame_width, self._layout.frame_height
         self._sheet_scaler = AreaScaler(video, size)
         height, width = self._layout.rows * size[1], self._layout.columns * size[0]
-        self._sheet: Frame = np.zeros((height, width, 3), np.uint8)
+        # With alpha: cells without a frame stay transparent, as black ones would look like frames.
+        self._sheet: NDArray[np.uint8] = np.zeros((height, width, 4), np.uint8)
         self._cells = {frame: cell for cell, frame in enumerate(self._layout.frames)}
 
     def watch(self, frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -127,9 +128,9 @@ class PictureCollector:
         if cell is not None:
             row, column = divmod(cell, self._layout.columns)
             height, width = self._layout.frame_height, self._layout.frame_width
-            self._sheet[
-                row * height : (row + 1) * height, column * width : (column + 1) * width
-            ] = self._sheet_scaler.scale(frame)
+            place = self._sheet[row * height :, column * width :][:height, :width]
+            place[..., :3] = self._sheet_scaler.scale(frame)
+            place[..., 3] = 255
 
 
 class AreaScaler:
@@ -178,12 +179,12 @@ def _area_weights(source: int, target: int) -> NDArray[np.float32]:
     return shares
 
 
-def _encode_webp(picture: Frame, path: Path, timeout_s: float) -> EncodedPicture:
-    """Encode one picture; raises OSError or SubprocessError."""
-    height, width, _ = picture.shape
-    size = f"{width}x{height}"
+def _encode_webp(picture: NDArray[np.uint8], path: Path, timeout_s: float) -> EncodedPicture:
+    """Encode one picture, with or without alpha; raises OSError or SubprocessError."""
+    height, width, channels = picture.shape
+    size, pixels = f"{width}x{height}", "rgb24" if channels == 3 else "rgba"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-hide_banner", "-loglevel", "error"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-i", "pipe:0"]
+    command += ["-f", "rawvideo", "-pix_fmt", pixels, "-s", size, "-i", "pipe:0"]
     # libwebp itself converts RGB to YUV as WebP wants it.
     command += ["-frames:v", "1", "-c:v", "libwebp", "-pix_fmt", "bgra"]
     command += ["-quality", str(QUALITY), "-f", "webp", str(path)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.support.launcher import decode_video
 from worker.interface import Frame
@@ -52,6 +53,13 @@ def decoded(picture: EncodedPicture) -> Frame:
     assert picture.sha256 == hashlib.sha256(picture.path.read_bytes()).hexdigest()
     (only,) = decode_video(picture.path, picture.width, picture.height)
     return np.asarray(only)
+
+
+def decoded_alpha(picture: EncodedPicture) -> NDArray[np.uint8]:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(picture.path)]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgba", "-"]
+    data = subprocess.run(command, capture_output=True, check=True).stdout
+    return np.frombuffer(data, np.uint8).reshape(picture.height, picture.width, 4)[..., 3]
 
 
 def assert_alike(got: Frame, wanted: Frame) -> None:
@@ -97,14 +105,18 @@ def test_pictures_have_their_size_and_show_the_frames(
     assert (layout.columns, layout.rows, len(layout.frames)) == grid
     sheet = decoded(pictures.spritesheet)
     assert sheet.shape[:2] == (layout.rows * cell[1], layout.columns * cell[0])
+    alpha = decoded_alpha(pictures.spritesheet)
     scaler = AreaScaler(video, cell)
     for place in range(layout.columns * layout.rows):
         row, column = divmod(place, layout.columns)
-        part = sheet[row * cell[1] :, column * cell[0] :][: cell[1], : cell[0]]
-        if place < len(layout.frames):
+        part, opacity = (
+            each[row * cell[1] :, column * cell[0] :][: cell[1], : cell[0]]
+            for each in (sheet, alpha)
+        )
+        is_frame = place < len(layout.frames)
+        assert set(opacity.flat) == {255 if is_frame else 0}
+        if is_frame:
             assert_alike(part, scaler.scale(frames[layout.frames[place]]))
-        else:
-            assert part[4:, 4:].max() <= 8
 
 
 @pytest.mark.parametrize("num_frames", [1, 5, 17, 24, 25, 26, 29, 81, 121])
