@@ -17,8 +17,9 @@
     ├── Unauthenticated        the request has no API key and no session, or an unknown one
     ├── Forbidden              the caller is known, but not allowed to do this
     │   └── LinkRefused        a video link is forged, altered or too old
-    ├── VideoNotReady          the video is requested before the job succeeded
+    ├── VideoNotReady          the video or a picture is requested before the job succeeded
     ├── VideoGone              the job succeeded, but its file no longer exists
+    ├── PictureNotMade         the video is there, but it has no thumbnail or spritesheet
     ├── ModeNotServed          the mode is known, but no live worker serves it
     ├── NoLiveWorker           no worker is live, so nothing is served
     ├── StoreUnavailable       Redis cannot be reached or refuses to write
@@ -174,6 +175,11 @@ class VideoNotReady(AppError):
 class VideoGone(AppError):
     code = "video_gone"
     title = "The video is no longer stored"
+
+
+class PictureNotMade(AppError):
+    code = "picture_not_made"
+    title = "The video has no such picture"
 
 
 class ModeNotServed(AppError):

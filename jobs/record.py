@@ -51,8 +51,31 @@ class Failure(_Part):
     detail: str
 
 
+class Picture(_Part):
+    """A picture of the video: the artifact's key and a description of the file."""
+
+    key: str
+    bytes: int = Field(ge=1)
+    sha256: str
+    width: int
+    height: int
+
+
+class Spritesheet(Picture):
+    """A picture with small frames in a grid; `frames` are their numbers, from 0, row by row."""
+
+    columns: int
+    rows: int
+    frame_width: int
+    frame_height: int
+    frames: tuple[int, ...]
+
+
 class Video(_Part):
-    """The result: the artifact's key and a description of the file."""
+    """The result: the artifact's key and a description of the file.
+
+    The pictures are None where they could not be made, and in records of before they were.
+    """
 
     key: str
     bytes: int = Field(ge=1)
@@ -61,6 +84,14 @@ class Video(_Part):
     height: int
     num_frames: int
     fps: int
+    thumbnail: Picture | None = None
+    spritesheet: Spritesheet | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the video and its pictures."""
+        files = (self, self.thumbnail, self.spritesheet)
+        return tuple(file.key for file in files if file is not None)
 
 
 class StageTimings(_Part):

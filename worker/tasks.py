@@ -89,7 +89,7 @@ def _write(context: JobContext, attempt: Attempt, record: JobRecord, outcome: Ou
 
     Raises:
         StaleAttempt: the job has ended, or belongs to another attempt. A video that was just stored
-            is then deleted, because no record names it and nothing else would delete it.
+            is then deleted with its pictures, because no record names it.
         RedisError: it is unknown whether the outcome was written, so a stored video is kept.
     """
     store = context.store
@@ -102,8 +102,9 @@ def _write(context: JobContext, attempt: Attempt, record: JobRecord, outcome: Ou
             try:
                 retry(lambda: store.succeed(attempt, video, timings))
             except StaleAttempt:
-                with suppress(ArtifactsUnavailable):  # then the service's retention task deletes it
-                    context.artifacts.delete(video.key)
+                with suppress(ArtifactsUnavailable):  # then the service's retention task does it
+                    for key in video.keys:
+                        context.artifacts.delete(key)
                 raise
             context.stats.record_success()
             record_durations(context, record, timings)

@@ -116,7 +116,7 @@ class BucketArtifactStore:
         return 0
 
     def _put_once(self, key: str, source: Path) -> None:
-        kind = mimetypes.guess_type(key)[0] or "application/octet-stream"
+        kind = mimetypes.guess_type(key, strict=False)[0] or "application/octet-stream"
         try:
             obstore.put(
                 self._bucket,

@@ -51,7 +51,7 @@ def put_with_retries(
         try:
             return put_once()
         except PutFailed as fault:
-            logger.warning("could not store a video: %s: %s", fault.reason, fault.__cause__)
+            logger.warning("could not store a file: %s: %s", fault.reason, fault.__cause__)
             if not fault.transient or time.monotonic() + pause_s > deadline:
                 raise ArtifactNotStored(
                     f"The video was made but could not be stored: {fault.reason}. Once that is "

@@ -1,4 +1,4 @@
-"""Define the store of finished videos, and open it by its URL as a folder or a bucket.
+"""Define the store of finished videos and their pictures, and open it as a folder or a bucket.
 
 A key is a relative path. An artifact is visible under its key only once it is complete.
 """
@@ -57,6 +57,16 @@ def artifact_key(job_id: str, attempt: str) -> str:
     Each attempt has a key of its own, so a stale attempt cannot overwrite a newer one's video.
     """
     return f"videos/{job_id}/{attempt}.mp4"
+
+
+def thumbnail_key(job_id: str, attempt: str) -> str:
+    """Return the key of the thumbnail of an attempt's video, beside the video's."""
+    return f"videos/{job_id}/{attempt}-thumbnail.webp"
+
+
+def spritesheet_key(job_id: str, attempt: str) -> str:
+    """Return the key of the spritesheet of an attempt's video, beside the video's."""
+    return f"videos/{job_id}/{attempt}-spritesheet.webp"
 
 
 def open_artifacts(url: str) -> ArtifactStore:

@@ -1,11 +1,11 @@
-"""Delete a job permanently: its videos and everything about it in Redis."""
+"""Delete a job permanently: its videos, their pictures, and everything about it in Redis."""
 
 from jobs.artifacts.store import ArtifactStore, artifact_key
 from jobs.store.job_store import JobStore
 
 
 def delete_job(store: JobStore, artifacts: ArtifactStore, job_id: str) -> bool:
-    """Delete a job and its videos; return whether that is complete.
+    """Delete a job, its videos and their pictures; return whether that is complete.
 
     For a running job it returns False: the job is cancelled and can no longer be read. Its id is
     put into `redis_keys.DELETIONS` once it has ended, and then this has to be called again. Calls
@@ -24,7 +24,7 @@ def delete_job(store: JobStore, artifacts: ArtifactStore, job_id: str) -> bool:
 
 
 def _delete_videos(artifacts: ArtifactStore, job_id: str) -> None:
-    """Delete the videos of every attempt: a lost one may have left a video that no record names."""
+    """Delete the files of every attempt: a lost one may have left some that no record names."""
     folder, _, _ = artifact_key(job_id, "1").rpartition("/")
     for stored in list(artifacts.list(folder)):
         artifacts.delete(stored.key)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from redis import Redis
 from rq import Queue
@@ -29,13 +29,16 @@ _FIELDS: Final = ("state", "created_at", "finished_at", "video", "video_deleted_
 
 @dataclass(frozen=True, slots=True)
 class RetentionEntry:
-    """The facts of a job that retention needs; `video_key` is None without a video to delete."""
+    """The facts of a job that retention needs.
+
+    `file_keys` are those of its video and the pictures of it; empty without a video to delete.
+    """
 
     id: str
     state: JobState
     created_at: datetime
     finished_at: datetime | None
-    video_key: str | None
+    file_keys: tuple[str, ...]
 
 
 class RetentionIndex:
@@ -60,19 +63,19 @@ class RetentionIndex:
         """Record that the job's video was deleted; does nothing if the job no longer exists."""
         self._video_deleted(job_id, record.now().isoformat())
 
-    def unreferenced(self, videos: Sequence[tuple[str, str]]) -> list[str]:
-        """Return the keys that are no job's video and never will be.
+    def unreferenced(self, files: Sequence[tuple[str, str]]) -> list[str]:
+        """Return the keys that are no job's video or picture and never will be.
 
-        A job that has not ended may still come to refer to the video of any of its attempts. A
-        record that cannot be read counts as referring to all of its own videos.
+        A job that has not ended may still come to refer to the files of any of its attempts. A
+        record that cannot be read counts as referring to all of its own files.
 
         Args:
-            videos: pairs of a job id and an artifact key.
+            files: pairs of a job id and an artifact key.
         """
-        known = self._fields([job_id for job_id, _ in videos])
+        known = self._fields([job_id for job_id, _ in files])
         return [
             key
-            for (job_id, key), fields in zip(videos, known, strict=True)
+            for (job_id, key), fields in zip(files, known, strict=True)
             if not _may_refer(job_id, fields, key)
         ]
 
@@ -127,8 +130,13 @@ def _decode(job_id: str, fields: Sequence[bytes | None]) -> RetentionEntry:
         state=JobState(state),
         created_at=datetime.fromisoformat(created or ""),
         finished_at=None if finished is None else datetime.fromisoformat(finished),
-        video_key=None if video is None or deleted is not None else json.loads(video)["key"],
+        file_keys=() if video is None or deleted is not None else _file_keys(json.loads(video)),
     )
+
+
+def _file_keys(video: dict[str, Any]) -> tuple[str, ...]:
+    files = (video, video.get("thumbnail"), video.get("spritesheet"))
+    return tuple(file["key"] for file in files if file is not None)
 
 
 def _may_refer(job_id: str, fields: Sequence[bytes | None], key: str) -> bool:
@@ -139,4 +147,4 @@ def _may_refer(job_id: str, fields: Sequence[bytes | None], key: str) -> bool:
         job = _decode(job_id, fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         return True
-    return not job.state.is_terminal or job.video_key == key
+    return not job.state.is_terminal or key in job.file_keys

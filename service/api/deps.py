@@ -1,5 +1,6 @@
 """Define the dependencies of routes, as `Annotated` aliases."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -26,7 +27,7 @@ from service.monitoring.access import MetricsAccess
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.schemas.jobs import JobViews
-from service.schemas.video_url import LinkSigner, VideoLinks, video_path
+from service.schemas.video_url import LinkSigner, VideoFile, VideoLinks, video_path
 from service.settings import ServiceSettings
 
 
@@ -126,28 +127,31 @@ async def _listed_owner(
     return listed_owner(principal, owner)
 
 
-async def _viewer(
-    job_id: str,
-    request: Request,
-    bearer: BearerDep,
-    expires: Annotated[str | None, Query(description="Of a signed link: when it ends.")] = None,
-    signature: Annotated[str | None, Query(description="Of a signed link.")] = None,
-) -> Principal | None:
-    """Return who asks for a video; None for a caller with a valid signed link to it."""
-    if expires is not None or signature is not None:
-        signer = _app_state_of(request).link_signer
-        try:
-            await run_in_threadpool(
-                signer.check, video_path(job_id), expires or "", signature or ""
-            )
-        except LinkRefused:
-            # A caller who sends a key or a cookie as well does not need a link; it may be an old
-            # one.
-            if sent_credential(request.headers) is None:
-                raise
-        else:
-            return None
-    return await _principal(request, bearer)
+def _viewer(file: VideoFile) -> Callable[..., Awaitable[Principal | None]]:
+    """Make the dependency that returns who asks for a file; None for a valid signed link to it."""
+
+    async def viewer(
+        job_id: str,
+        request: Request,
+        bearer: BearerDep,
+        expires: Annotated[str | None, Query(description="Of a signed link: when it ends.")] = None,
+        signature: Annotated[str | None, Query(description="Of a signed link.")] = None,
+    ) -> Principal | None:
+        if expires is not None or signature is not None:
+            path = video_path(job_id, file)
+            signer = _app_state_of(request).link_signer
+            try:
+                await run_in_threadpool(signer.check, path, expires or "", signature or "")
+            except LinkRefused:
+                # A caller who sends a key or a cookie as well does not need a link; it may be an
+                # old one.
+                if sent_credential(request.headers) is None:
+                    raise
+            else:
+                return None
+        return await _principal(request, bearer)
+
+    return viewer
 
 
 # The aliases that routes use. PrincipalDep admits everybody with a key or a session, KeyDep only
@@ -155,7 +159,9 @@ async def _viewer(
 KeyDep = Annotated[Principal, Depends(_key_principal)]
 OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]
-ViewerDep = Annotated[Principal | None, Depends(_viewer)]
+ViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.VIDEO))]
+ThumbnailViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.THUMBNAIL))]
+SpritesheetViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.SPRITESHEET))]
 StoreDep = Annotated[JobStore, Depends(_store)]
 ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]

@@ -18,6 +18,7 @@ from service.middleware.problems import MEDIA_TYPE, from_error, from_status
 from service.schemas.jobs import QUEUED_EXAMPLE, EventView, JobListView, JobView
 from service.schemas.problem import Problem
 from service.schemas.session import SignInBody
+from service.schemas.video_url import VideoFile, video_path
 
 Json = dict[str, Any]
 
@@ -99,7 +100,7 @@ EVENT_ANSWER: dict[int | str, Json] = {
     204: {"description": "The job has ended, and the caller has seen its last event."},
 }
 _EVENTS_PATH = "/jobs/{job_id}/events"
-_VIDEO_PATH = "/jobs/{job_id}/video.mp4"
+_LINKED_PATHS = tuple(video_path("{job_id}", file) for file in VideoFile)
 _EVENTS: Json = {
     "text/event-stream": {
         # As in OpenAPI 3.2, which can describe streams.
@@ -130,15 +131,24 @@ _EVENTS: Json = {
     }
 }
 
-_MP4: Json = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
-VIDEO_RESPONSES: dict[int | str, Json] = {
-    200: {"description": "The whole file.", "content": _MP4},
-    206: {
-        "description": "The range asked for; several ranges get the whole file.",
-        "content": _MP4,
-    },
-    304: {"description": "The caller already has it."},
-}
+_BINARY: Json = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _file_responses(*media_types: str) -> dict[int | str, Json]:
+    content = dict.fromkeys(media_types, _BINARY)
+    return {
+        200: {"description": "The whole file.", "content": content},
+        206: {
+            "description": "The range asked for; several ranges get the whole file.",
+            "content": content,
+        },
+        304: {"description": "The caller already has it."},
+    }
+
+
+VIDEO_RESPONSES = _file_responses("video/mp4")
+PICTURE_RESPONSES = _file_responses("image/webp")
+ANY_FILE_RESPONSES = _file_responses("video/mp4", "image/webp")
 
 _CANCEL_TOO_LATE = "Job 01a2 has already succeeded; only queued and running jobs can be cancelled."
 _FRAMES = "num_frames is 16, which is not 4k+1 from 5 to 17."
@@ -162,7 +172,7 @@ def _examples() -> dict[int, Problem]:
         from_error(errors.JobNotCancellable(_CANCEL_TOO_LATE, job_id="01a2"), path),
         from_error(errors.VideoGone("The video is no longer stored.", job_id="01a2"), path),
         from_status(413, "The body is larger than 262144 bytes.", "/generate"),
-        from_status(416, "The Range header asks for bytes beyond the end of the video.", path),
+        from_status(416, "The Range header asks for bytes beyond the end of the file.", path),
         from_error(invalid, "/generate"),
         from_error(errors.RateLimited(_TOO_OFTEN, retry_after_s=3), path),
         from_error(errors.AppError(_HIDDEN), path),
@@ -251,14 +261,15 @@ def _document(
 
 
 def _describe_links(document: Json) -> None:
-    """Describe signed links as a security scheme of the route that sends videos."""
+    """Describe signed links as a security scheme of the routes that send videos and pictures."""
     document["components"]["securitySchemes"]["link"] = {
         "type": "apiKey",
         "in": "query",
         "name": "signature",
         "description": "Part of a signed link, as in a job's `video.url`.",
     }
-    document["paths"][_VIDEO_PATH]["get"]["security"].append({"link": []})
+    for path in _LINKED_PATHS:
+        document["paths"][path]["get"]["security"].append({"link": []})
 
 
 def _describe_cookie(document: Json) -> None:

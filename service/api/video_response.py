@@ -1,4 +1,4 @@
-"""Send a finished video from any artifact store, with ranges and conditional requests.
+"""Send a finished video or a picture of it from any store, with ranges and conditional requests.
 
 RFC 9110 lets a server ignore a Range header with several ranges, and players ask for one; a caller
 that asks for several gets the whole file. There is no Last-Modified, so only the ETag is compared.
@@ -15,8 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from jobs.artifacts.store import ArtifactStore
-from jobs.errors import VideoGone, VideoNotReady
-from jobs.record import JobRecord, Video
+from jobs.errors import PictureNotMade, VideoGone, VideoNotReady
+from jobs.record import JobRecord, Picture, Video
+from service.schemas.video_url import VideoFile
 
 # Eighteen digits are enough for any file, and short enough to convert.
 _RANGE = re.compile(r"(\d{1,18})-(\d{0,18})|-(\d{1,18})", re.ASCII)
@@ -28,9 +29,15 @@ class VideoResponse(StreamingResponse):
     media_type = "video/mp4"
 
 
+class PictureResponse(StreamingResponse):
+    """A WebP file, or a part of it."""
+
+    media_type = "image/webp"
+
+
 @dataclass(frozen=True, slots=True)
 class RangeRequest:
-    """The headers of a request that select a part of a video, or say what the caller has cached."""
+    """The headers of a request that select a part of a file, or say what the caller has cached."""
 
     is_head: bool
     range_header: str | None
@@ -50,56 +57,78 @@ def _range_request(
 RangeRequestDep = Annotated[RangeRequest, Depends(_range_request)]
 
 
-def send_video(artifacts: ArtifactStore, job: JobRecord, range_request: RangeRequest) -> Response:
-    """Answer with the job's video, the requested part of it, or 304.
+def send_video(
+    artifacts: ArtifactStore,
+    job: JobRecord,
+    range_request: RangeRequest,
+    file: VideoFile = VideoFile.VIDEO,
+) -> Response:
+    """Answer with the job's video or a picture of it, the requested part of it, or 304.
 
     Raises:
         VideoNotReady: the job has no video, or none yet.
+        PictureNotMade: the video has no such picture.
         VideoGone: the artifact is missing, or is not the one that was stored.
         HTTPException: 400 or 416 for a range that cannot be read or served.
     """
-    video = _stored_video(artifacts, job)
-    etag = f'"{video.sha256}"'
-    # A job's video never changes; it may only disappear.
+    stored = _stored(artifacts, job, file)
+    answer: type[StreamingResponse] = VideoResponse if file is VideoFile.VIDEO else PictureResponse
+    etag = f'"{stored.sha256}"'
+    # A job's files never change; they may only disappear.
     headers = {"etag": etag, "cache-control": "private, max-age=3600"}
     cached = (range_request.if_none_match or "").split(",")
     if {tag.strip().removeprefix("W/") for tag in cached} & {etag, "*"}:
         return Response(status_code=304, headers=headers)
     headers |= {
         "accept-ranges": "bytes",
-        "content-disposition": f'inline; filename="{job.id}.mp4"',
+        "content-disposition": f'inline; filename="{_name(job.id, file)}"',
     }
-    part = _part(range_request, etag, video.bytes)
-    start, end = part or (0, video.bytes)
+    part = _part(range_request, etag, stored.bytes)
+    start, end = part or (0, stored.bytes)
     headers["content-length"] = str(end - start)
     if range_request.is_head:
-        return Response(headers=headers, media_type=VideoResponse.media_type)
+        return Response(headers=headers, media_type=answer.media_type)
     if part is not None:
-        headers["content-range"] = f"bytes {start}-{end - 1}/{video.bytes}"
-    chunks = artifacts.read(video.key, start, end)
-    return VideoResponse(_started(chunks), 200 if part is None else 206, headers)
+        headers["content-range"] = f"bytes {start}-{end - 1}/{stored.bytes}"
+    chunks = artifacts.read(stored.key, start, end)
+    return answer(_started(chunks), 200 if part is None else 206, headers)
 
 
-def _stored_video(artifacts: ArtifactStore, job: JobRecord) -> Video:
+def _name(job_id: str, file: VideoFile) -> str:
+    """Return the name under which a browser saves the file."""
+    return f"{job_id}{file.suffix}" if file is VideoFile.VIDEO else f"{job_id}-{file}{file.suffix}"
+
+
+def _stored(artifacts: ArtifactStore, job: JobRecord, file: VideoFile) -> Video | Picture:
     if job.video is None:
         raise VideoNotReady(
-            f"Job {job.id} is {job.state}, so it has no video; only succeeded jobs have one.",
+            f"Job {job.id} is {job.state}, so it has no {file}; only succeeded jobs have one.",
             job_id=job.id,
             state=job.state.value,
         )
     if job.video_deleted_at is not None:
         raise VideoGone(
-            f"The video of job {job.id} was deleted when its time was over, on "
+            f"The {file} of job {job.id} was deleted when its time was over, on "
             f"{job.video_deleted_at:%Y-%m-%d}; generate it again with the same request and seed.",
             job_id=job.id,
         )
-    if artifacts.size(job.video.key) != job.video.bytes:
-        raise VideoGone(
-            f"The video of job {job.id} is no longer in the artifact store; generate it again "
-            f"with the same request and seed.",
+    pictures = {
+        VideoFile.THUMBNAIL: job.video.thumbnail,
+        VideoFile.SPRITESHEET: job.video.spritesheet,
+    }
+    stored = pictures.get(file, job.video)
+    if stored is None:
+        raise PictureNotMade(
+            f"No {file} was made of the video of job {job.id}; fetch the video itself.",
             job_id=job.id,
         )
-    return job.video
+    if artifacts.size(stored.key) != stored.bytes:
+        raise VideoGone(
+            f"The {file} of job {job.id} is no longer in the artifact store; generate the video "
+            f"again with the same request and seed.",
+            job_id=job.id,
+        )
+    return stored
 
 
 def _part(range_request: RangeRequest, etag: str, size: int) -> tuple[int, int] | None:
@@ -124,7 +153,7 @@ def _part(range_request: RangeRequest, etag: str, size: int) -> tuple[int, int] 
     if start >= size:
         raise HTTPException(
             416,
-            "The Range header asks for bytes beyond the end of the video.",
+            "The Range header asks for bytes beyond the end of the file.",
             {"content-range": f"bytes */{size}"},
         )
     return start, end

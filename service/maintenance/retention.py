@@ -1,7 +1,8 @@
 """Delete videos and records whose retention time is over, and files that no record names.
 
-One of the service processes runs a round, about once an hour. A video is deleted before the record
-that names it, so a round may be interrupted anywhere: the next round finds what is left.
+One of the service processes runs a round, about once an hour. A video and its pictures are
+deleted before the record that names them, so a round may be interrupted anywhere: the next round
+finds what is left.
 """
 
 import logging
@@ -46,7 +47,10 @@ Fewer are skipped."""
 
 _NOT_RUNNING = tuple(state for state in JobState if state is not JobState.RUNNING)
 _VIDEOS = "videos"
-_VIDEO = re.compile(_VIDEOS + r"/([A-Za-z0-9_-]{1,64})/[0-9]+(-[0-9a-f]{8})?\.mp4\Z")
+_FILE = re.compile(
+    _VIDEOS + r"/([A-Za-z0-9_-]{1,64})/[0-9]+(-[0-9a-f]{8})?"
+    r"(\.mp4|-thumbnail\.webp|-spritesheet\.webp)\Z"
+)
 
 Deleted = Counter[str]
 """How many were deleted of each kind: videos, jobs, orphans, leftovers."""
@@ -165,13 +169,14 @@ class Retention:
     def _expired(self, job: RetentionEntry, now: datetime) -> _Due | None:
         if now >= self._periods.record_until(job):
             return _Due("jobs", job.id, partial(delete_job, self._store, self._artifacts, job.id))
-        key = job.video_key
-        if key is not None and now >= self._periods.video_until(job):
-            return _Due("videos", key, partial(self._delete_video, job.id, key))
+        keys = job.file_keys
+        if keys and now >= self._periods.video_until(job):
+            return _Due("videos", keys[0], partial(self._delete_video, job.id, keys))
         return None
 
-    def _delete_video(self, job_id: str, key: str) -> None:
-        self._artifacts.delete(key)
+    def _delete_video(self, job_id: str, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._artifacts.delete(key)
         self._index.video_deleted(job_id)
 
     def _orphans(self, now: datetime) -> Iterator[list[_Due]]:
@@ -179,8 +184,8 @@ class Retention:
         oldest_kept = now - self._periods.orphans
         old = (each for each in self._artifacts.list(_VIDEOS) if each.modified_at < oldest_kept)
         for page in _pages(old):
-            videos = [(match[1], match[0]) for each in page if (match := _VIDEO.match(each.key))]
-            unreferenced = self._index.unreferenced(videos)
+            files = [(match[1], match[0]) for each in page if (match := _FILE.match(each.key))]
+            unreferenced = self._index.unreferenced(files)
             if unreferenced and self._index.is_empty():
                 # A Redis that lost its data, or a wrong address, is more likely than 30 days
                 # without a job.

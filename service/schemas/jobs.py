@@ -6,20 +6,21 @@ It contains no queue names, artifact keys or attempt tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.catalog import Catalog, ModelOffer, ModeOffer
-from jobs.record import Failure, JobRecord, Progress, StageTimings
+from jobs.record import Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import Created
 from jobs.store.queue_positions import QueuePosition
 from jobs.store.webhook_outbox import Outbox, WebhookStatus
 from service.lookups.queue_positions import CachedQueuePositions
-from service.schemas.video_url import VideoLinks
+from service.schemas.video_url import VideoFile, VideoLinks
 
+_URL: Final = "http://127.0.0.1:8000/jobs/01a2039b8ee84d074d36452736a1b6c7"
 _JOB_EXAMPLE: dict[str, Any] = {
     "id": "01a2039b8ee84d074d36452736a1b6c7",
     "state": "succeeded",
@@ -47,7 +48,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "progress": None,
     "failure": None,
     "video": {
-        "url": "http://127.0.0.1:8000/jobs/01a2039b8ee84d074d36452736a1b6c7/video.mp4"
+        "url": f"{_URL}/video.mp4"
         "?expires=1795360500&signature=0b9c1f6c0d4e8f2a7b5d3c1e9f8a6b4c2d0e1f3a5b7c9d8e6f4a2b0c1d3e5f7a",
         "bytes": 18231,
         "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
@@ -55,6 +56,18 @@ _JOB_EXAMPLE: dict[str, Any] = {
         "height": 96,
         "num_frames": 17,
         "fps": 8,
+        "thumbnail_url": f"{_URL}/thumbnail.webp"
+        "?expires=1795360500&signature=5d41402abc4b2a76b9719d911017c592ae3f0c8b1d7e6f5a4c3b2a190817e6d5",
+        "spritesheet": {
+            "url": f"{_URL}/spritesheet.webp"
+            "?expires=1795360500&signature=7c6a180b36896a0a8c02787eeafb0e4c1f2e3d4c5b6a79880716253443526170",
+            "columns": 5,
+            "rows": 4,
+            "frame_width": 96,
+            "frame_height": 96,
+            "count": 17,
+            "frames": list(range(17)),
+        },
         "expires_at": "2026-11-29T14:14:23.410Z",
         "deleted_at": None,
     },
@@ -78,6 +91,21 @@ QUEUED_EXAMPLE: dict[str, Any] = {
 }
 
 
+class SpritesheetView(BaseModel):
+    """A WebP with frames of the video in a grid; the cells after the last frame are transparent."""
+
+    url: str = Field(description="Like the video's; answers 410 when the video's does.")
+    columns: int
+    rows: int
+    frame_width: int = Field(description="Of each cell, in pixels.")
+    frame_height: int
+    count: int = Field(description="How many cells hold a frame, row by row.")
+    frames: tuple[int, ...] = Field(
+        description="The numbers of these frames in the video, from 0: the first, the last, and "
+        "evenly spaced ones between. A frame begins at its number / fps seconds."
+    )
+
+
 class VideoView(BaseModel):
     """A finished video."""
 
@@ -90,8 +118,34 @@ class VideoView(BaseModel):
     height: int
     num_frames: int
     fps: int
+    thumbnail_url: str | None = Field(
+        description="A WebP of the middle frame, at most 320 px wide and high; like `url`. Null if "
+        "none could be made."
+    )
+    spritesheet: SpritesheetView | None = Field(description="Null if none could be made.")
     expires_at: datetime = Field(description="Until when it is kept; then the URL answers 410.")
     deleted_at: datetime | None = Field(description="When it was deleted, once it was.")
+
+    @classmethod
+    def of(cls, job: JobRecord, video: Video, links: VideoLinks) -> Self:
+        """Build the view of a job's video."""
+        thumbnail_url = spritesheet = None
+        if video.thumbnail is not None:
+            thumbnail_url = links.to(job.id, VideoFile.THUMBNAIL)
+        if video.spritesheet is not None:
+            layout = video.spritesheet.model_dump(
+                include={"columns", "rows", "frame_width", "frame_height", "frames"}
+            )
+            url = links.to(job.id, VideoFile.SPRITESHEET)
+            spritesheet = SpritesheetView(url=url, count=len(video.spritesheet.frames), **layout)
+        return cls(
+            url=links.to(job.id),
+            thumbnail_url=thumbnail_url,
+            spritesheet=spritesheet,
+            expires_at=links.retention_periods.video_until(job),
+            deleted_at=job.video_deleted_at,
+            **video.model_dump(exclude={"key", "thumbnail", "spritesheet"}),
+        )
 
 
 class WebhookView(WebhookStatus):
@@ -157,18 +211,11 @@ class JobView(BaseModel):
 
         Args:
             job: its record.
-            links: makes the URL of its video.
+            links: makes the URLs of its video and pictures.
             status: the status of its webhook, from the outbox.
             queue_position: its position, if it is queued.
         """
-        video = None
-        if job.video is not None:
-            video = VideoView(
-                url=links.to(job.id),
-                expires_at=links.retention_periods.video_until(job),
-                deleted_at=job.video_deleted_at,
-                **job.video.model_dump(exclude={"key"}),
-            )
+        video = None if job.video is None else VideoView.of(job, job.video, links)
         webhook = None
         if job.webhook_url is not None and status is not None:
             webhook = WebhookView(url=job.webhook_url, **status.model_dump())

@@ -1,8 +1,8 @@
-"""Sign and check links that give access to a video without a key for a limited time.
+"""Sign and check links that give access to a video's file without a key for a limited time.
 
 A link contains the Unix second at which it expires and an HMAC-SHA256 of that second and the
-video's path. So it is valid for reading this one video only. All service processes sign with the
-same secret: the configured one, or one that the first process stores in Redis.
+file's path. So it is valid for reading this one video or picture only. All service processes sign
+with the same secret: the configured one, or one that the first process stores in Redis.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 from urllib.parse import urlencode
 
@@ -31,6 +32,19 @@ STABLE_FOR_S: Final = 60
 """How long the link to a video stays the same, so that polling a job gives equal answers."""
 
 _EXPIRES = re.compile(r"[0-9]{1,12}", re.ASCII)
+
+
+class VideoFile(StrEnum):
+    """The files of a video. Their values are OpenAI's variants of its content."""
+
+    VIDEO = "video"
+    THUMBNAIL = "thumbnail"
+    SPRITESHEET = "spritesheet"
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its name."""
+        return ".mp4" if self is VideoFile.VIDEO else ".webp"
 
 
 class LinkSigner:
@@ -97,7 +111,7 @@ class LinkSigner:
 
 @dataclass(frozen=True, slots=True)
 class VideoLinks:
-    """Makes absolute, signed URLs of videos for one caller.
+    """Makes absolute, signed URLs of videos and their pictures for one caller.
 
     Attributes:
         base_url: the URL under which the caller reaches the service.
@@ -108,11 +122,11 @@ class VideoLinks:
     signer: LinkSigner
     retention_periods: RetentionPeriods
 
-    def to(self, job_id: str) -> str:
-        """Return the signed URL of a job's video."""
-        return self.base_url + self.signer.sign(video_path(job_id))
+    def to(self, job_id: str, file: VideoFile = VideoFile.VIDEO) -> str:
+        """Return the signed URL of a job's video, or of a picture of it."""
+        return self.base_url + self.signer.sign(video_path(job_id, file))
 
 
-def video_path(job_id: str) -> str:
-    """Return the path of the route that sends a job's video."""
-    return f"/jobs/{job_id}/video.mp4"
+def video_path(job_id: str, file: VideoFile = VideoFile.VIDEO) -> str:
+    """Return the path of the route that sends a job's video, or a picture of it."""
+    return f"/jobs/{job_id}/{file}{file.suffix}"

@@ -84,8 +84,12 @@ def listing(videos: Any, own: set[str]) -> None:
 def download(videos: Any, video_id: str, folder: Path) -> None:
     videos.download_content(video_id).write_to_file(folder / "video.mp4")
     videos.download_content(video_id, variant="video").write_to_file(folder / "again.mp4")
+    for variant in ("thumbnail", "spritesheet"):
+        picture = videos.download_content(video_id, variant=variant)
+        assert picture.response.headers["content-type"] == "image/webp", picture.response.headers
+        picture.write_to_file(folder / f"{variant}.webp")
     error = raised(
-        openai.BadRequestError, lambda: videos.download_content(video_id, variant="thumbnail")
+        openai.BadRequestError, lambda: videos.download_content(video_id, variant="poster")
     )
     assert error.param == "variant", error
 

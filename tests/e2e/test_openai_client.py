@@ -58,6 +58,11 @@ def run_session(site: Cluster, key: str, version: str, folder: Path) -> None:
     assert frames == 5
     assert "h264" in stream
     assert "64x32" in stream
+    for name, size in (("thumbnail", "64x32"), ("spritesheet", "192x64")):
+        stream, pictures = describe_video(folder / f"{name}.webp")
+        assert pictures == 1
+        assert "webp" in stream
+        assert f" {size}" in stream
 
 
 @pytest.mark.parametrize("version", ["3.54.0", "2.8.0"])

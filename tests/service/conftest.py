@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs.artifacts.store import open_artifacts
-from jobs.record import JobRecord, StageTimings, Video
+from jobs.artifacts.store import artifact_key, open_artifacts, spritesheet_key, thumbnail_key
+from jobs.record import JobRecord, Picture, Spritesheet, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 from jobs.store.submission import Submission
@@ -22,6 +23,8 @@ SignIn = Callable[..., dict[str, str]]
 MakeJob = Callable[..., JobRecord]
 
 VIDEO_BYTES = bytes(range(256)) * 8
+THUMBNAIL_BYTES = b"a thumbnail" * 20
+SPRITESHEET_BYTES = b"a spritesheet" * 40
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
 
@@ -66,25 +69,41 @@ def make_job(
     request_for_video: GenerationRequest,
     tmp_path: Path,
 ) -> MakeJob:
-    """Make a job, by default a queued one; one with a video has succeeded."""
+    """Make a job, by default a queued one; one with a video has succeeded, and has pictures."""
+
+    def put(key: str, data: bytes) -> dict[str, Any]:
+        made = tmp_path / "made"
+        made.write_bytes(data)
+        open_artifacts(settings.artifacts_url).put(key, made)
+        return {"key": key, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def make(
-        owner: str = "local", *, video: bool = False, webhook_url: str | None = None
+        owner: str = "local",
+        *,
+        video: bool = False,
+        pictures: bool = True,
+        webhook_url: str | None = None,
     ) -> JobRecord:
         terms = Submission(owner=owner, webhook_url=webhook_url)
         job = store.create(request_for_video, "q", terms).job
         if not video:
             return job
         attempt = store.claim(job.id, "w")
-        made = tmp_path / f"{job.id}.mp4"
-        made.write_bytes(VIDEO_BYTES)
-        key = f"videos/{job.id}/1.mp4"
-        open_artifacts(settings.artifacts_url).put(key, made)
-        sha256 = hashlib.sha256(VIDEO_BYTES).hexdigest()
         size = {"width": 96, "height": 96, "num_frames": 17, "fps": 8}
-        store.succeed(
-            attempt, Video(key=key, bytes=len(VIDEO_BYTES), sha256=sha256, **size), TIMINGS
-        )
+        made = Video(**put(artifact_key(job.id, "1"), VIDEO_BYTES), **size)
+        if pictures:
+            thumbnail = put(thumbnail_key(job.id, "1"), THUMBNAIL_BYTES)
+            sheet = put(spritesheet_key(job.id, "1"), SPRITESHEET_BYTES)
+            grid = {"columns": 5, "rows": 4, "frame_width": 96, "frame_height": 96}
+            made = made.model_copy(
+                update={
+                    "thumbnail": Picture(**thumbnail, width=96, height=96),
+                    "spritesheet": Spritesheet(
+                        **sheet, **grid, width=480, height=384, frames=tuple(range(17))
+                    ),
+                }
+            )
+        store.succeed(attempt, made, TIMINGS)
         return store.get(job.id)
 
     return make

@@ -1,8 +1,9 @@
-"""Turn a job's record into a stored video: run the engine, encode the MP4, store the artifact."""
+"""Turn a job's record into a stored video: run the engine, encode MP4 and pictures, store them."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 import time
 from collections.abc import Generator, Iterator
@@ -13,15 +14,28 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from jobs import durations
-from jobs.artifacts.store import artifact_key
+from jobs.artifacts.store import artifact_key, spritesheet_key, thumbnail_key
 from jobs.durations import Durations
-from jobs.record import Attempt, JobRecord, Stage, StageTimings, Video, now
+from jobs.errors import ArtifactNotStored
+from jobs.record import (
+    Attempt,
+    JobRecord,
+    Picture,
+    Spritesheet,
+    Stage,
+    StageTimings,
+    Video,
+    now,
+)
 from worker.interface import Clip, Engine, Frame
 from worker.job.context import JobContext
 from worker.job.lease import LeaseKeeper
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
+from worker.job.pictures import EncodedPictures, PictureCollector
 from worker.job.progress import JobClock, JobProgress
 from worker.job.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +97,28 @@ def _read_durations(context: JobContext, record: JobRecord) -> Durations | None:
 def _encode_and_store(
     context: JobContext, attempt: Attempt, record: JobRecord, clip: Clip, control: JobProgress
 ) -> tuple[Video, float]:
-    """Encode the clip into an MP4 and store it; return the video and the MP4's seconds.
+    """Encode the clip, store the MP4 and its pictures; return the video and the MP4's seconds.
 
     Decoding and encoding overlap. The VAE's seconds are those spent decoding; the MP4's are those
     the worker waited for ffmpeg. So the two add up to the wall time of both.
     """
     request = record.request
     target = VideoFormat(request.width, request.height, clip.num_frames, context.engine.model.fps)
+    collector = PictureCollector(target)
     with tempfile.TemporaryDirectory(dir=context.scratch) as folder, closing(clip.frames):
         encoded = encode_mp4(
-            _report_last_frame(clip.frames, control),
+            collector.watch(_report_last_frame(clip.frames, control)),
             Path(folder) / "video.mp4",
             target,
             title=f"{request.model} {request.mode} seed {request.seed}",
             metadata=video_metadata(context.engine, record),
             check=control.check,
         )
+        pictures = collector.encode(Path(folder))
         control.progress(Stage.MP4, 1, 1)
         key = artifact_key(attempt.job_id, attempt.label)
         context.artifacts.put(key, encoded.path, control.check)
+        thumbnail, spritesheet = _store_pictures(context, attempt, pictures, control)
     video = Video(
         key=key,
         bytes=encoded.bytes,
@@ -110,8 +127,47 @@ def _encode_and_store(
         height=target.height,
         num_frames=target.num_frames,
         fps=target.fps,
+        thumbnail=thumbnail,
+        spritesheet=spritesheet,
     )
     return video, encoded.waited_s
+
+
+def _store_pictures(
+    context: JobContext, attempt: Attempt, pictures: EncodedPictures | None, control: JobProgress
+) -> tuple[Picture, Spritesheet] | tuple[None, None]:
+    """Store the pictures; Nones if there are none, or if the store takes none."""
+    if pictures is None:
+        return None, None
+    small, sheet, layout = pictures.thumbnail, pictures.spritesheet, pictures.layout
+    keys = [make(attempt.job_id, attempt.label) for make in (thumbnail_key, spritesheet_key)]
+    try:
+        for key, encoded in zip(keys, (small, sheet), strict=True):
+            context.artifacts.put(key, encoded.path, control.check)
+    except ArtifactNotStored:
+        # The reason was logged. If one was stored, it is deleted with the job or as an orphan.
+        logger.warning("the video has no pictures, because they could not be stored")
+        return None, None
+    thumbnail = Picture(
+        key=keys[0],
+        bytes=small.bytes,
+        sha256=small.sha256,
+        width=small.width,
+        height=small.height,
+    )
+    spritesheet = Spritesheet(
+        key=keys[1],
+        bytes=sheet.bytes,
+        sha256=sheet.sha256,
+        width=sheet.width,
+        height=sheet.height,
+        columns=layout.columns,
+        rows=layout.rows,
+        frame_width=layout.frame_width,
+        frame_height=layout.frame_height,
+        frames=layout.frames,
+    )
+    return thumbnail, spritesheet
 
 
 def _report_last_frame(frames: Generator[Frame], control: JobProgress) -> Iterator[Frame]:

@@ -20,10 +20,11 @@ from service.api.openai.job_progress import video_statuses
 from service.api.openai.openapi import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
 from service.api.openai.request import video_request_to_spec
 from service.api.openai.schemas import VideoDeleted, VideoList, VideoObject
-from service.api.openapi import VIDEO_RESPONSES
+from service.api.openapi import ANY_FILE_RESPONSES
 from service.api.submit import REPLAYED_HEADER, accept
 from service.api.video_response import RangeRequestDep, VideoResponse, send_video
 from service.auth.gate import listed_owner, visible_job
+from service.schemas.video_url import VideoFile
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -107,7 +108,7 @@ def read_video(
     "/{video_id}/content",
     summary="Fetch the video",
     response_class=VideoResponse,
-    responses={**VIDEO_RESPONSES, **errors(400, 401, 404, 416, 422, 429, 503)},
+    responses={**ANY_FILE_RESPONSES, **errors(400, 401, 404, 416, 422, 429, 503)},
 )
 def read_content(
     principal: KeyDep,
@@ -115,20 +116,17 @@ def read_content(
     app_state: AppStateDep,
     range_request: RangeRequestDep,
     variant: Annotated[
-        str, Query(description="Only `video` is offered.", json_schema_extra={"enum": ["video"]})
-    ] = "video",
+        str,
+        Query(
+            description="The MP4, or a WebP of its middle frame or of a grid of its frames.",
+            json_schema_extra={"enum": list(VideoFile)},
+        ),
+    ] = VideoFile.VIDEO.value,
 ) -> Response:
-    """Fetch the MP4, whole or in ranges. Thumbnails and sprite sheets are not made."""
-    if variant != "video":
-        raise InvalidSpec.of(
-            "variant",
-            shown(variant),
-            "video",
-            f"variant {shown(variant)} is not offered: only the video itself is kept; ask for "
-            f"video, or leave variant out.",
-        )
+    """Fetch the MP4 or a picture of it, whole or in ranges."""
+    file = _video_file(variant)
     job = visible_job(app_state.store, principal, video_id)
-    return send_video(app_state.artifacts, job, range_request)
+    return send_video(app_state.artifacts, job, range_request, file)
 
 
 @router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
@@ -149,6 +147,19 @@ def _video_object(job: JobRecord, app_state: AppStateDep, response: Response) ->
     if not job.state.is_terminal:
         response.headers[POLL_HEADER] = str(video_status.poll_after_ms)
     return VideoObject.of(job, video_status)
+
+
+def _video_file(variant: str) -> VideoFile:
+    try:
+        return VideoFile(variant)
+    except ValueError:
+        offered = ", ".join(VideoFile)
+        raise InvalidSpec.of(
+            "variant",
+            shown(variant),
+            offered,
+            f"variant {shown(variant)} is not offered; ask for one of {offered}.",
+        ) from None
 
 
 def _cursor(after: str) -> str:

@@ -1,4 +1,4 @@
-"""Serve the routes of jobs: create, list, read, cancel, and fetch the video.
+"""Serve the routes of jobs: create, list, read, cancel, and fetch the video or its pictures.
 
 The routes are synchronous functions, which FastAPI runs in its thread pool. So service and worker
 share one synchronous `JobStore`. A Redis call takes well under a millisecond, and no route waits
@@ -9,9 +9,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from jobs.record import JobRecord
 from jobs.spec import GenerationRequest, resolve_json
 from jobs.state import JobState
-from jobs.store.job_store import MAX_PAGE
+from jobs.store.job_store import MAX_PAGE, JobStore
 from service.api.deps import (
     AppStateDep,
     ArtifactsDep,
@@ -20,21 +21,30 @@ from service.api.deps import (
     JsonBodyDep,
     ListedOwnerDep,
     PrincipalDep,
+    SpritesheetViewerDep,
     StoreDep,
+    ThumbnailViewerDep,
     ViewerDep,
 )
 from service.api.openapi import (
     GENERATE_ANSWER,
     GENERATE_BODY,
     KEY_TAKEN,
+    PICTURE_RESPONSES,
     VIDEO_RESPONSES,
     problem,
     problems,
 )
 from service.api.submit import REPLAYED_HEADER, accept
-from service.api.video_response import RangeRequestDep, VideoResponse, send_video
-from service.auth.gate import visible_job
+from service.api.video_response import (
+    PictureResponse,
+    RangeRequestDep,
+    VideoResponse,
+    send_video,
+)
+from service.auth.gate import Principal, visible_job
 from service.schemas.jobs import JobListView, JobView
+from service.schemas.video_url import VideoFile
 from service.webhooks.message import callbacks
 
 router = APIRouter(tags=["jobs"])
@@ -130,12 +140,15 @@ def cancel_job(
     return views.of(job)
 
 
+_FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 416, 429, 503)
+
+
 @router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)
 @router.get(
     "/jobs/{job_id}/video.mp4",
     summary="Fetch the video",
     response_class=VideoResponse,
-    responses={**VIDEO_RESPONSES, **problems(400, 401, 403, 404, 410, 416, 429, 503)},
+    responses={**VIDEO_RESPONSES, **_FILE_PROBLEMS},
 )
 def read_video(
     viewer: ViewerDep,
@@ -148,5 +161,53 @@ def read_video(
 
     Its ETag is the file's SHA-256.
     """
-    job = store.get(job_id) if viewer is None else visible_job(store, viewer, job_id)
-    return send_video(artifacts, job, range_request)
+    return send_video(artifacts, _viewed_job(store, viewer, job_id), range_request)
+
+
+@router.head("/jobs/{job_id}/thumbnail.webp", include_in_schema=False)
+@router.get(
+    "/jobs/{job_id}/thumbnail.webp",
+    summary="Fetch the thumbnail",
+    response_class=PictureResponse,
+    responses={**PICTURE_RESPONSES, **_FILE_PROBLEMS},
+)
+def read_thumbnail(
+    viewer: ThumbnailViewerDep,
+    job_id: str,
+    store: StoreDep,
+    artifacts: ArtifactsDep,
+    range_request: RangeRequestDep,
+) -> Response:
+    """Fetch the middle frame, at most 320 px wide and high, like the video.
+
+    The signed link is the job's `video.thumbnail_url`. 404 if none could be made.
+    """
+    job = _viewed_job(store, viewer, job_id)
+    return send_video(artifacts, job, range_request, VideoFile.THUMBNAIL)
+
+
+@router.head("/jobs/{job_id}/spritesheet.webp", include_in_schema=False)
+@router.get(
+    "/jobs/{job_id}/spritesheet.webp",
+    summary="Fetch the spritesheet",
+    response_class=PictureResponse,
+    responses={**PICTURE_RESPONSES, **_FILE_PROBLEMS},
+)
+def read_spritesheet(
+    viewer: SpritesheetViewerDep,
+    job_id: str,
+    store: StoreDep,
+    artifacts: ArtifactsDep,
+    range_request: RangeRequestDep,
+) -> Response:
+    """Fetch up to 25 small frames in a grid, like the video.
+
+    The job's `video.spritesheet` has the grid and the signed link. 404 if none could be made.
+    """
+    job = _viewed_job(store, viewer, job_id)
+    return send_video(artifacts, job, range_request, VideoFile.SPRITESHEET)
+
+
+def _viewed_job(store: JobStore, viewer: Principal | None, job_id: str) -> JobRecord:
+    """Read the job of a file; who has a signed link needs no key."""
+    return store.get(job_id) if viewer is None else visible_job(store, viewer, job_id)

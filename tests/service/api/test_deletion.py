@@ -6,9 +6,15 @@ import pytest
 from redis import Redis
 
 from jobs import redis_keys
-from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
+from jobs.artifacts.store import (
+    ArtifactStore,
+    artifact_key,
+    open_artifacts,
+    spritesheet_key,
+    thumbnail_key,
+)
 from jobs.errors import JobNotFound
-from jobs.record import Attempt, StageTimings, Video
+from jobs.record import Attempt, Picture, Spritesheet, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store.deletion import delete_job
 from jobs.store.job_store import JobStore
@@ -27,11 +33,27 @@ def job_id(store: JobStore, request_for_video: GenerationRequest) -> str:
 
 
 def put_video(artifacts: ArtifactStore, attempt: Attempt, folder: Path) -> Video:
+    """Store a video and its pictures."""
     made = folder / "made.mp4"
     made.write_bytes(b"0123456789")
-    key = artifact_key(attempt.job_id, attempt.label)
-    artifacts.put(key, made)
-    return Video(key=key, bytes=10, sha256="ab", width=96, height=96, num_frames=17, fps=8)
+    keys = [
+        make(attempt.job_id, attempt.label)
+        for make in (artifact_key, thumbnail_key, spritesheet_key)
+    ]
+    for key in keys:
+        artifacts.put(key, made)
+    file = {"bytes": 10, "sha256": "ab", "width": 96, "height": 96}
+    grid = {"columns": 1, "rows": 1, "frame_width": 96, "frame_height": 96, "frames": (0,)}
+    video = Video(
+        key=keys[0],
+        num_frames=17,
+        fps=8,
+        thumbnail=Picture(key=keys[1], **file),
+        spritesheet=Spritesheet(key=keys[2], **file, **grid),
+        **file,
+    )
+    assert video.keys == tuple(keys)
+    return video
 
 
 def test_finished_job_goes_with_the_videos_of_all_its_attempts_and_nothing_else(
@@ -51,7 +73,7 @@ def test_finished_job_goes_with_the_videos_of_all_its_attempts_and_nothing_else(
     assert delete_job(store, artifacts, job_id)
     with pytest.raises(JobNotFound):
         store.get(job_id)
-    assert [stored.key for stored in artifacts.list()] == [kept.key]
+    assert {stored.key for stored in artifacts.list()} == set(kept.keys)
     assert delete_job(store, artifacts, job_id), "deleting what is gone is no error"
 
 

@@ -17,7 +17,13 @@ from service.api.openai.job_progress import VideoStatus, video_statuses
 from service.api.openai.schemas import VideoObject
 from service.app import MAX_BODY_BYTES, create_app
 from service.settings import ServiceSettings
-from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
+from tests.service.conftest import (
+    SPRITESHEET_BYTES,
+    THUMBNAIL_BYTES,
+    VIDEO_BYTES,
+    MakeJob,
+    MakeKey,
+)
 
 
 def error_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
@@ -145,12 +151,30 @@ def test_content_is_the_video_whole_or_in_parts(client: TestClient, make_job: Ma
     assert error_of(client.get(path, headers={"range": "x"}), 400)["code"] == "bad_request"
 
 
-@pytest.mark.parametrize("variant", ["thumbnail", "spritesheet", "VIDEO", ""])
+@pytest.mark.parametrize(
+    ("variant", "data"), [("thumbnail", THUMBNAIL_BYTES), ("spritesheet", SPRITESHEET_BYTES)]
+)
+def test_pictures_are_variants_of_the_content(
+    client: TestClient, make_job: MakeJob, variant: str, data: bytes
+) -> None:
+    path = f"/v1/videos/{make_job(video=True).id}/content?variant={variant}"
+    whole = client.get(path)
+    assert (whole.status_code, whole.content) == (200, data)
+    assert whole.headers["content-type"] == "image/webp"
+    part = client.get(path, headers={"range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, data[10:20])
+    assert client.get(path, headers={"if-none-match": whole.headers["etag"]}).status_code == 304
+    without = make_job(video=True, pictures=False)
+    missing = client.get(f"/v1/videos/{without.id}/content?variant={variant}")
+    assert error_of(missing, 404)["code"] == "picture_not_made"
+
+
+@pytest.mark.parametrize("variant", ["thumbnails", "VIDEO", ""])
 def test_other_variants_are_refused(client: TestClient, make_job: MakeJob, variant: str) -> None:
     path = f"/v1/videos/{make_job(video=True).id}/content"
     error = error_of(client.get(path, params={"variant": variant}), 400)
     assert error["param"] == "variant"
-    assert error["message"].endswith("ask for video, or leave variant out.")
+    assert error["message"].endswith("ask for one of video, thumbnail, spritesheet.")
 
 
 def test_content_that_is_not_there_is_a_404(

@@ -38,6 +38,8 @@ def test_all_routes_are_described(document: Any) -> None:
         "DELETE /jobs/{job_id}",
         "GET /jobs/{job_id}/events",
         "GET /jobs/{job_id}/video.mp4",
+        "GET /jobs/{job_id}/thumbnail.webp",
+        "GET /jobs/{job_id}/spritesheet.webp",
         "POST /v1/videos",
         "GET /v1/videos",
         "GET /v1/videos/{video_id}",
@@ -90,6 +92,27 @@ def test_the_cookie_is_described_where_it_is_taken(document: Any) -> None:
     ]
     assert {"GET /session", "POST /generate", "GET /jobs/{job_id}/events"} <= set(with_cookie)
     assert "GET /healthz" not in with_cookie
+
+
+def test_files_have_their_media_types_and_open_by_links(document: Any) -> None:
+    paths = document["paths"]
+    media_types = {
+        "/jobs/{job_id}/video.mp4": ["video/mp4"],
+        "/jobs/{job_id}/thumbnail.webp": ["image/webp"],
+        "/jobs/{job_id}/spritesheet.webp": ["image/webp"],
+        "/v1/videos/{video_id}/content": ["video/mp4", "image/webp"],
+    }
+    for path, expected in media_types.items():
+        for status in ("200", "206"):
+            assert list(paths[path]["get"]["responses"][status]["content"]) == expected
+        by_link = {"link": []} in paths[path]["get"]["security"]
+        assert by_link is path.startswith("/jobs/"), path
+    (variant,) = (
+        each
+        for each in paths["/v1/videos/{video_id}/content"]["get"]["parameters"]
+        if each["name"] == "variant"
+    )
+    assert variant["schema"]["enum"] == ["video", "thumbnail", "spritesheet"]
 
 
 def test_references_resolve(document: Any) -> None:

@@ -60,11 +60,15 @@ ROWS: Final[dict[str, Row]] = {
     "DELETE /jobs/{job_id}": Row(Policy.OWN_JOB, "cancel a job", finished=False),
     "GET /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "fetch a video"),
     "HEAD /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "ask whether there is a video"),
+    "GET /jobs/{job_id}/thumbnail.webp": Row(Policy.OWN_VIDEO, "fetch its thumbnail"),
+    "HEAD /jobs/{job_id}/thumbnail.webp": Row(Policy.OWN_VIDEO, "ask whether there is one"),
+    "GET /jobs/{job_id}/spritesheet.webp": Row(Policy.OWN_VIDEO, "fetch its spritesheet"),
+    "HEAD /jobs/{job_id}/spritesheet.webp": Row(Policy.OWN_VIDEO, "ask whether there is one"),
     "POST /v1/videos": Row(Policy.KEY, "ask for a video", json=ASK),
     "GET /v1/videos": Row(Policy.KEY, "list the jobs one may see", lists=True),
     "GET /v1/videos/{video_id}": Row(Policy.OWN_JOB, "read a job"),
     "DELETE /v1/videos/{video_id}": Row(Policy.OWN_JOB, "delete a job and its video"),
-    "GET /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "fetch a video"),
+    "GET /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "fetch a video or a picture of it"),
     "HEAD /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "ask whether there is a video"),
     "GET /models": Row(Policy.KEY, "see what is offered"),
     "POST /session": Row(Policy.KEY, "sign in"),
@@ -91,11 +95,11 @@ _HEAD: Final = f"""\
 `.venv/bin/python -m tests.service.auth.permission_table`.
 
 A job belongs to the key that requested it, its *owner*. A request for somebody else's job is
-answered exactly like one for a job that does not exist (404). A *signed link* is the URL in a
-finished job's `video.url`: it gives access to that one video without a key, until it expires. While
-no key was ever made and the service listens on loopback only, every caller may do what *ops* may.
-*nobody* is a caller without a key. A [session](sessions.md) may do what its key may, except under
-`/v1`, which takes keys only.
+answered exactly like one for a job that does not exist (404). A *signed link* is a URL in a
+finished job's `video`: it gives access to that one video, thumbnail or spritesheet without a key,
+until it expires. While no key was ever made and the service listens on loopback only, every caller
+may do what *ops* may. *nobody* is a caller without a key. A [session](sessions.md) may do what its
+key may, except under `/v1`, which takes keys only.
 
 | request | to | {" | ".join(CALLERS)} |
 |---|---|{"---|" * len(CALLERS)}

@@ -13,9 +13,24 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs import redis_keys
-from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
+from jobs.artifacts.store import (
+    ArtifactStore,
+    artifact_key,
+    open_artifacts,
+    spritesheet_key,
+    thumbnail_key,
+)
 from jobs.errors import ArtifactsUnavailable, JobNotFound
-from jobs.record import Attempt, Failure, JobRecord, StageTimings, Video, now
+from jobs.record import (
+    Attempt,
+    Failure,
+    JobRecord,
+    Picture,
+    Spritesheet,
+    StageTimings,
+    Video,
+    now,
+)
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
@@ -60,6 +75,19 @@ class Scenario:
         return attempt, Video(
             key=key, bytes=3, sha256="ab", width=96, height=96, num_frames=17, fps=8
         )
+
+    def with_pictures(self, attempt: Attempt, video: Video) -> Video:
+        """The video with a thumbnail and a spritesheet, which are stored."""
+        keys = [make(attempt.job_id, attempt.label) for make in (thumbnail_key, spritesheet_key)]
+        for key in keys:
+            self.put(key)
+        file = {"bytes": 3, "sha256": "ab", "width": 96, "height": 96}
+        grid = {"columns": 1, "rows": 1, "frame_width": 96, "frame_height": 96, "frames": (0,)}
+        pictures = {
+            "thumbnail": Picture(key=keys[0], **file),
+            "spritesheet": Spritesheet(key=keys[1], **file, **grid),
+        }
+        return video.model_copy(update=pictures)
 
     def succeeded(self) -> JobRecord:
         attempt, video = self.running()
@@ -113,6 +141,44 @@ def test_a_video_goes_when_its_time_is_over_and_its_record_says_so(
     assert kept.video_deleted_at is not None
     assert kept.model_copy(update={"video_deleted_at": None}) == job
     assert scenario.run_round(PERIODS.videos + DAY) == {}, "a deleted video is not deleted again"
+
+
+def test_pictures_go_with_their_video(
+    make_scenario: Callable[[str], Scenario], each_artifacts_url: str
+) -> None:
+    scenario = make_scenario(each_artifacts_url)
+    attempt, video = scenario.running()
+    pictured = scenario.with_pictures(attempt, video)
+    scenario.store.succeed(attempt, pictured, TIMINGS)
+    old = scenario.succeeded()
+    assert old.video is not None
+
+    # They are old enough to be orphans, but the record names them.
+    assert scenario.run_round(PERIODS.videos - 60 * MOMENT) == {}
+    assert scenario.stored() == {*pictured.keys, old.video.key}
+    assert scenario.run_round(PERIODS.videos + 60 * MOMENT) == {"videos": 2}
+    assert scenario.stored() == set()
+
+
+def test_pictures_that_no_record_names_are_orphans(
+    make_scenario: Callable[[str], Scenario], each_artifacts_url: str
+) -> None:
+    """A worker that died after it had stored the pictures, and another that stored none."""
+    scenario = make_scenario(each_artifacts_url)
+    lost, video = scenario.running()
+    scenario.with_pictures(lost, video)
+    scenario.store.give_up(lost)
+    second = scenario.store.claim(lost.job_id, "w")
+    second_key = artifact_key(second.job_id, second.label)
+    scenario.put(second_key)
+    foreign = ("videos/x/1-poster.webp", "videos/x/1.webp", "videos/x/thumbnail.webp")
+    for key in foreign:
+        scenario.put(key)
+
+    assert scenario.run_round(PERIODS.orphans + 60 * MOMENT) == {}, "the job may still end so"
+    scenario.store.succeed(second, video.model_copy(update={"key": second_key}), TIMINGS)
+    assert scenario.run_round(PERIODS.orphans + 60 * MOMENT) == {"orphans": 3}
+    assert scenario.stored() == {second_key, *foreign}
 
 
 def test_callers_see_when_a_video_ends_and_that_it_has(

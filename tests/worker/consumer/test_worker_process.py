@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Never
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -18,8 +19,10 @@ from redis import Redis
 
 from deploy.local.waiting import wait_until
 from jobs import catalog
+from jobs.record import Video
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
+from tests.support.launcher import decode_video
 from tests.support.requests import generation_request
 from worker.errors import EXIT_DEVICE_LOST
 from worker.startup import main
@@ -68,7 +71,7 @@ def wait_for_line(process: subprocess.Popen[bytes], log: Path, pattern: str) -> 
 
 
 def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
-    worker: tuple[subprocess.Popen[bytes], Path], redis: Redis, store: JobStore
+    worker: tuple[subprocess.Popen[bytes], Path], redis: Redis, store: JobStore, tmp_path: Path
 ) -> None:
     process, log = worker
     wait_for_line(process, log, r"ready: wan-mini\.")
@@ -84,6 +87,7 @@ def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     assert record.state is JobState.SUCCEEDED
     assert record.video is not None
     assert record.video.num_frames == 5
+    show_the_frames(record.video, tmp_path / "artifacts")
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     output = log.read_text(encoding="utf-8")
@@ -100,6 +104,22 @@ def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
         assert re.search(line, output), line
     assert "Traceback" not in output
     assert generation_request().prompt not in output
+
+
+def show_the_frames(video: Video, artifacts: Path) -> None:
+    """Check that the pictures show the frames of the MP4, which is compressed in another way."""
+    frames = decode_video(artifacts / video.key).astype(int)
+    thumbnail, sheet = video.thumbnail, video.spritesheet
+    assert thumbnail is not None
+    assert sheet is not None
+    (small,) = decode_video(artifacts / thumbnail.key, thumbnail.width, thumbnail.height)
+    assert np.abs(small - frames[2]).mean() < 6
+    assert (sheet.columns, sheet.rows, sheet.frames) == (3, 2, (0, 1, 2, 3, 4))
+    (grid,) = decode_video(artifacts / sheet.key, sheet.width, sheet.height)
+    for number in sheet.frames:
+        row, column = divmod(number, sheet.columns)
+        cell = grid[row * 96 : (row + 1) * 96, column * 96 : (column + 1) * 96]
+        assert np.abs(cell - frames[number]).mean() < 6
 
 
 FAULTS = {

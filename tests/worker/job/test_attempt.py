@@ -5,11 +5,14 @@ Every job takes production's path: `JobStore.create`, RQ's queue, `ResidentWorke
 
 import hashlib
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
 from redis import Redis
@@ -21,12 +24,14 @@ from rq.serializers import JSONSerializer
 
 from jobs import catalog, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
+from jobs.artifacts.store import open_artifacts
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import Attempt, JobRecord
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from jobs.store.submission import Submission
+from tests.support.launcher import decode_video
 from tests.support.requests import generation_request
 from worker.consumer.rq_worker import ResidentWorker
 from worker.device import Device
@@ -94,6 +99,58 @@ def test_a_job_becomes_a_stored_video(
     assert record.video.sha256 == hashlib.sha256(data).hexdigest()
     assert (record.video.width, record.video.height, record.video.num_frames) == (64, 32, 9)
     assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
+
+
+def test_a_job_has_pictures_of_its_frames(
+    store: JobStore, redis: Redis, each_artifacts_url: str, tmp_path: Path
+) -> None:
+    job = store.create(REQUEST, QUEUE).job
+    artifacts = open_artifacts(each_artifacts_url)
+    ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+    video = store.get(job.id).video
+    assert video is not None
+    thumbnail, sheet = video.thumbnail, video.spritesheet
+    assert thumbnail is not None
+    assert sheet is not None
+    assert {each.key for each in artifacts.list()} == set(video.keys)
+    assert thumbnail.key == video.key.replace(".mp4", "-thumbnail.webp")
+    assert sheet.key == video.key.replace(".mp4", "-spritesheet.webp")
+    assert (thumbnail.width, thumbnail.height) == (sheet.frame_width, sheet.frame_height)
+    assert (thumbnail.width, thumbnail.height) == (64, 32)
+    assert (sheet.columns, sheet.rows, sheet.frames) == (3, 3, tuple(range(9)))
+    for picture, size in ((thumbnail, (64, 32)), (sheet, (192, 96))):
+        data = b"".join(artifacts.read(picture.key, 0, picture.bytes))
+        assert artifacts.size(picture.key) == picture.bytes
+        assert picture.sha256 == hashlib.sha256(data).hexdigest()
+        path = tmp_path / "picture.webp"
+        path.write_bytes(data)
+        (pixels,) = decode_video(path, *size)
+        assert np.abs(pixels.astype(int) - REQUEST.seed).max() <= 3, "the fake engine's colour"
+
+
+def test_an_ffmpeg_without_webp_costs_the_pictures_and_not_the_job(
+    run: Callable[..., JobRecord],
+    artifacts: FolderArtifactStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    wrapper = tmp_path / "ffmpeg"
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *libwebp*) echo "Unknown encoder" >&2; exit 8;; esac\n'
+        f'exec {shlex.quote(real)} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(wrapper))
+    record = run()
+    assert record.state is JobState.SUCCEEDED
+    assert record.video is not None
+    assert (record.video.thumbnail, record.video.spritesheet) == (None, None)
+    assert [each.key for each in artifacts.list()] == [record.video.key]
+    said = [line for line in caplog.messages if "pictures" in line]
+    assert said == ["the video has no pictures: ffmpeg ended with status 8: Unknown encoder"]
 
 
 def test_an_engine_gets_the_owner_of_each_job(
@@ -344,7 +401,7 @@ def test_a_lost_device_that_hangs_when_it_is_asked_does_not_keep_the_worker(
 
 
 class InterferingStore(FolderArtifactStore):
-    """A store that calls `then` each time a video has just been stored."""
+    """A store that calls `then` each time a file has just been stored."""
 
     def __init__(self, root: Path, then: Callable[[], object]) -> None:
         super().__init__(root)
@@ -362,11 +419,36 @@ def test_the_video_of_an_attempt_that_became_stale_is_deleted(
     store: JobStore, redis: Redis, tmp_path: Path
 ) -> None:
     job = store.create(REQUEST, QUEUE).job
-    artifacts = InterferingStore(tmp_path / "artifacts", lambda: take_over(redis, store, job.id))
-    ResidentWorker(FakeEngine(), redis, artifacts).work(burst=True, logging_level="WARNING")
+
+    def then() -> None:
+        if len(interfering.stored) == 1:
+            take_over(redis, store, job.id)
+
+    interfering = InterferingStore(tmp_path / "artifacts", then)
+    ResidentWorker(FakeEngine(), redis, interfering).work(burst=True, logging_level="WARNING")
     assert store.get(job.id).state is JobState.RUNNING
-    assert len(artifacts.stored) == 1
-    assert not artifacts.stored[0].exists()
+    assert len(interfering.stored) == 3, "the video and two pictures"
+    assert not any(path.exists() for path in interfering.stored)
+
+
+def test_a_video_whose_pictures_cannot_be_stored_is_a_video(
+    store: JobStore, redis: Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = store.create(REQUEST, QUEUE).job
+
+    def then() -> None:
+        """Once the video is stored, put a folder where a picture has to go."""
+        video = interfering.stored[0]
+        video.with_name(f"{video.stem}-spritesheet.webp").mkdir(exist_ok=True)
+
+    interfering = InterferingStore(tmp_path / "artifacts", then)
+    ResidentWorker(FakeEngine(), redis, interfering).work(burst=True, logging_level="WARNING")
+    record = store.get(job.id)
+    assert record.state is JobState.SUCCEEDED
+    assert record.video is not None
+    assert interfering.path(record.video.key).is_file()
+    assert (record.video.thumbnail, record.video.spritesheet) == (None, None)
+    assert "the video has no pictures, because they could not be stored" in caplog.messages
 
 
 def test_a_worker_is_offered_while_it_works_and_not_afterwards(
