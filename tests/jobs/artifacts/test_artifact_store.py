@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
+from jobs.artifacts.store import (
+    ArtifactStore,
+    artifact_key,
+    open_artifacts,
+    spritesheet_key,
+    thumbnail_key,
+)
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
 DATA = bytes(range(256)) * 10_000
@@ -117,6 +123,12 @@ def test_probe_leaves_nothing(artifacts: ArtifactStore) -> None:
 
 def test_attempts_have_their_own_keys() -> None:
     assert artifact_key("j", "1") != artifact_key("j", "2") != artifact_key("k", "2")
+
+
+def test_pictures_are_beside_their_video() -> None:
+    keys = {make("j", "1") for make in (artifact_key, thumbnail_key, spritesheet_key)}
+    assert len(keys) == 3
+    assert {key.rpartition("/")[0] for key in keys} == {"videos/j"}
 
 
 @pytest.mark.parametrize(

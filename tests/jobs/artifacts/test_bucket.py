@@ -14,6 +14,7 @@ from obstore.store import S3Store
 
 from jobs.artifacts.bucket import BucketArtifactStore
 from jobs.artifacts.s3_url import BucketAddress
+from jobs.artifacts.store import thumbnail_key
 from jobs.errors import AppError, ArtifactNotStored, ArtifactsUnavailable, GenerationCancelled
 from tests.support.s3_server import FaultyProxy
 
@@ -46,9 +47,10 @@ def through_proxy(proxy: FaultyProxy, bucket: str, retry_for_s: float = 0.5) -> 
 def test_the_object_has_its_prefix_and_its_type(
     direct: BucketArtifactStore, bucket: str, s3_endpoint: str, source: Path
 ) -> None:
-    direct.put(KEY, source)
     whole = S3Store(bucket, endpoint=s3_endpoint, client_options={"allow_http": True})
-    assert obstore.get(whole, f"wan/{KEY}").attributes["Content-Type"] == "video/mp4"
+    for key, kind in ((KEY, "video/mp4"), (thumbnail_key("01a2", "1"), "image/webp")):
+        direct.put(key, source)
+        assert obstore.get(whole, f"wan/{key}").attributes["Content-Type"] == kind
 
 
 def test_a_file_too_large_for_one_request_goes_in_parts(

@@ -138,8 +138,10 @@ def test_scaling_takes_the_mean_of_the_area() -> None:
     assert small[0, 0].tolist() == [round(200 * 5 / 6), round(100 * 5 / 6), round(50 * 5 / 6)]
     assert small[1].max() == small[0, 1].max() == 0
     thirds = AreaScaler(VideoFormat(3, 2, 1, 8), (2, 2))
-    row = np.array([[[0] * 3, [90] * 3, [240] * 3]] * 2, np.uint8)
-    assert thirds.scale(row)[0, :, 0].tolist() == [30, 190]
+    row = np.array([[[0] * 3, [91] * 3, [240] * 3]] * 2, np.uint8)
+    assert thirds.scale(row)[0, :, 0].tolist() == [46, 240]
+    white = np.full((480, 832, 3), 255, np.uint8)
+    assert AreaScaler(VideoFormat(832, 480, 1, 8), (160, 92)).scale(white).min() == 255
 
 
 @pytest.mark.parametrize(("width", "height"), [(832, 480), (1280, 720), (720, 1280), (16, 4096)])
