@@ -30,19 +30,19 @@ def of_criterion(
     sure = f"with {100 * (1 - design.bounds.alpha):g} % confidence"
     if verdict is Verdict.NON_INFERIOR:
         return (
-            f"{subject} is non-inferior to {design.reference}: {won}, {sure} more than"
+            f"{subject} is non-inferior to {design.reference}, since {won}, {sure} more than"
             f" {_percent(interval.low)}, which is above {limit}."
         )
     if verdict is Verdict.INFERIOR:
         return (
-            f"{subject} is inferior to {design.reference}: {won}, {sure} less than"
+            f"{subject} is inferior to {design.reference}, since {won}, {sure} less than"
             f" {_percent(interval.high)}, which is below {limit}."
         )
-    more = f" About {needed.missing} more decisive votes are planned." if needed.missing else ""
+    more = f"; by plan, {needed.missing} more decisive votes are needed" if needed.missing else ""
     return (
-        f"{subject} may or may not be as good as {design.reference}: {won}, and the"
+        f"{subject} may or may not be as good as {design.reference}, since {won} and the"
         f" {100 * interval.level:g} % interval, {_percent(interval.low)} to"
-        f" {_percent(interval.high)}, contains {limit}.{more}"
+        f" {_percent(interval.high)}, contains {limit}{more}."
     )
 
 
