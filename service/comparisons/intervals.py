@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from service.comparisons.distributions import normal_quantile, student_quantile, student_tails
 from service.comparisons.votes import Score
@@ -142,10 +143,11 @@ def bootstrap_share(
     while len(shares) < draws:
         rater_weights, prompt_weights = _draw(rng, len(raters)), _draw(rng, len(prompts))
         total = count = 0.0
-        for weight, row in zip(rater_weights, rows, strict=True):
+        for weight, (prompt_indices, sums, votes) in zip(rater_weights, rows, strict=True):
             if weight:
-                total += weight * sum([prompt_weights[p] * value for p, value, _ in row])
-                count += weight * sum([prompt_weights[p] * votes for p, _, votes in row])
+                drawn = [prompt_weights[index] for index in prompt_indices]
+                total += weight * sum(map(mul, drawn, sums))
+                count += weight * sum(map(mul, drawn, votes))
         if count:  # raters who judged few prompts may be drawn without any of them
             shares.append(total / count)
     shares.sort()
@@ -155,15 +157,19 @@ def bootstrap_share(
 
 def _rows(
     scores: Sequence[Score], raters: Sequence[str], prompts: Sequence[str]
-) -> list[list[tuple[int, float, int]]]:
-    """Return for each rater the prompts judged: index, sum of scores, votes."""
+) -> list[tuple[list[int], list[float], list[int]]]:
+    """Return for each rater the indices of prompts, the sums of scores and the numbers of votes."""
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for score in scores:
         cells[score.rater_id, score.prompt_id].append(score.value)
     index_of = {prompt: index for index, prompt in enumerate(prompts)}
-    rows: dict[str, list[tuple[int, float, int]]] = {rater: [] for rater in raters}
+    rows: dict[str, tuple[list[int], list[float], list[int]]]
+    rows = {rater: ([], [], []) for rater in raters}
     for (rater, prompt), values in sorted(cells.items()):
-        rows[rater].append((index_of[prompt], sum(values), len(values)))
+        indices, sums, votes = rows[rater]
+        indices.append(index_of[prompt])
+        sums.append(sum(values))
+        votes.append(len(values))
     return [rows[rater] for rater in raters]
 
 

@@ -1,7 +1,7 @@
 """The distributions are scipy's."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -17,7 +17,10 @@ from service.comparisons.distributions import (
 shape = st.floats(0.5, 500)
 inside = st.floats(0.001, 0.999)
 
+ORACLE = settings(deadline=None)  # the first call of an oracle may be slow
 
+
+@ORACLE
 @given(inside, shape, shape)
 def test_beta(x: float, a: float, b: float) -> None:
     assert beta_cdf(x, a, b) == pytest.approx(stats.beta.cdf(x, a, b), rel=1e-8, abs=1e-12)
@@ -28,6 +31,7 @@ def test_beta_at_its_ends(x: float, expected: float) -> None:
     assert beta_cdf(x, 2, 3) == expected
 
 
+@ORACLE
 @given(inside, st.floats(1, 1000))
 def test_student(probability: float, df: float) -> None:
     quantile = student_quantile(probability, df)
@@ -35,11 +39,13 @@ def test_student(probability: float, df: float) -> None:
     assert student_tails(quantile, df) == pytest.approx(2 * stats.t.sf(abs(quantile), df), rel=1e-8)
 
 
+@ORACLE
 @given(inside)
 def test_normal(probability: float) -> None:
     assert normal_quantile(probability) == pytest.approx(stats.norm.ppf(probability), abs=1e-12)
 
 
+@ORACLE
 @given(st.integers(1, 2000), st.data(), inside)
 def test_binomial(trials: int, data: st.DataObject, probability: float) -> None:
     successes = data.draw(st.integers(0, trials))

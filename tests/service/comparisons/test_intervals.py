@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
@@ -22,7 +22,10 @@ from tests.service.comparisons.generated import mirrored_scores, votes_of
 
 SEEDS = range(12)
 
+ORACLE = settings(deadline=None)  # the first call of an oracle may be slow
 
+
+@ORACLE
 @given(st.integers(1, 3000), st.data(), st.floats(0.5, 0.999))
 def test_wilson_is_that_of_statsmodels(trials: int, data: st.DataObject, level: float) -> None:
     successes = data.draw(st.integers(0, trials))
@@ -170,6 +173,7 @@ def test_draws_without_any_vote_are_drawn_again() -> None:
     assert (interval.low, interval.high) == (0.0, 1.0)
 
 
+@ORACLE
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(0, 1))
 def test_quantiles_are_those_of_numpy(values: list[float], probability: float) -> None:
     expected = np.quantile(values, probability)

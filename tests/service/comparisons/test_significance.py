@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -18,7 +18,10 @@ from service.comparisons.significance import (
 )
 from service.comparisons.votes import Score
 
+ORACLE = settings(deadline=None)  # the first call of an oracle may be slow
 
+
+@ORACLE
 @given(st.integers(1, 600), st.data(), st.floats(0.05, 0.95))
 def test_binomial_is_that_of_scipy(trials: int, data: st.DataObject, probability: float) -> None:
     successes = data.draw(st.integers(0, trials))
@@ -81,6 +84,7 @@ def test_prompt_means() -> None:
     assert prompt_means(given_scores) == {"p0": 0.0, "p1": 0.75}
 
 
+@settings(max_examples=10, deadline=None)  # statsmodels takes 0.2 s for each
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_that_of_statsmodels(p_values: list[float]) -> None:
     adjusted = holm({str(index): p_value for index, p_value in enumerate(p_values)})
