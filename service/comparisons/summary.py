@@ -122,6 +122,12 @@ def _criterion(name: str, votes: Sequence[Vote], design: Design) -> Json:
             "df": share.df if share else None,
         },
         "verdict": str(verdict),
+        "bounds": {
+            "limit": design.bounds.limit,
+            "lower": interval.low if interval else None,
+            "upper": interval.high if interval else None,
+            "confidence": 1 - design.bounds.alpha,
+        },
         "sentence": sentences.of_criterion(name, verdict, share, interval, needed, design),
         "votes_needed": _json(needed),
         "difference": {

@@ -1,6 +1,8 @@
 """Verdicts follow the interval, and the votes needed are those of the exact test."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,23 @@ def test_from_the_votes_needed_on_the_test_has_the_power(
     power = stats.binom.sf(fewest - 1, votes, true_share)
     assert (power[votes >= needed] >= 0.8).all()
     assert (power[votes < needed] < 0.8).all()
+
+
+def test_the_documented_votes_needed_are_those_computed() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "comparisons.md").read_text()
+    rows = re.findall(r"^\| (0\.\d+) \| ([\d,]+(?: \| [\d,]+){5}) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for margin, cells in rows:
+        bounds = Bounds(float(margin))
+        plain = decisive_votes_needed(bounds)
+        assert [int(cell.replace(",", "")) for cell in cells.split(" | ")] == [
+            plain,
+            decisive_votes_needed(replace(bounds, power=0.9)),
+            decisive_votes_needed(replace(bounds, true_share=0.48)),
+            decisive_votes_needed(bounds, tie_share=0.3),
+            2 * plain,
+            4 * plain,
+        ]
 
 
 def test_ties_that_count_as_half_need_fewer_decisive_votes() -> None:

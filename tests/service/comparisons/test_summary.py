@@ -91,7 +91,9 @@ def test_non_inferior_in_one_sentence() -> None:
     found = result(split(16, 40))
     criterion = found["criteria"][CRITERION]
     assert criterion["verdict"] == found["conclusion"]["verdict"] == "non-inferior"
-    low = 100 * criterion["share"]["interval"]["low"]
+    assert criterion["bounds"]["lower"] > criterion["bounds"]["limit"] == 0.4
+    assert criterion["bounds"]["confidence"] == 0.95
+    low = 100 * criterion["bounds"]["lower"]
     assert criterion["sentence"] == (
         "Motion smoothness: w8a8 is non-inferior to bf16, since it won 50.0 % of 640 decisive"
         f" votes, with 95 % confidence more than {low:.1f} %, which is above the"
@@ -168,6 +170,7 @@ def test_barely_inferior_in_one_of_many_does_not_make_the_whole_inferior() -> No
 def test_what_cannot_be_judged_is_said(votes: list[Vote]) -> None:
     criterion = result(votes)["criteria"][CRITERION]
     assert criterion["verdict"] == "inconclusive"
+    assert criterion["bounds"]["lower"] is None
     assert criterion["share"]["interval"] is criterion["share"]["bootstrap"] is None
     assert criterion["sentence"] == (
         "Motion smoothness: w8a8 cannot be judged yet, since that takes votes of at least two"
