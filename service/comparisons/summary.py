@@ -11,6 +11,8 @@ from typing import Any
 from service.comparisons import sentences
 from service.comparisons.design import Design
 from service.comparisons.intervals import (
+    ClusteredShare,
+    Interval,
     bootstrap_share,
     clustered_mean,
     clustered_share,
@@ -30,7 +32,7 @@ from service.comparisons.significance import (
     prompt_means,
     sign_flip_test,
 )
-from service.comparisons.votes import SCORES, Outcome, Ties, Vote, counted, scores
+from service.comparisons.votes import SCORES, Outcome, Score, Ties, Vote, counted, scores
 
 Json = dict[str, Any]
 
@@ -96,31 +98,14 @@ def _criterion(name: str, votes: Sequence[Vote], design: Design) -> Json:
     tie_share = outcomes[Outcome.TIE] / len(test_votes) if test_votes else 0.0
     diluted = tie_share if design.ties is Ties.HALF else 0.0
     needed = votes_needed(share, decisive, diluted, design.bounds)
-    level = design.bounds.level
-    bootstrap = bootstrap_share(given, level, design.bootstrap_draws, design.seed)
     differences = [mean - 0.5 for mean in prompt_means(given).values()]
     return {
         "votes": len(test_votes),
         "decisive": decisive,
         "raters": len({vote.rater_id for vote in test_votes}),
         "prompts": len({vote.prompt_id for vote in test_votes}),
-        "outcomes": {
-            str(outcome): {
-                "votes": outcomes[outcome],
-                "share": outcomes[outcome] / len(test_votes) if test_votes else None,
-                "wilson": _json(wilson(outcomes[outcome], len(test_votes))),
-            }
-            for outcome in Outcome
-        },
-        "share": {
-            "value": sum(score.value for score in given) / len(given) if given else None,
-            "counted": len(given),
-            "interval": _json(interval),
-            "bootstrap": _json(bootstrap),
-            "effective_votes": share.effective_votes if share else None,
-            "design_effect": share.design_effect if share else None,
-            "df": share.df if share else None,
-        },
+        "outcomes": {str(each): _outcome(outcomes[each], len(test_votes)) for each in Outcome},
+        "share": _share(given, share, interval, design),
         "verdict": str(verdict),
         "bounds": {
             "limit": design.bounds.limit,
@@ -136,6 +121,32 @@ def _criterion(name: str, votes: Sequence[Vote], design: Design) -> Json:
             "binomial": binomial_test(outcomes[Outcome.WIN], decisive),
         },
         "reliability": _reliability(votes),
+    }
+
+
+def _outcome(votes: int, total: int) -> Json:
+    return {
+        "votes": votes,
+        "share": votes / total if total else None,
+        "wilson": _json(wilson(votes, total)),
+    }
+
+
+def _share(
+    given: Sequence[Score],
+    share: ClusteredShare | None,
+    interval: Interval | None,
+    design: Design,
+) -> Json:
+    drawn = bootstrap_share(given, design.bounds.level, design.bootstrap_draws, design.seed)
+    return {
+        "value": sum(score.value for score in given) / len(given) if given else None,
+        "counted": len(given),
+        "interval": _json(interval),
+        "bootstrap": _json(drawn),
+        "effective_votes": share.effective_votes if share else None,
+        "design_effect": share.design_effect if share else None,
+        "df": share.df if share else None,
     }
 
 
