@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 from service.settings import ServiceSettings
@@ -71,15 +70,6 @@ class Visit:
     def open(self, path: str) -> Page:
         self.page.goto(self.url + path)
         return self.page
-
-    def accessibility_faults(self) -> list[str]:
-        """What axe finds serious or critical."""
-        violations = Axe().run(self.page).response["violations"]
-        return [
-            f"{each['id']}: {each['help']} ({each['nodes'][0]['html'][:120]})"
-            for each in violations
-            if each["impact"] in ("serious", "critical")
-        ]
 
     def _note_message(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
