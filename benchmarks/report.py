@@ -95,7 +95,7 @@ def _versions() -> dict[str, str]:
         return found
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(cudnn)}
-    for name in ("triton", "nvidia-cudnn-frontend", "fastsafetensors"):
+    for name in ("triton", "fa3-fwd", "flash-attn-3", "fastsafetensors"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -1,15 +1,16 @@
 """Measure the quality cost of FP8 attention: `python -m benchmarks.quality.fp8_attention`.
 
 The miniature generates videos of unseen captions with the same seeds in bf16, w8a8 and w8a8 with
-FP8 attention. All modes use the bit-true emulation (`quant.kernels.eager`), which rounds queries,
-keys, values, the numerators of the softmax and the output as the FP8 kernels do. The result has the
-oracle's rate of each attribute, and the PSNR between modes, with 95 % confidence intervals.
+FP8 attention. By default all modes use the bit-true emulation (`quant.kernels.eager`), which rounds
+queries, keys, values and the numerators of the softmax as FlashAttention-3 does. With
+`--kernels device` the quantized modes run on the device's own kernels. The result has the oracle's
+rate of each attribute, and the PSNR between modes, with 95 % confidence intervals.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from mini.world.oracle import ATTRIBUTES, Frames
 from mini.world.scenes import Split, captions_of
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
+from quant.kernels.selection import pick_kernels
 
 RECIPES = {"bf16": None, "w8a8": "boundary-hif8", "w8a8-fp8attn": "boundary-hif8-fp8attn"}
 PAIRS = (("w8a8", "bf16"), ("w8a8-fp8attn", "bf16"), ("w8a8-fp8attn", "w8a8"))
@@ -50,11 +52,15 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 24,
     batch: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
     device: str = "cpu",
+    kernels: Annotated[
+        Literal["eager", "device"], typer.Option(help="What the quantized modes run on.")
+    ] = "eager",
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
 ) -> None:
     """Score the three modes and write the result."""
     texts = captions_of(Split.EVALUATION, count)
-    videos = {mode: mode_videos(mode, texts, batch, device) for mode in RECIPES}
+    picked = {mode: pick(mode, kernels, device) for mode in RECIPES}
+    videos = {mode: mode_videos(mode, texts, batch, device, picked[mode]) for mode in RECIPES}
     rows = [*rate_rows(videos, texts), *psnr_rows(videos)]
     report.print_table(rows)
     settings = {
@@ -67,21 +73,34 @@ def main(
         "recipes": {
             mode: quant.QuantRecipe.load(name).fingerprint for mode, name in RECIPES.items() if name
         },
-        "kernels": "eager",
+        "kernels": {mode: each.name for mode, each in picked.items()},
     }
     name = device if device == "cpu" else torch.cuda.get_device_name(0)
     report.save(report.result("attention-quality", name, settings, rows))
     if sheet is not None:
         write_sheet(videos, texts, sheet)
     for mode in RECIPES:
-        cache_path(mode, device, texts).unlink()
+        cache_path(mode, device, picked[mode], texts).unlink()
 
 
-def mode_videos(mode: str, texts: list[str], batch: int, device: str) -> list[Frames]:
+def pick(mode: str, kernels: Literal["eager", "device"], device: str) -> Kernels:
+    """Return the kernels of a mode; bf16, which the others are compared with, is always eager."""
+    if kernels == "eager" or RECIPES[mode] is None:
+        return EagerKernels()
+    fp8_attention = mode == "w8a8-fp8attn"
+    choice = pick_kernels(torch.device(device), quantized=True, fp8_attention=fp8_attention)
+    if choice.warning is not None:
+        raise SystemExit(choice.warning)
+    return choice.kernels
+
+
+def mode_videos(
+    mode: str, texts: list[str], batch: int, device: str, kernels: Kernels
+) -> list[Frames]:
     """Generate the videos of one mode; continues an interrupted run."""
     pipeline = load_pipeline(MODEL, device)
-    pipeline.transformer = prepare(pipeline.transformer, RECIPES[mode], EagerKernels())
-    return generate_videos(pipeline, cache_path(mode, device, texts), texts, batch)
+    pipeline.transformer = prepare(pipeline.transformer, RECIPES[mode], kernels)
+    return generate_videos(pipeline, cache_path(mode, device, kernels, texts), texts, batch)
 
 
 def prepare(
@@ -101,14 +120,15 @@ def scales_file(recipe: str) -> Path:
     return MODEL / "scales" / f"{recipe}.safetensors"
 
 
-def cache_path(mode: str, device: str, texts: list[str]) -> Path:
+def cache_path(mode: str, device: str, kernels: Kernels, texts: list[str]) -> Path:
     """Return the file that keeps an interrupted run's videos.
 
     Its name depends on everything that determines a video, except the code.
     """
     recipe = RECIPES[mode]
     scales = scales_file(recipe).read_bytes() if recipe else b""
-    settings = [quant.model_fingerprint(MODEL), SAMPLING_STEPS, GUIDANCE_SCALE, texts]
+    fingerprint = quant.model_fingerprint(MODEL)
+    settings = [fingerprint, SAMPLING_STEPS, GUIDANCE_SCALE, kernels.name, texts]
     digest = hashlib.sha256(json.dumps(settings).encode() + scales).hexdigest()
     return CACHE_FOLDER / f"attention-quality-{mode}-{device}-{digest[:16]}.npz"
 

@@ -131,7 +131,9 @@ def measure(ranks: RankGroup, job: Job, modes: list[str], tiny: bool) -> list[Ro
 def prepare(ranks: RankGroup, base: Any, mode: str, size: str) -> Any:
     """Return a shared copy of `base` in a mode, on the device's kernels."""
     name, device = RECIPES[mode], ranks.device
-    choice = device.pick_kernels(quantized=name is not None)
+    choice = device.pick_kernels(
+        quantized=name is not None, fp8_attention=name == RECIPES["w8a8-fp8attn"]
+    )
     assert choice is not None, "these devices have kernels of ours"
     if ranks.is_leader:
         print(f"{mode}: {choice.kernels.name} kernels {choice.warning or ''}", flush=True)
@@ -198,7 +200,7 @@ def communication_rows(ranks: RankGroup, tokens: int, heads: int) -> list[Row]:
             shape = (1, tokens // layout.ulysses, heads, 128)
             q, k, v = (torch.randn(shape, device=on).to(dtype) for _ in range(3))
             attention = ranks.ulysses.attention(lambda q, *_: q.flatten(2))
-            exchange = partial(attention, q, k, v, None, shape[1])
+            exchange = partial(attention, q, k, v, None, None)
             with ranks.use_layout(layout):
                 ms = timed(ranks, exchange)
             name = f"{guidance}: trade of one block, {tokens} tokens over {layout.ulysses} cards"

@@ -4,22 +4,21 @@ Weights are E4M3 codes of HiFloat8 values, shifted up by as many binades as E4M3
 HiFloat8 never has more than three mantissa bits, so after the shift nearly all of them are exact
 (`E4m3Linear.flushed` is the share of the others). Activations come as E4M3 codes from
 `quant.kernels.triton_fused`. Products are computed by `torch._scaled_mm`, with one scale per tensor
-where the recipe allows it. Attention is torch's own in BF16 and cuDNN's in FP8
-(`quant.kernels.cudnn_attention`).
+where the recipe allows it. Attention is FlashAttention-3's if the kernels are given it, otherwise
+torch's own, which has none in FP8.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from quant.kernels import triton_fused, triton_recode
+from quant.kernels.flash_attention import FlashAttention
 from quant.kernels.interface import AttentionScales, BlockLinear
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
 from quant.kernels.triton_fused import E4M3
@@ -27,16 +26,16 @@ from quant.kernels.triton_recode import E4M3_MAX
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import is_power_of_two
 
-if TYPE_CHECKING:
-    from quant.kernels.cudnn_attention import Fp8Attention
-
 E4M3_LARGEST_CODE = 0x7E
 
 
 class CudaKernels:
     """Implements `quant.kernels.interface.Kernels`."""
 
-    name = "cuda"
+    def __init__(self, flash: FlashAttention | None = None) -> None:
+        """Use `flash` for attention, or torch's if it is None."""
+        self._flash = flash
+        self.name = "cuda" if flash is None else "cuda with FlashAttention-3"
 
     def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
         return JoinedLinear(linears)
@@ -60,21 +59,22 @@ class CudaKernels:
         return torch.stack((saturated, flushed))
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scales: AttentionScales | None,
+        act_scale: float | None,
     ) -> Tensor:
-        if scales is not None:
-            return self._fp8_attention(q, k, v, scales, tokens).flatten(2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k[:, :tokens], v[:, :tokens]))
-        out = scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).flatten(2)
-
-    @cached_property
-    def _fp8_attention(self) -> Fp8Attention:
-        # Imported only for recipes with FP8 attention, because it needs `nvidia-cudnn-frontend`,
-        # which may not be installed.
-        from quant.kernels.cudnn_attention import Fp8Attention  # noqa: PLC0415
-
-        return Fp8Attention()
+        if self._flash is None:
+            assert scales is None, "FP8 attention is chosen only with FlashAttention-3"
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            out = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        elif scales is None:
+            out = self._flash.bf16(q, k, v)
+        else:
+            out = self._flash.fp8(q, k, v, scales)
+        return self.round_act(out.flatten(2), act_scale)
 
 
 class E4m3Linear(nn.Module):

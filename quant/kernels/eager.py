@@ -97,14 +97,16 @@ class EagerKernels:
         return reference.misfits(x, torch.tensor(act_scale, device=x.device))
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scales: AttentionScales | None,
+        act_scale: float | None,
     ) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in (q, k[:, :tokens], v[:, :tokens]))
-        if scales is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = fp8_attention(q, k, v, scales.out)
-        return out.transpose(1, 2).flatten(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        attend = F.scaled_dot_product_attention if scales is None else fp8_attention
+        return self.round_act(attend(q, k, v).transpose(1, 2).flatten(2), act_scale)
 
 
 class _DecodedLinear(nn.Module):
@@ -135,22 +137,17 @@ def _rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack(rotated, dim=-1).flatten(-2).type_as(x)
 
 
-def fp8_attention(
-    q: Tensor, k: Tensor, v: Tensor, out_scale: float, max_scores: int = MAX_SCORES
-) -> Tensor:
-    """Emulate a fused FP8 kernel: q, k, v [B, heads, S or T, D] bf16, already rounded → as q.
+def fp8_attention(q: Tensor, k: Tensor, v: Tensor, max_scores: int = MAX_SCORES) -> Tensor:
+    """Emulate FlashAttention-3 in FP8: q, k, v [B, heads, S or T, D] bf16, rounded already → as q.
 
     Args:
         max_scores: number of scores held at a time; queries are processed in chunks for it.
     """
     keys, values = k.float().transpose(-1, -2), v.float()
-    limit = torch.finfo(torch.float8_e4m3fn).max
     chunks = []
     for chunk in torch.split(q, max(1, max_scores // k[..., 0].numel()), dim=-2):
         scores = chunk.float() @ keys * q.shape[-1] ** -0.5
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         rounded = (weights / P_SCALE).to(torch.float8_e4m3fn).float() * P_SCALE
-        out = rounded @ values / weights.sum(-1, keepdim=True)
-        codes = (out / out_scale).clamp(-limit, limit).to(torch.float8_e4m3fn)
-        chunks.append((codes.float() * out_scale).to(q.dtype))
+        chunks.append((rounded @ values / weights.sum(-1, keepdim=True)).to(q.dtype))
     return torch.cat(chunks, dim=-2)

@@ -19,20 +19,14 @@ from quant.numerics.linear import Hif8Linear
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines, [1, S, 1, D] float32; each angle appears twice."""
 
-KEYS_MULTIPLE = 128
-"""Keys and values of FP8 attention are padded to a multiple of this number of tokens.
-
-`quant.kernels.cudnn_attention` explains why."""
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionScales:
-    """Static scales of FP8 self-attention: of queries, keys, values and the output."""
+    """Static scales of FP8 self-attention: of queries, keys and values."""
 
     q: float
     k: float
     v: float
-    out: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +99,7 @@ class Kernels(Protocol):
         Queries and keys are normalised and rotated by `rope`, values are not.
 
         Returns:
-            each part as [B, S, heads, D] in the form that `attention` takes. Keys and values may be
-            padded beyond S.
+            each part as [B, S, heads, D]: in BF16, or with `scales` in the form for FP8 attention.
         """
 
     def gelu(self, x: Tensor, act_scale: float | None) -> Tensor:
@@ -122,10 +115,18 @@ class Kernels(Protocol):
         """
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scales: AttentionScales | None,
+        act_scale: float | None,
     ) -> Tensor:
-        """Attend q [B, S, heads, D] to the first `tokens` of k and v [B, T, heads, D].
+        """Attend q [B, S, heads, D] to k and v [B, T, heads, D].
+
+        Args:
+            scales: with them, q, k and v are in the form for FP8 attention.
 
         Returns:
-            [B, S, heads*D] in bf16; with scales, in the form for `scales.out`.
+            [B, S, heads*D] in the form for `act_scale`.
         """

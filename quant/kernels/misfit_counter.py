@@ -72,9 +72,14 @@ class CountingKernels:
         return self._kernels.misfits(x, act_scale)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scales: AttentionScales | None,
+        act_scale: float | None,
     ) -> Tensor:
-        return self._kernels.attention(q, k, v, scales, tokens)
+        return self.round_act(self._kernels.attention(q, k, v, scales, None), act_scale)
 
     def _count(self, x: Tensor, act_scale: float) -> None:
         self._add(self._kernels.misfits(x, act_scale), x.numel())

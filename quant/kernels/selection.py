@@ -9,12 +9,15 @@ and plain torch runs instead.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
+from quant.kernels.flash_attention import HOPPER, load_flash_attention
 from quant.kernels.interface import Kernels
 from quant.kernels.self_test import BlockShape, check_kernels
 
@@ -51,7 +54,7 @@ def pick_kernels(
         quantized: whether the mode multiplies in 8 bits, which not every GPU supports.
         shape: shape of the model's blocks; kernels that depend on it are then compiled here.
         per_row_scales: whether products may have a scale for each row (`QuantRecipe`).
-        fp8_attention: whether self-attention is in FP8, which needs `nvidia-cudnn-frontend`.
+        fp8_attention: whether self-attention is in FP8, which needs FlashAttention-3.
 
     Raises:
         ConversionError: FP8 attention does not run on this device.
@@ -72,44 +75,55 @@ def pick_kernels(
             f"{reason}: quantized modes are emulated. They save memory, and take longer than "
             "bf16, because every weight is decoded to BF16 for every product.",
         )
-    try:
-        # Needs Triton, which machines without a GPU do not have.
-        from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
-
-        kernels = CudaKernels()
-        check_kernels(
-            kernels, device, quantized=quantized, shape=shape, per_row_scales=per_row_scales
-        )
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # not caused by the kernels
-    except Exception as error:
-        # Compilers and drivers raise many kinds of exceptions; the model can run after any of them.
-        logger.debug("kernels for %s do not run", name, exc_info=True)
-        reason = f"the kernels for {name} do not run ({_reason(error)})"
+    check = partial(check_kernels, device=device, quantized=quantized, shape=shape)
+    fused = _try(_fused, partial(check, per_row_scales=per_row_scales))
+    if isinstance(fused, str):
+        reason = f"the kernels for {name} do not run ({fused})"
         if fp8_attention:
-            raise _no_fp8_attention(reason) from error
+            raise _no_fp8_attention(reason)
         return KernelChoice(
             EagerKernels(),
             f"{reason[0].upper()}{reason[1:]}; plain torch runs instead, which is slower, in "
             "quantized modes slower than bf16.",
         )
-    if fp8_attention:
-        _check_fp8_attention(kernels, device, shape, name)
-    return KernelChoice(kernels)
+    if torch.cuda.get_device_capability(device)[0] != HOPPER:
+        if fp8_attention:
+            raise _no_fp8_attention(f"FlashAttention-3 is written for Hopper GPUs, not for {name}")
+        return KernelChoice(fused)
+    flash = _try(_fused_with_flash, partial(check, fp8_attention=fp8_attention))
+    if isinstance(flash, str):
+        reason = f"FlashAttention-3 does not run on {name} ({flash})"
+        if fp8_attention:
+            raise _no_fp8_attention(reason)
+        return KernelChoice(fused, f"{reason}; torch's attention runs instead, which is slower.")
+    return KernelChoice(flash)
 
 
-def _check_fp8_attention(
-    kernels: Kernels, device: torch.device, shape: BlockShape | None, name: str
-) -> None:
+def _fused() -> Kernels:
+    # Needs Triton, which machines without a GPU do not have.
+    from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
+
+    return CudaKernels()
+
+
+def _fused_with_flash() -> Kernels:
+    from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
+
+    return CudaKernels(load_flash_attention())
+
+
+def _try(make: Callable[[], Kernels], check: Callable[[Kernels], None]) -> Kernels | str:
+    """Return the kernels if they load and pass their check, otherwise the reason."""
     try:
-        check_kernels(kernels, device, quantized=True, shape=shape, fp8_attention=True)
+        kernels = make()
+        check(kernels)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
+        raise  # not caused by the kernels
     except Exception as error:
-        raise _no_fp8_attention(
-            f"on {name} it ends with {_reason(error)}; it needs the package nvidia-cudnn-frontend "
-            "(the extra `cuda`) and a GPU that package supports"
-        ) from error
+        # Compilers and drivers raise many kinds of exceptions; the model can run after any of them.
+        logger.debug("kernels do not run", exc_info=True)
+        return _reason(error)
+    return kernels
 
 
 def _no_fp8_attention(reason: str) -> ConversionError:

@@ -1,7 +1,8 @@
 """Check that kernels run here and agree with plain torch, on small tensors.
 
 The operations between a block's matrix products are compiled for a model's width, so they are
-tested at that width. Products and attention come from libraries and are tested in one small size.
+tested at that width. Attention is tested at the model's head size, with few heads. Products come
+from a library and are tested in one small size.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ SCALE = 0.25
 SMALL_TOKENS = 1100
 """Not a multiple of any tile size."""
 
+PROMPT_TOKENS = 100
+"""Keys of cross-attention, whose number differs from that of the queries."""
+
 FEW_TOKENS = (24, 32)
 """Enough where only the width matters.
 
@@ -44,6 +48,10 @@ class BlockShape:
     heads: int
     width: int
     ffn: int
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -87,7 +95,8 @@ def check_kernels(
         for tokens in ((SMALL_TOKENS,) if shape is None else FEW_TOKENS)
         for form in forms
     ]
-    tests.append(_ProductsTest(device, act_scale, per_row_scales, fp8_attention))
+    head_size = SMALL.head_size if shape is None else shape.head_size
+    tests.append(_ProductsTest(device, head_size, act_scale, per_row_scales, fp8_attention))
     for test in tests:
         expected = test.run(EagerKernels())
         for name, found in test.run(kernels).items():
@@ -154,7 +163,6 @@ class _OperationsTest:
             "GELU": kernels.gelu(self.ffn_hidden, act_scale),
             "rounding": kernels.round_act(self.x, act_scale),
         }
-        tokens = self.x.shape[1]
         q_scale, k_scale, v_scale = (
             (SCALE,) * 3 if self.scales is None else (self.scales.q, self.scales.k, self.scales.v)
         )
@@ -163,15 +171,15 @@ class _OperationsTest:
             "norm's sum": added,
             "gated sum": kernels.add_gated(self.x, self.delta, gate),
             "rotary embedding of queries": _value(q, q_scale),
-            "rotary embedding of keys": _value(k[:, :tokens], k_scale),
-            "values": _value(v[:, :tokens], v_scale),
+            "rotary embedding of keys": _value(k, k_scale),
+            "values": _value(v, v_scale),
             "cross-attention's queries": cross_q,
         }
         return values | {name: _value(code) for name, code in codes.items()}
 
 
 class _ProductsTest:
-    """Runs a product of quantized or BF16 linears, then attention on its output.
+    """Runs a product of quantized or BF16 linears, then self- and cross-attention on its output.
 
     The norm before the product gives the values a mean, as in a model. Attention to zero-mean noise
     would average the values away and leave mostly the rounding of the softmax.
@@ -180,17 +188,19 @@ class _ProductsTest:
     def __init__(
         self,
         device: torch.device,
+        head_size: int,
         act_scale: float | None,
         per_row_scales: bool,
         fp8_attention: bool,
     ) -> None:
-        draw, width = _Draw(device), SMALL.width
+        draw, shape = _Draw(device), BlockShape(SMALL.heads, SMALL.heads * head_size, SMALL.ffn)
+        width = shape.width
         self._act_scale = act_scale
         self.x, self.delta = (draw(1, SMALL_TOKENS, width) for _ in range(2))
         factor, shift = (draw(1, width).float() for _ in range(2))
         self.norm = Norm(factor, shift, 1e-6, plus_one=True)
         self.q_norm = nn.RMSNorm(width, eps=1e-6).to(device, torch.bfloat16)
-        self.rope = _rope(draw, SMALL_TOKENS, SMALL)
+        self.rope = _rope(draw, SMALL_TOKENS, shape)
         self.linear = nn.Linear(width, 3 * width, bias=True).to(device, torch.bfloat16)
         self.linear.weight.data = draw(3 * width, width) / 16
         self.weight_scales = {"product": torch.tensor(SCALE, device=device)}
@@ -206,8 +216,11 @@ class _ProductsTest:
         q, k, v = kernels.norm_rope(
             products["product"], self.q_norm, self.q_norm, self.rope, SMALL.heads, self.scales
         )
-        attended = kernels.attention(q, k, v, self.scales, SMALL_TOKENS)
-        return products | {"attention": _value(attended)}
+        attended = kernels.attention(q, k, v, self.scales, act_scale)
+        (cross_q,) = kernels.norm_rope(self.x, self.q_norm, None, None, SMALL.heads, None)
+        prompt = self.delta[:, :PROMPT_TOKENS].view(1, PROMPT_TOKENS, SMALL.heads, -1)
+        crossed = kernels.attention(cross_q, prompt, prompt, None, act_scale)
+        return products | {"attention": _value(attended), "cross-attention": _value(crossed)}
 
     def _product(self, kernels: Kernels, name: str) -> BlockLinear:
         if self._act_scale is None:
@@ -239,7 +252,7 @@ def _rope(draw: _Draw, tokens: int, shape: BlockShape) -> Rope:
 
 
 def _attention_scales(fp8_attention: bool) -> AttentionScales | None:
-    return AttentionScales(SCALE / 2, SCALE, 2 * SCALE, SCALE) if fp8_attention else None
+    return AttentionScales(SCALE / 2, SCALE, 2 * SCALE) if fp8_attention else None
 
 
 def _value(code: Tensor, scale: float = SCALE) -> Tensor:

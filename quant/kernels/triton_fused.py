@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales, Norm, Rope
+from quant.kernels.interface import AttentionScales, Norm, Rope
 
 E4M3 = torch.float8_e4m3fn
 _ELEMENTS = 2048  # per program of the elementwise kernel
@@ -141,7 +141,7 @@ def _rotated(
 @triton.jit
 def _norm_rope(
     x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
-    row_stride, rows, kv_rows, eps, q_inverse, k_inverse, v_inverse,
+    row_stride, rows, eps, q_inverse, k_inverse, v_inverse,
     K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HEAD: tl.constexpr,
     ROPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -155,13 +155,13 @@ def _norm_rope(
     x_a = tl.load(x_ptr + a, mask=in_a, other=0.0).to(tl.float32)
     x_b = tl.load(x_ptr + b, mask=in_b, other=0.0).to(tl.float32)
     if part == 2:
-        v_ptr += (batch * kv_rows + row) * K
+        v_ptr += (batch * rows + row) * K
         _store(v_ptr + a, x_a, v_inverse, in_a, ROUND)
         _store(v_ptr + b, x_b, v_inverse, in_b, ROUND)
     else:
-        weight_ptr, out_ptr, inverse_scale, out_rows = q_weight_ptr, q_ptr, q_inverse, rows
+        weight_ptr, out_ptr, inverse_scale = q_weight_ptr, q_ptr, q_inverse
         if part == 1:
-            weight_ptr, out_ptr, inverse_scale, out_rows = k_weight_ptr, k_ptr, k_inverse, kv_rows
+            weight_ptr, out_ptr, inverse_scale = k_weight_ptr, k_ptr, k_inverse
         weight_a = tl.load(weight_ptr + a, mask=in_a, other=0.0).to(tl.float32)
         weight_b = tl.load(weight_ptr + b, mask=in_b, other=0.0).to(tl.float32)
         rms = tl.rsqrt((tl.sum(x_a * x_a) + tl.sum(x_b * x_b)) / K + eps)
@@ -169,7 +169,7 @@ def _norm_rope(
         sin_ptr += row * HEAD
         x_a = _rotated(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
         x_b = _rotated(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
-        out_ptr += (batch * out_rows + row) * K
+        out_ptr += (batch * rows + row) * K
         _store(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
         _store(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
 
@@ -217,11 +217,6 @@ def add_gated(x: Tensor, delta: Tensor, gate: Tensor | None) -> Tensor:
     return out
 
 
-def padded_length(tokens: int) -> int:
-    """Return `tokens` rounded up to the multiple that FP8 attention pads keys to."""
-    return -(-tokens // KEYS_MULTIPLE) * KEYS_MULTIPLE
-
-
 def norm_rope(
     x: Tensor,
     q_norm: nn.RMSNorm,
@@ -230,26 +225,20 @@ def norm_rope(
     heads: int,
     scales: AttentionScales | None,
 ) -> tuple[Tensor, ...]:
-    """Implement `Kernels.norm_rope`; with `scales` the parts are E4M3, keys and values padded."""
+    """Implement `Kernels.norm_rope`; with `scales` the parts are E4M3."""
     batch, tokens, columns = x.shape
     width = q_norm.weight.shape[0]
     parts = columns // width
     dtype = x.dtype if scales is None else E4M3
-    kv_length = tokens if scales is None else padded_length(tokens)
-    lengths = (tokens, kv_length, kv_length)
-    outs = [
-        torch.empty(batch, length, heads, width // heads, dtype=dtype, device=x.device)
-        for length in lengths[:parts]
-    ]
-    for out in outs:
-        out[:, tokens:] = 0  # masked values are multiplied as well, so they must not be NaN
+    shape = (batch, tokens, heads, width // heads)
+    outs = [torch.empty(shape, dtype=dtype, device=x.device) for _ in range(parts)]
     q, k, v = (outs[min(index, parts - 1)] for index in range(3))
     cos, sin = (q_norm.weight, q_norm.weight) if rope is None else rope
     each_scale = (None, None, None) if scales is None else (scales.q, scales.k, scales.v)
     high, low = _column_ranges(width)
     _norm_rope[(tokens, parts, batch)](
         x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
-        x.stride(1), tokens, kv_length, q_norm.eps, *map(_inverse, each_scale),
+        x.stride(1), tokens, q_norm.eps, *map(_inverse, each_scale),
         K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
         ROUND=scales is not None, num_warps=_WARPS,
     )  # fmt: skip

@@ -32,7 +32,6 @@ FORMAT_VERSION = 1
 DEFAULT_RECIPE = "boundary-hif8"
 _FORMATS = ("hif8",)
 _ATTENTIONS = ("bf16", "fp8")
-_ATTENTION_OUT = "attn1.to_out.0"
 
 
 @dataclass(frozen=True)
@@ -223,19 +222,10 @@ class QuantRecipe:
             )
         if self.attention == "bf16":
             return
-        # The output of FP8 attention is the input of the output projection, under its act_scale.
         if isinstance(self.act_granularity, PerToken):
             raise RecipeError(
-                "attention 'fp8' writes under a static scale, so it cannot go with act granularity "
-                "'per_token': use 'per_tensor' or attention 'bf16'"
-            )
-        names = [f"blocks.{block}.{_ATTENTION_OUT}" for block in self.quantized_blocks]
-        kept = [name for name in names if self.keeps(name)]
-        if kept or not any(fnmatchcase(_ATTENTION_OUT, each) for each in self.linears):
-            raise RecipeError(
-                f"attention 'fp8' needs {_ATTENTION_OUT} quantized in every quantized block, but "
-                f"{kept[0] + ' is kept' if kept else 'no pattern in `linears` matches it'}: "
-                "quantize it or use attention 'bf16'"
+                "attention 'fp8' needs fused blocks, which act granularity 'per_token' rules out: "
+                "use 'per_tensor' or attention 'bf16'"
             )
 
     def _numerics(self) -> dict[str, Any]:

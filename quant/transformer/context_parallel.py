@@ -21,10 +21,10 @@ from torch import Tensor
 
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
+from quant.kernels.interface import AttentionScales
 from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
 
-Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, int], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
 """The signature of `quant.kernels.interface.Kernels.attention`."""
 
 
@@ -85,38 +85,37 @@ class Ulysses:
         """
 
         def exchanged(
-            q: Tensor, k: Tensor, v: Tensor, scales: AttentionScales | None, tokens: int
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            scales: AttentionScales | None,
+            act_scale: float | None,
         ) -> Tensor:
             if self._group is None:
-                return inner(q, k, v, scales, tokens)
-            all_tokens = tokens * self.world_size
-            q, k, v = self._gather_tokens(q, k[:, :tokens], v[:, :tokens])
-            return self._gather_heads(inner(q, k, v, scales, all_tokens))
+                return inner(q, k, v, scales, act_scale)
+            q, k, v = self._gather_tokens(q, k, v)
+            return self._gather_heads(inner(q, k, v, scales, act_scale))
 
         return exchanged
 
     def _gather_tokens(self, *inputs: Tensor) -> list[Tensor]:
-        """Exchange heads for tokens: q, k, v [B, S / ranks, heads, D] → [B, S, heads / ranks, D].
-
-        Keys and values are padded after S.
-        """
+        """Exchange heads for tokens: [B, S / ranks, heads, D] → [B, S, heads / ranks, D]."""
         chunks = [self._chunks(_as_int64(x), 2) for x in inputs]
-        sent = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in chunks]
-        tokens = self.world_size * chunks[0].shape[2]
-        padding = -tokens % KEYS_MULTIPLE
-        received = [
-            _receive_buffer(each, 0 if index == 0 else padding) for index, each in enumerate(sent)
-        ]
+        # Allocated before the call, because nothing may fail after it.
+        sent, received = (
+            [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in chunks]
+            for _ in range(2)
+        )
         self._sync_or_abort()
         works = []
-        for chunk, send, (receive, _) in zip(chunks, sent, received, strict=True):
+        for chunk, send, receive in zip(chunks, sent, received, strict=True):
             send.copy_(chunk)
             works.append(self._start_all_to_all(receive, send))
         for work in works:
             work.wait()
         return [
-            _merge_ranks(receive, padded).view(x.dtype)
-            for x, (receive, padded) in zip(inputs, received, strict=True)
+            receive.movedim(0, 1).flatten(1, 2).view(x.dtype)
+            for x, receive in zip(inputs, received, strict=True)
         ]
 
     def _gather_heads(self, x: Tensor) -> Tensor:
@@ -182,22 +181,3 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, sync_or_abort: Callable[[], 
 def _as_int64(x: Tensor) -> Tensor:
     """View the last dimension as 8-byte words: copies of single bytes would take far longer."""
     return x.view(torch.int64)
-
-
-def _receive_buffer(like: Tensor, padding: int) -> tuple[Tensor, Tensor | None]:
-    """Allocate what `like` [ranks, B, s, ...] is received into, of the same shape.
-
-    For B = 1 the buffer is a view into a larger tensor [1, ranks * s + padding, ...], which is
-    returned as well; its padding is zero. For larger batches the second value is None.
-    """
-    if like.shape[1] != 1:
-        return torch.empty_like(like), None
-    tokens = like.shape[0] * like.shape[2]
-    padded = like.new_empty(1, tokens + padding, *like.shape[3:])
-    padded[:, tokens:].zero_()
-    return padded[:, :tokens].view(like.shape), padded
-
-
-def _merge_ranks(received: Tensor, padded: Tensor | None) -> Tensor:
-    """Join the ranks' tokens: [ranks, B, s, ...] → [B, ranks * s, ...]; `padded` needs no copy."""
-    return received.movedim(0, 1).flatten(1, 2) if padded is None else padded

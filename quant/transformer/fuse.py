@@ -64,6 +64,5 @@ def attention_scales(recipe: QuantRecipe, scales: Scales) -> dict[int, Attention
     found = {}
     for block in recipe.quantized_blocks:
         q, k, v = (known[f"blocks.{block}.attn1.{part}"].item() for part in "qkv")
-        out = scales.act_scale[f"blocks.{block}.attn1.to_out.0"].item()
-        found[block] = AttentionScales(q, k, v, out)
+        found[block] = AttentionScales(q, k, v)
     return found

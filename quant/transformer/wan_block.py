@@ -85,10 +85,7 @@ class FusedWanBlock(nn.Module):
         q, k, v = self.kernels.norm_rope(
             self.qkv(normed), self.own_q_norm, self.own_k_norm, rope, self.heads, scales
         )
-        out = self.self_attention(q, k, v, scales, q.shape[1])
-        if scales is None:
-            out = self.kernels.round_act(out, self.own_out.act_scale)
-        return self.own_out(out)
+        return self.own_out(self.self_attention(q, k, v, scales, self.own_out.act_scale))
 
     def _cross_attention(self, normed: Tensor, prompt: Tensor) -> Tensor:
         kernels = self.kernels
@@ -96,8 +93,7 @@ class FusedWanBlock(nn.Module):
             self.cross_q(normed), self.cross_q_norm, None, None, self.heads, None
         )
         k, v = self._prompt_kv(prompt)
-        out = kernels.attention(q, k, v, None, k.shape[1])
-        return self.cross_out(kernels.round_act(out, self.cross_out.act_scale))
+        return self.cross_out(kernels.attention(q, k, v, None, self.cross_out.act_scale))
 
     def _prompt_kv(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
         if prompt not in self._cached_kv:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import KEYS_MULTIPLE, AttentionScales
+from quant.kernels.interface import AttentionScales
 from quant.transformer.context_parallel import Ulysses, all_gather
 
 TOKENS, HEADS, WIDTH = 12, 4, 16
@@ -34,37 +34,38 @@ def check_attention(ulysses: Ulysses, batch: int) -> None:
     q, k, v = random_inputs(batch, torch.bfloat16)
     inner = EagerKernels().attention
     local_q, local_k, local_v = (ulysses.local_tokens(x) for x in (q, k, v))
-    out = ulysses.attention(inner)(local_q, local_k, local_v, None, local_q.shape[1])
-    expected = inner(q, k, v, None, TOKENS)
+    out = ulysses.attention(inner)(local_q, local_k, local_v, None, None)
+    expected = inner(q, k, v, None, None)
     assert torch.equal(out, ulysses.local_tokens(expected)), f"attention of batch {batch}"
     assert torch.equal(ulysses.all_tokens(out), expected), f"all tokens of batch {batch}"
 
 
 def check_codes(ulysses: Ulysses, batch: int) -> None:
-    """E4M3 codes arrive as they were sent; the padding of keys and values holds zeros."""
+    """E4M3 codes arrive as they were sent, and so do those of the output."""
     inputs = random_inputs(batch, torch.float8_e4m3fn)
-    scales = AttentionScales(1.0, 1.0, 1.0, 1.0)
+    scales = AttentionScales(1.0, 1.0, 1.0)
     received: list[Tensor] = []
 
     def inner(
-        q: Tensor, k: Tensor, v: Tensor, given: AttentionScales | None, tokens: int
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        given: AttentionScales | None,
+        act_scale: float | None,
     ) -> Tensor:
-        assert (given, tokens) == (scales, TOKENS)
-        assert q.shape == (batch, TOKENS, HEADS // ulysses.world_size, WIDTH)
-        received.extend((k, v))
-        return (v[:, :TOKENS].float() + 1).to(v.dtype).flatten(2)
+        assert (given, act_scale) == (scales, 0.5)
+        received.extend((q, k, v))
+        return (v.float() + 1).to(v.dtype).flatten(2)
 
-    q, *keys_values = (ulysses.local_tokens(x) for x in inputs)
-    k, v = (torch.cat([x, torch.ones_like(x)], dim=1) for x in keys_values)  # padded already
-    out = ulysses.attention(inner)(q, k, v, scales, q.shape[1])
+    q, k, v = (ulysses.local_tokens(x) for x in inputs)
+    out = ulysses.attention(inner)(q, k, v, scales, 0.5)
     expected = ulysses.local_tokens((inputs[2].float() + 1).to(out.dtype).flatten(2))
     assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
     rank = dist.get_rank()
     heads = slice(rank * HEADS // ulysses.world_size, (rank + 1) * HEADS // ulysses.world_size)
-    for got, sent in zip(received, inputs[1:], strict=True):
-        assert torch.equal(got[:, :TOKENS].float(), sent[:, :, heads].float())
-        assert got.shape[1] == (KEYS_MULTIPLE if batch == 1 else TOKENS)
-        assert not got[:, TOKENS:].float().any()
+    for got, sent in zip(received, inputs, strict=True):
+        assert got.shape == (batch, TOKENS, HEADS // ulysses.world_size, WIDTH)
+        assert torch.equal(got.float(), sent[:, :, heads].float())
 
 
 def check_abort(group: dist.ProcessGroup) -> None:

@@ -109,7 +109,7 @@ def test_gelu(fused: ModuleType, act_scale: float | None) -> None:
     assert sqnr_db(EAGER.gelu(x, act_scale), found) > AGREEMENT_DB
 
 
-@pytest.mark.parametrize("scales", [None, AttentionScales(0.25, 0.5, 0.125, 1.0)])
+@pytest.mark.parametrize("scales", [None, AttentionScales(0.25, 0.5, 0.125)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_queries_and_keys_are_normalised_and_rotated(
     fused: ModuleType, shape: tuple[int, int, int, int], scales: AttentionScales | None
@@ -121,15 +121,13 @@ def test_queries_and_keys_are_normalised_and_rotated(
     angles = randn(1, tokens, 1, width // heads // 2).float()
     cos, sin = (function(angles).repeat_interleave(2, -1) for function in (torch.cos, torch.sin))
     qkv = randn(batch, tokens, 3 * width)
-    kv_length = tokens if scales is None else 128  # FP8 attention pads keys and values
     with torch.no_grad():
         found = fused.norm_rope(qkv, q_norm, k_norm, (cos, sin), heads, scales)
         expected = EAGER.norm_rope(qkv, q_norm, k_norm, (cos, sin), heads, scales)
     each_scale = (None,) * 3 if scales is None else (scales.q, scales.k, scales.v)
-    assert [part.shape[1] for part in found] == [tokens, kv_length, kv_length]
     for ours, theirs, scale in zip(found, expected, each_scale, strict=True):
-        assert sqnr_db(theirs, values(ours[:, :tokens], scale)) > AGREEMENT_DB
-        assert (ours[:, tokens:].float() == 0).all()
+        assert ours.shape == theirs.shape
+        assert sqnr_db(theirs, values(ours, scale)) > AGREEMENT_DB
 
 
 def test_queries_alone_are_only_normalised(fused: ModuleType) -> None:

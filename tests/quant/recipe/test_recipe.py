@@ -117,15 +117,7 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
         ({"attention": 8}, "attention must be str, not 8"),
         (
             {"attention": "fp8", "act": {"granularity": "per_token", "policy": "pow2"}},
-            "static scale, so it cannot go with act granularity 'per_token'",
-        ),
-        (
-            {"attention": "fp8", "kept_linears": ["blocks.2.attn1.*"]},
-            r"blocks\.2\.attn1\.to_out\.0 is kept: quantize it or use attention 'bf16'",
-        ),
-        (
-            {"attention": "fp8", "linears": ["ffn.net.2"], "linears_per_block": 1},
-            "no pattern in `linears` matches it",
+            "needs fused blocks, which act granularity 'per_token' rules out",
         ),
     ],
 )

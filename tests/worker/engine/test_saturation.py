@@ -182,7 +182,7 @@ def test_fused_blocks_have_their_kernels_back_after_the_pass(
 def test_what_fp8_attention_takes_is_counted(
     transformer: WanTransformer3DModel, scales: Scales
 ) -> None:
-    fit = AttentionScales(1.0, 1.0, 1.0, scales.act_scale["blocks.2.attn1.to_out.0"].item())
+    fit = AttentionScales(1.0, 1.0, 1.0)
 
     def shares(attention: AttentionScales) -> ActShares:
         quantized, _ = quantize_transformer(transformer, scales.recipe, scales)
