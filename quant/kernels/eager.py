@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import SeparateLinears
 from quant.numerics import reference
+from quant.numerics.hadamard import rotate_groups
 from quant.numerics.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
@@ -80,6 +81,8 @@ class EagerKernels:
             parts[:2] = [_rotate(part, rope) for part in parts[:2]]
         if scales is None:
             return tuple(parts)
+        if scales.rotate:
+            parts[:2] = [rotate_groups(part) for part in parts[:2]]
         return tuple(
             reference.fake_quantize(part, torch.tensor(scale))
             for part, scale in zip(parts, (scales.q, scales.k, scales.v), strict=True)

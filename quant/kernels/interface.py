@@ -22,11 +22,17 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AttentionScales:
-    """Static scales of FP8 self-attention: of queries, keys and values."""
+    """Static scales of FP8 self-attention: of queries, keys and values.
+
+    Attributes:
+        rotate: whether queries and keys are rotated by `quant.numerics.hadamard` before they are
+            rounded, which changes no score.
+    """
 
     q: float
     k: float
     v: float
+    rotate: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
+from quant.numerics.hadamard import rotate_groups
 from quant.numerics.linear import Hif8Linear
 
 
@@ -57,6 +58,9 @@ class CountingKernels:
         parts = self._kernels.norm_rope(x, q_norm, k_norm, rope, heads, None)
         if scales is None:
             return parts
+        if scales.rotate:
+            q, k, v = parts
+            parts = rotate_groups(q), rotate_groups(k), v
         each_scale = (scales.q, scales.k, scales.v)
         return tuple(self.round_act(*each) for each in zip(parts, each_scale, strict=True))
 

@@ -139,11 +139,37 @@ def _rotated(
 
 
 @triton.jit
+def _butterfly(x, N: tl.constexpr):
+    first, second = tl.split(tl.reshape(x, (N // 2, 2)))
+    return first + second, first - second
+
+
+@triton.jit
+def _joined(first, second, N: tl.constexpr):
+    return tl.reshape(tl.join(first, second), (N,))
+
+
+@triton.jit
+def _rotate_groups(x, N: tl.constexpr):
+    """Do `quant.numerics.hadamard.rotate_groups`; a thread holds whole groups of 8."""
+    s, d = _butterfly(x, N)
+    ss, sd = _butterfly(s, N // 2)
+    ds, dd = _butterfly(d, N // 2)
+    sss, ssd = _butterfly(ss, N // 4)
+    sds, sdd = _butterfly(sd, N // 4)
+    dss, dsd = _butterfly(ds, N // 4)
+    dds, ddd = _butterfly(dd, N // 4)
+    s = _joined(_joined(sss, ssd, N // 4), _joined(sds, sdd, N // 4), N // 2)
+    d = _joined(_joined(dss, dsd, N // 4), _joined(dds, ddd, N // 4), N // 2)
+    return _joined(s, d, N) * 0.3535533905932738  # 8 ** -0.5
+
+
+@triton.jit
 def _norm_rope(
     x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
     row_stride, rows, eps, q_inverse, k_inverse, v_inverse,
     K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HEAD: tl.constexpr,
-    ROPE: tl.constexpr, ROUND: tl.constexpr,
+    ROPE: tl.constexpr, ROTATE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -169,6 +195,9 @@ def _norm_rope(
         sin_ptr += row * HEAD
         x_a = _rotated(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
         x_b = _rotated(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
+        if ROTATE:
+            x_a = _rotate_groups(x_a.to(tl.bfloat16).to(tl.float32), A)
+            x_b = _rotate_groups(x_b.to(tl.bfloat16).to(tl.float32), B)
         out_ptr += (batch * rows + row) * K
         _store(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
         _store(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
@@ -240,7 +269,7 @@ def norm_rope(
         x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
         x.stride(1), tokens, q_norm.eps, *map(_inverse, each_scale),
         K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
-        ROUND=scales is not None, num_warps=_WARPS,
+        ROTATE=scales is not None and scales.rotate, ROUND=scales is not None, num_warps=_WARPS,
     )  # fmt: skip
     return tuple(outs)
 
@@ -268,7 +297,7 @@ def _map(x: Tensor, act_scale: float | None, *, gelu: bool) -> Tensor:
 def _column_ranges(width: int) -> tuple[int, int]:
     """Return two powers of two that together cover a width: 5120 is exactly 4096 + 1024."""
     high = 1 << (width.bit_length() - 1)
-    return high, triton.next_power_of_2(max(width - high, 2))
+    return high, triton.next_power_of_2(max(width - high, 8))
 
 
 def _batch_stride(x: Tensor | None) -> int:

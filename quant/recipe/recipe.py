@@ -47,6 +47,8 @@ class QuantRecipe:
         linears: name patterns (shell wildcards) inside a block.
         kept_linears: full names or patterns of linears that stay in BF16 despite `linears`.
         attention: the number format of self-attention in quantized blocks, "bf16" or "fp8".
+        rotate_qk: whether FP8 attention rotates queries and keys before it rounds them
+            (`quant.numerics.hadamard`).
         source: the name or path it was loaded from, for messages; it is never written to a file.
     """
 
@@ -62,6 +64,7 @@ class QuantRecipe:
     kept_linears: tuple[str, ...] = ()
     format: str = "hif8"
     attention: str = "bf16"
+    rotate_qk: bool = True
     description: str = ""
     source: str = field(default="", compare=False)
 
@@ -221,6 +224,10 @@ class QuantRecipe:
                 f"attention {self.attention!r} is not one of {', '.join(_ATTENTIONS)}"
             )
         if self.attention == "bf16":
+            if not self.rotate_qk:
+                raise RecipeError(
+                    "rotate_qk = false has no effect with attention 'bf16': leave it out"
+                )
             return
         if isinstance(self.act_granularity, PerToken):
             raise RecipeError(
@@ -229,8 +236,12 @@ class QuantRecipe:
             )
 
     def _numerics(self) -> dict[str, Any]:
-        # Omitted at its default, so that recipes older than this option keep their fingerprints.
-        attention = {} if self.attention == "bf16" else {"attention": self.attention}
+        # Omitted at their defaults, so that older recipes keep their fingerprints.
+        attention: dict[str, Any] = (
+            {} if self.attention == "bf16" else {"attention": self.attention}
+        )
+        if not self.rotate_qk:
+            attention["rotate_qk"] = self.rotate_qk
         return {
             "format": self.format,
             **attention,
@@ -258,6 +269,7 @@ _SCALARS: dict[str, type] = {
     "description": str,
     "format": str,
     "attention": str,
+    "rotate_qk": bool,
     "total_blocks": int,
     "linears_per_block": int,
 }

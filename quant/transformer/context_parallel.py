@@ -22,10 +22,7 @@ from torch import Tensor
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
-from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
-
-Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
-"""The signature of `quant.kernels.interface.Kernels.attention`."""
+from quant.transformer.wan_block import Attention, FusedWanBlock, fuse_blocks
 
 
 class Ulysses:
@@ -154,7 +151,7 @@ def split_tokens(transformer: Any, ulysses: Ulysses) -> None:
             "or quantizes only some of the linears that share an input; run this mode on one device"
         )
     for block in transformer.blocks:
-        block.self_attention = ulysses.attention(block.self_attention)
+        block.wrap_attention = ulysses.attention
     transformer.rope.register_forward_hook(
         lambda _, __, angles: tuple(ulysses.local_tokens(each) for each in angles)
     )

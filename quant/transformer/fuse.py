@@ -6,6 +6,7 @@ A worker calls `fuse_quantized` for each of its modes, once the mode's tree is b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,12 @@ from quant.kernels.interface import AttentionScales, Kernels
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.wan_block import fuse_blocks
 
+HEAD_MULTIPLE = 16
+"""Channels of a head have to be a multiple of this in FP8, by FlashAttention-3."""
+
 
 def fuse_quantized(
-    transformer: nn.Module,
+    transformer: Any,
     kernels: Kernels,
     attention: Mapping[int, AttentionScales],
     wait_for: Callable[[nn.Module], None] | None = None,
@@ -33,8 +37,14 @@ def fuse_quantized(
         wait_for: see `fuse_blocks`.
 
     Raises:
-        ConversionError: a block with FP8 attention cannot be fused.
+        ConversionError: a block with FP8 attention cannot be fused, or has too narrow heads.
     """
+    head_size = transformer.config.attention_head_dim
+    if attention and head_size % HEAD_MULTIPLE:
+        raise ConversionError(
+            f"FP8 attention needs heads of a multiple of {HEAD_MULTIPLE} channels, and this "
+            f"transformer's have {head_size}: use attention 'bf16'"
+        )
     left = fuse_blocks(transformer, kernels, attention, wait_for)
     unmet = sorted(set(left) & set(attention))
     if unmet:
@@ -64,5 +74,5 @@ def attention_scales(recipe: QuantRecipe, scales: Scales) -> dict[int, Attention
     found = {}
     for block in recipe.quantized_blocks:
         q, k, v = (known[f"blocks.{block}.attn1.{part}"].item() for part in "qkv")
-        found[block] = AttentionScales(q, k, v)
+        found[block] = AttentionScales(q, k, v, recipe.rotate_qk)
     return found

@@ -17,6 +17,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
 from quant.numerics.linear import Hif8Linear
 
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
+"""The signature of `quant.kernels.interface.Kernels.attention`."""
+
+
+def _unwrapped(attention: Attention) -> Attention:
+    return attention
+
 
 class FusedWanBlock(nn.Module):
     """A transformer block that runs on the kernels it is given."""
@@ -33,8 +40,8 @@ class FusedWanBlock(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.attention_scales = attention
-        # An attribute of its own, because context parallelism replaces it (on several ranks).
-        self.self_attention = kernels.attention
+        # Context parallelism replaces it, to exchange tokens for heads around the attention.
+        self.wrap_attention: Callable[[Attention], Attention] = _unwrapped
         own, cross = block.attn1, block.attn2
         self.heads = own.heads
         self.qkv = _linear(kernels, [own.to_q, own.to_k, own.to_v])
@@ -85,7 +92,8 @@ class FusedWanBlock(nn.Module):
         q, k, v = self.kernels.norm_rope(
             self.qkv(normed), self.own_q_norm, self.own_k_norm, rope, self.heads, scales
         )
-        return self.own_out(self.self_attention(q, k, v, scales, self.own_out.act_scale))
+        attention = self.wrap_attention(self.kernels.attention)
+        return self.own_out(attention(q, k, v, scales, self.own_out.act_scale))
 
     def _cross_attention(self, normed: Tensor, prompt: Tensor) -> Tensor:
         kernels = self.kernels
