@@ -17,10 +17,12 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quant.kernels.interface import AttentionScales, Norm, Rope
+from quant.numerics.hadamard import GROUP
 
 E4M3 = torch.float8_e4m3fn
 _ELEMENTS = 2048  # per program of the elementwise kernel
 _WARPS = 4
+_GROUP_BITS = GROUP.bit_length() - 1
 
 
 @triton.jit
@@ -139,29 +141,20 @@ def _rotated(
 
 
 @triton.jit
-def _butterfly(x, N: tl.constexpr):
-    first, second = tl.split(tl.reshape(x, (N // 2, 2)))
-    return first + second, first - second
+def _butterfly(x, N: tl.constexpr, STRIDE: tl.constexpr):
+    """Replace each two values that are STRIDE apart by their sum and their difference."""
+    pairs = tl.trans(tl.reshape(x, (N // (2 * STRIDE), 2, STRIDE)), 0, 2, 1)
+    first, second = tl.split(pairs)
+    pairs = tl.join(first + second, first - second)
+    return tl.reshape(tl.trans(pairs, 0, 2, 1), (N,))
 
 
 @triton.jit
-def _joined(first, second, N: tl.constexpr):
-    return tl.reshape(tl.join(first, second), (N,))
-
-
-@triton.jit
-def _rotate_groups(x, N: tl.constexpr):
-    """Do `quant.numerics.hadamard.rotate_groups`; a thread holds whole groups of 8."""
-    s, d = _butterfly(x, N)
-    ss, sd = _butterfly(s, N // 2)
-    ds, dd = _butterfly(d, N // 2)
-    sss, ssd = _butterfly(ss, N // 4)
-    sds, sdd = _butterfly(sd, N // 4)
-    dss, dsd = _butterfly(ds, N // 4)
-    dds, ddd = _butterfly(dd, N // 4)
-    s = _joined(_joined(sss, ssd, N // 4), _joined(sds, sdd, N // 4), N // 2)
-    d = _joined(_joined(dss, dsd, N // 4), _joined(dds, ddd, N // 4), N // 2)
-    return _joined(s, d, N) * 0.3535533905932738  # 8 ** -0.5
+def _rotate_groups(x, N: tl.constexpr, GROUP_BITS: tl.constexpr):
+    """Do `quant.numerics.hadamard.rotate_groups`."""
+    for bit in tl.static_range(GROUP_BITS):
+        x = _butterfly(x, N, 1 << bit)
+    return x / tl.sqrt((1 << GROUP_BITS) * 1.0)
 
 
 @triton.jit
@@ -169,7 +162,7 @@ def _norm_rope(
     x_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
     row_stride, rows, eps, q_inverse, k_inverse, v_inverse,
     K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, HEAD: tl.constexpr,
-    ROPE: tl.constexpr, ROTATE: tl.constexpr, ROUND: tl.constexpr,
+    ROPE: tl.constexpr, ROTATE_BITS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -195,9 +188,9 @@ def _norm_rope(
         sin_ptr += row * HEAD
         x_a = _rotated(x_a, weight_a, cos_ptr, sin_ptr, 0, rms, A, HEAD, ROPE)
         x_b = _rotated(x_b, weight_b, cos_ptr, sin_ptr, A, rms, B, HEAD, ROPE)
-        if ROTATE:
-            x_a = _rotate_groups(x_a.to(tl.bfloat16).to(tl.float32), A)
-            x_b = _rotate_groups(x_b.to(tl.bfloat16).to(tl.float32), B)
+        if ROTATE_BITS:
+            x_a = _rotate_groups(x_a.to(tl.bfloat16).to(tl.float32), A, ROTATE_BITS)
+            x_b = _rotate_groups(x_b.to(tl.bfloat16).to(tl.float32), B, ROTATE_BITS)
         out_ptr += (batch * rows + row) * K
         _store(out_ptr + a, x_a, inverse_scale, in_a, ROUND)
         _store(out_ptr + b, x_b, inverse_scale, in_b, ROUND)
@@ -269,7 +262,8 @@ def norm_rope(
         x, q_norm.weight, (q_norm if k_norm is None else k_norm).weight, cos, sin, q, k, v,
         x.stride(1), tokens, q_norm.eps, *map(_inverse, each_scale),
         K=width, A=high, B=low, HEAD=width // heads, ROPE=rope is not None,
-        ROTATE=scales is not None and scales.rotate, ROUND=scales is not None, num_warps=_WARPS,
+        ROTATE_BITS=_GROUP_BITS if scales is not None and scales.rotate else 0,
+        ROUND=scales is not None, num_warps=_WARPS,
     )  # fmt: skip
     return tuple(outs)
 
@@ -297,7 +291,7 @@ def _map(x: Tensor, act_scale: float | None, *, gelu: bool) -> Tensor:
 def _column_ranges(width: int) -> tuple[int, int]:
     """Return two powers of two that together cover a width: 5120 is exactly 4096 + 1024."""
     high = 1 << (width.bit_length() - 1)
-    return high, triton.next_power_of_2(max(width - high, 8))
+    return high, triton.next_power_of_2(max(width - high, GROUP))
 
 
 def _batch_stride(x: Tensor | None) -> int:

@@ -8,20 +8,22 @@ docs/numerics.md has what it gains.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-GROUP = 8
-"""Neighbouring channels that are mixed: as many as one thread of the kernels holds."""
+GROUP = 16
+"""Neighbouring channels that are mixed; more gain nothing and take longer (docs/log.md)."""
 
 
 def rotate_groups(x: Tensor) -> Tensor:
     """Multiply each `GROUP` neighbours of x [..., D] by the Hadamard matrix over sqrt(GROUP).
 
-    The sums are FP32, in a fixed order, and the result has the type of x.
+    D is a multiple of GROUP. The sums are FP32, in a fixed order, and the result has the type of x.
     """
-    groups = x.float().reshape(*x.shape[:-1], -1, 2, 2, 2)
-    for dim in (-1, -2, -3):
+    groups = x.float().reshape(-1, *(2,) * (GROUP.bit_length() - 1))
+    for dim in range(groups.dim() - 1, 0, -1):
         first, second = groups.unbind(dim)
         groups = torch.stack((first + second, first - second), dim)
-    return (groups * GROUP**-0.5).reshape(x.shape).type_as(x)
+    return (groups / math.sqrt(GROUP)).reshape(x.shape).to(x.dtype)
