@@ -55,6 +55,18 @@ def test_fingerprints_of_recipes_without_the_option_are_what_they_were():
     assert QuantRecipe.load("boundary-hif8").fingerprint == shipped
 
 
+def test_the_rotation_is_on_and_part_of_the_fingerprint_only_if_it_is_off():
+    """Scales files of before the option contain this fingerprint, and stay valid."""
+    fp8 = QuantRecipe.load("boundary-hif8-fp8attn")
+    assert fp8.rotate_qk
+    assert "rotate_qk" not in fp8.to_dict()
+    shipped = "sha256:0e1d7a6370ea66d92989411c6c3098584ea069018c71612d3c39a7b5d8ca6cec"
+    assert fp8.fingerprint == shipped
+    without = dataclasses.replace(fp8, rotate_qk=False)
+    assert without.fingerprint != fp8.fingerprint
+    assert QuantRecipe.from_json(without.to_json()) == without
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads_under_its_own_name(name: str):
     assert QuantRecipe.load(name).name == name
@@ -119,6 +131,8 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
             {"attention": "fp8", "act": {"granularity": "per_token", "policy": "pow2"}},
             "needs fused blocks, which act granularity 'per_token' rules out",
         ),
+        ({"rotate_qk": False}, "rotate_qk = false has no effect with attention 'bf16'"),
+        ({"attention": "fp8", "rotate_qk": 1}, "rotate_qk must be bool, not 1"),
     ],
 )
 def test_bad_values_are_named(recipe_dict, changes, message):

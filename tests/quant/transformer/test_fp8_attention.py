@@ -204,6 +204,29 @@ def test_a_block_that_cannot_be_fused_is_refused(tiny_transformer, fp8_recipe, f
         fused_transformer(tiny_transformer, EagerKernels(), recipe, fp8_scales)
 
 
+def test_heads_that_the_kernel_cannot_take_are_refused(tiny_transformer, fp8_recipe, fp8_scales):
+    tiny_transformer.register_to_config(attention_head_dim=24)
+    scales = attention_scales(fp8_recipe, fp8_scales)
+    with pytest.raises(ConversionError, match=r"multiple of 16 channels, .* have 24"):
+        fuse_quantized(tiny_transformer, EagerKernels(), scales)
+    assert not any(isinstance(block, FusedWanBlock) for block in tiny_transformer.blocks)
+
+
+def test_the_rotation_changes_what_is_rounded_and_no_score(
+    tiny_transformer, fp8_recipe, fp8_scales
+):
+    off = dataclasses.replace(fp8_recipe, rotate_qk=False)
+    rotated, plain = (
+        fused_transformer(tiny_transformer, EagerKernels(), recipe, fp8_scales)
+        for recipe in (fp8_recipe, off)
+    )
+    assert [block.attention_scales.rotate for block in rotated.blocks[1:3]] == [True, True]
+    assert [block.attention_scales.rotate for block in plain.blocks[1:3]] == [False, False]
+    first, second = run(rotated), run(plain)
+    assert not torch.equal(first, second)
+    assert sqnr_db(second, first) > MIN_ATTENTION_SQNR_DB
+
+
 def test_scales_that_lack_attention_are_refused(tiny_transformer, fp8_recipe, tiny_scales):
     with pytest.raises(ConversionError, match=r"the first being blocks\.1\.attn1\.q"):
         fused_transformer(tiny_transformer, EagerKernels(), fp8_recipe, tiny_scales)
