@@ -70,7 +70,11 @@ def main(
     rows: list[report.Row] = []
     kernels: dict[str, str] = {}
     for name in mode or RECIPES:
-        chosen = device_kernels(device, quantized=RECIPES[name] is not None)
+        chosen = device_kernels(
+            device,
+            quantized=RECIPES[name] is not None,
+            fp8_attention=name == "w8a8-fp8attn",
+        )
         kernels[name] = chosen.name
         ours = make_variant(name, chosen, device)
         emulated = make_variant(name, EagerKernels(), device)
@@ -94,9 +98,9 @@ def main(
     print(f"goal of {GOAL_DB:g} dB: {'missed by ' + ', '.join(missed) if missed else 'reached'}")
 
 
-def device_kernels(device: str, *, quantized: bool) -> Kernels:
+def device_kernels(device: str, *, quantized: bool, fp8_attention: bool) -> Kernels:
     """Return the kernels that a worker would use; exit if they would be a fallback."""
-    choice = pick_kernels(torch.device(device), quantized=quantized)
+    choice = pick_kernels(torch.device(device), quantized=quantized, fp8_attention=fp8_attention)
     if choice.warning is not None:
         raise SystemExit(choice.warning)
     return choice.kernels

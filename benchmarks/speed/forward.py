@@ -7,7 +7,8 @@ bit-true emulation, and where the time of a pass goes. For step caches, it has w
 they skip nothing, and what remains of a pass when they skip it; how often they skip can only be
 measured with a trained model (`benchmarks/speed/step_cache.py`).
 
-It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+A GPU has to run FP8 attention (Hopper). It prints a table, then the result as one line of JSON, and
+saves it in benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Measured are matrix products in E4M3, with and without the rounding of their input, against
 `F.linear` in BF16; the kernels' attention, in BF16 and in E4M3, against torch's; and each fused
-kernel against the same arithmetic in plain torch.
+kernel against the same arithmetic in plain torch. A GPU has to run FP8 attention (Hopper).
 
 It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
 """

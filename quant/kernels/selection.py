@@ -3,7 +3,7 @@
 Kernels are compiled on the machine that runs them, by libraries that may be missing and for GPUs
 that may lack a feature. Each set of kernels is therefore run on small tensors and compared with
 plain torch before it is used (`quant.kernels.self_test`). If it fails, the choice carries a warning
-and plain torch runs instead.
+and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
-from quant.kernels.flash_attention import HOPPER, load_flash_attention
+from quant.kernels.flash_attention import HOPPER, FlashAttention, load_flash_attention
 from quant.kernels.interface import Kernels
 from quant.kernels.self_test import BlockShape, check_kernels
 
@@ -76,7 +76,7 @@ def pick_kernels(
             "bf16, because every weight is decoded to BF16 for every product.",
         )
     check = partial(check_kernels, device=device, quantized=quantized, shape=shape)
-    fused = _try(_fused, partial(check, per_row_scales=per_row_scales))
+    fused = _try(_cuda_kernels, partial(check, per_row_scales=per_row_scales))
     if isinstance(fused, str):
         reason = f"the kernels for {name} do not run ({fused})"
         if fp8_attention:
@@ -90,7 +90,9 @@ def pick_kernels(
         if fp8_attention:
             raise _no_fp8_attention(f"FlashAttention-3 is written for Hopper GPUs, not for {name}")
         return KernelChoice(fused)
-    flash = _try(_fused_with_flash, partial(check, fp8_attention=fp8_attention))
+    flash = _try(
+        lambda: _cuda_kernels(load_flash_attention()), partial(check, fp8_attention=fp8_attention)
+    )
     if isinstance(flash, str):
         reason = f"FlashAttention-3 does not run on {name} ({flash})"
         if fp8_attention:
@@ -99,17 +101,11 @@ def pick_kernels(
     return KernelChoice(flash)
 
 
-def _fused() -> Kernels:
+def _cuda_kernels(flash: FlashAttention | None = None) -> Kernels:
     # Needs Triton, which machines without a GPU do not have.
     from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
-    return CudaKernels()
-
-
-def _fused_with_flash() -> Kernels:
-    from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
-
-    return CudaKernels(load_flash_attention())
+    return CudaKernels(flash)
 
 
 def _try(make: Callable[[], Kernels], check: Callable[[Kernels], None]) -> Kernels | str:

@@ -32,6 +32,11 @@ SCALE = 0.25
 SMALL_TOKENS = 1100
 """Not a multiple of any tile size."""
 
+EVEN_TOKENS = 1000
+"""Queries that fill an even number of tiles of 128; `SMALL_TOKENS` fill an odd one.
+
+FlashAttention-3 has a kernel for either (832x480 is even, 1280x720 odd)."""
+
 PROMPT_TOKENS = 100
 """Keys of cross-attention, whose number differs from that of the queries."""
 
@@ -193,7 +198,9 @@ class _ProductsTest:
         per_row_scales: bool,
         fp8_attention: bool,
     ) -> None:
-        draw, shape = _Draw(device), BlockShape(SMALL.heads, SMALL.heads * head_size, SMALL.ffn)
+        # Products need a width that is a multiple of 16.
+        self.heads = 32 // math.gcd(head_size, 16)
+        draw, shape = _Draw(device), BlockShape(self.heads, self.heads * head_size, SMALL.ffn)
         width = shape.width
         self._act_scale = act_scale
         self.x, self.delta = (draw(1, SMALL_TOKENS, width) for _ in range(2))
@@ -214,13 +221,19 @@ class _ProductsTest:
         normed = kernels.add_norm(self.x, self.delta, gate, self.norm, act_scale)[1]
         products = {name: self._product(kernels, name)(normed) for name in self.weight_scales}
         q, k, v = kernels.norm_rope(
-            products["product"], self.q_norm, self.q_norm, self.rope, SMALL.heads, self.scales
+            products["product"], self.q_norm, self.q_norm, self.rope, self.heads, self.scales
         )
+        few = q[:, :EVEN_TOKENS].contiguous()
         attended = kernels.attention(q, k, v, self.scales, act_scale)
-        (cross_q,) = kernels.norm_rope(self.x, self.q_norm, None, None, SMALL.heads, None)
-        prompt = self.delta[:, :PROMPT_TOKENS].view(1, PROMPT_TOKENS, SMALL.heads, -1)
+        attended_even = kernels.attention(few, k, v, self.scales, act_scale)
+        (cross_q,) = kernels.norm_rope(self.x, self.q_norm, None, None, self.heads, None)
+        prompt = self.delta[:, :PROMPT_TOKENS].view(1, PROMPT_TOKENS, self.heads, -1)
         crossed = kernels.attention(cross_q, prompt, prompt, None, act_scale)
-        return products | {"attention": _value(attended), "cross-attention": _value(crossed)}
+        return products | {
+            "attention": _value(attended),
+            "attention of an even number of tiles": _value(attended_even),
+            "cross-attention": _value(crossed),
+        }
 
     def _product(self, kernels: Kernels, name: str) -> BlockLinear:
         if self._act_scale is None:

@@ -14,16 +14,23 @@ import torch
 from torch import Tensor
 
 GROUP = 16
-"""Neighbouring channels that are mixed; more gain nothing and take longer (docs/log.md)."""
+"""Neighbouring channels that are mixed; more gain nothing and take longer (docs/log.md).
+
+Its root is a power of two, so that devices that divide differently get the same bits."""
 
 
 def rotate_groups(x: Tensor) -> Tensor:
     """Multiply each `GROUP` neighbours of x [..., D] by the Hadamard matrix over sqrt(GROUP).
 
     D is a multiple of GROUP. The sums are FP32, in a fixed order, and the result has the type of x.
+    Memory: one FP32 copy of x and half of one more.
     """
-    groups = x.float().reshape(-1, *(2,) * (GROUP.bit_length() - 1))
-    for dim in range(groups.dim() - 1, 0, -1):
+    bits = GROUP.bit_length() - 1
+    groups = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    groups = groups.view(*x.shape[:-1], -1, *(2,) * bits)
+    for dim in range(-1, -bits - 1, -1):
         first, second = groups.unbind(dim)
-        groups = torch.stack((first + second, first - second), dim)
-    return (groups / math.sqrt(GROUP)).reshape(x.shape).to(x.dtype)
+        difference = first - second
+        first += second
+        second.copy_(difference)
+    return groups.div_(math.sqrt(GROUP)).view(x.shape).to(x.dtype)

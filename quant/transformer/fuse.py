@@ -13,11 +13,9 @@ from torch import nn
 from quant.calibration.scales import Scales
 from quant.errors import ConversionError
 from quant.kernels.interface import AttentionScales, Kernels
+from quant.numerics.hadamard import GROUP
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.wan_block import fuse_blocks
-
-HEAD_MULTIPLE = 16
-"""Channels of a head have to be a multiple of this in FP8, by FlashAttention-3."""
 
 
 def fuse_quantized(
@@ -37,12 +35,13 @@ def fuse_quantized(
         wait_for: see `fuse_blocks`.
 
     Raises:
-        ConversionError: a block with FP8 attention cannot be fused, or has too narrow heads.
+        ConversionError: a block with FP8 attention cannot be fused, or the size of its heads is no
+            multiple of `GROUP`, which FlashAttention-3 needs in FP8 as well.
     """
     head_size = transformer.config.attention_head_dim
-    if attention and head_size % HEAD_MULTIPLE:
+    if attention and head_size % GROUP:
         raise ConversionError(
-            f"FP8 attention needs heads of a multiple of {HEAD_MULTIPLE} channels, and this "
+            f"FP8 attention needs heads of a multiple of {GROUP} channels, and this "
             f"transformer's have {head_size}: use attention 'bf16'"
         )
     left = fuse_blocks(transformer, kernels, attention, wait_for)

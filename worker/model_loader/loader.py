@@ -204,7 +204,7 @@ def _put_on_kernels(
         reader.wait_for(block.state_dict(keep_vars=True).values())
 
     unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
-    warning = choice.warning
+    warnings = [choice.warning] if choice.warning else []
     if unfused and choice.kernels.name != EagerKernels.name:
         warning = (
             f"{len(unfused)} of {len(mode.transformer.blocks)} blocks run in plain torch, which is "
@@ -212,7 +212,9 @@ def _put_on_kernels(
             "quantizes only some of the linears that share an input."
         )
         logger.warning("%s: %s", mode.offer.name, warning)
-    offer = mode.offer.model_copy(update={"kernels": choice.kernels.name, "warning": warning})
+        warnings.append(warning)
+    shown = {"kernels": choice.kernels.name, "warning": " ".join(warnings) or None}
+    offer = mode.offer.model_copy(update=shown)
     return replace(mode, offer=offer)
 
 

@@ -155,13 +155,13 @@ def test_a_hopper_gpu_takes_it(monkeypatch: pytest.MonkeyPatch, fp8_attention: b
     assert (choice.kernels.name, choice.warning) == ("cuda with FlashAttention-3", None)
 
 
-def no_kernel_image(*_: Tensor, **__: Tensor) -> Tensor:
-    raise RuntimeError("no kernel image is available")
+def refuse(*_: Tensor, **__: Tensor) -> Tensor:
+    raise RuntimeError("head_size should be a multiple of 8")
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(None, "not installed"), (no_kernel_image, "no kernel image is available")],
+    [(None, "not installed"), (refuse, "head_size should be a multiple of 8")],
 )
 @pytest.mark.usefixtures("hopper")
 def test_where_it_is_missing_or_broken_torch_attends_with_a_warning(

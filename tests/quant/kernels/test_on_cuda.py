@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quant.kernels.flash_attention import HOPPER
+from quant.kernels.interface import AttentionScales
+from quant.kernels.misfit_counter import CountingKernels
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape
 from quant.numerics import hif8
@@ -167,6 +169,20 @@ def test_the_device_runs_its_own_kernels():
             )
             name = "cuda with FlashAttention-3" if HOPPER_GPU else "cuda"
             assert (choice.kernels.name, choice.warning) == (name, None)
+
+
+def test_counting_changes_no_code_of_rotated_queries_and_keys():
+    kernels = pick_kernels(CUDA, quantized=True).kernels
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, 50, 3 * 256, generator=generator).to(CUDA, torch.bfloat16)
+    norm = nn.RMSNorm(256, eps=1e-6).to(CUDA, torch.bfloat16)
+    angles = torch.rand(1, 50, 1, 128, generator=generator).to(CUDA)
+    arguments = (qkv, norm, norm, (angles.cos(), angles.sin()), 2, AttentionScales(0.1, 0.2, 0.3))
+    with torch.no_grad():
+        expected = kernels.norm_rope(*arguments)
+        counted = CountingKernels(kernels, lambda misfits, count: None).norm_rope(*arguments)
+    for ours, theirs in zip(counted, expected, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 def test_codes_become_the_same_e4m3_on_device_and_host():
