@@ -3,6 +3,7 @@
 On a GPU, `quant.kernels.self_test.check_kernels` tests the compiled kernels."""
 
 import importlib
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
