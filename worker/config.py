@@ -32,6 +32,9 @@ VaeTiling = Literal["auto", "on", "off"]
 _WORKER_ONLY = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling", "vocabulary"}
 
 
+FiniteShift = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,7 +67,7 @@ class ModelConfig(_Section):
     text_tokens: int = Field(
         ge=1, description="Tokens the text encoder sees; a longer text is refused."
     )
-    flow_shift: dict[Size, float] = Field(
+    flow_shift: dict[Size, FiniteShift] = Field(
         default_factory=dict,
         description="The scheduler's shift by size, where it is not the model's own.",
     )

@@ -5,7 +5,8 @@
     ├── DeviceUnavailable   the device asked for is not there
     ├── RanksDiffer         ranks would run the same mode on different kernels
     ├── ModelUnusable       the model folder lacks a component, or one cannot be read
-    └── TooLittleMemory     the device cannot hold what the configuration asks for
+    ├── TooLittleMemory     the device cannot hold what the configuration asks for
+    └── ProofFailed         the tiny job at the start did not become a video
     RanksLost               the process of another rank has ended
     RankFailed              another rank could not do its part of a job
 
@@ -40,6 +41,10 @@ class ModelUnusable(StartError):
 
 class TooLittleMemory(StartError):
     """The model in its modes does not fit on the device; nothing was loaded."""
+
+
+class ProofFailed(StartError):
+    """The tiny job at the start failed, so no other job would succeed either."""
 
 
 class RanksLost(Exception):

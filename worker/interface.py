@@ -132,3 +132,9 @@ class Engine(Protocol):
             GenerationCancelled: raised by `control`.
             GenerationFailed: or a subclass that says why, such as PromptTooLong.
         """
+
+    def tiny_job(self, mode: str, control: JobControl) -> tuple[GenerationRequest, Clip]:
+        """Run a mode in the smallest job that goes through all stages; return its request as well.
+
+        Its size need not be offered. It raises and its frames are consumed as with `generate`.
+        """

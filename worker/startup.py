@@ -1,8 +1,9 @@
 """Start a worker: read the settings, load the configured model, and serve it until asked to stop.
 
-The start checks in the order of cost: settings, configuration, Redis, artifacts, device, model. The
-first fault ends it with one line on stderr and status 1. A worker that serves waits for a lost
-Redis without limit. It ends with a status of its own when its device or its memory cannot recover
+The start checks in the order of cost: settings, configuration, Redis, artifacts, device, model. At
+last a tiny job goes through every stage and mode (`worker/proof.py`). The first fault ends the
+start with one line on stderr and status 1. A worker that serves waits for a lost Redis without
+limit. It ends with a status of its own when its device or its memory cannot recover
 (`worker/errors.py`).
 """
 
@@ -40,6 +41,7 @@ from worker.distributed.rank_group import RankGroup, join
 from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import EXIT_DEVICE_LOST, RanksLost, StartError
+from worker.model_loader.finite_weights import check_finite
 from worker.model_loader.loader import load_model
 from worker.model_loader.memory_plan import place_model
 from worker.model_loader.mode_plan import (
@@ -48,8 +50,11 @@ from worker.model_loader.mode_plan import (
     fingerprint_model,
     plan_modes,
 )
+from worker.model_loader.scheduler import check_scheduler
+from worker.model_loader.settings_check import check_settings, check_vocabulary
 from worker.model_loader.tokenizer import read_tokenizer
 from worker.process.logs import configure_logging
+from worker.proof import prove
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -90,7 +95,7 @@ def main(
 
 
 def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack) -> ServeContext:
-    """Load the model and log a description of it for operators.
+    """Load the model, prove that it makes videos, and log a description of it for operators.
 
     Whatever must be closed again is put into `opened`, also when the start fails.
     """
@@ -102,6 +107,7 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
         artifacts.probe()
         device, ranks = opened.enter_context(join_ranks(settings, config))
         engine = load_engine(config, device, ranks)
+        prove(engine)
     for line in engine.describe():
         logger.info(line)
     logger.info("seconds to ready: %.1f", time.perf_counter() - started)
@@ -129,6 +135,8 @@ def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = 
     """
     path = config.model.path
     check_folder(path)
+    check_settings(config.model)
+    check_scheduler(config.model)
     fingerprint = fingerprint_model(config)
     if ranks is not None:
         ranks.broadcast(fingerprint)
@@ -142,6 +150,8 @@ def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = 
         if reading.done():
             reading.result()  # raises its error, if any, before weights are read
         modes, components = load_model(path, plans, device, placement, kernels, reading.result)
+    check_vocabulary(components)
+    check_finite(components, modes)
     denoise = None if ranks is None else lead_ranks(ranks, modes)
     return WanEngine(config.model, fingerprint, device, components, modes, denoise)
 

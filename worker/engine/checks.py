@@ -1,4 +1,4 @@
-"""Check a stage's result for NaN, and let a job stop between two modules."""
+"""Check a stage's result for NaN, also inside a module, and let a job stop between two modules."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ def check_before_each(modules: Iterable[nn.Module], check: Callable[[], None]) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def check_output(module: nn.Module, source: str, remedy: str) -> Iterator[None]:
+    """Have `require_finite` check each output of `module`, before its caller clamps or rounds it.
+
+    Args:
+        source, remedy: as for `require_finite`.
+    """
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: require_finite(output, source, remedy)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()

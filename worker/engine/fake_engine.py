@@ -81,6 +81,21 @@ class FakeEngine:
         seconds = StageSeconds(text_encoder_s=0.5, denoise_s=1.5, vae_s=0.25)
         return Clip(self._frames(request, control), request.num_frames, seconds)
 
+    def tiny_job(self, mode: str, control: JobControl) -> tuple[GenerationRequest, Clip]:
+        """Make one frame, without the steps that `on_step` may delay."""
+        request = GenerationRequest(
+            prompt="a",
+            negative_prompt="",
+            mode=mode,
+            size=self.model.default_size,
+            num_frames=1,
+            num_inference_steps=1,
+            guidance_scale=self.model.default_guidance_scale,
+            seed=0,
+            model=self.model.name,
+        )
+        return request, Clip(self._frames(request, control), request.num_frames)
+
     def _frames(self, request: GenerationRequest, control: JobControl) -> Generator[Frame]:
         for index in range(request.num_frames):
             control.progress(Stage.VAE, index + 1, request.num_frames)

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Final
 
 from diffusers import WanPipeline
 from torch import Tensor
@@ -29,7 +29,7 @@ from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from worker.config import ModelConfig
 from worker.device import Device
-from worker.engine.checks import check_before_each, require_finite
+from worker.engine.checks import check_before_each, check_output, require_finite
 from worker.engine.denoiser import Denoise, denoise_on
 from worker.engine.prompt_encoder import PromptEncoder
 from worker.engine.saturation import ActSample
@@ -44,8 +44,17 @@ from worker.engine.vae_decoder import (
 from worker.interface import Clip, Frame, JobControl, StageSeconds
 from worker.model_loader.components import Components
 from worker.model_loader.loader import Mode
+from worker.model_loader.scheduler import scheduler_for_run
 
 logger = logging.getLogger(__name__)
+
+TINY_SIZE: Final = "64x64"
+"""The size of the job at the start: 16 tokens in a latent frame, which up to 16 ranks can share."""
+
+TINY_FRAMES: Final = 5
+"""Two latent frames: the second one goes through the VAE's layers for time as well."""
+
+TINY_PROMPT: Final = "a"
 
 
 class WanEngine:
@@ -117,8 +126,29 @@ class WanEngine:
         `vae_s` counts only the decoding, not what the caller does between two frames.
         """
         self._refuse_unservable(request)
+        return self._run(request, control, owner)
+
+    def tiny_job(self, mode: str, control: JobControl) -> tuple[GenerationRequest, Clip]:
+        """Run a mode as a job with default settings does, but small and in one step."""
+        request = GenerationRequest(
+            prompt=TINY_PROMPT,
+            negative_prompt=self.config.default_negative_prompt,
+            mode=mode,
+            size=TINY_SIZE,
+            num_frames=min(TINY_FRAMES, self.config.max_frames),
+            num_inference_steps=1,
+            guidance_scale=self.config.default_guidance_scale,
+            seed=0,
+            model=self.config.name,
+        )
+        self.prompts.refuse_too_long(request)
+        return request, self._run(request, control, owner="")
+
+    def _run(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
         pipeline = self._pipelines[request.mode]
-        pipeline.scheduler = self._scheduler(request.size)
+        pipeline.scheduler = scheduler_for_run(
+            self.components.scheduler, self.config.flow_shift.get(request.size)
+        )
         seconds = StageSeconds()
         with self._timed(seconds, "text_encoder_s"):
             embeddings = self.prompts.encode(request, control, owner)
@@ -172,21 +202,19 @@ class WanEngine:
         control.progress(Stage.VAE, 0, total)
         latents = denormalize(vae, latents.to(self.device.vae_dtype))
         decode = decode_tiled if self.components.vae_tiling else decode_chunks
-        with check_before_each(stop_points(vae), control.check):
+        # The decoder's own output: what follows it clamps infinite values to black and white.
+        finite = check_output(
+            vae.decoder,
+            "The VAE",
+            "Try another seed; if it does so for other jobs, too, the model's files are damaged.",
+        )
+        with check_before_each(stop_points(vae), control.check), finite:
             chunks = decode(vae, latents)
             for done in range(1, total + 1):
                 with self._timed(seconds, "vae_s"):
                     frames = to_frames(next(chunks))
                 control.progress(Stage.VAE, done, total)
                 yield from frames
-
-    def _scheduler(self, size: str) -> Any:
-        """Create a scheduler for one run: it has state, which a cancelled run leaves incomplete."""
-        template = self.components.scheduler
-        shift = self.config.flow_shift.get(size)
-        return template.from_config(
-            template.config, **({} if shift is None else {"flow_shift": shift})
-        )
 
     @contextmanager
     def _timed(self, seconds: StageSeconds, name: str) -> Iterator[None]:

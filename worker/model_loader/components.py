@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
@@ -20,12 +19,12 @@ from quant.weights.reader import ReadRequest
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader.component_files import (
-    CONFIG,
     WEIGHTS,
     check_files,
     load_component,
     read_json,
 )
+from worker.model_loader.scheduler import read_scheduler
 from worker.model_loader.tokenizer import ModelTokenizer, read_tokenizer
 
 
@@ -105,13 +104,11 @@ class ComponentLoader:
         Raises:
             ModelUnusable: a component lacks a file, or one cannot be read.
         """
-        index: Mapping[str, Any] = read_json(self._path / "model_index.json")
-        scheduler = getattr(diffusers, index["scheduler"][1])
         return Components(
             tokenizer=tokenizer() if tokenizer else read_tokenizer(self._path / "tokenizer"),
             text_encoder=self.text_encoder.eval(),
             vae=self.vae.eval(),
-            scheduler=load_component(scheduler.from_pretrained, self._path / "scheduler", CONFIG),
+            scheduler=read_scheduler(self._path),
         )
 
     def _allocate(

@@ -1,0 +1,162 @@
+"""Read a model's scheduler, set its shift, and refuse one that cannot denoise this model.
+
+Wan2.1 predicts flows: the direction from the picture to the noise. Many schedulers of diffusers
+are made for other predictions. Some of them fail in the pipeline, others run and leave noise. So
+each configured schedule is tried with a perfect model of one small picture, without any weights.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+
+from worker.config import ModelConfig
+from worker.errors import ModelUnusable
+from worker.model_loader.component_files import CONFIG, load_component, read_json
+
+SHIFTS: Final = ("flow_shift", "shift")
+"""The names that schedulers have for the shift of their noise levels towards noise."""
+
+TIMESTEPS: Final = 1000
+"""Wan's transformer takes its noise level, 0 to 1, times this."""
+
+TIMESTEP_TOLERANCE: Final = 1.5
+"""Some schedulers round timesteps down to whole numbers, from levels that are not exactly 1."""
+
+NOISE_LEFT: Final = 0.1
+"""The share of the noise that a schedule may leave of a perfectly predicted picture. Schedulers for
+flows leave less than 0.001 of it, except DEIS: 0.05 in 20 steps, and all of it in one."""
+
+
+def read_scheduler(folder: Path) -> Any:
+    """Read the scheduler of the model in `folder`, of the class that its index names.
+
+    Raises:
+        ModelUnusable: it cannot be read, or the index names something else than a scheduler.
+    """
+    name = read_json(folder / "model_index.json")["scheduler"][1]
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ModelUnusable(f"{folder / 'model_index.json'} names {name!r}, which is no scheduler.")
+    try:
+        return load_component(kind.from_pretrained, folder / "scheduler", CONFIG)
+    except (ImportError, AttributeError) as error:  # a library it needs is not installed
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelUnusable(f"The scheduler {name} of {folder} cannot be used: {reason}") from error
+
+
+def scheduler_for_run(template: Any, shift: float | None) -> Any:
+    """Create a scheduler for one run: it has state, which a cancelled run leaves incomplete.
+
+    Args:
+        shift: None for the model's own. `check_scheduler` has checked that the class has one.
+    """
+    if shift is None:
+        return template.from_config(template.config)
+    return template.from_config(template.config, **{_shift_name(template): shift})
+
+
+def check_scheduler(model: ModelConfig) -> None:
+    """Refuse a scheduler that cannot denoise flows, or that ignores a configured shift.
+
+    Raises:
+        ModelUnusable: names the scheduler's class and what it does instead.
+    """
+    template = read_scheduler(model.path)
+    for size, shift in model.flow_shift.items():
+        _check_shift(template, size, shift, model)
+    for shift in {None, *model.flow_shift.values()}:
+        for steps in sorted({1, model.default_steps}):
+            fault = _fault(scheduler_for_run(template, shift), steps)
+            if fault is not None:
+                raise ModelUnusable(
+                    f"The scheduler {_describe(template, shift)} of {model.path} cannot denoise "
+                    f"this model, which predicts flows: {fault}; name one in model_index.json and "
+                    "scheduler/scheduler_config.json that can, as the model's authors do."
+                )
+
+
+def _check_shift(template: Any, size: str, shift: float, model: ModelConfig) -> None:
+    name, kind = _shift_name(template), type(template).__name__
+    configured = f"[model.flow_shift] sets {shift:g} for {size}, but the scheduler {kind}"
+    remedy = "take it out of the worker's configuration, or give the model another scheduler."
+    if name is None:
+        raise ModelUnusable(f"{configured} of {model.path} has no shift: {remedy}")
+    if _has_no_effect(template, shift, max(2, model.default_steps)):
+        raise ModelUnusable(
+            f"{configured} of {model.path} ignores its {name} with the other settings in "
+            f"scheduler/scheduler_config.json: {remedy}"
+        )
+
+
+def _shift_name(template: Any) -> str | None:
+    return next((name for name in SHIFTS if name in template.config), None)
+
+
+def _has_no_effect(template: Any, shift: float, steps: int) -> bool:
+    """Return whether the noise levels are the same with another shift."""
+    levels = []
+    for each in (shift, 2 * shift):
+        scheduler = scheduler_for_run(template, each)
+        try:
+            scheduler.set_timesteps(steps, device="cpu")
+            levels.append(torch.as_tensor(scheduler.sigmas))
+        except Exception:  # noqa: BLE001  # a library's own, of any kind: `_fault` reports it
+            return False
+    return torch.equal(*levels)
+
+
+def _describe(template: Any, shift: float | None) -> str:
+    """Name a scheduler with those of its settings that decide what it can denoise."""
+    kind, config = type(template).__name__, template.config
+    names = ("prediction_type", "use_flow_sigmas", "num_train_timesteps")
+    settings = [f"{name} {config[name]!r}" for name in names if name in config]
+    if shift is not None:
+        settings.append(f"{_shift_name(template)} {shift:g}")
+    return f"{kind} ({', '.join(settings)})" if settings else kind
+
+
+def _fault(scheduler: Any, steps: int) -> str | None:
+    """Run a scheduler as `WanPipeline` does; return what is wrong with it, if anything is."""
+    random_state = torch.get_rng_state()
+    try:
+        levels, left = _denoise_perfectly(scheduler, steps)
+    except Exception as error:  # noqa: BLE001  # a library's own, of any kind
+        return f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        drew = not torch.equal(random_state, torch.get_rng_state())
+        torch.set_rng_state(random_state)
+    count = len(scheduler.timesteps)
+    if count != steps:
+        return f"it runs the model {count} times where {steps} steps are asked for"
+    expected = TIMESTEPS * torch.tensor(levels)
+    if not (scheduler.timesteps.cpu() - expected).abs().max() <= TIMESTEP_TOLERANCE:
+        return f"its timesteps are not its noise levels, 1 to 0, times {TIMESTEPS}"
+    if not left <= NOISE_LEFT:
+        return f"{left:.0%} of the noise are left after {steps} steps with a perfect model"
+    if drew:
+        return "it draws noise of its own, so the same seed would give different videos"
+    return None
+
+
+def _denoise_perfectly(scheduler: Any, steps: int) -> tuple[list[float], float]:
+    """Denoise with a model that knows the picture; return noise levels and the noise's share left.
+
+    The calls are those of `WanPipeline`. The share is NaN if the result is not finite.
+    """
+    random = torch.Generator().manual_seed(0)
+    picture, noise = torch.randn(2, 1, 1, 1, 4, 4, generator=random)
+    scheduler.set_timesteps(steps, device="cpu")
+    scheduler.set_begin_index(0)
+    sample, levels = noise, []
+    for index, timestep in enumerate(scheduler.timesteps):
+        levels.append(float(scheduler.sigmas[index]))
+        flow = (sample - picture) / levels[-1]
+        sample = scheduler.step(flow, timestep, sample, return_dict=False)[0]
+    left = (sample - picture).norm() / (noise - picture).norm()
+    return levels, float(left) if math.isfinite(left) else math.nan
