@@ -15,8 +15,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from quant import BackgroundReader, TensorReader
 from quant.transformer.meta_model import allocate, check_stored, without_weights
-from quant.weights.header import stored_tensors
 from quant.weights.reader import ReadRequest
+from quant.weights.weight_files import stored_weights
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader.component_files import (
@@ -78,7 +78,8 @@ class ComponentLoader:
             raise ModelUnusable(
                 f"The configurations of text encoder and VAE in {path} describe none: {error!r}"
             ) from error
-        self.text_encoder.tie_weights()
+        # Whatever the configuration says: an encoder has one embedding, stored under either name.
+        self.text_encoder.set_input_embeddings(self.text_encoder.shared)
         self._copies: list[tuple[TensorReader, list[ReadRequest]]] = []
         encoder_device = text_encoder_device or device.torch_device
         self._allocate(self.text_encoder, path / "text_encoder", device.dtype, encoder_device)
@@ -119,9 +120,8 @@ class ComponentLoader:
     ) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
-        stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
-        expected = dict(module.named_parameters())  # a parameter under two names counts once
-        check_stored(expected, stored, source=str(folder), exact=False)
+        stored = stored_weights(folder)
+        check_stored(module.state_dict(keep_vars=True), stored, source=str(folder), exact=False)
         reader = TensorReader(device)
         # Allocate everything now. Memory that is freed while earlier work on the device still uses
         # it must not be reused for this.
