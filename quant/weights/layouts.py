@@ -19,7 +19,7 @@ REPOSITORY = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 COMFY_PREFIX = "model.diffusion_model."
 PREFIXES = (COMFY_PREFIX, "diffusion_model.")
 """What ComfyUI and its relatives put in front of the original names."""
-_ORIGINAL = re.compile(r"blocks\.\d+\.self_attn\.q\.weight|text_embedding\.0\.weight|head\.head\..+")
+_ORIGINAL = re.compile(r"blocks\.\d+\.self_attn\..+|text_embedding\.0\..+|head\.head\..+")
 _LORA = re.compile(r".*(\.lora_[AB]\.|lora_(down|up)\.).*|.*\.diff(_b)?")
 _SCALED_FP8 = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)")
 _ORIGINAL_VAE = re.compile(r"decoder\.middle\.0\.residual\.0\.gamma")

@@ -12,7 +12,12 @@ from typing import Any
 
 from quant.errors import WeightsError
 from quant.weights.header import refuse_lfs_pointer
-from quant.weights.layouts import REPOSITORY, refuse_loose_weights, refuse_pointers
+from quant.weights.layouts import (
+    REPOSITORY,
+    import_command,
+    refuse_loose_weights,
+    refuse_pointers,
+)
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
 _PIPELINES = {
@@ -54,12 +59,12 @@ def check_model_kind(folder: Path) -> None:
     else:
         for part in ("", *COMPONENTS):
             refuse_pointers(folder / part)
-        index = _read_object(index_file)
+        index = read_object(index_file)
         kind = _pipeline_kind(folder, index)
         for part, find in (("transformer", _transformer_kind), ("vae", _vae_kind)):
             file = folder / part / "config.json"
             if kind is None and file.is_file():
-                kind = find(_read_object(file))
+                kind = find(file)
     if kind is not None:
         raise WeightsError(
             f"{folder} holds {kind}: only Wan2.1 text-to-video is served, a WanPipeline with one "
@@ -113,7 +118,7 @@ def _original_kind(folder: Path) -> str | None:
     if experts:
         return f"Wan2.2 with two experts ({', '.join(experts)})"
     config = folder / "config.json"
-    return original_task(_read_object(config).get("model_type")) if config.is_file() else None
+    return original_task(read_object(config).get("model_type")) if config.is_file() else None
 
 
 def _pipeline_kind(folder: Path, index: dict[str, Any]) -> str | None:
@@ -129,10 +134,13 @@ def _pipeline_kind(folder: Path, index: dict[str, Any]) -> str | None:
         return "Wan2.2 TI2V-5B (expand_timesteps), which makes videos from text and image"
     if _names(index, "image_encoder") or (folder / "image_encoder" / "config.json").is_file():
         return "an image-to-video pipeline (image_encoder)"
-    transformer = _names(index, "transformer")
-    if transformer not in (None, "WanTransformer3DModel"):
-        return _TRANSFORMERS.get(transformer, f"a transformer of the class {transformer}")
-    return None
+    return _class_kind(_names(index, "transformer"))
+
+
+def _class_kind(name: str | None) -> str | None:
+    if name is None or name == "WanTransformer3DModel":
+        return None
+    return _TRANSFORMERS.get(str(name), f"a transformer of the class {name}")
 
 
 def _names(index: dict[str, Any], part: str) -> str | None:
@@ -143,14 +151,18 @@ def _names(index: dict[str, Any], part: str) -> str | None:
     return str(entry[-1]) if isinstance(entry, list) and entry else str(entry)
 
 
-def _transformer_kind(config: dict[str, Any]) -> str | None:
+def _transformer_kind(file: Path) -> str | None:
+    config = read_object(file)
     name = config.get("_class_name")
     if name == "WanModel":
-        # The original repository's own configuration, beside weights in its layout: those are
-        # refused with the command that converts them.
-        return original_task(config.get("model_type"))
-    if name not in (None, "WanTransformer3DModel"):
-        return _TRANSFORMERS.get(str(name), f"a transformer of the class {name}")
+        if (task := original_task(config.get("model_type"))) is not None:
+            return f"a transformer for {task}"
+        raise WeightsError(
+            f"{file} is the configuration of Wan's original repository (WanModel): convert the "
+            f"transformer with: {import_command(file.parent)}"
+        )
+    if (kind := _class_kind(name)) is not None:
+        return kind
     if any(key.startswith("vace_") for key in config):
         return _TRANSFORMERS["WanVACETransformer3DModel"]
     for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
@@ -160,7 +172,8 @@ def _transformer_kind(config: dict[str, Any]) -> str | None:
     return channels_kind(in_channels, config.get("out_channels", _CHANNELS) or in_channels)
 
 
-def _vae_kind(config: dict[str, Any]) -> str | None:
+def _vae_kind(file: Path) -> str | None:
+    config = read_object(file)
     if config.get("is_residual"):
         return "the VAE of Wan2.2 TI2V-5B (is_residual)"
     name = config.get("_class_name")
@@ -169,7 +182,12 @@ def _vae_kind(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        WeightsError: the file cannot be read, is a Git LFS pointer, or holds no object.
+    """
     try:
         data = file.read_bytes()
         refuse_lfs_pointer(file, data)

@@ -1,8 +1,8 @@
 """Find the weights of a component's folder, as the libraries that load such folders do.
 
 In this order:
-- the files that an index (`*.safetensors.index.json`) names. Files beside them, of another split for
-  instance, are not read: a shared cache cannot be tidied.
+- the files that an index (`*.safetensors.index.json`) names. Files beside them, as of another
+  split, are not read: a shared cache cannot be tidied.
 - the one file with the libraries' own name, `diffusion_pytorch_model.safetensors` or
   `model.safetensors`;
 - otherwise all safetensors files.
@@ -76,6 +76,19 @@ def stored_weights(folder: Path) -> dict[str, StoredTensor]:
         WeightsError: a file or an index cannot be read; or files without an index have a tensor of
             one name.
     """
+    found = folder_tensors(folder)
+    if folder.name == "text_encoder" and TIED_EMBEDDING in found:
+        found.pop(EMBEDDING, None)
+    return {name: each for name, each in found.items() if not _is_harmless(folder.name, name)}
+
+
+def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return all tensors in a folder's files of weights by name; a tensor in two as its index says.
+
+    Raises:
+        WeightsError: a file or an index cannot be read; or files without an index have a tensor of
+            one name.
+    """
     headers = [read_header(file) for file in weight_files(folder)]
     index = _read_index(folder)
     if index is None:
@@ -84,9 +97,7 @@ def stored_weights(folder: Path) -> dict[str, StoredTensor]:
         tensors = [each for header in headers for each in header.tensors]
         found = {each.name: each for each in tensors}
         found |= {each.name: each for each in tensors if index.get(each.name) == each.file.name}
-    if folder.name == "text_encoder" and TIED_EMBEDDING in found:
-        found.pop(EMBEDDING, None)
-    return {name: each for name, each in found.items() if not _is_harmless(folder.name, name)}
+    return found
 
 
 def _is_harmless(component: str, name: str) -> bool:
