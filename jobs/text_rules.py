@@ -1,6 +1,9 @@
 """Decide which characters a prompt may contain, and which of them are visible."""
 
+import html
 import unicodedata
+
+import ftfy
 
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Blank, although Unicode calls them letters or symbols: Hangul fillers, empty Braille pattern."""
@@ -12,8 +15,14 @@ def is_visible(character: str) -> bool:
     return not (
         character.isspace()
         or character in _BLANKS
-        or unicodedata.category(character) in ("Cf", "Mn", "Me")
+        or unicodedata.category(character) in ("Cc", "Cf", "Mn", "Me")
     )
+
+
+def cleaned(text: str) -> str:
+    """Clean a prompt as diffusers' `prompt_clean` for Wan does."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
 
 
 def first_disallowed(text: str) -> str | None:

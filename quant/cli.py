@@ -20,7 +20,10 @@ from quant.errors import QuantError, ScalesError
 from quant.numerics.code_table import codes_markdown
 from quant.packed.convert import convert
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.transformer.import_original import import_original
+from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint, read_transformer_config
+from quant.weights.model_folder import check_model_kind
 
 app = typer.Typer(
     help="Quantize Wan transformers to HiFloat8.", no_args_is_help=True, add_completion=False
@@ -51,6 +54,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     with _errors_as_sentences():
         if not out.absolute().parent.is_dir():
             raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
+        check_model_kind(model)
         fingerprint = model_fingerprint(model)
         config = read_transformer_config(model)
         overrides = {
@@ -67,6 +71,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
             prompts=PromptSet.read(prompts),
             sampler=resolve_sampler(config, overrides),
         )
+        check_pipeline_weights(model)
         pipe = load_pipeline(model, device)
         scales = run_calibration(pipe, plan, on_prompt=_print_progress)
         save_scales(scales, out)
@@ -96,6 +101,26 @@ def convert_command(
     typer.echo(f"wrote {out}: {report}")
 
 
+@app.command("import")
+def import_command(
+    source: Annotated[
+        Path, typer.Option("--from", help="Safetensors file, or folder of them, to convert.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")],
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, if no config.json says it.")
+    ] = None,
+) -> None:
+    """Convert a Wan2.1 text-to-video transformer with its original or ComfyUI's names.
+
+    OUT is then the folder `transformer` of a pipeline; the other folders are those of
+    Wan-AI/Wan2.1-T2V-14B-Diffusers.
+    """
+    with _errors_as_sentences():
+        report = import_original(source, out, heads=heads, on_tensor=_print_tensors)
+    typer.echo(f"wrote {out}: {report}")
+
+
 @app.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(help="A scales file.")],
@@ -104,6 +129,8 @@ def inspect_command(
 ) -> None:
     """Show what a scales file holds and what it fits; with --model or --recipe, check that."""
     with _errors_as_sentences():
+        if model is not None:
+            check_model_kind(model)
         scales = load_scales(file, model_folder=model)
         typer.echo(describe_scales(scales, file))
         check_scales(

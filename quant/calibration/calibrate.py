@@ -31,6 +31,7 @@ from quant.numerics.granularity import PerChannel, PerToken
 from quant.numerics.scaling import binade_histogram, choose_scale
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
+from quant.weights.model_folder import check_model_kind
 
 OnPrompt = Callable[[int, int], None]
 
@@ -54,6 +55,7 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
 
     Raises:
         CalibrationError: the folder does not load.
+        WeightsError: it holds another kind of model than Wan2.1 text-to-video.
         QuantError: the device cannot be used.
     """
     if not (model_folder / "model_index.json").is_file():
@@ -61,6 +63,7 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
             f"{model_folder} holds no model_index.json: give the folder of a WanPipeline "
             "in diffusers format"
         )
+    check_model_kind(model_folder)
     target = usable_device(device)
     # Takes seconds to import, so it is imported only when a model is really loaded.
     from diffusers import WanPipeline  # noqa: PLC0415

@@ -8,8 +8,6 @@ folder with the same parent, which is synced to disk and then renamed.
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +26,11 @@ from quant.recipe.selection import select_linears
 from quant.transformer.meta_model import check_stored, empty_transformer, quantized_meta_model
 from quant.transformer.quantize import require_scales
 from quant.weights.fingerprint import model_fingerprint, parts_fingerprint, read_transformer_config
-from quant.weights.header import StoredTensor, stored_tensors
+from quant.weights.header import StoredTensor
+from quant.weights.model_folder import check_model_kind
+from quant.weights.new_folder import check_new_folder, check_room, new_folder, sync
 from quant.weights.reader import TensorReader
+from quant.weights.weight_files import stored_weights
 from quant.weights.writer import spec_of, split_into_shards, write_safetensors
 
 SHARD_BYTES = 5_000_000_000
@@ -83,10 +84,8 @@ def convert(  # noqa: PLR0913 (input, output, and settings)
         ScalesMismatch: the scales were made for another model or recipe.
         QuantError: the folder, the recipe or the scales cannot be read or do not fit.
     """
-    if out.exists():
-        raise WeightsError(f"{out} exists already: remove it first, or name another folder")
-    if not out.absolute().parent.is_dir():
-        raise WeightsError(f"folder {out.parent} for {out.name} does not exist: create it first")
+    check_new_folder(out)
+    check_model_kind(model_folder)
     fingerprint = model_fingerprint(model_folder)
     scales = load_scales(scales_file, model_folder=model_folder, recipe=recipe)
     check_scales(
@@ -97,12 +96,7 @@ def convert(  # noqa: PLR0913 (input, output, and settings)
         model_folder=model_folder,
     )
     packing = _Packing(model_folder, recipe, scales, device or torch.device("cpu"))
-    free = shutil.disk_usage(out.absolute().parent).free
-    if packing.packed_bytes > free:
-        raise WeightsError(
-            f"{out} needs {packing.packed_bytes:,} bytes, and {out.absolute().parent} has {free:,} "
-            "free: make room there, or name another folder"
-        )
+    check_room(out, packing.packed_bytes)
     info = PackedInfo(
         model_fingerprint=fingerprint,
         parts_fingerprint=parts_fingerprint(model_folder),
@@ -143,7 +137,7 @@ class _Packing:
         self.linears = select_linears(source, recipe)
         require_scales(self.linears, recipe, scales)
         folder = model_folder / "transformer"
-        self.stored = stored_tensors(sorted(folder.glob("*.safetensors")))
+        self.stored = stored_weights(folder)
         self._source = source.state_dict()
         check_stored(self._source, self.stored, source=str(folder), exact=False)
         self.state = quantized_meta_model(source, recipe).state_dict()
@@ -200,23 +194,13 @@ def _write_folder(
         on_tensor(done, len(specs))
         return tensor
 
-    # The folder's name is chosen before it is created: a signal that arrives right after `mkdir`
-    # then still finds the folder to remove.
-    folder = out.absolute().parent / f".{out.name}.{secrets.token_hex(4)}"
-    try:
-        folder.mkdir(0o755)
+    with new_folder(out) as folder:
         for number, shard in enumerate(shards, 1):
             metadata = info.to_metadata() | {"shard": f"{number} of {len(shards)}"}
             file = folder / shard_name(number, len(shards))
             written += write_safetensors(file, shard, metadata, make)
         shutil.copyfile(scales_file, folder / SCALES_FILE)
-        _sync(folder / SCALES_FILE)
-        _sync(folder)
-        folder.rename(out)  # fails if something has been created there meanwhile
-        _sync(out.absolute().parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        sync(folder / SCALES_FILE)
     return PackedReport(
         linears=len(packing.linears),
         tensors=len(specs),
@@ -225,11 +209,3 @@ def _write_folder(
         file_bytes=written + scales_file.stat().st_size,
         source_bytes=packing.source_bytes,
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

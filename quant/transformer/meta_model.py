@@ -25,6 +25,7 @@ from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.module_tree import share_tree
 from quant.weights.header import StoredTensor
+from quant.weights.layouts import refuse_other_layout
 from quant.weights.reader import Reader, ReadRequest
 
 if TYPE_CHECKING:
@@ -171,36 +172,58 @@ def check_stored(
     source: str,
     exact: bool,
 ) -> None:
-    """Check that files hold every tensor a tree needs, with its shape and dtype.
+    """Check that files hold every tensor of a tree, with its shape and dtype, and no others.
 
     Args:
+        required: the tree's `state_dict`. A tensor that is there under several names (with
+            `keep_vars=True`, the same object) may be stored under any of them.
         source: a name of the files for error messages.
         exact: whether the dtypes must be equal. Otherwise any floating-point dtype may replace
             another, except those of one byte, because their scales would be stored elsewhere.
 
     Raises:
-        WeightsError: naming the first tensor that is missing or has another shape or dtype.
+        WeightsError: naming the first tensor that is missing, has no place in the tree, or has
+            another shape or dtype, and how many others.
     """
-    for name, tensor in required.items():
-        if name not in stored:
-            count = sum(each not in stored for each in required)
-            raise WeightsError(
-                f"{source} lacks tensor {name!r}, and {count - 1} others: it is not whole, or was "
-                "made for another transformer"
-            )
-        found = stored[name]
-        if found.shape != tuple(tensor.shape):
-            raise WeightsError(
-                f"tensor {name!r} in {found.file} has shape {list(found.shape)}, not "
-                f"{list(tensor.shape)} as the transformer's configuration says"
-            )
+    held = {id(tensor) for name, tensor in required.items() if name in stored}
+    missing = [name for name, tensor in required.items() if id(tensor) not in held]
+    if not exact:
+        refuse_other_layout(stored.keys() - required.keys(), Path(source))
+    if missing:
+        raise WeightsError(
+            f"{source} lacks tensor {missing[0]!r}, and {len(missing) - 1} others: it is not "
+            "whole, or the configuration is of another model; copy the folder again, or take the "
+            "config.json that came with the weights"
+        )
+    extra = [name for name in stored if name not in required]
+    if extra:
+        raise WeightsError(
+            f"{source} holds tensor {extra[0]!r}, and {len(extra) - 1} others, for which its "
+            "configuration has no place: take the config.json that came with the weights, or "
+            "remove the files that do not belong there"
+        )
+    present = {stored[name]: tensor for name, tensor in required.items() if name in stored}
+    _check_shapes(present)
+    for found, tensor in present.items():
         floats = found.dtype.is_floating_point and tensor.is_floating_point()
         convertible = floats and found.dtype.itemsize > 1
         if found.dtype is not tensor.dtype and (exact or not convertible):
             raise WeightsError(
-                f"tensor {name!r} in {found.file} holds {found.dtype}, not {tensor.dtype}: give "
-                "the model as its authors publish it, or make the checkpoint again"
+                f"tensor {found.name!r} in {found.file} holds {found.dtype}, not {tensor.dtype}: "
+                "give the model as its authors publish it, or make the checkpoint again"
             )
+
+
+def _check_shapes(present: Mapping[StoredTensor, Tensor]) -> None:
+    wrong = [found for found, tensor in present.items() if found.shape != tuple(tensor.shape)]
+    if wrong:
+        found = wrong[0]
+        others = f", and {len(wrong) - 1} others have wrong shapes" if len(wrong) > 1 else ""
+        raise WeightsError(
+            f"tensor {found.name!r} in {found.file} has shape {list(found.shape)}, not "
+            f"{list(present[found].shape)} as the configuration says{others}: take the config.json "
+            "that came with the weights"
+        )
 
 
 def load_weights(

@@ -12,6 +12,8 @@ from typing import Any
 
 from quant.errors import QuantError
 from quant.weights.header import read_header
+from quant.weights.layouts import refuse_other_forms
+from quant.weights.weight_files import weight_files
 
 FULL_HASH_LIMIT_BYTES = 1 << 30
 _MIB = 1 << 20
@@ -25,9 +27,8 @@ _CONFIGS = (
     "scheduler/scheduler_config.json",
 )
 _TOKENIZER = "tokenizer/tokenizer.json"
-_TRANSFORMER_WEIGHTS = "transformer/*.safetensors"
-_OTHER_WEIGHTS = ("text_encoder/*.safetensors", "vae/*.safetensors")
-_WEIGHTS = (_TRANSFORMER_WEIGHTS, *_OTHER_WEIGHTS)
+_OTHER_WEIGHTS = ("text_encoder", "vae")
+_WEIGHTS = ("transformer", *_OTHER_WEIGHTS)
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -42,7 +43,8 @@ def model_fingerprint(folder: Path) -> str:
     - model_index.json, which names the scheduler's class, and the configurations of transformer,
       text encoder, VAE and scheduler, without the keys about the software that saved them;
     - tokenizer.json;
-    - the safetensors files of transformer, text encoder and VAE, sorted by name.
+    - the safetensors files of transformer, text encoder and VAE that are read
+      (`quant.weights.weight_files`), sorted by name.
 
     Up to 1 GiB of weights, every byte is hashed and the result begins with "sha256-full-v2:".
     Above, only the size, header, first MiB and last MiB of each file are hashed, so that the start
@@ -74,19 +76,23 @@ def parts_fingerprint(folder: Path) -> str:
 
 def has_transformer_weights(folder: Path) -> bool:
     """Return whether a folder holds its transformer's weights, which packed modes do not need."""
-    return any(folder.glob(_TRANSFORMER_WEIGHTS))
+    return bool(weight_files(folder / "transformer"))
 
 
-def _fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
+def _fingerprint(folder: Path, components: tuple[str, ...]) -> str:
     missing = [part for part in (*_CONFIGS, _TOKENIZER) if not (folder / part).is_file()]
-    missing += [pattern for pattern in patterns if not any(folder.glob(pattern))]
+    weights_of = {each: weight_files(folder / each) for each in components}
+    missing += [f"{each}/*.safetensors" for each, files in weights_of.items() if not files]
     if missing:
+        for part in missing:
+            if part == _TOKENIZER or part.endswith("*.safetensors"):
+                refuse_other_forms((folder / part).parent)
         raise _not_a_pipeline(folder, missing)
     digest = hashlib.sha256()
     for config in _CONFIGS:
         values = _without_origin(_read_object(folder / config))
         _update(digest, config, json.dumps(values, sort_keys=True).encode())
-    weights = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    weights = [file for files in weights_of.values() for file in files]
     for file in weights:
         read_header(file)
     try:

@@ -24,12 +24,19 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -37,6 +44,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SMALL_BYTES = 1 << 20
 """Below this size the overhead per tensor costs more time than copying the bytes."""
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 
 
@@ -96,7 +104,10 @@ def _read_header(file: Path, size: int, _version: tuple[int, int]) -> Header:
     """
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            first_bytes = stream.read(len(_LFS_POINTER))
+            refuse_lfs_pointer(file, first_bytes)
+            length = int.from_bytes(first_bytes[:_LENGTH_BYTES], "little")
+            stream.seek(_LENGTH_BYTES)
             if not 2 <= length <= min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 raise WeightsError(
                     f"{file} is not a safetensors file, or not a whole one: it has {size:,} bytes "
@@ -115,6 +126,15 @@ def _read_header(file: Path, size: int, _version: tuple[int, int]) -> Header:
     tensors = tuple(sorted(tensors, key=lambda each: (each.start, each.nbytes)))
     _check_places(file, first, size, tensors)
     return Header(tensors, metadata)
+
+
+def refuse_lfs_pointer(file: Path, first_bytes: bytes) -> None:
+    """Raise WeightsError if a file begins as a Git LFS pointer does, which stands for a file."""
+    if first_bytes.startswith(_LFS_POINTER):
+        raise WeightsError(
+            f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull` in "
+            f"{file.parent}"
+        )
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -139,7 +159,7 @@ def tensors_by_name(headers: Iterable[Header]) -> dict[str, StoredTensor]:
                 raise WeightsError(
                     f"tensor {each.name!r} is in {found[each.name].file.name} and in "
                     f"{each.file.name} of {each.file.parent}: remove the files that do not belong "
-                    "there"
+                    "there, or add the index of those that do (*.safetensors.index.json)"
                 )
             found[each.name] = each
     return found
@@ -149,7 +169,10 @@ def _stored(file: Path, first: int, name: str, fields: dict[str, Any]) -> Stored
     start, end = fields["data_offsets"]
     shape = tuple(int(side) for side in fields["shape"])
     if fields["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r} has the dtype {fields['dtype']}, which torch lacks")
+        raise WeightsError(
+            f"tensor {name!r} in {file} has the dtype {fields['dtype']}, which is not read here: "
+            "give the model in BF16, F16 or F32, as its authors publish it"
+        )
     if any(side < 0 for side in shape):
         raise ValueError(f"tensor {name!r} has the shape {list(shape)}")
     stored = StoredTensor(name, DTYPES[fields["dtype"]], shape, file, first + int(start))

@@ -5,7 +5,6 @@ Workers publish their tokenizers as text (`jobs.catalog`). This module parses th
 first, as diffusers' Wan pipeline cleans it, so that the count is the worker's.
 """
 
-import html
 import logging
 import threading
 from collections import OrderedDict
@@ -13,11 +12,11 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
-import ftfy
 from redis import Redis
 from tokenizers import Tokenizer
 
 from jobs import catalog
+from jobs.text_rules import cleaned
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +77,6 @@ class TokenCounter:
         while len(self._kept) > MAX_TOKENIZERS:
             self._kept.popitem(last=False)
         return True
-
-
-def cleaned(text: str) -> str:
-    """Clean a prompt as diffusers' `prompt_clean` for Wan does."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
 
 
 def _read(fingerprint: str, text: str) -> Tokenizer | None:

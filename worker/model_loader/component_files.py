@@ -9,6 +9,7 @@ from typing import Any
 
 from quant import WeightsError
 from quant.weights.header import read_header
+from quant.weights.weight_files import visible, weight_files
 from worker.errors import ModelUnusable
 
 CONFIG = "*config.json"
@@ -53,15 +54,17 @@ def check_files(folder: Path, needed: str) -> None:
     Raises:
         ModelUnusable: names the file.
     """
+    files = visible(folder.glob("*"))
+    read = weight_files(folder)  # others may lie beside them
     for pattern in (CONFIG, needed):
-        if not any(folder.glob(pattern)):
+        if not any(file.match(pattern) for file in files):
             raise ModelUnusable(f"The model component {folder} lacks a file {pattern}.")
-    for file in sorted(folder.iterdir()):
+    for file in files:
         try:
             if file.suffix == ".json" and file.name != TOKENIZER:
                 if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
                     raise ValueError("it holds no JSON object")
-            elif file.suffix == ".safetensors":
+            elif file in read:
                 read_header(file)
         except WeightsError as error:
             raise ModelUnusable(f"The model cannot be read: {error}") from error

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from quant import BackgroundReader, TensorReader
-from quant.transformer.meta_model import allocate, check_stored, without_weights
-from quant.weights.header import stored_tensors
+from quant.transformer.meta_model import allocate, check_stored
+from quant.transformer.pipeline_weights import empty_encoder_and_vae
 from quant.weights.reader import ReadRequest
+from quant.weights.weight_files import stored_weights
 from worker.device import Device
-from worker.errors import ModelUnusable
 from worker.model_loader.component_files import (
     WEIGHTS,
     check_files,
@@ -64,20 +64,13 @@ class ComponentLoader:
 
         Raises:
             ModelUnusable: a component lacks a file, or one cannot be read.
-            quant.WeightsError: names the tensor that is missing or has a wrong shape or type.
+            quant.WeightsError: names the tensor that is missing, has no place or has a wrong shape
+                or type; or a configuration describes no such component.
         """
         self._path = path
-        encoder = load_component(UMT5Config.from_pretrained, path / "text_encoder", WEIGHTS)
-        check_files(path / "vae", WEIGHTS)
-        try:
-            with without_weights():
-                self.text_encoder = UMT5EncoderModel(encoder)
-                self.vae = AutoencoderKLWan.from_config(read_json(path / "vae" / "config.json"))
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelUnusable(
-                f"The configurations of text encoder and VAE in {path} describe none: {error!r}"
-            ) from error
-        self.text_encoder.tie_weights()
+        for part in ("text_encoder", "vae"):
+            check_files(path / part, WEIGHTS)
+        self.text_encoder, self.vae = empty_encoder_and_vae(path)
         self._copies: list[tuple[TensorReader, list[ReadRequest]]] = []
         encoder_device = text_encoder_device or device.torch_device
         self._allocate(self.text_encoder, path / "text_encoder", device.dtype, encoder_device)
@@ -116,9 +109,8 @@ class ComponentLoader:
     ) -> None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
-        stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
-        expected = dict(module.named_parameters())  # a parameter under two names counts once
-        check_stored(expected, stored, source=str(folder), exact=False)
+        stored = stored_weights(folder)
+        check_stored(module.state_dict(keep_vars=True), stored, source=str(folder), exact=False)
         reader = TensorReader(device)
         # Allocate everything now. Memory that is freed while earlier work on the device still uses
         # it must not be reused for this.

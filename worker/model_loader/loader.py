@@ -39,7 +39,7 @@ from quant.transformer.meta_model import (
     load_weights,
     move_buffers,
 )
-from quant.weights.header import stored_tensors
+from quant.weights.weight_files import stored_weights
 from worker.config import StepCache
 from worker.device import Device
 from worker.model_loader.component_files import WEIGHTS, check_files, read_json
@@ -221,7 +221,7 @@ def _put_on_kernels(
 def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransformer3DModel:
     check_files(folder, WEIGHTS)
     transformer = empty_transformer(read_json(folder / "config.json"), device.dtype)
-    stored = stored_tensors(sorted(folder.glob(WEIGHTS)))
+    stored = stored_weights(folder)
     check_stored(transformer.state_dict(), stored, source=str(folder), exact=False)
     return move_buffers(load_weights(transformer, stored, reader), reader.device)
 

@@ -32,7 +32,7 @@ from jobs.geometry import parse_size, sequence_tokens
 from quant import QuantRecipe
 from quant.transformer.meta_model import shared_meta_model, shared_quantized_meta_model
 from quant.weights.fingerprint import read_transformer_config
-from quant.weights.header import stored_tensors
+from quant.weights.weight_files import stored_weights
 from worker.config import WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable, TooLittleMemory
@@ -258,10 +258,10 @@ def _tree_bytes(trees: Iterable[nn.Module]) -> int:
 
 def _component_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Add up a component's weights in `dtype`, whatever type its files store."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    stored = stored_weights(folder)
+    if not stored:
         raise ModelUnusable(f"The model component {folder} lacks a file *.safetensors.")
-    return sum(math.prod(each.shape) * dtype.itemsize for each in stored_tensors(files).values())
+    return sum(math.prod(each.shape) * dtype.itemsize for each in stored.values())
 
 
 def _allowed(configured: str, choices: dict[str, Any]) -> list[Any]:

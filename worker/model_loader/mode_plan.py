@@ -21,6 +21,7 @@ from quant.transformer.meta_model import (
     shared_meta_model,
 )
 from quant.weights.fingerprint import read_transformer_config
+from quant.weights.model_folder import check_model_kind
 from worker.config import ModeConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
@@ -189,6 +190,10 @@ def check_folder(path: Path) -> None:
     Raises:
         ModelUnusable: names what is missing or different.
     """
+    try:
+        check_model_kind(path)
+    except quant.WeightsError as error:
+        raise ModelUnusable(str(error)) from error
     missing = [name for name in _REQUIRED_FILES if not (path / name).exists()]
     if missing:
         raise ModelUnusable(
@@ -197,15 +202,8 @@ def check_folder(path: Path) -> None:
         )
     try:
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        second = (index.get("transformer_2") or [None])[0]
         scheduler = index["scheduler"][1]
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelUnusable(f"{path / 'model_index.json'} cannot be read: {error!r}.") from error
-    if index.get("_class_name") != "WanPipeline" or second is not None:
-        raise ModelUnusable(
-            f"{path} holds a {index.get('_class_name')}"
-            f"{' with two transformers' if second is not None else ''}; this worker "
-            f"runs Wan2.1 text-to-video, a WanPipeline with one transformer."
-        )
     if not hasattr(diffusers, str(scheduler)):
         raise ModelUnusable(f"{path} names the scheduler {scheduler}, which this diffusers lacks.")

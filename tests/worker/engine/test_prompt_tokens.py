@@ -7,7 +7,8 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from redis import Redis
 
 from jobs import catalog
-from service.lookups.token_counter import TokenCounter, cleaned
+from jobs.text_rules import cleaned
+from service.lookups.token_counter import TokenCounter
 from worker.engine.wan_engine import WanEngine
 
 AWKWARD = {
