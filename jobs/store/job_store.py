@@ -349,9 +349,7 @@ class JobStore:
         rq_fields = rq_entry.rq_fields_again(self._redis, attempt.job_id)
         if rq_fields is None:
             raise _stale(attempt, "it is gone")
-        answer = self._put_back(
-            *_id_and_now(attempt.job_id), attempt.token, *counted, *rq_fields
-        )
+        answer = self._put_back(*_id_and_now(attempt.job_id), attempt.token, *counted, *rq_fields)
         if answer in (b"missing", b"superseded"):
             raise _stale(attempt, f"the record says {answer.decode()}")
         return JobState(answer.decode())

@@ -1,8 +1,8 @@
 """Run one attempt at a job and turn every error into an outcome.
 
 The outcome is a value that the task (`worker/tasks.py`) writes once. A job that was lost (its
-worker died or hung, or its device is gone) is delivered again, and so is one whose worker cannot use
-its disk or ffmpeg; a job that failed is not.
+worker died or hung, or its device is gone) is delivered again, and so is one whose worker cannot
+use its disk or ffmpeg; a job that failed is not.
 """
 
 from __future__ import annotations
