@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Final, cast
 
 from redis import Redis
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import ResponseError
 from rq import Queue
 
 from jobs import record, redis_keys
 from jobs.errors import WorkerLost, WorkerUnfit
 from jobs.record import Failure
+from jobs.redis_client import is_transient
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
 from jobs.store.rq_entry import RqFields
@@ -89,9 +90,9 @@ class Recovery:
         try:
             rq_fields = rq_entry.rq_fields_again(self._redis, job_id)
             state = None if rq_fields is None else action(job_id, rq_fields)
-        except (ReadOnlyError, OutOfMemoryError):
-            raise
         except ResponseError as error:
+            if is_transient(error):
+                raise
             # Logged once, and not every few seconds until the record expires.
             if job_id not in self._unrecoverable:
                 self._unrecoverable.add(job_id)
