@@ -6,7 +6,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from jobs.redis_client import connect, explain, is_transient
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
+from tests.support.refusing_valkey import FAULTS, Server, demote, forget_scripts, running_server
 from tests.support.requests import generation_request
 from worker.process.redis_retry import RedisOutage, retry_until_answered
 
@@ -34,111 +34,10 @@ VIDEO = Video(key="videos/x/1.mp4", bytes=1, sha256="0", width=1, height=1, num_
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
 
-@dataclass
-class Server:
-    """A Valkey of one test, and its folder and port."""
-
-    redis: Redis
-    folder: Path
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"redis://{LOOPBACK}:{self.port}/0"
-
-
 @pytest.fixture
 def server(tmp_path: Path, unused_port: int) -> Iterator[Server]:
-    folder = tmp_path / "valkey"
-    folder.mkdir()
-    command = valkey.server_command(folder, unused_port)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: valkey.answers(unused_port), 30, "Valkey answers")
-            with Redis(host=LOOPBACK, port=unused_port) as redis:
-                yield Server(redis, folder, unused_port)
-        finally:
-            process.kill()
-
-
-def fill(server: Server) -> None:
-    server.redis.config_set("maxmemory", 1)
-
-
-def make_room(server: Server) -> None:
-    server.redis.config_set("maxmemory", 0)
-
-
-def want_replicas(server: Server) -> None:
-    server.redis.config_set("min-replicas-to-write", 1)
-
-
-def want_none(server: Server) -> None:
-    server.redis.config_set("min-replicas-to-write", 0)
-
-
-def demote(server: Server) -> None:
-    server.redis.replicaof(LOOPBACK, 1)
-
-
-def demote_and_cut_off(server: Server) -> None:
-    server.redis.config_set("replica-serve-stale-data", "no")
-    demote(server)
-
-
-def promote(server: Server) -> None:
-    server.redis.replicaof("NO", "ONE")
-
-
-def break_the_disk(server: Server) -> None:
-    """Put a folder where the snapshot has to go, and have one fail."""
-    (server.folder / "dump.rdb").mkdir()
-    server.redis.config_set("save", "3600 1000000")
-    server.redis.bgsave()
-    info = server.redis.info
-    wait_until(lambda: info("persistence")["rdb_last_bgsave_status"] == "err", 30)
-
-
-def mend_the_disk(server: Server) -> None:
-    server.redis.config_set("stop-writes-on-bgsave-error", "no")
-
-
-def keep_busy(server: Server) -> None:
-    """Run a script without an end, which counts as long after 10 ms."""
-    server.redis.config_set("busy-reply-threshold", 10)
-
-    def run() -> None:
-        other = Redis(host=LOOPBACK, port=server.port)
-        with other, suppress(RedisError):
-            other.eval("while true do end", 0)
-
-    threading.Thread(target=run, daemon=True).start()
-
-    def is_busy() -> bool:
-        try:
-            return not server.redis.ping()
-        except RedisError:
-            return True
-
-    wait_until(is_busy, 30)
-
-
-def end_the_script(server: Server) -> None:
-    server.redis.execute_command("SCRIPT", "KILL")
-
-
-def forget_scripts(server: Server) -> None:
-    server.redis.script_flush()
-
-
-FAULTS: dict[str, tuple[Callable[[Server], None], Callable[[Server], None]]] = {
-    "OOM": (fill, make_room),
-    "NOREPLICAS": (want_replicas, want_none),
-    "READONLY": (demote, promote),
-    "MASTERDOWN": (demote_and_cut_off, promote),
-    "MISCONF": (break_the_disk, mend_the_disk),
-    "BUSY": (keep_busy, end_the_script),
-}
+    with running_server(tmp_path / "valkey", unused_port) as server:
+        yield server
 
 
 def refusal_of(call: Callable[[], object]) -> RedisError:
