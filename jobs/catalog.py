@@ -165,6 +165,9 @@ class WorkerOffer(_Offer):
         return any(mode.warning is not None for mode in self.modes)
 
 
+WorkerStateName = Literal["idle", "busy", "draining", "degraded"]
+
+
 class ModeStatus(_Offer):
     """The measurements of a worker in one mode; None for a value that was not measured yet.
 
@@ -181,11 +184,13 @@ class WorkerStatus(_Offer):
     """The status of one live worker, for operators; requests are never checked against it.
 
     Memory is the device's, and None on a CPU. A worker that is `draining` was told to stop and
-    finishes its current job first.
+    finishes its current job first. One that is `degraded` takes no job until it has proven that it
+    can end one; `fault` says in a sentence what is wrong with it.
     """
 
     worker_id: str = Field(min_length=1)
-    state: Literal["idle", "busy", "draining"]
+    state: WorkerStateName
+    fault: str | None = None
     job_id: str | None = None
     jobs_done: int = Field(default=0, ge=0, description="Jobs that ended with a video.")
     memory_allocated_bytes: int | None = Field(default=None, ge=0)
@@ -262,7 +267,9 @@ def publish_status(redis: Redis, status: WorkerStatus) -> None:
     """Make `status` readable for the next 15 seconds, also for a worker without an offer."""
     with redis.pipeline(transaction=True) as pipe:
         key = redis_keys.worker_status(status.worker_id)
-        pipe.set(key, status.model_dump_json(), ex=redis_keys.OFFER_TTL_S)
+        # Without what is None, so that a service of before a field was added reads the rest.
+        text = status.model_dump_json(exclude_none=True)
+        pipe.set(key, text, ex=redis_keys.OFFER_TTL_S)
         pipe.zadd(redis_keys.WORKERS, {status.worker_id: time.time()})
         pipe.execute()
 

@@ -164,6 +164,7 @@ _INTERNAL = (
     "lease_ms",  # when, on Redis' clock, its lease expires unless it is renewed
     "created_ms",
     "started_ms",
+    "returned",  # how many attempts ended because their worker was at fault
     "missing_ms",  # when the job, though queued, was first seen in no queue
     "shape",
     "steps",

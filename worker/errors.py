@@ -58,6 +58,9 @@ class RankFailed(Exception):
 EXIT_OUT_OF_MEMORY: Final = 82
 """Exit status of a process that ran out of memory in two jobs in a row."""
 
+EXIT_UNFIT: Final = 84
+"""Exit status of a process that cannot use its disk or ffmpeg, and did not recover by itself."""
+
 EXIT_DEVICE_LOST: Final = 83
 """Exit status of a process whose device has become unusable."""
 

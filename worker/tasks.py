@@ -23,7 +23,7 @@ from jobs.errors import (
 )
 from jobs.record import Attempt, Failure, JobRecord
 from jobs.store.job_store import new_token
-from worker.job.attempt import Cancelled, Outcome, Released, run_attempt
+from worker.job.attempt import Cancelled, Outcome, Released, Unfit, run_attempt
 from worker.job.context import JobContext
 from worker.job.generation import Success, record_durations
 from worker.job.lease import LeaseKeeper
@@ -106,7 +106,7 @@ def _write(context: JobContext, attempt: Attempt, record: JobRecord, outcome: Ou
                     for key in video.keys:
                         context.artifacts.delete(key)
                 raise
-            context.stats.record_success()
+            context.stats.record_success(video.bytes)
             record_durations(context, record, timings)
             logger.info("succeeded: %s", timings)
         case Failure() as failure:
@@ -118,6 +118,10 @@ def _write(context: JobContext, attempt: Attempt, record: JobRecord, outcome: Ou
             context.job.owned_elsewhere = True
             retry(lambda: store.release(attempt))
             logger.info("given back: the worker was told to stop")
+        case Unfit(reason):
+            context.job.owned_elsewhere = True
+            retry(lambda: store.hand_back(attempt, reason))
+            logger.error("given back, and no job taken until this is mended: %s", reason)
         case _:
             context.job.owned_elsewhere = True
             retry(lambda: store.give_up(attempt))

@@ -21,6 +21,7 @@ COUNTERS: Final = {
     "claimed": (),
     "lost": (),
     "released": (),
+    "returned": (),
     "ended": ("state", "code"),
     "webhook": ("outcome",),
 }

@@ -18,7 +18,6 @@ from redis import Redis
 from jobs import ids, record, redis_keys
 from jobs.durations import DurationCache, timeout_s
 from jobs.errors import (
-    IdempotencyConflict,
     InvalidSpec,
     JobAlreadyFinished,
     JobHeld,
@@ -30,9 +29,8 @@ from jobs.errors import (
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
-from jobs.store import rq_entry, scripts
-from jobs.store.recovery import lost_attempt_args
-from jobs.store.submission import Idempotency, Submission
+from jobs.store import recovery, rq_entry, scripts
+from jobs.store.submission import Idempotency, Submission, conflict
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +131,7 @@ class JobStore:
             case b"replayed":
                 return Created(self.get(detail.decode()), replayed=True)
             case b"conflict":
-                raise _conflict(detail.decode())
+                raise conflict(detail.decode())
             case _:
                 raise submission.refusal(answer.decode(), detail)
 
@@ -152,7 +150,7 @@ class JobStore:
         if not fields:
             return None
         if body != idempotency.body_sha256.encode():
-            raise _conflict(job_id)
+            raise conflict(job_id)
         return record.decode(job_id, fields)
 
     def get(self, job_id: str) -> JobRecord:
@@ -249,14 +247,21 @@ class JobStore:
 
         A job that is to be cancelled is cancelled instead. Raises StaleAttempt.
         """
-        return self._end_attempt(attempt, lost=False)
+        return self._end_attempt(attempt, recovery.NOT_COUNTED)
 
     def give_up(self, attempt: Attempt) -> JobState:
         """End an attempt as lost: queue the job again or, after too many, fail it.
 
         Raises StaleAttempt.
         """
-        return self._end_attempt(attempt, lost=True)
+        return self._end_attempt(attempt, recovery.lost_attempt_args())
+
+    def hand_back(self, attempt: Attempt, reason: str) -> JobState:
+        """End an attempt whose worker is at fault: as `give_up`, with a limit of its own.
+
+        Raises StaleAttempt.
+        """
+        return self._end_attempt(attempt, recovery.returned_attempt_args(reason))
 
     def progress(self, attempt: Attempt, progress: Progress) -> None:
         """Publish the attempt's progress. Raises StaleAttempt."""
@@ -340,13 +345,11 @@ class JobStore:
                 logger.error("Left out of a list: %s", error)
         return tuple(jobs)
 
-    def _end_attempt(self, attempt: Attempt, *, lost: bool) -> JobState:
+    def _end_attempt(self, attempt: Attempt, counted: recovery.AttemptArgs) -> JobState:
         rq_fields = rq_entry.rq_fields_again(self._redis, attempt.job_id)
         if rq_fields is None:
             raise _stale(attempt, "it is gone")
-        answer = self._put_back(
-            *_id_and_now(attempt.job_id), attempt.token, int(lost), *lost_attempt_args(), *rq_fields
-        )
+        answer = self._put_back(*_id_and_now(attempt.job_id), attempt.token, *counted, *rq_fields)
         if answer in (b"missing", b"superseded"):
             raise _stale(attempt, f"the record says {answer.decode()}")
         return JobState(answer.decode())
@@ -382,14 +385,6 @@ def new_token() -> str:
 def _id_and_now(job_id: str) -> tuple[str, str]:
     """Return the first arguments of most scripts: the job's id and the current time."""
     return job_id, record.now().isoformat()
-
-
-def _conflict(job_id: str) -> IdempotencyConflict:
-    return IdempotencyConflict(
-        f"This Idempotency-Key was used for another request, which made job {job_id}; use a new "
-        f"key for a new request.",
-        job_id=job_id,
-    )
 
 
 def _stale(attempt: Attempt, why: str) -> StaleAttempt:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Final, cast
 
 from redis import Redis
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import ResponseError
 from rq import Queue
 
 from jobs import record, redis_keys
-from jobs.errors import WorkerLost
+from jobs.errors import WorkerLost, WorkerUnfit
 from jobs.record import Failure
+from jobs.redis_client import is_transient
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
 from jobs.store.rq_entry import RqFields
@@ -42,6 +43,10 @@ GRACE_S: Final = 6.0
 
 MAX_LOST: Final = 2
 """A job that lost this many attempts (the worker crashed, hung or was killed) is failed."""
+
+MAX_RETURNED: Final = 5
+"""A job that this many attempts returned, because their worker was at fault, is failed. More than
+MAX_LOST: such a worker does not die of the job, and takes no other until it has proven itself."""
 
 WORKER_LOST: Final = Failure(
     code=WorkerLost.code,
@@ -85,9 +90,9 @@ class Recovery:
         try:
             rq_fields = rq_entry.rq_fields_again(self._redis, job_id)
             state = None if rq_fields is None else action(job_id, rq_fields)
-        except (ReadOnlyError, OutOfMemoryError):
-            raise
         except ResponseError as error:
+            if is_transient(error):
+                raise
             # Logged once, and not every few seconds until the record expires.
             if job_id not in self._unrecoverable:
                 self._unrecoverable.add(job_id)
@@ -99,7 +104,7 @@ class Recovery:
     def _end_attempt(self, job_id: str, rq_fields: RqFields) -> str | None:
         worker = cast("bytes | None", self._redis.hget(redis_keys.record(job_id), "worker")) or b"?"
         answer: bytes = self._put_back(
-            job_id, record.now().isoformat(), "", 1, *lost_attempt_args(), *rq_fields
+            job_id, record.now().isoformat(), "", *lost_attempt_args(), *rq_fields
         )
         if answer not in (b"queued", b"failed", b"cancelled"):
             return None
@@ -160,6 +165,23 @@ def _has_passed(lease_ms: bytes, clock_ms: int) -> bool:
     return not lease_ms.isdigit() or int(lease_ms) <= clock_ms
 
 
-def lost_attempt_args() -> tuple[int, str, str]:
-    """Return the arguments of `jobs/store/lua/put_back.lua` for too many lost attempts."""
-    return MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code
+AttemptArgs = tuple[str, int, str, str]
+"""Arguments of `jobs/store/lua/put_back.lua`: as what an attempt counts, the limit, the failure
+beyond it and that failure's code."""
+
+NOT_COUNTED: Final[AttemptArgs] = ("", 0, "", "")
+
+
+def lost_attempt_args() -> AttemptArgs:
+    """Count an attempt that was lost with its worker."""
+    return "lost", MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code
+
+
+def returned_attempt_args(reason: str) -> AttemptArgs:
+    """Count an attempt that a worker gave back for a reason of its own, which is a sentence."""
+    failure = Failure(
+        code=WorkerUnfit.code,
+        detail=f"Workers gave this job back {MAX_RETURNED} times, each for a fault of its own, so "
+        f"it was given up. The latest: {reason} Once that is mended, send it again.",
+    )
+    return "returned", MAX_RETURNED, failure.model_dump_json(), failure.code

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from jobs.errors import QueueFull, QuotaExceeded, TooManyRequests
+from jobs.errors import IdempotencyConflict, QueueFull, QuotaExceeded, TooManyRequests
 
 OPEN_OWNER = "local"
 """The owner of all jobs in a service that requires no API keys."""
@@ -60,3 +60,12 @@ class Submission:
             f"this key; wait for one to end, or cancel one.",
             retry_after_s=RETRY_AFTER_S,
         )
+
+
+def conflict(job_id: str) -> IdempotencyConflict:
+    """Build the error for an Idempotency-Key that was used for another body, which made a job."""
+    return IdempotencyConflict(
+        f"This Idempotency-Key was used for another request, which made job {job_id}; use a new "
+        f"key for a new request.",
+        job_id=job_id,
+    )

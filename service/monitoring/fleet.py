@@ -9,7 +9,7 @@ from redis import Redis
 from rq import Queue
 
 from jobs import catalog, ids, redis_keys
-from jobs.catalog import WorkerOffer, WorkerStatus
+from jobs.catalog import WorkerOffer, WorkerStateName, WorkerStatus
 from jobs.state import JobState
 
 
@@ -47,7 +47,7 @@ class WorkerState:
         return "" if self.offer is None else self.offer.device
 
     @property
-    def state(self) -> Literal["idle", "busy", "draining", "unknown"]:
+    def state(self) -> Literal[WorkerStateName, "unknown"]:
         """The state in its last status."""
         return "unknown" if self.status is None else self.status.state
 

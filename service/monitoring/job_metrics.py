@@ -20,6 +20,7 @@ _COUNTERS: Final = {
     "claimed": ("wan_attempts_started", "Attempts that workers began."),
     "lost": ("wan_attempts_lost", "Attempts that vanished: their worker crashed, hung or was cut."),
     "released": ("wan_attempts_released", "Attempts that a worker gave back when it was drained."),
+    "returned": ("wan_attempts_returned", "Attempts that a worker at fault gave back."),
 }
 _HISTOGRAMS: Final = {
     "wait": ("wan_job_wait_seconds", "From a job's creation to its first attempt."),

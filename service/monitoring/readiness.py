@@ -16,10 +16,17 @@ THREADS: Final = 4
 
 
 class LiveWorkers(NamedTuple):
-    """The number of live workers, and of those with a mode that is slower than intended."""
+    """The workers that are live, and those that are worse than intended.
+
+    Attributes:
+        live: how many take jobs.
+        degraded: how many run a mode slower than intended, or are out of service.
+        faults: why workers are out of service, as sentences, each once.
+    """
 
     live: int
     degraded: int
+    faults: tuple[str, ...] = ()
 
 
 class Readiness:
@@ -28,13 +35,19 @@ class Readiness:
     def __init__(self, redis_url: str) -> None:
         self._redis = connect(redis_url, BRIEF)
         # Not cached, but concurrent callers share one read.
-        self._catalog = CachedValue(lambda: catalog.read(self._redis), ttl_s=0)
+        self._workers = CachedValue(self._read, ttl_s=0)
         self._limiter = CapacityLimiter(THREADS)
 
     async def workers(self) -> LiveWorkers:
         """Count the live workers."""
-        found = await to_thread.run_sync(self._catalog.get, limiter=self._limiter)
-        return LiveWorkers(len(found.offers), sum(each.is_degraded for each in found.offers))
+        return await to_thread.run_sync(self._workers.get, limiter=self._limiter)
+
+    def _read(self) -> LiveWorkers:
+        offers = catalog.read(self._redis).offers
+        statuses = catalog.read_statuses(self._redis)
+        faults = [each.fault or "" for each in statuses if each.state == "degraded"]
+        slow = sum(each.is_degraded for each in offers)
+        return LiveWorkers(len(offers), slow + len(faults), tuple(sorted(set(faults))))
 
     def close(self) -> None:
         self._redis.close()

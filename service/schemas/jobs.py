@@ -326,8 +326,11 @@ class ReadyView(BaseModel):
     status: Literal["ready"] = "ready"
     workers: int = Field(description="Live workers.")
     degraded: int = Field(
-        description="Those of them that run a mode slower than it was made for; "
-        "`GET /workers` says why."
+        description="Workers that run a mode slower than it was made for, or that are out of "
+        "service; `GET /workers` says which, and why."
+    )
+    faults: list[str] | None = Field(
+        default=None, description="Why workers are out of service; missing if none is."
     )
 
 

@@ -5,11 +5,12 @@ from typing import Final, Literal, Self
 
 from pydantic import BaseModel, Field
 
-from jobs.catalog import ModeOffer, ModeStatus
+from jobs.catalog import ModeOffer, ModeStatus, WorkerStateName
 from service.monitoring.fleet import Fleet, WorkerState
 
 _OFFER_FIELDS: Final = ("device", "queue", "started_at")
 _STATUS_FIELDS: Final = (
+    "fault",
     "job_id",
     "jobs_done",
     "memory_allocated_bytes",
@@ -40,9 +41,11 @@ class WorkerStateView(BaseModel):
 
     id: str
     model: str
-    state: Literal["idle", "busy", "draining", "unknown"] = Field(
-        description="draining: it takes no more jobs, and ends its last."
+    state: Literal[WorkerStateName, "unknown"] = Field(
+        description="draining: it takes no more jobs, and ends its last. degraded: it takes none "
+        "until it has proven that it can end one."
     )
+    fault: str | None = Field(description="What is wrong with a worker that is degraded.")
     device: str | None
     queue: str | None
     modes: dict[str, WorkerModeView]

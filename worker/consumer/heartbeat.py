@@ -29,7 +29,8 @@ class Heartbeat(BackgroundThread):
     """A context manager that keeps `offer` and a status in the catalog.
 
     `close` removes the offer and keeps the status, which a worker publishes until its last job has
-    ended. A signal handler may call it: it only wakes the thread, which talks to Redis.
+    ended. A signal handler may call it: it only wakes the thread, which talks to Redis. While the
+    status says that the worker is degraded there is no offer either.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class Heartbeat(BackgroundThread):
             catalog.withdraw(self._redis, self._offer.worker_id)
 
     def _publish(self) -> None:
-        if self._closed:
+        status = self._status()
+        if self._closed or status.state == "degraded":
             catalog.close(self._redis, self._offer.worker_id)
         else:
             # The tokenizer first, so that no offer names a missing one. And every time, because a
@@ -103,7 +105,7 @@ class Heartbeat(BackgroundThread):
             if name is not None and self._tokenizer is not None:
                 catalog.publish_tokenizer(self._redis, name, self._tokenizer)
             catalog.publish(self._redis, self._offer)
-        catalog.publish_status(self._redis, self._status())
+        catalog.publish_status(self._redis, status)
 
 
 class RecoveryThread(BackgroundThread):

@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -38,13 +38,13 @@ from rq.worker_registration import clean_worker_registry
 
 from jobs import catalog
 from jobs.artifacts.store import ArtifactStore
-from jobs.catalog import WorkerOffer, WorkerStatus
+from jobs.catalog import WorkerOffer, WorkerStateName, WorkerStatus
 from jobs.store.job_store import JobStore
 from worker.consumer.heartbeat import Heartbeat, RecoveryThread
+from worker.consumer.probation import Probation
 from worker.interface import JOB_ID, DeviceMemory, Engine
 from worker.job.context import JobContext
 from worker.process.drain import CurrentJob, Drain
-from worker.process.scratch import scratch_folder
 from worker.process.stats import WorkerStats
 from worker.settings import StallLimits
 from worker.tasks import JOB_CONTEXT
@@ -129,6 +129,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             job=self._idle,
         )
         outage = self._stats.outage
+        self._probation = Probation(self._stats, self.drain)
         self._recovery = RecoveryThread(redis, outage)
         self._heartbeat = Heartbeat(redis, self.offer, engine.tokenizer_text, self._status, outage)
 
@@ -141,7 +142,15 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         # RQ installs them too, but only after its first commands to Redis. By then the offer is
         # published, and a signal that arrived before would end the process at once.
         self._install_signal_handlers()
-        with scratch_folder() as scratch, self._heartbeat, self._recovery:
+        with ExitStack() as opened:
+            # The first proof before anything is published: a healthy worker is never seen degraded.
+            proven = None if self._stats.fault else self._probation.prove(opened)
+            opened.enter_context(self._heartbeat)
+            opened.enter_context(self._recovery)
+            scratch = proven or self._probation.wait_until_proven(opened)
+            if scratch is None:
+                return False
+            self._heartbeat.refresh()
             self._context = dataclasses.replace(self._context, scratch=scratch)
             logger.info(
                 "ready: %s serves %s of %s on %s, queue %s",
@@ -217,7 +226,8 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         memory = self._memory()
         return WorkerStatus(
             worker_id=self.name,
-            state="draining" if self.drain.stopping else "busy" if job_id else "idle",
+            state=self._status_name(job_id),
+            fault=self._stats.fault,
             job_id=job_id,
             jobs_done=self._stats.jobs_done,
             memory_allocated_bytes=memory and memory.allocated_bytes,
@@ -225,6 +235,13 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             memory_total_bytes=memory and memory.total_bytes,
             modes=self._stats.modes(),
         )
+
+    def _status_name(self, job_id: str | None) -> WorkerStateName:
+        if self.drain.stopping:
+            return "draining"
+        if self._stats.fault is not None:
+            return "degraded"
+        return "busy" if job_id else "idle"
 
     def _memory(self) -> DeviceMemory | None:
         if self._stats.exit_status is not None:
@@ -279,8 +296,12 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
-        """Stop the worker if asked to. RQ reads this before each wait, when no job can be lost."""
-        if self.drain.stopping or self._stats.exit_status is not None:
+        """Stop the worker if asked to, or if it is at fault: `serve` then makes the next one.
+
+        RQ reads this before each wait, when no job can be lost.
+        """
+        stats = self._stats
+        if self.drain.stopping or stats.exit_status is not None or stats.fault is not None:
             raise StopRequested
         return bool(super().should_run_maintenance_tasks)
 

@@ -1,7 +1,8 @@
 """Run one attempt at a job and turn every error into an outcome.
 
 The outcome is a value that the task (`worker/tasks.py`) writes once. A job that was lost (its
-worker died or hung, or its device is gone) is delivered again; a job that failed is not.
+worker died or hung, or its device is gone) is delivered again, and so is one whose worker cannot
+use its disk or ffmpeg; a job that failed is not.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from dataclasses import dataclass
 from redis.exceptions import RedisError
 
 from jobs import catalog
-from jobs.errors import AppError, GenerationCancelled, OutOfDeviceMemory, StaleAttempt
+from jobs.errors import (
+    AppError,
+    GenerationCancelled,
+    OutOfDeviceMemory,
+    StaleAttempt,
+    WorkerUnfit,
+)
 from jobs.record import Attempt, Failure, JobRecord
 from worker.job.context import JobContext
 from worker.job.generation import JobThreads, Success, make_video
 from worker.job.lease import LeaseKeeper
 from worker.job.progress import JobReturned
+from worker.job.proof import refused_by_system
 from worker.job.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -41,7 +49,14 @@ class DeviceLost:
     """The device is unusable in this process, whether or not the job caused that."""
 
 
-Outcome = Success | Failure | Cancelled | Released | DeviceLost
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """The worker is at fault, and not the job; `reason` is a sentence without paths and hosts."""
+
+    reason: str
+
+
+Outcome = Success | Failure | Cancelled | Released | DeviceLost | Unfit
 
 
 def run_attempt(
@@ -81,6 +96,9 @@ def _outcome(
         return Released()
     except GenerationCancelled:
         return Cancelled()
+    except WorkerUnfit as error:
+        context.stats.record_fault(error.detail)
+        return Unfit(error.detail)
     except AppError as error:
         logger.error("failed: %s: %s", error.code, error)
         return Failure(code=error.code, detail=error.detail)
@@ -100,6 +118,12 @@ def _from_unexpected(context: JobContext, record: JobRecord, error: Exception) -
         context.stats.record_device_lost()
         return DeviceLost()
     if not device.is_out_of_memory(error):
+        if isinstance(error, OSError):
+            # Nothing in a request reaches the operating system. What that refuses is the worker's:
+            # its scratch folder, a disk that is broken, files of the model that are gone.
+            unfit = refused_by_system(error)
+            context.stats.record_fault(unfit.detail)
+            return Unfit(unfit.detail)
         return Failure(
             code=AppError.code,
             detail="An unexpected error ended the job; the worker's log has it under the job's id.",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import select
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ from typing import IO
 
 import imageio_ffmpeg
 
-from jobs.errors import GenerationFailed
+from jobs.errors import GenerationFailed, WorkerUnfit
 from worker.interface import Frame
 
 # Visually lossless for the eye at any size; the miniature's 17 frames take a few kilobytes.
@@ -35,6 +36,10 @@ STALLED_S = 120.0
 long."""
 
 CHECK_EVERY_S = 0.1
+
+_FOLDER = re.compile(r"(?:/[^/\s:]+)+/")
+
+_REMEDY = "Install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264."
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,9 @@ def encode_mp4(
         check: called while waiting for ffmpeg; what it raises ends the encoding.
 
     Raises:
-        GenerationFailed: ffmpeg ended early or with an error, or the number or shape of the frames
-            is not `video`'s.
+        WorkerUnfit: ffmpeg cannot be started, ended early or with an error, or hangs.
+        GenerationFailed: the number or shape of the frames is not `video`'s.
+        OSError: files cannot be written or read.
     """
     waited_s = 0.0
     count = 0
@@ -105,7 +111,7 @@ def encode_mp4(
 def _ffmpeg(
     path: Path, video: VideoFormat, title: str, metadata: Mapping[str, object], log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-hide_banner", "-loglevel", "error"]
+    command = [_find_ffmpeg(), "-y", "-hide_banner", "-loglevel", "error"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{video.width}x{video.height}"]
     command += ["-r", str(video.fps), "-i", "pipe:0", "-an"]
     # Players guess from the height whether untagged video is BT.601 or BT.709, which may change
@@ -118,18 +124,28 @@ def _ffmpeg(
     # In its own process group: on Ctrl-C in a terminal the worker finishes its job, so the signal
     # must not reach ffmpeg either. Unbuffered: a write returns when the pipe has taken the bytes,
     # and closing has nothing left to flush.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=log,
-        bufsize=0,
-        process_group=0,
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            bufsize=0,
+            process_group=0,
+        )
+    except OSError as error:
+        raise WorkerUnfit(f"ffmpeg does not start: {error.strerror}. {_REMEDY}") from error
     assert process.stdin is not None, "ffmpeg was started without a pipe"
     # A write takes what fits into the pipe, so that a job can be stopped while ffmpeg is busy.
     os.set_blocking(process.stdin.fileno(), False)
     return process
+
+
+def _find_ffmpeg() -> str:
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise WorkerUnfit(f"There is no ffmpeg on this machine. {_REMEDY}") from error
 
 
 def _check_frame(frame: Frame, index: int, video: VideoFormat) -> None:
@@ -155,34 +171,37 @@ def _write(
             # The pipe is full.
             check()
             if time.monotonic() - progressed_at > STALLED_S:
-                raise GenerationFailed(f"ffmpeg has taken no frames for {STALLED_S:.0f} s.")
+                raise WorkerUnfit(f"ffmpeg has taken no frames for {STALLED_S:g} s.")
             select.select((), (process.stdin,), (), CHECK_EVERY_S)
     except BrokenPipeError:
         # ffmpeg takes no more frames, so the rest of the video need not be decoded.
-        raise _failure(process.wait(STALLED_S), log) from None
+        raise _failure(_wait(process, check), log) from None
 
 
 def _finish(process: subprocess.Popen[bytes], log: IO[bytes], check: Callable[[], None]) -> None:
     assert process.stdin is not None, "ffmpeg was started without a pipe"
     process.stdin.close()
+    code = _wait(process, check)
+    if code != 0:
+        raise _failure(code, log)
+
+
+def _wait(process: subprocess.Popen[bytes], check: Callable[[], None]) -> int:
+    """Return ffmpeg's exit status once it has ended, after the last frame that it took."""
     deadline = time.monotonic() + STALLED_S
     while time.monotonic() < deadline:
         try:
-            code = process.wait(CHECK_EVERY_S)
+            return process.wait(CHECK_EVERY_S)
         except subprocess.TimeoutExpired:
             check()
-            continue
-        if code != 0:
-            raise _failure(code, log)
-        return
-    raise GenerationFailed(
-        f"ffmpeg has not finished the file within {STALLED_S:.0f} s of the last frame."
-    )
+    raise WorkerUnfit(f"ffmpeg has not ended within {STALLED_S:g} s of the last frame.")
 
 
-def _failure(code: int, log: IO[bytes]) -> GenerationFailed:
+def _failure(code: int, log: IO[bytes]) -> WorkerUnfit:
+    """Build the error: of checked frames in a configured size, ffmpeg can refuse none."""
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
-    return GenerationFailed(
-        f"ffmpeg ended with status {code}: {lines[-1] if lines else 'it said nothing'}."
-    )
+    # The last line names the file, whose folder is nobody's business but the operator's.
+    said = _FOLDER.sub("", lines[-1]).rstrip(".") if lines else "it said nothing"
+    ended = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    return WorkerUnfit(f"ffmpeg {ended}: {said}.")

@@ -14,18 +14,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-)
-from redis.exceptions import (
-    TimeoutError as RedisTimeoutError,
-)
+from redis.exceptions import RedisError
+
+from jobs.redis_client import explain, is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +42,7 @@ class RedisOutage:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._refusal: str | None = None
 
     @contextmanager
     def track(self) -> Iterator[None]:
@@ -77,9 +69,16 @@ class RedisOutage:
             logger.exception("a thread beside the job goes on after an error")
 
     def mark_down(self, error: RedisError) -> None:
-        """Note that a command failed; log it if Redis was reachable until now."""
+        """Note that a command failed; log it if Redis was reachable until now.
+
+        What Redis refuses for good is no outage. It is logged, too, but not again and again.
+        """
         with self._lock:
-            if self._since is None:
+            if not is_transient(error):
+                if explain(error) != self._refusal:
+                    self._refusal = explain(error)
+                    logger.error(self._refusal)
+            elif self._since is None:
                 self._since = time.monotonic()
                 logger.warning("Redis is away; waiting for it: %s", error)
 
@@ -131,17 +130,8 @@ def retry_until_answered(
             with outage.track():
                 return call()
         except RedisError as error:
-            if not _is_transient(error) or time.monotonic() > deadline:
+            if not is_transient(error) or time.monotonic() > deadline:
                 raise
         if shutting_down() and not shortened:
             shortened, deadline = True, min(deadline, time.monotonic() + SHUTDOWN_TIMEOUT_S)
         time.sleep(backoff.next_s())
-
-
-def _is_transient(error: RedisError) -> bool:
-    """Return whether Redis is unreachable, or refuses commands for now."""
-    kinds = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
-    refusals = ("MISCONF", "NOREPLICAS", "MASTERDOWN")  # a full disk, a failover
-    return isinstance(error, kinds) or (
-        isinstance(error, ResponseError) and str(error).startswith(refusals)
-    )

@@ -32,6 +32,7 @@ UNLOCKED_S: Final = 24 * 3600.0
 def scratch_folder() -> Iterator[Path]:
     """Create a folder for this worker, after removing abandoned ones."""
     parent = Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)  # a cleaner may have removed it
     remove_abandoned(parent)
     # It is renamed once it is locked, so that no other worker finds it unlocked and removes it.
     unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))

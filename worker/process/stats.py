@@ -1,4 +1,4 @@
-"""Keep a process' statistics from job to job: step times, out-of-memory count, exit status.
+"""Keep a process' statistics from job to job: step times, memory and other faults, exit status.
 
 They outlive every loss of the connection to Redis.
 """
@@ -13,7 +13,7 @@ from typing import Final
 
 from jobs.catalog import ModeStatus
 from jobs.record import Stage
-from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY
+from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY, EXIT_UNFIT
 from worker.interface import ActShares
 from worker.process.redis_retry import RedisOutage
 
@@ -22,6 +22,11 @@ KEPT: Final = 50
 
 OUT_OF_MEMORY_LIMIT: Final = 2
 """Jobs in a row that run out of memory before the process ends."""
+
+
+FAULT_LIMIT: Final = 5
+"""Faults of the worker in a row, in jobs or in proofs (`worker/job/proof.py`), before the process
+ends."""
 
 
 class StepTimes:
@@ -52,21 +57,28 @@ class WorkerStats:
 
     Attributes:
         exit_status: the status to end the process with now; None while it can run another job.
+        fault: what is wrong with the worker, as a sentence; it takes no job until this is None.
+        faults: the faults in a row; it is 0 again after a success.
+        largest_video_bytes: the size of the largest video that the process has made.
     """
 
     def __init__(self) -> None:
         self.outage = RedisOutage()
         self.step_times = StepTimes()
         self.exit_status: int | None = None
+        self.fault: str | None = None
+        self.faults = 0
+        self.largest_video_bytes = 0
         self._out_of_memory = 0
         self._lock = threading.Lock()
         self._done = 0
         self._steps: dict[str, deque[float]] = {}
         self._shares: dict[str, ActShares] = {}
 
-    def record_success(self) -> None:
-        """Count a job that succeeded."""
-        self._out_of_memory = 0
+    def record_success(self, video_bytes: int = 0) -> None:
+        """Count a job that succeeded with a video of this size."""
+        self._out_of_memory = self.faults = 0
+        self.largest_video_bytes = max(self.largest_video_bytes, video_bytes)
         with self._lock:
             self._done += 1
 
@@ -79,6 +91,21 @@ class WorkerStats:
         self._out_of_memory += 1
         if self._out_of_memory >= OUT_OF_MEMORY_LIMIT:
             self.exit_status = EXIT_OUT_OF_MEMORY
+
+    def record_fault(self, reason: str) -> None:
+        """Take the worker out of service for a reason; after too many in a row, end the process.
+
+        In a row means without a success in between. A new process may find what this one cannot
+        mend, such as a folder that its supervisor makes.
+        """
+        self.fault = reason
+        self.faults += 1
+        if self.faults >= FAULT_LIMIT:
+            self.exit_status = EXIT_UNFIT
+
+    def record_proven(self) -> None:
+        """Put the worker back in service; only a success makes earlier faults not count."""
+        self.fault = None
 
     def record_device_lost(self) -> None:
         """Note that the process can run no further job on its device, and has to end."""

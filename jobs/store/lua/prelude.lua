@@ -81,11 +81,12 @@ local function deliver_again(id, queue, fields, first)
   redis.call('LPUSH', list, id)
 end
 
--- Counts a lost attempt. If there were too many, it fails the job and returns true.
-local function lose_attempt(id, most, failure, code, now)
+-- Counts an attempt that was `lost` with its worker, or `returned` by a worker that is at fault. If
+-- there were too many of its kind, it fails the job and returns true.
+local function spend_attempt(id, kind, most, failure, code, now)
   local record = record_of(id)
-  count('lost', redis.call('HGET', record, 'shape'))
-  if redis.call('HINCRBY', record, 'lost', 1) < most then return false end
+  count(kind, redis.call('HGET', record, 'shape'))
+  if redis.call('HINCRBY', record, kind, 1) < most then return false end
   redis.call('HSET', record, 'failure', failure)
   redis.call('HDEL', record, 'token')
   move(id, 'running', 'failed', now, code)

@@ -1,7 +1,7 @@
--- Ends a running attempt without ending the job: its worker releases it, or is lost.
--- ARGV: id, now, token ('' for recovery, which takes only a job whose lease has expired), whether
--- the attempt counts as lost, limit of lost attempts, the failure and its code for reaching that
--- limit, RQ's fields and values.
+-- Ends a running attempt without ending the job: its worker releases it, is at fault, or is lost.
+-- ARGV: id, now, token ('' for recovery, which takes only a job whose lease has expired), as what
+-- the attempt counts ('lost', 'returned', or '' for neither), limit of such attempts, the failure
+-- and its code for reaching that limit, RQ's fields and values.
 -- Returns the state after the call, or 'missing', 'held' (the lease has not expired), 'superseded'
 -- (a newer attempt owns the job), or, without a token, 'settled' if the job is not running.
 local id, now, token = ARGV[1], ARGV[2], ARGV[3]
@@ -16,8 +16,8 @@ if token ~= '' then
 elseif known[3] and clock_ms() < tonumber(known[3]) then
   return 'held'
 end
-if ARGV[4] == '1' then
-  if lose_attempt(id, tonumber(ARGV[5]), ARGV[6], ARGV[7], now) then return 'failed' end
+if ARGV[4] ~= '' then
+  if spend_attempt(id, ARGV[4], tonumber(ARGV[5]), ARGV[6], ARGV[7], now) then return 'failed' end
 else
   count('released', known[6])
 end

@@ -3,7 +3,7 @@
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from jobs import catalog
+from jobs import catalog, redis_keys
 from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
@@ -53,6 +53,7 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
             },
         },
         "state": "busy",
+        "fault": None,
         "job_id": "01a2",
         "jobs_done": 7,
         "memory_allocated_bytes": 3,
@@ -101,3 +102,30 @@ def test_a_worker_that_ends_its_last_job_is_still_shown(
     assert queue["workers"] == 1, "it takes nothing more from its queue"
     metrics = client.get("/metrics").text
     assert 'wan_workers{model="wan-mini",state="draining"} 1.0' in metrics
+
+
+def test_a_worker_that_is_out_of_service_is_shown_with_its_fault(
+    client: TestClient, redis: Redis, live_worker: WorkerOffer
+) -> None:
+    reason, name = "ffmpeg ended with status 1: it said nothing.", "wan-mini.0123456789ab"
+    ready = client.get("/readyz").json()
+    assert "faults" not in ready
+    unfit = WorkerStatus(worker_id=name, state="degraded", fault=reason)
+    catalog.publish_status(redis, unfit)
+    assert catalog.read_statuses(redis) == (unfit,)
+    degraded, _ = client.get("/workers").json()["workers"]
+    assert (degraded["id"], degraded["state"]) == (name, "degraded")
+    assert degraded["fault"] == reason
+    metrics = client.get("/metrics").text
+    assert 'wan_workers{model="wan-mini",state="degraded"} 1.0' in metrics
+    more = {"degraded": ready["degraded"] + 1, "faults": [reason]}
+    assert client.get("/readyz").json() == ready | more
+    catalog.withdraw(redis, live_worker.worker_id)
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["code"]) == (503, "no_live_worker")
+    assert reason in answer.json()["detail"]
+
+
+def test_a_status_without_a_fault_can_be_read_by_a_service_of_before(redis: Redis) -> None:
+    catalog.publish_status(redis, WorkerStatus(worker_id="w", state="idle"))
+    assert b"fault" not in (redis.get(redis_keys.worker_status("w")) or b"")

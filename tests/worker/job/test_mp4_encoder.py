@@ -3,16 +3,18 @@
 import hashlib
 import json
 import re
+import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from jobs.errors import GenerationFailed
+from jobs.errors import GenerationFailed, WorkerUnfit
 from worker.interface import Frame
+from worker.job import mp4_encoder
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 
 FORMAT = VideoFormat(width=96, height=64, num_frames=17, fps=8)
@@ -180,3 +182,94 @@ def test_ffmpeg_ends_with_a_cancelled_job(tmp_path: Path) -> None:
         encode_mp4(frames(), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in listed.stdout
+
+
+@pytest.fixture
+def ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that replaces ffmpeg by a shell script; `$REAL` is the real one."""
+    path, real = tmp_path / "ffmpeg", imageio_ffmpeg.get_ffmpeg_exe()
+
+    def replace(script: str) -> None:
+        path.write_text(f"#!/bin/sh\nREAL={shlex.quote(real)}\n{script}\n")
+        path.chmod(0o755)
+
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+    return replace
+
+
+@pytest.mark.parametrize("status", [1, 228, 255])
+def test_a_failure_after_the_last_frame_is_a_failure(
+    tmp_path: Path, ffmpeg: Callable[[str], None], status: int
+) -> None:
+    """Though the file is there, and whole."""
+    ffmpeg(f'"$REAL" "$@"; echo "Error writing {tmp_path}/a-b/video.mp4" >&2; exit {status}')
+    path = tmp_path / "video.mp4"
+    with pytest.raises(WorkerUnfit) as caught:
+        encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
+    ffmpeg('exec "$REAL" "$@"')
+    assert len(decoded(path)) == 17
+    assert str(caught.value) == f"ffmpeg ended with status {status}: Error writing video.mp4."
+
+
+def test_a_killed_ffmpeg_is_named_by_its_signal(
+    tmp_path: Path, ffmpeg: Callable[[str], None]
+) -> None:
+    ffmpeg("kill -9 $$")
+    with pytest.raises(WorkerUnfit, match="killed by signal 9"):
+        encode_mp4(gradient(17), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exec sleep 600", "taken no frames for 0.3 s"),
+        ("head -c 100000 > /dev/null; exec sleep 600", "taken no frames for 0.3 s"),
+        ("exec 0<&-; exec sleep 600", "not ended within 0.3 s"),
+        ("cat > /dev/null; exec sleep 600", "not ended within 0.3 s"),
+    ],
+    ids=["never-reads", "stops-reading", "closes-its-input", "never-ends"],
+)
+def test_an_ffmpeg_that_hangs_is_given_up_and_ended(
+    tmp_path: Path,
+    ffmpeg: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(mp4_encoder, "STALLED_S", 0.3)
+    ffmpeg(f"echo $$ > {tmp_path}/pid; {script}")
+    format_ = VideoFormat(640, 480, 17, 8)  # more than a pipe holds
+    with pytest.raises(WorkerUnfit, match=said):
+        encode_mp4(
+            gradient(17, 640, 480), tmp_path / "video.mp4", format_, "a title", {}, never_stop
+        )
+    pid = (tmp_path / "pid").read_text().strip()
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, check=False)
+    assert not listed.stdout.strip(), "it has ended and was waited for"
+
+
+def test_an_ffmpeg_that_is_slow_is_not_given_up(
+    tmp_path: Path, ffmpeg: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit counts from the last byte that was taken, not from the first."""
+    monkeypatch.setattr(mp4_encoder, "STALLED_S", 1.0)
+    pieces = "; ".join("head -c 200000 > /dev/null; sleep 0.2" for _ in range(8))
+    ffmpeg(f"({pieces}; cat > /dev/null); exit 7")
+    format_ = VideoFormat(640, 480, 17, 8)
+    with pytest.raises(WorkerUnfit, match="status 7"):
+        encode_mp4(
+            gradient(17, 640, 480), tmp_path / "video.mp4", format_, "a title", {}, never_stop
+        )
+
+
+@pytest.mark.parametrize("name", ["missing", "not-executable", "no-program"])
+def test_an_ffmpeg_that_does_not_start_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / name
+    if name != "missing":
+        path.write_text("neither a script nor a program")
+        path.chmod(0o755 if name == "no-program" else 0o644)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(path))
+    with pytest.raises(WorkerUnfit, match=r"ffmpeg does not start: .* IMAGEIO_FFMPEG_EXE"):
+        encode_mp4(gradient(17), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
