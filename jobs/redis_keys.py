@@ -70,6 +70,12 @@ RETENTION_LOCK: Final = "wan:retention:lock"
 RETENTION_DONE: Final = "wan:retention:done"
 """When the last round was done; no other round starts while this key exists."""
 
+ARTIFACTS_ID: Final = "wan:artifacts:id"
+"""The id in the marker of the artifact store that belongs to this Redis. It never expires."""
+
+ARTIFACTS_LOCK: Final = "wan:artifacts:lock"
+"""Lock of the process that gives a store its marker, or takes over the one it has."""
+
 RECOVERY: Final = "wan:recovery"
 """Hash: when a process last looked for abandoned jobs, and when one first did after a gap."""
 
