@@ -76,6 +76,13 @@ ARTIFACTS_ID: Final = "wan:artifacts:id"
 ARTIFACTS_LOCK: Final = "wan:artifacts:lock"
 """Lock of the process that gives a store its marker, or takes over the one it has."""
 
+RETENTION_CLOCK: Final = "wan:retention:clock"
+"""Hash: when, on Redis' clock, a process last looked whether a round is due, and until when no round
+is run because the clock had jumped; both in ms."""
+
+RETENTION_REFUSED: Final = "wan:retention:refused"
+"""Why no round is run although one is due; missing if nothing is wrong."""
+
 RECOVERY: Final = "wan:recovery"
 """Hash: when a process last looked for abandoned jobs, and when one first did after a gap."""
 

@@ -20,6 +20,7 @@ from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.redis_client import connect
 from service.auth.api_keys import ApiKey, KeyRefused, KeyStore, Role
 from service.maintenance.retention import Retention, RetentionBusy, describe
+from service.maintenance.retention_clock import ClockRefused
 from service.server import describe_errors, start
 from service.settings import RedisSettings, ServiceSettings
 
@@ -152,6 +153,8 @@ def _one_line_for_errors() -> Iterator[None]:
         sys.exit(describe_errors(error))
     except (KeyRefused, ArtifactRefused, ArtifactsUnavailable) as error:
         sys.exit(f"service: {error}")
+    except ClockRefused as error:
+        sys.exit(f"service: nothing is deleted: {error}.")
     except RetentionBusy:
         sys.exit("service: a service process is deleting at this moment; nothing is left to do.")
     except RedisError as error:

@@ -155,9 +155,7 @@ class KnownArtifactStore:
 
     def _introduce(self) -> tuple[bytes, bytes | None]:
         """Let Redis know this store, if it still knows none; return the id it knows, and ours."""
-        with self._redis.lock(
-            redis_keys.ARTIFACTS_LOCK, timeout=LOCK_S, blocking_timeout=LOCK_S
-        ):
+        with self._redis.lock(redis_keys.ARTIFACTS_LOCK, timeout=LOCK_S, blocking_timeout=LOCK_S):
             found = self._marker()
             if found is None and self._known_id() is None:
                 self._refuse_a_store_without_its_videos()

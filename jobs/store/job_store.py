@@ -31,13 +31,10 @@ from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Vid
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
-from jobs.store.recovery import lost_attempt_args
+from jobs.store.recovery import LEASE_S, lost_attempt_args
 from jobs.store.submission import Idempotency, Submission
 
 logger = logging.getLogger(__name__)
-
-LEASE_S: Final = 15.0
-"""A running attempt whose lease was not renewed for this long counts as lost."""
 
 MAX_PAGE = 200
 """The most records of one page of `JobStore.list`."""

@@ -8,14 +8,14 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, cast
 
 from redis import Redis
 from rq import Queue
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 
-from jobs import ids, record, redis_keys
+from jobs import ids, redis_keys
 from jobs.state import JobState
 from jobs.store import scripts
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 PAGE: Final = 200
 """The most jobs of one page."""
 
-_FIELDS: Final = ("state", "created_at", "finished_at", "video", "video_deleted_at")
+_FIELDS: Final = ("state", "created_at", "finished_at", "video", "video_deleted_at", "created_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class RetentionIndex:
 
     def video_deleted(self, job_id: str) -> None:
         """Record that the job's video was deleted; does nothing if the job no longer exists."""
-        self._video_deleted(job_id, record.now().isoformat())
+        self._video_deleted(job_id)
 
     def unreferenced(self, files: Sequence[tuple[str, str]]) -> list[str]:
         """Return the keys that are no job's video or picture and never will be.
@@ -121,14 +121,17 @@ class RetentionIndex:
 
 
 def _decode(job_id: str, fields: Sequence[bytes | None]) -> RetentionEntry:
-    state, created, finished, video, deleted = (
+    state, created, finished, video, deleted, created_ms = (
         None if field is None else field.decode() for field in fields
     )
     assert state is not None, "a record that is there has a state"
+    created_at = datetime.fromisoformat(created or "")
+    if created_ms is not None:  # by Redis' clock, where `created_at` is by the service's
+        created_at = datetime.fromtimestamp(int(created_ms) / 1000, UTC)
     return RetentionEntry(
         id=job_id,
         state=JobState(state),
-        created_at=datetime.fromisoformat(created or ""),
+        created_at=created_at,
         finished_at=None if finished is None else datetime.fromisoformat(finished),
         file_keys=() if video is None or deleted is not None else _file_keys(json.loads(video)),
     )

@@ -14,9 +14,9 @@ if state == 'running' then
   return { state, attempts }
 end
 if state ~= 'queued' then return { state, attempts } end
-if attempts == 0 then observe('wait', known[4], (clock - tonumber(known[5])) / 1000) end
+if attempts == 0 then observe('wait', known[4], math.max(0, clock - tonumber(known[5])) / 1000) end
 move(id, state, 'running', now)
-redis.call('HSET', record, 'token', token, 'started_at', now, 'started_ms', clock, 'worker', ARGV[4],
+redis.call('HSET', record, 'token', token, 'started_at', stamp(), 'started_ms', clock, 'worker', ARGV[4],
   'attempts', attempts + 1, 'lease_ms', lease)
 count('claimed', known[4])
 emit(id, 'state', now)

@@ -21,6 +21,9 @@ from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 
+Make = Callable[[MarkedStore], KnownArtifactStore]
+Places = Callable[[str], MarkedStore]
+
 KEY = "videos/01a2/1.mp4"
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
@@ -46,14 +49,12 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(redis: Redis, clock: Clock) -> Callable[[MarkedStore], KnownArtifactStore]:
+def make(redis: Redis, clock: Clock) -> Make:
     return lambda store: KnownArtifactStore(store, redis, clock)
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def places(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Callable[[str], FolderArtifactStore | BucketArtifactStore]:
+def places(request: pytest.FixtureRequest, tmp_path: Path) -> Places:
     """Opens the store of a name, in a folder or in a bucket; puts are tried for half a second."""
     if request.param == "folder":
         return lambda name: FolderArtifactStore(tmp_path / name, retry_for_s=0.5)
@@ -62,7 +63,9 @@ def places(
     return lambda name: BucketArtifactStore(BucketAddress(bucket, name, endpoint), retry_for_s=0.5)
 
 
-def test_the_first_store_gets_a_marker_that_redis_knows(places, make, redis, source) -> None:  # type: ignore[no-untyped-def]
+def test_the_first_store_gets_a_marker_that_redis_knows(
+    places: Places, make: Make, redis: Redis, source: Path
+) -> None:
     raw = places("a")
     artifacts = make(raw)
     assert artifacts.is_present is None
@@ -78,7 +81,7 @@ def test_the_first_store_gets_a_marker_that_redis_knows(places, make, redis, sou
     assert raw.marker() == marker
 
 
-def test_a_store_without_the_marker_is_missing(places, make, source) -> None:  # type: ignore[no-untyped-def]
+def test_a_store_without_the_marker_is_missing(places: Places, make: Make, source: Path) -> None:
     """A share that is not mounted, and the folder of a worker that was set up otherwise."""
     make(places("right")).put(KEY, source)
     raw = places("wrong")
@@ -100,8 +103,8 @@ def test_a_store_without_the_marker_is_missing(places, make, source) -> None:  #
     assert raw.marker() is None
 
 
-def test_a_store_with_another_id_is_missing_even_for_what_it_has(  # type: ignore[no-untyped-def]
-    places, make, redis, source
+def test_a_store_with_another_id_is_missing_even_for_what_it_has(
+    places: Places, make: Make, redis: Redis, source: Path
 ) -> None:
     right, other = make(places("right")), places("other")
     right.put(KEY, source)
@@ -115,8 +118,8 @@ def test_a_store_with_another_id_is_missing_even_for_what_it_has(  # type: ignor
     assert other.size(KEY) == 3
 
 
-def test_a_store_from_before_markers_and_a_redis_that_lost_its_data_know_each_other_again(  # type: ignore[no-untyped-def]
-    places, make, redis, source
+def test_a_store_from_before_markers_and_a_redis_that_lost_its_data_know_each_other_again(
+    places: Places, make: Make, redis: Redis, source: Path
 ) -> None:
     raw = places("a")
     raw.put(KEY, source)  # by a version that knew no markers
@@ -128,7 +131,9 @@ def test_a_store_from_before_markers_and_a_redis_that_lost_its_data_know_each_ot
     assert redis.get(redis_keys.ARTIFACTS_ID) == marker.strip()
 
 
-def test_an_operator_can_adopt_a_moved_store(places, make, redis, source) -> None:  # type: ignore[no-untyped-def]
+def test_an_operator_can_adopt_a_moved_store(
+    places: Places, make: Make, redis: Redis, source: Path
+) -> None:
     make(places("old")).put(KEY, source)
     raw = places("new")
     raw.put(KEY, source)
@@ -143,8 +148,8 @@ def test_an_operator_can_adopt_a_moved_store(places, make, redis, source) -> Non
     assert moved.adopt() == known, "adopting it again changes nothing"
 
 
-def test_a_marker_that_cannot_be_read_is_written_again_by_an_operator_only(  # type: ignore[no-untyped-def]
-    places, make, redis
+def test_a_marker_that_cannot_be_read_is_written_again_by_an_operator_only(
+    places: Places, make: Make, redis: Redis
 ) -> None:
     raw = places("a")
     for text in (b"", b"half an i", b"\xff" * 32):
@@ -157,7 +162,7 @@ def test_a_marker_that_cannot_be_read_is_written_again_by_an_operator_only(  # t
         make(raw).verify()
 
 
-def test_processes_that_start_at_once_agree(places, redis_url) -> None:  # type: ignore[no-untyped-def]
+def test_processes_that_start_at_once_agree(places: Places, redis_url: str) -> None:
     """Each has its own connections. Without the lock and the first marker, ids would differ."""
     start, faults = threading.Barrier(8), []
 
@@ -178,7 +183,7 @@ def test_processes_that_start_at_once_agree(places, redis_url) -> None:  # type:
     assert faults == []
 
 
-def test_an_existing_marker_is_kept(places) -> None:  # type: ignore[no-untyped-def]
+def test_an_existing_marker_is_kept(places: Places) -> None:
     raw = places("a")
     raw.write_marker(b"first", replace=False)
     raw.write_marker(b"second", replace=False)
@@ -209,7 +214,7 @@ def share(tmp_path: Path) -> Share:
 
 
 @pytest.fixture
-def shared(share: Share, make: Callable[[MarkedStore], KnownArtifactStore]) -> KnownArtifactStore:
+def shared(share: Share, make: Make) -> KnownArtifactStore:
     return make(FolderArtifactStore(share.folder, retry_for_s=60))
 
 
