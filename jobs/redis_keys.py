@@ -6,6 +6,11 @@ All keys here start with `wan:`. RQ's own keys start with `rq:` and are defined 
 import hashlib
 from typing import Final
 
+FORMAT: Final = 1
+"""The format of records and offers. Readers ignore fields that they do not know. What they would
+misunderstand takes the next number, which its writer puts into a field `format`, as text; without
+that field it is 1."""
+
 DAY_S: Final = 24 * 60 * 60
 
 RECORD_TTL_S: Final = 30 * DAY_S
@@ -77,8 +82,8 @@ ARTIFACTS_LOCK: Final = "wan:artifacts:lock"
 """Lock of the process that gives a store its marker, or takes over the one it has."""
 
 RETENTION_CLOCK: Final = "wan:retention:clock"
-"""Hash: when, on Redis' clock, a process last looked whether a round is due, and until when no round
-is run because the clock had jumped; both in ms."""
+"""Hash: when, on Redis' clock, a process last looked whether a round is due, and until when no
+round is run because the clock had jumped; both in ms."""
 
 RETENTION_REFUSED: Final = "wan:retention:refused"
 """Why no round is run although one is due; missing if nothing is wrong."""

@@ -1,9 +1,9 @@
 """Use an artifact store only while it is the one that belongs to this Redis.
 
 A share that is not mounted looks like an empty folder, and a wrong bucket like an empty bucket. A
-video that is written there is lost, and videos that are missing there seem to be deleted. So a store
-carries a marker with an id, and Redis knows that id. A store without it, or with another one, counts
-as missing: it is not read, nothing is deleted from it, and a put waits for the right one.
+video that is written there is lost, and videos that are missing there seem to be deleted. So a
+store carries a marker with an id, and Redis knows that id. A store without it, or with another one,
+counts as missing: it is not read, nothing is deleted from it, and a put waits for the right one.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ local function expected(other)
   if not shape then return nil end
   if durations[shape] == nil then
     local text = redis.call('HGET', '@DURATIONS@', shape)
-    local step_s, rest_s, text_encoding_s = string.match(text or '', '^(%S+) (%S+) (%S+)$')
+    local step_s, rest_s, text_encoding_s = string.match(text or '', '^(%S+) (%S+) (%S+)')
     durations[shape] = step_s
       and { step_s = tonumber(step_s), other_s = tonumber(rest_s) + tonumber(text_encoding_s) }
       or false

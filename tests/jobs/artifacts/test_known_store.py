@@ -94,7 +94,7 @@ def test_a_store_without_the_marker_is_missing(places: Places, make: Make, sourc
         lambda: list(wrong.list()),
         wrong.remove_leftovers,
     ):
-        with pytest.raises(ArtifactsUnavailable, match="has no marker.*store adopt"):
+        with pytest.raises(ArtifactsUnavailable, match=r"has no marker.*store adopt"):
             use()
     assert wrong.is_present is False
     with pytest.raises(ArtifactNotStored, match="the artifact store is missing"):
@@ -111,7 +111,7 @@ def test_a_store_with_another_id_is_missing_even_for_what_it_has(
     other.write_marker(b"0" * 32, replace=False)
     other.put(KEY, source)
     for use in (lambda: make(other).size(KEY), lambda: list(make(other).read(KEY, 0, 3))):
-        with pytest.raises(ArtifactsUnavailable, match="is the store 0{32}, and Redis knows"):
+        with pytest.raises(ArtifactsUnavailable, match=r"is the store 0{32}, and Redis knows"):
             use()
     with pytest.raises(ArtifactsUnavailable):
         make(other).delete(KEY)
