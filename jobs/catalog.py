@@ -30,6 +30,7 @@ from rq import Queue
 
 from jobs import redis_keys
 from jobs.geometry import is_frame_count
+from jobs.logs import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,12 @@ _NOT_IN_QUEUE_NAME = {
 
 class _Offer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Format(BaseModel):
+    """The format of an offer or a status; see `redis_keys.FORMAT`."""
+
+    format: Literal["1"] = "1"
 
 
 _OfferT = TypeVar("_OfferT", bound=_Offer)
@@ -279,7 +286,7 @@ def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
     found = cast("list[bytes]", redis.zrange(redis_keys.WORKERS, 0, -1))
     names = sorted(name.decode(errors="replace") for name in found)
     texts = _texts(redis, [redis_keys.worker_status(name) for name in names])
-    return _readable(WorkerStatus, "status", names, texts)
+    return _readable(redis, WorkerStatus, "status", names, texts)
 
 
 def tokenizer_fingerprint(text: bytes) -> str:
@@ -335,22 +342,24 @@ def read(redis: Redis) -> Catalog:
     return Catalog(
         offers=offers,
         waiting=_queue_lengths(redis, {offer.queue for offer in offers}),
-        known=frozenset(_known_modes(known)),
+        known=frozenset(_known_modes(redis, known)),
     )
 
 
-def _known_modes(texts: list[bytes]) -> Iterator[tuple[str, str]]:
+def _known_modes(redis: Redis, texts: list[bytes]) -> Iterator[tuple[str, str]]:
     for text in texts:
         try:
             yield _MODEL_AND_MODE.validate_json(text)
         except ValidationError:
             # Written by another version or by hand: the others are still valid.
-            logger.warning("What %s holds is left out: %r", redis_keys.KNOWN_MODES, text[:80])
+            warn_once(
+                logger, redis, f"What {redis_keys.KNOWN_MODES} holds is left out: {text[:80]!r}"
+            )
 
 
 def _live_offers(redis: Redis, worker_ids: list[str]) -> tuple[WorkerOffer, ...]:
     texts = _texts(redis, [redis_keys.worker_offer(name) for name in worker_ids])
-    return _readable(WorkerOffer, "offer", worker_ids, texts)
+    return _readable(redis, WorkerOffer, "offer", worker_ids, texts)
 
 
 def _texts(redis: Redis, names: list[str]) -> list[bytes | None]:
@@ -358,17 +367,18 @@ def _texts(redis: Redis, names: list[str]) -> list[bytes | None]:
 
 
 def _readable(
-    kind: type[_OfferT], noun: str, worker_ids: list[str], texts: list[bytes | None]
+    redis: Redis, kind: type[_OfferT], noun: str, worker_ids: list[str], texts: list[bytes | None]
 ) -> tuple[_OfferT, ...]:
     found = []
     for worker_id, text in zip(worker_ids, texts, strict=True):
         if text is None:
             continue
         try:
-            found.append(kind.model_validate_json(text))
+            _Format.model_validate_json(text)
+            found.append(kind.model_validate_json(text, extra="ignore"))
         except ValidationError as error:
             # From another version, for instance during an upgrade: the others are still valid.
-            logger.warning("The %s of worker %s is left out: %s", noun, worker_id, error)
+            warn_once(logger, redis, f"The {noun} of worker {worker_id} is left out: {error}")
     return tuple(found)
 
 

@@ -105,10 +105,12 @@ def read(redis: Redis, request: GenerationRequest) -> Durations | None:
 def parse(text: bytes) -> Durations:
     """Parse what Redis holds for a shape: three numbers, separated by spaces.
 
+    Another version may have added more, which are ignored.
+
     Raises:
         ValueError: the text was not written by this version.
     """
-    step_s, rest_s, text_encoding_s = map(float, text.split())
+    step_s, rest_s, text_encoding_s = map(float, text.split()[:3])
     return Durations(step_s, rest_s, text_encoding_s)
 
 

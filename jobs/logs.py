@@ -9,9 +9,14 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
+
+MOST_SAID: Final = 1000
+
+_SAID: "WeakKeyDictionary[object, set[str]]" = WeakKeyDictionary()
 
 GetIds = Callable[[], Mapping[str, str]]
 """Returns the ids of the current event, by name; must be cheap, as it is called for every line."""
@@ -71,3 +76,17 @@ def _json() -> logging.Formatter:
 
 
 _FORMATTERS: Final = {LogFormat.TEXT: _text, LogFormat.JSON: _json}
+
+
+def warn_once(logger: logging.Logger, reader: object, message: str) -> None:
+    """Log a warning the first time that `reader` has it: some things are read every second.
+
+    At most `MOST_SAID` messages are remembered for each reader, as long as it exists.
+    """
+    said = _SAID.setdefault(reader, set())
+    if message in said:
+        return
+    if len(said) >= MOST_SAID:
+        said.clear()
+    said.add(message)
+    logger.warning("%s", message)

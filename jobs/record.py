@@ -1,7 +1,14 @@
 """Define the record of a job, and convert it to and from its Redis hash.
 
 Scalars are stored as plain text, so that the Lua scripts can compare them. Nested values are stored
-as JSON. The hash also has fields that only the scripts use (`_INTERNAL`).
+as JSON. Fields that are not described here are ignored, and kept by every writer: those of later
+versions, and these, which only the scripts use:
+
+- `token`: of the attempt that owns the job;
+- `lease_ms`: when, on Redis' clock, its lease expires unless it is renewed;
+- `created_ms`, `started_ms`: times on Redis' clock;
+- `missing_ms`: when the job, though queued, was first seen in no queue;
+- `shape`, `steps`, `delete_requested`.
 """
 
 import json
@@ -12,7 +19,7 @@ from enum import StrEnum
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from jobs import durations
+from jobs import durations, redis_keys
 from jobs.errors import RecordUnreadable
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
@@ -159,17 +166,7 @@ class Attempt:
 
 
 _NESTED = frozenset({"request", "progress", "failure", "video", "timings"})
-_INTERNAL = (
-    "token",  # of the attempt that owns the job
-    "lease_ms",  # when, on Redis' clock, its lease expires unless it is renewed
-    "created_ms",
-    "started_ms",
-    "returned",  # how many attempts ended because their worker was at fault
-    "missing_ms",  # when the job, though queued, was first seen in no queue
-    "shape",
-    "steps",
-    "delete_requested",
-)
+_NAMES = {name: name.encode() for name in JobRecord.model_fields}
 
 
 def now() -> datetime:
@@ -203,14 +200,21 @@ def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
     """Convert hash fields to a record.
 
     Raises:
-        RecordUnreadable: a field is missing or not what this version writes; the error names it.
+        RecordUnreadable: a field is missing or not what this version writes, or the record has
+            another format; the error names it.
     """
+    written = fields.get(b"format")
+    if written is not None and written != b"%d" % redis_keys.FORMAT:
+        raise other_format(job_id, written.decode(errors="replace"), fields.get(b"owner", b""))
     try:
-        texts = {name.decode(): value.decode() for name, value in fields.items()}
-        for name in _INTERNAL:
-            texts.pop(name, None)
+        texts = {
+            name: value.decode()
+            for name, key in _NAMES.items()
+            if (value := fields.get(key)) is not None
+        }
         return JobRecord.model_validate(
-            {name: json.loads(text) if name in _NESTED else text for name, text in texts.items()}
+            {name: json.loads(text) if name in _NESTED else text for name, text in texts.items()},
+            extra="ignore",
         )
     except ValueError as error:  # undecodable bytes, no JSON, or not a record
         raise RecordUnreadable(
@@ -219,6 +223,16 @@ def decode(job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
             job_id=job_id,
             owner=fields.get(b"owner", b"").decode(errors="replace"),
         ) from error
+
+
+def other_format(job_id: str, written: str, owner: bytes = b"") -> RecordUnreadable:
+    """Build the error for a record of a format that this version does not read."""
+    return RecordUnreadable(
+        f"The record of job {job_id} has the format {written[:20]!r}, and this version reads "
+        f"{redis_keys.FORMAT}; run the version that wrote it.",
+        job_id=job_id,
+        owner=owner.decode(errors="replace"),
+    )
 
 
 def _reason(error: ValueError) -> str:

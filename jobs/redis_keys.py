@@ -6,6 +6,11 @@ All keys here start with `wan:`. RQ's own keys start with `rq:` and are defined 
 import hashlib
 from typing import Final
 
+FORMAT: Final = 1
+"""The format of records and offers. Readers ignore fields that they do not know. What they would
+misunderstand takes the next number, which its writer puts into a field `format`, as text; without
+that field it is 1."""
+
 DAY_S: Final = 24 * 60 * 60
 
 RECORD_TTL_S: Final = 30 * DAY_S
@@ -69,6 +74,19 @@ RETENTION_LOCK: Final = "wan:retention:lock"
 
 RETENTION_DONE: Final = "wan:retention:done"
 """When the last round was done; no other round starts while this key exists."""
+
+ARTIFACTS_ID: Final = "wan:artifacts:id"
+"""The id in the marker of the artifact store that belongs to this Redis. It never expires."""
+
+ARTIFACTS_LOCK: Final = "wan:artifacts:lock"
+"""Lock of the process that gives a store its marker, or takes over the one it has."""
+
+RETENTION_CLOCK: Final = "wan:retention:clock"
+"""Hash: when, on Redis' clock, a process last looked whether a round is due, and until when no
+round is run because the clock had jumped; both in ms."""
+
+RETENTION_REFUSED: Final = "wan:retention:refused"
+"""Why no round is run although one is due; missing if nothing is wrong."""
 
 RECOVERY: Final = "wan:recovery"
 """Hash: when a process last looked for abandoned jobs, and when one first did after a gap."""

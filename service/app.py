@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from jobs import catalog
-from jobs.artifacts.store import open_artifacts
+from jobs.artifacts.known_store import open_known_artifacts
 from jobs.redis_client import connect
 from jobs.store.job_store import JobStore
 from jobs.store.queue_positions import QueuePositions
@@ -67,7 +67,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     """
     redis_url = settings.redis_url.get_secret_value()
     redis = connect(redis_url)
-    artifacts = open_artifacts(settings.artifacts_url)
+    artifacts = open_known_artifacts(settings.artifacts_url, redis)
     # An empty catalog is not cached: a caller who saw the first worker appear, at /readyz for
     # example, may send a job at once.
     cached_catalog = CachedValue(

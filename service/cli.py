@@ -15,11 +15,12 @@ import typer
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from jobs.artifacts.store import open_artifacts
+from jobs.artifacts.known_store import KnownArtifactStore, open_known_artifacts
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.redis_client import connect
 from service.auth.api_keys import ApiKey, KeyRefused, KeyStore, Role
 from service.maintenance.retention import Retention, RetentionBusy, describe
+from service.maintenance.retention_clock import ClockRefused
 from service.server import describe_errors, start
 from service.settings import RedisSettings, ServiceSettings
 
@@ -33,6 +34,10 @@ keys_app = typer.Typer(
     help="API keys, in the Redis at REDIS_URL.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(keys_app, name="keys")
+store_app = typer.Typer(
+    help="The artifact store at ARTIFACTS_URL.", no_args_is_help=True, add_completion=False
+)
+app.add_typer(store_app, name="store")
 
 NameOrId = Annotated[str, typer.Argument(metavar="NAME-or-id")]
 
@@ -51,10 +56,28 @@ def run_retention() -> None:
     """Delete now what is past its time; the service itself does it about once an hour."""
     with _one_line_for_errors():
         settings = ServiceSettings()
-        artifacts = open_artifacts(settings.artifacts_url)
         with connect(settings.redis_url.get_secret_value()) as redis:
+            artifacts = open_known_artifacts(settings.artifacts_url, redis)
             deleted = Retention(redis, artifacts, settings.retention_periods).run(threading.Event())
     print(f"Deleted {describe(deleted)}.")
+
+
+@store_app.command()
+def show() -> None:
+    """Say whether the store is the one that Redis knows, and how many of its videos are there."""
+    with _artifacts() as artifacts:
+        artifacts.verify()
+        found, number = artifacts.latest_videos()
+    print(f"The store is the right one; {found} of the {number} latest videos are there.")
+
+
+@store_app.command()
+def adopt() -> None:
+    """Make the store the one that Redis knows, after it was moved or restored on purpose."""
+    with _artifacts() as artifacts:
+        known = artifacts.adopt()
+        found, number = artifacts.latest_videos()
+    print(f"Redis knows the store {known} now; {found} of the {number} latest videos are there.")
 
 
 @keys_app.command()
@@ -114,6 +137,15 @@ def _key_store() -> Iterator[KeyStore]:
 
 
 @contextmanager
+def _artifacts() -> Iterator[KnownArtifactStore]:
+    """Open the artifact store of the environment; errors end the command with one line."""
+    with _one_line_for_errors():
+        settings = ServiceSettings()
+        with connect(settings.redis_url.get_secret_value()) as redis:
+            yield open_known_artifacts(settings.artifacts_url, redis)
+
+
+@contextmanager
 def _one_line_for_errors() -> Iterator[None]:
     try:
         yield
@@ -121,6 +153,8 @@ def _one_line_for_errors() -> Iterator[None]:
         sys.exit(describe_errors(error))
     except (KeyRefused, ArtifactRefused, ArtifactsUnavailable) as error:
         sys.exit(f"service: {error}")
+    except ClockRefused as error:
+        sys.exit(f"service: nothing is deleted: {error}.")
     except RetentionBusy:
         sys.exit("service: a service process is deleting at this moment; nothing is left to do.")
     except RedisError as error:

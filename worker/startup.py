@@ -28,7 +28,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from transformers.utils import logging as transformers_logging
 
-from jobs.artifacts.store import open_artifacts
+from jobs.artifacts.known_store import KnownArtifactStore, open_known_artifacts
 from jobs.errors import AppError
 from jobs.redis_client import connect
 from quant import QuantError
@@ -103,8 +103,7 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
     with paused_gc():
         config = load_config(config_path or settings.config)
         redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
-        artifacts = open_artifacts(settings.artifacts_url)
-        artifacts.probe()
+        artifacts = open_store(settings.artifacts_url, redis)
         device, ranks = opened.enter_context(join_ranks(settings, config))
         engine = load_engine(config, device, ranks)
         prove(engine)
@@ -190,6 +189,16 @@ def open_redis(url: str) -> Redis:
         redis.close()
         raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
     return redis
+
+
+def open_store(url: str, redis: Redis) -> KnownArtifactStore:
+    """Open the artifact store, and check that it is the right one and can be written to."""
+    artifacts = open_known_artifacts(url, redis)
+    try:
+        artifacts.probe()
+    except RedisError as error:
+        raise StartError(f"Redis does not say which artifact store it knows: {error}.") from error
+    return artifacts
 
 
 def fail(reason: str) -> None:

@@ -59,6 +59,10 @@ def generate(job_id: str) -> None:
             _run(context, attempt, lease)
     except (JobAlreadyFinished, JobNotFound) as error:
         logger.info("nothing to do: %s", error)
+    except RecordUnreadable as error:
+        # Not this worker's to run, nor to fail: recovery delivers it again in some seconds.
+        context.job.owned_elsewhere = True
+        logger.warning("left to a worker of another version: %s", error)
     except (JobHeld, StaleAttempt) as error:
         context.job.owned_elsewhere = True
         logger.info("nothing to do: %s", error)

@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import closing
 
-from jobs.artifacts.store import open_artifacts
+from jobs.artifacts.known_store import open_known_artifacts
 from jobs.redis_client import connect
 from worker.consumer.serve import ServeContext, serve
 from worker.engine.fake_engine import FakeEngine
@@ -23,9 +23,8 @@ def main() -> None:
     ids = configure_logging(settings.log_format)
     engine = FakeEngine(lambda _: time.sleep(step_s))
     with closing(connect(settings.redis_url.get_secret_value())) as redis:
-        status = serve(
-            ServeContext(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids
-        )
+        artifacts = open_known_artifacts(settings.artifacts_url, redis)
+        status = serve(ServeContext(engine, redis, artifacts), settings, ids)
     sys.exit(status)
 
 

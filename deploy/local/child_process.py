@@ -26,8 +26,16 @@ class Child:
     """A running process with a name for messages and a log file."""
 
     def __init__(
-        self, name: str, command: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str]
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        cwd: Path,
+        env: Mapping[str, str],
+        umask: int = -1,
     ) -> None:
+        """Start the process; `umask` is for the files that it makes, -1 for this process' own."""
         self.name = name
         self.log = log
         self._terminated = False
@@ -41,6 +49,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=umask,
             )
 
     @property

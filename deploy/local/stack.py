@@ -6,10 +6,11 @@ It writes everything into one folder: `valkey/` (the data), `artifacts/` (the vi
 
 import fcntl
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class StackConfig:
     """The configuration of a stack: its folder, its ports on loopback, the worker's TOML file.
 
     `worker_grace_s` is how long the worker may take to finish its current job when the stack stops.
+    `password` is Valkey's; every start has another one.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class StackConfig:
     valkey_port: int
     worker_config: Path
     worker_grace_s: float = 10.0
+    password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
 
     @property
     def service_url(self) -> str:
@@ -52,8 +55,8 @@ class StackConfig:
 
     @property
     def redis_url(self) -> str:
-        """The URL of Valkey's database."""
-        return f"redis://{LOOPBACK}:{self.valkey_port}/0"
+        """The URL of Valkey's database, with its password."""
+        return f"redis://:{self.password}@{LOOPBACK}:{self.valkey_port}/0"
 
     @property
     def logs(self) -> Path:
@@ -148,6 +151,7 @@ class Stack:
             raise LocalError(f"there is no worker configuration at {self.config.worker_config}")
         for name in ("valkey", "artifacts", "logs"):
             (self.config.folder / name).mkdir(parents=True, exist_ok=True)
+        valkey.make_private(self.config.folder / "valkey")
         self._lock_file = os.open(self.config.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +165,7 @@ class Stack:
     def _start(self, name: str) -> None:
         commands = {
             "valkey": lambda: valkey.server_command(
-                self.config.folder / "valkey", self.config.valkey_port
+                self.config.folder / "valkey", self.config.valkey_port, self.config.password
             ),
             "worker": lambda: [
                 *(sys.executable, "-m", "worker"),
@@ -176,6 +180,7 @@ class Stack:
             log=self.config.logs / f"{name}.log",
             cwd=ROOT,
             env=self.config.environment(),
+            umask=valkey.UMASK if name == "valkey" else -1,
         )
 
     def _wait(self, what: str, ready: Callable[[], bool], limit_s: float) -> None:
@@ -190,7 +195,7 @@ class Stack:
         self.check()
 
     def _is_valkey_ready(self) -> bool:
-        return valkey.answers(self.config.valkey_port)
+        return valkey.answers(self.config.valkey_port, self.config.password)
 
     def _is_ready(self) -> bool:
         """Return whether the service is ready and lists a worker of this start.

@@ -14,7 +14,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
-from jobs.artifacts.keys import StoredArtifact, checked_key, is_key
+from jobs.artifacts.keys import MARKER, StoredArtifact, checked_key, is_key
 from jobs.artifacts.retry import RETRY_FOR_S, PutFailed, put_with_retries
 from jobs.artifacts.s3_url import BucketAddress
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
@@ -69,10 +69,16 @@ class BucketArtifactStore:
                 f"and the AWS_* variables. It said: {_first_line(error)}"
             ) from error
 
-    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        source: Path,
+        check: Callable[[], None] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
         checked_key(key)
         source.stat()  # a missing source is not the bucket's fault
-        put_with_retries(lambda: self._put_once(key, source), check, self._retry_for_s)
+        put_with_retries(lambda: self._put_once(key, source), check, guard, self._retry_for_s)
 
     def size(self, key: str) -> int | None:
         try:
@@ -114,6 +120,33 @@ class BucketArtifactStore:
     def remove_leftovers(self) -> int:
         """Remove nothing: a lifecycle rule of the bucket removes broken multipart uploads."""
         return 0
+
+    def marker(self) -> bytes | None:
+        try:
+            return bytes(obstore.get(self._bucket, MARKER).bytes())
+        except FileNotFoundError:
+            return None
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def write_marker(self, text: bytes, *, replace: bool) -> None:
+        try:
+            if replace or not self._create_marker(text):
+                obstore.put(self._bucket, MARKER, text, use_multipart=False)
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def _create_marker(self, text: bytes) -> bool:
+        """Write the marker if there is none; return False if the bucket cannot do it like that."""
+        try:
+            obstore.put(self._bucket, MARKER, text, mode="create", use_multipart=False)
+        except exceptions.AlreadyExistsError:
+            pass
+        except exceptions.BaseError:
+            # Some compatible stores refuse conditional puts. Two processes at once would then
+            # replace each other's marker; the lock in Redis lets only one of them write.
+            return False
+        return True
 
     def _put_once(self, key: str, source: Path) -> None:
         kind = mimetypes.guess_type(key, strict=False)[0] or "application/octet-stream"

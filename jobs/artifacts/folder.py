@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from jobs.artifacts.keys import StoredArtifact, checked_key, is_key
+from jobs.artifacts.keys import MARKER, StoredArtifact, checked_key, is_key
 from jobs.artifacts.retry import RETRY_FOR_S, PutFailed, put_with_retries
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 
@@ -60,10 +61,16 @@ class FolderArtifactStore:
                 f"Check who owns it and whether its disk is full, or set ARTIFACTS_URL."
             ) from error
 
-    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        source: Path,
+        check: Callable[[], None] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
         target = self.path(key)
         with source.open("rb") as data:
-            put_with_retries(lambda: _put_once(target, data), check, self._retry_for_s)
+            put_with_retries(lambda: _put_once(target, data), check, guard, self._retry_for_s)
 
     def size(self, key: str) -> int | None:
         path = self.path(key)
@@ -123,6 +130,23 @@ class FolderArtifactStore:
                     removed += 1
         return removed
 
+    def marker(self) -> bytes | None:
+        try:
+            return (self.root / MARKER).read_bytes()
+        except _NO_ARTIFACT:
+            return None
+        except OSError as error:
+            raise _unavailable(error) from error
+
+    def write_marker(self, text: bytes, *, replace: bool) -> None:
+        try:
+            _write(self.root / MARKER, io.BytesIO(text), replace=replace)
+        except OSError as error:
+            raise ArtifactsUnavailable(
+                f"The marker of the artifact folder cannot be written ({error.strerror}). Check "
+                f"who owns the folder and whether its disk is full."
+            ) from error
+
     def _walk(self, folder: Path) -> Iterator[Path]:
         """Iterate over all files and folders below `folder`, contents first; follows no links."""
         for parent, folders, files in os.walk(folder, topdown=False, onerror=_pass_over_missing):
@@ -143,8 +167,8 @@ def _put_once(target: Path, data: BinaryIO) -> None:
         raise PutFailed(reason, transient=error.errno not in _PERMANENT) from error
 
 
-def _write(target: Path, data: BinaryIO) -> None:
-    """Copy `data` to `target`, atomically and durably, replacing an existing file."""
+def _write(target: Path, data: BinaryIO, *, replace: bool = True) -> None:
+    """Copy `data` to `target`, atomically and durably; an existing file is replaced or kept."""
     # In the target's own folder: a rename is atomic only within one file system.
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=_INCOMING)
     incoming = Path(name)
@@ -154,11 +178,28 @@ def _write(target: Path, data: BinaryIO) -> None:
             out.flush()
             os.fsync(out.fileno())
         incoming.chmod(0o644)
-        incoming.replace(target)
+        if replace:
+            incoming.replace(target)
+        else:
+            _name_if_free(incoming, target)
     except BaseException:
         incoming.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def _name_if_free(incoming: Path, target: Path) -> None:
+    """Give a complete file its name, unless there is a file of that name already."""
+    try:
+        target.hardlink_to(incoming)
+    except FileExistsError:
+        pass
+    except OSError:
+        # Some shares know no second name for a file. Two processes at once may then replace each
+        # other's file; the lock in Redis lets only one of them write.
+        if not target.exists():
+            incoming.replace(target)
+    incoming.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,8 +3,12 @@
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from jobs.errors import ArtifactRefused
+
+MARKER: Final = ".store-id"
+"""The name of the marker, in the root of a store. It begins with a dot, so it is no artifact's."""
 
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 

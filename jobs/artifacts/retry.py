@@ -36,11 +36,15 @@ class PutFailed(Exception):
 
 
 def put_with_retries(
-    put_once: Callable[[], None], check: Callable[[], None] | None, retry_for_s: float
+    put_once: Callable[[], None],
+    check: Callable[[], None] | None,
+    guard: Callable[[], None] | None,
+    retry_for_s: float,
 ) -> None:
     """Call `put_once` until it succeeds, fails for good, or `retry_for_s` have passed.
 
-    `check` is called while waiting; an error it raises (a cancel) ends the waiting.
+    `guard` is called before each try, and may fail it with PutFailed. `check` is called while
+    waiting; an error it raises (a cancel) ends the waiting.
 
     Raises:
         ArtifactNotStored: with the last fault's reason.
@@ -49,6 +53,8 @@ def put_with_retries(
     for failures in count(1):
         pause_s = _BACKOFF.compute(failures)
         try:
+            if guard is not None:
+                guard()
             return put_once()
         except PutFailed as fault:
             logger.warning("could not store a file: %s: %s", fault.reason, fault.__cause__)

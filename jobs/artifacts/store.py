@@ -51,6 +51,30 @@ class ArtifactStore(Protocol):
         """Remove what puts left behind that were interrupted a day ago or more; return how many."""
 
 
+class MarkedStore(ArtifactStore, Protocol):
+    """A store as it is found, whichever it is; `jobs/artifacts/known_store.py` tells it apart."""
+
+    def put(
+        self,
+        key: str,
+        source: Path,
+        check: Callable[[], None] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        """Copy `source` to `key` as `ArtifactStore.put` does.
+
+        Args:
+            guard: called before each try; a PutFailed that it raises fails that try, before
+                anything is written.
+        """
+
+    def marker(self) -> bytes | None:
+        """Read the store's marker; None if it has none."""
+
+    def write_marker(self, text: bytes, *, replace: bool) -> None:
+        """Write the marker, whole or not at all; without `replace`, an existing one is kept."""
+
+
 def artifact_key(job_id: str, attempt: str) -> str:
     """Return the key of an attempt's video; `attempt` is its label.
 
@@ -69,7 +93,7 @@ def spritesheet_key(job_id: str, attempt: str) -> str:
     return f"videos/{job_id}/{attempt}-spritesheet.webp"
 
 
-def open_artifacts(url: str) -> ArtifactStore:
+def open_artifacts(url: str) -> MarkedStore:
     """Open the store at `url`: `file:///…`, or `s3://bucket/prefix?endpoint=…&region=…`.
 
     No request is sent to a bucket; `probe` does that.

@@ -50,5 +50,5 @@ def _event(event_id: str, fields: dict[bytes, bytes]) -> JobEvent:
         state=JobState(fields[b"state"].decode()),
         attempts=int(fields[b"attempts"]),
         at=datetime.fromisoformat(fields[b"at"].decode()),
-        progress=Progress.model_validate_json(progress) if progress else None,
+        progress=Progress.model_validate_json(progress, extra="ignore") if progress else None,
     )

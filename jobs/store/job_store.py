@@ -6,11 +6,9 @@ final state never changes; afterwards only the deletion of the video is recorded
 not caught.
 """
 
-import logging
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import cast
 
 from pydantic import BaseModel
 from redis import Redis
@@ -23,19 +21,15 @@ from jobs.errors import (
     JobHeld,
     JobNotCancellable,
     JobNotFound,
-    RecordUnreadable,
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
 from jobs.store import recovery, rq_entry, scripts
+from jobs.store.listing import JobPage, Listing, Query
+from jobs.store.recovery import LEASE_S
 from jobs.store.submission import Idempotency, Submission, conflict
-
-logger = logging.getLogger(__name__)
-
-LEASE_S: Final = 15.0
-"""A running attempt whose lease was not renewed for this long counts as lost."""
 
 MAX_PAGE = 200
 """The most records of one page of `JobStore.list`."""
@@ -56,14 +50,6 @@ class Created:
     position: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobPage:
-    """Records sorted by creation, in either order; `next_cursor` is None on the last page."""
-
-    jobs: tuple[JobRecord, ...]
-    next_cursor: str | None
-
-
 class JobStore:
     """All access to jobs. Safe to share between threads; one per process is enough."""
 
@@ -77,6 +63,7 @@ class JobStore:
         self._put_back = scripts.load(redis, "put_back")
         self._purge = scripts.load(redis, "purge")
         self._durations = DurationCache(redis)
+        self._listing = Listing(redis)
 
     def create(
         self, request: GenerationRequest, queue: str, submission: Submission | None = None
@@ -176,7 +163,8 @@ class JobStore:
     ) -> JobPage:
         """Read up to `limit` records, newest first unless `oldest_first`.
 
-        An unreadable record is logged and left out, so a page may be short without being the last.
+        An unreadable record is logged and left out, so a page may be short without being the last;
+        it is empty only after thousands of such records.
 
         Args:
             owner: whose jobs to list; everybody's if None.
@@ -190,16 +178,9 @@ class JobStore:
             raise InvalidSpec.of(
                 "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
             )
-        last_seen = None if cursor is None else "(" + ids.parse_cursor(cursor)
+        last_seen = None if cursor is None else ids.parse_cursor(cursor)
         index = redis_keys.index("all" if state is None else state.value, owner)
-        if oldest_first:
-            found = self._redis.zrangebylex(index, last_seen or "-", "+", start=0, num=limit + 1)
-        else:
-            found = self._redis.zrevrangebylex(index, last_seen or "+", "-", start=0, num=limit + 1)
-        names = [cast("bytes", each).decode() for each in found]
-        page = names[:limit]
-        more = len(names) > limit
-        return JobPage(self._read_all(page), ids.cursor_after(page[-1]) if more else None)
+        return self._listing.page(Query(index, limit, oldest_first), last_seen)
 
     def claim(self, job_id: str, worker: str, token: str | None = None) -> Attempt:
         """Start an attempt, with a lease of LEASE_S seconds.
@@ -212,6 +193,8 @@ class JobStore:
             JobHeld: another attempt owns the job; end the task without an error. If that attempt
                 is lost, `jobs/store/recovery.py` puts the job back into its queue.
             JobNotFound: the record has expired or was deleted.
+            RecordUnreadable: another version wrote it, in a format that this one does not read;
+                leave the job to a worker of that version. Recovery delivers it again.
         """
         token = token or new_token()
         state, number = self._claim(
@@ -222,6 +205,8 @@ class JobStore:
                 return Attempt(job_id=job_id, number=int(number), token=token)
             case b"missing":
                 raise ids.not_found(job_id)
+            case b"format":
+                raise record.other_format(job_id, number.decode())
             case b"held":
                 raise JobHeld(f"Attempt {number} has job {job_id}.", job_id=job_id)
             case _:
@@ -328,22 +313,6 @@ class JobStore:
         """Read the hash of a record; empty if there is none, or it is to be deleted."""
         fields = cast("dict[bytes, bytes]", self._redis.hgetall(redis_keys.record(job_id)))
         return {} if b"delete_requested" in fields else fields
-
-    def _read_all(self, names: Sequence[str]) -> tuple[JobRecord, ...]:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in names:
-                pipe.hgetall(redis_keys.record(job_id))
-            found: Sequence[dict[bytes, bytes]] = pipe.execute()
-        jobs = []
-        for job_id, fields in zip(names, found, strict=True):
-            # A record may expire before its index entry is removed.
-            if not fields or b"delete_requested" in fields:
-                continue
-            try:
-                jobs.append(record.decode(job_id, fields))
-            except RecordUnreadable as error:
-                logger.error("Left out of a list: %s", error)
-        return tuple(jobs)
 
     def _end_attempt(self, attempt: Attempt, counted: recovery.AttemptArgs) -> JobState:
         rq_fields = rq_entry.rq_fields_again(self._redis, attempt.job_id)

@@ -8,14 +8,14 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, cast
 
 from redis import Redis
 from rq import Queue
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 
-from jobs import ids, record, redis_keys
+from jobs import ids, redis_keys
 from jobs.state import JobState
 from jobs.store import scripts
 
@@ -24,7 +24,15 @@ logger = logging.getLogger(__name__)
 PAGE: Final = 200
 """The most jobs of one page."""
 
-_FIELDS: Final = ("state", "created_at", "finished_at", "video", "video_deleted_at")
+_FIELDS: Final = (
+    "state",
+    "created_at",
+    "finished_at",
+    "video",
+    "video_deleted_at",
+    "created_ms",
+    "format",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class RetentionIndex:
 
     def video_deleted(self, job_id: str) -> None:
         """Record that the job's video was deleted; does nothing if the job no longer exists."""
-        self._video_deleted(job_id, record.now().isoformat())
+        self._video_deleted(job_id)
 
     def unreferenced(self, files: Sequence[tuple[str, str]]) -> list[str]:
         """Return the keys that are no job's video or picture and never will be.
@@ -99,18 +107,21 @@ class RetentionIndex:
                 registry(queue.name, connection=self._redis).cleanup()
 
     def _read(self, job_ids: Sequence[str]) -> dict[str, RetentionEntry]:
-        found = {}
+        found, unreadable = {}, []
         for job_id, fields in zip(job_ids, self._fields(job_ids), strict=True):
             if fields[0] is None:  # expired; `remove_entries` removes its id
                 continue
             try:
                 found[job_id] = _decode(job_id, fields)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                logger.error(
-                    "The age of job %s cannot be read (%s); it stays until its record lapses.",
-                    job_id,
-                    type(error).__name__,
-                )
+                unreadable.append((job_id, type(error).__name__))
+        if unreadable:
+            logger.error(
+                "The age of %d jobs cannot be read, %s (%s) the first of them; they stay until "
+                "their records lapse.",
+                len(unreadable),
+                *unreadable[0],
+            )
         return found
 
     def _fields(self, job_ids: Sequence[str]) -> list[list[bytes | None]]:
@@ -121,22 +132,28 @@ class RetentionIndex:
 
 
 def _decode(job_id: str, fields: Sequence[bytes | None]) -> RetentionEntry:
-    state, created, finished, video, deleted = (
+    state, created, finished, video, deleted, created_ms, written = (
         None if field is None else field.decode() for field in fields
     )
+    if written not in (None, str(redis_keys.FORMAT)):
+        raise ValueError("another format")
     assert state is not None, "a record that is there has a state"
+    created_at = datetime.fromisoformat(created or "")
+    if created_ms is not None:  # by Redis' clock, where `created_at` is by the service's
+        created_at = datetime.fromtimestamp(int(created_ms) / 1000, UTC)
     return RetentionEntry(
         id=job_id,
         state=JobState(state),
-        created_at=datetime.fromisoformat(created or ""),
+        created_at=created_at,
         finished_at=None if finished is None else datetime.fromisoformat(finished),
         file_keys=() if video is None or deleted is not None else _file_keys(json.loads(video)),
     )
 
 
 def _file_keys(video: dict[str, Any]) -> tuple[str, ...]:
-    files = (video, video.get("thumbnail"), video.get("spritesheet"))
-    return tuple(file["key"] for file in files if file is not None)
+    # Pictures of kinds that another version added are deleted with the video, too.
+    pictures = (part for part in video.values() if isinstance(part, dict) and "key" in part)
+    return (video["key"], *(picture["key"] for picture in pictures))
 
 
 def _may_refer(job_id: str, fields: Sequence[bytes | None], key: str) -> bool:

@@ -53,6 +53,7 @@ _NAMES: Final = {
     "EVENTS": redis_keys.EVENTS_PREFIX,
     "EVENTS_KEPT": EVENTS_KEPT,
     "IDEMPOTENCY_TTL_S": redis_keys.IDEMPOTENCY_TTL_S,
+    "FORMAT": redis_keys.FORMAT,
     "INDEX": redis_keys.INDEX_PREFIX,
     "METRICS": redis_keys.METRICS,
     "RECORD": redis_keys.RECORD_PREFIX,

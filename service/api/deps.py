@@ -9,6 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
+from jobs.artifacts.known_store import KnownArtifactStore
 from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import Catalog
 from jobs.errors import LinkRefused
@@ -43,7 +44,7 @@ class AppState:
     queue_positions: CachedQueuePositions
     hub: EventHub
     readiness: Readiness
-    artifacts: ArtifactStore
+    artifacts: KnownArtifactStore
     token_counter: TokenCounter
     gate: Gate
     sessions: SessionStore

@@ -20,7 +20,7 @@ from typing import Final, cast
 from redis import Redis
 from redis.exceptions import LockError
 
-from jobs import record, redis_keys
+from jobs import redis_keys
 from jobs.artifacts.keys import StoredArtifact
 from jobs.artifacts.store import ArtifactStore
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
@@ -30,6 +30,7 @@ from jobs.store.job_store import JobStore
 from jobs.store.retention_index import PAGE, RetentionEntry, RetentionIndex
 from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import KeyStore
+from service.maintenance.retention_clock import ClockRefused, RetentionClock
 from service.schemas.expiry import RetentionPeriods
 
 logger = logging.getLogger(__name__)
@@ -110,38 +111,53 @@ class _Deletion:
 class Retention:
     """Runs rounds of deletion. Safe to share between threads."""
 
-    def __init__(self, redis: Redis, artifacts: ArtifactStore, periods: RetentionPeriods) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        artifacts: ArtifactStore,
+        periods: RetentionPeriods,
+        clock: RetentionClock | None = None,
+    ) -> None:
         self._redis = redis
+        self._clock = clock or RetentionClock(redis)
         self._store = JobStore(redis)
         self._index = RetentionIndex(redis)
         self._artifacts = artifacts
         self._periods = periods
 
     def run_if_due(self, ending: threading.Event) -> None:
-        """Run a round, unless one ended within the last hour or another process is running one."""
-        if not self._redis.exists(redis_keys.RETENTION_DONE):
-            try:
-                self.run(ending)
-            except RetentionBusy:
-                logger.debug("another process does it")
+        """Run a round, unless one ended within the last hour or another process is running one.
+
+        Nor is one run while the clocks cannot be believed, which is logged and noted in Redis.
+        """
+        try:
+            now = self._clock.steady_now()
+            if not self._redis.exists(redis_keys.RETENTION_DONE):
+                self.run(ending, now)
+        except ClockRefused as error:
+            self._redis.set(redis_keys.RETENTION_REFUSED, str(error), ex=2 * EVERY)
+            logger.warning("nothing is deleted: %s", error)
+        except RetentionBusy:
+            logger.debug("another process does it")
 
     def run(self, ending: threading.Event, now: datetime | None = None) -> Deleted:
         """Run a round now; once `ending` is set it ends early, and counts as not done.
 
         Args:
             ending: set when the process is to end.
-            now: the time that ages are measured from; by default the current time.
+            now: the time that ages are measured from; by default the current time of Redis.
 
         Raises:
+            ClockRefused: `now` is not given, and the clocks cannot be believed.
             RetentionBusy: another process is running one.
             ArtifactsUnavailable: not everything could be deleted; the message names one file.
         """
+        now = now or self._clock.now()
         lock = self._redis.lock(redis_keys.RETENTION_LOCK, timeout=LOCK_S, blocking=False)
         if not lock.acquire():
             raise RetentionBusy
         deletion = _Deletion(ending)
         try:
-            now = now or record.now()
             # Jobs first: files that they leave behind are orphans, if they are old enough.
             for page in chain(self._expired_jobs(now), self._orphans(now)):
                 lock.extend(LOCK_S, replace_ttl=True)
@@ -152,6 +168,7 @@ class Retention:
             self._clean_up_indexes(now)
             deletion.end()
             self._redis.set(redis_keys.RETENTION_DONE, now.isoformat(), ex=EVERY)
+            self._redis.delete(redis_keys.RETENTION_REFUSED)
         finally:
             with suppress(LockError):  # it expired, and another process has begun a round
                 lock.release()

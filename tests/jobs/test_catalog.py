@@ -1,5 +1,6 @@
 """Test offers (publishing, expiry, withdrawal), queue names, tokenizers and statuses."""
 
+import json
 import logging
 import time
 
@@ -64,6 +65,35 @@ def test_unreadable_offer_does_not_hide_the_others(
     with caplog.at_level(logging.WARNING):
         assert catalog.read(redis).offers == (offer,)
     assert "newer" in caplog.text
+
+
+def test_offers_of_the_next_version_are_read_without_what_is_new(
+    redis: Redis, offer: WorkerOffer
+) -> None:
+    catalog.publish(redis, offer)
+    key = redis_keys.worker_offer(offer.worker_id)
+    text = json.loads(redis.get(key) or b"")
+    for part in (text, text["model"], *text["modes"]):
+        part["surprise"] = {"of": "the next version"}
+    redis.set(key, json.dumps(text))
+    assert catalog.read(redis).offers == (offer,)
+    status = WorkerStatus(worker_id=offer.worker_id, state="idle")
+    catalog.publish_status(redis, status)
+    key = redis_keys.worker_status(offer.worker_id)
+    redis.set(key, json.dumps(json.loads(redis.get(key) or b"") | {"surprise": 1}))
+    assert catalog.read_statuses(redis) == (status,)
+
+
+def test_an_offer_of_another_format_is_named_once_and_skipped(
+    redis: Redis, offer: WorkerOffer, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog.publish(redis, offer)
+    catalog.publish(redis, offer.model_copy(update={"worker_id": "of-version-2"}))
+    key = redis_keys.worker_offer("of-version-2")
+    redis.set(key, json.dumps(json.loads(redis.get(key) or b"") | {"format": "2"}))
+    for _ in range(3):
+        assert catalog.read(redis).offers == (offer,)
+    assert caplog.text.count("offer of worker of-version-2") == 1
 
 
 def test_queue_name_depends_on_every_part_of_the_offer(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rq.job import Job
 
-from jobs.artifacts.folder import FolderArtifactStore
+from jobs.artifacts.known_store import open_known_artifacts
 from jobs.redis_client import connect
 from worker.consumer import serve
 from worker.consumer.rq_worker import ResidentWorker
@@ -63,8 +63,9 @@ def main() -> None:
 
     settings = WorkerSettings(artifacts_url=Path(artifacts).resolve().as_uri())
     ids = configure_logging(settings.log_format)
-    engine, store = FakeEngine(on_step), FolderArtifactStore(Path(artifacts))
+    engine = FakeEngine(on_step)
     with closing(connect(redis_url)) as redis:
+        store = open_known_artifacts(settings.artifacts_url, redis)
         status = serve.serve(serve.ServeContext(engine, redis, store), settings, ids)
     sys.exit(status)
 

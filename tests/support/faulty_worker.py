@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.artifacts.store import open_artifacts
+from jobs.artifacts.known_store import open_known_artifacts
 from worker.config import load_config
 from worker.consumer.serve import ServeContext, serve
 from worker.device import Device, pick_device
@@ -63,9 +63,8 @@ def main() -> None:
         device = pick_device(settings.device, settings.threads)
         real = {each.name: getattr(device, each.name) for each in dataclasses.fields(device)}
         engine = load_engine(load_config(settings.config), FaultyDevice(**real, faults=faults))
-        status = serve(
-            ServeContext(engine, redis, open_artifacts(settings.artifacts_url)), settings, ids
-        )
+        artifacts = open_known_artifacts(settings.artifacts_url, redis)
+        status = serve(ServeContext(engine, redis, artifacts), settings, ids)
     if status:
         os._exit(status)
 

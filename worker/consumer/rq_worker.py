@@ -40,6 +40,7 @@ from jobs import catalog
 from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import WorkerOffer, WorkerStateName, WorkerStatus
 from jobs.store.job_store import JobStore
+from worker.consumer.delivery import Delivery
 from worker.consumer.heartbeat import Heartbeat, RecoveryThread
 from worker.consumer.probation import Probation
 from worker.interface import JOB_ID, DeviceMemory, Engine
@@ -101,6 +102,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             [queue],
             name=name,
             connection=redis,
+            job_class=Delivery,
             serializer=JSONSerializer,
             worker_ttl=RQ_TTL_S,
             log_job_description=False,

@@ -21,8 +21,6 @@ from worker.device import Device
 from worker.model_loader.component_files import (
     WEIGHTS,
     check_files,
-    load_component,
-    read_json,
 )
 from worker.model_loader.scheduler import read_scheduler
 from worker.model_loader.tokenizer import ModelTokenizer, read_tokenizer

@@ -16,6 +16,25 @@ local function clock_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+-- Returns this server's time as the records have it: ISO 8601, in UTC. Hosts' clocks may be days off,
+-- and retention counts from the ends of jobs. (The days are split by the civil calendar's cycle of
+-- 400 years, in years that begin in March.)
+local function stamp()
+  local time = redis.call('TIME')
+  local days, seconds = math.floor(time[1] / 86400) + 719468, time[1] % 86400
+  local cycle = math.floor(days / 146097)
+  local day = days - cycle * 146097
+  local year = math.floor((day - math.floor(day / 1460) + math.floor(day / 36524)
+    - math.floor(day / 146096)) / 365)
+  day = day - (365 * year + math.floor(year / 4) - math.floor(year / 100))
+  local month = math.floor((5 * day + 2) / 153)
+  day = day - math.floor((153 * month + 2) / 5) + 1
+  month = month < 10 and month + 3 or month - 9
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06d+00:00',
+    year + cycle * 400 + (month <= 2 and 1 or 0), month, day,
+    math.floor(seconds / 3600), math.floor(seconds / 60) % 60, seconds % 60, time[2])
+end
+
 local function record_of(id) return '@RECORD@' .. id end
 
 -- Increments a counter of /metrics, in the scripts, so that each transition counts exactly once.
@@ -61,7 +80,7 @@ local function move(id, from, to, now, code)
   for _, index in ipairs(indexes(known[1], from)) do redis.call('ZREM', index, id) end
   for _, index in ipairs(indexes(known[1], to)) do redis.call('ZADD', index, 0, id) end
   if ENDS[to] then
-    redis.call('HSET', record, 'finished_at', now)
+    redis.call('HSET', record, 'finished_at', stamp())
     redis.call('HDEL', record, 'lease_ms')
     -- RQ does this too when a delivery ends, but not if the worker was lost.
     redis.call('EXPIRE', '@RQ_JOB@' .. id, @RQ_RESULT_TTL_S@)

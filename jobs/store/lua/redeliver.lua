@@ -11,7 +11,8 @@ if redis.call('LPOS', '@RQ_QUEUE@' .. known[2], id) then
   return 0
 end
 local clock = clock_ms()
-if not known[3] then
+-- Also if the clock was set back since: the job would be missing for hours.
+if not known[3] or tonumber(known[3]) > clock then
   redis.call('HSET', record, 'missing_ms', clock)
   return 0
 end

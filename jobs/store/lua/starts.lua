@@ -13,7 +13,7 @@ local function expected(other)
   if not shape then return nil end
   if durations[shape] == nil then
     local text = redis.call('HGET', '@DURATIONS@', shape)
-    local step_s, rest_s, text_encoding_s = string.match(text or '', '^(%S+) (%S+) (%S+)$')
+    local step_s, rest_s, text_encoding_s = string.match(text or '', '^(%S+) (%S+) (%S+)')
     durations[shape] = step_s
       and { step_s = tonumber(step_s), other_s = tonumber(rest_s) + tonumber(text_encoding_s) }
       or false
@@ -28,7 +28,7 @@ local function left(other)
   local progress = known[1] and cjson.decode(known[1])
   if progress and type(progress.seconds_left) == 'number' then return progress.seconds_left end
   local whole = expected(other)
-  return whole and math.max(0, whole - (clock_ms() - tonumber(known[2])) / 1000)
+  return whole and math.max(0, whole - math.max(0, clock_ms() - tonumber(known[2])) / 1000)
 end
 
 -- Each job goes to the worker that is free first, as in the queue.

@@ -1,4 +1,4 @@
--- Records that a job's video is no longer in the artifact store. ARGV: id, now.
+-- Records that a job's video is no longer in the artifact store. ARGV: id.
 local record = record_of(ARGV[1])
 if redis.call('HGET', record, 'state') ~= 'succeeded' then return 0 end
-return redis.call('HSETNX', record, 'video_deleted_at', ARGV[2])
+return redis.call('HSETNX', record, 'video_deleted_at', stamp())

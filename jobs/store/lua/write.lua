@@ -19,7 +19,7 @@ else
 end
 if #ARGV > 5 then redis.call('HSET', record, unpack(ARGV, 6)) end
 if target == 'succeeded' then
-  observe('service', known[3], (clock_ms() - tonumber(known[4])) / 1000)
+  observe('service', known[3], math.max(0, clock_ms() - tonumber(known[4])) / 1000)
 end
 emit(id, target == 'running' and 'progress' or 'state', now)
 return 'ok'

@@ -25,6 +25,7 @@ from jobs.spec import GenerationRequest
 from jobs.state import TRANSITIONS, JobState
 from jobs.store import events
 from jobs.store.job_store import MAX_PAGE, JobStore, new_token
+from jobs.store.listing import SKIP_PAGE
 from jobs.store.recovery import Recovery
 from jobs.store.rq_entry import TASK
 
@@ -396,6 +397,122 @@ def test_unreadable_record_is_left_out_of_lists_and_pages_go_on(
     assert store.list(state=JobState.QUEUED, limit=1).next_cursor is not None
 
 
+def make_unreadable(redis: Redis, store: JobStore, request: GenerationRequest, many: int) -> None:
+    """Create records that this version cannot read, half of them of another format."""
+    for number in range(many):
+        name = redis_keys.record(create(store, request))
+        redis.hset(name, *(("format", "2") if number % 2 else ("attempts", "many")))
+
+
+def test_thousands_of_unreadable_records_do_not_slow_a_list(
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Found in a few round trips, where each empty page cost the caller two."""
+    oldest = create(store, request_for_video)
+    middle = create(store, request_for_video)
+    make_unreadable(redis, store, request_for_video, 3000)
+    newest = create(store, request_for_video)
+
+    def reads() -> int:
+        stats = redis.info("commandstats")
+        return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in READS)
+
+    READS = ("zrevrangebylex", "hgetall")
+    redis.config_resetstat()
+    first = store.list(limit=1)
+    assert [job.id for job in first.jobs] == [newest]
+    second = store.list(limit=1, cursor=first.next_cursor)
+    assert [job.id for job in second.jobs] == [middle]
+    assert reads() <= 3000 + 10
+    ranges = redis.info("commandstats")["cmdstat_zrevrangebylex"]["calls"]
+    assert ranges <= 1 + 2 + 3000 // SKIP_PAGE
+    assert caplog.text.count("Left out of a list") <= ranges
+
+    caplog.clear()
+    redis.config_resetstat()
+    both = store.list(limit=2, cursor=first.next_cursor)
+    assert [job.id for job in both.jobs] == [middle, oldest]
+    assert both.next_cursor is None
+    assert reads() <= 10, "what was unreadable a moment ago is not read again"
+    assert caplog.text == ""
+
+
+def test_a_page_after_unreadable_records_is_no_longer_than_asked_for(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    known = [create(store, request_for_video) for _ in range(5)]
+    make_unreadable(redis, store, request_for_video, 3)
+    pages, cursor = [], None
+    while True:
+        page = store.list(limit=2, cursor=cursor)
+        pages.append([job.id for job in page.jobs])
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert max(map(len, pages)) == 2
+    assert [each for page in pages for each in page] == known[::-1]
+    assert store.list(limit=5, oldest_first=True).jobs[0].id == known[0]
+
+
+def test_only_unreadable_records_end_in_an_empty_last_page(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    make_unreadable(redis, store, request_for_video, 5)
+    page = store.list(limit=2)
+    assert (page.jobs, page.next_cursor) == ((), None)
+
+
+def test_a_repaired_record_is_listed_again(
+    store: JobStore,
+    redis: Redis,
+    request_for_video: GenerationRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_id = create(store, request_for_video)
+    redis.hset(redis_keys.record(job_id), "attempts", "many")
+    monkeypatch.setattr("jobs.store.listing.SKIPPED_S", 0)
+    assert store.list().jobs == ()
+    redis.hset(redis_keys.record(job_id), "attempts", "0")
+    assert [job.id for job in store.list().jobs] == [job_id]
+
+
+def test_a_record_of_the_next_version_is_read_changed_and_keeps_its_new_fields(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    """One field more, in the hash and in each part of it."""
+    job_id = create(store, request_for_video)
+    name = redis_keys.record(job_id)
+    request = json.loads(redis.hget(name, "request") or b"") | {"looped": True}
+    redis.hset(name, mapping={"surprise": b"\xff1", "request": json.dumps(request)})
+    assert store.get(job_id).request == request_for_video
+    attempt = store.claim(job_id, "w")
+    progress = {"stage": "vae", "step": 1, "steps": 2, "layer": 3}
+    redis.hset(name, "progress", json.dumps(progress))
+    assert store.get(job_id).progress == Progress(stage=Stage.VAE, step=1, steps=2)
+    end(store, attempt, JobState.SUCCEEDED)
+    video = json.loads(redis.hget(name, "video") or b"") | {"preview": {"key": "k", "loops": 1}}
+    redis.hset(name, "video", json.dumps(video))
+    job = store.get(job_id)
+    assert job.state is JobState.SUCCEEDED
+    assert [each.id for each in store.list().jobs] == [job_id]
+    assert redis.hget(name, "surprise") == b"\xff1"
+    assert json.loads(redis.hget(name, "request") or b"")["looped"] is True
+
+
+def test_a_job_of_another_format_is_not_claimed(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest
+) -> None:
+    job_id = create(store, request_for_video)
+    redis.hset(redis_keys.record(job_id), "format", "2")
+    before = redis.hgetall(redis_keys.record(job_id))
+    with pytest.raises(RecordUnreadable, match="has the format '2'"):
+        store.claim(job_id, "w")
+    assert redis.hgetall(redis_keys.record(job_id)) == before
+
+
 def test_cancelling_an_unreadable_job_changes_nothing(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
@@ -439,7 +556,8 @@ def test_expired_records_leave_the_list(store: JobStore, redis: Redis) -> None:
         ("request", b'{"prompt": "a secret prompt"}', "request.mode"),
         ("attempts", b"many", "attempts"),
         ("queue", b"\xff", "UnicodeDecodeError"),
-        ("surprise", b"1", "surprise"),
+        ("format", b"2", "has the format '2', and this version reads 1"),
+        ("format", b"\xff", "has the format"),
     ],
 )
 def test_unreadable_record_is_named_and_shows_no_values(

@@ -1,6 +1,8 @@
 """Test lost, released and never started attempts: the job is queued again, or failed."""
 
 import time
+from datetime import datetime, timedelta
+from importlib.resources import files
 
 import pytest
 from redis import Redis
@@ -8,13 +10,13 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from jobs import redis_keys
+from jobs import record, redis_keys
 from jobs.errors import JobHeld, StaleAttempt
-from jobs.record import Attempt
+from jobs.record import Attempt, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from jobs.store.recovery import MAX_LOST, Recovery
+from jobs.store.recovery import MAX_LOST, MISSING_S, Recovery
 from jobs.store.rq_entry import UNKNOWN_DEADLINE_S
 from jobs.store.submission import Submission
 
@@ -244,3 +246,125 @@ def test_an_unrecoverable_record_is_logged_once_and_does_not_stop_the_others(
     assert recovery.run() == {other: "queued"}
     assert recovery.run() == {}
     assert caplog.text.count(f"cannot look after job {job_id}") == 1
+
+
+HOUR_MS = 3600 * 1000
+
+
+def set_clock(redis: Redis, ms: int) -> None:
+    """Do to what is stored what setting Redis' clock ahead by `ms` (or back) would do.
+
+    A stored time is then as much older (or younger), as Redis' own clock cannot be set.
+    """
+    for name in [redis_keys.RECOVERY, *redis.scan_iter(f"{redis_keys.RECORD_PREFIX}*")]:
+        for field, value in redis.hgetall(name).items():
+            if field.endswith(b"_ms"):
+                redis.hset(name, field, int(value) - ms)
+
+
+@pytest.mark.parametrize("ms", [60_000, HOUR_MS, -60_000, -HOUR_MS], ids=str)
+def test_a_clock_that_jumps_takes_no_job_from_a_live_worker(
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    job_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+    ms: int,
+) -> None:
+    recovery.run()
+    attempt = take(redis, store, job_id)
+    set_clock(redis, ms)
+    assert recovery.run() == {}
+    assert store.renew(attempt) is False, "it has the time to renew"
+    monkeypatch.setattr("jobs.store.recovery.GRACE_S", 0)
+    assert recovery.run() == {}
+    assert store.get(job_id).lost == 0
+
+
+@pytest.mark.parametrize("ms", [60_000, HOUR_MS, -60_000, -HOUR_MS], ids=str)
+def test_after_a_jump_of_the_clock_a_dead_worker_keeps_its_job_no_longer_than_else(
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    job_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+    ms: int,
+) -> None:
+    """Set back by an hour, the clock would need an hour to reach the end of the old lease."""
+    recovery.run()
+    take(redis, store, job_id)
+    set_clock(redis, ms)
+    assert recovery.run() == {}
+    monkeypatch.setattr("jobs.store.recovery.GRACE_S", 0)  # the holder does not renew meanwhile
+    assert recovery.run() == {job_id: "queued"}
+    assert store.get(job_id).lost == 1
+
+
+def test_after_a_jump_of_the_clock_leases_are_judged_again_soon(
+    redis: Redis, recovery: Recovery
+) -> None:
+    """Otherwise nothing would be recovered until the clock is where it was."""
+    redis.hset(redis_keys.RECOVERY, mapping={"looked_ms": 1, "gap_ms": 1})
+    recovery.run()
+    set_clock(redis, -HOUR_MS)
+    recovery.run()
+    second, microsecond = redis.time()
+    gap_ms = redis.hget(redis_keys.RECOVERY, "gap_ms")
+    assert gap_ms is not None
+    assert int(gap_ms) <= second * 1000 + microsecond // 1000
+
+
+def test_a_job_that_was_missing_before_the_clock_was_set_back_is_delivered_soon(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    redis.lrem(Queue(QUEUE, connection=redis).key, 1, job_id)
+    recovery.run()
+    set_clock(redis, -HOUR_MS)
+    recovery.run()
+    missing_ms = redis.hget(redis_keys.record(job_id), "missing_ms")
+    assert missing_ms is not None
+    set_clock(redis, int(MISSING_S * 1000) + 1)
+    assert recovery.run() == {job_id: "queued"}
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_durations(
+    redis: Redis, store: JobStore, job_id: str
+) -> None:
+    set_clock(redis, -HOUR_MS)
+    attempt = take(redis, store, job_id)
+    set_clock(redis, -HOUR_MS)
+    video = Video(key="a", bytes=3, sha256="ab", width=96, height=96, num_frames=17, fps=8)
+    zero = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
+    store.succeed(attempt, video, zero)
+    sums = {k: float(v) for k, v in redis.hgetall(redis_keys.METRICS).items() if k[-3:] == b"sum"}
+    assert len(sums) == 2
+    assert set(sums.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["2024-02-29T23:59:59", "2026-11-30T04:25:40", "2027-01-01T00:00:00", "2100-03-01T12:00:00"],
+)
+def test_times_of_redis_are_written_as_dates(redis: Redis, moment: str) -> None:
+    """The scripts stamp ends of jobs by Redis' clock, whatever the hosts' clocks say."""
+    at = datetime.fromisoformat(moment + "+00:00")
+    prelude = (files("jobs.store") / "lua" / "prelude.lua").read_text(encoding="utf-8")
+    start = prelude.index("local function stamp()")
+    function = prelude[start : prelude.index("\nend", start) + 4]
+    function = function.replace("redis.call('TIME')", "{ARGV[1], ARGV[2]}")
+    for microsecond in (0, 7, 999_999):
+        text = redis.eval(f"{function} return stamp()", 0, int(at.timestamp()), microsecond)
+        assert datetime.fromisoformat(text.decode()) == at.replace(microsecond=microsecond)
+
+
+def test_ends_of_jobs_are_by_the_clock_of_redis(
+    redis: Redis, store: JobStore, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's host that is eight days behind would make its videos look eight days old."""
+    days = timedelta(days=8)
+    real = record.now
+    monkeypatch.setattr(record, "now", lambda: real() - days)
+    store.cancelled(take(redis, store, job_id))
+    job = store.get(job_id)
+    assert job.finished_at is not None
+    assert job.finished_at > real() - timedelta(minutes=1)

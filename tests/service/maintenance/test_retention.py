@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs import redis_keys
+from jobs.artifacts.known_store import open_known_artifacts
 from jobs.artifacts.store import (
     ArtifactStore,
     artifact_key,
@@ -37,6 +38,7 @@ from jobs.store.job_store import JobStore
 from jobs.store.retention_index import PAGE, RetentionIndex
 from service.maintenance import retention
 from service.maintenance.retention import Retention, RetentionBusy, run_requested_deletions
+from service.maintenance.retention_clock import ClockRefused, RetentionClock
 from service.schemas.expiry import BEFORE_REDIS, RetentionPeriods
 from service.settings import ServiceSettings
 
@@ -414,3 +416,123 @@ def test_one_file_that_cannot_be_deleted_does_not_keep_the_others(scenario: Scen
     assert scenario.store.get(sound.id).video_deleted_at is not None
     assert scenario.store.get(odd.id).video_deleted_at is None
     assert not scenario.redis.exists(redis_keys.RETENTION_DONE, redis_keys.RETENTION_LOCK)
+
+
+class HostClock:
+    """The clock of this host, which may be off."""
+
+    def __init__(self) -> None:
+        self.off = timedelta()
+
+    def __call__(self) -> datetime:
+        return now() + self.off
+
+
+def test_a_host_whose_clock_is_off_deletes_nothing(
+    scenario: Scenario, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = HostClock()
+    jobs = [scenario.succeeded() for _ in range(7)]
+    careful = Retention(
+        scenario.redis, scenario.artifacts, PERIODS, RetentionClock(scenario.redis, host)
+    )
+    for off in (8 * DAY, -8 * DAY, timedelta(minutes=6)):
+        host.off = off
+        careful.run_if_due(NEVER)
+        assert len(scenario.stored()) == len(jobs)
+        assert not scenario.redis.exists(redis_keys.RETENTION_DONE)
+        assert scenario.redis.exists(redis_keys.RETENTION_REFUSED)
+        with pytest.raises(ClockRefused, match="this host's clock and Redis' differ by"):
+            careful.run(NEVER)
+    assert caplog.text.count("nothing is deleted: this host's clock") == 3
+    host.off = timedelta(minutes=4)
+    careful.run_if_due(NEVER)
+    assert scenario.redis.exists(redis_keys.RETENTION_DONE)
+    assert not scenario.redis.exists(redis_keys.RETENTION_REFUSED)
+    assert len(scenario.stored()) == len(jobs)
+
+
+def set_retention_clock(redis: Redis, by: timedelta) -> None:
+    """Do to what is stored what setting Redis' clock (and this host's) ahead would do."""
+    for field, value in redis.hgetall(redis_keys.RETENTION_CLOCK).items():
+        moved = int(value) - int(by.total_seconds() * 1000)
+        redis.hset(redis_keys.RETENTION_CLOCK, field, moved)
+
+
+def test_a_clock_that_jumps_ahead_deletes_nothing_for_a_day(
+    scenario: Scenario, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = RetentionClock(scenario.redis)
+    clock.steady_now()
+    set_retention_clock(scenario.redis, 8 * DAY)
+    scenario.retention.run_if_due(NEVER)
+    assert "has jumped ahead" in caplog.text
+    assert not scenario.redis.exists(redis_keys.RETENTION_DONE)
+    for _ in range(24):
+        set_retention_clock(scenario.redis, timedelta(minutes=59))
+        with pytest.raises(ClockRefused):
+            clock.steady_now()
+    set_retention_clock(scenario.redis, timedelta(minutes=59))
+    clock.steady_now()
+
+
+def test_a_short_pause_of_all_services_holds_deletion_up_for_as_long(scenario: Scenario) -> None:
+    clock = RetentionClock(scenario.redis)
+    clock.steady_now()
+    set_retention_clock(scenario.redis, timedelta(minutes=61))
+    with pytest.raises(ClockRefused, match="no service was running"):
+        clock.steady_now()
+    set_retention_clock(scenario.redis, timedelta(minutes=40))
+    with pytest.raises(ClockRefused):
+        clock.steady_now()
+    set_retention_clock(scenario.redis, timedelta(minutes=22))
+    clock.steady_now()
+
+
+def test_a_clock_that_is_corrected_ends_the_hold(scenario: Scenario) -> None:
+    clock = RetentionClock(scenario.redis)
+    clock.steady_now()
+    set_retention_clock(scenario.redis, 8 * DAY)
+    with pytest.raises(ClockRefused):
+        clock.steady_now()
+    set_retention_clock(scenario.redis, -8 * DAY)
+    clock.steady_now()
+
+
+def test_an_operator_may_delete_in_spite_of_a_jump(scenario: Scenario) -> None:
+    RetentionClock(scenario.redis).steady_now()
+    set_retention_clock(scenario.redis, 8 * DAY)
+    assert scenario.retention.run(NEVER).total() == 0
+    assert scenario.redis.exists(redis_keys.RETENTION_DONE)
+
+
+def test_a_service_whose_clock_is_behind_makes_no_old_records(scenario: Scenario) -> None:
+    job = scenario.succeeded()
+    scenario.redis.hset(redis_keys.record(job.id), "created_at", (now() - 29 * DAY).isoformat())
+    assert scenario.run_round(timedelta()) == {}
+
+
+def test_a_sweep_of_a_store_that_is_missing_deletes_and_notes_nothing(
+    scenario: Scenario, settings: ServiceSettings
+) -> None:
+    """A share that was not mounted: its videos are there again once it is."""
+    url = settings.artifacts_url
+    folder = Path(url.removeprefix("file://"))
+    known = open_known_artifacts(url, scenario.redis)
+    known.verify()
+    careful = Retention(scenario.redis, known, PERIODS)
+    kept, purged = scenario.succeeded(), scenario.succeeded()
+    scenario.store.purge(purged.id)
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.mkdir()
+
+    for period in (PERIODS.videos, PERIODS.jobs):
+        with pytest.raises(ArtifactsUnavailable, match="missing"):
+            careful.run(NEVER, now() + period + MOMENT)
+    assert scenario.store.get(kept.id).video_deleted_at is None
+    assert not scenario.redis.exists(redis_keys.RETENTION_DONE)
+    folder.rmdir()
+    away.rename(folder)
+    assert kept.video is not None
+    assert kept.video.key in scenario.stored()

@@ -316,14 +316,39 @@ def test_a_record_that_cannot_be_read_ends_its_job(
     store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
 ) -> None:
     job = store.create(REQUEST, QUEUE).job
-    redis.hset(redis_keys.record(job.id), "field_of_another_version", "1")
+    redis.hset(redis_keys.record(job.id), "lost", "many")
     worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
-    redis.hdel(redis_keys.record(job.id), "field_of_another_version")
+    redis.hset(redis_keys.record(job.id), "lost", "0")
     record = store.get(job.id)
     assert record.state is JobState.FAILED
     assert record.failure is not None
     assert record.failure.code == "record_unreadable"
-    assert "field_of_another_version" in record.failure.detail
+    assert "lost: " in record.failure.detail
+
+
+def test_a_record_with_a_field_of_the_next_version_is_run(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(REQUEST, QUEUE).job
+    redis.hset(redis_keys.record(job.id), "field_of_the_next_version", "1")
+    worker_for(lambda _: None).work(burst=True, logging_level="WARNING")
+    assert store.get(job.id).state is JobState.SUCCEEDED
+    assert redis.hget(redis_keys.record(job.id), "field_of_the_next_version") == b"1"
+
+
+def test_a_record_of_another_format_is_left_to_another_worker(
+    store: JobStore, redis: Redis, worker_for: Callable[[OnStep], ResidentWorker]
+) -> None:
+    job = store.create(REQUEST, QUEUE).job
+    redis.hset(redis_keys.record(job.id), "format", "2")
+    worker_for(failing(AssertionError("it ran"))).work(burst=True, logging_level="WARNING")
+    redis.hdel(redis_keys.record(job.id), "format")
+    assert (store.get(job.id).state, store.get(job.id).attempts) == (JobState.QUEUED, 0)
+    # In no queue, it is delivered again some seconds later.
+    recovery = Recovery(redis)
+    recovery.run()
+    redis.hset(redis_keys.record(job.id), "missing_ms", 1)
+    assert recovery.run() == {job.id: "queued"}
 
 
 def test_a_claim_whose_answer_is_lost_is_made_once_and_its_job_is_run(
