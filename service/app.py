@@ -89,7 +89,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     exposition = Exposition(redis_url)
     sessions = SessionStore(redis)
     rates = RateLimiter(redis, settings.rate)
-    gate = Gate(KeyStore(redis), rates, sessions, may_be_open=settings.is_local)
+    gate = Gate(
+        KeyStore(redis),
+        rates,
+        sessions,
+        may_be_open=settings.may_be_open,
+        memory=settings.key_memory,
+    )
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=exposition.http)
     app.state.app_state = AppState(

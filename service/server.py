@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from jobs.errors import ArtifactRefused
-from jobs.redis_client import connect
+from jobs.redis_client import BRIEF, connect
 from service.api.events.hub import EventHub
 from service.app import create_app
 from service.auth.api_keys import KeyStore
@@ -41,6 +41,7 @@ def start() -> None:
     host, port = listener.getsockname()[:2]
     configure_logging(settings.log_format)
     logger.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
+    _say_who_may_use_it(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -84,6 +85,39 @@ def _require_api_key(settings: ServiceSettings) -> None:
         sys.exit(
             f"{exposed}, and there is no API key that could be used. Make one with "
             f"`python -m service keys add NAME --role ops`, or listen on 127.0.0.1."
+        )
+
+
+def _say_who_may_use_it(settings: ServiceSettings) -> None:
+    """Log whether callers need a key, and why; note that there are keys if there are."""
+    memory = settings.key_memory
+    had_keys = memory is not None and memory.had_keys()
+    try:
+        with connect(settings.redis_url.get_secret_value(), BRIEF) as redis:
+            found = KeyStore(redis).all()
+    except RedisError:
+        logger.warning("Whether callers need an API key is not known before Redis answers.")
+        return
+    if found and memory is not None:
+        memory.note()
+    if any(key.revoked_at is None for key in found):
+        logger.info("Callers need an API key.")
+    elif found or not settings.may_be_open:
+        logger.warning(
+            "Callers need an API key, and there is none that could be used; make one with "
+            "`python -m service keys add NAME`."
+        )
+    elif memory is not None and had_keys:
+        logger.warning(
+            "Callers need an API key, and Redis holds none, though this service had keys (%s). "
+            "Check that REDIS_URL names the right database and that its data is there, or make "
+            "keys again. SERVICE_KEYS=open opens the service without keys.",
+            memory.path,
+        )
+    else:
+        logger.warning(
+            "The service is open: everybody who reaches it may do everything until the first API "
+            "key is made. SERVICE_KEYS=required closes it."
         )
 
 

@@ -3,6 +3,11 @@
 - `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. With any address that is not
   loopback the service starts only if there is an API key (`python -m service keys add NAME`).
 - `SERVICE_PORT`: the port to listen on, by default 8000; 0 takes a free one.
+- `SERVICE_KEYS`: whether callers need an API key on loopback, too: `required`; `auto`, the default:
+  unless no key was ever made and there is no SERVICE_PUBLIC_URL; or `open`: only while Redis holds
+  a key. Beyond loopback they always need one.
+- `SERVICE_STATE_DIR`: the folder in which it is noted that the service had keys, by default
+  `wan-hif8` in XDG_STATE_HOME, which is ~/.local/state if it is not set.
 - `SERVICE_PUBLIC_URL`: the URL under which callers reach the service, for video URLs; by default
   that of each request. A service on loopback accepts its host in the Host header, too.
 - `SERVICE_ALLOWED_ORIGINS`: origins of other sites whose pages may call the service with an API key
@@ -41,6 +46,7 @@ An empty variable counts as absent, as it does for the worker.
 import ipaddress
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -50,6 +56,7 @@ from redis.connection import parse_url
 
 from jobs.logs import LogFormat
 from jobs.redis_keys import RECORD_TTL_S
+from service.auth.key_memory import KeyMemory, KeyPolicy
 from service.auth.rate_limit import check_rate
 from service.schemas.expiry import RetentionPeriods
 from service.webhooks.settings import WebhookSettings
@@ -97,6 +104,9 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         default=8000, validation_alias="SERVICE_PORT"
     )
     public_url: str | None = Field(default=None, validation_alias="SERVICE_PUBLIC_URL")
+    keys: KeyPolicy = Field(default=KeyPolicy.AUTO, validation_alias="SERVICE_KEYS")
+    state_dir: Path | None = Field(default=None, validation_alias="SERVICE_STATE_DIR")
+    xdg_state_home: Path | None = Field(default=None, validation_alias="XDG_STATE_HOME")
     allowed_origins: str = Field(default="", validation_alias="SERVICE_ALLOWED_ORIGINS")
     url_secret: Annotated[SecretStr, Field(min_length=32)] | None = Field(
         default=None, validation_alias="SERVICE_URL_SECRET"
@@ -141,6 +151,29 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         return is_loopback(self.host)
 
     @property
+    def may_be_open(self) -> bool:
+        """Whether the service is open to callers without a key while there are no keys."""
+        if not self.is_local or self.keys is KeyPolicy.REQUIRED:
+            return False
+        # A public URL means that a proxy passes on what others send.
+        is_public = self.public_url is not None and not is_loopback(
+            urlsplit(self.public_url).hostname or ""
+        )
+        return self.keys is KeyPolicy.OPEN or not is_public
+
+    @property
+    def key_memory(self) -> KeyMemory | None:
+        """Where it is remembered that there were keys; None if `open` says not to."""
+        if self.keys is KeyPolicy.OPEN:
+            return None
+        home = self.xdg_state_home or Path("~/.local/state")
+        try:
+            folder = (self.state_dir or home / "wan-hif8").expanduser()
+        except RuntimeError:  # this user has no home
+            folder = Path("/var/lib/wan-hif8")
+        return KeyMemory(folder, self.artifacts_url)
+
+    @property
     def known_names(self) -> frozenset[str]:
         """Host names that requests may use for the service, besides those of loopback."""
         return frozenset({urlsplit(self.public_url).hostname or ""} if self.public_url else ())
@@ -179,6 +212,15 @@ class ServiceSettings(WebhookSettings, RedisSettings):
                     f"https://app.example, with a port only if it is not the scheme's own"
                 )
         return origins
+
+    @model_validator(mode="after")
+    def _is_open_on_loopback_only(self) -> Self:
+        if self.keys is KeyPolicy.OPEN and not self.is_local:
+            raise ValueError(
+                f"SERVICE_KEYS: it is open, and SERVICE_HOST is {self.host}, which others reach; "
+                f"take required or auto, or listen on 127.0.0.1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _webhooks_have_public_url(self) -> Self:
