@@ -30,6 +30,14 @@
   video URLs could use.
 - `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000. One key of
   role user may have a tenth of them, and at least 10.
+- `SERVICE_MAX_CONNECTIONS`: how many connections a process keeps open, by default 4000, or fewer
+  where the system allows the process fewer open files. One address may have a tenth of them.
+- `SERVICE_KEEP_ALIVE_S`: for how many seconds a connection is kept open for the next request, by
+  default 65, which is more than the 60 s of most proxies.
+- `SERVICE_MAX_DOWNLOADS`: how many videos and pictures a process sends at a time, by default 200.
+  Those of one owner may be a tenth of them, and at least 10.
+- `SERVICE_REDIRECT_DOWNLOADS`: whether callers are redirected to the bucket, by a URL that is valid
+  for SERVICE_URL_TTL_S, instead of getting its files through the service; by default false.
 - `SERVICE_HEARTBEAT_S`: after how many seconds without events a stream sends a comment to stay
   open, by default 15.
 - `SERVICE_CATALOG_KEPT_S`: for how many seconds the catalog of what workers offer is cached, by
@@ -127,6 +135,16 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     max_streams: Annotated[int, Field(ge=1)] = Field(
         default=1000, validation_alias="SERVICE_MAX_STREAMS"
     )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        default=4000, validation_alias="SERVICE_MAX_CONNECTIONS"
+    )
+    keep_alive_s: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=65, validation_alias="SERVICE_KEEP_ALIVE_S"
+    )
+    max_downloads: Annotated[int, Field(ge=1)] = Field(
+        default=200, validation_alias="SERVICE_MAX_DOWNLOADS"
+    )
+    redirect_downloads: bool = Field(default=False, validation_alias="SERVICE_REDIRECT_DOWNLOADS")
     heartbeat_s: Annotated[float, Field(gt=0, le=300)] = Field(
         default=15, validation_alias="SERVICE_HEARTBEAT_S"
     )
@@ -219,6 +237,15 @@ class ServiceSettings(WebhookSettings, RedisSettings):
             raise ValueError(
                 f"SERVICE_KEYS: it is open, and SERVICE_HOST is {self.host}, which others reach; "
                 f"take required or auto, or listen on 127.0.0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _redirects_have_a_bucket(self) -> Self:
+        if self.redirect_downloads and not self.artifacts_url.startswith("s3://"):
+            raise ValueError(
+                "SERVICE_REDIRECT_DOWNLOADS: it is true, and ARTIFACTS_URL is no bucket to "
+                "redirect to; leave it out, or keep videos in s3://bucket"
             )
         return self
 

@@ -73,7 +73,7 @@ class RateLimiter:
         Raises:
             TooManySignIns: there were too many attempts of either kind.
         """
-        self._count_attempt(SIGN_INS_PER_ADDRESS, f"address:{_network(address)}", "this address")
+        self._count_attempt(SIGN_INS_PER_ADDRESS, f"address:{network_of(address)}", "this address")
         if key_id is not None:
             self._count_attempt(SIGN_INS_PER_KEY, f"key:{key_id}", "this key")
 
@@ -117,7 +117,7 @@ class RateLimiter:
         return may_pass
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """Return what is counted for an address: for IPv6 its /64, which one client has as a whole."""
     try:
         parsed = ipaddress.ip_address(address)

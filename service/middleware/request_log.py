@@ -21,6 +21,7 @@ from jobs import logs
 from jobs.ids import is_id
 from jobs.logs import LogFormat
 from jobs.spec import shown
+from service.middleware.log_throttle import throttle_noisy_loggers
 from service.monitoring.http_metrics import HttpMetrics
 
 REQUEST_ID: Final = "X-Request-ID"
@@ -103,6 +104,7 @@ def client_address(scope: Scope) -> str:
 def configure_logging(log_format: LogFormat) -> None:
     """Configure logging. Only warnings of httpx are kept, because its lines show webhook URLs."""
     logs.configure(log_format, _ids, quiet=("httpx",))
+    throttle_noisy_loggers()
 
 
 def _ids() -> dict[str, str]:
