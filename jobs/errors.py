@@ -12,8 +12,10 @@
     │   ├── QuotaExceeded      the caller's own jobs have reached their limit
     │   ├── RateLimited        the caller sends requests too often
     │   ├── TooManySignIns     too many sign-ins from one address, or with one key
-    │   └── TooManyOwnStreams  the caller's open event streams have reached their limit
+    │   ├── TooManyOwnStreams  the caller's open event streams have reached their limit
+    │   └── TooManyOwnDownloads  the downloads of one key's videos have reached their limit
     ├── TooManyStreams         this process' open event streams have reached their limit
+    ├── TooManyDownloads       this process' open downloads have reached their limit
     ├── Unauthenticated        the request has no API key and no session, or an unknown one
     ├── Forbidden              the caller is known, but not allowed to do this
     │   └── LinkRefused        a video link is forged, altered or too old
@@ -146,6 +148,16 @@ class TooManySignIns(TooManyRequests):
 class TooManyOwnStreams(TooManyRequests):
     code = "too_many_own_streams"
     title = "Too many of your event streams are open"
+
+
+class TooManyOwnDownloads(TooManyRequests):
+    code = "too_many_own_downloads"
+    title = "Too many of your videos are being fetched"
+
+
+class TooManyDownloads(AppError):
+    code = "too_many_downloads"
+    title = "Too many videos are being fetched"
 
 
 class TooManyStreams(AppError):

@@ -5,7 +5,9 @@ the process itself). They are added to every line, also to those of libraries. `
 `configure` once. Prompts are never logged: they belong to the callers.
 """
 
+import copy
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from enum import StrEnum
 from typing import Final
@@ -61,8 +63,38 @@ class _WithIds(logging.Filter):
         return True
 
 
+_CONTROLS: Final = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that move a cursor, break or reverse a line, or cannot be written at all."""
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+class _TextFormatter(logging.Formatter):
+    """Escapes control characters, which values from outside may contain, as JSON does anyway.
+
+    Only the program's own text breaks lines: the message before its values are filled in, and
+    tracebacks.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        safe = copy.copy(record)
+        if isinstance(record.args, tuple):
+            safe.args = tuple(map(_one_line, record.args))
+        elif record.args:
+            safe.args = {name: _one_line(value) for name, value in record.args.items()}
+        return _CONTROLS.sub(_escape, super().format(safe))
+
+
+def _one_line(value: object) -> object:
+    return value.replace("\n", "\\n") if isinstance(value, str) else value
+
+
 def _text() -> logging.Formatter:
-    return logging.Formatter(_TEXT)
+    return _TextFormatter(_TEXT)
 
 
 def _json() -> logging.Formatter:

@@ -18,6 +18,7 @@ from jobs.store.queue_positions import QueuePositions
 from jobs.store.webhook_outbox import Outbox
 from service.api import openapi
 from service.api.deps import AppState
+from service.api.downloads import Downloads
 from service.api.events.hub import EventHub
 from service.api.openai import errors as openai_errors
 from service.api.openai import routes as videos
@@ -89,7 +90,13 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     exposition = Exposition(redis_url)
     sessions = SessionStore(redis)
     rates = RateLimiter(redis, settings.rate)
-    gate = Gate(KeyStore(redis), rates, sessions, may_be_open=settings.is_local)
+    gate = Gate(
+        KeyStore(redis),
+        rates,
+        sessions,
+        may_be_open=settings.may_be_open,
+        memory=settings.key_memory,
+    )
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=exposition.http)
     app.state.app_state = AppState(
@@ -102,6 +109,11 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         hub=EventHub(redis_url, queue_positions, settings.max_streams),
         readiness=Readiness(redis_url),
         artifacts=artifacts,
+        downloads=Downloads(
+            artifacts,
+            settings.max_downloads,
+            redirect_s=settings.url_ttl_s if settings.redirect_downloads else None,
+        ),
         token_counter=TokenCounter(redis),
         gate=gate,
         sessions=sessions,

@@ -3,6 +3,11 @@
 - `SERVICE_HOST`: the address to listen on, by default 127.0.0.1. With any address that is not
   loopback the service starts only if there is an API key (`python -m service keys add NAME`).
 - `SERVICE_PORT`: the port to listen on, by default 8000; 0 takes a free one.
+- `SERVICE_KEYS`: whether callers need an API key on loopback, too: `required`; `auto`, the default:
+  unless no key was ever made and there is no SERVICE_PUBLIC_URL; or `open`: only while Redis holds
+  a key. Beyond loopback they always need one.
+- `SERVICE_STATE_DIR`: the folder in which it is noted that the service had keys, by default
+  `wan-hif8` in XDG_STATE_HOME, which is ~/.local/state if it is not set.
 - `SERVICE_PUBLIC_URL`: the URL under which callers reach the service, for video URLs; by default
   that of each request. A service on loopback accepts its host in the Host header, too.
 - `SERVICE_ALLOWED_ORIGINS`: origins of other sites whose pages may call the service with an API key
@@ -25,6 +30,14 @@
   video URLs could use.
 - `SERVICE_MAX_STREAMS`: how many event streams a process keeps open, by default 1000. One key of
   role user may have a tenth of them, and at least 10.
+- `SERVICE_MAX_CONNECTIONS`: how many connections a process keeps open, by default 4000, or fewer
+  where the system allows the process fewer open files. One address may have a tenth of them.
+- `SERVICE_KEEP_ALIVE_S`: for how many seconds a connection is kept open for the next request, by
+  default 65, which is more than the 60 s of most proxies.
+- `SERVICE_MAX_DOWNLOADS`: how many videos and pictures a process sends at a time, by default 200.
+  Those of one owner may be a tenth of them, and at least 10.
+- `SERVICE_REDIRECT_DOWNLOADS`: whether callers are redirected to the bucket, by a URL that is valid
+  for SERVICE_URL_TTL_S, instead of getting its files through the service; by default false.
 - `SERVICE_HEARTBEAT_S`: after how many seconds without events a stream sends a comment to stay
   open, by default 15.
 - `SERVICE_CATALOG_KEPT_S`: for how many seconds the catalog of what workers offer is cached, by
@@ -41,6 +54,7 @@ An empty variable counts as absent, as it does for the worker.
 import ipaddress
 import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -50,6 +64,7 @@ from redis.connection import parse_url
 
 from jobs.logs import LogFormat
 from jobs.redis_keys import RECORD_TTL_S
+from service.auth.key_memory import KeyMemory, KeyPolicy
 from service.auth.rate_limit import check_rate
 from service.schemas.expiry import RetentionPeriods
 from service.webhooks.settings import WebhookSettings
@@ -97,6 +112,9 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         default=8000, validation_alias="SERVICE_PORT"
     )
     public_url: str | None = Field(default=None, validation_alias="SERVICE_PUBLIC_URL")
+    keys: KeyPolicy = Field(default=KeyPolicy.AUTO, validation_alias="SERVICE_KEYS")
+    state_dir: Path | None = Field(default=None, validation_alias="SERVICE_STATE_DIR")
+    xdg_state_home: Path | None = Field(default=None, validation_alias="XDG_STATE_HOME")
     allowed_origins: str = Field(default="", validation_alias="SERVICE_ALLOWED_ORIGINS")
     url_secret: Annotated[SecretStr, Field(min_length=32)] | None = Field(
         default=None, validation_alias="SERVICE_URL_SECRET"
@@ -117,6 +135,16 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     max_streams: Annotated[int, Field(ge=1)] = Field(
         default=1000, validation_alias="SERVICE_MAX_STREAMS"
     )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        default=4000, validation_alias="SERVICE_MAX_CONNECTIONS"
+    )
+    keep_alive_s: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=65, validation_alias="SERVICE_KEEP_ALIVE_S"
+    )
+    max_downloads: Annotated[int, Field(ge=1)] = Field(
+        default=200, validation_alias="SERVICE_MAX_DOWNLOADS"
+    )
+    redirect_downloads: bool = Field(default=False, validation_alias="SERVICE_REDIRECT_DOWNLOADS")
     heartbeat_s: Annotated[float, Field(gt=0, le=300)] = Field(
         default=15, validation_alias="SERVICE_HEARTBEAT_S"
     )
@@ -139,6 +167,29 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     def is_local(self) -> bool:
         """Whether only this machine can reach the service."""
         return is_loopback(self.host)
+
+    @property
+    def may_be_open(self) -> bool:
+        """Whether the service is open to callers without a key while there are no keys."""
+        if not self.is_local or self.keys is KeyPolicy.REQUIRED:
+            return False
+        # A public URL means that a proxy passes on what others send.
+        is_public = self.public_url is not None and not is_loopback(
+            urlsplit(self.public_url).hostname or ""
+        )
+        return self.keys is KeyPolicy.OPEN or not is_public
+
+    @property
+    def key_memory(self) -> KeyMemory | None:
+        """Where it is remembered that there were keys; None if `open` says not to."""
+        if self.keys is KeyPolicy.OPEN:
+            return None
+        home = self.xdg_state_home or Path("~/.local/state")
+        try:
+            folder = (self.state_dir or home / "wan-hif8").expanduser()
+        except RuntimeError:  # this user has no home
+            folder = Path("/var/lib/wan-hif8")
+        return KeyMemory(folder, self.artifacts_url)
 
     @property
     def known_names(self) -> frozenset[str]:
@@ -179,6 +230,24 @@ class ServiceSettings(WebhookSettings, RedisSettings):
                     f"https://app.example, with a port only if it is not the scheme's own"
                 )
         return origins
+
+    @model_validator(mode="after")
+    def _is_open_on_loopback_only(self) -> Self:
+        if self.keys is KeyPolicy.OPEN and not self.is_local:
+            raise ValueError(
+                f"SERVICE_KEYS: it is open, and SERVICE_HOST is {self.host}, which others reach; "
+                f"take required or auto, or listen on 127.0.0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _redirects_have_a_bucket(self) -> Self:
+        if self.redirect_downloads and not self.artifacts_url.startswith("s3://"):
+            raise ValueError(
+                "SERVICE_REDIRECT_DOWNLOADS: it is true, and ARTIFACTS_URL is no bucket to "
+                "redirect to; leave it out, or keep videos in s3://bucket"
+            )
+        return self
 
     @model_validator(mode="after")
     def _webhooks_have_public_url(self) -> Self:

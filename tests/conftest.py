@@ -19,12 +19,19 @@ from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 from service.app import create_app
+from service.auth.key_memory import KeyPolicy
 from service.settings import ServiceSettings
 from tests.support.s3_server import make_bucket, s3_server
 
 # Triton interprets its kernels, without a GPU. It reads this when it is imported, which other
 # libraries do, too. Tests on a GPU (`-m cuda`) are run with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what services note on this machine out of the home of who runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 def free_port() -> int:
@@ -153,6 +160,7 @@ def settings(redis_url: str, tmp_path: Path) -> ServiceSettings:
         redis_url=SecretStr(redis_url),
         artifacts_url=(tmp_path / "artifacts").as_uri(),
         public_url="http://testserver",  # what TestClient puts into Host
+        keys=KeyPolicy.OPEN,  # while there are none, though it has a public URL
         catalog_kept_s=0,  # not cached: tests publish offers and read them at once
     )
 

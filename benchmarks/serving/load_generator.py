@@ -7,8 +7,11 @@ would measure the client. This one sends prepared bytes and reads the responses.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+
+NO_RESPONSE = 0
+"""The status of a request that got no response."""
 
 
 @dataclass(slots=True)
@@ -51,15 +54,19 @@ async def run_closed_loop(port: int, request: bytes, clients: int, seconds: floa
 async def run_open_loop(port: int, request: bytes, per_second: float, seconds: float) -> Responses:
     """Send requests at a fixed rate, whether or not earlier ones have a response yet.
 
-    Latency counts from the scheduled time, so a stall of the server shows in full.
+    Latency counts from the scheduled time, so a stall of the server shows in full. A request
+    without a response counts with the status NO_RESPONSE.
     """
     responses = Responses()
     started = time.perf_counter()
 
     async def send(due: float) -> None:
-        async with connection(port) as (reader, writer):
-            writer.write(request)
-            responses.add(await read_response(reader), time.perf_counter() - due)
+        status = NO_RESPONSE
+        with suppress(OSError, asyncio.IncompleteReadError):
+            async with connection(port) as (reader, writer):
+                writer.write(request)
+                status = await read_response(reader)
+        responses.add(status, time.perf_counter() - due)
 
     tasks = []
     for number in range(int(per_second * seconds)):

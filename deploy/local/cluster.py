@@ -53,6 +53,7 @@ class Cluster:
             | {
                 "REDIS_URL": f"redis://{LOOPBACK}:{self.valkey_port}/0",
                 "ARTIFACTS_URL": self.artifacts.as_uri(),
+                "SERVICE_STATE_DIR": str(folder / "state"),
                 "OMP_WAIT_POLICY": "passive",
                 "PYTHONUNBUFFERED": "1",
                 "WORKER_DEVICE": "cpu",

@@ -69,6 +69,7 @@ class StackConfig:
             "REDIS_URL": self.redis_url,
             "ARTIFACTS_URL": (self.folder / "artifacts").as_uri(),
             "SERVICE_HOST": LOOPBACK,
+            "SERVICE_STATE_DIR": str(self.folder / "state"),
             "SERVICE_PORT": str(self.service_port),
             "PYTHONUNBUFFERED": "1",  # so that logs contain the last output of a killed process
         }

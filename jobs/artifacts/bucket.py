@@ -9,6 +9,7 @@ import mimetypes
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, cast
 
 import obstore
 from obstore import exceptions
@@ -96,6 +97,15 @@ class BucketArtifactStore:
             for first in range(start, end, _CHUNK):
                 last = min(first + _CHUNK, end)
                 yield obstore.get_range(self._bucket, key, start=first, end=last).to_bytes()
+        except _FAULTS as error:
+            raise _unavailable(error) from error
+
+    def signed_url(self, key: str, method: str, valid_s: int) -> str | None:
+        signed_method = cast("Literal['GET', 'HEAD']", method)
+        try:
+            return obstore.sign(
+                self._bucket, signed_method, checked_key(key), timedelta(seconds=valid_s)
+            )
         except _FAULTS as error:
             raise _unavailable(error) from error
 

@@ -95,6 +95,9 @@ class FolderArtifactStore:
         except OSError as error:
             raise _unavailable(error) from error
 
+    def signed_url(self, key: str, method: str, valid_s: int) -> str | None:
+        return None
+
     def delete(self, key: str) -> None:
         try:
             self.path(key).unlink()

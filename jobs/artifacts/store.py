@@ -41,6 +41,12 @@ class ArtifactStore(Protocol):
     def read(self, key: str, start: int, end: int) -> Iterator[bytes]:
         """Read the bytes from `start` to before `end` in chunks; opens it when iterated."""
 
+    def signed_url(self, key: str, method: str, valid_s: int) -> str | None:
+        """Return a URL by which anybody may send this request for so long.
+
+        None if the store has no URLs. Asks the store nothing, so the artifact may be missing.
+        """
+
     def delete(self, key: str) -> None:
         """Remove the artifact, if there is one."""
 

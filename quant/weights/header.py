@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,9 @@ SMALL_BYTES = 1 << 20
 _LENGTH_BYTES = 8
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
+_MAX_SIDES = 64  # torch's own bound
+_MAX_SIDE = 2**63 - 1  # torch's sides and offsets are 64 bits wide
+_MAX_DIGITS = 20  # those of 2^64, and a sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +117,18 @@ def _read_header(file: Path, size: int, _version: tuple[int, int]) -> Header:
                     f"{file} is not a safetensors file, or not a whole one: it has {size:,} bytes "
                     f"and says that its header has {length:,}; copy it again"
                 )
-            fields = json.loads(stream.read(length))
+            fields = _parse(stream.read(length))
         metadata = fields.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise ValueError(f"its __metadata__ is {metadata!r}, not an object")
+        if not _is_text_to_text(metadata):
+            raise ValueError(f"its __metadata__ is {reprlib.repr(metadata)}, not texts by name")
         first = _LENGTH_BYTES + length
         tensors = tuple(_stored(file, first, name, each) for name, each in fields.items())
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{file} is not a safetensors file: {error!r}") from error
+    except ValueError as error:
+        raise WeightsError(
+            f"{file} is not a safetensors file: {error}; copy or convert it again"
+        ) from error
     tensors = tuple(sorted(tensors, key=lambda each: (each.start, each.nbytes)))
     _check_places(file, first, size, tensors)
     return Header(tensors, metadata)
@@ -165,23 +171,67 @@ def tensors_by_name(headers: Iterable[Header]) -> dict[str, StoredTensor]:
     return found
 
 
-def _stored(file: Path, first: int, name: str, fields: dict[str, Any]) -> StoredTensor:
-    start, end = fields["data_offsets"]
-    shape = tuple(int(side) for side in fields["shape"])
-    if fields["dtype"] not in DTYPES:
+def _parse(text: bytes) -> dict[str, Any]:
+    """Parse a header. Anything may be in it, so nothing here takes long, whatever it holds."""
+    # The format demands the brace. It also keeps `json` from guessing another encoding.
+    if not text.startswith(b"{"):
+        raise ValueError("its header does not begin with a brace")
+    try:
+        fields = json.loads(text.decode(), parse_int=_whole_number)
+    except UnicodeDecodeError as error:  # whose text would quote the whole header
+        raise ValueError(f"its header is not UTF-8 at byte {error.start:,}") from None
+    except RecursionError:
+        raise ValueError("its header nests deeper than any tensor's description") from None
+    except ValueError as error:
+        raise ValueError(f"its header cannot be parsed ({error})") from None
+    assert isinstance(fields, dict), "what begins with a brace is an object"
+    return fields
+
+
+def _whole_number(digits: str) -> int:
+    """Parse a number of the header. Python's time for it grows with the square of its digits."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits is in it")
+    return int(digits)
+
+
+def _is_text_to_text(metadata: object) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values())
+
+
+def _stored(file: Path, first: int, name: str, fields: object) -> StoredTensor:
+    shown = reprlib.repr(name)
+    if not isinstance(fields, dict) or not fields.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {shown} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise WeightsError(
-            f"tensor {name!r} in {file} has the dtype {fields['dtype']}, which is not read here: "
+            f"tensor {shown} in {file} has the dtype {reprlib.repr(dtype)}, which is not read here: "
             "give the model in BF16, F16 or F32, as its authors publish it"
         )
-    if any(side < 0 for side in shape):
-        raise ValueError(f"tensor {name!r} has the shape {list(shape)}")
-    stored = StoredTensor(name, DTYPES[fields["dtype"]], shape, file, first + int(start))
+    # Checked before anything is multiplied: the product of a million large sides takes minutes.
+    if not isinstance(shape, list) or len(shape) > _MAX_SIDES or not _are_sizes(shape):
+        raise ValueError(
+            f"tensor {shown} has the shape {reprlib.repr(shape)}, and not at most {_MAX_SIDES} "
+            "whole numbers below 2^63"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
+        raise ValueError(
+            f"tensor {shown} has the data_offsets {reprlib.repr(offsets)}, and not its first byte "
+            "and the one after its last"
+        )
+    start, end = offsets
+    stored = StoredTensor(name, DTYPES[dtype], tuple(shape), file, first + start)
     if end - start != stored.nbytes:
         raise ValueError(
-            f"tensor {name!r} has {stored.nbytes:,} bytes by its shape and {end - start:,} by its "
+            f"tensor {shown} has {stored.nbytes:,} bytes by its shape and {end - start:,} by its "
             "place"
         )
     return stored
+
+
+def _are_sizes(numbers: list[Any]) -> bool:
+    return all(type(each) is int and 0 <= each <= _MAX_SIDE for each in numbers)
 
 
 def _check_places(file: Path, first: int, size: int, tensors: Iterable[StoredTensor]) -> None:

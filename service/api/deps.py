@@ -15,6 +15,7 @@ from jobs.catalog import Catalog
 from jobs.errors import LinkRefused
 from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox
+from service.api.downloads import Downloads
 from service.api.events.hub import EventHub
 from service.api.json_body import json_body
 from service.auth.admission import Admission
@@ -45,6 +46,7 @@ class AppState:
     hub: EventHub
     readiness: Readiness
     artifacts: KnownArtifactStore
+    downloads: Downloads
     token_counter: TokenCounter
     gate: Gate
     sessions: SessionStore
@@ -73,6 +75,10 @@ async def _store(app_state: AppStateDep) -> JobStore:
 
 async def _artifacts(app_state: AppStateDep) -> ArtifactStore:
     return app_state.artifacts
+
+
+async def _downloads(app_state: AppStateDep) -> Downloads:
+    return app_state.downloads
 
 
 async def _catalog(app_state: AppStateDep) -> Catalog:
@@ -165,6 +171,7 @@ ThumbnailViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.THUMB
 SpritesheetViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.SPRITESHEET))]
 StoreDep = Annotated[JobStore, Depends(_store)]
 ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
+DownloadsDep = Annotated[Downloads, Depends(_downloads)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]
 JobViewsDep = Annotated[JobViews, Depends(_job_views)]

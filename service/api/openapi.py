@@ -143,6 +143,7 @@ def _file_responses(*media_types: str) -> dict[int | str, Json]:
             "content": content,
         },
         304: {"description": "The caller already has it."},
+        307: {"description": "The file is in a bucket, where `Location` says."},
     }
 
 

@@ -6,6 +6,7 @@ that asks for several gets the whole file. There is no Last-Modified, so only th
 
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated
@@ -13,6 +14,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from jobs.artifacts.store import ArtifactStore
 from jobs.errors import PictureNotMade, VideoGone, VideoNotReady
@@ -23,13 +25,32 @@ from service.schemas.video_url import VideoFile
 _RANGE = re.compile(r"(\d{1,18})-(\d{0,18})|-(\d{1,18})", re.ASCII)
 
 
-class VideoResponse(StreamingResponse):
+class FileStream(StreamingResponse):
+    """A file that is read while it is sent.
+
+    Attributes:
+        chunks: the bytes to send.
+        while_sent: entered before the first byte is sent, and left after the last one.
+    """
+
+    def __init__(self, chunks: Iterator[bytes], status_code: int, headers: dict[str, str]) -> None:
+        super().__init__(chunks, status_code, headers)
+        self.chunks = chunks
+        self.while_sent: AbstractContextManager[None] = nullcontext()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Here, as an answer that was made may never be sent.
+        with self.while_sent:
+            await super().__call__(scope, receive, send)
+
+
+class VideoResponse(FileStream):
     """An MP4 file, or a part of it."""
 
     media_type = "video/mp4"
 
 
-class PictureResponse(StreamingResponse):
+class PictureResponse(FileStream):
     """A WebP file, or a part of it."""
 
     media_type = "image/webp"
@@ -71,8 +92,14 @@ def send_video(
         VideoGone: the artifact is missing, or is not the one that was stored.
         HTTPException: 400 or 416 for a range that cannot be read or served.
     """
-    stored = _stored(artifacts, job, file)
-    answer: type[StreamingResponse] = VideoResponse if file is VideoFile.VIDEO else PictureResponse
+    stored = stored_file(job, file)
+    if artifacts.size(stored.key) != stored.bytes:
+        raise VideoGone(
+            f"The {file} of job {job.id} is no longer in the artifact store; generate the video "
+            f"again with the same request and seed.",
+            job_id=job.id,
+        )
+    answer: type[FileStream] = VideoResponse if file is VideoFile.VIDEO else PictureResponse
     etag = f'"{stored.sha256}"'
     # A job's files never change; they may only disappear.
     headers = {"etag": etag, "cache-control": "private, max-age=3600"}
@@ -99,7 +126,8 @@ def _name(job_id: str, file: VideoFile) -> str:
     return f"{job_id}{file.suffix}" if file is VideoFile.VIDEO else f"{job_id}-{file}{file.suffix}"
 
 
-def _stored(artifacts: ArtifactStore, job: JobRecord, file: VideoFile) -> Video | Picture:
+def stored_file(job: JobRecord, file: VideoFile) -> Video | Picture:
+    """Return what the record says of a file; raises like `send_video`, but asks no store."""
     if job.video is None:
         raise VideoNotReady(
             f"Job {job.id} is {job.state}, so it has no {file}; only succeeded jobs have one.",
@@ -120,12 +148,6 @@ def _stored(artifacts: ArtifactStore, job: JobRecord, file: VideoFile) -> Video 
     if stored is None:
         raise PictureNotMade(
             f"No {file} was made of the video of job {job.id}; fetch the video itself.",
-            job_id=job.id,
-        )
-    if artifacts.size(stored.key) != stored.bytes:
-        raise VideoGone(
-            f"The {file} of job {job.id} is no longer in the artifact store; generate the video "
-            f"again with the same request and seed.",
             job_id=job.id,
         )
     return stored

@@ -1,8 +1,8 @@
 """Authenticate callers by their API key or their session, and decide which jobs they may see.
 
-This module does not depend on HTTP. The service is open while it listens on loopback and no key was
-ever made; every caller is then `LOCAL`. Once a key was made a key is required, on loopback too,
-even if that key is revoked.
+This module does not depend on HTTP. The service is open while only this machine can reach it and no
+key was ever made (`service/auth/key_memory.py`); every caller is then `LOCAL`. Once a key was made
+a key is required, on loopback too, even if that key is revoked.
 """
 
 import logging
@@ -22,6 +22,7 @@ from jobs.record import JobRecord
 from jobs.store.job_store import JobStore
 from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import ApiKey, KeyStore, Role, proves, split
+from service.auth.key_memory import KeyMemory
 from service.auth.rate_limit import RateLimiter
 from service.auth.sessions import SessionStore, SessionToken, belongs
 
@@ -69,14 +70,23 @@ class Gate:
     """Authenticates callers by their key or session. Safe to share between threads."""
 
     def __init__(
-        self, keys: KeyStore, rates: RateLimiter, sessions: SessionStore, *, may_be_open: bool
+        self,
+        keys: KeyStore,
+        rates: RateLimiter,
+        sessions: SessionStore,
+        *,
+        may_be_open: bool,
+        memory: KeyMemory | None = None,
     ) -> None:
         """Create the gate of one process.
 
         Args:
             may_be_open: whether only this machine can reach the service.
+            memory: says whether there were keys that Redis does not hold any more; None for a gate
+                that believes Redis.
         """
         self._keys = keys
+        self._memory = memory
         self._rates = rates
         self._sessions = sessions
         self._may_be_open = may_be_open
@@ -159,12 +169,20 @@ class Gate:
             return False
         if self.is_open:
             return True
-        if self._keys.any_was_made():
+        if (self._memory is not None and self._memory.had_keys()) or self.any_key_was_made():
             # Permanently: a Redis that loses its keys later must not open the service again.
             self._may_be_open = False
+            self._open_until = 0.0
             return False
         self._open_until = time.monotonic() + KEY_CACHED_S
         return True
+
+    def any_key_was_made(self) -> bool:
+        """Return whether Redis holds a key, even a revoked one, and remember it if it does."""
+        was_made = self._keys.any_was_made()
+        if was_made and self._memory is not None:
+            self._memory.note()
+        return was_made
 
     def _proven(self, token: str) -> ApiKey:
         parts = split(token)
@@ -201,6 +219,8 @@ class Gate:
     def _read_again(self, key_id: str) -> ApiKey | None:
         until = time.monotonic() + KEY_CACHED_S
         key = self._keys.get(key_id)
+        if key is not None and self._memory is not None:
+            self._memory.note()
         with self._lock:
             self._cached.pop(key_id, None)
             if key is not None:

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 RATE_BOUND: Final = 'like "600/minute" or "5/second", for a second to a day'
 LONGEST_WINDOW_S: Final = 24 * 60 * 60
 
+LONGEST_ADDRESS: Final = 64
+"""What a proxy sends may not be an address; no more of it is kept in Redis."""
+
 SIGN_INS_PER_ADDRESS: Final = "30/minute"
 SIGN_INS_PER_KEY: Final = "60/minute"
 """More than one address may have, so that no single one keeps a key's owner from signing in."""
@@ -70,7 +73,7 @@ class RateLimiter:
         Raises:
             TooManySignIns: there were too many attempts of either kind.
         """
-        self._count_attempt(SIGN_INS_PER_ADDRESS, f"address:{_network(address)}", "this address")
+        self._count_attempt(SIGN_INS_PER_ADDRESS, f"address:{network_of(address)}", "this address")
         if key_id is not None:
             self._count_attempt(SIGN_INS_PER_KEY, f"key:{key_id}", "this key")
 
@@ -114,12 +117,12 @@ class RateLimiter:
         return may_pass
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """Return what is counted for an address: for IPv6 its /64, which one client has as a whole."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return address
+        return address[:LONGEST_ADDRESS]
     if parsed.version == 4:
         return str(parsed)
     return str(parsed.ipv4_mapped or ipaddress.ip_network((int(parsed), 64), strict=False))

@@ -53,6 +53,8 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.RateLimited: HTTPStatus.TOO_MANY_REQUESTS,
         errors.TooManySignIns: HTTPStatus.TOO_MANY_REQUESTS,
         errors.TooManyOwnStreams: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.TooManyOwnDownloads: HTTPStatus.TOO_MANY_REQUESTS,
+        errors.TooManyDownloads: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.TooManyStreams: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
         errors.Forbidden: HTTPStatus.FORBIDDEN,

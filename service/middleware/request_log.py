@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs import logs
 from jobs.ids import is_id
 from jobs.logs import LogFormat
+from jobs.spec import shown
+from service.middleware.log_throttle import throttle_noisy_loggers
 from service.monitoring.http_metrics import HttpMetrics
 
 REQUEST_ID: Final = "X-Request-ID"
@@ -79,8 +81,8 @@ def request_headers() -> dict[str, str]:
 
 def log_access(facts: RequestFacts, status: int, seconds: float) -> None:
     """Log a request that has ended."""
-    method, path = facts.scope["method"], quote(facts.scope["path"])
-    client = (facts.scope.get("client") or ("-",))[0]
+    method, path = shown(facts.scope["method"]), shown(quote(facts.scope["path"]))
+    client = client_address(facts.scope)
     access_logger.info(
         "%s %s %d %.3f s, from %s",
         *(method, path, status, seconds, client),
@@ -94,9 +96,15 @@ def log_access(facts: RequestFacts, status: int, seconds: float) -> None:
     )
 
 
+def client_address(scope: Scope) -> str:
+    """Return the client's address; behind a proxy it is whatever X-Forwarded-For says, cut."""
+    return str(shown((scope.get("client") or ("-",))[0]))
+
+
 def configure_logging(log_format: LogFormat) -> None:
     """Configure logging. Only warnings of httpx are kept, because its lines show webhook URLs."""
     logs.configure(log_format, _ids, quiet=("httpx",))
+    throttle_noisy_loggers()
 
 
 def _ids() -> dict[str, str]:

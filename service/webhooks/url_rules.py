@@ -189,10 +189,18 @@ def _networks(*texts: str) -> _Networks:
 _NEVER: Final = _networks(
     "0.0.0.0/8",
     "169.254.0.0/16",  # link-local, where clouds answer with credentials
+    "100.100.100.200/32",  # the same at Alibaba Cloud, among addresses of internal networks
+    "168.63.129.16/32",  # Azure's, among public addresses
+    "192.0.0.192/32",  # Oracle's, among addresses for protocols
+    "fd00:42::42/128",  # Scaleway's, Oracle's, Amazon's and Google's, among internal networks
+    "fd00:c1::/32",
+    "fd00:ec2::/32",
+    "fd20:ce::/32",
     "224.0.0.0/4",  # multicast
     "255.255.255.255/32",
     "::/96",  # unspecified, and deprecated IPv4-compatible addresses; loopback is let through below
     "::ffff:0:0/96",  # IPv4-mapped addresses
+    "::ffff:0:0:0/96",  # IPv4-translated addresses
     "64:ff9b::/96",  # NAT64, and its local-use prefix: IPv4 behind a translator
     "64:ff9b:1::/48",
     "2001::/32",  # Teredo and 6to4: IPv4 in a tunnel
@@ -201,6 +209,11 @@ _NEVER: Final = _networks(
     "ff00::/8",
 )
 """Networks that hold no webhook receiver, so they are refused even with `private`."""
+
+_METADATA: Final = tuple(
+    map(IPv4Address, ("169.254.169.254", "100.100.100.200", "168.63.129.16", "192.0.0.192"))
+)
+"""Where clouds answer with credentials. An own NAT64 prefix may carry them in the last 32 bits."""
 
 # Python's own list (`is_global`) is checked, too, but it grew from one release to the next.
 _NOT_PUBLIC: Final = _networks(
@@ -236,6 +249,8 @@ def check_address(text: str, *, private: bool) -> None:
     """
     address = ip_address(text)
     never = address != _LOOPBACK and _is_in(address, _NEVER)
+    if address.version == 6:
+        never = never or IPv4Address(int(address) & 0xFFFFFFFF) in _METADATA
     if never or not (private or _is_public(address)):
         raise AddressRefused(f"the address {text} may not be called")
 

@@ -83,3 +83,28 @@ def test_text_format() -> None:
     assert trouble.endswith(" WARNING noisy [w-1 01a2] trouble")
     assert traceback[-1] == "ZeroDivisionError: division by zero"
     assert last.endswith(" INFO a.b [-] outside of any job")
+
+
+FORGED = "203.0.113.9\n2026-11-30 00:00:00 INFO forged\r\x1b[2J\x7f\x85\u2028\u202e\ud800\x00\x08"
+
+
+@pytest.mark.parametrize("log_format", list(LogFormat))
+def test_values_from_outside_cannot_break_a_line_or_move_a_cursor(log_format: LogFormat) -> None:
+    program = f"""
+import logging, sys
+from jobs.logs import LogFormat, configure
+configure(LogFormat(sys.argv[1]), dict)
+logging.getLogger("a").warning("from %s, %(x)s".replace("%(x)s", "%r"), {FORGED!r}, {FORGED!r})
+logging.getLogger("a").warning("from %(who)s", {{"who": {FORGED!r}}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, log_format], capture_output=True, check=True, timeout=60
+    )
+    text = done.stderr.decode()
+    assert len(text.splitlines()) == 2
+    assert all(line.isprintable() for line in text.splitlines())
+    assert text.count("203.0.113.9") == 3
+    if log_format is LogFormat.TEXT:
+        assert (
+            r"\n2026-11-30 00:00:00 INFO forged\r\x1b[2J\x7f\x85\u2028\u202e\ud800\x00\x08" in text
+        )

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import uvicorn
-
 from deploy.local.waiting import wait_until
+from service.api.downloads import Downloads
 from service.api.events.hub import EventHub
 from service.app import create_app
-from service.server import Server
+from service.server import http_server
 from service.settings import ServiceSettings
 
 
@@ -26,21 +25,21 @@ from service.settings import ServiceSettings
 class Site:
     url: str
     hub: EventHub
+    downloads: Downloads
 
 
 @contextmanager
 def serving(settings: ServiceSettings) -> Iterator[Site]:
     app = create_app(settings)
     hub: EventHub = app.state.app_state.hub
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=3)
-    server = Server(config, hub)
+    server = http_server(app, settings, settings.max_connections)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield Site(f"http://127.0.0.1:{port}", hub)
+            yield Site(f"http://127.0.0.1:{port}", hub, app.state.app_state.downloads)
         finally:
             server.should_exit = True
             thread.join(20)

@@ -50,6 +50,7 @@ class FaultyProxy:
         answer: if set, the response to every request, which the server then does not receive.
         pause_after: after this many bytes from a client, the proxy forwards no more of them, and
             sets `paused`.
+        passes: while this event is not set, requests wait.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -60,6 +61,8 @@ class FaultyProxy:
         self.answer: bytes | None = None
         self.pause_after: int | None = None
         self.paused = threading.Event()
+        self.passes = threading.Event()
+        self.passes.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -94,6 +97,7 @@ class FaultyProxy:
             if self.pause_after is not None and forwarded > self.pause_after:
                 self.paused.set()
                 continue
+            self.passes.wait()
             server.sendall(data)
         server.shutdown(socket.SHUT_WR)
 

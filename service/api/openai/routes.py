@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
+from starlette.concurrency import run_in_threadpool
 
 from jobs import ids
 from jobs.errors import InvalidSpec, JobNotFound, RecordUnreadable
@@ -22,7 +23,7 @@ from service.api.openai.request import video_request_to_spec
 from service.api.openai.schemas import VideoDeleted, VideoList, VideoObject
 from service.api.openapi import ANY_FILE_RESPONSES
 from service.api.submit import REPLAYED_HEADER, accept
-from service.api.video_response import RangeRequestDep, VideoResponse, send_video
+from service.api.video_response import RangeRequestDep, VideoResponse
 from service.auth.gate import listed_owner, visible_job
 from service.schemas.video_url import VideoFile
 
@@ -110,7 +111,7 @@ def read_video(
     response_class=VideoResponse,
     responses={**ANY_FILE_RESPONSES, **errors(400, 401, 404, 416, 422, 429, 503)},
 )
-def read_content(
+async def read_content(
     principal: KeyDep,
     video_id: str,
     app_state: AppStateDep,
@@ -124,20 +125,22 @@ def read_content(
     ] = VideoFile.VIDEO.value,
 ) -> Response:
     """Fetch the MP4 or a picture of it, whole or in ranges."""
-    file = _video_file(variant)
-    job = visible_job(app_state.store, principal, video_id)
-    return send_video(app_state.artifacts, job, range_request, file)
+    return await app_state.downloads.send(
+        lambda: visible_job(app_state.store, principal, video_id),
+        range_request,
+        _video_file(variant),
+    )
 
 
 @router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
-def delete_video(principal: KeyDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
+async def delete_video(principal: KeyDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
     """Delete the job, its video and its record, for good.
 
     A queued job will not run; a running one is stopped. Nobody can read it from now on.
     """
     with suppress(RecordUnreadable):  # such a record can only be deleted
-        visible_job(app_state.store, principal, video_id)
-    delete_job(app_state.store, app_state.artifacts, video_id)
+        await run_in_threadpool(visible_job, app_state.store, principal, video_id)
+    await app_state.downloads.run(delete_job, app_state.store, app_state.artifacts, video_id)
     return VideoDeleted(id=video_id)
 
 

@@ -2,7 +2,7 @@
 
 The routes are synchronous functions, which FastAPI runs in its thread pool. So service and worker
 share one synchronous `JobStore`. A Redis call takes well under a millisecond, and no route waits
-for a job.
+for a job. Files are read in other threads (`service/api/downloads.py`).
 """
 
 from typing import Annotated
@@ -15,7 +15,7 @@ from jobs.state import JobState
 from jobs.store.job_store import MAX_PAGE, JobStore
 from service.api.deps import (
     AppStateDep,
-    ArtifactsDep,
+    DownloadsDep,
     IdempotencyKeyDep,
     JobViewsDep,
     JsonBodyDep,
@@ -40,7 +40,6 @@ from service.api.video_response import (
     PictureResponse,
     RangeRequestDep,
     VideoResponse,
-    send_video,
 )
 from service.auth.gate import Principal, visible_job
 from service.schemas.jobs import JobListView, JobView
@@ -150,18 +149,18 @@ _FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 416, 429, 503)
     response_class=VideoResponse,
     responses={**VIDEO_RESPONSES, **_FILE_PROBLEMS},
 )
-def read_video(
+async def read_video(
     viewer: ViewerDep,
     job_id: str,
     store: StoreDep,
-    artifacts: ArtifactsDep,
+    downloads: DownloadsDep,
     range_request: RangeRequestDep,
 ) -> Response:
     """Fetch the MP4, whole or in ranges, with a key or by the signed link in the job's `video.url`.
 
     Its ETag is the file's SHA-256.
     """
-    return send_video(artifacts, _viewed_job(store, viewer, job_id), range_request)
+    return await downloads.send(lambda: _viewed_job(store, viewer, job_id), range_request)
 
 
 @router.head("/jobs/{job_id}/thumbnail.webp", include_in_schema=False)
@@ -171,19 +170,20 @@ def read_video(
     response_class=PictureResponse,
     responses={**PICTURE_RESPONSES, **_FILE_PROBLEMS},
 )
-def read_thumbnail(
+async def read_thumbnail(
     viewer: ThumbnailViewerDep,
     job_id: str,
     store: StoreDep,
-    artifacts: ArtifactsDep,
+    downloads: DownloadsDep,
     range_request: RangeRequestDep,
 ) -> Response:
     """Fetch the middle frame, at most 320 px wide and high, like the video.
 
     The signed link is the job's `video.thumbnail_url`. 404 if none could be made.
     """
-    job = _viewed_job(store, viewer, job_id)
-    return send_video(artifacts, job, range_request, VideoFile.THUMBNAIL)
+    return await downloads.send(
+        lambda: _viewed_job(store, viewer, job_id), range_request, VideoFile.THUMBNAIL
+    )
 
 
 @router.head("/jobs/{job_id}/spritesheet.webp", include_in_schema=False)
@@ -193,19 +193,20 @@ def read_thumbnail(
     response_class=PictureResponse,
     responses={**PICTURE_RESPONSES, **_FILE_PROBLEMS},
 )
-def read_spritesheet(
+async def read_spritesheet(
     viewer: SpritesheetViewerDep,
     job_id: str,
     store: StoreDep,
-    artifacts: ArtifactsDep,
+    downloads: DownloadsDep,
     range_request: RangeRequestDep,
 ) -> Response:
     """Fetch up to 25 small frames in a grid, like the video.
 
     The job's `video.spritesheet` has the grid and the signed link. 404 if none could be made.
     """
-    job = _viewed_job(store, viewer, job_id)
-    return send_video(artifacts, job, range_request, VideoFile.SPRITESHEET)
+    return await downloads.send(
+        lambda: _viewed_job(store, viewer, job_id), range_request, VideoFile.SPRITESHEET
+    )
 
 
 def _viewed_job(store: JobStore, viewer: Principal | None, job_id: str) -> JobRecord:

@@ -12,6 +12,7 @@ from service.api.json_body import json_body
 from service.api.openapi import SIGN_IN, SIGN_IN_ANSWER, SIGN_OUT, problems
 from service.middleware.credentials import COOKIE, sent_credential, sent_key, sent_session
 from service.middleware.host_check import SESSION_PATH
+from service.middleware.request_log import client_address
 from service.schemas.session import SessionView
 
 router = APIRouter(tags=["session"])
@@ -32,7 +33,7 @@ async def sign_in(request: Request, app_state: AppStateDep, response: Response) 
     the caller had before is ended.
     """
     token = _key_in(await json_body(request)) if _has_body(request) else sent_key(request.headers)
-    address = "-" if request.client is None else request.client.host
+    address = client_address(request.scope)
     principal, session = await run_in_threadpool(app_state.gate.sign_in, token, address)
     if session is not None:
         earlier = sent_session(request.headers)

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,39 @@ def test_links_leave_no_signature(lines: list[dict[str, Any]]) -> None:
 def test_what_is_not_about_a_request_has_no_request(lines: list[dict[str, Any]]) -> None:
     listening = next(each for each in lines if each["message"].startswith("listening on"))
     assert set(listening) == {"time", "level", "logger", "message"}
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_forwarded_addresses_and_paths_cannot_forge_lines(
+    redis_url: str, tmp_path: Path, log_format: str
+) -> None:
+    environment = {
+        "REDIS_URL": redis_url,
+        "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
+        "SERVICE_PORT": "0",
+        "LOG_FORMAT": log_format,
+    }
+    forged = b"\x1b[2J\x07\x7f\x85\x9b31m evil"
+    with service(**environment) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if "listening on" in line)
+        port = int(address_in(first).rpartition(":")[2])
+        for target, address in (
+            (b"/healthz", b"x" + forged),
+            (b"/healthz", b"y" * 20_000),
+            (b"/%0A%1b[2J%c2%85%e2%80%a8", b"203.0.113.9"),
+            (b"/" + b"z" * 20_000, b"203.0.113.9"),
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(
+                    b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                    b"User-Agent: " + forged + b"\r\nX-Forwarded-For: " + address + b"\r\n\r\n"
+                )
+                assert client.recv(12) in (b"HTTP/1.1 200", b"HTTP/1.1 404")
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=20)
+    found = [line for line in rest.splitlines() if "service.access" in line]
+    assert len(found) == 4
+    assert all(line.isprintable() for line in rest.splitlines())
+    assert all(len(line) < 600 for line in found)
+    assert "203.0.113.9" in found[-1]
