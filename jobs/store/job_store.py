@@ -28,11 +28,12 @@ from jobs.errors import (
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
-from jobs.spec import GenerationRequest, shown
+from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
 from jobs.store.recovery import lost_attempt_args
 from jobs.store.submission import Idempotency, Submission
+from jobs.violations import shown
 
 logger = logging.getLogger(__name__)
 

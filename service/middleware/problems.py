@@ -23,9 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from jobs import errors
-from jobs.spec import shown
 from jobs.state import JobState
 from jobs.store.job_store import LIMIT_BOUND
+from jobs.violations import shown
 from service.middleware.request_log import request_headers
 from service.middleware.security_headers import security_headers
 from service.schemas.problem import FieldProblem, Problem

@@ -44,7 +44,16 @@ CHECK_EVERY_S = 0.1
 # Players guess the colours of untagged video from its height. The options suffice for ffmpeg 4;
 # newer versions drop two of them where the frames say nothing, so a filter tags the frames, and
 # another the stream. The flags of `scale` round exactly, and give the same numbers on every CPU.
-_TAGS = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv".split()
+_TAGS = [
+    "-colorspace",
+    "bt709",
+    "-color_primaries",
+    "bt709",
+    "-color_trc",
+    "bt709",
+    "-color_range",
+    "tv",
+]
 _TO_BT709 = (
     "scale=out_color_matrix=bt709:out_range=tv:"
     "flags=bicubic+accurate_rnd+full_chroma_int+bitexact,format=yuv420p,"

@@ -12,7 +12,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect
 
 from jobs.errors import InvalidSpec
-from jobs.spec import shown
+from jobs.violations import shown
 from service.api.json_body import json_body
 
 FORM: Final = "multipart/form-data"

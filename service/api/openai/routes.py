@@ -11,9 +11,10 @@ from fastapi import APIRouter, Depends, Query, Response
 from jobs import ids
 from jobs.errors import InvalidSpec, JobNotFound, RecordUnreadable
 from jobs.record import JobRecord
-from jobs.spec import GenerationRequest, shown
+from jobs.spec import GenerationRequest
 from jobs.store.deletion import delete_job
 from jobs.store.job_store import MAX_PAGE
+from jobs.violations import shown
 from service.api.deps import AppStateDep, IdempotencyKeyDep, KeyDep
 from service.api.openai.body import video_fields
 from service.api.openai.job_progress import video_statuses
