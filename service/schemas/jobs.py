@@ -162,7 +162,7 @@ class WebhookView(WebhookStatus):
 class QueueView(BaseModel):
     """The position of a queued job."""
 
-    position: int = Field(description="How many jobs go before it.")
+    position: int = Field(description="How many jobs of its queue run or wait before it.")
     starts_in_s: float | None = Field(
         description="An estimate from measured jobs; null where none like those before it was "
         "measured yet."
