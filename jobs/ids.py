@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 
 from jobs.errors import InvalidSpec, JobNotFound
-from jobs.spec import shown
+from jobs.violations import shown
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TIMED_ID = re.compile(r"[0-9a-f]{32}")

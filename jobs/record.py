@@ -82,11 +82,14 @@ class Video(_Part):
     """The result: the artifact's key and a description of the file.
 
     The pictures are None where they could not be made, and in records of before they were.
+    `frames_sha256` is the hash of the frames before the encoding (docs/api.md); None in records of
+    before it was computed.
     """
 
     key: str
     bytes: int = Field(ge=1)
     sha256: str
+    frames_sha256: str | None = None
     width: int
     height: int
     num_frames: int

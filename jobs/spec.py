@@ -6,24 +6,31 @@ with all violations at once. It never rounds a value.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.geometry import is_frame_count, parse_size
 from jobs.text_rules import cleaned, first_disallowed, is_visible
+from jobs.violations import from_pydantic, more_unknown_fields, not_one_of, outside, shown
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**63 - 1
+MAX_DRAWN_SEED = 2**32 - 1
+"""A drawn seed is at most this, so that JavaScript, whose numbers have 53 bits, reads it right."""
 MIN_GUIDANCE_SCALE = 1.0
 """1 switches guidance off. The pipeline would treat lower values as 1, so they are refused."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_URL_CHARS = 2048
-MAX_SHOWN_CHARS = 80
-"""How many characters of an invalid string an error shows."""
 MAX_UNKNOWN_FIELDS = 20
 """How many unknown fields an error lists; a body may contain tens of thousands."""
 
@@ -44,6 +51,16 @@ _BOUNDS = {
     "model": "the name of a served model",
     "webhook_url": "an https address of a host that this service may call",
 }
+_REMEDIES = {"seed": "leave it out for a random one"}
+
+
+def _whole(value: object) -> object:
+    """Take 7.0 for 7, as JSON does. Larger floats are refused: they may have been rounded."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= 2**53
+    return int(value) if is_whole and isinstance(value, float) else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class GenerationBody(BaseModel):
@@ -82,10 +99,10 @@ class GenerationBody(BaseModel):
         default=None, description="WIDTHxHEIGHT in pixels, one of the model's sizes."
     )
     # Not bounded here: a refusal of these two names the model's bounds, which are narrower.
-    num_frames: int | None = Field(
+    num_frames: _Whole | None = Field(
         default=None, description="A count of the form 4k+1.", json_schema_extra={"minimum": 1}
     )
-    num_inference_steps: int | None = Field(default=None, json_schema_extra={"minimum": 1})
+    num_inference_steps: _Whole | None = Field(default=None, json_schema_extra={"minimum": 1})
     guidance_scale: float | None = Field(
         default=None,
         ge=MIN_GUIDANCE_SCALE,
@@ -93,8 +110,12 @@ class GenerationBody(BaseModel):
         allow_inf_nan=False,
         description="1 is no guidance, and twice as fast.",
     )
-    seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="Drawn at random and recorded if missing."
+    seed: _Whole | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="Drawn at random and recorded if missing; at most 2^32 - 1 then. JavaScript "
+        "reads numbers above 2^53 rounded.",
     )
     model: Annotated[str, StringConstraints(pattern=MODEL_PATTERN)] | None = Field(
         default=None, description="May be left out while one model is served."
@@ -110,8 +131,8 @@ class GenerationBody(BaseModel):
 class GenerationRequest(BaseModel):
     """A complete request: every choice is made, the seed included.
 
-    Running it twice on one device gives the same video. On another kind of device, or with another
-    number of CPU threads, the last bits of its numbers may differ.
+    Running it twice on one device gives the same file. On another kind of device, or with another
+    number of CPU threads, the last bits of its numbers may differ (docs/api.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
@@ -176,7 +197,8 @@ def resolve_json(
     try:
         return resolve(GenerationBody.model_validate(raw), catalog, count_tokens, check_webhook)
     except ValidationError as error:
-        violations = [_violation(each) for each in error.errors()]
+        bounds = _BOUNDS | _offered(catalog)
+        violations = [from_pydantic(each, bounds, _REMEDIES) for each in error.errors()]
     if more > 0:
         violations.append(more_unknown_fields(more, _BOUNDS))
     if not isinstance(raw, Mapping):
@@ -224,14 +246,14 @@ def _offers_for(
     """
     model = body.model
     if model is None and len(catalog.models) > 1:
-        violations.append(_not_one_of("model", model, catalog.models, "has to be named"))
+        violations.append(not_one_of("model", model, catalog.models, "has to be named"))
         return [], None
     if model is None:
         model = catalog.models[0] if catalog.models else None
     known_models = {name for name, _ in catalog.known} | set(catalog.models)
     if model is not None and model not in known_models:
         if known_models:
-            violations.append(_not_one_of("model", model, sorted(known_models), "is not known"))
+            violations.append(not_one_of("model", model, sorted(known_models), "is not known"))
         return [], _nothing_live(catalog)
     of_model = [offer for offer in catalog.offers if offer.model.name == model]
     serving = [offer for offer in of_model if offer.serves(body.mode or offer.model.default_mode)]
@@ -239,7 +261,7 @@ def _offers_for(
         return serving, None
     known = {mode for name, mode in catalog.known if model in (None, name)}
     if body.mode is not None and known and body.mode not in known:
-        violations.append(_not_one_of("mode", body.mode, sorted(known), "is not known"))
+        violations.append(not_one_of("mode", body.mode, sorted(known), "is not known"))
     return of_model, _not_served(model, body.mode, catalog)
 
 
@@ -279,15 +301,15 @@ def _webhook_violations(
 def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Violation]:
     """Find what is out of this model's bounds; an absent field never is."""
     if body.size is not None and body.size not in model.sizes:
-        yield _not_one_of("size", body.size, model.sizes, "is not offered")
+        yield not_one_of("size", body.size, model.sizes, "is not offered")
     frames = body.num_frames
     if frames is not None and (
         not is_frame_count(frames) or not model.min_frames <= frames <= model.max_frames
     ):
-        yield _outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
+        yield outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
     steps = body.num_inference_steps
     if steps is not None and not 1 <= steps <= model.max_steps:
-        yield _outside("num_inference_steps", steps, f"1 to {model.max_steps}")
+        yield outside("num_inference_steps", steps, f"1 to {model.max_steps}")
 
 
 def _length_violations(
@@ -347,52 +369,22 @@ def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
         "guidance_scale": model.default_guidance_scale,
     }
     values |= body.model_dump(exclude_none=True, exclude={"webhook_url"})
+    if values["guidance_scale"] <= MIN_GUIDANCE_SCALE and body.negative_prompt is None:
+        values["negative_prompt"] = ""  # the model's own would have no effect
     if body.seed is None:
-        values["seed"] = secrets.randbelow(MAX_SEED + 1)
+        values["seed"] = secrets.randbelow(MAX_DRAWN_SEED + 1)
     return GenerationRequest.model_validate(values | {"model": model.name})
 
 
-def shown(value: object) -> object:
-    """Make an invalid value fit for an error message: short, valid Unicode, and a JSON value."""
-    if value is None or (isinstance(value, int | float) and abs(value) < 10**18):
-        return value
-    text = value if isinstance(value, str) else repr(value)
-    cut = text[:MAX_SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
-    return cut if len(text) <= MAX_SHOWN_CHARS else f"{cut}… ({len(text)} characters)"
-
-
-def more_unknown_fields(number: int, fields: Iterable[str]) -> Violation:
-    """Build one violation for all unknown fields that are not listed one by one."""
-    names = ", ".join(fields)
-    detail = f"{number} more names are not fields; the fields are {names}."
-    return Violation("body", None, f"an object with the fields {names}", detail)
-
-
-def _violation(error: ErrorDetails) -> Violation:
-    """Convert a pydantic error to a violation."""
-    field = str(shown(".".join(map(str, error["loc"])))) if error["loc"] else "body"
-    fields = f"the fields {', '.join(_BOUNDS)}"
-    bound = _BOUNDS.get(field, f"an object with {fields}")
-    if error["type"] == "missing":
-        return Violation(field, None, bound, f"{field} is missing; it takes {bound}.")
-    if error["type"] == "extra_forbidden":
-        name = field or "The empty name"
-        detail = f"{name} is not a field; the fields are {', '.join(_BOUNDS)}."
-        return Violation(field, shown(error["input"]), f"one of {fields}", detail)
-    value = shown(error["input"]) if error["loc"] else None
-    return Violation(field, value, bound, f"{field} takes {bound}: {error['msg']}.")
-
-
-def _outside(field: str, value: object, bound: str) -> Violation:
-    text = shown(value)
-    return Violation(field, text, bound, f"{field} is {text}, which is not {bound}.")
-
-
-def _not_one_of(field: str, value: object, allowed: object, why: str) -> Violation:
-    names = ", ".join(map(str, allowed)) if isinstance(allowed, list | tuple) else str(allowed)
-    bound = f"one of {names}"
-    subject = field if value is None else f"{field} {value}"
-    return Violation(field, value, bound, f"{subject} {why}; use {bound}.")
+def _offered(catalog: Catalog) -> dict[str, str]:
+    """List what the live workers offer, where any do, as the bounds of the fields that name it."""
+    sizes = dict.fromkeys(size for offer in catalog.offers for size in offer.model.sizes)
+    offered = {
+        "mode": sorted({mode.name for offer in catalog.offers for mode in offer.modes}),
+        "size": list(sizes),
+        "model": catalog.models,
+    }
+    return {field: f"one of {', '.join(names)}" for field, names in offered.items() if names}
 
 
 def _nothing_live(catalog: Catalog) -> ModeNotServed:

@@ -21,6 +21,7 @@ from service.api.deps import AppState
 from service.api.downloads import Downloads
 from service.api.events.hub import EventHub
 from service.api.openai import errors as openai_errors
+from service.api.openai import models as openai_models
 from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
 from service.api.routes import events, health, jobs, models, operations, session
@@ -37,6 +38,7 @@ from service.maintenance.tasks import background_tasks
 from service.middleware import problems
 from service.middleware.body_limit import BodyLimit
 from service.middleware.cors import Cors
+from service.middleware.head import HeadAsGet
 from service.middleware.host_check import HostCheck, OriginCheck
 from service.middleware.request_log import RequestLog
 from service.middleware.security_headers import SecurityHeaders
@@ -122,7 +124,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    api = (jobs, events, videos, models, session, operations, health)
+    api = (jobs, events, videos, openai_models, models, session, operations, health)
     for routes in (*api, api_docs, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
@@ -147,6 +149,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
     """Add the checks before the routes. The middleware that is added last runs first."""
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(
         OriginCheck, public_url=settings.public_url, allowed_origins=settings.origins

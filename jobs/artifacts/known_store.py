@@ -121,6 +121,10 @@ class KnownArtifactStore:
         self._verify_now_and_then()
         yield from self._store.read(key, start, end)
 
+    def signed_url(self, key: str, method: str, valid_s: int) -> str | None:
+        self._verify_now_and_then()
+        return self._store.signed_url(key, method, valid_s)
+
     def delete(self, key: str) -> None:
         self.verify()
         self._store.delete(key)

@@ -24,12 +24,13 @@ from jobs.errors import (
     StaleAttempt,
 )
 from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Video
-from jobs.spec import GenerationRequest, shown
+from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import recovery, rq_entry, scripts
 from jobs.store.listing import JobPage, Listing, Query
 from jobs.store.recovery import LEASE_S
 from jobs.store.submission import Idempotency, Submission, conflict
+from jobs.violations import shown
 
 MAX_PAGE = 200
 """The most records of one page of `JobStore.list`."""

@@ -55,6 +55,7 @@ _NAMES: Final = {
     "IDEMPOTENCY_TTL_S": redis_keys.IDEMPOTENCY_TTL_S,
     "FORMAT": redis_keys.FORMAT,
     "INDEX": redis_keys.INDEX_PREFIX,
+    "MAX_TAKEN": 31,  # of the oldest waiting jobs, so many are looked at besides the first
     "METRICS": redis_keys.METRICS,
     "RECORD": redis_keys.RECORD_PREFIX,
     "RECORD_TTL_S": redis_keys.RECORD_TTL_S,

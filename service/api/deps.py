@@ -18,6 +18,7 @@ from jobs.store.webhook_outbox import Outbox
 from service.api.downloads import Downloads
 from service.api.events.hub import EventHub
 from service.api.json_body import json_body
+from service.api.known_query import refuse_unknown_parameters
 from service.auth.admission import Admission
 from service.auth.gate import Gate, Principal, listed_owner, require_ops
 from service.auth.sessions import SessionStore
@@ -113,11 +114,15 @@ BearerDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 # `_bearer` is there for the OpenAPI document, to which `service/api/openapi.py` adds the cookie.
 async def _principal(request: Request, _bearer: BearerDep) -> Principal:
-    return await _app_state_of(request).admission.admit(sent_credential(request.headers))
+    principal = await _app_state_of(request).admission.admit(sent_credential(request.headers))
+    refuse_unknown_parameters(request)
+    return principal
 
 
 async def _key_principal(request: Request, _bearer: BearerDep) -> Principal:
-    return await _app_state_of(request).admission.admit(sent_key(request.headers))
+    principal = await _app_state_of(request).admission.admit(sent_key(request.headers))
+    refuse_unknown_parameters(request)
+    return principal
 
 
 PrincipalDep = Annotated[Principal, Depends(_principal)]
@@ -155,6 +160,7 @@ def _viewer(file: VideoFile) -> Callable[..., Awaitable[Principal | None]]:
                 if sent_credential(request.headers) is None:
                     raise
             else:
+                refuse_unknown_parameters(request)
                 return None
         return await _principal(request, bearer)
 

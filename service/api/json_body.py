@@ -11,8 +11,10 @@ from fastapi import HTTPException, Request
 from starlette.requests import ClientDisconnect
 
 from jobs.errors import InvalidSpec
+from jobs.violations import shown
 
 _UNREADABLE: Final = "There was an error parsing the body: "
+_NOT_JSON: Final = "The body is not JSON: "
 
 
 class HugeInteger:
@@ -29,31 +31,58 @@ async def json_body(request: Request) -> Any:
     """Read and parse the body.
 
     Raises:
-        InvalidSpec: its content type is not JSON, or it is not JSON.
-        HTTPException: 400 if it is not UTF-8 or nested too deeply, or if the caller disconnected.
+        InvalidSpec: it is not JSON, or an object in it has a field twice.
+        HTTPException: 415 if its content type is not JSON, or if it is compressed; 400 if it is not
+            UTF-8 or nested too deeply, or if the caller disconnected.
     """
+    refuse_encoded(request)
     if not _is_json(request.headers.get("content-type", "")):
-        raise InvalidSpec.of(
-            "body",
-            None,
-            "application/json",
-            "The body is not marked as JSON; send it with Content-Type: application/json.",
-        )
+        detail = "The body is not marked as JSON; send it with Content-Type: application/json."
+        raise HTTPException(415, detail)
     try:
-        return json.loads(await request.body(), parse_int=_integer)
+        return json.loads(
+            await request.body(),
+            parse_int=_integer,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_object,
+        )
     except json.JSONDecodeError as error:
-        raise InvalidSpec.of(
-            "body",
-            None,
-            "a JSON object",
-            f"The body is not JSON: {error.msg} at character {error.pos}.",
-        ) from error
+        # Some of these messages end with "at", for a place that follows.
+        said = error.msg.removesuffix(" at")
+        raise _not_json(f"{said} at character {error.pos}.") from error
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"{_UNREADABLE}it is not UTF-8.") from error
     except RecursionError as error:
         raise HTTPException(400, f"{_UNREADABLE}it is nested too deeply.") from error
     except ClientDisconnect as error:
         raise HTTPException(400, f"{_UNREADABLE}it ended early.") from error
+
+
+def refuse_encoded(request: Request) -> None:
+    """Refuse a compressed body. Raises HTTPException with status 415."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        detail = "The body is compressed or otherwise encoded; send it without Content-Encoding."
+        raise HTTPException(415, detail, {"Accept-Encoding": "identity"})
+
+
+def _not_json(why: str) -> InvalidSpec:
+    return InvalidSpec.of("body", None, "a JSON object", _NOT_JSON + why)
+
+
+def _refuse_constant(name: str) -> None:
+    raise _not_json(f"{name} is no number in JSON; write a finite number, or leave the field out.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its fields. Of two with one name, readers disagree which counts."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        field = str(shown(twice))
+        raise InvalidSpec.of(field, None, "one value", f"{field} is given twice; give it once.")
+    return fields
 
 
 def _is_json(content_type: str) -> bool:

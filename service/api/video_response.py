@@ -1,13 +1,15 @@
 """Send a finished video or a picture of it from any store, with ranges and conditional requests.
 
 RFC 9110 lets a server ignore a Range header with several ranges, and players ask for one; a caller
-that asks for several gets the whole file. There is no Last-Modified, so only the ETag is compared.
+that asks for several gets the whole file. A unit other than bytes is ignored, as it says, too.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import format_datetime, parsedate_to_datetime
 from itertools import chain
 from typing import Annotated
 
@@ -64,6 +66,9 @@ class RangeRequest:
     range_header: str | None
     if_range: str | None
     if_none_match: str | None
+    if_match: str | None
+    if_modified_since: str | None
+    if_unmodified_since: str | None
 
 
 def _range_request(
@@ -72,7 +77,16 @@ def _range_request(
     if_range: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> RangeRequest:
-    return RangeRequest(request.method == "HEAD", range_header, if_range, if_none_match)
+    headers = request.headers
+    return RangeRequest(
+        is_head=request.method == "HEAD",
+        range_header=range_header,
+        if_range=if_range,
+        if_none_match=if_none_match,
+        if_match=headers.get("if-match"),
+        if_modified_since=headers.get("if-modified-since"),
+        if_unmodified_since=headers.get("if-unmodified-since"),
+    )
 
 
 RangeRequestDep = Annotated[RangeRequest, Depends(_range_request)]
@@ -90,7 +104,8 @@ def send_video(
         VideoNotReady: the job has no video, or none yet.
         PictureNotMade: the video has no such picture.
         VideoGone: the artifact is missing, or is not the one that was stored.
-        HTTPException: 400 or 416 for a range that cannot be read or served.
+        HTTPException: 400 or 416 for a range that cannot be read or served; 412 if the caller
+            wants another version of the file.
     """
     stored = stored_file(job, file)
     if artifacts.size(stored.key) != stored.bytes:
@@ -101,16 +116,23 @@ def send_video(
         )
     answer: type[FileStream] = VideoResponse if file is VideoFile.VIDEO else PictureResponse
     etag = f'"{stored.sha256}"'
+    modified = format_datetime(_modified_at(job), usegmt=True)
     # A job's files never change; they may only disappear.
-    headers = {"etag": etag, "cache-control": "private, max-age=3600"}
-    cached = (range_request.if_none_match or "").split(",")
-    if {tag.strip().removeprefix("W/") for tag in cached} & {etag, "*"}:
+    headers = {
+        "etag": etag,
+        "last-modified": modified,
+        "cache-control": "private, max-age=3600",
+    }
+    if _wants_another(range_request, etag, _modified_at(job)):
+        detail = f"The {file} is not the one that If-Match or If-Unmodified-Since asks for."
+        raise HTTPException(412, detail, headers)
+    if _has_it(range_request, etag, _modified_at(job)):
         return Response(status_code=304, headers=headers)
     headers |= {
         "accept-ranges": "bytes",
         "content-disposition": f'inline; filename="{_name(job.id, file)}"',
     }
-    part = _part(range_request, etag, stored.bytes)
+    part = _part(range_request, (etag, modified), stored.bytes)
     start, end = part or (0, stored.bytes)
     headers["content-length"] = str(end - start)
     if range_request.is_head:
@@ -153,14 +175,56 @@ def stored_file(job: JobRecord, file: VideoFile) -> Video | Picture:
     return stored
 
 
-def _part(range_request: RangeRequest, etag: str, size: int) -> tuple[int, int] | None:
-    """Return the range to send, end exclusive, or None for the whole file."""
+def _modified_at(job: JobRecord) -> datetime:
+    """Return when the job's files were made, in whole seconds, as HTTP has it."""
+    return (job.finished_at or job.created_at).astimezone(UTC).replace(microsecond=0)
+
+
+def _wants_another(asked: RangeRequest, etag: str, modified: datetime) -> bool:
+    """Return whether the file does not fit If-Match or, where that is missing, its date."""
+    if asked.if_match is not None:
+        # Compared strongly: weak tags never match.
+        return not {tag.strip() for tag in asked.if_match.split(",")} & {etag, "*"}
+    since = _date(asked.if_unmodified_since)
+    return since is not None and modified > since
+
+
+def _has_it(asked: RangeRequest, etag: str, modified: datetime) -> bool:
+    """Return whether the caller has the file, by If-None-Match or, where missing, its date."""
+    if asked.if_none_match is not None:
+        tags = {tag.strip().removeprefix("W/") for tag in asked.if_none_match.split(",")}
+        return bool(tags & {etag, "*"})
+    since = _date(asked.if_modified_since)
+    return since is not None and modified <= since
+
+
+def _date(text: str | None) -> datetime | None:
+    """Read a date of HTTP; None if there is none, or it cannot be read and is to be ignored."""
+    try:
+        found = parsedate_to_datetime(text or "")
+    except (ValueError, OverflowError):
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _part(
+    range_request: RangeRequest, validators: tuple[str, str], size: int
+) -> tuple[int, int] | None:
+    """Return the range to send, end exclusive, or None for the whole file.
+
+    Args:
+        validators: the file's ETag and Last-Modified, one of which If-Range has to be.
+    """
     header = range_request.range_header
-    if header is None or range_request.is_head or range_request.if_range not in (None, etag):
+    if header is None or range_request.is_head:
+        return None
+    if range_request.if_range not in (None, *validators):
         return None
     unit, _, ranges = header.partition("=")
+    if unit.strip().lower() != "bytes":
+        return None
     found = [_RANGE.fullmatch(each.strip()) for each in ranges.split(",")]
-    if unit.strip().lower() != "bytes" or None in found:
+    if None in found:
         raise _unreadable()
     if len(found) > 1:
         return None

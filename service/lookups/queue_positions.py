@@ -35,11 +35,14 @@ class CachedQueuePositions:
             return self._positions.of(jobs, self._workers())
         return {}
 
-    def at(self, queue: str, position: int) -> QueuePosition:
-        """Describe a known position; without the time until its start if Redis does not answer."""
+    def at(self, queue: str, waiting: int) -> QueuePosition:
+        """Find the position of a job behind so many waiting ones.
+
+        If Redis does not answer, what runs is not counted, and the start is unknown.
+        """
         with _redis_errors_logged():
-            return self._positions.at(queue, position, self._workers()[queue])
-        return QueuePosition(position, None)
+            return self._positions.at(queue, waiting, self._workers()[queue])
+        return QueuePosition(waiting, None)
 
     def _workers(self) -> Counter[str]:
         return Counter(offer.queue for offer in self._catalog.get().offers)

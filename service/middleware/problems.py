@@ -23,9 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from jobs import errors
-from jobs.spec import shown
 from jobs.state import JobState
 from jobs.store.job_store import LIMIT_BOUND
+from jobs.violations import said, shown
 from service.middleware.request_log import request_headers
 from service.middleware.security_headers import security_headers
 from service.schemas.problem import FieldProblem, Problem
@@ -138,7 +138,9 @@ _PLAIN = {
     400: ("bad_request", "The request cannot be read"),
     404: ("not_found", "Nothing is found at this address"),
     405: ("method_not_allowed", "This address does not take this method"),
+    412: ("precondition_failed", "The file is another one by now"),
     413: ("body_too_large", "The body is too large"),
+    415: ("unsupported_media_type", "The body is in a format that is not taken"),
     416: ("range_not_satisfiable", "The range lies beyond the video"),
     421: ("misdirected_request", "This service is not known by that name"),
 }
@@ -184,7 +186,7 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
         field = ".".join(map(str, each["loc"][1:]))
         value = shown(each["input"])
         bound = _PARAMETERS.get(field, each["msg"])
-        detail = f"{field} is {value}, which is not {bound}."
+        detail = f"{field} is {said(value)}, which is not {bound}."
         violations.append(errors.Violation(field, value, bound, detail))
     refused = errors.InvalidSpec(violations)
     return response(request.app, from_error(refused, request.url.path))
@@ -228,12 +230,18 @@ async def _on_anything_else(request: Request, error: Exception) -> Response:
     )
 
 
-def allowed_methods(request: Request) -> str:
-    """List the methods of every route to the request's path, for the Allow header."""
-    path = request.scope["path"]
+def methods_at(app: FastAPI, path: str) -> set[str]:
+    """Collect the methods of every route to a path."""
     found: set[str] = set()
-    for route in iter_route_contexts(request.app.routes):
+    for route in iter_route_contexts(app.routes):
         pattern, _, _ = compile_path(route.path or "")
         if route.methods and pattern.match(path):
             found |= set(route.methods)
-    return ", ".join(sorted(found))
+    return found
+
+
+def allowed_methods(request: Request) -> str:
+    """List the methods that the request's path takes, for the Allow header."""
+    found = methods_at(request.app, request.scope["path"])
+    # See `service/middleware/head.py`.
+    return ", ".join(sorted(found | ({"HEAD"} if "GET" in found else set())))

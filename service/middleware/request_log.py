@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs import logs
 from jobs.ids import is_id
 from jobs.logs import LogFormat
-from jobs.spec import shown
+from jobs.violations import shown
 from service.middleware.log_throttle import throttle_noisy_loggers
 from service.monitoring.http_metrics import HttpMetrics
 

@@ -52,6 +52,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
         "?expires=1795360500&signature=0b9c1f6c0d4e8f2a7b5d3c1e9f8a6b4c2d0e1f3a5b7c9d8e6f4a2b0c1d3e5f7a",
         "bytes": 18231,
         "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        "frames_sha256": "d2a84f4b8b650937ec8f73cd8be2c74add5a911ba64df27458ed8229da804a26",
         "width": 96,
         "height": 96,
         "num_frames": 17,
@@ -113,7 +114,11 @@ class VideoView(BaseModel):
         description="Absolute, honours Range, and opens the video without a key until it expires."
     )
     bytes: int
-    sha256: str
+    sha256: str = Field(description="Of the file.")
+    frames_sha256: str | None = Field(
+        description="SHA-256 of the line `rgb24 FRAMES HEIGHT WIDTH` with a line feed, then of all "
+        "RGB24 bytes of the frames before the encoding. Null for older videos."
+    )
     width: int
     height: int
     num_frames: int
@@ -157,7 +162,7 @@ class WebhookView(WebhookStatus):
 class QueueView(BaseModel):
     """The position of a queued job."""
 
-    position: int = Field(description="How many jobs go before it.")
+    position: int = Field(description="How many jobs of its queue run or wait before it.")
     starts_in_s: float | None = Field(
         description="An estimate from measured jobs; null where none like those before it was "
         "measured yet."

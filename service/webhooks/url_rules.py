@@ -17,7 +17,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Final, Self
 
 from jobs.errors import Violation
-from jobs.spec import MAX_URL_CHARS, shown
+from jobs.spec import MAX_URL_CHARS
+from jobs.violations import shown
 
 SCHEME_PORTS: Final = {"https": 443, "http": 80}
 ENTRY_BOUND: Final = "a host, like hooks.example.com, *.example.com or hooks.example.com:8443"

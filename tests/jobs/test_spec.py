@@ -7,7 +7,8 @@ import pytest
 
 from jobs.catalog import Catalog, ModelOffer, WorkerOffer, queue_name
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
-from jobs.spec import MAX_SEED, GenerationBody, resolve, resolve_json, shown
+from jobs.spec import MAX_DRAWN_SEED, MAX_SEED, GenerationBody, resolve, resolve_json
+from jobs.violations import shown
 
 
 def catalog_of(*offers: WorkerOffer, waiting: dict[str, int] | None = None) -> Catalog:
@@ -44,7 +45,7 @@ def test_defaults_come_from_the_model(offer: WorkerOffer, model: ModelOffer) -> 
         "guidance_scale": 4.0,
         "model": "wan-mini",
     }
-    assert 0 <= request.seed <= MAX_SEED
+    assert 0 <= request.seed <= MAX_DRAWN_SEED
 
 
 def test_missing_seeds_differ(offer: WorkerOffer) -> None:
@@ -99,19 +100,19 @@ BAD = [
     ("negative_prompt", "y" * 201, "at most 200 characters"),
     ("negative_prompt", "\x07", "control characters"),
     ("mode", "int4", "one of bf16, w8a8"),
-    ("mode", "BF16", "1 to 32 lower-case"),
-    ("mode", "", "1 to 32 lower-case"),
-    ("mode", "a" * 33, "1 to 32 lower-case"),
-    ("mode", "bf16\n", "1 to 32 lower-case"),
+    ("mode", "BF16", "one of bf16, w8a8"),
+    ("mode", "", "one of bf16, w8a8"),
+    ("mode", "a" * 33, "one of bf16, w8a8"),
+    ("mode", "bf16\n", "one of bf16, w8a8"),
     ("size", "96x64", "one of 96x96, 64x96"),
-    ("size", "96 x 96", "WIDTHxHEIGHT"),
-    ("size", "096x96", "WIDTHxHEIGHT"),
-    ("size", [96, 96], "WIDTHxHEIGHT"),
+    ("size", "96 x 96", "one of 96x96, 64x96"),
+    ("size", "096x96", "one of 96x96, 64x96"),
+    ("size", [96, 96], "one of 96x96, 64x96"),
     ("num_frames", 16, "4k+1 from 5 to 17"),
     ("num_frames", 21, "4k+1 from 5 to 17"),
     ("num_frames", 1, "4k+1 from 5 to 17"),
     ("num_frames", -3, "4k+1 from 5 to 17"),
-    ("num_frames", 17.0, "4k+1"),
+    ("num_frames", 17.5, "4k+1"),
     ("num_frames", "17", "4k+1"),
     ("num_frames", True, "4k+1"),
     ("num_inference_steps", 0, "1 to 50"),
@@ -122,11 +123,13 @@ BAD = [
     ("guidance_scale", float("nan"), "1 to 20"),
     ("guidance_scale", float("inf"), "1 to 20"),
     ("guidance_scale", "4", "1 to 20"),
-    ("seed", -1, "0 to 4294967295"),
-    ("seed", MAX_SEED + 1, "0 to 4294967295"),
-    ("seed", 1.5, "0 to 4294967295"),
+    ("seed", -1, "0 to 9223372036854775807"),
+    ("seed", MAX_SEED + 1, "0 to 9223372036854775807"),
+    ("seed", 1.5, "0 to 9223372036854775807"),
+    ("seed", 2.0**53 + 2, "0 to 9223372036854775807"),
+    ("seed", True, "0 to 9223372036854775807"),
     ("model", "wan-14b", "one of wan-mini"),
-    ("model", "../etc", "served model"),
+    ("model", "../etc", "one of wan-mini"),
     ("steps", 5, "fields prompt, negative_prompt"),
     ("\ud800", 5, "fields prompt, negative_prompt"),
     ("", 5, "fields prompt, negative_prompt"),
@@ -278,8 +281,51 @@ def test_worker_that_takes_more_tokens_is_chosen(offer: WorkerOffer) -> None:
     assert resolve(GenerationBody(prompt="a b c d"), catalog, words)[1] == long.queue
 
 
+WORDED = [
+    (
+        {"seed": -1},
+        "seed is -1, which is not a whole number from 0 to 9223372036854775807; leave it out for a "
+        "random one.",
+    ),
+    ({"mode": "W8A8"}, "mode is W8A8, which is not one of bf16, w8a8."),
+    ({"mode": "int4"}, "mode int4 is not known; use one of bf16, w8a8."),
+    ({"size": "large"}, "size is large, which is not one of 96x96, 64x96."),
+    ({"size": None, "prompt": None}, "prompt is null, which is not text with at least one "),
+    ({"num_frames": True}, "num_frames is true, which is not a whole number of the form 4k+1."),
+    ({"num_frames": [17]}, "num_frames is [17], which is not a whole number of the form 4k+1."),
+    ({"mode": {"a": None}}, 'mode is {"a": null}, which is not one of bf16, w8a8.'),
+    ({"guidance_scale": 21}, "guidance_scale is 21, which is not a number from 1 to 20."),
+]
+
+
+@pytest.mark.parametrize(("changes", "detail"), WORDED, ids=lambda v: ascii(v)[:24])
+def test_a_refusal_is_one_sentence_in_the_words_of_json(
+    offer: WorkerOffer, changes: dict[str, object], detail: str
+) -> None:
+    (found,) = violations({"prompt": "x"} | changes, catalog_of(offer))
+    assert found.detail.startswith(detail)
+
+
+def test_a_body_that_is_no_object_names_no_class(offer: WorkerOffer) -> None:
+    (found,) = violations([], catalog_of(offer))
+    assert found.detail.startswith("The body is not a JSON object; its fields are prompt, ")
+
+
+def test_a_whole_number_may_have_a_decimal_point(offer: WorkerOffer) -> None:
+    raw = {"prompt": "x", "seed": 7.0, "num_frames": 17.0, "num_inference_steps": 2e1}
+    request, _ = resolve_json(raw, catalog_of(offer))
+    assert (request.seed, request.num_frames, request.num_inference_steps) == (7, 17, 20)
+    assert all(isinstance(each, int) for each in (request.seed, request.num_frames))
+
+
+def test_without_guidance_the_models_own_negative_prompt_is_left_out(offer: WorkerOffer) -> None:
+    for given, expected in (({}, ""), ({"negative_prompt": "dark"}, "dark")):
+        raw = {"prompt": "x", "guidance_scale": 1} | given
+        assert resolve_json(raw, catalog_of(offer))[0].negative_prompt == expected
+
+
 def test_shown_values_are_short_valid_text() -> None:
     assert shown("x" * 500) == "x" * 80 + "… (500 characters)"
     assert shown("\ud800") == "\\ud800"
-    assert shown(float("nan")) == "nan"
+    assert shown(float("nan")) == "NaN"
     assert isinstance(shown(10**40), str)

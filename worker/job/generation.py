@@ -123,6 +123,7 @@ def _encode_and_store(
         key=key,
         bytes=encoded.bytes,
         sha256=encoded.sha256,
+        frames_sha256=encoded.frames_sha256,
         width=target.width,
         height=target.height,
         num_frames=target.num_frames,
@@ -177,11 +178,13 @@ def _report_last_frame(frames: Generator[Frame], control: JobProgress) -> Iterat
 
 
 def video_metadata(engine: Engine, record: JobRecord) -> dict[str, object]:
-    """Collect the job, the model, the mode and every setting; of the prompts only their hashes."""
+    """Collect the model, the mode and every setting; of the prompts only their hashes.
+
+    Nothing differs between two jobs with the same request, so their files are the same.
+    """
     request = record.request
     modes = {mode.name: mode for mode in engine.modes}
     return {
-        "job_id": record.id,
         "prompt_sha256": hashlib.sha256(request.prompt.encode()).hexdigest(),
         "negative_prompt_sha256": hashlib.sha256(request.negative_prompt.encode()).hexdigest(),
         "model": request.model,

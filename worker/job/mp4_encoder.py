@@ -1,9 +1,12 @@
 """Encode frames into an H.264 MP4 while they arrive.
 
 The file plays everywhere (yuv420p, tagged BT.709), and playback can start before the whole file is
-downloaded (faststart). Its `comment` is a JSON object with the job, the model and all settings, so
-that a video found on any disk can be traced to its job. It holds the prompt's hash and not the
-prompt, because videos are passed on to people who should not read the prompt.
+downloaded (faststart). Its `comment` is a JSON object with the model and all settings, so that a
+video found on any disk can be made again. It holds the prompt's hash and not the prompt, because
+videos are passed on to people who should not read the prompt.
+
+The same frames and settings give the same bytes: nothing in the file names the job, the time or
+the version of ffmpeg's libraries, and the number of the encoder's threads is fixed.
 
 ffmpeg comes from imageio-ffmpeg. Its own frame writer is not used: it waits for the encoder when a
 job is cancelled, and resizes odd sizes silently.
@@ -31,6 +34,8 @@ from worker.interface import Frame
 
 # Visually lossless for the eye at any size; the miniature's 17 frames take a few kilobytes.
 CRF = 17
+THREADS = 4
+"""x264's output depends on their number, so it is not left to the number of cores."""
 STALLED_S = 120.0
 """ffmpeg counts as hanging when it has read no byte of a frame, or not finished the file, for this
 long."""
@@ -40,6 +45,29 @@ CHECK_EVERY_S = 0.1
 _FOLDER = re.compile(r"(?:/[^/\s:]+)+/")
 
 _REMEDY = "Install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264."
+
+# Players guess the colours of untagged video from its height. The options suffice for ffmpeg 4;
+# newer versions drop two of them where the frames say nothing, so a filter tags the frames, and
+# another the stream. The flags of `scale` round exactly, and give the same numbers on every CPU.
+_TAGS = [
+    "-colorspace",
+    "bt709",
+    "-color_primaries",
+    "bt709",
+    "-color_trc",
+    "bt709",
+    "-color_range",
+    "tv",
+]
+_TO_BT709 = (
+    "scale=out_color_matrix=bt709:out_range=tv:"
+    "flags=bicubic+accurate_rnd+full_chroma_int+bitexact,format=yuv420p,"
+    "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+)
+_BT709_IN_STREAM = (
+    "h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1:"
+    "video_full_range_flag=0"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +82,15 @@ class VideoFormat:
 
 @dataclass(frozen=True, slots=True)
 class EncodedVideo:
-    """A finished file. `waited_s` is how long the caller of `encode_mp4` waited for ffmpeg."""
+    """A finished file. `waited_s` is how long the caller of `encode_mp4` waited for ffmpeg.
+
+    `frames_sha256` is the hash of the frames before the encoding: see `frames_hash`.
+    """
 
     path: Path
     bytes: int
     sha256: str
+    frames_sha256: str
     waited_s: float
 
 
@@ -86,10 +118,12 @@ def encode_mp4(
     """
     waited_s = 0.0
     count = 0
+    digest = frames_hash(video)
     with tempfile.TemporaryFile() as log, _ffmpeg(path, video, title, metadata, log) as process:
         try:
             for frame in frames:
                 _check_frame(frame, count, video)
+                digest.update(frame.reshape(-1).data)
                 started = time.perf_counter()
                 _write(process, frame, log, check)
                 waited_s += time.perf_counter() - started
@@ -104,8 +138,18 @@ def encode_mp4(
             process.kill()
             raise
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return EncodedVideo(path, path.stat().st_size, digest, waited_s)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return EncodedVideo(path, path.stat().st_size, sha256, digest.hexdigest(), waited_s)
+
+
+def frames_hash(video: VideoFormat) -> hashlib._Hash:
+    """Start the SHA-256 of a video's frames: over the line with their shape, then their bytes.
+
+    The line is ASCII: `rgb24 FRAMES HEIGHT WIDTH` and a line feed. The bytes are those of the
+    frames in order, row by row, three per pixel.
+    """
+    shape = f"rgb24 {video.num_frames} {video.height} {video.width}\n"
+    return hashlib.sha256(shape.encode())
 
 
 def _ffmpeg(
@@ -114,12 +158,10 @@ def _ffmpeg(
     command = [_find_ffmpeg(), "-y", "-hide_banner", "-loglevel", "error"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{video.width}x{video.height}"]
     command += ["-r", str(video.fps), "-i", "pipe:0", "-an"]
-    # Players guess from the height whether untagged video is BT.601 or BT.709, which may change
-    # its colours.
-    command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"]
-    command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
-    command += ["-c:v", "libx264", "-preset", "medium", "-crf", str(CRF)]
-    command += ["-movflags", "+faststart", "-metadata", f"title={title}"]
+    command += ["-vf", _TO_BT709, *_TAGS, "-c:v", "libx264", "-preset", "medium", "-crf", str(CRF)]
+    command += ["-threads", str(THREADS), "-bsf:v", _BT709_IN_STREAM, "-fflags", "+bitexact"]
+    # ffmpeg before 4.4 writes the atom `colr` only if it is asked to.
+    command += ["-movflags", "+faststart+write_colr", "-metadata", f"title={title}"]
     command += ["-metadata", f"comment={json.dumps(metadata, sort_keys=True)}", str(path)]
     # In its own process group: on Ctrl-C in a terminal the worker finishes its job, so the signal
     # must not reach ffmpeg either. Unbuffered: a write returns when the pipe has taken the bytes,

@@ -1,7 +1,8 @@
 -- Estimates when the waiting jobs of a queue will start.
 -- ARGV: queue, number of workers that serve it, number of waiting jobs to examine.
--- Returns seconds as text: first what each further job adds, then the start of each position from 0
--- on. The list ends before a position that is behind a job whose shape was never measured.
+-- Returns as text: how many jobs run or are being taken by a worker, then seconds: what each further
+-- job adds, and the start of each position from 0 on. The list ends before a position that is behind
+-- a job whose shape was never measured.
 local queue, workers, examined = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 
 local durations = {}
@@ -32,26 +33,34 @@ local function left(other)
 end
 
 -- Each job goes to the worker that is free first, as in the queue.
-local free_in = {}
-for _, other in ipairs(redis.call('ZRANGE', '@INDEX@running', 0, -1)) do
-  if redis.call('HGET', record_of(other), 'queue') == queue then
-    local seconds = left(other)
-    if not seconds then return { '0' } end
-    free_in[#free_in + 1] = seconds
+local free_in, busy, is_known = {}, 0, true
+local function occupy(other, estimate)
+  if redis.call('HGET', record_of(other), 'queue') ~= queue then return end
+  local seconds = estimate(other)
+  busy, is_known = busy + 1, is_known and seconds
+  free_in[#free_in + 1] = seconds
+end
+for _, other in ipairs(redis.call('ZRANGE', '@INDEX@running', 0, -1)) do occupy(other, left) end
+-- A worker that takes a job removes it from the list some milliseconds before it claims it.
+local list = '@RQ_QUEUE@' .. queue
+if redis.call('ZCARD', '@INDEX@queued') > redis.call('LLEN', list) then
+  for _, other in ipairs(redis.call('ZRANGE', '@INDEX@queued', 0, @MAX_TAKEN@)) do
+    if not redis.call('LPOS', list, other) then occupy(other, expected) end
   end
 end
+if workers == 0 or not is_known then return { tostring(busy), '0' } end
 while #free_in < workers do free_in[#free_in + 1] = 0 end
 table.sort(free_in)
-local answer, sum = { '0', tostring(free_in[1]) }, 0
+local answer, sum = { tostring(busy), '0', tostring(free_in[1]) }, 0
 if examined > 0 then
-  for number, other in ipairs(redis.call('LRANGE', '@RQ_QUEUE@' .. queue, 0, examined - 1)) do
+  for number, other in ipairs(redis.call('LRANGE', list, 0, examined - 1)) do
     local seconds = expected(other)
     if not seconds then break end
     sum = sum + seconds
     free_in[1] = free_in[1] + seconds
     table.sort(free_in)
     answer[#answer + 1] = tostring(free_in[1])
-    answer[1] = tostring(sum / number / #free_in)
+    answer[2] = tostring(sum / number / #free_in)
   end
 end
 return answer

@@ -12,8 +12,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect
 
 from jobs.errors import InvalidSpec
-from jobs.spec import shown
-from service.api.json_body import json_body
+from jobs.violations import shown
+from service.api.json_body import json_body, refuse_encoded
 
 FORM: Final = "multipart/form-data"
 # More than there are fields, so that unknown fields can be named in the answer.
@@ -36,9 +36,11 @@ async def video_fields(request: Request) -> Any:
     """Read the body of a request: any JSON, or the fields of a form by name.
 
     Raises:
-        InvalidSpec: the body is neither, or a form has a field twice.
-        HTTPException: 400 for a body that cannot be read.
+        InvalidSpec: a form or an object has a field twice, or the body is no JSON.
+        HTTPException: 415 for a body that is marked as neither or is compressed; 400 for one that
+            cannot be read.
     """
+    refuse_encoded(request)
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != FORM:
         return await json_body(request)
     try:

@@ -19,10 +19,9 @@ from jobs.spec import (
     CheckWebhook,
     CountTokens,
     GenerationRequest,
-    more_unknown_fields,
     resolve_json,
-    shown,
 )
+from jobs.violations import more_unknown_fields, shown
 
 PASSED_ON: Final = (
     "prompt",

@@ -3,19 +3,22 @@
 They are programs, so a key is needed: a session's cookie opens nothing here.
 """
 
+import time
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from jobs import ids
 from jobs.errors import InvalidSpec, JobNotFound, RecordUnreadable
 from jobs.record import JobRecord
-from jobs.spec import GenerationRequest, shown
+from jobs.redis_keys import RECORD_TTL_S
+from jobs.spec import GenerationRequest
 from jobs.store.deletion import delete_job
 from jobs.store.job_store import MAX_PAGE
-from service.api.deps import AppStateDep, IdempotencyKeyDep, KeyDep
+from jobs.violations import shown
+from service.api.deps import AppState, AppStateDep, IdempotencyKeyDep, KeyDep
 from service.api.openai.body import video_fields
 from service.api.openai.job_progress import video_statuses
 from service.api.openai.openapi import POLL_HEADER, VIDEO_ANSWER, create_answers, errors, video_body
@@ -24,7 +27,7 @@ from service.api.openai.schemas import VideoDeleted, VideoList, VideoObject
 from service.api.openapi import ANY_FILE_RESPONSES
 from service.api.submit import REPLAYED_HEADER, accept
 from service.api.video_response import RangeRequestDep, VideoResponse
-from service.auth.gate import listed_owner, visible_job
+from service.auth.gate import Principal, listed_owner, visible_job
 from service.schemas.video_url import VideoFile
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
@@ -78,7 +81,7 @@ def list_videos(
 ) -> VideoList:
     """Page through the jobs of the last 30 days: one's own, or everybody's for ops."""
     owner = listed_owner(principal, None)
-    cursor = None if after is None else _cursor(after)
+    cursor = None if after is None else _cursor(after, principal, app_state)
     while True:
         page = app_state.store.list(
             owner=owner, limit=limit, cursor=cursor, oldest_first=order == "asc"
@@ -90,6 +93,20 @@ def list_videos(
     found = video_statuses(app_state, page.jobs)
     data = [VideoObject.of(job, found[job.id]) for job in page.jobs]
     return VideoList.of(data, has_more=cursor is not None)
+
+
+@router.post("/edits", include_in_schema=False)
+@router.post("/extensions", include_in_schema=False)
+@router.post("/characters", include_in_schema=False)
+@router.get("/characters/{character_id}", include_in_schema=False)
+@router.post("/{video_id}/remix", include_in_schema=False)
+async def not_supported(_: KeyDep) -> None:
+    """Answer 404 to what OpenAI's API has beside this: each works on a video, this on text."""
+    raise HTTPException(
+        404,
+        "Edits, extensions, characters and remixes of videos are not supported: this service makes "
+        "videos from text alone. Ask for a new one by POST /v1/videos.",
+    )
 
 
 @router.get(
@@ -165,9 +182,16 @@ def _video_file(variant: str) -> VideoFile:
         ) from None
 
 
-def _cursor(after: str) -> str:
+def _cursor(after: str, principal: Principal, app_state: AppState) -> str:
     try:
-        return ids.cursor_after(ids.checked(after))
+        visible_job(app_state.store, principal, after)
+    except RecordUnreadable:
+        pass  # it is there, and pages leave it out
     except JobNotFound as error:
+        made_at = ids.timestamp_of(after)
+        if made_at is not None and -RECORD_TTL_S < made_at - time.time() <= 0:
+            # It may have been deleted since the page before, as by who deletes while listing.
+            return ids.cursor_after(after)
         detail = f"after is {shown(after)}, which is not the id of a video; take last_id of a page."
         raise InvalidSpec.of("after", shown(after), "the id of a video", detail) from error
+    return ids.cursor_after(after)

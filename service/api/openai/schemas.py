@@ -83,7 +83,9 @@ class VideoObject(BaseModel):
     num_frames: int
     num_inference_steps: int
     guidance_scale: float
-    queue_position: int | None = Field(description="How many jobs go before this one, if it waits.")
+    queue_position: int | None = Field(
+        description="How many jobs run or wait before this one, if it waits."
+    )
     seconds_left: float | None = Field(description="Until the job's end, as far as is known.")
 
     @classmethod

@@ -9,6 +9,7 @@ from jobs import redis_keys
 from jobs.errors import InvalidSpec
 from service.api.deps import AppStateDep, PrincipalDep, public_url
 from service.api.json_body import json_body
+from service.api.known_query import refuse_unknown_parameters
 from service.api.openapi import SIGN_IN, SIGN_IN_ANSWER, SIGN_OUT, problems
 from service.middleware.credentials import COOKIE, sent_credential, sent_key, sent_session
 from service.middleware.host_check import SESSION_PATH
@@ -69,6 +70,7 @@ async def sign_out(
 
     With `all=true` every session of the caller's key ends; that needs a key or a session.
     """
+    refuse_unknown_parameters(request)
     if everywhere:
         principal = await app_state.admission.admit(sent_credential(request.headers))
         await run_in_threadpool(app_state.sessions.end_all, principal.id)

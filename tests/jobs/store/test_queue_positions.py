@@ -53,10 +53,44 @@ def test_running_jobs_count_with_the_seconds_they_have_left(
     assert first is not None
     assert first.starts_in_s == pytest.approx(2 * JOB_S, abs=5)
     store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=4.0))
-    assert position(redis, jobs[2], workers=1) == QueuePosition(1, 4 + JOB_S)
+    assert position(redis, jobs[2], workers=1) == QueuePosition(2, 4 + JOB_S)
+    assert position(redis, jobs[2], workers=0) == QueuePosition(2, None)
     assert position(redis, store.get(jobs[0].id), workers=1) is None
     # The record was read before a worker took the job.
-    assert position(redis, jobs[0], workers=1) is None
+    assert position(redis, jobs[0], workers=1) == QueuePosition(0, 0)
+
+
+def test_the_second_of_two_is_behind_the_first_at_every_moment(
+    redis: Redis, store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    """The estimate is cached for the first; the second comes within the second it is cached."""
+    durations.measure(redis, request_for_video, DURATIONS)
+    positions = QueuePositions(redis)
+    first = store.create(request_for_video, QUEUE)
+    assert positions.at(QUEUE, first.position or 0, workers=1) == QueuePosition(0, 0)
+    redis.lpop(Queue(QUEUE, connection=redis).key)  # a worker takes it, and has not claimed it yet
+    second = store.create(request_for_video, QUEUE)
+    assert second.position == 0
+    assert positions.at(QUEUE, 0, workers=1) == QueuePosition(1, JOB_S)
+    assert positions.of([second.job], {QUEUE: 1}) == {second.job.id: QueuePosition(1, JOB_S)}
+    assert positions.of([first.job], {QUEUE: 1}) == {first.job.id: QueuePosition(0, 0)}
+    attempt = store.claim(first.job.id, "w")
+    store.progress(attempt, Progress(stage=Stage.VAE, step=1, steps=2, seconds_left=22.0))
+    assert QueuePositions(redis).at(QUEUE, 0, workers=1) == QueuePosition(1, 22)
+    store.cancelled(attempt)
+    assert positions.at(QUEUE, 0, workers=1) == QueuePosition(0, 0)
+
+
+def test_what_runs_in_another_queue_does_not_count(
+    redis: Redis, store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    durations.measure(redis, request_for_video, DURATIONS)
+    other = store.create(request_for_video, "other").job
+    redis.lpop(Queue("other", connection=redis).key)
+    job = store.create(request_for_video, QUEUE).job
+    assert position(redis, job, workers=1) == QueuePosition(0, 0)
+    store.claim(other.id, "w")
+    assert position(redis, job, workers=1) == QueuePosition(0, 0)
 
 
 def test_many_jobs_of_several_queues_at_once(
@@ -143,7 +177,7 @@ def test_the_estimate_of_a_queue_is_cached_and_the_position_is_not(
     assert positions.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
     durations.measure(redis, request_for_video, Durations(1.0, 1.0))
     assert positions.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(1, JOB_S)
-    redis.lpop(Queue(QUEUE, connection=redis).key)
+    JobStore(redis).cancel(jobs[0].id)
     assert positions.of([jobs[1]], {QUEUE: 1})[jobs[1].id] == QueuePosition(0, 0)
     # The cached estimate does not cover this position, so a new one is made.
     found = positions.of([jobs[5]], {QUEUE: 1})[jobs[5].id]

@@ -126,13 +126,26 @@ def test_list_shows_places_and_goes_past_what_cannot_be_read(
     [
         *(("limit", each) for each in ("0", "201", "x", "")),
         *(("order", each) for each in ("up", "ASC", "")),
-        *(("after", each) for each in ("", "../x", "a" * 65, "\x00", "é")),
+        *(("after", each) for each in ("", "../x", "a" * 65, "\x00", "é", "video_123")),
+        *(("after", each) for each in ("0" * 32, "f" * 32)),
     ],
 )
 def test_bad_parameters_are_named(client: TestClient, name: str, value: str) -> None:
     error = error_of(client.get("/v1/videos", params={name: value}), 400)
     assert (error["param"], error["code"]) == (name, "invalid_spec")
     assert error["message"].startswith(f"{name} is {value}")
+
+
+def test_the_page_after_a_deleted_video_is_still_there(
+    client: TestClient, make_job: MakeJob
+) -> None:
+    """Who lists and deletes, as a loop over `client.videos.list()` does, misses nothing."""
+    ids = [make_job().id for _ in range(3)]
+    page = client.get("/v1/videos", params={"limit": 1}).json()
+    assert page["last_id"] == ids[2]
+    assert client.delete(f"/v1/videos/{ids[2]}").status_code == 200
+    page = client.get("/v1/videos", params={"limit": 1, "after": ids[2]}).json()
+    assert page["last_id"] == ids[1]
 
 
 def test_content_is_the_video_whole_or_in_parts(client: TestClient, make_job: MakeJob) -> None:
@@ -148,7 +161,7 @@ def test_content_is_the_video_whole_or_in_parts(client: TestClient, make_job: Ma
     beyond = client.get(path, headers={"range": "bytes=9999-"})
     assert error_of(beyond, 416)["code"] == "range_not_satisfiable"
     assert beyond.headers["content-range"] == f"bytes */{len(VIDEO_BYTES)}"
-    assert error_of(client.get(path, headers={"range": "x"}), 400)["code"] == "bad_request"
+    assert error_of(client.get(path, headers={"range": "bytes=x"}), 400)["code"] == "bad_request"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +244,7 @@ def test_unknown_videos(client: TestClient, name: str) -> None:
         ("GET", "/v1/videos/", 404, "not_found"),
         ("PUT", "/v1/videos", 405, "method_not_allowed"),
         ("POST", "/v1/videos/a", 405, "method_not_allowed"),
-        ("POST", "/v1/videos/a/remix", 404, "not_found"),
+        ("GET", "/v1/models/sora-2", 404, "not_found"),
     ],
 )
 def test_routing_errors_have_the_shape(
@@ -242,6 +255,41 @@ def test_routing_errors_have_the_shape(
         code,
         "not_found_error" if status == 404 else "invalid_request_error",
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/videos/edits"),
+        ("POST", "/v1/videos/extensions"),
+        ("POST", "/v1/videos/characters"),
+        ("GET", "/v1/videos/characters/char_1"),
+        ("POST", "/v1/videos/01a2/remix"),
+    ],
+)
+def test_what_openai_has_beside_this_is_not_supported(
+    client: TestClient, method: str, path: str
+) -> None:
+    error = error_of(client.request(method, path), 404)
+    assert error["type"] == "not_found_error"
+    assert "not supported" in error["message"]
+
+
+def test_models_are_the_modes_that_are_served(client: TestClient, live_worker: WorkerOffer) -> None:
+    assert client.get("/v1/models").json()["object"] == "list"
+    models = client.get("/v1/models").json()["data"]
+    assert [each["id"] for each in models] == ["wan-mini:bf16", "wan-mini:w8a8"]
+    assert [each["mode"] for each in models if each["is_default"]] == ["bf16"]
+    for model in models:
+        assert model["object"] == "model"
+        assert model["created"] == int(live_worker.started_at.timestamp())
+        assert client.get(f"/v1/models/{model['id']}").json() == model
+        made = client.post("/v1/videos", json={"prompt": "x", "model": model["id"]}).json()
+        assert (made["model"], made["mode"]) == (model["id"], model["mode"])
+
+
+def test_without_workers_there_are_no_models(client: TestClient) -> None:
+    assert client.get("/v1/models").json() == {"object": "list", "data": []}
 
 
 def test_other_paths_keep_their_problem_documents(client: TestClient) -> None:

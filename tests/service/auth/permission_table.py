@@ -70,6 +70,17 @@ ROWS: Final[dict[str, Row]] = {
     "DELETE /v1/videos/{video_id}": Row(Policy.OWN_JOB, "delete a job and its video"),
     "GET /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "fetch a video or a picture of it"),
     "HEAD /v1/videos/{video_id}/content": Row(Policy.OWN_JOB, "ask whether there is a video"),
+    "POST /v1/videos/edits": Row(Policy.KEY, "be told that it is not supported", done=404),
+    "POST /v1/videos/extensions": Row(Policy.KEY, "be told that it is not supported", done=404),
+    "POST /v1/videos/characters": Row(Policy.KEY, "be told that it is not supported", done=404),
+    "GET /v1/videos/characters/{character_id}": Row(
+        Policy.KEY, "be told that it is not supported", done=404
+    ),
+    "POST /v1/videos/{video_id}/remix": Row(
+        Policy.KEY, "be told that it is not supported", done=404
+    ),
+    "GET /v1/models": Row(Policy.KEY, "see what is offered"),
+    "GET /v1/models/{model}": Row(Policy.KEY, "see what one mode is"),
     "GET /models": Row(Policy.KEY, "see what is offered"),
     "POST /session": Row(Policy.KEY, "sign in"),
     "GET /session": Row(Policy.KEY, "ask who one is"),

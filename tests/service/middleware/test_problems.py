@@ -61,10 +61,10 @@ def test_plain_http_errors(
     ("path", "allowed"),
     [
         ("/generate", "POST"),
-        ("/jobs/a", "DELETE, GET"),
+        ("/jobs/a", "DELETE, GET, HEAD"),
         ("/jobs/a/video.mp4", "GET, HEAD"),
-        ("/v1/videos", "GET, POST"),
-        ("/v1/videos/a", "DELETE, GET"),
+        ("/v1/videos", "GET, HEAD, POST"),
+        ("/v1/videos/a", "DELETE, GET, HEAD"),
     ],
 )
 def test_405_names_every_method_of_the_path(client: TestClient, path: str, allowed: str) -> None:

@@ -101,6 +101,27 @@ def test_a_job_becomes_a_stored_video(
     assert rq_job(redis, record.id).get_status() is JobStatus.FINISHED
 
 
+def test_the_same_request_gives_the_same_bytes(
+    run: Callable[..., JobRecord], artifacts: FolderArtifactStore
+) -> None:
+    first, second = run().video, run().video
+    assert first is not None
+    assert second is not None
+    for one, other in zip(first.keys, second.keys, strict=True):
+        assert one != other
+        assert artifacts.path(one).read_bytes() == artifacts.path(other).read_bytes()
+    assert first.frames_sha256 == second.frames_sha256
+    frames = np.full((9, 32, 64, 3), REQUEST.seed, np.uint8).tobytes()
+    assert first.frames_sha256 == hashlib.sha256(b"rgb24 9 32 64\n" + frames).hexdigest()
+
+
+def test_another_seed_gives_other_frames(run: Callable[..., JobRecord]) -> None:
+    first, second = run().video, run(seed=REQUEST.seed + 1).video
+    assert first is not None
+    assert second is not None
+    assert first.frames_sha256 != second.frames_sha256
+
+
 def test_a_job_has_pictures_of_its_frames(
     store: JobStore, redis: Redis, each_artifacts_url: str, tmp_path: Path
 ) -> None:
@@ -177,8 +198,9 @@ def test_the_file_names_what_made_it_but_not_the_prompt(
     record = run(prompt=SECRET)
     assert record.video is not None
     data = artifacts.path(record.video.key).read_bytes()
-    for text in (record.id, "recipe-1", '"seed": 200', hashlib.sha256(SECRET.encode()).hexdigest()):
+    for text in ("recipe-1", '"seed": 200', hashlib.sha256(SECRET.encode()).hexdigest()):
         assert text.encode() in data
+    assert record.id.encode() not in data, "the same request gives the same file"
     assert SECRET.encode() not in data
 
 

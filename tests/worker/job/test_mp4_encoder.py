@@ -1,9 +1,12 @@
 """Test that frames become a file that every player takes, and that failures are clear."""
 
 import hashlib
+import itertools
 import json
+import os
 import re
 import shlex
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +63,8 @@ def test_file_is_h264_yuv420p_with_every_frame_at_its_rate(tmp_path: Path) -> No
     path = tmp_path / "video.mp4"
     done = encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
     output = ffmpeg_output(path)
-    assert re.search(r"Video: h264 .*yuv420p\(tv, bt709", output), output
+    # ffmpeg names one standard if matrix, primaries and transfer are of the same, else all three.
+    assert re.search(r"Video: h264 .*yuv420p\(tv, bt709(, progressive)?\)", output), output
     assert re.search(r"96x64.* 8 fps", output), output
     assert imageio_ffmpeg.count_frames_and_secs(str(path)) == (17, pytest.approx(17 / 8, abs=0.01))
     assert done.bytes == path.stat().st_size
@@ -73,6 +77,98 @@ def test_pictures_survive_the_encoding(tmp_path: Path) -> None:
     encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
     for got, sent in zip(decoded(path), gradient(17), strict=True):
         assert np.abs(got.astype(int) - sent.astype(int)).mean() < 4
+
+
+def boxes(data: bytes) -> dict[bytes, bytes]:
+    """The bodies of the boxes that lie side by side in a part of an MP4, by their types."""
+    found, at = {}, 0
+    while at < len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        found[name] = data[at + 8 : at + size]
+        at += size
+    return found
+
+
+def sample_entry(path: Path) -> dict[bytes, bytes]:
+    """The boxes in the description of the video's samples: its decoder, colours and ratio."""
+    data = path.read_bytes()
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd"):
+        data = boxes(data)[name]
+    # The entries follow a version and their number; boxes follow 78 bytes of fields.
+    return boxes(boxes(data[8:])[b"avc1"][78:])
+
+
+def test_the_container_has_all_three_colour_tags_and_limited_range(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
+    # ISO 14496-12: nclx, then primaries, transfer and matrix (1 is BT.709), and full range.
+    assert sample_entry(path)[b"colr"] == struct.pack(">4sHHHB", b"nclx", 1, 1, 1, 0)
+
+
+def test_the_stream_itself_has_the_tags(tmp_path: Path) -> None:
+    """Some players read the stream and not the container."""
+    path, stream = tmp_path / "video.mp4", tmp_path / "video.h264"
+    encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-c", "copy"]
+    subprocess.run([*command, "-f", "h264", str(stream)], check=True)
+    output = ffmpeg_output(stream)
+    assert re.search(r"Video: h264 .*yuv420p\(tv, bt709(, progressive)?\)", output), output
+
+
+PATCH_PX = 16
+
+
+def colour_chart() -> tuple[Frame, list[tuple[int, int, int]]]:
+    """Patches of flat colours, eight a row: all combinations of four levels."""
+    colours = list(itertools.product((0, 85, 170, 255), repeat=3))
+    rows = np.array(colours, np.uint8).reshape(8, 8, 3)
+    return np.repeat(np.repeat(rows, PATCH_PX, 0), PATCH_PX, 1), colours
+
+
+def in_rgb(planes: Frame, width: int, height: int) -> np.ndarray:
+    """Convert a frame in yuv420p by BT.709's own formulas, [H/2, W/2, 3] in levels of 0 to 255."""
+    luma, rest = np.split(planes.astype(float), [width * height])
+    y = luma.reshape(height // 2, 2, width // 2, 2).mean((1, 3))
+    y = (y - 16) / 219
+    blue, red = (rest.reshape(2, height // 2, width // 2) - 128) / 224
+    r, b = y + 1.5748 * red, y + 1.8556 * blue
+    return np.stack([r, (y - 0.2126 * r - 0.0722 * b) / 0.7152, b], -1) * 255
+
+
+def test_colours_come_back_within_two_levels(tmp_path: Path) -> None:
+    chart, colours = colour_chart()
+    width = height = 8 * PATCH_PX
+    path = tmp_path / "video.mp4"
+    video = VideoFormat(width, height, 5, 8)
+    encode_mp4([chart] * 5, path, video, "a title", {}, never_stop)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
+    command += ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-"]
+    data = subprocess.run(command, capture_output=True, check=True).stdout
+    for planes in np.frombuffer(data, np.uint8).reshape(5, -1):
+        shown = in_rgb(planes, width, height)
+        # Without the edges, where chroma at half the resolution mixes two patches.
+        patches = shown.reshape(8, PATCH_PX // 2, 8, PATCH_PX // 2, 3)[:, 2:-2, :, 2:-2]
+        means = patches.mean((1, 3)).reshape(-1, 3)
+        assert np.abs(means - colours).max() <= 2
+
+
+def test_the_same_frames_give_the_same_bytes_on_any_number_of_cores(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.mp4", tmp_path / "two.mp4"]
+    cores = os.sched_getaffinity(0)
+    format_ = VideoFormat(320, 240, 17, 8)
+    try:
+        for path, used in zip(paths, (cores, {min(cores)}), strict=True):
+            os.sched_setaffinity(0, used)  # ffmpeg inherits it, and x264 counts these
+            encode_mp4(gradient(17, 320, 240), path, format_, "a title", {"seed": 7}, never_stop)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_the_hash_of_the_frames_is_that_of_their_shape_and_bytes(tmp_path: Path) -> None:
+    done = encode_mp4(gradient(17), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
+    data = b"rgb24 17 64 96\n" + b"".join(frame.tobytes() for frame in gradient(17))
+    assert done.frames_sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_playback_can_start_before_the_file_is_whole(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Word the violations of a request: what was given, what would be accepted, and what to do."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from pydantic_core import ErrorDetails
+
+from jobs.errors import Violation
+
+MAX_SHOWN_CHARS: Final = 80
+"""How many characters of an invalid value an error shows."""
+
+
+def shown(value: object) -> object:
+    """Make an invalid value fit for an error message: short, valid Unicode, and a JSON value."""
+    if value is None or (isinstance(value, int | float) and abs(value) < 10**18):
+        return value
+    text = value if isinstance(value, str) else _as_json(value)
+    cut = text[:MAX_SHOWN_CHARS].encode("utf-8", "backslashreplace").decode()
+    return cut if len(text) <= MAX_SHOWN_CHARS else f"{cut}… ({len(text)} characters)"
+
+
+def said(value: object) -> str:
+    """Write an invalid value into a sentence, as JSON has it; text goes without quotes."""
+    value = shown(value)
+    return value if isinstance(value, str) else _as_json(value)
+
+
+def more_unknown_fields(number: int, fields: Iterable[str]) -> Violation:
+    """Build one violation for all unknown fields that are not listed one by one."""
+    names = ", ".join(fields)
+    detail = f"{number} more names are not fields; the fields are {names}."
+    return Violation("body", None, f"an object with the fields {names}", detail)
+
+
+def outside(field: str, value: object, bound: str, remedy: str = "") -> Violation:
+    """Build the violation of a value that is not `bound`; `remedy` is added to the sentence."""
+    detail = f"{field} is {said(value)}, which is not {bound}{remedy and f'; {remedy}'}."
+    return Violation(field, shown(value), bound, detail)
+
+
+def not_one_of(field: str, value: object, allowed: Iterable[object], why: str) -> Violation:
+    """Build the violation of a value that is not `allowed`; None for a value that is missing."""
+    bound = f"one of {', '.join(map(str, allowed))}"
+    subject = field if value is None else f"{field} {said(value)}"
+    return Violation(field, shown(value), bound, f"{subject} {why}; use {bound}.")
+
+
+def from_pydantic(
+    error: ErrorDetails, bounds: Mapping[str, str], remedies: Mapping[str, str]
+) -> Violation:
+    """Convert an error of a body's model to a violation.
+
+    Args:
+        bounds: what each field takes.
+        remedies: what to do besides giving such a value, for some of the fields.
+    """
+    names = ", ".join(bounds)
+    if not error["loc"]:
+        detail = f"The body is not a JSON object; its fields are {names}."
+        return Violation("body", None, f"an object with the fields {names}", detail)
+    name = error["loc"][0]
+    field = str(shown(str(name)))
+    if error["type"] == "extra_forbidden":
+        detail = f"{field or 'The empty name'} is not a field; the fields are {names}."
+        return Violation(field, shown(error["input"]), f"one of the fields {names}", detail)
+    bound = bounds[field]
+    if error["type"] == "missing":
+        return Violation(field, None, bound, f"{field} is missing; it takes {bound}.")
+    return outside(field, error["input"], bound, remedies.get(field, ""))
+
+
+def _as_json(value: object) -> str:
+    """Write a value as JSON; what JSON has no form for (a huge number, a file) by its `repr`."""
+    try:
+        if isinstance(value, Mapping | list | tuple | str | int | float | None):
+            return json.dumps(value, ensure_ascii=False, default=repr)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+        return "too long to show"
+    return repr(value)
