@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.checkpoint import Checkpoint
+from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import resolve_sampler
 from quant.calibration.scales import check_scales, load_scales, save_scales
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
+_INTERRUPTED = 130  # as a shell says that Ctrl-C ended a command
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -46,8 +49,10 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
 ) -> None:
     """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
 
-    Size, frames, steps and text tokens default to what the model was trained for.
+    Size, frames, steps and text tokens default to what the model was trained for. After Ctrl-C or a
+    fault the same command goes on with the first prompt that was not finished.
     """
+    checkpoint = Checkpoint.beside(out)
     with _errors_as_sentences():
         if not out.absolute().parent.is_dir():
             raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
@@ -68,8 +73,17 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
             sampler=resolve_sampler(config, overrides),
         )
         pipe = load_pipeline(model, device)
-        scales = run_calibration(pipe, plan, on_prompt=_print_progress)
+        progress = CalibrationProgress(len(plan.prompts.prompts))
+        try:
+            scales = run_calibration(pipe, plan, progress, checkpoint)
+        except KeyboardInterrupt:
+            progress.close()
+            typer.echo("stopped: the same command goes on from here", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
+        finally:
+            progress.close()
         save_scales(scales, out)
+        checkpoint.delete()
     typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
 
 
@@ -145,7 +159,3 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
 def _print_tensors(done: int, total: int) -> None:
     if done % 100 == 0:
         typer.echo(f"tensor {done} of {total}", err=True)
-
-
-def _print_progress(done: int, total: int) -> None:
-    typer.echo(f"prompt {done} of {total}", err=True)
