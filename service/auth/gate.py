@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -69,17 +69,25 @@ class Gate:
     """Authenticates callers by their key or session. Safe to share between threads."""
 
     def __init__(
-        self, keys: KeyStore, rates: RateLimiter, sessions: SessionStore, *, may_be_open: bool
+        self,
+        keys: KeyStore,
+        rates: RateLimiter,
+        sessions: SessionStore,
+        *,
+        may_be_open: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the gate of one process.
 
         Args:
             may_be_open: whether only this machine can reach the service.
+            clock: returns seconds that only grow.
         """
         self._keys = keys
         self._rates = rates
         self._sessions = sessions
         self._may_be_open = may_be_open
+        self._clock = clock
         self._open_until = 0.0
         # By key id: when it expires, and the key.
         self._cached: OrderedDict[str, tuple[float, ApiKey]] = OrderedDict()
@@ -89,7 +97,7 @@ class Gate:
     @property
     def is_open(self) -> bool:
         """Whether the service was open when Redis was last read, less than `KEY_CACHED_S` ago."""
-        return time.monotonic() < self._open_until
+        return self._clock() < self._open_until
 
     @property
     def is_locked(self) -> bool:
@@ -163,7 +171,7 @@ class Gate:
             # Permanently: a Redis that loses its keys later must not open the service again.
             self._may_be_open = False
             return False
-        self._open_until = time.monotonic() + KEY_CACHED_S
+        self._open_until = self._clock() + KEY_CACHED_S
         return True
 
     def _proven(self, token: str) -> ApiKey:
@@ -196,10 +204,10 @@ class Gate:
     def _cached_key(self, key_id: str) -> ApiKey | None:
         with self._lock:
             until, key = self._cached.get(key_id, (0.0, None))
-        return key if time.monotonic() < until else None
+        return key if self._clock() < until else None
 
     def _read_again(self, key_id: str) -> ApiKey | None:
-        until = time.monotonic() + KEY_CACHED_S
+        until = self._clock() + KEY_CACHED_S
         key = self._keys.get(key_id)
         with self._lock:
             self._cached.pop(key_id, None)
@@ -210,7 +218,7 @@ class Gate:
         return key
 
     def _note_use(self, key_id: str) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if now < self._use_noted.get(key_id, 0.0):
             return
         self._use_noted[key_id] = now + USE_NOTED_EVERY_S

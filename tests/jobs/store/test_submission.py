@@ -166,6 +166,25 @@ def test_purging_a_running_job_waits_for_its_end(
     assert redis.zcard(redis_keys.DELETIONS) == 0
 
 
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING, JobState.CANCELLED])
+def test_purging_wakes_those_who_follow_the_job(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest, state: JobState
+) -> None:
+    """Their streams end at once, and not with a heartbeat."""
+    job_id = store.create(request_for_video, QUEUE).job.id
+    if state is JobState.RUNNING:
+        store.claim(job_id, "w")
+    elif state is JobState.CANCELLED:
+        store.cancel(job_id)
+    with redis.pubsub(ignore_subscribe_messages=True) as subscription:
+        subscription.subscribe(redis_keys.EVENTS_CHANNEL)
+        assert subscription.get_message(timeout=10) is None  # the confirmation
+        store.purge(job_id)
+        message = subscription.get_message(timeout=10)
+        assert message is not None
+        assert message["data"] == job_id.encode()
+
+
 def test_every_step_of_a_job_is_an_event(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:
