@@ -3,7 +3,7 @@
 `python -m tests.mutants.run [TEXT]` tries the mutants in mutants.toml, or those whose place or
 change contains TEXT. It works in a temporary copy of the tree and never in the checkout. First it
 runs all the tests it needs once on the copy as it is: a test that fails anyway notices nothing. It
-ends with status 1 if a mutant survived.
+ends with status 1 if a mutant survived, or does not fit the tree any more.
 """
 
 import argparse
@@ -41,23 +41,19 @@ class Mutant:
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
         return f"{self.file}: {old}  →  {new or '(nothing)'}"
 
-    def mutated(self, text: str) -> str:
-        """Return the file's text with the change; raises ValueError if its place is not clear."""
-        if text.count(self.old) != 1:
-            raise ValueError(f"{self.old!r} is {text.count(self.old)} times in {self.file}")
-        return text.replace(self.old, self.new)
+    def misfit(self, tree: Path) -> str | None:
+        """Return why it cannot be tried on a tree; None if it can."""
+        missing = [name for name in (self.file, *self.tests) if not (tree / name).exists()]
+        if missing:
+            return f"there is no {', '.join(missing)}"
+        places = (tree / self.file).read_text(encoding="utf-8").count(self.old)
+        return None if places == 1 else f"its line is there {places} times"
 
 
 def read_list(path: Path) -> list[Mutant]:
-    """Read a list of mutants; raises ValueError if one does not fit the tree."""
+    """Read a list of mutants."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
-    mutants = [Mutant(**each | {"tests": tuple(each["tests"])}) for each in entries]
-    for each in mutants:
-        each.mutated((ROOT / each.file).read_text(encoding="utf-8"))
-        missing = [test for test in each.tests if not (ROOT / test.partition("::")[0]).exists()]
-        if missing:
-            raise ValueError(f"there is no {', '.join(missing)}, which should notice: {each}")
-    return mutants
+    return [Mutant(**each | {"tests": tuple(each["tests"])}) for each in entries]
 
 
 @contextmanager
@@ -105,7 +101,7 @@ def is_noticed(tree: Path, mutant: Mutant) -> bool:
     """Return whether the mutant's tests fail with it; the copy is restored afterwards."""
     path = tree / mutant.file
     original = path.read_text(encoding="utf-8")
-    path.write_text(mutant.mutated(original), encoding="utf-8")
+    path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
         status = run_tests(tree, mutant.tests)
     finally:
@@ -125,6 +121,10 @@ def main() -> int:
         sys.exit(f"no mutant contains {text!r}")
     survived = 0
     with copy_of_the_tree() as tree:
+        misfits = {each: why for each in mutants if (why := each.misfit(tree)) is not None}
+        for mutant, why in misfits.items():
+            print(f"OUTDATED  {why}: {mutant}")  # noqa: T201
+        mutants = [each for each in mutants if each not in misfits]
         if run_tests(tree, sorted({test for each in mutants for test in each.tests})) != 0:
             sys.exit("the tests fail without any mutant: mend them first")
         for mutant in mutants:
@@ -133,9 +133,9 @@ def main() -> int:
             survived += not noticed
             outcome = "noticed " if noticed else "SURVIVED"
             print(f"{outcome} {time.monotonic() - begun:5.1f} s  {mutant}", flush=True)  # noqa: T201
-    share = 100 * (len(mutants) - survived) / len(mutants)
+    share = 100 * (len(mutants) - survived) / max(1, len(mutants))
     print(f"{len(mutants) - survived} of {len(mutants)} noticed: {share:.0f} %")  # noqa: T201
-    return survived > 0
+    return survived > 0 or bool(misfits)
 
 
 if __name__ == "__main__":

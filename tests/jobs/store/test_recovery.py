@@ -147,6 +147,17 @@ def test_a_job_taken_and_never_claimed_is_delivered_again(
     assert (job.attempts, job.lost) == (0, 0)
 
 
+def test_a_job_that_was_missing_once_is_not_missing_at_once_again(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    """A worker that claims late ends the search; the next time is judged by itself."""
+    redis.delete(Queue(QUEUE, connection=redis).key)
+    redis.hset(redis_keys.record(job_id), "missing_ms", 1)
+    store.release(store.claim(job_id, "worker-1"))
+    redis.delete(Queue(QUEUE, connection=redis).key)
+    assert recovery.run() == {}, "it has only just been seen"
+
+
 def test_a_waiting_job_is_never_missing(
     redis: Redis,
     store: JobStore,

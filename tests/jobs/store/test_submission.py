@@ -52,11 +52,14 @@ def test_the_same_key_with_another_body_is_refused(
     assert Queue(QUEUE, connection=redis).count == 1
 
 
+@pytest.mark.parametrize("running", [False, True])
 def test_a_key_whose_job_was_deleted_makes_a_new_one(
-    store: JobStore, request_for_video: GenerationRequest
+    store: JobStore, request_for_video: GenerationRequest, running: bool
 ) -> None:
     first = store.create(request_for_video, QUEUE, keyed("k", {})).job
-    store.purge(first.id)
+    if running:  # then its record stays until it has ended
+        store.claim(first.id, "w")
+    assert store.purge(first.id) is not running
     second = store.create(request_for_video, QUEUE, keyed("k", {}))
     assert not second.replayed
     assert second.job.id != first.id
