@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ from quant.calibration.checkpoint import Checkpoint
 from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import resolve_sampler
-from quant.calibration.scales import check_scales, load_scales, save_scales
+from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
 from quant.device import usable_device
 from quant.errors import QuantError, ScalesError
@@ -73,15 +73,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
             sampler=resolve_sampler(config, overrides),
         )
         pipe = load_pipeline(model, device)
-        progress = CalibrationProgress(len(plan.prompts.prompts))
-        try:
-            scales = run_calibration(pipe, plan, progress, checkpoint)
-        except KeyboardInterrupt:
-            progress.close()
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(_INTERRUPTED) from None
-        finally:
-            progress.close()
+        scales = _calibrate(pipe, plan, checkpoint)
         save_scales(scales, out)
         checkpoint.delete()
     typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
@@ -145,6 +137,19 @@ def _errors_as_sentences() -> Iterator[None]:
     except QuantError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _calibrate(pipe: Any, plan: CalibrationPlan, checkpoint: Checkpoint) -> Scales:
+    """Calibrate with a progress bar; Ctrl-C ends the command with one sentence."""
+    progress = CalibrationProgress(len(plan.prompts.prompts))
+    try:
+        return run_calibration(pipe, plan, progress, checkpoint)
+    except KeyboardInterrupt:
+        progress.close()
+        typer.echo("stopped: the same command goes on from here", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        progress.close()
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:

@@ -39,7 +39,7 @@ class Checkpoint:
         """Put what was kept into `statistics`; return how many prompts it covers, 0 without a file.
 
         Args:
-            identity: what the calibration depends on; one with another goes on with nothing.
+            identity: what the calibration depends on, by its name for people.
 
         Raises:
             CalibrationError: the file is damaged, or of another calibration.

@@ -137,9 +137,14 @@ def failing_stack(folder: Path, ends_every_s: float) -> tuple[Stack, Signals]:
 def test_a_worker_that_ends_again_and_again_is_given_up(tmp_path: Path) -> None:
     stack, _ = failing_stack(tmp_path, ends_every_s=19)
     reports: list[str] = []
+
+    def report(text: str) -> None:
+        reports.append(text)
+        assert len(reports) <= 3
+
     try:
         with pytest.raises(LocalError, match=r"no device.*, as the 3 started within the last 60 s"):
-            stack.supervise(reports.append)
+            stack.supervise(report)
     finally:
         stack.stop()
     assert len(reports) == 3

@@ -141,6 +141,14 @@ def test_a_session_ends_however_much_it_is_used(redis: Redis) -> None:
     assert time.monotonic() - begun > 0.9
 
 
+def test_redis_drops_a_session_at_its_latest_end(redis: Redis) -> None:
+    sessions = SessionStore(redis, idle_s=60, longest_s=10, renewed_every_s=0)
+    session = sessions.create("k", "s")
+    assert 5 < ttl_s(redis, session) <= 10
+    assert sessions.read(session) is not None
+    assert 5 < ttl_s(redis, session) <= 10
+
+
 def test_the_latest_end_holds_though_redis_still_has_the_session(redis: Redis) -> None:
     sessions = SessionStore(redis, idle_s=60, longest_s=0.2)
     session = sessions.create("k", "s")
