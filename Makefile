@@ -7,11 +7,15 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 # What `make generate` takes; the service chooses what is left empty.
 PROMPT ?= a small red circle moving right on a black background
 MODE   ?=
-SEED   ?=
+SIZE   ?=
+FRAMES ?=
 STEPS  ?=
+SEED   ?=
+GUIDANCE ?=
+NEGATIVE ?=
 OUT    ?= out.mp4
-# What `make demo` takes.
-PORT   ?= 8000
+# What `make demo` takes, besides the variables of docs/operations.md#environment.
+PORT   ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -22,18 +26,23 @@ help: ## list the targets
 
 install: $(VENV)/.dev ## install everything, development tools included
 
-demo: $(VENV)/.demo ## run the whole system here until Ctrl-C  [PORT=8000]
-	@$(BIN)/python -m deploy.local demo --port $(PORT)
+demo: export DEMO_PORT := $(value PORT)
+demo: $(VENV)/.demo ## run the whole system here until Ctrl-C  [PORT=8000, SERVICE_…=, WORKER_…=]
+	@$(BIN)/python -m deploy.local demo
 
-# A prompt may hold quotes, dollar signs and anything else: it travels unexpanded, through the
+# A text may hold quotes, dollar signs and anything else: it travels unexpanded, through the
 # environment, and no shell and no make ever reads it as code.
 generate: export GENERATE_PROMPT := $(value PROMPT)
 generate: export GENERATE_MODE := $(value MODE)
-generate: export GENERATE_SEED := $(value SEED)
+generate: export GENERATE_SIZE := $(value SIZE)
+generate: export GENERATE_FRAMES := $(value FRAMES)
 generate: export GENERATE_STEPS := $(value STEPS)
+generate: export GENERATE_SEED := $(value SEED)
+generate: export GENERATE_GUIDANCE := $(value GUIDANCE)
+generate: export GENERATE_NEGATIVE := $(value NEGATIVE)
 generate: export GENERATE_OUT := $(value OUT)
-unexport PROMPT MODE SEED STEPS OUT
-generate: $(VENV)/.demo ## prompt to MP4, start to finish  [PROMPT= MODE= SEED= STEPS= OUT=]
+unexport PROMPT MODE SIZE FRAMES STEPS SEED GUIDANCE NEGATIVE OUT PORT
+generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SEED= GUIDANCE= NEGATIVE= OUT=]
 	@$(BIN)/python -m deploy.local generate
 
 # Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.

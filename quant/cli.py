@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.checkpoint import Checkpoint
+from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import resolve_sampler
-from quant.calibration.scales import check_scales, load_scales, save_scales
+from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
 from quant.device import usable_device
 from quant.errors import QuantError, ScalesError
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
+_INTERRUPTED = 130  # as a shell says that Ctrl-C ended a command
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -49,8 +52,10 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
 ) -> None:
     """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
 
-    Size, frames, steps and text tokens default to what the model was trained for.
+    Size, frames, steps and text tokens default to what the model was trained for. After Ctrl-C or a
+    fault the same command goes on with the first prompt that was not finished.
     """
+    checkpoint = Checkpoint.beside(out)
     with _errors_as_sentences():
         if not out.absolute().parent.is_dir():
             raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
@@ -73,8 +78,9 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         )
         check_pipeline_weights(model)
         pipe = load_pipeline(model, device)
-        scales = run_calibration(pipe, plan, on_prompt=_print_progress)
+        scales = _calibrate(pipe, plan, checkpoint)
         save_scales(scales, out)
+        checkpoint.delete()
     typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
 
 
@@ -160,6 +166,19 @@ def _errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def _calibrate(pipe: Any, plan: CalibrationPlan, checkpoint: Checkpoint) -> Scales:
+    """Calibrate with a progress bar; Ctrl-C ends the command with one sentence."""
+    progress = CalibrationProgress(len(plan.prompts.prompts))
+    try:
+        return run_calibration(pipe, plan, progress, checkpoint)
+    except KeyboardInterrupt:
+        progress.close()
+        typer.echo("stopped: the same command goes on from here", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    finally:
+        progress.close()
+
+
 def _parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -172,7 +191,3 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
 def _print_tensors(done: int, total: int) -> None:
     if done % 100 == 0:
         typer.echo(f"tensor {done} of {total}", err=True)
-
-
-def _print_progress(done: int, total: int) -> None:
-    typer.echo(f"prompt {done} of {total}", err=True)

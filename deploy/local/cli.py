@@ -16,7 +16,8 @@ from rich.console import Console
 from deploy.local import client
 from deploy.local.console import JobBar, demo_text, stopping_text, summary
 from deploy.local.errors import Interrupted, LocalError
-from deploy.local.ports import find_free_port, require_free
+from deploy.local.ports import LOOPBACK, find_free_port, require_free
+from deploy.local.request_check import check_request
 from deploy.local.session import VAR, running_stack, throwaway_stack
 from deploy.local.signals import handle_signals
 from deploy.local.stack import WORKER_CONFIG, Stack, StackConfig
@@ -31,12 +32,20 @@ app = typer.Typer(
 _SIGNAL_EXIT = 128
 _DEMO_WORKER_GRACE_S = 120.0  # longer than the longest job of the miniature
 
-Config = Annotated[Path, typer.Option("--config", help="The worker's configuration.")]
+Config = Annotated[
+    Path, typer.Option("--config", envvar="WORKER_CONFIG", help="The worker's configuration.")
+]
 
 
 @app.command()
 def demo(
-    port: Annotated[int, typer.Option(help="Where the service listens.")] = 8000,
+    port: Annotated[
+        int, typer.Option(envvar=["DEMO_PORT", "SERVICE_PORT"], help="Where the service listens.")
+    ] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(envvar="SERVICE_HOST", help="The address; beyond loopback it needs a key."),
+    ] = LOOPBACK,
     folder: Annotated[Path, typer.Option(help="Keeps data and logs.")] = VAR / "demo",
     config: Config = WORKER_CONFIG,
 ) -> None:
@@ -45,7 +54,12 @@ def demo(
     with report_errors(), handle_signals() as signals:
         require_free(port, "service", "`make demo PORT=…`")
         stack_config = StackConfig(
-            folder.resolve(), port, find_free_port(), config, worker_grace_s=_DEMO_WORKER_GRACE_S
+            folder.resolve(),
+            port,
+            find_free_port(),
+            config,
+            worker_grace_s=_DEMO_WORKER_GRACE_S,
+            host=host,
         )
         try:
             with running_stack(console, stack_config, signals) as stack:
@@ -60,21 +74,44 @@ def demo(
 
 
 @app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(envvar="GENERATE_PROMPT")] = "",
-    mode: Annotated[str | None, typer.Option(envvar="GENERATE_MODE")] = None,
-    seed: Annotated[int | None, typer.Option(envvar="GENERATE_SEED")] = None,
-    steps: Annotated[int | None, typer.Option(envvar="GENERATE_STEPS")] = None,
-    out: Annotated[Path, typer.Option(envvar="GENERATE_OUT")] = Path("out.mp4"),
+def generate(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
+    prompt: Annotated[
+        str, typer.Option(envvar="GENERATE_PROMPT", help="What the video shows.")
+    ] = "",
+    mode: Annotated[
+        str | None, typer.Option(envvar="GENERATE_MODE", help="How the model runs, like w8a8.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(envvar="GENERATE_SEED", help="Repeats a video; else random.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(envvar="GENERATE_STEPS", help="Denoising steps.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(envvar="GENERATE_SIZE", help="Width x height, like 832x480.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(envvar="GENERATE_FRAMES", help="Frames of the video, 4k + 1.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(envvar="GENERATE_GUIDANCE", help="1 turns guidance off.")
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(envvar="GENERATE_NEGATIVE", help="What it should not show.")
+    ] = None,
+    out: Annotated[Path, typer.Option(envvar="GENERATE_OUT", help="The MP4 to write.")] = Path(
+        "out.mp4"
+    ),
     config: Config = WORKER_CONFIG,
 ) -> None:
     """Start everything, turn one prompt into an MP4 over HTTP, stop everything."""
     console = Console(stderr=True)
-    request = client.VideoRequest(prompt, mode, seed, steps)
+    request = client.VideoRequest(prompt, mode, seed, steps, size, frames, guidance, negative)
     with report_errors(), handle_signals() as signals:
         if not prompt.strip():
             raise LocalError('no prompt was given: say what the video shows, PROMPT="a red circle"')
         _require_writable(out)
+        check_request(request, config)
         with throwaway_stack(console, config, signals) as stack:
             job = _run(stack, request, out, console)
         print(summary(job, out))

@@ -32,6 +32,10 @@ class VideoRequest:
     mode: str | None = None
     seed: int | None = None
     num_inference_steps: int | None = None
+    size: str | None = None
+    num_frames: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
 
     def body(self) -> dict[str, Any]:
         """Return the JSON for `POST /generate`."""

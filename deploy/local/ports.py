@@ -6,6 +6,7 @@ import socket
 from deploy.local.errors import LocalError
 
 LOOPBACK = "127.0.0.1"
+_LAST_PORT = 65535
 
 
 def require_free(port: int, owner: str, option: str) -> None:
@@ -14,10 +15,10 @@ def require_free(port: int, owner: str, option: str) -> None:
     Raises:
         LocalError: it cannot; the error names `option` as the remedy.
     """
+    if not 1 <= port <= _LAST_PORT:
+        raise LocalError(f"{port} is not a port: {option} takes 1 to {_LAST_PORT}")
     try:
         _listen(port).close()
-    except OverflowError:
-        raise LocalError(f"{port} is not a port: {option} takes 1 to 65535") from None
     except OSError as error:
         reason = {errno.EADDRINUSE: "in use", errno.EACCES: "reserved for root"}.get(
             error.errno or 0, error.strerror

@@ -33,7 +33,9 @@ def running_stack(console: Console, config: StackConfig, signals: Signals) -> It
 def throwaway_stack(console: Console, worker_config: Path, signals: Signals) -> Iterator[Stack]:
     """Run a stack on free ports and delete its data afterwards; logs of a failed run are kept."""
     with _throwaway_folder() as folder:
-        config = StackConfig(folder, find_free_port(), find_free_port(), worker_config)
+        config = StackConfig(
+            folder, find_free_port(), find_free_port(), worker_config, private=True
+        )
         with running_stack(console, config, signals) as stack:
             yield stack
 

@@ -29,6 +29,7 @@ _POLL_S = 0.1
 _VALKEY_START_S = 60.0  # it may have to load a large append-only file
 _READY_S = 600.0  # a slow disk may need this long to load a model
 _GRACE_S = {"service": 5.0, "valkey": 10.0}  # for the worker: StackConfig.worker_grace_s
+_EVERY_ADDRESS = ("0.0.0.0", "::")
 _RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
 
@@ -39,6 +40,9 @@ class StackConfig:
 
     `worker_grace_s` is how long the worker may take to finish its current job when the stack stops.
     `password` is Valkey's; every start has another one.
+    `host` is where the service listens. A `private` stack serves its own launcher only: it has no
+    public address and calls no webhooks, whatever the environment says. `worker` is the command
+    that starts a worker, without its configuration.
     """
 
     folder: Path
@@ -46,12 +50,16 @@ class StackConfig:
     valkey_port: int
     worker_config: Path
     worker_grace_s: float = 10.0
+    host: str = LOOPBACK
+    private: bool = False
+    worker: tuple[str, ...] = (sys.executable, "-m", "worker")
     password: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
 
     @property
     def service_url(self) -> str:
-        """The service's base URL."""
-        return f"http://{LOOPBACK}:{self.service_port}"
+        """The service's base URL, as this machine reaches it."""
+        host = LOOPBACK if self.host in _EVERY_ADDRESS else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.service_port}"
 
     @property
     def redis_url(self) -> str:
@@ -64,25 +72,37 @@ class StackConfig:
         return self.folder / "logs"
 
     def environment(self) -> dict[str, str]:
-        """Return the children's environment: this process' own, with the settings of this stack."""
+        """Return the children's environment: this process' own, with the settings of this stack.
+
+        Only where the data are, and where the service listens, is the stack's own to say.
+        """
         settings = {
             "REDIS_URL": self.redis_url,
             "ARTIFACTS_URL": (self.folder / "artifacts").as_uri(),
-            "SERVICE_HOST": LOOPBACK,
+            "SERVICE_HOST": self.host,
             "SERVICE_STATE_DIR": str(self.folder / "state"),
             "SERVICE_PORT": str(self.service_port),
             "PYTHONUNBUFFERED": "1",  # so that logs contain the last output of a killed process
         }
-        inherited = {k: v for k, v in os.environ.items() if k != "SERVICE_PUBLIC_URL"}
+        inherited = dict(os.environ)
+        if self.private:
+            # A link to another address would not lead to this stack's video.
+            outward = ("SERVICE_PUBLIC_URL", "SERVICE_WEBHOOK_")
+            inherited = {k: v for k, v in inherited.items() if not k.startswith(outward)}
+        elif inherited.get("SERVICE_WEBHOOK_HOSTS") and not inherited.get("SERVICE_PUBLIC_URL"):
+            settings["SERVICE_PUBLIC_URL"] = self.service_url  # webhooks need to be told
         return inherited | settings
 
 
 class Stack:
     """The three processes. Call `stop` in a `finally`: it stops whatever `start` has started."""
 
-    def __init__(self, config: StackConfig, signals: Signals) -> None:
+    def __init__(
+        self, config: StackConfig, signals: Signals, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
         self._signals = signals
+        self._clock = clock
         self._children: dict[str, Child] = {}
         self._restarts: list[float] = []
         self._lock_file: int | None = None
@@ -169,7 +189,7 @@ class Stack:
                 self.config.folder / "valkey", self.config.valkey_port, self.config.password
             ),
             "worker": lambda: [
-                *(sys.executable, "-m", "worker"),
+                *self.config.worker,
                 *("--config", str(self.config.worker_config.resolve())),
             ],
             "service": lambda: [sys.executable, "-m", "service"],
@@ -222,7 +242,7 @@ class Stack:
         return any(datetime.fromisoformat(start) >= self._started_at for start in starts)
 
     def _count_restart(self, worker: Child) -> None:
-        now = time.monotonic()
+        now = self._clock()
         self._restarts = [t for t in self._restarts if now - t < _RESTART_WINDOW_S] + [now]
         if len(self._restarts) > _RESTARTS:
             raise LocalError(

@@ -7,7 +7,7 @@ accumulates on the device that the model runs on. The activations themselves are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quant.numerics.scaling import NUM_BINADES, binade_histogram
+
+_STATE = ("amax", "binades", "_square_sum", "_count")
 
 Record = Callable[[Tensor], None]
 
@@ -97,6 +99,15 @@ class ActivationStatistics:
     def seen(self) -> Tensor:
         """Return [M, G, P] bool: whether anything was recorded."""
         return self._count > 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that was recorded, on the host, to be restored with the same bits."""
+        return {name: getattr(self, name).cpu() for name in _STATE}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state` of statistics of the same tensors, groups and prompts."""
+        for name in _STATE:
+            getattr(self, name).copy_(state[name])
 
     def begin(self, prompt: int) -> None:
         """Record what follows under prompt number `prompt`."""

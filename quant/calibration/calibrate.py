@@ -6,8 +6,9 @@ the same kind of input as in service. Only the VAE is left out. The result is a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from quant.calibration.act_statistics import (
     ObservedTensor,
     RotaryPairs,
 )
+from quant.calibration.checkpoint import Checkpoint
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
 from quant.calibration.scales import Scales
@@ -33,7 +35,7 @@ from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.weights.model_folder import check_model_kind
 
-OnPrompt = Callable[[int, int], None]
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,18 @@ class CalibrationPlan:
     recipe: QuantRecipe
     prompts: PromptSet
     sampler: SamplerSettings
+
+    def identity(self, device: torch.device) -> dict[str, str]:
+        """Return what the statistics of a run on `device` depend on, by its name for people."""
+        return {
+            "model": self.model_fingerprint,
+            "recipe": self.recipe.fingerprint,
+            "set of prompts": self.prompts.sha256,
+            "setting of the sampler": json.dumps(asdict(self.sampler)),
+            "device": device.type,
+            "version of torch": torch.__version__,
+            "version of this tool": tool_version(),
+        }
 
 
 def load_pipeline(model_folder: Path, device: str) -> Any:
@@ -76,38 +90,63 @@ def load_pipeline(model_folder: Path, device: str) -> Any:
 
 
 def run_calibration(
-    pipe: Any, plan: CalibrationPlan, on_prompt: OnPrompt = lambda done, total: None
+    pipe: Any,
+    plan: CalibrationPlan,
+    on_step: OnStep = lambda done, total: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Scales:
     """Run the plan's prompts through a BF16 `WanPipeline` and choose scales.
 
     Args:
-        on_prompt: called after each prompt with (done, total).
+        on_step: called after each denoising step with (done, total), counted over all prompts;
+            before the first one, too, with the steps that the checkpoint holds.
+        checkpoint: where to keep what was measured, prompt by prompt, and to go on from. It is left
+            for the caller to delete, once the scales are safe.
 
     Raises:
-        CalibrationError: a prompt is too long, or an observed tensor is not finite.
+        CalibrationError: a prompt is too long, an observed tensor is not finite, or the checkpoint
+            is of another calibration.
         ConversionError: the recipe does not fit the transformer.
     """
     _check_prompt_lengths(pipe, plan)
     pipe.set_progress_bar_config(disable=True)
 
-    def run(index: int, statistics: ActivationStatistics) -> None:
-        _run_prompt(pipe, plan.sampler, index, plan.prompts.prompts[index], statistics)
-        on_prompt(index + 1, len(plan.prompts.prompts))
+    steps = plan.sampler.num_inference_steps
+    total = steps * len(plan.prompts.prompts)
 
-    return calibrate_transformer(pipe.transformer, plan, run)
+    def run(index: int, statistics: ActivationStatistics) -> None:
+        def after_step(step: int) -> None:
+            if step + 1 < steps:
+                statistics.enter(plan.sampler.group_of_step(step + 1))
+            on_step(index * steps + step + 1, total)
+
+        statistics.enter(0)
+        _run_prompt(pipe, plan, index, after_step)
+
+    def on_begin(done: int) -> None:
+        on_step(done * steps, total)
+
+    return calibrate_transformer(pipe.transformer, plan, run, checkpoint, on_begin)
 
 
 def calibrate_transformer(
-    transformer: Any, plan: CalibrationPlan, run: Callable[[int, ActivationStatistics], None]
+    transformer: Any,
+    plan: CalibrationPlan,
+    run: Callable[[int, ActivationStatistics], None],
+    checkpoint: Checkpoint | None = None,
+    on_begin: Callable[[int], None] = lambda done: None,
 ) -> Scales:
     """Choose scales from the activations of a BF16 transformer while `run` runs each prompt.
 
     Args:
         run: called with the prompt's number and the statistics. It calls `statistics.enter` for
             each timestep group that begins.
+        checkpoint: where to keep what was measured, prompt by prompt, and to go on from.
+        on_begin: called once with the number of prompts that the checkpoint holds.
 
     Raises:
-        CalibrationError: an observed tensor is not finite.
+        CalibrationError: an observed tensor is not finite, or the checkpoint is of another
+            calibration.
         ConversionError: the recipe does not fit the transformer.
     """
     linears = select_linears(transformer, plan.recipe)
@@ -118,11 +157,16 @@ def calibrate_transformer(
         len(plan.prompts.prompts),
         transformer.device,
     )
+    identity = plan.identity(transformer.device)
+    done = checkpoint.restore(statistics, identity) if checkpoint is not None else 0
+    on_begin(done)
     with statistics.observing(), torch.no_grad():
-        for index, prompt in enumerate(plan.prompts.prompts):
+        for index, prompt in enumerate(plan.prompts.prompts[done:], start=done):
             statistics.begin(index)
             run(index, statistics)
             _check_finite(statistics, index, list(tensors), prompt)
+            if checkpoint is not None:
+                checkpoint.save(statistics, index + 1, identity)
     return _scales(plan, linears, statistics)
 
 
@@ -186,23 +230,18 @@ def _scales(
 
 
 def _run_prompt(
-    pipe: Any,
-    sampler: SamplerSettings,
-    index: int,
-    prompt: str,
-    statistics: ActivationStatistics,
+    pipe: Any, plan: CalibrationPlan, index: int, after_step: Callable[[int], None]
 ) -> None:
-    def after_step(
+    def on_step_end(
         _pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
-        if step + 1 < sampler.num_inference_steps:
-            statistics.enter(sampler.group_of_step(step + 1))
+        after_step(step)
         return tensors
 
+    sampler = plan.sampler
     width, height = sampler.size
-    statistics.enter(0)
     pipe(
-        prompt=prompt,
+        prompt=plan.prompts.prompts[index],
         negative_prompt=sampler.negative_prompt,
         width=width,
         height=height,
@@ -212,7 +251,7 @@ def _run_prompt(
         max_sequence_length=sampler.text_tokens,
         generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
         output_type="latent",
-        callback_on_step_end=after_step,
+        callback_on_step_end=on_step_end,
     )
 
 

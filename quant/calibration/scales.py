@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from quant.calibration.sampler import SamplerSettings
 from quant.device import available_accelerator
 from quant.errors import RecipeError, ScalesError, ScalesMismatch
 from quant.recipe.recipe import QuantRecipe
+from quant.weights.writer import to_bytes, write_whole
 
 FORMAT_VERSION = "1"
 
@@ -104,16 +103,8 @@ def save_scales(scales: Scales, path: Path) -> None:
         "tool_version": scales.tool_version,
         "linears": json.dumps(scales.linears),
     }
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(f.name).chmod(0o644)
-        Path(f.name).replace(path)
+        write_whole(path, to_bytes(tensors, metadata))
     except OSError as error:
         raise ScalesError(f"cannot write {path}: {error.strerror or error}") from error
 

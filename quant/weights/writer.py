@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -69,12 +70,45 @@ def write_safetensors(
         for name, dtype, shape in specs:
             tensor = make(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name} is not its spec"
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            stream.write(data.numpy().data)
+            stream.write(_data(tensor))
         stream.flush()
         if sync:
             os.fsync(stream.fileno())
         return stream.tell()
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of a safetensors file; equal content gives equal bytes.
+
+    The safetensors library orders the metadata in another way each time.
+    """
+    # Tensors of large elements come first, so that each begins at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda each: (-each[1].dtype.itemsize, each[0]))
+    header = _header([spec_of(*each) for each in ordered], metadata)
+    return b"".join([header, *(_data(tensor) for _, tensor in ordered)])
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and wait until it is on disk; replaces an older one.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+            Path(f.name).chmod(0o644)
+            Path(f.name).replace(path)
+        except BaseException:  # Ctrl-C, too
+            Path(f.name).unlink(missing_ok=True)
+            raise
+
+
+def _data(tensor: Tensor) -> memoryview:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return data.numpy().data
 
 
 def _header(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -77,6 +77,7 @@ class Gate:
         *,
         may_be_open: bool,
         memory: KeyMemory | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the gate of one process.
 
@@ -84,12 +85,14 @@ class Gate:
             may_be_open: whether only this machine can reach the service.
             memory: says whether there were keys that Redis does not hold any more; None for a gate
                 that believes Redis.
+            clock: returns seconds that only grow.
         """
         self._keys = keys
         self._memory = memory
         self._rates = rates
         self._sessions = sessions
         self._may_be_open = may_be_open
+        self._clock = clock
         self._open_until = 0.0
         # By key id: when it expires, and the key.
         self._cached: OrderedDict[str, tuple[float, ApiKey]] = OrderedDict()
@@ -99,7 +102,7 @@ class Gate:
     @property
     def is_open(self) -> bool:
         """Whether the service was open when Redis was last read, less than `KEY_CACHED_S` ago."""
-        return time.monotonic() < self._open_until
+        return self._clock() < self._open_until
 
     @property
     def is_locked(self) -> bool:
@@ -174,7 +177,7 @@ class Gate:
             self._may_be_open = False
             self._open_until = 0.0
             return False
-        self._open_until = time.monotonic() + KEY_CACHED_S
+        self._open_until = self._clock() + KEY_CACHED_S
         return True
 
     def any_key_was_made(self) -> bool:
@@ -214,10 +217,10 @@ class Gate:
     def _cached_key(self, key_id: str) -> ApiKey | None:
         with self._lock:
             until, key = self._cached.get(key_id, (0.0, None))
-        return key if time.monotonic() < until else None
+        return key if self._clock() < until else None
 
     def _read_again(self, key_id: str) -> ApiKey | None:
-        until = time.monotonic() + KEY_CACHED_S
+        until = self._clock() + KEY_CACHED_S
         key = self._keys.get(key_id)
         if key is not None and self._memory is not None:
             self._memory.note()
@@ -230,7 +233,7 @@ class Gate:
         return key
 
     def _note_use(self, key_id: str) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if now < self._use_noted.get(key_id, 0.0):
             return
         self._use_noted[key_id] = now + USE_NOTED_EVERY_S

@@ -11,6 +11,7 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -50,16 +51,24 @@ class VideoFile(StrEnum):
 class LinkSigner:
     """Signs paths and checks signatures. Safe to share between threads."""
 
-    def __init__(self, redis: Redis, secret: SecretStr | None, ttl_s: int) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        secret: SecretStr | None,
+        ttl_s: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Create the signer of one process.
 
         Args:
             secret: the configured secret; None to use the one in Redis.
             ttl_s: how long a link is valid, in seconds.
+            clock: returns seconds that only grow; the secret in Redis is read again by it.
         """
         self._redis = redis
         self._configured = None if secret is None else secret.get_secret_value().encode()
         self._ttl_s = ttl_s
+        self._clock = clock
         self._cached: tuple[float, bytes] | None = None  # when it is read again, and the secret
 
     def sign(self, path: str, now: float | None = None) -> str:
@@ -96,7 +105,7 @@ class LinkSigner:
     def _secret(self) -> bytes:
         if self._configured is not None:
             return self._configured
-        if self._cached is None or time.monotonic() >= self._cached[0]:
+        if self._cached is None or self._clock() >= self._cached[0]:
             # Read first: a full Redis still answers GET, but refuses SET, even if it would change
             # nothing.
             secret = self._redis.get(redis_keys.URL_SECRET)
@@ -105,7 +114,7 @@ class LinkSigner:
                 self._redis.set(redis_keys.URL_SECRET, secrets.token_hex(32), nx=True)
                 secret = self._redis.get(redis_keys.URL_SECRET)
             assert isinstance(secret, bytes), "replies are bytes, and the key does not expire"
-            self._cached = (time.monotonic() + SECRET_READ_EVERY_S, secret)
+            self._cached = (self._clock() + SECRET_READ_EVERY_S, secret)
         return self._cached[1]
 
 

@@ -5,11 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from redis import Redis
 
 from deploy.local import client
-from deploy.local.errors import Refused
+from deploy.local.errors import LocalError, Refused
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
 from service.auth.api_keys import KeyStore, Role
@@ -69,3 +70,17 @@ def test_it_fetches_a_video_without_showing_the_key_to_the_host_of_the_link(
             client.save(caller, job, tmp_path / "out.mp4")
     assert (tmp_path / "out.mp4").read_bytes() == data
     assert seen == [None]
+
+
+def test_a_video_that_arrives_damaged_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"an earlier video")
+    job = {
+        "id": "a",
+        "video": {"url": "http://host/video.mp4", "sha256": hashlib.sha256(b"whole").hexdigest()},
+    }
+    damaged = httpx.MockTransport(lambda _: httpx.Response(200, content=b"wh0le"))
+    with httpx.Client(transport=damaged) as caller, pytest.raises(LocalError, match="damaged"):
+        client.save(caller, job, out)
+    assert out.read_bytes() == b"an earlier video"
+    assert list(tmp_path.iterdir()) == [out]

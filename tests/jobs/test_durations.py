@@ -6,7 +6,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from jobs import durations
-from jobs.durations import Durations, timeout_s
+from jobs.durations import DurationCache, Durations, timeout_s
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
 
@@ -52,3 +52,17 @@ def test_the_limit_of_a_new_job_is_in_its_record_and_in_rqs_hash(
     store.give_up(attempt)
     rq_job = Job.fetch(job.id, connection=redis, serializer=JSONSerializer)
     assert rq_job.timeout == 12_300
+
+
+def test_what_is_cached_is_kept_for_a_while_and_bounded(
+    redis: Redis, request_for_video: GenerationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durations, "MAX_CACHED", 3)
+    shapes = [request_for_video.model_copy(update={"num_frames": 4 * n + 1}) for n in range(8)]
+    cache = DurationCache(redis)
+    for number, each in enumerate(shapes):
+        durations.measure(redis, each, Durations(step_s=number, rest_s=1))
+        assert cache.of(each) == Durations(step_s=number, rest_s=1)
+        assert len(cache._cached) <= 3
+    durations.measure(redis, shapes[-1], Durations(step_s=99, rest_s=1))
+    assert cache.of(shapes[-1]) == Durations(step_s=7, rest_s=1)

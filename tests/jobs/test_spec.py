@@ -207,6 +207,18 @@ def test_unknown_mode_stays_unknown_without_workers(offer: WorkerOffer) -> None:
     assert (found.field, found.bound) == ("mode", "one of bf16, w8a8")
 
 
+@pytest.mark.parametrize("named", [None, "wan-mini"])
+def test_the_modes_of_a_dead_model_are_not_those_of_a_live_one(
+    offer: WorkerOffer, named: str | None
+) -> None:
+    known = catalog_of(offer).known | {("wan-14b", "int4")}
+    catalog = Catalog((offer,), {offer.queue: 0}, known)
+    (found,) = violations({"prompt": "x", "mode": "int4", "model": named}, catalog)
+    assert (found.field, found.bound) == ("mode", "one of bf16, w8a8")
+    with pytest.raises(ModeNotServed, match="No live worker serves mode int4 of model wan-14b"):
+        resolve(GenerationBody(prompt="x", mode="int4", model="wan-14b"), catalog)
+
+
 def test_unknown_model_stays_unknown_without_workers(offer: WorkerOffer) -> None:
     catalog = Catalog((), {}, catalog_of(offer).known)
     (found,) = violations({"prompt": "x", "model": "wan-13b"}, catalog)

@@ -1,13 +1,18 @@
 """The toolkit's commands, run in process through typer's runner."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from deploy.local.waiting import wait_until
 from quant.calibration.scales import check_scales, load_scales, save_scales
 from quant.cli import app
 from quant.numerics.code_table import codes_markdown
@@ -55,6 +60,34 @@ def test_calibrate_writes_scales_a_worker_can_use(arguments, tiny_model, tiny_pi
     assert scales.prompts_file == "prompts.txt"  # of an absolute path, only the name
     quantized, report = quantize_transformer(tiny_pipe.transformer, recipe, scales)
     assert report.linears == sum(isinstance(m, Hif8Linear) for m in quantized.modules()) == 20
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(arguments, tmp_path):
+    out = Path(arguments["--out"])
+    assert calibrate(arguments).exit_code == 0
+    at_once = out.read_bytes()
+    out.unlink()
+    words = [word for pair in arguments.items() for word in pair]
+    command = [sys.executable, "-m", "quant", "calibrate", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    partial = out.with_name(f"{out.name}.partial")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        wait_until(partial.exists, 120, "the first prompt is done", every_s=0.001)
+        process.send_signal(signal.SIGSTOP)  # whatever it has done by now, it is not at its end
+        assert partial.exists()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "stopped: the same command goes on from here"
+    assert partial.exists()
+    assert not out.exists()
+    result = calibrate(arguments)
+    assert result.exit_code == 0, result.output
+    assert "going on after prompt" in result.stderr
+    assert out.read_bytes() == at_once
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def _watchdog(context: JobContext, attempt: Attempt) -> Watchdog:
         with suppress(RedisError, StaleAttempt):
             state = context.store.give_up(attempt)
             logger.critical("the job was given up and is %s", state)
+        with suppress(RedisError):  # also if the job is no longer this attempt's
             catalog.withdraw(context.redis, context.worker)
 
     # The watchdog's thread has none of the job's context variables (its id in log lines).

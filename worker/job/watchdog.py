@@ -48,6 +48,7 @@ class Watchdog(BackgroundThread):
         limit_s: float,
         on_hang: Callable[[], object],
         end: Callable[[int], object] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare the thread.
 
@@ -55,11 +56,13 @@ class Watchdog(BackgroundThread):
             limit_s: how long the silence may last at first.
             on_hang: called when the limit is passed; it may fail, hang, or take long.
             end: called with the exit status, to end the process.
+            clock: returns seconds that only grow.
         """
         super().__init__("watchdog")
         self._limit_s = limit_s
         self._on_hang = on_hang
         self._end = end
+        self._clock = clock
         self._alive_count = 0
 
     def alive(self) -> None:
@@ -71,11 +74,11 @@ class Watchdog(BackgroundThread):
         self._limit_s = limit_s
 
     def _run(self) -> None:
-        count, silent_s, last = self._alive_count, 0.0, time.monotonic()
+        count, silent_s, last = self._alive_count, 0.0, self._clock()
         try:
             while not self._done.wait(TICK_S):
                 faulthandler.dump_traceback_later(NO_THREAD_RUNS_S, exit=True, file=_STDERR)
-                now = time.monotonic()
+                now = self._clock()
                 silent_s += min(now - last, 2 * TICK_S)
                 last = now
                 if self._alive_count != count:

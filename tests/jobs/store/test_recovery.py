@@ -149,6 +149,17 @@ def test_a_job_taken_and_never_claimed_is_delivered_again(
     assert (job.attempts, job.lost) == (0, 0)
 
 
+def test_a_job_that_was_missing_once_is_not_missing_at_once_again(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    """A worker that claims late ends the search; the next time is judged by itself."""
+    redis.delete(Queue(QUEUE, connection=redis).key)
+    redis.hset(redis_keys.record(job_id), "missing_ms", 1)
+    store.release(store.claim(job_id, "worker-1"))
+    redis.delete(Queue(QUEUE, connection=redis).key)
+    assert recovery.run() == {}, "it has only just been seen"
+
+
 def test_a_waiting_job_is_never_missing(
     redis: Redis,
     store: JobStore,
@@ -178,6 +189,47 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_reported(
     monkeypatch.setattr(recovery, "_with_expired_lease", just_before_its_end)
     assert recovery.run() == {}
     assert store.get(job_id).lost == 0
+
+
+def test_a_lease_that_is_renewed_while_it_is_looked_at_is_kept(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script decides, not what was read before it: a job that runs is never taken away."""
+    attempt = take(redis, store, job_id)
+    expire_lease(redis, job_id)
+    find = recovery._with_expired_lease
+
+    def just_before_it_is_renewed() -> list[str]:
+        found = list(find())
+        assert found == [job_id]
+        store.renew(attempt)
+        return found
+
+    monkeypatch.setattr(recovery, "_with_expired_lease", just_before_it_is_renewed)
+    assert recovery.run() == {}
+    job = store.get(job_id)
+    assert (job.state, job.lost, job.worker) == (JobState.RUNNING, 0, "worker-1")
+    assert queued(redis) == []
+    assert store.renew(attempt) is False, "it still holds the job"
+
+
+def test_a_job_that_is_claimed_while_it_is_looked_for_is_not_delivered_again(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redis.delete(Queue(QUEUE, connection=redis).key)
+    redis.hset(redis_keys.record(job_id), "missing_ms", 1)
+    find = recovery._missing
+
+    def just_before_it_is_claimed() -> list[str]:
+        found = list(find())
+        assert found == [job_id]
+        store.claim(job_id, "worker-1")
+        return found
+
+    monkeypatch.setattr(recovery, "_missing", just_before_it_is_claimed)
+    assert recovery.run() == {}
+    assert queued(redis) == []
+    assert store.get(job_id).state is JobState.RUNNING
 
 
 def test_priority_goes_before_all_others_and_behind_its_own_kind(

@@ -52,11 +52,14 @@ def test_the_same_key_with_another_body_is_refused(
     assert Queue(QUEUE, connection=redis).count == 1
 
 
+@pytest.mark.parametrize("running", [False, True])
 def test_a_key_whose_job_was_deleted_makes_a_new_one(
-    store: JobStore, request_for_video: GenerationRequest
+    store: JobStore, request_for_video: GenerationRequest, running: bool
 ) -> None:
     first = store.create(request_for_video, QUEUE, keyed("k", {})).job
-    store.purge(first.id)
+    if running:  # then its record stays until it has ended
+        store.claim(first.id, "w")
+    assert store.purge(first.id) is not running
     second = store.create(request_for_video, QUEUE, keyed("k", {}))
     assert not second.replayed
     assert second.job.id != first.id
@@ -164,6 +167,25 @@ def test_purging_a_running_job_waits_for_its_end(
     assert redis.zrange(redis_keys.DELETIONS, 0, -1) == [attempt.job_id.encode()]
     assert store.purge(attempt.job_id) is True
     assert redis.zcard(redis_keys.DELETIONS) == 0
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING, JobState.CANCELLED])
+def test_purging_wakes_those_who_follow_the_job(
+    store: JobStore, redis: Redis, request_for_video: GenerationRequest, state: JobState
+) -> None:
+    """Their streams end at once, and not with a heartbeat."""
+    job_id = store.create(request_for_video, QUEUE).job.id
+    if state is JobState.RUNNING:
+        store.claim(job_id, "w")
+    elif state is JobState.CANCELLED:
+        store.cancel(job_id)
+    with redis.pubsub(ignore_subscribe_messages=True) as subscription:
+        subscription.subscribe(redis_keys.EVENTS_CHANNEL)
+        assert subscription.get_message(timeout=10) is None  # the confirmation
+        store.purge(job_id)
+        message = subscription.get_message(timeout=10)
+        assert message is not None
+        assert message["data"] == job_id.encode()
 
 
 def test_every_step_of_a_job_is_an_event(

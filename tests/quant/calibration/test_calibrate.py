@@ -109,10 +109,27 @@ def test_per_token_activations_need_no_scale(tiny_pipe, tiny_plan):
     assert scales.act_amax.shape == (LINEARS, GROUPS, PROMPTS)
 
 
-def test_progress_is_reported_prompt_by_prompt(tiny_pipe, tiny_plan):
+def test_progress_is_reported_step_by_step(tiny_pipe, tiny_plan):
     progress: list[tuple[int, int]] = []
-    run_calibration(tiny_pipe, tiny_plan, on_prompt=lambda *now: progress.append(now))
-    assert progress == [(done, PROMPTS) for done in range(1, PROMPTS + 1)]
+    run_calibration(tiny_pipe, tiny_plan, on_step=lambda *now: progress.append(now))
+    total = PROMPTS * tiny_plan.sampler.num_inference_steps
+    assert progress == [(done, total) for done in range(total + 1)]
+
+
+def test_each_prompt_has_a_seed_of_its_own_counted_from_the_plans(tiny_pipe, tiny_plan):
+    """Its first noise is that of seed, seed + 1, seed + 2, ... so that no two are alike."""
+    sampler = dataclasses.replace(tiny_plan.sampler, seed=5)
+    inputs: list[torch.Tensor] = []
+    handle = tiny_pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    run_calibration(tiny_pipe, dataclasses.replace(tiny_plan, sampler=sampler))
+    handle.remove()
+    first_of_each = inputs[:: 2 * sampler.num_inference_steps]  # with and without the prompt
+    assert len(first_of_each) == PROMPTS
+    for index, noise in enumerate(first_of_each):
+        expected = torch.randn(noise.shape, generator=torch.Generator().manual_seed(5 + index))
+        assert torch.equal(noise, expected.to(noise.dtype)), f"prompt {index}"
 
 
 def test_a_recipe_that_does_not_fit_stops_it(tiny_pipe, tiny_plan):

@@ -17,6 +17,7 @@ from quant.kernels.joined_linear import JoinedLinear, SeparateLinears
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape, check_kernels
 from quant.numerics.linear import Hif8Linear
+from quant.numerics.scaling import POLICIES
 from quant.transformer.module_tree import share_tree
 from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
 from tests.support.diffusers_reference import with_our_products
@@ -67,6 +68,30 @@ def test_fused_is_diffusers_to_the_last_bit(transformer: WanTransformer3DModel) 
     with_our_products(transformer)
     for seed in (0, 1, 0):  # another prompt in between must not be confused with the first
         assert torch.equal(run(fused, inputs(seed)), run(transformer, inputs(seed)))
+
+
+@pytest.mark.parametrize(
+    "kept", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_k", "attn2.to_v"]
+)
+def test_a_block_with_one_plain_linear_beside_quantized_ones_is_not_fused(
+    transformer: WanTransformer3DModel, kept: str
+) -> None:
+    """A fused product would quantize it as well, or leave it out."""
+    names = [f"{attention}.to_{part}" for attention in ("attn1", "attn2") for part in "qkv"]
+    converted = {f"blocks.1.{name}" for name in names if name != kept}
+
+    def convert(name: str, module: torch.nn.Module) -> torch.nn.Module | None:
+        if name not in converted:
+            return None
+        assert isinstance(module, torch.nn.Linear)
+        one = torch.tensor(1.0)
+        return Hif8Linear.from_linear(module, one, act_scale=one, act_policy=POLICIES["pow2"])
+
+    mixed = share_tree(transformer, convert)
+    assert fuse_blocks(mixed, EagerKernels()) == (1,)
+    assert type(mixed.blocks[1]) is type(transformer.blocks[1])
+    assert [isinstance(block, FusedWanBlock) for block in mixed.blocks] == [True, False, True]
+    assert type(mixed.blocks[1].get_submodule(kept)) is torch.nn.Linear
 
 
 def test_a_prompt_is_cached_only_while_its_tensor_exists(

@@ -197,7 +197,7 @@ def test_a_released_job_has_a_position_again(
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING])
 def test_a_stream_ends_when_its_job_is_deleted(
-    settings: ServiceSettings, store: JobStore, job_id: str, state: JobState
+    settings: ServiceSettings, store: JobStore, redis: Redis, job_id: str, state: JobState
 ) -> None:
     if state is JobState.RUNNING:
         store.claim(job_id, "w")
@@ -208,11 +208,34 @@ def test_a_stream_ends_when_its_job_is_deleted(
     ):
         assert next(sent).retry
         assert next(each for each in sent if each.event == "state").data["state"] == "queued"
+        # Past the subscription's beginning, which wakes all streams: only the deletion can now.
+        wait_until(lambda: redis.pubsub_numsub(redis_keys.EVENTS_CHANNEL)[0][1] == 1)
+        redis.publish(redis_keys.EVENTS_CHANNEL, job_id)
+        wait_until(lambda: not site.hub._due)
         store.purge(job_id)
-        assert ("state", "cancelled") not in [
-            each.kind_and_state for each in sent if each.event == "state"
-        ]
         wait_until(lambda: site.hub.followers == 0)
+        rest = list(sent)
+    assert [each.data["state"] for each in rest if each.event == "state"] in ([], ["running"])
+    assert not any(each.comments for each in rest)
+
+
+def test_a_stream_asks_again_soon_after_redis_refused_to_answer(
+    settings: ServiceSettings, store: JobStore, redis: Redis, job_id: str
+) -> None:
+    """The subscription lives on, so nothing but the stream's own retry brings the event."""
+    with serving(settings.model_copy(update={"heartbeat_s": 300})) as site:
+        source = EventSource([site.url], job_id)
+        source.start()
+        wait_until(lambda: len(source.sent) == 1)
+        wait_until(lambda: redis.pubsub_numsub(redis_keys.EVENTS_CHANNEL)[0][1] == 1)
+        redis.acl_log_reset()
+        redis.execute_command("ACL SETUSER default -xrange")
+        try:
+            run_job(store, job_id)
+            wait_until(lambda: any(each["object"] == "xrange" for each in redis.acl_log()))
+        finally:
+            redis.execute_command("ACL SETUSER default +xrange")
+        assert [each.kind_and_state for each in source.finish()] == LIFE
 
 
 def test_no_more_streams_than_allowed(

@@ -536,3 +536,19 @@ def test_a_sweep_of_a_store_that_is_missing_deletes_and_notes_nothing(
     away.rename(folder)
     assert kept.video is not None
     assert kept.video.key in scenario.stored()
+
+
+@pytest.mark.parametrize("sound_ones", [0, 1])
+def test_a_round_ends_once_nothing_can_be_deleted(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, sound_ones: int
+) -> None:
+    """Ten files in a row that cannot be deleted end it; one that can begins the count anew."""
+    monkeypatch.setattr(retention, "MAX_FAULTS_IN_A_ROW", 2)
+    jobs = [scenario.succeeded() for _ in range(4)]
+    odd = (jobs[0], *jobs[1 + sound_ones :])
+    for job in odd:
+        assert job.video is not None
+        outside = job.video.model_copy(update={"key": f"../{job.id}.mp4"})
+        scenario.redis.hset(redis_keys.record(job.id), "video", outside.model_dump_json())
+    with pytest.raises(ArtifactsUnavailable, match=f"^{2 + sound_ones} that are due"):
+        scenario.run_round(PERIODS.videos + MOMENT)

@@ -11,8 +11,9 @@ from pydantic import SecretStr
 from redis import Redis
 
 from jobs import redis_keys
+from jobs.errors import LinkRefused
 from service.app import create_app
-from service.schemas.video_url import LinkSigner, video_path
+from service.schemas.video_url import SECRET_READ_EVERY_S, LinkSigner, video_path
 from service.settings import ServiceSettings
 from tests.service.conftest import VIDEO_BYTES, MakeJob, MakeKey
 
@@ -142,6 +143,30 @@ def test_all_processes_sign_with_one_secret(
     with TestClient(create_app(settings)) as another:
         assert another.get(link).content == VIDEO_BYTES
     assert redis.ttl(redis_keys.URL_SECRET) == -1
+
+
+def test_a_secret_that_is_replaced_voids_all_links_within_ten_seconds(redis: Redis) -> None:
+    now = [0.0]
+    signer = LinkSigner(redis, None, TTL_S, clock=lambda: now[0])
+    path = "/jobs/a/video.mp4"
+
+    def opens(link: str) -> bool:
+        query = {name: values[0] for name, values in parse_qs(urlsplit(link).query).items()}
+        try:
+            signer.check(path, query["expires"], query["signature"])
+        except LinkRefused:
+            return False
+        return True
+
+    old = signer.sign(path)
+    for replace in (lambda: redis.set(redis_keys.URL_SECRET, "b" * 64), redis.flushdb):
+        replace()
+        now[0] += SECRET_READ_EVERY_S - 0.1
+        assert opens(old)
+        now[0] += 0.1
+        assert not opens(old)
+        old = signer.sign(path)
+        assert opens(old)
 
 
 def test_a_configured_secret_is_used_and_not_stored(

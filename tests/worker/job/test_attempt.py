@@ -9,6 +9,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -25,6 +26,7 @@ from rq.serializers import JSONSerializer
 from jobs import catalog, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
 from jobs.artifacts.store import open_artifacts
+from jobs.catalog import WorkerOffer
 from jobs.errors import GenerationFailed, PromptTooLong
 from jobs.record import Attempt, JobRecord
 from jobs.state import JobState
@@ -37,6 +39,7 @@ from worker.consumer.rq_worker import ResidentWorker
 from worker.device import Device
 from worker.engine.fake_engine import FakeEngine, OnStep
 from worker.errors import EXIT_DEVICE_LOST
+from worker.job.attempt import _watchdog as watchdog
 from worker.process.stats import WorkerStats
 from worker.tasks import JOB_CONTEXT
 
@@ -527,3 +530,30 @@ def test_the_threads_of_a_worker_end_with_it(run: Callable[..., JobRecord]) -> N
     run()
     ours = {"lease", "watchdog", "recovery", "heartbeat"}
     assert not ours & {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_after_a_watchdogs_last_words_nothing_is_offered(
+    store: JobStore, redis: Redis, artifacts: FolderArtifactStore, stale: bool
+) -> None:
+    """Its process ends: no request may be accepted because of it, and another takes its job."""
+    attempt = store.claim(store.create(REQUEST, QUEUE).job.id, "w")
+    context = ResidentWorker(FakeEngine(), redis, artifacts)._context
+    catalog.publish(redis, offer_of(context.worker))
+    if stale:
+        take_over(redis, store, attempt.job_id)
+    watchdog(context, attempt)._on_hang()
+    assert catalog.read(redis).offers == ()
+    assert catalog.read_statuses(redis) == ()
+    assert store.get(attempt.job_id).state is (JobState.RUNNING if stale else JobState.QUEUED)
+
+
+def offer_of(worker: str) -> WorkerOffer:
+    return WorkerOffer(
+        worker_id=worker,
+        queue=QUEUE,
+        device="cpu",
+        model=FakeEngine.model,
+        modes=FakeEngine.modes,
+        started_at=datetime.now(UTC),
+    )

@@ -16,7 +16,7 @@ from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.support.requests import generation_request
 from worker.job.lease import LeaseKeeper
-from worker.job.progress import JobClock, JobProgress, JobReturned
+from worker.job.progress import FINISH_S, JobClock, JobProgress, JobReturned
 from worker.job.watchdog import Watchdog
 from worker.process.drain import SAME_REQUEST_S, CurrentJob, Drain
 from worker.process.redis_retry import RedisOutage
@@ -125,6 +125,23 @@ def test_a_worker_that_requeues_returns_its_job_at_once(job: JobUnderTest) -> No
     drain.request_stop()
     assert drain.stopping
     assert drain.return_job
+
+
+def test_each_check_is_a_sign_of_life_and_each_step_sets_the_limit(job: JobUnderTest) -> None:
+    """The watchdog measures by what the job reports; without it every long job would be ended."""
+    limits = StallLimits()
+
+    def told() -> tuple[int, float]:
+        return job.watchdog._alive_count, job.watchdog._limit_s
+
+    job.control.check()
+    assert told() == (1, 60)
+    job.control.progress(Stage.DENOISE, 0, 4)
+    assert told() == (2, limits.first_step_s)  # no step was measured yet
+    job.control.progress(Stage.DENOISE, 1, 4)
+    assert told() == (3, limits.floor_s)  # one was, and took next to no time
+    job.control.progress(Stage.DENOISE, 4, 4)
+    assert told() == (4, FINISH_S)
 
 
 def test_no_check_uses_redis(job: JobUnderTest, redis: Redis) -> None:
