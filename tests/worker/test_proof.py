@@ -86,7 +86,7 @@ FFMPEG: dict[str, tuple[bytes | None, str]] = {
     "is killed": (b"#!/bin/sh\ncat > /dev/null; kill -9 $$", "ffmpeg ended with status -9"),
     "writes nothing": (b"#!/bin/sh\ncat > /dev/null", "FileNotFoundError: .*proof.mp4"),
     "writes an empty file": (
-        b'#!/bin/sh\ncat > /dev/null; for last; do :; done; : > "$last"',
+        b'#!/bin/sh\nfor a; do :; done; case $a in *.mp4) cat > /dev/null; : > "$a";; esac',
         "RuntimeError: ",
     ),
 }
