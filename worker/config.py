@@ -52,7 +52,7 @@ class ModelConfig(_Section):
     fps: int = Field(ge=1)
     max_steps: int = Field(ge=1)
     default_steps: int = Field(ge=1)
-    default_guidance_scale: float = Field(ge=1)
+    default_guidance_scale: float = Field(ge=1, allow_inf_nan=False)
     default_mode: ModeName
     max_prompt_chars: int = Field(ge=1)
     default_negative_prompt: str = ""

@@ -21,6 +21,7 @@ from quant import (
     save_scales,
 )
 from tests.support.killable_valkey import KillableValkey
+from tests.worker.edited_model import EditedModel
 from worker.config import WorkerConfig, load_config
 from worker.device import Device, pick_device
 from worker.engine.wan_engine import WanEngine
@@ -96,6 +97,12 @@ def config_file(
 @pytest.fixture(scope="session")
 def config(config_file: Path) -> WorkerConfig:
     return load_config(config_file)
+
+
+@pytest.fixture
+def edited(config: WorkerConfig, tmp_path: Path) -> EditedModel:
+    """A copy of the miniature that a test may change."""
+    return EditedModel(config, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

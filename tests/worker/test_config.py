@@ -60,6 +60,15 @@ FAULTS = {
     'name = "bf16"': ('name = "w8a8"', "modes have the same name"),
     'recipe = "boundary-hif8"': ("", "needs both recipe and scales, or neither"),
     "text_tokens = ": ('flow_shift = {"1x1" = 5}\ntext_tokens = ', "flow_shift names sizes .* 1x1"),
+    "default_guidance_scale = ": ("default_guidance_scale = inf #", "guidance_scale: .*finite"),
+    "max_prompt_chars = ": (
+        'flow_shift = {"96x96" = 0.0}\nmax_prompt_chars = ',
+        "model.flow_shift.96x96: .*greater than 0",
+    ),
+    "max_steps = ": (
+        'flow_shift = {"96x96" = inf}\nmax_steps = ',
+        "model.flow_shift.96x96: .*finite number",
+    ),
     'path = "../models/wan-mini"': ("path = 3", "model.path: "),
     "[[modes]]": ("[[modes", "cannot be read: "),
 }

@@ -13,6 +13,7 @@ Redis.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch import Tensor
 import quant
 from jobs.catalog import ModelOffer, ModeOffer
 from jobs.errors import GenerationFailed
-from jobs.geometry import is_frame_count
+from jobs.geometry import is_frame_count, parse_size
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from worker.config import ModelConfig
@@ -48,11 +49,12 @@ from worker.model_loader.scheduler import scheduler_for_run
 
 logger = logging.getLogger(__name__)
 
-TINY_SIZE: Final = "64x64"
-"""The size of the job at the start: 16 tokens in a latent frame, which up to 16 ranks can share."""
+TINY_SIZE: Final = "96x32"
+"""The size of the tiny job on one device: 12 tokens in a latent frame."""
 
 TINY_FRAMES: Final = 5
-"""Two latent frames: the second one goes through the VAE's layers for time as well."""
+"""Two latent frames: the second one goes through the VAE's layers for time as well. They have 24
+tokens together, as few as kernels are tried with (`quant/kernels/self_test.py`)."""
 
 TINY_PROMPT: Final = "a"
 
@@ -82,6 +84,7 @@ class WanEngine:
         self.config = config
         self.device = device
         self.components = components
+        self._is_alone = denoise is None
         self._denoise = denoise or denoise_on(device)
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(components, mode) for name, mode in self.loaded.items()}
@@ -129,17 +132,22 @@ class WanEngine:
         return self._run(request, control, owner)
 
     def tiny_job(self, mode: str, control: JobControl) -> tuple[GenerationRequest, Clip]:
-        """Run a mode as a job with default settings does, but small and in one step."""
+        """Run a mode in one step: on one device with one small forward pass.
+
+        Several ranks run two passes of the smallest size, whose tokens they are known to share.
+        """
+        config = self.config
+        smallest = min(config.sizes, key=lambda size: math.prod(parse_size(size)))
         request = GenerationRequest(
             prompt=TINY_PROMPT,
-            negative_prompt=self.config.default_negative_prompt,
+            negative_prompt=config.default_negative_prompt,
             mode=mode,
-            size=TINY_SIZE,
-            num_frames=min(TINY_FRAMES, self.config.max_frames),
+            size=TINY_SIZE if self._is_alone else smallest,
+            num_frames=min(TINY_FRAMES, config.max_frames),
             num_inference_steps=1,
-            guidance_scale=self.config.default_guidance_scale,
+            guidance_scale=1.0 if self._is_alone else config.default_guidance_scale,
             seed=0,
-            model=self.config.name,
+            model=config.name,
         )
         self.prompts.refuse_too_long(request)
         return request, self._run(request, control, owner="")

@@ -25,8 +25,8 @@ results are checked in every job (`worker/engine/checks.py`)."""
 def check_finite(components: Components, modes: Sequence[Mode]) -> None:
     """Refuse weights that are NaN or infinite, where checking them is cheap.
 
-    Weights in 8 bits are left out: not all formats have such values, and the sum of a quantized
-    linear shows them in the job at the start (`worker/proof.py`).
+    Weights in 8 bits are left out: what a quantized linear computes with a wrong one is not finite
+    either, which the job at the start shows (`worker/proof.py`).
 
     Raises:
         ModelUnusable: names the part, the first such tensor, and their number.
@@ -36,15 +36,14 @@ def check_finite(components: Components, modes: Sequence[Mode]) -> None:
         "VAE": components.vae,
     }
     parts |= {f"transformer of mode {mode.offer.name!r}": mode.transformer for mode in modes}
-    checked: set[int] = set()
+    checked: set[tuple[int, int]] = set()  # tensors have several names, and modes share some
     for part, module in parts.items():
-        tensors = {
-            name: tensor
-            for name, tensor in module.state_dict().items()
-            if tensor.is_floating_point() and tensor.dtype.itemsize > 1
-        }
-        new = {name: each for name, each in tensors.items() if each.data_ptr() not in checked}
-        checked |= {each.data_ptr() for each in new.values()}
+        new: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict().items():
+            place = tensor.data_ptr(), tensor.nbytes
+            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and place not in checked:
+                checked.add(place)
+                new[name] = tensor
         on_host = sum(each.nbytes for each in new.values() if each.device.type == "cpu")
         if new and on_host <= HOST_LIMIT_BYTES:
             _refuse_wrong(part, new)
@@ -57,7 +56,7 @@ def _refuse_wrong(part: str, tensors: dict[str, Tensor]) -> None:
     suspects = [name for name, is_finite in zip(tensors, sums, strict=True) if not is_finite]
     wrong = [name for name in suspects if not tensors[name].isfinite().all()]
     if wrong:
-        others = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        others = f" and in {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ModelUnusable(
             f"The {part} has values that are NaN or infinite in the tensor {wrong[0]!r}{others}: "
             "its files are damaged; copy them again."

@@ -8,6 +8,7 @@ each configured schedule is tried with a perfect model of one small picture, wit
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,9 @@ from worker.model_loader.component_files import CONFIG, load_component, read_jso
 
 SHIFTS: Final = ("flow_shift", "shift")
 """The names that schedulers have for the shift of their noise levels towards noise."""
+
+NO_SHIFT: Final = 1.0
+"""The shift that changes nothing."""
 
 TIMESTEPS: Final = 1000
 """Wan's transformer takes its noise level, 0 to 1, times this."""
@@ -42,12 +46,11 @@ def read_scheduler(folder: Path) -> Any:
     name = read_json(folder / "model_index.json")["scheduler"][1]
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise ModelUnusable(f"{folder / 'model_index.json'} names {name!r}, which is no scheduler.")
-    try:
-        return load_component(kind.from_pretrained, folder / "scheduler", CONFIG)
-    except (ImportError, AttributeError) as error:  # a library it needs is not installed
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelUnusable(f"The scheduler {name} of {folder} cannot be used: {reason}") from error
+        raise ModelUnusable(
+            f"{folder / 'model_index.json'} names {name!r}, which is no scheduler that diffusers "
+            "can run here: name another one."
+        )
+    return load_component(kind.from_pretrained, folder / "scheduler", CONFIG)
 
 
 def scheduler_for_run(template: Any, shift: float | None) -> Any:
@@ -68,29 +71,40 @@ def check_scheduler(model: ModelConfig) -> None:
         ModelUnusable: names the scheduler's class and what it does instead.
     """
     template = read_scheduler(model.path)
-    for size, shift in model.flow_shift.items():
-        _check_shift(template, size, shift, model)
-    for shift in {None, *model.flow_shift.values()}:
-        for steps in sorted({1, model.default_steps}):
-            fault = _fault(scheduler_for_run(template, shift), steps)
-            if fault is not None:
-                raise ModelUnusable(
-                    f"The scheduler {_describe(template, shift)} of {model.path} cannot denoise "
-                    f"this model, which predicts flows: {fault}; name one in model_index.json and "
-                    "scheduler/scheduler_config.json that can, as the model's authors do."
-                )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own, about each other
+        for size, shift in model.flow_shift.items():
+            _check_shift(template, shift, f"[model.flow_shift] for {size}", model)
+        for shift in {None, *model.flow_shift.values()}:
+            for steps in sorted({1, model.default_steps}):
+                _check_run(template, shift, steps, model)
+        own = template.config.get(str(_shift_name(template)), NO_SHIFT)
+        if own != NO_SHIFT:
+            _check_shift(template, own, "scheduler/scheduler_config.json", model)
 
 
-def _check_shift(template: Any, size: str, shift: float, model: ModelConfig) -> None:
-    name, kind = _shift_name(template), type(template).__name__
-    configured = f"[model.flow_shift] sets {shift:g} for {size}, but the scheduler {kind}"
-    remedy = "take it out of the worker's configuration, or give the model another scheduler."
-    if name is None:
-        raise ModelUnusable(f"{configured} of {model.path} has no shift: {remedy}")
-    if _has_no_effect(template, shift, max(2, model.default_steps)):
+def _check_run(template: Any, shift: float | None, steps: int, model: ModelConfig) -> None:
+    fault = _fault(scheduler_for_run(template, shift), steps)
+    if fault is not None:
         raise ModelUnusable(
-            f"{configured} of {model.path} ignores its {name} with the other settings in "
-            f"scheduler/scheduler_config.json: {remedy}"
+            f"The scheduler {_describe(template, shift)} of {model.path} cannot denoise this "
+            f"model, which predicts flows: {fault} in a run of {steps} step{'s' * (steps > 1)}; "
+            "name one in model_index.json and scheduler/scheduler_config.json that can, as the "
+            "model's authors do."
+        )
+
+
+def _check_shift(template: Any, shift: float, where: str, model: ModelConfig) -> None:
+    """Refuse a shift that changes nothing; `where` says where it is configured."""
+    name, does = _shift_name(template), None
+    if name is None:
+        does = "has no shift"
+    elif _has_no_effect(template, shift, max(2, model.default_steps)):
+        does = f"ignores its {name}, because of the other settings in its file"
+    if does is not None:
+        raise ModelUnusable(
+            f"{where} sets a shift of {shift:g}, but the scheduler {type(template).__name__} of "
+            f"{model.path} {does}: take it out, or give the model another scheduler."
         )
 
 
@@ -133,12 +147,13 @@ def _fault(scheduler: Any, steps: int) -> str | None:
         torch.set_rng_state(random_state)
     count = len(scheduler.timesteps)
     if count != steps:
-        return f"it runs the model {count} times where {steps} steps are asked for"
+        return f"it runs the model {count} times"
     expected = TIMESTEPS * torch.tensor(levels)
     if not (scheduler.timesteps.cpu() - expected).abs().max() <= TIMESTEP_TOLERANCE:
         return f"its timesteps are not its noise levels, 1 to 0, times {TIMESTEPS}"
     if not left <= NOISE_LEFT:
-        return f"{left:.0%} of the noise are left after {steps} steps with a perfect model"
+        gives = f"leaves {left:.0%} of the noise" if math.isfinite(left) else "gives NaN"
+        return f"even a perfect model {gives}"
     if drew:
         return "it draws noise of its own, so the same seed would give different videos"
     return None

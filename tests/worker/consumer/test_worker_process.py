@@ -146,6 +146,11 @@ FAULTS = {
     "no npu": ({"WORKER_DEVICE": "npu"}, None, "WORKER_DEVICE is 'npu'"),
     "no threads": ({"WORKER_THREADS": "0"}, None, "WORKER_THREADS: .*greater than"),
     "no scales": ({}, "unscaled.toml", "there is no scales file .*-m quant calibrate"),
+    "no ffmpeg": (
+        {"IMAGEIO_FFMPEG_EXE": "/nowhere/ffmpeg"},
+        None,
+        "This worker cannot make videos, because encoding the MP4 failed .*/nowhere/ffmpeg",
+    ),
     "no model": ({}, "unmodelled.toml", "model folder .*nowhere lacks model_index.json"),
 }
 

@@ -85,17 +85,21 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def torchrun(redis_url: str, config_file: Path, tmp_path: Path, kind: str) -> Iterator[Torchrun]:
-    run = Torchrun(
-        config_file,
-        tmp_path / "log",
-        REDIS_URL=redis_url,
-        ARTIFACTS_URL=(tmp_path / "artifacts").as_uri(),
-        WORKER_DEVICE=kind,
-        WORKER_THREADS="1",
-        OMP_NUM_THREADS="1",
-        GLOO_SOCKET_IFNAME="lo",
-    )
+def variables(redis_url: str, tmp_path: Path, kind: str) -> dict[str, str]:
+    """The environment of both ranks."""
+    return {
+        "REDIS_URL": redis_url,
+        "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
+        "WORKER_DEVICE": kind,
+        "WORKER_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+@pytest.fixture
+def torchrun(config_file: Path, tmp_path: Path, variables: dict[str, str]) -> Iterator[Torchrun]:
+    run = Torchrun(config_file, tmp_path / "log", **variables)
     yield run
     run.kill()
 
@@ -129,6 +133,21 @@ def test_two_ranks_are_one_worker(
     assert "the process ends" not in log, "the leader shut the follower down"
     with pytest.raises(ProcessLookupError):
         os.killpg(torchrun.process.pid, 0)
+
+
+def test_a_proof_that_fails_ends_both_ranks(
+    config_file: Path, tmp_path: Path, variables: dict[str, str], redis: Redis
+) -> None:
+    """The leader fails after both have denoised the tiny job; the follower must not wait for it."""
+    variables["IMAGEIO_FFMPEG_EXE"] = str(tmp_path / "none")
+    run = Torchrun(config_file, tmp_path / "log", **variables)
+    try:
+        run.wait_for_line(r"This worker cannot make videos, because encoding the MP4 failed")
+        assert run.process.wait(90) != 0
+    finally:
+        run.kill()
+    assert "ready: wan-mini" not in run.log_text()
+    assert catalog.read(redis).offers == ()
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_before_waiting_for_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jobs.record import Stage
 from tests.support.diffusers_reference import with_our_products
 from tests.support.job_controls import RecordingControl, StopAtStep
 from tests.support.requests import OWNER, generation_request, unique_prompt
+from tests.worker.edited_model import EditedModel
 from worker.config import WorkerConfig
 from worker.device import Device
 from worker.engine.wan_engine import WanEngine
@@ -23,6 +25,7 @@ from worker.interface import Frame
 from worker.model_loader.components import ComponentLoader
 from worker.model_loader.loader import load_modes
 from worker.model_loader.mode_plan import plan_modes
+from worker.startup import load_engine
 
 # Short clips where the length does not matter: 5 frames are two latent ones.
 SHORT: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 1}
@@ -75,6 +78,28 @@ def test_latents_with_nan_fail_the_job(
         patch.setattr(engine.loaded["bf16"].transformer.proj_out.weight, "data", broken)
         with pytest.raises(GenerationFailed, match=r"mode 'bf16' gave (\d+) of \1 .* another mode"):
             frames(engine, **SHORT)
+    assert np.array_equal(frames(engine, **SHORT), undisturbed)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("tiling", [False, True])
+def test_frames_with_nan_or_infinite_values_fail_the_job(
+    engine: WanEngine,
+    undisturbed: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+    tiling: bool,
+) -> None:
+    """Infinite ones would be clamped to black or white, and NaN would become black."""
+    bias = engine.components.vae.decoder.conv_out.bias
+    with monkeypatch.context() as patch:
+        patch.setattr(bias, "data", torch.tensor([value, 0.0, 0.0]))
+        patch.setattr(engine, "components", replace(engine.components, vae_tiling=tiling))
+        with pytest.raises(
+            GenerationFailed, match=r"^The VAE gave \d+ of \d+ .* files are damaged"
+        ):
+            frames(engine, **SHORT)
+    assert not any(m._forward_hooks for m in engine.components.vae.modules())
     assert np.array_equal(frames(engine, **SHORT), undisturbed)
 
 
@@ -147,7 +172,7 @@ def test_no_hooks_are_left(engine: WanEngine) -> None:
     next(clip.frames)
     clip.frames.close()
     for part in (engine.components.vae, engine.components.text_encoder):
-        assert not any(module._forward_pre_hooks for module in part.modules())
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in part.modules())
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
@@ -186,6 +211,18 @@ def test_each_size_may_have_its_own_shift(
     two_steps = SHORT | {"num_inference_steps": 2}
     assert not np.array_equal(frames(other, **two_steps), frames(engine, **two_steps))
     assert engine.components.scheduler.config.flow_shift == 3.0
+
+
+def test_a_shift_takes_effect_under_the_name_of_another_scheduler(
+    edited: EditedModel, device: Device
+) -> None:
+    """FlowMatchEulerDiscreteScheduler calls it `shift`, and ignores `flow_shift`."""
+    edited.set_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    own = load_engine(edited.with_modes("bf16"), device)
+    edited.config = edited.with_model(flow_shift={"96x96": 9.0})
+    shifted = load_engine(edited.with_modes("bf16"), device)
+    two_steps = SHORT | {"num_frames": 1, "num_inference_steps": 2}
+    assert not np.array_equal(frames(own, **two_steps), frames(shifted, **two_steps))
 
 
 def test_the_modes_share_what_is_not_quantized(engine: WanEngine) -> None:
