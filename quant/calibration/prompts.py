@@ -78,7 +78,9 @@ class PromptSet:
 
 def _decoded(data: bytes, path: Path) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise CalibrationError(f"{path} is UTF-16 text, as line 1 shows: save it as UTF-8")
+        raise CalibrationError(
+            f"{path} is not UTF-8 text but UTF-16, as line 1 shows: save it as UTF-8"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -117,6 +117,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             f"{folder} has the indices {', '.join(file.name for file in files)}, and none has a "
             f"name that the libraries read: rename one to {named[0].name}"
         )
+    if chosen.name == f"model{INDEX_SUFFIX}" and (folder / "model.safetensors").is_file():
+        return None  # transformers prefers the one file, unlike diffusers
     names = dict(_entries(chosen))
     missing = sorted({name for name in names.values() if not (folder / name).is_file()})
     # Without any file the folder has no weights, which packed modes do not need.
