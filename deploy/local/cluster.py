@@ -41,7 +41,14 @@ class Cluster:
         workers: int = 2,
         worker: Sequence[str] = WORKER,
         environment: Mapping[str, str] | None = None,
+        own_environments: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
+        """Prepare the processes.
+
+        Args:
+            environment: what all processes get besides the addresses.
+            own_environments: what single processes get besides that, by their names.
+        """
         self.folder = folder
         self.mark = uuid.uuid4().hex
         self.valkey_port = find_free_port()
@@ -62,6 +69,7 @@ class Cluster:
             }
             | dict(environment or {})
         )
+        self._own_environments = own_environments or {}
         self._commands: dict[str, Sequence[str]] = {
             "valkey": valkey.server_command(folder / "valkey", self.valkey_port)
         }
@@ -238,7 +246,8 @@ class Cluster:
 
     def _start(self, name: str) -> None:
         port = self._ports.get(name)
-        own = {} if port is None else {"SERVICE_PORT": str(port)}
+        own = dict(self._own_environments.get(name, {}))
+        own |= {} if port is None else {"SERVICE_PORT": str(port)}
         self.children[name] = Child(
             name,
             self._commands[name],

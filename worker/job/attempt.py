@@ -138,12 +138,17 @@ def _from_unexpected(context: JobContext, record: JobRecord, error: Exception) -
     )
 
 
-def _clear_frames(error: BaseException | None) -> None:
+def _clear_frames(error: BaseException) -> None:
     """Drop the local variables of all stack frames that an error and its causes passed through."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
+    pending, seen = [error], set[int]()
+    while pending:
+        each = pending.pop()
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
+        # Both: an error that was raised from a second one while a third was handled has two.
+        found = (each.__cause__, each.__context__)
+        pending += [other for other in found if other is not None and id(other) not in seen]
 
 
 def _watchdog(context: JobContext, attempt: Attempt) -> Watchdog:

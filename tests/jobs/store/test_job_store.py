@@ -248,6 +248,25 @@ def test_cancelling_a_running_job_asks_its_worker(
     assert store.get(attempt.job_id).state is JobState.CANCELLED
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_a_second_cancel_adds_no_event(
+    redis: Redis, store: JobStore, request_for_video: GenerationRequest, running: bool
+) -> None:
+    job_id = store.create(request_for_video, QUEUE).job.id
+    if running:
+        store.claim(job_id, "w")
+    stream = redis_keys.EVENTS_PREFIX + job_id
+    before = redis.xlen(stream)
+    first = store.cancel(job_id)
+    assert redis.xlen(stream) == before + 1
+    with redis.pubsub() as pubsub:
+        pubsub.subscribe(redis_keys.EVENTS_CHANNEL)
+        pubsub.get_message(timeout=5)
+        assert store.cancel(job_id) == first
+        assert redis.xlen(stream) == before + 1
+        assert pubsub.get_message(timeout=0.2) is None, "no stream is woken for nothing"
+
+
 def test_cancelled_job_of_a_lost_worker_is_not_run_again(
     store: JobStore, redis: Redis, request_for_video: GenerationRequest
 ) -> None:

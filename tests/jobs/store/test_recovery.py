@@ -12,11 +12,11 @@ from rq.serializers import JSONSerializer
 
 from jobs import record, redis_keys
 from jobs.errors import JobHeld, StaleAttempt
-from jobs.record import Attempt, StageTimings, Video
+from jobs.record import Attempt, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from jobs.store.recovery import MAX_LOST, MISSING_S, Recovery
+from jobs.store.recovery import MAX_LOST, MAX_RETURNED, MISSING_S, Recovery
 from jobs.store.rq_entry import UNKNOWN_DEADLINE_S
 from jobs.store.submission import Submission
 
@@ -114,6 +114,58 @@ def test_a_released_attempt_is_not_lost(
     assert store.get(job_id).lost == 0
 
 
+@pytest.mark.parametrize("end", ["release", "give_up", "hand_back", "expire"])
+def test_an_attempt_that_ends_without_its_job_leaves_nothing_of_itself(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str, end: str
+) -> None:
+    attempt = take(redis, store, job_id)
+    store.progress(attempt, Progress(stage=Stage.DENOISE, step=1, steps=2))
+    assert store.get(job_id).started_at is not None
+    if end == "expire":
+        expire_lease(redis, job_id)
+        recovery.run()
+    elif end == "hand_back":
+        store.hand_back(attempt, "The disk is full.")
+    else:
+        getattr(store, end)(attempt)
+    job = store.get(job_id)
+    assert (job.state, job.attempts) == (JobState.QUEUED, 1)
+    assert (job.started_at, job.worker, job.progress) == (None, None, None)
+    fields = redis.hgetall(redis_keys.record(job_id)).keys()
+    assert not {b"token", b"lease_ms", b"started_at", b"started_ms", b"worker"} & set(fields)
+    again = take(redis, store, job_id)
+    assert (again.number, store.get(job_id).worker) == (2, "worker-1")
+    assert store.get(job_id).started_at is not None
+
+
+def test_attempts_that_workers_at_fault_gave_back_have_a_limit_of_their_own(
+    redis: Redis, store: JobStore, job_id: str
+) -> None:
+    store.give_up(take(redis, store, job_id))
+    for number in range(1, MAX_RETURNED + 1):
+        attempt = take(redis, store, job_id)
+        state = store.hand_back(attempt, f"Reason {number}.")
+        assert state is (JobState.FAILED if number == MAX_RETURNED else JobState.QUEUED)
+        assert queued(redis) == ([] if number == MAX_RETURNED else [job_id])
+    job = store.get(job_id)
+    assert job.lost == 1
+    assert job.failure is not None
+    assert job.failure.code == "worker_unfit"
+    assert f"Reason {MAX_RETURNED}." in job.failure.detail
+
+
+def test_an_attempt_of_before_cannot_give_a_job_back(
+    redis: Redis, store: JobStore, recovery: Recovery, job_id: str
+) -> None:
+    old = take(redis, store, job_id)
+    expire_lease(redis, job_id)
+    recovery.run()
+    new = take(redis, store, job_id)
+    with pytest.raises(StaleAttempt):
+        store.hand_back(old, "The disk is full.")
+    assert store.renew(new) is False
+
+
 def test_giving_up_counts_as_lost(redis: Redis, store: JobStore, job_id: str) -> None:
     assert store.give_up(take(redis, store, job_id)) is JobState.QUEUED
     assert store.give_up(take(redis, store, job_id)) is JobState.FAILED
@@ -172,6 +224,25 @@ def test_a_waiting_job_is_never_missing(
         redis.hset(redis_keys.record(each), "missing_ms", 1)
     assert recovery.run() == {}
     assert queued(redis) == [job_id, second]
+
+
+def test_a_job_that_is_in_its_queue_again_when_it_is_to_be_put_back_is_left_there(
+    redis: Redis,
+    store: JobStore,
+    recovery: Recovery,
+    job_id: str,
+    request_for_video: GenerationRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process was faster, between the look at the queues and the script."""
+    second = store.create(request_for_video, QUEUE).job.id
+    redis.hset(redis_keys.record(second), "missing_ms", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "_missing", lambda: [second])
+        assert recovery.run() == {}
+    assert queued(redis) == [job_id, second], "nothing moved, and nothing is there twice"
+    redis.lrem(Queue(QUEUE, connection=redis).key, 1, second)
+    assert recovery.run() == {}, "it counts as missing only from now on"
 
 
 def test_a_job_that_ends_while_it_is_looked_at_is_not_reported(

@@ -1,7 +1,7 @@
 """Test that progress is published, the lease renewed and a cancel detected, whatever Redis does."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from redis import Redis
@@ -120,3 +120,29 @@ def test_a_redis_that_is_away_stops_nothing_and_loses_no_progress(
         each.getMessage() for each in caplog.records if each.name == "worker.process.redis_retry"
     ]
     assert len(messages) == 2, messages
+
+
+class InterruptedStore(JobStore):
+    """A store during whose first write of progress the job goes on."""
+
+    def __init__(self, redis: Redis) -> None:
+        super().__init__(redis)
+        self.during: Callable[[], None] | None = None
+
+    def progress(self, attempt: Attempt, progress: Progress) -> None:
+        super().progress(attempt, progress)
+        if self.during is not None:
+            then, self.during = self.during, None
+            then()
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["an-edge", "a-step-between"])
+def test_a_step_that_is_published_during_the_write_of_another_is_not_lost(
+    redis: Redis, attempt: Attempt, first: int
+) -> None:
+    store = InterruptedStore(redis)
+    with LeaseKeeper(store, attempt, RedisOutage()) as keeper:
+        store.during = lambda: keeper.publish(progress_at(7))
+        keeper.publish(progress_at(first))
+        wait_until(lambda: store.get(attempt.job_id).progress == progress_at(7), 10)
+    assert published(redis, attempt.job_id) == [progress_at(first), progress_at(7)]

@@ -102,10 +102,29 @@ def test_a_success_in_between_makes_it_not_in_a_row(runs: WorkerRuns) -> None:
     assert runs.stats.exit_status is None
 
 
+def raise_from(error: Exception) -> None:
+    raise torch.OutOfMemoryError("again") from error
+
+
+def raise_meanwhile(error: Exception) -> None:
+    raise torch.OutOfMemoryError("again")
+
+
+def raise_without_a_cause(error: Exception) -> None:
+    raise torch.OutOfMemoryError("again") from None
+
+
+def raise_from_another(error: Exception) -> None:
+    raise torch.OutOfMemoryError("again") from ValueError("something else")
+
+
+@pytest.mark.parametrize(
+    "raise_again", [raise_from, raise_meanwhile, raise_without_a_cause, raise_from_another]
+)
 def test_nothing_refers_to_the_failed_jobs_tensors_when_the_cache_is_emptied(
-    runs: WorkerRuns,
+    runs: WorkerRuns, raise_again: Callable[[Exception], None]
 ) -> None:
-    """Neither the stack frames of the error nor those of its cause."""
+    """Neither the stack frames of the error nor those of its cause or context."""
     device = RecordingDevice("cpu", "a device")
     runs.device = device
 
@@ -120,7 +139,7 @@ def test_nothing_refers_to_the_failed_jobs_tensors_when_the_cache_is_emptied(
         try:
             allocate()
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError("again") from error
+            raise_again(error)
 
     assert codes(runs.run(on_step)) == ["out_of_device_memory"]
     assert len(device.tensors) == 2
