@@ -75,6 +75,9 @@ RETENTION_LOCK: Final = "wan:retention:lock"
 RETENTION_DONE: Final = "wan:retention:done"
 """When the last round was done; no other round starts while this key exists."""
 
+CONFIRMED: Final = "wan:confirmed"
+"""The job whose creation was confirmed last; a write to wait for (`jobs/store/durability.py`)."""
+
 ARTIFACTS_ID: Final = "wan:artifacts:id"
 """The id in the marker of the artifact store that belongs to this Redis. It never expires."""
 

@@ -40,6 +40,7 @@ from service.middleware.host_check import HostCheck, OriginCheck
 from service.middleware.request_log import RequestLog
 from service.middleware.security_headers import SecurityHeaders
 from service.monitoring.access import MetricsAccess
+from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.pages import api_docs, static_files
@@ -87,6 +88,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redoc_url=None,
     )
     exposition = Exposition(redis_url)
+    checks = Checks(redis, artifacts, settings.durability)
+    exposition.add(checks)
     sessions = SessionStore(redis)
     rates = RateLimiter(redis, settings.rate)
     gate = Gate(KeyStore(redis), rates, sessions, may_be_open=settings.is_local)
@@ -95,13 +98,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.app_state = AppState(
         settings=settings,
         redis=redis,
-        store=JobStore(redis),
+        store=JobStore(redis, settings.durability),
         outbox=Outbox(redis),
         catalog=cached_catalog,
         queue_positions=queue_positions,
         hub=EventHub(redis_url, queue_positions, settings.max_streams),
         readiness=Readiness(redis_url),
         artifacts=artifacts,
+        checks=checks,
         token_counter=TokenCounter(redis),
         gate=gate,
         sessions=sessions,

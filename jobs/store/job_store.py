@@ -28,6 +28,7 @@ from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Vid
 from jobs.spec import GenerationRequest, shown
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
+from jobs.store.durability import Durability
 from jobs.store.listing import JobPage, Listing, Query
 from jobs.store.recovery import LEASE_S, lost_attempt_args
 from jobs.store.submission import Idempotency, Submission
@@ -54,8 +55,9 @@ class Created:
 class JobStore:
     """All access to jobs. Safe to share between threads; one per process is enough."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, durability: Durability | None = None) -> None:
         self._redis = redis
+        self._durability = durability or Durability()
         self._create = scripts.load(redis, "create")
         self._claim = scripts.load(redis, "claim")
         self._renew = scripts.load(redis, "renew")
@@ -74,6 +76,7 @@ class JobStore:
         Raises:
             IdempotencyConflict: the Idempotency-Key was used for another body in the last day.
             QueueFull, QuotaExceeded: a limit of the submission is reached; nothing was written.
+            StoreUnavailable: the job was created, and what `durability` asks for is not certain.
         """
         submission = submission or Submission()
         try:
@@ -113,6 +116,8 @@ class JobStore:
             *fields,
             *rq_entry.rq_fields(job_id, queue, job.deadline_s),
         )
+        if answer in (b"created", b"replayed"):
+            self._durability.confirm(self._redis, detail.decode())
         match answer:
             case b"created":
                 return Created(job, replayed=False, position=position if position >= 0 else None)
@@ -128,6 +133,7 @@ class JobStore:
 
         Raises:
             IdempotencyConflict: that request had another body.
+            StoreUnavailable: as `create`.
         """
         key = redis_keys.idempotency(owner, idempotency.key)
         found, body = self._redis.hmget(key, ["job", "body"])
@@ -139,6 +145,7 @@ class JobStore:
             return None
         if body != idempotency.body_sha256.encode():
             raise _conflict(job_id)
+        self._durability.confirm(self._redis, job_id)
         return record.decode(job_id, fields)
 
     def get(self, job_id: str) -> JobRecord:

@@ -16,10 +16,21 @@ async def healthz() -> HealthView:
     return HealthView()
 
 
-@router.get("/readyz", summary="Can jobs be run?", responses=problems(503))
+@router.get(
+    "/readyz",
+    summary="Can jobs be run?",
+    responses=problems(503),
+    response_model_exclude_none=True,
+)
 async def readyz(app_state: AppStateDep) -> ReadyView:
     """Answer 200 when Redis is reachable and at least one worker is live; within two seconds."""
     workers = await app_state.readiness.workers()
     if not workers.live:
         raise NoLiveWorker("Redis is reachable, but no worker is live.")
-    return ReadyView(workers=workers.live, degraded=workers.degraded)
+    warnings = app_state.checks.warnings()
+    return ReadyView(
+        status="degraded" if warnings else "ready",
+        workers=workers.live,
+        degraded=workers.degraded,
+        warnings=warnings or None,
+    )
