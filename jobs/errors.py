@@ -32,6 +32,7 @@
         ├── ArtifactNotStored  the video was made and could not be stored
         ├── OutOfDeviceMemory  the device ran out of memory
         ├── WorkerLost         too many workers that ran the job crashed, hung or were killed
+        ├── WorkerUnfit        the worker, not the job, is at fault: its disk, its ffmpeg
         ├── GenerationTimedOut the attempt took longer than it may
         └── PromptTooLong      the prompt has more tokens than the text encoder takes
 
@@ -237,6 +238,16 @@ class ArtifactNotStored(GenerationFailed):
 class WorkerLost(GenerationFailed):
     code = "worker_lost"
     title = "The workers that ran the job were lost"
+
+
+class WorkerUnfit(GenerationFailed):
+    """Raised in a worker that cannot do its part of any job. The detail names no path and no host.
+
+    The job goes back to its queue, and fails with this code only after too many such workers.
+    """
+
+    code = "worker_unfit"
+    title = "The workers that ran the job were at fault"
 
 
 class OutOfDeviceMemory(GenerationFailed):

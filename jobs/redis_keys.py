@@ -16,6 +16,9 @@ DAY_S: Final = 24 * 60 * 60
 RECORD_TTL_S: Final = 30 * DAY_S
 """A record is kept this long after its creation; its index entries are removed afterwards."""
 
+LEASE_S: Final = 15.0
+"""A running attempt whose lease was not renewed for this long counts as lost."""
+
 OFFER_TTL_S: Final = 15
 """A worker that has not renewed its offer for this long is not live. Workers renew every 5 s."""
 

@@ -8,7 +8,7 @@ not caught.
 
 import secrets
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 from pydantic import BaseModel
 from redis import Redis
@@ -30,8 +30,10 @@ from jobs.state import JobState
 from jobs.store import rq_entry, scripts
 from jobs.store.durability import Durability
 from jobs.store.listing import JobPage, Listing, Query
-from jobs.store.recovery import LEASE_S, lost_attempt_args
+from jobs.store.recovery import lost_attempt_args
 from jobs.store.submission import Idempotency, Submission
+
+LEASE_S: Final = redis_keys.LEASE_S
 
 MAX_PAGE = 200
 """The most records of one page of `JobStore.list`."""

@@ -24,9 +24,6 @@ from jobs.store.rq_entry import RqFields
 
 logger = logging.getLogger(__name__)
 
-LEASE_S: Final = 15.0
-"""A running attempt whose lease was not renewed for this long counts as lost."""
-
 INTERVAL_S: Final = 3.0
 """How often each process looks for abandoned jobs."""
 
@@ -164,9 +161,9 @@ def _has_passed(lease_ms: bytes, clock_ms: int) -> bool:
     One that ends later than any that is given now is from before the clock was set back. Its holder
     would have renewed it.
     """
-    return not lease_ms.isdigit() or not 0 < int(lease_ms) - clock_ms <= LEASE_S * 1000
+    return not lease_ms.isdigit() or not 0 < int(lease_ms) - clock_ms <= redis_keys.LEASE_S * 1000
 
 
-def lost_attempt_args() -> tuple[int, str, str, int]:
-    """Return the arguments of `jobs/store/lua/put_back.lua` for lost attempts and leases."""
-    return MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code, int(LEASE_S * 1000)
+def lost_attempt_args() -> tuple[int, str, str]:
+    """Return the arguments of `jobs/store/lua/put_back.lua` for too many lost attempts."""
+    return MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code

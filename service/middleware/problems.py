@@ -71,6 +71,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.GenerationFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.ArtifactNotStored: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.WorkerLost: HTTPStatus.INTERNAL_SERVER_ERROR,
+        errors.WorkerUnfit: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.OutOfDeviceMemory: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.GenerationTimedOut: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.PromptTooLong: HTTPStatus.UNPROCESSABLE_ENTITY,
