@@ -16,6 +16,9 @@ DAY_S: Final = 24 * 60 * 60
 RECORD_TTL_S: Final = 30 * DAY_S
 """A record is kept this long after its creation; its index entries are removed afterwards."""
 
+LEASE_S: Final = 15.0
+"""A running attempt whose lease was not renewed for this long counts as lost."""
+
 OFFER_TTL_S: Final = 15
 """A worker that has not renewed its offer for this long is not live. Workers renew every 5 s."""
 
@@ -74,6 +77,9 @@ RETENTION_LOCK: Final = "wan:retention:lock"
 
 RETENTION_DONE: Final = "wan:retention:done"
 """When the last round was done; no other round starts while this key exists."""
+
+CONFIRMED: Final = "wan:confirmed"
+"""The job whose creation was confirmed last; a write to wait for (`jobs/store/durability.py`)."""
 
 ARTIFACTS_ID: Final = "wan:artifacts:id"
 """The id in the marker of the artifact store that belongs to this Redis. It never expires."""

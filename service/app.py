@@ -43,6 +43,7 @@ from service.middleware.host_check import HostCheck, OriginCheck
 from service.middleware.request_log import RequestLog
 from service.middleware.security_headers import SecurityHeaders
 from service.monitoring.access import MetricsAccess
+from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.pages import api_docs, static_files
@@ -90,6 +91,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redoc_url=None,
     )
     exposition = Exposition(redis_url)
+    checks = Checks(redis, artifacts, settings.durability)
+    exposition.add(checks)
     sessions = SessionStore(redis)
     rates = RateLimiter(redis, settings.rate)
     gate = Gate(
@@ -104,7 +107,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.app_state = AppState(
         settings=settings,
         redis=redis,
-        store=JobStore(redis),
+        store=JobStore(redis, settings.durability),
         outbox=Outbox(redis),
         catalog=cached_catalog,
         queue_positions=queue_positions,
@@ -116,6 +119,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             settings.max_downloads,
             redirect_s=settings.url_ttl_s if settings.redirect_downloads else None,
         ),
+        checks=checks,
         token_counter=TokenCounter(redis),
         gate=gate,
         sessions=sessions,

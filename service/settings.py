@@ -44,6 +44,11 @@
   default 1.
 - `LOG_FORMAT`: `text`, the default, or `json`: one object per line.
 - `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
+- `REDIS_WAIT_REPLICAS`: how many replicas of Redis must have a new job before it is answered, by
+  default 0.
+- `REDIS_WAIT_AOF`: whether it must be in Redis' append-only file on disk, by default false.
+- `REDIS_WAIT_MS`: how many milliseconds to wait for each, by default 1000; after that the answer is
+  503 with the job's id.
 - `ARTIFACTS_URL`: where finished videos are, the same for service and workers: `file:///folder`, or
   `s3://bucket/prefix?endpoint=https://host:port&region=name` with credentials in AWS_ACCESS_KEY_ID
   and AWS_SECRET_ACCESS_KEY. Required.
@@ -64,6 +69,7 @@ from redis.connection import parse_url
 
 from jobs.logs import LogFormat
 from jobs.redis_keys import RECORD_TTL_S
+from jobs.store.durability import LONGEST_WAIT_MS, Durability
 from service.auth.key_memory import KeyMemory, KeyPolicy
 from service.auth.rate_limit import check_rate
 from service.schemas.expiry import RetentionPeriods
@@ -151,6 +157,13 @@ class ServiceSettings(WebhookSettings, RedisSettings):
     catalog_kept_s: Annotated[float, Field(ge=0, le=10)] = Field(
         default=1, validation_alias="SERVICE_CATALOG_KEPT_S"
     )
+    wait_replicas: Annotated[int, Field(ge=0, le=10)] = Field(
+        default=0, validation_alias="REDIS_WAIT_REPLICAS"
+    )
+    wait_aof: bool = Field(default=False, validation_alias="REDIS_WAIT_AOF")
+    wait_ms: Annotated[int, Field(ge=1, le=LONGEST_WAIT_MS)] = Field(
+        default=1000, validation_alias="REDIS_WAIT_MS"
+    )
     artifacts_url: str = Field(validation_alias="ARTIFACTS_URL")
     log_format: LogFormat = Field(default=LogFormat.TEXT, validation_alias="LOG_FORMAT")
 
@@ -162,6 +175,11 @@ class ServiceSettings(WebhookSettings, RedisSettings):
             jobs=timedelta(hours=self.keep_jobs_h),
             orphans=timedelta(hours=self.keep_orphans_h),
         )
+
+    @property
+    def durability(self) -> Durability:
+        """What a new job has to reach before it is answered."""
+        return Durability(self.wait_replicas, self.wait_aof, self.wait_ms)
 
     @property
     def is_local(self) -> bool:

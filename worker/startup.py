@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from jobs.artifacts.known_store import KnownArtifactStore, open_known_artifacts
 from jobs.errors import AppError
 from jobs.redis_client import connect
+from jobs.store.durability import read_risks
 from quant import QuantError
 from worker.config import WorkerConfig, load_config
 from worker.consumer.serve import ServeContext, serve
@@ -103,6 +104,8 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
     with paused_gc():
         config = load_config(config_path or settings.config)
         redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
+        for risk in read_risks(redis):
+            logger.warning("%s", risk.detail)
         artifacts = open_store(settings.artifacts_url, redis)
         device, ranks = opened.enter_context(join_ranks(settings, config))
         engine = load_engine(config, device, ranks)

@@ -97,15 +97,20 @@ class KnownArtifactStore:
         return sum(self._store.size(key) is not None for key in keys), len(keys)
 
     def probe(self) -> None:
+        self._store.probe()  # first, as it can say more about what does not respond
         self.verify()
-        self._store.probe()
 
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         def guard() -> None:
             try:
                 self.verify()
-            except (ArtifactsUnavailable, RedisError) as error:
-                raise PutFailed("the artifact store is missing", transient=True) from error
+            except ArtifactsUnavailable as error:
+                missing = "missing" in error.context
+                reason = f"the artifact store {'is missing' if missing else 'does not respond'}"
+                raise PutFailed(reason, transient=True, missing=missing) from error
+            except RedisError as error:
+                reason = "Redis does not say which artifact store it knows"
+                raise PutFailed(reason, transient=True) from error
 
         self._store.put(key, source, check, guard)
 
@@ -204,7 +209,8 @@ def _described(found: bytes | None) -> str:
 def _missing(what: str) -> ArtifactsUnavailable:
     return ArtifactsUnavailable(
         f"The artifact store is missing: what is at ARTIFACTS_URL {what}. Mount the store or "
-        f"correct ARTIFACTS_URL; if it was moved on purpose, run `python -m service store adopt`."
+        f"correct ARTIFACTS_URL; if it was moved on purpose, run `python -m service store adopt`.",
+        missing=True,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from redis.backoff import EqualJitterBackoff
 
-from jobs.errors import ArtifactNotStored
+from jobs.errors import ArtifactNotStored, WorkerUnfit
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,15 @@ class PutFailed(Exception):
     """One try failed, and left nothing visible.
 
     `reason` is for the caller, so it names no hosts and no paths; the cause does, for the log.
-    `transient` faults may go away by themselves, so they are worth a retry.
+    `transient` faults may go away by themselves, so they are worth a retry. `missing`: what is
+    there is not the store that other processes use, which is this worker's fault, not the store's.
     """
 
-    def __init__(self, reason: str, *, transient: bool) -> None:
+    def __init__(self, reason: str, *, transient: bool, missing: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.transient = transient
+        self.missing = missing
 
 
 def put_with_retries(
@@ -48,6 +50,7 @@ def put_with_retries(
 
     Raises:
         ArtifactNotStored: with the last fault's reason.
+        WorkerUnfit: the last fault was that the store is missing.
     """
     deadline = time.monotonic() + retry_for_s
     for failures in count(1):
@@ -59,6 +62,11 @@ def put_with_retries(
         except PutFailed as fault:
             logger.warning("could not store a file: %s: %s", fault.reason, fault.__cause__)
             if not fault.transient or time.monotonic() + pause_s > deadline:
+                if fault.missing:
+                    raise WorkerUnfit(
+                        f"The video was made, and this worker has nowhere to store it: "
+                        f"{fault.reason}. Mount its share, or correct its ARTIFACTS_URL."
+                    ) from fault
                 raise ArtifactNotStored(
                     f"The video was made but could not be stored: {fault.reason}. Once that is "
                     f"mended, the same request with the same seed makes it again."

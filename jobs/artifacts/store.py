@@ -33,6 +33,7 @@ class ArtifactStore(Protocol):
 
         Raises:
             ArtifactNotStored: the artifact could not be stored; the error says why.
+            WorkerUnfit: the store is missing, for this process at least.
         """
 
     def size(self, key: str) -> int | None:

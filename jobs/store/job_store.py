@@ -8,7 +8,7 @@ not caught.
 
 import secrets
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 from pydantic import BaseModel
 from redis import Redis
@@ -27,10 +27,12 @@ from jobs.record import Attempt, Failure, JobRecord, Progress, StageTimings, Vid
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import recovery, rq_entry, scripts
+from jobs.store.durability import Durability
 from jobs.store.listing import JobPage, Listing, Query
-from jobs.store.recovery import LEASE_S
 from jobs.store.submission import Idempotency, Submission, conflict
 from jobs.violations import shown
+
+LEASE_S: Final = redis_keys.LEASE_S
 
 MAX_PAGE = 200
 """The most records of one page of `JobStore.list`."""
@@ -54,8 +56,9 @@ class Created:
 class JobStore:
     """All access to jobs. Safe to share between threads; one per process is enough."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, durability: Durability | None = None) -> None:
         self._redis = redis
+        self._durability = durability or Durability()
         self._create = scripts.load(redis, "create")
         self._claim = scripts.load(redis, "claim")
         self._renew = scripts.load(redis, "renew")
@@ -74,6 +77,7 @@ class JobStore:
         Raises:
             IdempotencyConflict: the Idempotency-Key was used for another body in the last day.
             QueueFull, QuotaExceeded: a limit of the submission is reached; nothing was written.
+            StoreUnavailable: the job was created, and what `durability` asks for is not certain.
         """
         submission = submission or Submission()
         try:
@@ -113,6 +117,8 @@ class JobStore:
             *fields,
             *rq_entry.rq_fields(job_id, queue, job.deadline_s),
         )
+        if answer in (b"created", b"replayed"):
+            self._durability.confirm(self._redis, detail.decode())
         match answer:
             case b"created":
                 return Created(job, replayed=False, position=position if position >= 0 else None)
@@ -128,6 +134,7 @@ class JobStore:
 
         Raises:
             IdempotencyConflict: that request had another body.
+            StoreUnavailable: as `create`.
         """
         key = redis_keys.idempotency(owner, idempotency.key)
         found, body = self._redis.hmget(key, ["job", "body"])
@@ -139,6 +146,7 @@ class JobStore:
             return None
         if body != idempotency.body_sha256.encode():
             raise conflict(job_id)
+        self._durability.confirm(self._redis, job_id)
         return record.decode(job_id, fields)
 
     def get(self, job_id: str) -> JobRecord:

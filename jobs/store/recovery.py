@@ -25,9 +25,6 @@ from jobs.store.rq_entry import RqFields
 
 logger = logging.getLogger(__name__)
 
-LEASE_S: Final = 15.0
-"""A running attempt whose lease was not renewed for this long counts as lost."""
-
 INTERVAL_S: Final = 3.0
 """How often each process looks for abandoned jobs."""
 
@@ -169,21 +166,19 @@ def _has_passed(lease_ms: bytes, clock_ms: int) -> bool:
     One that ends later than any that is given now is from before the clock was set back. Its holder
     would have renewed it.
     """
-    return not lease_ms.isdigit() or not 0 < int(lease_ms) - clock_ms <= LEASE_S * 1000
+    return not lease_ms.isdigit() or not 0 < int(lease_ms) - clock_ms <= redis_keys.LEASE_S * 1000
 
 
-AttemptArgs = tuple[str, int, str, str, int]
+AttemptArgs = tuple[str, int, str, str]
 """Arguments of `jobs/store/lua/put_back.lua`: as what an attempt counts, the limit, the failure
-beyond it, that failure's code, and the length of a lease in ms."""
+beyond it and that failure's code."""
 
-_LEASE_MS: Final = int(LEASE_S * 1000)
-
-NOT_COUNTED: Final[AttemptArgs] = ("", 0, "", "", _LEASE_MS)
+NOT_COUNTED: Final[AttemptArgs] = ("", 0, "", "")
 
 
 def lost_attempt_args() -> AttemptArgs:
     """Count an attempt that was lost with its worker."""
-    return "lost", MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code, _LEASE_MS
+    return "lost", MAX_LOST, WORKER_LOST.model_dump_json(), WORKER_LOST.code
 
 
 def returned_attempt_args(reason: str) -> AttemptArgs:
@@ -193,4 +188,4 @@ def returned_attempt_args(reason: str) -> AttemptArgs:
         detail=f"Workers gave this job back {MAX_RETURNED} times, each for a fault of its own, so "
         f"it was given up. The latest: {reason} Once that is mended, send it again.",
     )
-    return "returned", MAX_RETURNED, failure.model_dump_json(), failure.code, _LEASE_MS
+    return "returned", MAX_RETURNED, failure.model_dump_json(), failure.code

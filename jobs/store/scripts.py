@@ -55,6 +55,7 @@ _NAMES: Final = {
     "IDEMPOTENCY_TTL_S": redis_keys.IDEMPOTENCY_TTL_S,
     "FORMAT": redis_keys.FORMAT,
     "INDEX": redis_keys.INDEX_PREFIX,
+    "LEASE_MS": int(redis_keys.LEASE_S * 1000),
     "MAX_TAKEN": 31,  # of the oldest waiting jobs, so many are looked at besides the first
     "METRICS": redis_keys.METRICS,
     "RECORD": redis_keys.RECORD_PREFIX,

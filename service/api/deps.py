@@ -27,6 +27,7 @@ from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
 from service.middleware.credentials import sent_credential, sent_key
 from service.monitoring.access import MetricsAccess
+from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.schemas.jobs import JobViews
@@ -48,6 +49,7 @@ class AppState:
     readiness: Readiness
     artifacts: KnownArtifactStore
     downloads: Downloads
+    checks: Checks
     token_counter: TokenCounter
     gate: Gate
     sessions: SessionStore

@@ -22,6 +22,8 @@ DELETIONS_EVERY_S: Final = 5.0
 STORE_EVERY_S: Final = 15.0
 """How often a process looks whether the artifact store is the right one. The first look is at its
 start; what it finds is in the log and in the metric `wan_artifacts_up`."""
+REDIS_EVERY_S: Final = 60.0
+"""How often a process looks at Redis' settings: they can be changed while it runs."""
 TOKENIZERS_EVERY_S: Final = 10.0
 """Seldom, so that processes which were not started together do not all read a new tokenizer in the
 same seconds. A process can do nothing else while it reads one."""
@@ -42,6 +44,7 @@ def background_tasks(app_state: AppState) -> Sequence[Task]:
         Task("recovery", recovery.INTERVAL_S, lambda _: job_recovery.run()),
         Task("deletion", DELETIONS_EVERY_S, delete_requested),
         Task("artifact store", STORE_EVERY_S, lambda _: app_state.artifacts.verify()),
+        Task("redis settings", REDIS_EVERY_S, lambda _: app_state.checks.look_at_redis()),
         Task("retention", retention.CHECK_EVERY_S, job_retention.run_if_due),
         Task("tokenizers", TOKENIZERS_EVERY_S, lambda _: _prepare_tokenizers(app_state)),
     ]

@@ -77,6 +77,10 @@ class Exposition:
         except RedisError:
             return False
 
+    def add(self, collector: Collector) -> None:
+        """Show the metrics of a collector, too."""
+        self._registry.register(collector)
+
     def close(self) -> None:
         self._redis.close()
 
@@ -111,8 +115,14 @@ class _RedisCollector(Collector):
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(redis_keys.METRICS)
             pipe.hgetall(redis_keys.DURATIONS)
-            counters, durations = pipe.execute()
+            pipe.exists(redis_keys.RETENTION_REFUSED)
+            counters, durations, refused = pipe.execute()
         return [
+            GaugeMetricFamily(
+                "wan_retention_refused",
+                "1 while nothing is deleted because the clocks cannot be believed.",
+                refused,
+            ),
             *fleet_metrics.families(snapshot(self._redis)),
             *job_metrics.families(counters, durations),
         ]

@@ -328,7 +328,9 @@ class HealthView(BaseModel):
 class ReadyView(BaseModel):
     """The answer of a service that can run jobs."""
 
-    status: Literal["ready"] = "ready"
+    status: Literal["ready", "degraded"] = Field(
+        default="ready", description="degraded: jobs run, and an operator should read `warnings`."
+    )
     workers: int = Field(description="Live workers.")
     degraded: int = Field(
         description="Workers that run a mode slower than it was made for, or that are out of "
@@ -336,6 +338,11 @@ class ReadyView(BaseModel):
     )
     faults: list[str] | None = Field(
         default=None, description="Why workers are out of service; missing if none is."
+    )
+    warnings: list[str] | None = Field(
+        default=None,
+        description="Settings of Redis that may lose accepted jobs, or a missing artifact store; "
+        "absent if there are none.",
     )
 
 

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from jobs import durations
 from jobs.artifacts.store import artifact_key, spritesheet_key, thumbnail_key
 from jobs.durations import Durations
-from jobs.errors import ArtifactNotStored
+from jobs.errors import ArtifactNotStored, WorkerUnfit
 from jobs.record import (
     Attempt,
     JobRecord,
@@ -145,7 +145,7 @@ def _store_pictures(
     try:
         for key, encoded in zip(keys, (small, sheet), strict=True):
             context.artifacts.put(key, encoded.path, control.check)
-    except ArtifactNotStored:
+    except (ArtifactNotStored, WorkerUnfit):
         # The reason was logged. If one was stored, it is deleted with the job or as an orphan.
         logger.warning("the video has no pictures, because they could not be stored")
         return None, None

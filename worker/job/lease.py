@@ -17,8 +17,7 @@ from redis.exceptions import RedisError
 
 from jobs.errors import AppError, GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress
-from jobs.store.job_store import JobStore
-from jobs.store.recovery import LEASE_S
+from jobs.store.job_store import LEASE_S, JobStore
 from worker.process.background import BackgroundThread
 from worker.process.redis_retry import Backoff, RedisOutage
 

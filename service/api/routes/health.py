@@ -28,5 +28,11 @@ async def readyz(app_state: AppStateDep) -> ReadyView:
     if not workers.live:
         why = f" Out of service: {' '.join(workers.faults)}" if workers.faults else ""
         raise NoLiveWorker(f"Redis is reachable, but no worker is live.{why}")
-    faults = list(workers.faults) or None
-    return ReadyView(workers=workers.live, degraded=workers.degraded, faults=faults)
+    warnings = app_state.checks.warnings()
+    return ReadyView(
+        status="degraded" if warnings else "ready",
+        workers=workers.live,
+        degraded=workers.degraded,
+        faults=list(workers.faults) or None,
+        warnings=warnings or None,
+    )

@@ -15,11 +15,12 @@ from jobs.artifacts.keys import MARKER
 from jobs.artifacts.known_store import CHECKED_S, KnownArtifactStore, open_known_artifacts
 from jobs.artifacts.s3_url import BucketAddress
 from jobs.artifacts.store import MarkedStore, artifact_key
-from jobs.errors import ArtifactNotStored, ArtifactsUnavailable
+from jobs.errors import ArtifactNotStored, ArtifactsUnavailable, WorkerUnfit
 from jobs.record import StageTimings, Video
 from jobs.redis_client import connect
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
+from tests.support.s3_server import FaultyProxy
 
 Make = Callable[[MarkedStore], KnownArtifactStore]
 Places = Callable[[str], MarkedStore]
@@ -97,7 +98,7 @@ def test_a_store_without_the_marker_is_missing(places: Places, make: Make, sourc
         with pytest.raises(ArtifactsUnavailable, match=r"has no marker.*store adopt"):
             use()
     assert wrong.is_present is False
-    with pytest.raises(ArtifactNotStored, match="the artifact store is missing"):
+    with pytest.raises(WorkerUnfit, match="the artifact store is missing"):
         wrong.put(KEY, source)
     assert raw.size(KEY) is None
     assert raw.marker() is None
@@ -294,7 +295,7 @@ def test_a_redis_that_is_away_does_not_keep_a_video_out_of_its_store(
     artifacts.put(KEY, source)
     assert artifacts.size(KEY) == 3
     share.unmount()
-    with pytest.raises(ArtifactNotStored, match="is missing"):
+    with pytest.raises(WorkerUnfit, match="is missing"):
         artifacts.put(KEY, source)
     share.mount()
 
@@ -324,6 +325,20 @@ def test_an_upgrade_while_the_share_is_away_gives_its_mount_point_no_marker(
     share.mount()
     shared.verify()
     assert shared.latest_videos() == (1, 1)
+
+
+def test_a_store_that_does_not_respond_is_not_missing(
+    redis: Redis, bucket: str, s3_endpoint: str, source: Path
+) -> None:
+    """A worker is not at fault for it: no other would be better off."""
+    proxy = FaultyProxy(s3_endpoint)
+    address = BucketAddress(bucket, "wan", proxy.endpoint)
+    artifacts = KnownArtifactStore(BucketArtifactStore(address, retry_for_s=0.1), redis)
+    artifacts.verify()
+    proxy.answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(ArtifactNotStored, match="does not respond"):
+        artifacts.put(KEY, source)
+    proxy.close()
 
 
 def test_no_request_is_sent_when_a_store_is_opened(unused_port: int, bucket: str) -> None:

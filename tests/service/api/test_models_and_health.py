@@ -2,12 +2,15 @@
 
 import time
 
+import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from redis import Redis
 
+from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.catalog import WorkerOffer
+from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
 
@@ -40,6 +43,54 @@ def test_readiness_says_whether_a_mode_runs_slower_than_it_could(
         for mode, value in ((first, degraded), (others[0], 0)):
             labels = f'mode="{mode.name}",model="wan-mini",worker="{offer.worker_id}"'
             assert f"wan_worker_degraded{{{labels}}} {value}.0" in metrics
+
+
+def test_risky_settings_of_redis_degrade_the_service_and_are_logged_once(
+    settings: ServiceSettings,
+    redis: Redis,
+    live_worker: WorkerOffer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with TestClient(create_app(settings)) as client:
+            policy = 'wan_redis_unsafe{setting="maxmemory-policy"}'
+            wait_until(lambda: f"{policy} 1.0" in client.get("/metrics").text, 30, "it is shown")
+            answer = client.get("/readyz")
+            assert answer.status_code == 200, "jobs can be run"
+            assert answer.json()["status"] == "degraded"
+            (warning,) = answer.json()["warnings"]
+            assert "maxmemory-policy is allkeys-lru" in warning
+            assert 'wan_redis_unsafe{setting="appendonly"} 0.0' in client.get("/metrics").text
+
+            checks = client.app.state.app_state.checks  # type: ignore[attr-defined]
+            checks.look_at_redis()
+            assert caplog.text.count("maxmemory-policy is allkeys-lru") == 1
+            redis.config_set("maxmemory-policy", "noeviction")
+            checks.look_at_redis()
+            assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}
+            assert f"{policy} 0.0" in client.get("/metrics").text
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_job_that_is_not_confirmed_is_answered_503_with_its_id(
+    settings: ServiceSettings, store: JobStore, live_worker: WorkerOffer
+) -> None:
+    """There is no replica at all here."""
+    waiting = settings.model_copy(update={"wait_replicas": 1, "wait_ms": 10})
+    with TestClient(create_app(waiting)) as client:
+        for path in ("/generate", "/v1/videos"):
+            answer = client.post(path, json={"prompt": "a circle"})
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "5"
+            job = store.list(limit=1).jobs[0]
+            assert job.id in answer.text
+            assert "may still run" in answer.text
+        body, key = {"prompt": "a square"}, {"Idempotency-Key": "k"}
+        first, again = (client.post("/generate", json=body, headers=key) for _ in range(2))
+        assert first.json()["job_id"] == again.json()["job_id"]
+        assert (first.status_code, again.status_code) == (503, 503)
 
 
 def test_what_is_offered_is_read_once_in_a_while_and_readiness_is_not(

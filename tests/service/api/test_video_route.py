@@ -12,11 +12,16 @@ from urllib.parse import urlsplit
 
 import pytest
 from fastapi.testclient import TestClient
+from redis import Redis
 
+from deploy.local.waiting import wait_until
+from jobs import redis_keys
 from jobs.artifacts.store import ArtifactStore, artifact_key, open_artifacts
+from jobs.catalog import WorkerOffer
 from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
+from service.app import create_app
 from service.settings import ServiceSettings
 from tests.support.s3_server import FaultyProxy
 
@@ -260,3 +265,51 @@ class TestBucketBehindAProxy:
         assert "127.0.0.1" not in answer.json()["detail"]
         proxy.is_open = True
         assert client.get(url).content == DATA
+
+
+def test_a_video_whose_store_is_missing_is_not_gone(
+    client: TestClient, url: str, settings: ServiceSettings, redis: Redis
+) -> None:
+    """An empty mount point, or another bucket: 503, so that callers come back. 410 is for ever."""
+    assert client.get(url).status_code == 200
+    assert client.get(url.replace("video.mp4", "thumbnail.webp")).status_code == 404
+    place, _, options = settings.artifacts_url.partition("?")
+    elsewhere = f"{place}-elsewhere?{options}".rstrip("?")
+    other = settings.model_copy(update={"artifacts_url": elsewhere})
+    with TestClient(create_app(other)) as wrong:
+        for answer in (
+            wrong.get(url),
+            wrong.head(url),
+            wrong.get(url, headers={"Range": "bytes=0-1"}),
+        ):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "5"
+        assert wrong.get(url).json()["code"] == "artifacts_unavailable"
+        job_id = url.split("/")[2]
+        assert wrong.delete(f"/v1/videos/{job_id}").status_code == 503
+    assert client.get(url).content == DATA, "nothing was deleted, neither the record nor the file"
+
+
+def test_a_video_that_was_removed_from_the_right_store_is_gone(
+    client: TestClient, url: str, artifacts: ArtifactStore
+) -> None:
+    assert client.get(url).status_code == 200
+    (stored,) = artifacts.list("videos")
+    artifacts.delete(stored.key)
+    assert client.get(url).status_code == 410
+
+
+def test_the_service_looks_for_its_store_at_the_start(
+    client: TestClient, url: str, settings: ServiceSettings, redis: Redis, live_worker: WorkerOffer
+) -> None:
+    assert client.get(url).status_code == 200
+    redis.set(redis_keys.ARTIFACTS_ID, "0" * 32)  # another store was adopted
+    with TestClient(create_app(settings)) as started:
+
+        def noticed() -> bool:
+            return "wan_artifacts_up 0.0" in str(started.get("/metrics").text)
+
+        wait_until(noticed, 30, "the missing store is in the metrics")
+        ready = started.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+        assert "artifact store is missing" in ready.json()["warnings"][0]

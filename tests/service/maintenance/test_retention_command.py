@@ -18,8 +18,16 @@ TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=
 
 
 def retention(**environment: str) -> "subprocess.CompletedProcess[str]":
+    return service("retention", **environment)
+
+
+def store_command(name: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return service("store", name, **environment)
+
+
+def service(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "service", "retention"],
+        [sys.executable, "-m", "service", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -86,3 +94,24 @@ def test_bad_settings_end_it_with_one_line(
     assert done.returncode == 1
     assert variable in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_store_that_was_moved_is_adopted_by_a_command(
+    environment: dict[str, str], redis: Redis, tmp_path: Path
+) -> None:
+    assert store_command("show", **environment).returncode == 0
+    (tmp_path / "artifacts").rename(tmp_path / "moved")
+    done = store_command("show", **environment)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "service: The artifact store is missing" in done.stderr
+    assert retention(**environment).returncode == 1
+
+    moved = environment | {"ARTIFACTS_URL": (tmp_path / "moved").as_uri()}
+    (tmp_path / "moved" / ".store-id").unlink()  # copied without hidden files
+    assert store_command("show", **moved).returncode == 1
+    done = store_command("adopt", **moved)
+    assert (done.returncode, done.stderr) == (0, "")
+    known = redis.get(redis_keys.ARTIFACTS_ID) or b""
+    assert f"Redis knows the store {known.decode()} now; 0 of the 0" in done.stdout
+    assert store_command("show", **moved).returncode == 0
+    assert retention(**moved).returncode == 0

@@ -401,7 +401,7 @@ def test_alerts_name_only_what_is_shown(client: TestClient, history: None) -> No
     families = Shown(client).families.values()
     labels = {each.name: set(each.labels) for family in families for each in family.samples}
     (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
-    assert 6 <= len(group["rules"]) <= 10
+    assert 6 <= len(group["rules"]) <= 16
     for rule in group["rules"]:
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}

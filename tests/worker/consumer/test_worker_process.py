@@ -18,7 +18,7 @@ import typer
 from redis import Redis
 
 from deploy.local.waiting import wait_until
-from jobs import catalog
+from jobs import catalog, redis_keys
 from jobs.record import Video
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
@@ -177,6 +177,20 @@ def test_a_fault_ends_the_start_with_one_line_and_a_status(
     output = capsys.readouterr().err.splitlines()
     assert re.match(f"worker: .*{message}", output[-1]), output
     assert not any("Traceback" in line for line in output)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_share_that_is_not_mounted_ends_the_start(
+    config_file: Path, redis: Redis, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mount point, an empty folder, takes files: videos would be lost there."""
+    redis.set(redis_keys.ARTIFACTS_ID, "0" * 32)
+    with pytest.raises(typer.Exit) as caught:
+        main(config_file)
+    assert caught.value.exit_code == 1
+    output = capsys.readouterr().err.splitlines()
+    assert re.match("worker: The artifact store is missing: .* has no marker", output[-1]), output
+    assert list((tmp_path / "artifacts").iterdir()) == []
 
 
 @pytest.mark.usefixtures("environment")
