@@ -19,6 +19,7 @@ from jobs.artifacts.known_store import KnownArtifactStore, open_known_artifacts
 from jobs.errors import ArtifactRefused, ArtifactsUnavailable
 from jobs.redis_client import connect
 from service.auth.api_keys import ApiKey, KeyRefused, KeyStore, Role
+from service.auth.key_terms import parse_expiry, parse_quota, parse_rate, parse_span
 from service.maintenance.retention import Retention, RetentionBusy, describe
 from service.maintenance.retention_clock import ClockRefused
 from service.server import describe_errors, start
@@ -39,9 +40,13 @@ store_app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 
+ExpiryOption = Annotated[
+    str | None,
+    typer.Option(help="When it stops working: never, 2027-01-31 or a time (UTC), 30d, 12h."),
+]
 NameOrId = Annotated[str, typer.Argument(metavar="NAME-or-id")]
 
-_COLUMNS = ("name", "id", "role", "created", "last used", "quota", "rate", "state")
+_COLUMNS = ("name", "owner", "id", "role", "created", "last used", "quota", "rate", "state")
 
 
 @app.callback(invoke_without_command=True)
@@ -82,7 +87,7 @@ def adopt() -> None:
 
 @keys_app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Whose key it is; the owner of its jobs.")],
+    name: Annotated[str, typer.Argument(help="The key's name, given once.")],
     role: Annotated[
         Role, typer.Option(help="ops see all jobs, and their own go first.")
     ] = Role.USER,
@@ -92,10 +97,16 @@ def add(
     rate: Annotated[
         str | None, typer.Option(help='Like "100/minute" [default: SERVICE_RATE].')
     ] = None,
+    owner: Annotated[
+        str | None,
+        typer.Option(help="To whom its jobs belong, and whose jobs it sees [default: NAME]."),
+    ] = None,
+    expires: ExpiryOption = None,
 ) -> None:
     """Make a key and print it alone on stdout; it cannot be shown again."""
     with _key_store() as store:
-        made, token = store.add(name, role, quota, rate)
+        expires_at = None if expires is None else parse_expiry(expires)
+        made, token = store.add(name, role, quota, rate, owner=owner, expires_at=expires_at)
     _show(made, token)
 
 
@@ -111,10 +122,42 @@ def list_keys() -> None:
 
 
 @keys_app.command()
-def rotate(key: NameOrId) -> None:
+def change(
+    key: NameOrId,
+    role: Annotated[Role | None, typer.Option(help="Another role.")] = None,
+    quota: Annotated[
+        str | None, typer.Option(help="Another quota; default for SERVICE_QUOTA.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Another rate; default for SERVICE_RATE.")
+    ] = None,
+    expires: ExpiryOption = None,
+) -> None:
+    """Change what a key may do, or when it expires; known to the service within two seconds."""
+    given = {
+        "role": (role, Role),
+        "quota": (quota, parse_quota),
+        "rate": (rate, parse_rate),
+        "expires_at": (expires, parse_expiry),
+    }
+    with _key_store() as store:
+        terms = {name: parse(text) for name, (text, parse) in given.items() if text is not None}
+        if not terms:
+            raise KeyRefused("nothing is to change; give --role, --quota, --rate or --expires.")
+        changed = store.change(key, **terms)
+    print(f"The key of {changed.name} (id {changed.id}) is changed; it is {_state(changed)}.")
+
+
+@keys_app.command()
+def rotate(
+    key: NameOrId,
+    grace: Annotated[
+        str, typer.Option(help="How long the old secret stays valid: 24h, 7d; 30 days at most.")
+    ] = "0m",
+) -> None:
     """Give a key another secret, shown once; the old one is refused within two seconds."""
     with _key_store() as store:
-        rotated, token = store.rotate(key)
+        rotated, token = store.rotate(key, parse_span(grace))
     _show(rotated, token)
 
 
@@ -170,15 +213,25 @@ def _show(key: ApiKey, token: str) -> None:
 
 
 def _row(key: ApiKey, used_at: datetime | None) -> tuple[str, ...]:
-    state = "usable" if key.revoked_at is None else f"revoked {_minute(key.revoked_at)}"
     return (
-        *(key.name, key.id, key.role, _minute(key.created_at)),
+        *(key.name, key.owner_name, key.id, key.role, _minute(key.created_at)),
         "never" if used_at is None else _minute(used_at),
         "-" if key.quota is None else str(key.quota),
         key.rate or "-",
-        state,
+        _state(key),
     )
 
 
-def _minute(time: datetime) -> str:
+def _state(key: ApiKey) -> str:
+    if key.revoked_at is not None:
+        return f"revoked {_minute(key.revoked_at)}"
+    if key.has_expired:
+        return f"expired {_minute(key.expires_at)}"
+    until = "" if key.expires_at is None else f" until {_minute(key.expires_at)}"
+    old = f", old secret until {_minute(key.old_secret_until)}" if key.has_old_secret else ""
+    return f"usable{until}{old}"
+
+
+def _minute(time: datetime | None) -> str:
+    assert time is not None, "asked for only where there is one"
     return f"{time:%Y-%m-%d %H:%M}Z"

@@ -119,7 +119,7 @@ def _require_api_key(settings: ServiceSettings) -> None:
     exposed = f"service: SERVICE_HOST: {settings.host} is reachable from outside"
     try:
         with connect(settings.redis_url.get_secret_value()) as redis:
-            usable = any(key.revoked_at is None for key in KeyStore(redis).all())
+            usable = any(key.is_usable for key in KeyStore(redis).all())
     except RedisError as error:
         sys.exit(
             f"{exposed}, so API keys are needed, and Redis, which holds them, cannot be asked: "
@@ -163,7 +163,7 @@ def _say_who_may_use_it(settings: ServiceSettings) -> None:
         return
     if found and memory is not None:
         memory.note()
-    if any(key.revoked_at is None for key in found):
+    if any(key.is_usable for key in found):
         logger.info("Callers need an API key.")
     elif found or not settings.may_be_open:
         logger.warning(

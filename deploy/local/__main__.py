@@ -13,7 +13,7 @@ def main() -> None:
     if missing:
         sys.exit(
             f"error: {', '.join(missing)} not installed in {sys.prefix}: run `make demo` or "
-            "`make generate`, or pip install -e '.[worker,demo]'"
+            "`make generate`, or pip install -e '.[worker,demo]' -c constraints.txt"
         )
     from deploy.local.cli import app  # noqa: PLC0415  # it imports the packages checked above
 

@@ -206,8 +206,8 @@ def _stored(file: Path, first: int, name: str, fields: object) -> StoredTensor:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise WeightsError(
-            f"tensor {shown} in {file} has the dtype {reprlib.repr(dtype)}, which is not read here: "
-            "give the model in BF16, F16 or F32, as its authors publish it"
+            f"tensor {shown} in {file} has the dtype {reprlib.repr(dtype)}, which is not read "
+            "here: give the model in BF16, F16 or F32, as its authors publish it"
         )
     # Checked before anything is multiplied: the product of a million large sides takes minutes.
     if not isinstance(shape, list) or len(shape) > _MAX_SIDES or not _are_sizes(shape):

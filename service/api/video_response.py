@@ -35,7 +35,12 @@ class FileStream(StreamingResponse):
         while_sent: entered before the first byte is sent, and left after the last one.
     """
 
-    def __init__(self, chunks: Iterator[bytes], status_code: int, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        chunks: Iterator[bytes],
+        status_code: int = 200,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(chunks, status_code, headers)
         self.chunks = chunks
         self.while_sent: AbstractContextManager[None] = nullcontext()

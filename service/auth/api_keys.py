@@ -5,8 +5,10 @@ its SHA-256. A fast, unsalted hash is right for these secrets, though it would b
 passwords. A secret is 256 random bits, which cannot be guessed at any speed and which no two keys
 share, so a slow hash or a salt would only add time to every request.
 
-A key's name is used only once, because it owns the jobs that were requested with the key. So a
-revoked key stays in the list.
+A key has a name and an owner, to whom the jobs belong that are requested with it. The owner is the
+key's own name unless another one is given, so that a person may have several keys, or another key
+in place of a lost one, and keep the jobs. A name is used only once, and a revoked key stays in the
+list, because jobs may belong to it.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, cast
 
@@ -31,6 +33,8 @@ from service.auth.rate_limit import check_rate
 logger = logging.getLogger(__name__)
 
 NAME_BOUND: Final = "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit"
+LONGEST_GRACE: Final = timedelta(days=30)
+"""The longest time for which a replaced secret may stay valid."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(r"[0-9a-f]{12}")
 _TOKEN = re.compile(r"wan_([0-9a-f]{12})_([0-9a-f]{64})")
@@ -54,6 +58,10 @@ class ApiKey(BaseModel):
     Attributes:
         quota: the most jobs its owner may have waiting and running; None for the service's default.
         rate: like "100/minute"; None for the service's default.
+        owner: the owner of its jobs; None for its name.
+        expires_at: when it stops working; None for never.
+        old_secret_sha256: that of the secret before the last rotation, if it is still good.
+        old_secret_until: until when that is.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,6 +74,36 @@ class ApiKey(BaseModel):
     revoked_at: AwareDatetime | None = None
     quota: int | None = None
     rate: str | None = None
+    owner: str | None = None
+    expires_at: AwareDatetime | None = None
+    old_secret_sha256: str | None = None
+    old_secret_until: AwareDatetime | None = None
+
+    @property
+    def owner_name(self) -> str:
+        """The value of `JobRecord.owner` in the jobs that are requested with it."""
+        return self.owner or self.name
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it opens the service now: it is not revoked, and has not expired."""
+        return self.revoked_at is None and not self.has_expired
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires_at is not None and self.expires_at <= now()
+
+    def has_secret(self, secret_sha256: str) -> bool:
+        """Return whether this is its secret's digest, or that of the one before, in its grace."""
+        is_current = hmac.compare_digest(secret_sha256, self.secret_sha256)
+        is_old = hmac.compare_digest(secret_sha256, self.old_secret_sha256 or "")
+        return is_current or (is_old and self.has_old_secret)
+
+    @property
+    def has_old_secret(self) -> bool:
+        """Whether the secret before the last rotation is still good."""
+        return self.old_secret_until is not None and now() < self.old_secret_until
 
 
 class KeyStore:
@@ -75,14 +113,23 @@ class KeyStore:
         self._redis = redis
 
     def add(
-        self, name: str, role: Role, quota: int | None = None, rate: str | None = None
+        self,
+        name: str,
+        role: Role,
+        quota: int | None = None,
+        rate: str | None = None,
+        *,
+        owner: str | None = None,
+        expires_at: datetime | None = None,
     ) -> tuple[ApiKey, str]:
         """Make a key. The second value is the key as text, to give to its owner; it is not stored.
 
         Raises:
             KeyRefused: the name is taken or invalid, or a limit is out of bounds.
         """
-        _check(name, quota, rate)
+        for each in (name, name if owner is None else owner):
+            _check_name(each)
+        _check_limits(quota, rate, expires_at)
         secret = secrets.token_hex(32)
         made = ApiKey(
             id=secrets.token_hex(6),
@@ -92,10 +139,18 @@ class KeyStore:
             created_at=now(),
             quota=quota,
             rate=rate,
+            owner=None if owner == name else owner,
+            expires_at=expires_at,
         )
 
         def add(pipe: Pipeline) -> None:
-            if any(each.name == name for each in _read_all(pipe)):
+            known = _read_all(pipe)
+            if owner is None and any(each.owner == name for each in known):
+                raise KeyRefused(
+                    f"there are keys whose jobs belong to {name}; take another name, or say with "
+                    f"--owner {name} that this key is to see and get these jobs, too."
+                )
+            if any(each.name == name for each in known):
                 raise KeyRefused(
                     f"there is already a key named {name}, in use or revoked; names are given "
                     f"once, because jobs belong to them. Take another name."
@@ -129,21 +184,47 @@ class KeyStore:
 
         return self._replace(name_or_id, revoked)
 
-    def rotate(self, name_or_id: str) -> tuple[ApiKey, str]:
+    def rotate(self, name_or_id: str, grace: timedelta = timedelta(0)) -> tuple[ApiKey, str]:
         """Replace a key's secret, for example after a leak; the owner keeps the name and the jobs.
 
+        Args:
+            grace: how long the secret that is replaced stays valid. One that was replaced earlier
+                is void at once.
+
         Raises:
-            KeyRefused: there is no such key, or it was revoked.
+            KeyRefused: there is no such key, it was revoked, or the grace is out of bounds.
         """
+        if not timedelta(0) <= grace <= LONGEST_GRACE:
+            raise KeyRefused(
+                f"the grace is {grace}, which is not from 0 to {LONGEST_GRACE.days} d."
+            )
         secret = secrets.token_hex(32)
 
         def rotated(key: ApiKey) -> ApiKey:
-            if key.revoked_at is not None:
-                raise KeyRefused(f"the key of {key.name} was revoked, and that is for good.")
-            return key.model_copy(update={"secret_sha256": digest(secret)})
+            _refuse_revoked(key)
+            old = {
+                "old_secret_sha256": key.secret_sha256 if grace else None,
+                "old_secret_until": now() + grace if grace else None,
+            }
+            return key.model_copy(update={"secret_sha256": digest(secret), **old})
 
         key = self._replace(name_or_id, rotated)
         return key, _token(key, secret)
+
+    def change(self, name_or_id: str, **terms: Any) -> ApiKey:
+        """Change some of a key's `role`, `quota`, `rate` and `expires_at`; the rest stays.
+
+        Raises:
+            KeyRefused: there is no such key, it was revoked, or a limit is out of bounds.
+        """
+        assert terms.keys() <= {"role", "quota", "rate", "expires_at"}, "the rest is for good"
+        _check_limits(terms.get("quota"), terms.get("rate"), terms.get("expires_at"))
+
+        def changed(key: ApiKey) -> ApiKey:
+            _refuse_revoked(key)
+            return key.model_copy(update=terms)
+
+        return self._replace(name_or_id, changed)
 
     def note_use(self, key_id: str) -> None:
         """Record that the key was used now."""
@@ -180,9 +261,11 @@ def split(token: str) -> tuple[str, str] | None:
 
 def proves(secret: str, key: ApiKey | None) -> bool:
     """Return whether `secret` is the key's. Takes as long if there is no such key."""
-    expected = digest(_NOBODYS_SECRET) if key is None else key.secret_sha256
-    same = hmac.compare_digest(digest(secret), expected)
-    return same and key is not None
+    sent = digest(secret)
+    if key is None:
+        hmac.compare_digest(sent, digest(_NOBODYS_SECRET))
+        return False
+    return key.has_secret(sent)
 
 
 def _token(key: ApiKey, secret: str) -> str:
@@ -194,11 +277,19 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _check(name: str, quota: int | None, rate: str | None) -> None:
+def _refuse_revoked(key: ApiKey) -> None:
+    if key.revoked_at is not None:
+        raise KeyRefused(f"the key of {key.name} was revoked, and that is for good.")
+
+
+def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise KeyRefused(f"{name!r} is not a name for a key; take {NAME_BOUND}.")
     if _ID.fullmatch(name) or name == OPEN_OWNER:
         raise KeyRefused(f"{name!r} would be mistaken for something else; take another name.")
+
+
+def _check_limits(quota: int | None, rate: str | None, expires_at: datetime | None) -> None:
     if quota is not None and quota < 1:
         raise KeyRefused(f"the quota is {quota}, which is not a whole number from 1.")
     if rate is not None:
@@ -206,6 +297,11 @@ def _check(name: str, quota: int | None, rate: str | None) -> None:
             check_rate(rate)
         except ValueError as error:
             raise KeyRefused(f"the rate is {error}.") from error
+    if expires_at is not None and expires_at <= now():
+        raise KeyRefused(
+            f"the key would expire at {expires_at:%Y-%m-%d %H:%M}Z, which is not in the future; to "
+            f"end a key now, revoke it."
+        )
 
 
 def _read_all(redis: Redis) -> list[ApiKey]:

@@ -143,7 +143,7 @@ class Gate:
             key = self._proven(credential)
         refusals = self._rates.count_all(key.id, key.rate, requests)
         self._note_use(key.id)
-        principal = Principal(key.id, key.name, key.role, key.quota)
+        principal = Principal(key.id, key.owner_name, key.role, key.quota)
         return [principal if refusal is None else refusal for refusal in refusals]
 
     def sign_in(self, token: str | None, address: str) -> tuple[Principal, SessionToken | None]:
@@ -196,7 +196,7 @@ class Gate:
                 # The key may have been made or rotated since it was cached.
                 key = self._read_again(key_id)
             if proves(secret, key) and key is not None and key.revoked_at is None:
-                return key
+                return _in_time(key)
         # The same message in all these cases, so that guessing reveals nothing.
         raise Unauthenticated("The API key is not one of this service, or it was revoked.")
 
@@ -209,7 +209,7 @@ class Gate:
                 # The key may have been rotated since it was cached, or is not cached.
                 key = self._read_again(session.key_id)
             if belongs(session, key) and key is not None and key.revoked_at is None:
-                return key
+                return _in_time(key)
         raise Unauthenticated(
             "The session is unknown or has ended; sign in again by `POST /session` with an API key."
         )
@@ -239,6 +239,16 @@ class Gate:
         self._use_noted[key_id] = now + USE_NOTED_EVERY_S
         with suppress(OutOfMemoryError):  # no reason to fail the request
             self._keys.note_use(key_id)
+
+
+def _in_time(key: ApiKey) -> ApiKey:
+    """Return a key that the caller has proved; raise Unauthenticated if its time is over."""
+    if key.has_expired:
+        raise Unauthenticated(
+            f"The API key expired at {key.expires_at:%Y-%m-%d %H:%M} UTC; ask the operators of "
+            f"this service to extend it (`python -m service keys change`), or for another one."
+        )
+    return key
 
 
 def visible_job(store: JobStore, principal: Principal, job_id: str) -> JobRecord:

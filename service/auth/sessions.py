@@ -6,7 +6,6 @@ id and secret, and has no rights of its own: what `Gate` knows of the key counts
 """
 
 import hashlib
-import hmac
 import logging
 import re
 import secrets
@@ -143,8 +142,8 @@ class SessionStore:
 
 
 def belongs(session: Session, key: ApiKey | None) -> bool:
-    """Return whether a session was made with this key, and with the secret that it has now."""
-    return key is not None and hmac.compare_digest(session.secret_sha256, key.secret_sha256)
+    """Return whether a session was made with this key, and with a secret that is still good."""
+    return key is not None and key.has_secret(session.secret_sha256)
 
 
 def _decode(text: bytes | None) -> Session | None:

@@ -213,7 +213,7 @@ class Retention:
             ]
 
     def _clean_up_indexes(self, now: datetime) -> None:
-        owners = {OPEN_OWNER, *(key.name for key in KeyStore(self._redis).all())}
+        owners = {OPEN_OWNER, *(key.owner_name for key in KeyStore(self._redis).all())}
         self._index.remove_entries(owners, now - timedelta(seconds=redis_keys.RECORD_TTL_S))
         self._index.clean_registries()
 

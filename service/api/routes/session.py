@@ -30,8 +30,8 @@ async def sign_in(request: Request, app_state: AppStateDep, response: Response) 
     """Exchange a key for a session, whose id comes in a cookie that scripts cannot read.
 
     The key is the one in the body, or else that in `Authorization`. The session ends 12 hours after
-    its last use, 7 days after the sign-in, or when its key is rotated or revoked. A session that
-    the caller had before is ended.
+    its last use, 7 days after the sign-in, or when its key does: with its revocation, its expiry,
+    or the secret. A session that the caller had before is ended.
     """
     token = _key_in(await json_body(request)) if _has_body(request) else sent_key(request.headers)
     address = client_address(request.scope)

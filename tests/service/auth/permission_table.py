@@ -105,12 +105,13 @@ _HEAD: Final = f"""\
 `tests/service/auth/test_permissions.py` checks every row with every caller. This page is written by
 `.venv/bin/python -m tests.service.auth.permission_table`.
 
-A job belongs to the key that requested it, its *owner*. A request for somebody else's job is
-answered exactly like one for a job that does not exist (404). A *signed link* is a URL in a
+A job belongs to the *owner* of the key that requested it: the key's name, unless it was made with
+another `--owner`. Keys of one owner may do the same with a job. A request for somebody else's job
+is answered exactly like one for a job that does not exist (404). A *signed link* is a URL in a
 finished job's `video`: it gives access to that one video, thumbnail or spritesheet without a key,
-until it expires. While no key was ever made and the service listens on loopback only, every caller
-may do what *ops* may. *nobody* is a caller without a key. A [session](sessions.md) may do what its
-key may, except under `/v1`, which takes keys only.
+until it expires. While the service is [open](operations.md#keys-and-links), every caller may do
+what *ops* may. *nobody* is a caller without a key, and an expired key is treated like a revoked
+one. A [session](sessions.md) may do what its key may, except under `/v1`, which takes keys only.
 
 | request | to | {" | ".join(CALLERS)} |
 |---|---|{"---|" * len(CALLERS)}
