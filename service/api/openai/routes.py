@@ -111,7 +111,7 @@ async def not_supported(_: KeyDep) -> None:
 @router.get(
     "/{video_id}",
     summary="Read a video object",
-    responses={**VIDEO_ANSWER, **errors(401, 404, 429, 503)},
+    responses={**VIDEO_ANSWER, **errors(401, 404, 422, 429, 503)},
 )
 def read_video(
     principal: KeyDep, video_id: str, app_state: AppStateDep, response: Response
@@ -125,7 +125,7 @@ def read_video(
     "/{video_id}/content",
     summary="Fetch the video",
     response_class=VideoResponse,
-    responses={**ANY_FILE_RESPONSES, **errors(400, 401, 404, 416, 422, 429, 503)},
+    responses={**ANY_FILE_RESPONSES, **errors(400, 401, 404, 412, 416, 422, 429, 503)},
 )
 def read_content(
     principal: KeyDep,
@@ -146,7 +146,9 @@ def read_content(
     return send_video(app_state.artifacts, job, range_request, file)
 
 
-@router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
+@router.delete(
+    "/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 422, 429, 503)
+)
 def delete_video(principal: KeyDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
     """Delete the job, its video and its record, for good.
 

@@ -58,7 +58,7 @@ router = APIRouter(tags=["jobs"])
     response_description="The queued job; `Location` is its address.",
     responses={
         **GENERATE_ANSWER,
-        **problems(400, 401, 403, 413, 422, 429, 503),
+        **problems(400, 401, 403, 413, 415, 422, 429, 503),
         **problem(KEY_TAKEN, "/generate"),
     },
     openapi_extra={**GENERATE_BODY, **callbacks()},
@@ -107,7 +107,7 @@ def list_jobs(
     return JobListView(jobs=views.all(page.jobs), next_cursor=page.next_cursor)
 
 
-@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
+@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 422, 429, 503))
 def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobViewsDep) -> JobView:
     """Read the current state of a job. A failed job is answered with 200 and its `failure`."""
     return views.of(visible_job(store, principal, job_id))
@@ -119,7 +119,7 @@ def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobVi
     response_description="The job is cancelled, and will not run.",
     responses={
         202: {"model": JobView, "description": "The worker has been asked to stop."},
-        **problems(401, 403, 404, 409, 429, 503),
+        **problems(401, 403, 404, 409, 422, 429, 503),
     },
 )
 def cancel_job(
@@ -140,7 +140,7 @@ def cancel_job(
     return views.of(job)
 
 
-_FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 416, 429, 503)
+_FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 412, 416, 422, 429, 503)
 
 
 @router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)
