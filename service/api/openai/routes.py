@@ -15,7 +15,7 @@ from jobs.record import JobRecord
 from jobs.redis_keys import RECORD_TTL_S
 from jobs.spec import GenerationRequest
 from jobs.store.deletion import delete_job
-from jobs.store.job_store import MAX_PAGE
+from jobs.store.listing import MAX_PAGE
 from jobs.violations import shown
 from service.api.deps import AppState, AppStateDep, IdempotencyKeyDep, KeyDep
 from service.api.openai.body import video_fields
