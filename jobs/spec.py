@@ -21,8 +21,15 @@ from pydantic import (
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.geometry import is_frame_count, parse_size
-from jobs.text_rules import METADATA_BOUND, first_disallowed, is_visible, metadata_fault
-from jobs.violations import from_pydantic, more_unknown_fields, not_one_of, outside, shown
+from jobs.text_rules import METADATA_BOUND, first_disallowed, metadata_fault
+from jobs.violations import (
+    from_pydantic,
+    more_unknown_fields,
+    not_one_of,
+    outside,
+    shown,
+    text_violations,
+)
 
 MAX_SEED = 2**63 - 1
 MAX_DRAWN_SEED = 2**32 - 1
@@ -231,7 +238,11 @@ def _resolve(
     count_tokens: CountTokens | None,
 ) -> tuple[GenerationRequest, str]:
     """Check `body` and complete it; `violations` are those found so far."""
-    violations = [*violations, *_text_violations(body), *_group_violations(body)]
+    violations = [
+        *violations,
+        *text_violations(body.prompt, body.negative_prompt),
+        *_group_violations(body),
+    ]
     offers, unserved = _offers_for(body, catalog, violations)
     # All offers of one queue have the same bounds.
     refusals = {
@@ -276,27 +287,6 @@ def _offers_for(
     if body.mode is not None and known and body.mode not in known:
         violations.append(not_one_of("mode", body.mode, sorted(known), "is not known"))
     return of_model, _not_served(model, body.mode, catalog)
-
-
-def _text_violations(body: GenerationBody) -> Iterator[Violation]:
-    """Find what is wrong with the texts for any model."""
-    if not any(map(is_visible, body.prompt)):
-        yield Violation(
-            "prompt",
-            shown(body.prompt),
-            "at least one visible character",
-            "prompt is empty; say what the video shows.",
-        )
-    for field in ("prompt", "negative_prompt"):
-        text: str | None = getattr(body, field)
-        bad = first_disallowed(text or "")
-        if bad is not None:
-            yield Violation(
-                field,
-                shown(text),
-                "text without control characters",
-                f"{field} holds the character U+{ord(bad):04X}, which is not text; remove it.",
-            )
 
 
 def _group_violations(body: GenerationBody) -> Iterator[Violation]:
