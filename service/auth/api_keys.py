@@ -205,7 +205,7 @@ def _check(name: str, quota: int | None, rate: str | None) -> None:
         try:
             check_rate(rate)
         except ValueError as error:
-            raise KeyRefused(f"the rate is {error}.") from error
+            raise KeyRefused(f"{error}.") from error
 
 
 def _read_all(redis: Redis) -> list[ApiKey]:

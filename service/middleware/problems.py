@@ -155,6 +155,15 @@ _PARAMETERS = {
     "Last-Event-ID": EVENT_ID_BOUND,
     "last_event_id": EVENT_ID_BOUND,
 }
+_LEVEL_OF: Final[Mapping[type[Exception], int]] = MappingProxyType(
+    {
+        # So it is at every start, until the first worker is ready.
+        errors.NoLiveWorker: logging.INFO,
+        errors.ModeNotServed: logging.WARNING,
+        errors.TooManyStreams: logging.WARNING,
+    }
+)
+"""At which level errors are logged that are answered with 5xx and are no fault of the service."""
 _SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
 
 
@@ -176,7 +185,8 @@ def rate_headers(error: errors.AppError) -> dict[str, str]:
 async def _on_app_error(request: Request, error: Exception) -> Response:
     problem = from_error(cast("errors.AppError", error), request.url.path)
     if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        logger.error("%s %s: %s", request.method, problem.instance, problem.detail)
+        level = _LEVEL_OF.get(type(error), logging.ERROR)
+        logger.log(level, "%s %s: %s", request.method, problem.instance, problem.detail)
     return response(request.app, problem, rate_headers(cast("errors.AppError", error)))
 
 
