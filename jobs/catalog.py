@@ -225,6 +225,16 @@ class Catalog:
             sorted({m.name for o in self.offers if o.model.name == model for m in o.modes})
         )
 
+    def bounds(self) -> dict[str, str]:
+        """List what the live workers offer, where any do, by the field that names it."""
+        sizes = dict.fromkeys(size for offer in self.offers for size in offer.model.sizes)
+        offered = {
+            "mode": sorted({mode.name for offer in self.offers for mode in offer.modes}),
+            "size": list(sizes),
+            "model": self.models,
+        }
+        return {field: f"one of {', '.join(names)}" for field, names in offered.items() if names}
+
     def served(self) -> list[dict[str, object]]:
         """Return what is served, as JSON values for an error's context."""
         return [{"model": model, "modes": list(self.modes(model))} for model in self.models]

@@ -123,6 +123,8 @@ class JobRecord(_Part):
         deadline_s: how many seconds an attempt may take; fixed when the job is created.
         started_at: the start of the latest attempt; None again after an attempt that ended without
             ending the job.
+        metadata: the caller's own notes, by name.
+        group: the group of the jobs of one request with a `count`: the id of the first.
         worker: the id of the worker that runs the latest attempt.
         attempts: how often a worker has started the job.
         lost: how many of these attempts were lost with their worker.
@@ -136,6 +138,8 @@ class JobRecord(_Part):
     owner: str
     priority: bool = False
     webhook_url: str | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    group: str | None = None
     deadline_s: int = Field(ge=1)
     created_at: AwareDatetime
     started_at: AwareDatetime | None = None
@@ -168,7 +172,7 @@ class Attempt:
         return f"{self.number}-{self.token[:8]}"
 
 
-_NESTED = frozenset({"request", "progress", "failure", "video", "timings"})
+_NESTED = frozenset({"request", "metadata", "progress", "failure", "video", "timings"})
 _NAMES = {name: name.encode() for name in JobRecord.model_fields}
 
 
@@ -196,6 +200,10 @@ def encode_new(record: JobRecord) -> dict[str, str]:
     }
     if record.webhook_url is not None:
         fields["webhook_url"] = record.webhook_url
+    if record.metadata:
+        fields["metadata"] = json.dumps(record.metadata)
+    if record.group is not None:
+        fields["group"] = record.group
     return fields
 
 

@@ -21,8 +21,15 @@ from pydantic import (
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.geometry import is_frame_count, parse_size
-from jobs.text_rules import cleaned, first_disallowed, is_visible
-from jobs.violations import from_pydantic, more_unknown_fields, not_one_of, outside, shown
+from jobs.text_rules import METADATA_BOUND, first_disallowed, is_emptied, metadata_fault
+from jobs.violations import (
+    from_pydantic,
+    more_unknown_fields,
+    not_one_of,
+    outside,
+    shown,
+    text_violations,
+)
 
 MAX_SEED = 2**63 - 1
 MAX_DRAWN_SEED = 2**32 - 1
@@ -31,6 +38,8 @@ MIN_GUIDANCE_SCALE = 1.0
 """1 switches guidance off. The pipeline would treat lower values as 1, so they are refused."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_URL_CHARS = 2048
+MAX_COUNT = 8
+"""The most videos of one request."""
 MAX_UNKNOWN_FIELDS = 20
 """How many unknown fields an error lists; a body may contain tens of thousands."""
 
@@ -50,6 +59,8 @@ _BOUNDS = {
     "seed": f"a whole number from 0 to {MAX_SEED}",
     "model": "the name of a served model",
     "webhook_url": "an https address of a host that this service may call",
+    "metadata": METADATA_BOUND,
+    "count": f"a whole number from 1 to {MAX_COUNT}",
 }
 _REMEDIES = {"seed": "leave it out for a random one"}
 
@@ -126,6 +137,15 @@ class GenerationBody(BaseModel):
         "the operators of this service have allowed.",
         json_schema_extra={"format": "uri", "maxLength": MAX_URL_CHARS},
     )
+    metadata: dict[str, str] | None = Field(
+        default=None, description=f"Kept with the job and shown in it: {METADATA_BOUND}."
+    )
+    count: _Whole | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="How many videos, with seeds from `seed` on; all are queued, or none.",
+    )
 
 
 class GenerationRequest(BaseModel):
@@ -197,7 +217,7 @@ def resolve_json(
     try:
         return resolve(GenerationBody.model_validate(raw), catalog, count_tokens, check_webhook)
     except ValidationError as error:
-        bounds = _BOUNDS | _offered(catalog)
+        bounds = _BOUNDS | catalog.bounds()
         violations = [from_pydantic(each, bounds, _REMEDIES) for each in error.errors()]
     if more > 0:
         violations.append(more_unknown_fields(more, _BOUNDS))
@@ -218,7 +238,11 @@ def _resolve(
     count_tokens: CountTokens | None,
 ) -> tuple[GenerationRequest, str]:
     """Check `body` and complete it; `violations` are those found so far."""
-    violations = violations + list(_text_violations(body))
+    violations = [
+        *violations,
+        *text_violations(body.prompt, body.negative_prompt),
+        *_group_violations(body),
+    ]
     offers, unserved = _offers_for(body, catalog, violations)
     # All offers of one queue have the same bounds.
     refusals = {
@@ -265,25 +289,15 @@ def _offers_for(
     return of_model, _not_served(model, body.mode, catalog)
 
 
-def _text_violations(body: GenerationBody) -> Iterator[Violation]:
-    """Find what is wrong with the texts for any model."""
-    if not any(map(is_visible, body.prompt)):
-        yield Violation(
-            "prompt",
-            shown(body.prompt),
-            "at least one visible character",
-            "prompt is empty; say what the video shows.",
-        )
-    for field in ("prompt", "negative_prompt"):
-        text: str | None = getattr(body, field)
-        bad = first_disallowed(text or "")
-        if bad is not None:
-            yield Violation(
-                field,
-                shown(text),
-                "text without control characters",
-                f"{field} holds the character U+{ord(bad):04X}, which is not text; remove it.",
-            )
+def _group_violations(body: GenerationBody) -> Iterator[Violation]:
+    """Find what is wrong with the metadata, and with the last seed of several."""
+    fault = metadata_fault(body.metadata or {})
+    if fault is not None:
+        yield Violation("metadata", None, METADATA_BOUND, f"metadata {fault}.")
+    count, seed = body.count or 1, body.seed or 0
+    if seed + count - 1 > MAX_SEED:
+        most = MAX_SEED - count + 1
+        yield outside("seed", seed, f"at most {most}, so that {count} seeds from it on exist")
 
 
 def _webhook_violations(
@@ -331,7 +345,7 @@ def _length_violations(
                 f"{field} has {len(text)} characters, which is more than {model.max_prompt_chars}.",
             )
             continue
-        if field == "prompt" and _is_emptied(text):
+        if field == "prompt" and is_emptied(text):
             yield Violation(
                 field,
                 shown(text),
@@ -354,11 +368,6 @@ def _length_violations(
             )
 
 
-def _is_emptied(prompt: str) -> bool:
-    """Return whether a prompt that shows something is blank once cleaned, as with `&nbsp;`."""
-    return any(map(is_visible, prompt)) and not any(map(is_visible, cleaned(prompt)))
-
-
 def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
     values = {
         "negative_prompt": model.default_negative_prompt,
@@ -368,23 +377,12 @@ def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
         "num_inference_steps": model.default_steps,
         "guidance_scale": model.default_guidance_scale,
     }
-    values |= body.model_dump(exclude_none=True, exclude={"webhook_url"})
+    values |= body.model_dump(exclude_none=True, exclude={"webhook_url", "metadata", "count"})
     if values["guidance_scale"] <= MIN_GUIDANCE_SCALE and body.negative_prompt is None:
         values["negative_prompt"] = ""  # the model's own would have no effect
     if body.seed is None:
-        values["seed"] = secrets.randbelow(MAX_DRAWN_SEED + 1)
+        values["seed"] = secrets.randbelow(MAX_DRAWN_SEED + 2 - MAX_COUNT)
     return GenerationRequest.model_validate(values | {"model": model.name})
-
-
-def _offered(catalog: Catalog) -> dict[str, str]:
-    """List what the live workers offer, where any do, as the bounds of the fields that name it."""
-    sizes = dict.fromkeys(size for offer in catalog.offers for size in offer.model.sizes)
-    offered = {
-        "mode": sorted({mode.name for offer in catalog.offers for mode in offer.modes}),
-        "size": list(sizes),
-        "model": catalog.models,
-    }
-    return {field: f"one of {', '.join(names)}" for field, names in offered.items() if names}
 
 
 def _nothing_live(catalog: Catalog) -> ModeNotServed:

@@ -1,12 +1,13 @@
 """Word the violations of a request: what was given, what would be accepted, and what to do."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from pydantic_core import ErrorDetails
 
 from jobs.errors import Violation
+from jobs.text_rules import first_disallowed, is_visible
 
 MAX_SHOWN_CHARS: Final = 80
 """How many characters of an invalid value an error shows."""
@@ -45,6 +46,26 @@ def not_one_of(field: str, value: object, allowed: Iterable[object], why: str) -
     bound = f"one of {', '.join(map(str, allowed))}"
     subject = field if value is None else f"{field} {said(value)}"
     return Violation(field, shown(value), bound, f"{subject} {why}; use {bound}.")
+
+
+def text_violations(prompt: str, negative_prompt: str | None) -> Iterator[Violation]:
+    """Find what is wrong with the texts for any model."""
+    if not any(map(is_visible, prompt)):
+        yield Violation(
+            "prompt",
+            shown(prompt),
+            "at least one visible character",
+            "prompt is empty; say what the video shows.",
+        )
+    for field, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        bad = first_disallowed(text or "")
+        if bad is not None:
+            yield Violation(
+                field,
+                shown(text),
+                "text without control characters",
+                f"{field} holds the character U+{ord(bad):04X}, which is not text; remove it.",
+            )
 
 
 def from_pydantic(

@@ -184,7 +184,8 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, index: int = 0
     else:
         kind = wanted
     if kind == "cpu":
-        return Device("cpu", f"cpu, {torch.get_num_threads()} threads")
+        used = torch.get_num_threads()
+        return Device("cpu", f"cpu, {used} thread{'' if used == 1 else 's'}")
     reason = unavailable_reason(kind)
     if reason is not None:
         raise DeviceUnavailable(

@@ -6,7 +6,9 @@ final state never changes; afterwards only the deletion of the video is recorded
 not caught.
 """
 
+import dataclasses
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -16,7 +18,6 @@ from redis import Redis
 from jobs import ids, record, redis_keys
 from jobs.durations import DurationCache, timeout_s
 from jobs.errors import (
-    InvalidSpec,
     JobAlreadyFinished,
     JobHeld,
     JobNotCancellable,
@@ -28,15 +29,10 @@ from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import recovery, rq_entry, scripts
 from jobs.store.durability import Durability
-from jobs.store.listing import JobPage, Listing, Query
+from jobs.store.listing import JobPage, Listing, Wanted
 from jobs.store.submission import Idempotency, Submission, conflict
-from jobs.violations import shown
 
 LEASE_S: Final = redis_keys.LEASE_S
-
-MAX_PAGE = 200
-"""The most records of one page of `JobStore.list`."""
-LIMIT_BOUND = f"a whole number from 1 to {MAX_PAGE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +42,13 @@ class Created:
     Attributes:
         replayed: whether an earlier request with the same Idempotency-Key created the job.
         position: how many jobs wait before it; None if that would need another look-up.
+        others: the further jobs of the same request.
     """
 
     job: JobRecord
     replayed: bool
     position: int | None = None
+    others: tuple[JobRecord, ...] = ()
 
 
 class JobStore:
@@ -72,7 +70,16 @@ class JobStore:
     def create(
         self, request: GenerationRequest, queue: str, submission: Submission | None = None
     ) -> Created:
-        """Create a queued job: record, index entries and queue entry, in one atomic step.
+        """Create a queued job: record, index entries and queue entry, in one atomic step."""
+        return self.create_all([request], queue, submission)
+
+    def create_all(
+        self,
+        requests: Sequence[GenerationRequest],
+        queue: str,
+        submission: Submission | None = None,
+    ) -> Created:
+        """Create a queued job for each request, all of them or none, in one atomic step.
 
         Raises:
             IdempotencyConflict: the Idempotency-Key was used for another body in the last day.
@@ -81,30 +88,19 @@ class JobStore:
         """
         submission = submission or Submission()
         try:
-            return self._create_or_find(request, queue, submission)
+            return self._create_or_find(requests, queue, submission)
         except JobNotFound:
             # The key's earlier job was deleted after the script found it, and before it was read.
-            return self._create_or_find(request, queue, submission)
+            return self._create_or_find(requests, queue, submission)
 
     def _create_or_find(
-        self, request: GenerationRequest, queue: str, submission: Submission
+        self, requests: Sequence[GenerationRequest], queue: str, submission: Submission
     ) -> Created:
-        job_id, created_at = ids.new_id()
-        job = JobRecord(
-            id=job_id,
-            state=JobState.QUEUED,
-            request=request,
-            queue=queue,
-            owner=submission.owner,
-            priority=submission.priority,
-            webhook_url=submission.webhook_url,
-            deadline_s=timeout_s(request, self._durations.of(request)),
-            created_at=created_at,
-        )
-        fields = [text for field in record.encode_new(job).items() for text in field]
+        jobs = self._new_jobs(requests, queue, submission)
         key = submission.idempotency
         answer, detail, position = self._create(
-            *_id_and_now(job_id),
+            len(jobs),
+            record.now().isoformat(),
             submission.owner,
             int(submission.priority),
             queue,
@@ -112,25 +108,51 @@ class JobStore:
             "" if submission.owner_limit is None else submission.owner_limit,
             "" if key is None else redis_keys.idempotency(submission.owner, key.key),
             "" if key is None else key.body_sha256,
-            ids.id_prefix(created_at.timestamp() - redis_keys.RECORD_TTL_S),
-            len(fields),
-            *fields,
-            *rq_entry.rq_fields(job_id, queue, job.deadline_s),
+            ids.id_prefix(jobs[0].created_at.timestamp() - redis_keys.RECORD_TTL_S),
+            *(text for job in jobs for text in _hashes(job)),
         )
-        if answer in (b"created", b"replayed"):
-            self._durability.confirm(self._redis, detail.decode())
         match answer:
             case b"created":
-                return Created(job, replayed=False, position=position if position >= 0 else None)
+                self._durability.confirm(self._redis, jobs[0].id)
+                waiting = position if position >= 0 else None
+                return Created(jobs[0], replayed=False, position=waiting, others=jobs[1:])
             case b"replayed":
-                return Created(self.get(detail.decode()), replayed=True)
+                names = detail.decode().split()
+                self._durability.confirm(self._redis, names[0])
+                return Created(self.get(names[0]), True, others=self._still_there(names[1:]))
             case b"conflict":
                 raise conflict(detail.decode())
             case _:
-                raise submission.refusal(answer.decode(), detail)
+                raise submission.refusal(answer.decode(), detail, len(jobs))
 
-    def replay(self, owner: str, idempotency: Idempotency) -> JobRecord | None:
-        """Find the job that an earlier request with this key created; None if there is none.
+    def _new_jobs(
+        self, requests: Sequence[GenerationRequest], queue: str, submission: Submission
+    ) -> tuple[JobRecord, ...]:
+        """Make the records of new jobs, in the order of the requests and of their ids."""
+        made = sorted(ids.new_id() for _ in requests)
+        return tuple(
+            JobRecord(
+                id=job_id,
+                state=JobState.QUEUED,
+                request=request,
+                queue=queue,
+                owner=submission.owner,
+                priority=submission.priority,
+                webhook_url=submission.webhook_url,
+                metadata=dict(submission.metadata),
+                group=made[0][0] if submission.is_group else None,
+                deadline_s=timeout_s(request, self._durations.of(request)),
+                created_at=created_at,
+            )
+            for request, (job_id, created_at) in zip(requests, made, strict=True)
+        )
+
+    def _still_there(self, names: Sequence[str]) -> tuple[JobRecord, ...]:
+        found = ((name, self._fields(name)) for name in names)
+        return tuple(record.decode(name, fields) for name, fields in found if fields)
+
+    def replay(self, owner: str, idempotency: Idempotency) -> Created | None:
+        """Find the jobs that an earlier request with this key created; None if there are none.
 
         Raises:
             IdempotencyConflict: that request had another body.
@@ -140,14 +162,14 @@ class JobStore:
         found, body = self._redis.hmget(key, ["job", "body"])
         if found is None:
             return None
-        job_id = cast("bytes", found).decode()
+        job_id, *others = cast("bytes", found).decode().split()
         fields = self._fields(job_id)
         if not fields:
             return None
         if body != idempotency.body_sha256.encode():
             raise conflict(job_id)
         self._durability.confirm(self._redis, job_id)
-        return record.decode(job_id, fields)
+        return Created(record.decode(job_id, fields), True, others=self._still_there(others))
 
     def get(self, job_id: str) -> JobRecord:
         """Read one record.
@@ -169,6 +191,7 @@ class JobStore:
         cursor: str | None = None,
         *,
         oldest_first: bool = False,
+        wanted: Wanted = Wanted(),  # noqa: B008  # it never changes
     ) -> JobPage:
         """Read up to `limit` records, newest first unless `oldest_first`.
 
@@ -178,18 +201,13 @@ class JobStore:
         Args:
             owner: whose jobs to list; everybody's if None.
             cursor: the `next_cursor` of the page before.
+            wanted: what else the jobs have to be; its state and owner are not read.
 
         Raises:
             InvalidSpec: the limit is out of bounds, or the cursor malformed.
         """
-        if not 1 <= limit <= MAX_PAGE:
-            given = shown(limit)
-            raise InvalidSpec.of(
-                "limit", given, LIMIT_BOUND, f"limit is {given}, which is not {LIMIT_BOUND}."
-            )
-        last_seen = None if cursor is None else ids.parse_cursor(cursor)
-        index = redis_keys.index("all" if state is None else state.value, owner)
-        return self._listing.page(Query(index, limit, oldest_first), last_seen)
+        wanted = dataclasses.replace(wanted, state=state, owner=owner)
+        return self._listing.page(wanted, limit, cursor, oldest_first=oldest_first)
 
     def claim(self, job_id: str, worker: str, token: str | None = None) -> Attempt:
         """Start an attempt, with a lease of LEASE_S seconds.
@@ -358,6 +376,13 @@ class JobStore:
 def new_token() -> str:
     """Make a token, which proves that an attempt owns its job."""
     return secrets.token_hex(16)
+
+
+def _hashes(job: JobRecord) -> list[str]:
+    """Return the id of a new job, and the fields of its record and of RQ's, with their numbers."""
+    fields = [text for field in record.encode_new(job).items() for text in field]
+    rq_fields = list(rq_entry.rq_fields(job.id, job.queue, job.deadline_s))
+    return [job.id, str(len(fields)), *fields, str(len(rq_fields)), *rq_fields]
 
 
 def _id_and_now(job_id: str) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from jobs.errors import IdempotencyConflict, QueueFull, QuotaExceeded, TooManyRequests
@@ -35,6 +36,8 @@ class Submission:
     Attributes:
         priority: whether the job goes before all waiting jobs without priority, and behind all
             waiting jobs with it.
+        metadata: the caller's own notes, which each job keeps.
+        is_group: whether the jobs of the submission get the id of a group.
         queue_limit: the most jobs that may wait in the queue before this one; None for no limit.
         owner_limit: the most jobs that the owner may have waiting and running before this one;
             None for no limit.
@@ -43,21 +46,30 @@ class Submission:
     owner: str = OPEN_OWNER
     priority: bool = False
     webhook_url: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    is_group: bool = False
     idempotency: Idempotency | None = None
     queue_limit: int | None = None
     owner_limit: int | None = None
 
-    def refusal(self, limit: str, jobs: int) -> TooManyRequests:
-        """Build the error for reaching a limit with `jobs`: "queue_full", or else the owner's."""
+    def refusal(self, limit: str, jobs: int, asked: int = 1) -> TooManyRequests:
+        """Build the error for reaching a limit with `jobs`: "queue_full", or else the owner's.
+
+        Args:
+            asked: how many further jobs were asked for.
+        """
+        more = "" if asked == 1 else f", too many for {asked} more"
+        is_one = jobs == 1
         if limit == "queue_full":
             return QueueFull(
-                f"{jobs} jobs are waiting, and {self.queue_limit} is the most; come back in "
-                f"{RETRY_AFTER_S} s.",
+                f"{jobs} {'job is' if is_one else 'jobs are'} waiting, and {self.queue_limit} is "
+                f"the most{more}; come back in {RETRY_AFTER_S} s.",
                 retry_after_s=RETRY_AFTER_S,
             )
         return QuotaExceeded(
-            f"You have {jobs} jobs waiting or running, and {self.owner_limit} is the most for "
-            f"this key; wait for one to end, or cancel one.",
+            f"You have {jobs} {'job' if is_one else 'jobs'} waiting or running, and "
+            f"{self.owner_limit} is the most for this key{more}; wait for one to end, or "
+            "cancel one.",
             retry_after_s=RETRY_AFTER_S,
         )
 

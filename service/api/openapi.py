@@ -172,7 +172,13 @@ def _examples() -> dict[int, Problem]:
         from_error(errors.JobNotFound("There is no job 01a2.", job_id="01a2"), path),
         from_error(errors.JobNotCancellable(_CANCEL_TOO_LATE, job_id="01a2"), path),
         from_error(errors.VideoGone("The video is no longer stored.", job_id="01a2"), path),
+        from_status(412, "The video is not the one that If-Match asks for.", path),
         from_status(413, "The body is larger than 262144 bytes.", "/generate"),
+        from_status(
+            415,
+            "The body is not marked as JSON; send it with Content-Type: application/json.",
+            "/generate",
+        ),
         from_status(416, "The Range header asks for bytes beyond the end of the file.", path),
         from_error(invalid, "/generate"),
         from_error(errors.RateLimited(_TOO_OFTEN, retry_after_s=3), path),

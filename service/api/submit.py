@@ -1,5 +1,6 @@
 """Accept requests for videos, within the caller's quota and once for each Idempotency-Key."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -25,33 +26,35 @@ def accept(
     idempotency_key: str | None,
     resolve: Resolve,
 ) -> Created:
-    """Queue the request in `body`, or find the job that the same key and body created before.
+    """Queue the request in `body`, or find the jobs that the same key and body created before.
 
     Raises:
         InvalidSpec, ModeNotServed: from `resolve`.
         IdempotencyConflict, QueueFull, QuotaExceeded: see `JobStore.create`.
     """
+    fields = body if isinstance(body, Mapping) else {}
     key = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
     # Before `resolve`: a request that was accepted once is answered even when no worker is live.
     earlier = None if key is None else app_state.store.replay(principal.owner, key)
     if earlier is not None:
-        created = Created(earlier, replayed=True)
+        created = earlier
     else:
         request, queue = resolve()
-        webhook_url = body.get("webhook_url") if isinstance(body, Mapping) else None
-        terms = submission(principal, app_state.settings, webhook_url=webhook_url, idempotency=key)
-        created = app_state.store.create(request, queue, submission=terms)
+        terms = dataclasses.replace(
+            submission(principal, app_state.settings),
+            webhook_url=fields.get("webhook_url"),
+            metadata=fields.get("metadata") or {},
+            is_group=fields.get("count") is not None,
+            idempotency=key,
+        )
+        seeds = range(request.seed, request.seed + int(fields.get("count") or 1))
+        requests = [request.model_copy(update={"seed": seed}) for seed in seeds]
+        created = app_state.store.create_all(requests, queue, submission=terms)
     note_created(created.job.id)
     return created
 
 
-def submission(
-    principal: Principal,
-    settings: ServiceSettings,
-    *,
-    webhook_url: str | None = None,
-    idempotency: Idempotency | None = None,
-) -> Submission:
+def submission(principal: Principal, settings: ServiceSettings) -> Submission:
     """Return the terms of the principal's submission: owner, priority, limits."""
     quota = principal.quota
     if quota is None and principal.role is Role.USER:
@@ -59,8 +62,6 @@ def submission(
     return Submission(
         owner=principal.owner,
         priority=principal.role is Role.OPS,
-        webhook_url=webhook_url,
-        idempotency=idempotency,
         queue_limit=settings.max_waiting,
         owner_limit=quota,
     )

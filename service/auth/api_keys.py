@@ -296,7 +296,7 @@ def _check_limits(quota: int | None, rate: str | None, expires_at: datetime | No
         try:
             check_rate(rate)
         except ValueError as error:
-            raise KeyRefused(f"the rate is {error}.") from error
+            raise KeyRefused(f"{error}.") from error
     if expires_at is not None and expires_at <= now():
         raise KeyRefused(
             f"the key would expire at {expires_at:%Y-%m-%d %H:%M}Z, which is not in the future; to "

@@ -24,7 +24,7 @@ from starlette.routing import compile_path
 
 from jobs import errors
 from jobs.state import JobState
-from jobs.store.job_store import LIMIT_BOUND
+from jobs.store.listing import LIMIT_BOUND
 from jobs.violations import said, shown
 from service.middleware.request_log import request_headers
 from service.middleware.security_headers import security_headers
@@ -145,15 +145,28 @@ _PLAIN = {
     421: ("misdirected_request", "This service is not known by that name"),
 }
 EVENT_ID_BOUND: Final = "the id of an event, like 1795360456040-0"
+TIME_BOUND: Final = "a time with its zone, like 2026-11-22T14:14:16Z"
 _PARAMETERS = {
     "limit": LIMIT_BOUND,
     "order": "asc or desc",
     "state": f"one of {', '.join(JobState)}",
     "all": "true or false",
+    "purge": "true or false",
+    "created_after": TIME_BOUND,
+    "created_before": TIME_BOUND,
     "Idempotency-Key": "1 to 255 visible ASCII characters",
     "Last-Event-ID": EVENT_ID_BOUND,
     "last_event_id": EVENT_ID_BOUND,
 }
+_LEVEL_OF: Final[Mapping[type[Exception], int]] = MappingProxyType(
+    {
+        # So it is at every start, until the first worker is ready.
+        errors.NoLiveWorker: logging.INFO,
+        errors.ModeNotServed: logging.WARNING,
+        errors.TooManyStreams: logging.WARNING,
+    }
+)
+"""At which level errors are logged that are answered with 5xx and are no fault of the service."""
 _SHOWN_CONTEXT = ("job_id", "state", "served", "retry_after_s")
 
 
@@ -175,7 +188,8 @@ def rate_headers(error: errors.AppError) -> dict[str, str]:
 async def _on_app_error(request: Request, error: Exception) -> Response:
     problem = from_error(cast("errors.AppError", error), request.url.path)
     if problem.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        logger.error("%s %s: %s", request.method, problem.instance, problem.detail)
+        level = _LEVEL_OF.get(type(error), logging.ERROR)
+        logger.log(level, "%s %s: %s", request.method, problem.instance, problem.detail)
     return response(request.app, problem, rate_headers(cast("errors.AppError", error)))
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.catalog import Catalog, ModelOffer, ModeOffer
 from jobs.record import Failure, JobRecord, Progress, StageTimings, Video
-from jobs.spec import GenerationRequest
+from jobs.spec import MIN_GUIDANCE_SCALE, GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import Created
 from jobs.store.queue_positions import QueuePosition
@@ -80,6 +80,9 @@ _JOB_EXAMPLE: dict[str, Any] = {
         "mp4_s": 0.1,
         "total_s": 7.36,
     },
+    "metadata": {},
+    "group": None,
+    "notes": [],
     "webhook": None,
 }
 
@@ -200,6 +203,9 @@ class JobView(BaseModel):
     failure: Failure | None = Field(description="Why the job failed, if it did.")
     video: VideoView | None = Field(description="The result, once the job has succeeded.")
     timings: StageTimings | None
+    metadata: dict[str, str] = Field(description="As the request gave it.")
+    group: str | None = Field(description="Of the jobs of one request with a `count`.")
+    notes: list[str] = Field(description="What of the request has no effect, and why.")
     webhook: WebhookView | None = Field(
         description="The webhook to call at the end, if one was given."
     )
@@ -225,9 +231,32 @@ class JobView(BaseModel):
         if job.webhook_url is not None and status is not None:
             webhook = WebhookView(url=job.webhook_url, **status.model_dump())
         queue = None if queue_position is None else QueueView.of(queue_position)
-        derived = {"video": video, "webhook": webhook, "queue": queue}
+        notes = notes_on(job.request)
+        derived: dict[str, Any] = {
+            "video": video,
+            "webhook": webhook,
+            "queue": queue,
+            "notes": notes,
+        }
+        if job.timings is not None:
+            seconds = job.timings.model_dump().items()
+            derived["timings"] = StageTimings(**{name: round(each, 3) for name, each in seconds})
         copied = {name: getattr(job, name) for name in cls.model_fields if name not in derived}
         return cls(**derived, **copied)
+
+
+def notes_on(request: GenerationRequest) -> list[str]:
+    """Say which settings of a request have no effect."""
+    if request.guidance_scale <= MIN_GUIDANCE_SCALE and request.negative_prompt:
+        return ["negative_prompt has no effect, because guidance_scale 1 switches guidance off."]
+    return []
+
+
+class JobGroupView(BaseModel):
+    """The jobs of one request with a `count`."""
+
+    group: str = Field(description="Each of the jobs has it; `GET /jobs?group=` lists them.")
+    jobs: list[JobView] = Field(description="In the order of their seeds.")
 
 
 class EventView(BaseModel):
@@ -263,6 +292,11 @@ class JobViews:
         (status,) = self.outbox.statuses([job])
         queue_position = self.queue_positions.at(job.queue, created.position)
         return JobView.of(job, self.links, status, queue_position)
+
+    def group(self, created: Created) -> JobGroupView:
+        """Build the view of all jobs of a request."""
+        jobs = [created.job, *created.others]
+        return JobGroupView(group=created.job.group or created.job.id, jobs=self.all(jobs))
 
     def all(self, jobs: Sequence[JobRecord]) -> list[JobView]:
         """Build the views of many jobs, with few round trips to Redis."""

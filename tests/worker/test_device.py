@@ -19,12 +19,13 @@ def _same_threads_afterwards():
 
 def test_threads_default_to_every_core_this_process_may_use() -> None:
     assert usable_cores() == len(os.sched_getaffinity(0))
-    assert pick_device("cpu").name == f"cpu, {usable_cores()} threads"
+    cores = usable_cores()
+    assert pick_device("cpu").name == f"cpu, {cores} thread{'s' if cores > 1 else ''}"
     assert torch.get_num_threads() == usable_cores()
 
 
 def test_threads_can_be_set() -> None:
-    assert pick_device("cpu", threads=1).name == "cpu, 1 threads"
+    assert pick_device("cpu", threads=1).name == "cpu, 1 thread"
     assert torch.get_num_threads() == 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from diffusers import WanPipeline
 from torch import Tensor
@@ -37,6 +38,26 @@ class Denoise(Protocol):
     ) -> Tensor: ...
 
 
+def _noise(pipeline: WanPipeline, request: GenerationRequest) -> dict[str, Any]:
+    """Build the arguments by which the pipeline gets the noise of the request's seed.
+
+    Of a seed torch's generator on the CPU takes the lower 32 bits only. So seeds with more bits
+    draw from NumPy's legacy generator, whose numbers are fixed for good; those with fewer give what
+    diffusers gives.
+    """
+    if request.seed < 2**32:
+        return {"generator": torch.Generator("cpu").manual_seed(request.seed)}
+    source = np.random.RandomState([request.seed & 0xFFFFFFFF, request.seed >> 32])
+    shape = (
+        1,
+        pipeline.transformer.config.in_channels,
+        (request.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1,
+        request.height // pipeline.vae_scale_factor_spatial,
+        request.width // pipeline.vae_scale_factor_spatial,
+    )
+    return {"latents": torch.from_numpy(source.standard_normal(shape).astype(np.float32))}
+
+
 def denoise_on(device: Device) -> Denoise:
     """Build the function that denoises on `device` alone."""
 
@@ -63,7 +84,7 @@ def denoise_on(device: Device) -> Denoise:
             num_frames=request.num_frames,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
+            **_noise(pipeline, request),
             output_type="latent",
             callback_on_step_end=on_step_end,
         ).frames

@@ -178,7 +178,7 @@ class WanEngine:
                 latents = self._denoise(pipeline, request, embeddings, on_step)
                 require_finite(
                     latents,
-                    f"Denoising in mode {request.mode!r}",
+                    f"Denoising in mode {request.mode}",
                     "Try another mode or another seed; if all of them fail, the model's files or "
                     "its scales are damaged.",
                 )

@@ -73,7 +73,7 @@ def create_answers() -> Answers:
     headers = {replayed: GENERATE_ANSWER[202]["headers"][replayed]}
     return {
         200: {"headers": VIDEO_ANSWER[200]["headers"] | headers},
-        **errors(400, 401, 403, 413, 422, 429, 503),
+        **errors(400, 401, 403, 413, 415, 422, 429, 503),
         **_in_openai_format(problem(KEY_TAKEN, "/v1/videos")),
     }
 

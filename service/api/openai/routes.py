@@ -16,7 +16,7 @@ from jobs.record import JobRecord
 from jobs.redis_keys import RECORD_TTL_S
 from jobs.spec import GenerationRequest
 from jobs.store.deletion import delete_job
-from jobs.store.job_store import MAX_PAGE
+from jobs.store.listing import MAX_PAGE
 from jobs.violations import shown
 from service.api.deps import AppState, AppStateDep, IdempotencyKeyDep, KeyDep
 from service.api.openai.body import video_fields
@@ -112,7 +112,7 @@ async def not_supported(_: KeyDep) -> None:
 @router.get(
     "/{video_id}",
     summary="Read a video object",
-    responses={**VIDEO_ANSWER, **errors(401, 404, 429, 503)},
+    responses={**VIDEO_ANSWER, **errors(401, 404, 422, 429, 503)},
 )
 def read_video(
     principal: KeyDep, video_id: str, app_state: AppStateDep, response: Response
@@ -126,7 +126,7 @@ def read_video(
     "/{video_id}/content",
     summary="Fetch the video",
     response_class=VideoResponse,
-    responses={**ANY_FILE_RESPONSES, **errors(400, 401, 404, 416, 422, 429, 503)},
+    responses={**ANY_FILE_RESPONSES, **errors(400, 401, 404, 412, 416, 422, 429, 503)},
 )
 async def read_content(
     principal: KeyDep,
@@ -149,7 +149,9 @@ async def read_content(
     )
 
 
-@router.delete("/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 429, 503))
+@router.delete(
+    "/{video_id}", summary="Delete a video", responses=errors(401, 403, 404, 422, 429, 503)
+)
 async def delete_video(principal: KeyDep, video_id: str, app_state: AppStateDep) -> VideoDeleted:
     """Delete the job, its video and its record, for good.
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from jobs.record import JobRecord, Stage
 from jobs.state import JobState
 from service.api.openai.job_progress import VideoStatus
+from service.schemas.jobs import notes_on
 
 _STATUS: Final = {
     JobState.QUEUED: "queued",
@@ -45,6 +46,7 @@ _EXAMPLE: dict[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 4.0,
     "queue_position": None,
+    "notes": [],
     "seconds_left": 4.2,
 }
 
@@ -86,6 +88,7 @@ class VideoObject(BaseModel):
     queue_position: int | None = Field(
         description="How many jobs run or wait before this one, if it waits."
     )
+    notes: list[str] = Field(description="What of the request has no effect, and why.")
     seconds_left: float | None = Field(description="Until the job's end, as far as is known.")
 
     @classmethod
@@ -103,7 +106,8 @@ class VideoObject(BaseModel):
             seconds=_duration(request.num_frames, video_status.fps),
             error=_error(job),
             queue_position=None if position is None else position.position,
-            seconds_left=video_status.seconds_left,
+            notes=notes_on(request),
+            seconds_left=_rounded(video_status.seconds_left),
             **request.model_dump(exclude={"model"}),
         )
 
@@ -153,6 +157,10 @@ def _error(job: JobRecord) -> VideoError | None:
 
 def _unix_second(moment: datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp())
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _duration(num_frames: int, fps: int | None) -> str | None:

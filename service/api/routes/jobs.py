@@ -1,18 +1,23 @@
-"""Serve the routes of jobs: create, list, read, cancel, and fetch the video or its pictures.
+"""Serve the routes of jobs: create, list, read, cancel, delete, fetch the video or its pictures.
 
 The routes are synchronous functions, which FastAPI runs in its thread pool. So service and worker
 share one synchronous `JobStore`. A Redis call takes well under a millisecond, and no route waits
 for a job. Files are read in other threads (`service/api/downloads.py`).
 """
 
+from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
+from pydantic import AwareDatetime
 
+from jobs.errors import RecordUnreadable
 from jobs.record import JobRecord
 from jobs.spec import GenerationRequest, resolve_json
 from jobs.state import JobState
-from jobs.store.job_store import MAX_PAGE, JobStore
+from jobs.store.deletion import delete_job
+from jobs.store.job_store import JobStore
+from jobs.store.listing import MAX_PAGE, Wanted
 from service.api.deps import (
     AppStateDep,
     DownloadsDep,
@@ -42,7 +47,7 @@ from service.api.video_response import (
     VideoResponse,
 )
 from service.auth.gate import Principal, visible_job
-from service.schemas.jobs import JobListView, JobView
+from service.schemas.jobs import JobGroupView, JobListView, JobView
 from service.schemas.video_url import VideoFile
 from service.webhooks.message import callbacks
 
@@ -52,12 +57,13 @@ router = APIRouter(tags=["jobs"])
 @router.post(
     "/generate",
     status_code=202,
-    response_model=JobView,
+    response_model=JobView | JobGroupView,
     summary="Ask for a video",
-    response_description="The queued job; `Location` is its address.",
+    response_description="The queued job, or with a `count` the queued jobs; `Location` is the "
+    "address.",
     responses={
         **GENERATE_ANSWER,
-        **problems(400, 401, 403, 413, 422, 429, 503),
+        **problems(400, 401, 403, 413, 415, 422, 429, 503),
         **problem(KEY_TAKEN, "/generate"),
     },
     openapi_extra={**GENERATE_BODY, **callbacks()},
@@ -83,12 +89,29 @@ def generate(
         return resolve_json(body, app_state.catalog.get(), count_tokens, check_webhook)
 
     created = accept(app_state, principal, body, idempotency_key, resolve)
-    headers = {"Location": f"{app_state.settings.public_path}/jobs/{created.job.id}"}
+    is_group = created.job.group is not None
+    address = f"?group={created.job.group}" if is_group else f"/{created.job.id}"
+    headers = {"Location": f"{app_state.settings.public_path}/jobs{address}"}
     if created.replayed:
         headers[REPLAYED_HEADER] = "true"
     # Encoded here, because FastAPI would validate the view against its model a second time.
-    text = views.created(created).model_dump_json()
+    view = views.group(created) if is_group else views.created(created)
+    text = view.model_dump_json()
     return Response(text, 202, headers, media_type="application/json")
+
+
+def _wanted(
+    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+    mode: Annotated[str | None, Query(description="Only jobs in this mode.")] = None,
+    group: Annotated[str | None, Query(description="Only the jobs of this group.")] = None,
+    created_after: Annotated[
+        AwareDatetime | None, Query(description="Only jobs created then or later.")
+    ] = None,
+    created_before: Annotated[
+        AwareDatetime | None, Query(description="Only jobs created before then.")
+    ] = None,
+) -> Wanted:
+    return Wanted(state, None, mode, group, created_after, created_before)
 
 
 @router.get("/jobs", summary="List jobs, newest first", responses=problems(401, 403, 422, 429, 503))
@@ -96,17 +119,20 @@ def list_jobs(
     owner: ListedOwnerDep,
     store: StoreDep,
     views: JobViewsDep,
-    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+    wanted: Annotated[Wanted, Depends(_wanted)],
     # Bounds are checked by the store, which has the messages.
     limit: Annotated[int, Query(json_schema_extra={"minimum": 1, "maximum": MAX_PAGE})] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> JobListView:
-    """Page through the jobs of the last 30 days: one's own, or everybody's for ops."""
-    page = store.list(state=state, owner=owner, limit=limit, cursor=cursor)
+    """Page through the jobs of the last 30 days: one's own, or everybody's for ops.
+
+    With `mode` or `group` a page may be short, or empty, and still have a `next_cursor`.
+    """
+    page = store.list(wanted.state, owner, limit, cursor, wanted=wanted)
     return JobListView(jobs=views.all(page.jobs), next_cursor=page.next_cursor)
 
 
-@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 429, 503))
+@router.get("/jobs/{job_id}", summary="Read a job", responses=problems(401, 404, 422, 429, 503))
 def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobViewsDep) -> JobView:
     """Read the current state of a job. A failed job is answered with 200 and its `failure`."""
     return views.of(visible_job(store, principal, job_id))
@@ -114,24 +140,37 @@ def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobVi
 
 @router.delete(
     "/jobs/{job_id}",
-    summary="Cancel a job",
+    response_model=JobView,
+    summary="Cancel or delete a job",
     response_description="The job is cancelled, and will not run.",
     responses={
+        204: {"description": "With `purge=true`: the job and its video are deleted."},
         202: {"model": JobView, "description": "The worker has been asked to stop."},
-        **problems(401, 403, 404, 409, 429, 503),
+        **problems(401, 403, 404, 409, 422, 429, 503),
     },
 )
 def cancel_job(
     principal: PrincipalDep,
     job_id: str,
-    store: StoreDep,
+    app_state: AppStateDep,
     views: JobViewsDep,
     response: Response,
-) -> JobView:
+    purge: Annotated[
+        bool, Query(description="Delete the job for good, in whatever state, with its video.")
+    ] = False,
+) -> JobView | Response:
     """Cancel a queued job at once, or ask the worker of a running one to stop (202).
 
-    The record stays. Cancelling a cancelled job changes nothing.
+    The record stays. Cancelling a cancelled job changes nothing. With `purge=true` the job, its
+    video and its record are deleted instead: nobody can read them from now on. A queued job will
+    not run, a running one is stopped.
     """
+    store = app_state.store
+    if purge:
+        with suppress(RecordUnreadable):  # such a record can only be deleted
+            visible_job(store, principal, job_id)
+        delete_job(store, app_state.artifacts, job_id)
+        return Response(status_code=204)
     visible_job(store, principal, job_id)
     job = store.cancel(job_id)
     if not job.state.is_terminal:
@@ -139,7 +178,7 @@ def cancel_job(
     return views.of(job)
 
 
-_FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 416, 429, 503)
+_FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 412, 416, 422, 429, 503)
 
 
 @router.head("/jobs/{job_id}/video.mp4", include_in_schema=False)

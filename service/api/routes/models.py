@@ -9,7 +9,9 @@ from service.schemas.jobs import ModelListView
 router = APIRouter(tags=["models"])
 
 
-@router.get("/models", summary="List models, modes and bounds", responses=problems(401, 429, 503))
+@router.get(
+    "/models", summary="List models, modes and bounds", responses=problems(401, 422, 429, 503)
+)
 def list_models(_: PrincipalDep, catalog: CatalogDep) -> ModelListView:
     """List what the live workers offer: models, bounds, defaults, modes and devices."""
     return ModelListView.of(catalog)

@@ -55,7 +55,7 @@ async def read_metrics(request: Request, app_state: AppStateDep, _bearer: Bearer
 @router.get(
     "/workers",
     summary="Live workers and their queues",
-    responses=problems(401, 403, 429, 503),
+    responses=problems(401, 403, 422, 429, 503),
 )
 def read_fleet(principal: OpsDep, app_state: AppStateDep) -> FleetView:
     """Show the state of each live worker, and what waits in each queue, to ops."""

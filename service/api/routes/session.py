@@ -23,7 +23,7 @@ router = APIRouter(tags=["session"])
     SESSION_PATH,
     summary="Sign in",
     response_description="Who has signed in.",
-    responses={**SIGN_IN_ANSWER, **problems(400, 401, 403, 413, 422, 429, 503)},
+    responses={**SIGN_IN_ANSWER, **problems(400, 401, 403, 413, 415, 422, 429, 503)},
     openapi_extra=SIGN_IN,
 )
 async def sign_in(request: Request, app_state: AppStateDep, response: Response) -> SessionView:
@@ -44,7 +44,7 @@ async def sign_in(request: Request, app_state: AppStateDep, response: Response) 
     return SessionView.of(principal)
 
 
-@router.get(SESSION_PATH, summary="Who am I?", responses=problems(401, 429, 503))
+@router.get(SESSION_PATH, summary="Who am I?", responses=problems(401, 422, 429, 503))
 async def read_session(principal: PrincipalDep) -> SessionView:
     """Say whose key or session this is, and whether the service is open and needs neither."""
     return SessionView.of(principal)

@@ -240,3 +240,33 @@ def test_unreadable_record_is_its_owners_to_delete(
         assert client.get(f"/jobs/{job.id}", headers=alice).status_code == 404
         assert not redis.exists(record)
     assert redis.zcard(redis_keys.index("all")) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/jobs?stat=queued", "stat"),
+        ("/jobs?State=queued", "State"),
+        ("/jobs?limit=5&page=2", "page"),
+        ("/jobs?=5", ""),
+        ("/jobs/ID?full=1", "full"),
+        ("/jobs/ID/events?since=1", "since"),
+        ("/jobs/ID/video.mp4?download=1", "download"),
+        ("/models?mode=bf16", "mode"),
+        ("/session?x", "x"),
+    ],
+)
+def test_unknown_parameters_are_refused(
+    client: TestClient, make_job: MakeJob, path: str, name: str
+) -> None:
+    """As unknown fields are: a misspelt filter would otherwise list everything."""
+    path = path.replace("ID", make_job(video=True).id)
+    answer = client.get(path)
+    assert answer.status_code == 422, answer.text
+    (error,) = answer.json()["errors"]
+    assert error["field"] == name
+    assert "is not a query parameter of this address" in error["detail"]
+
+
+def test_health_checks_answer_whatever_is_appended(client: TestClient) -> None:
+    assert client.get("/healthz?t=1795356856").status_code == 200

@@ -1,5 +1,6 @@
 """Test the list of models and the health checks."""
 
+import logging
 import time
 
 import pytest
@@ -20,6 +21,16 @@ def test_no_worker(client: TestClient) -> None:
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["code"]) == (503, "no_live_worker")
     assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_waiting_for_the_first_worker_is_no_error(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert client.get("/readyz").status_code == 503
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 503
+    levels = {each.levelno for each in caplog.records if each.name == "service.middleware.problems"}
+    assert levels == {logging.INFO, logging.WARNING}
 
 
 def test_ready_while_a_worker_is_live(

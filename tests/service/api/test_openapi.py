@@ -45,6 +45,8 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /v1/videos/{video_id}",
         "DELETE /v1/videos/{video_id}",
         "GET /v1/videos/{video_id}/content",
+        "GET /v1/models",
+        "GET /v1/models/{model}",
         "POST /session",
         "GET /session",
         "DELETE /session",

@@ -70,8 +70,8 @@ def test_what_cannot_be_a_key(token: str) -> None:
         ("0123456789ab", {}, "mistaken"),
         ("local", {}, "mistaken"),
         ("alice", {"quota": 0}, "quota is 0"),
-        ("alice", {"rate": "often"}, "'often' is not a rate"),
-        ("alice", {"rate": "0/minute"}, "'0/minute' is not a rate"),
+        ("alice", {"rate": "often"}, "^'often' is not a rate; write it like"),
+        ("alice", {"rate": "0/minute"}, "^'0/minute' is not a rate; write it like"),
     ],
 )
 def test_refused_keys_are_not_written(

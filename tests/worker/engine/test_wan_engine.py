@@ -20,6 +20,7 @@ from tests.support.requests import OWNER, generation_request, unique_prompt
 from tests.worker.edited_model import EditedModel
 from worker.config import WorkerConfig
 from worker.device import Device
+from worker.engine.denoiser import _noise
 from worker.engine.wan_engine import WanEngine
 from worker.interface import Frame
 from worker.model_loader.components import ComponentLoader
@@ -70,13 +71,34 @@ def test_bf16_is_diffusers_own_pipeline_to_the_last_bit(
     assert np.array_equal(ours, (theirs * 255).round().astype(np.uint8))
 
 
+def test_every_bit_of_a_seed_counts(engine: WanEngine, undisturbed: np.ndarray) -> None:
+    """Torch's generator on the CPU takes the lower 32 bits: 7 and 2^32 + 7 would be one video."""
+    found = [frames(engine, seed=seed, **SHORT) for seed in (2**32 + 7, 2**33 + 7, 2**63 - 1)]
+    for index, one in enumerate([undisturbed, *found]):
+        assert np.isfinite(one).all()
+        for other in found[index:]:
+            assert np.abs(one.astype(float) - other).mean() > 1
+    assert np.array_equal(frames(engine, seed=2**32 + 7, **SHORT), found[0])
+
+
+def test_the_noise_of_a_large_seed_is_normal_and_fixed(engine: WanEngine) -> None:
+    request = generation_request(seed=2**32 + 7)
+    latents = _noise(engine._pipelines["bf16"], request)["latents"]
+    theirs = engine._pipelines["bf16"].prepare_latents(1, latents.shape[1], 96, 96, 17)
+    assert latents.shape == theirs.shape
+    assert abs(float(latents.mean())) < 0.05
+    assert abs(float(latents.std()) - 1) < 0.05
+    expected = np.random.RandomState([7, 1]).standard_normal(4)
+    assert np.allclose(latents.flatten()[:4].numpy(), expected)
+
+
 def test_latents_with_nan_fail_the_job(
     engine: WanEngine, undisturbed: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = torch.full_like(engine.loaded["bf16"].transformer.proj_out.weight, torch.nan)
     with monkeypatch.context() as patch:
         patch.setattr(engine.loaded["bf16"].transformer.proj_out.weight, "data", broken)
-        with pytest.raises(GenerationFailed, match=r"mode 'bf16' gave (\d+) of \1 .* another mode"):
+        with pytest.raises(GenerationFailed, match=r"mode bf16 gave (\d+) of \1 .* another mode"):
             frames(engine, **SHORT)
     assert np.array_equal(frames(engine, **SHORT), undisturbed)
 
