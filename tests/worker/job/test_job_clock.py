@@ -153,3 +153,13 @@ def test_without_measured_durations_the_estimate_starts_after_the_first_own_step
     assert clock.seconds_left() is None
     clock.update(Stage.MP4, 0, 1)
     assert clock.seconds_left() is None
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, None), (1, 1), (9, 9), (10, 9), (20, 18)])
+def test_one_step_in_ten_takes_longer_than_the_90th_percentile(
+    steps: int, expected: float | None
+) -> None:
+    times = StepTimes()
+    for seconds in range(steps, 0, -1):
+        times.add("shape", Stage.DENOISE, seconds)
+    assert times.percentile_90("shape", Stage.DENOISE) == expected

@@ -101,6 +101,26 @@ def test_the_lease_is_renewed_also_of_a_job_that_is_to_be_cancelled(
             wait_until(lambda: lease_ms() > before)  # noqa: B023
 
 
+def test_after_an_outage_the_lease_is_renewed_first(
+    killable_valkey: KillableValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have little time left: others judge it six seconds after Redis' return."""
+    monkeypatch.setattr(module, "RENEW_EVERY_S", 1000)
+    with killable_valkey.connect() as redis:
+        store = JobStore(redis)
+        attempt = store.claim(store.create(generation_request(), "queue").job.id, "w")
+
+        def lease_ms() -> int:
+            return int(redis.hget(redis_keys.record(attempt.job_id), "lease_ms") or 0)
+
+        before, outage = lease_ms(), RedisOutage()
+        with LeaseKeeper(store, attempt, outage):
+            killable_valkey.kill()
+            wait_until(lambda: outage._since is not None)
+            killable_valkey.start()
+            wait_until(lambda: lease_ms() > before)
+
+
 def test_a_redis_that_is_away_stops_nothing_and_loses_no_progress(
     killable_valkey: KillableValkey, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -205,6 +205,20 @@ def test_another_number_of_frames_is_a_failure(tmp_path: Path, count: int) -> No
         encode_mp4(gradient(count), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
 
 
+def test_no_frame_is_asked_for_after_one_too_many(tmp_path: Path) -> None:
+    """Each costs the device's time, and an engine that never ends must not fill the disk."""
+    asked: list[int] = []
+
+    def frames() -> Iterator[Frame]:
+        for index, frame in enumerate(gradient(40)):
+            asked.append(index)
+            yield frame
+
+    with pytest.raises(GenerationFailed, match="announced were 17 frames"):
+        encode_mp4(frames(), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
+    assert asked == list(range(18))
+
+
 def test_another_shape_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(GenerationFailed, match=r"\(64, 48, 3\).*\(64, 96, 3\)"):
         encode_mp4(
