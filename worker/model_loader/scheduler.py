@@ -44,7 +44,7 @@ def read_scheduler(folder: Path) -> Any:
         ModelUnusable: it cannot be read, or the index names something else than a scheduler.
     """
     name = read_json(folder / "model_index.json")["scheduler"][1]
-    kind = getattr(diffusers, str(name), None)
+    kind: Any = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ModelUnusable(
             f"{folder / 'model_index.json'} names {name!r}, which is no scheduler that diffusers "
@@ -61,7 +61,7 @@ def scheduler_for_run(template: Any, shift: float | None) -> Any:
     """
     if shift is None:
         return template.from_config(template.config)
-    return template.from_config(template.config, **{_shift_name(template): shift})
+    return template.from_config(template.config, **{str(_shift_name(template)): shift})
 
 
 def check_scheduler(model: ModelConfig) -> None:
@@ -73,8 +73,8 @@ def check_scheduler(model: ModelConfig) -> None:
     template = read_scheduler(model.path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, about each other
-        for size, shift in model.flow_shift.items():
-            _check_shift(template, shift, f"[model.flow_shift] for {size}", model)
+        for size, configured in model.flow_shift.items():
+            _check_shift(template, configured, f"[model.flow_shift] for {size}", model)
         for shift in {None, *model.flow_shift.values()}:
             for steps in sorted({1, model.default_steps}):
                 _check_run(template, shift, steps, model)

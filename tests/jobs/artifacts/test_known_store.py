@@ -74,6 +74,7 @@ def test_the_first_store_gets_a_marker_that_redis_knows(
     assert artifacts.is_present is True
     marker = raw.marker()
     assert marker is not None
+    assert marker is not None
     assert redis.get(redis_keys.ARTIFACTS_ID) == marker.strip()
     assert redis.ttl(redis_keys.ARTIFACTS_ID) == -1
     artifacts.put(KEY, source)
@@ -271,9 +272,14 @@ def test_a_put_looks_once_at_the_marker(
     shared: KnownArtifactStore, source: Path, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared.verify()
-    reads = []
+    reads: list[int] = []
     real = FolderArtifactStore.marker
-    monkeypatch.setattr(FolderArtifactStore, "marker", lambda self: reads.append(1) or real(self))
+
+    def marker(store: FolderArtifactStore) -> bytes | None:
+        reads.append(1)
+        return real(store)
+
+    monkeypatch.setattr(FolderArtifactStore, "marker", marker)
     before = redis.info("commandstats")["cmdstat_get"]["calls"]
     shared.put(KEY, source)
     assert len(reads) == 1

@@ -128,7 +128,7 @@ def test_a_job_is_answered_only_once_a_replica_has_it(
         servers.continue_replica()
         found = store.replay(keyed.owner, keyed.idempotency)
         assert found is not None
-        assert found.id == job_id
+        assert found.job.id == job_id
         assert redis.zcard(redis_keys.index("all")) == 2
 
 

@@ -36,9 +36,9 @@ def test_the_same_key_and_body_mean_the_same_job(
     assert (first.replayed, again.replayed) == (False, True)
     assert again.job == first.job
     assert Queue(QUEUE, connection=redis).job_ids == [first.job.id]
-    again = store.replay("ann", Idempotency.of("k", {"a": 1, "b": 2}))
-    assert again is not None
-    assert again.job == first.job
+    replayed = store.replay("ann", Idempotency.of("k", {"a": 1, "b": 2}))
+    assert replayed is not None
+    assert replayed.job == first.job
     assert store.replay("ann", Idempotency.of("other", {})) is None
     assert store.replay("bob", Idempotency.of("k", {"a": 1, "b": 2})) is None
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_it_equals_diffusers_own_converter_and_loads(
     report = import_original(source, tmp_path / "out", shard_bytes=shard_bytes)
     assert (report.shards > 1) == (shard_bytes < 1 << 40)
     theirs = convert_wan_transformer_to_diffusers(dict(original))
-    ours = {}
+    ours: dict[str, Any] = {}
     for file in {each.file for each in stored_weights(tmp_path / "out").values()}:
         ours |= load_file(file)
     assert ours.keys() == theirs.keys() == weights.keys()
@@ -136,7 +137,7 @@ def change(name, make):
     return lambda tensors: tensors | {name: make(tensors[name])}
 
 
-FAULTS = {
+FAULTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown": (
         add("blocks.0.extra.weight"),
         {},

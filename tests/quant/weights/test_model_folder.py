@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 57\
 INDEX, TRANSFORMER, VAE = "model_index.json", "transformer/config.json", "vae/config.json"
 VACE = ["diffusers", "WanVACETransformer3DModel"]
 
-OTHERS = {
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "two experts": (INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "Wan2.2"),
     "one expert": (INDEX, {"boundary_ratio": 0.875}, "two experts of Wan2.2"),
     "ti2v": (INDEX, {"expand_timesteps": True}, "Wan2.2 TI2V-5B"),

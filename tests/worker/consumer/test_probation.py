@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import cast
 
 import imageio_ffmpeg
 import pytest
@@ -187,7 +188,7 @@ def test_a_job_that_workers_keep_giving_back_is_failed_with_the_reason(
     assert "ffmpeg ended with status 3" in record.failure.detail
     assert record.lost == 0
     counters = served.redis.hgetall(redis_keys.METRICS).items()
-    counted = {name.split(b"|")[0]: float(value) for name, value in counters}
+    counted = {cast("bytes", name).split(b"|")[0]: float(value) for name, value in counters}
     assert counted[b"returned"] == MAX_RETURNED
     assert not {b"lost", b"released"} & counted.keys()
 

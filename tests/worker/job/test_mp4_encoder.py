@@ -118,7 +118,7 @@ def test_the_stream_itself_has_the_tags(tmp_path: Path) -> None:
 PATCH_PX = 16
 
 
-def colour_chart() -> tuple[Frame, list[tuple[int, int, int]]]:
+def colour_chart() -> tuple[Frame, list[tuple[int, ...]]]:
     """Patches of flat colours, eight a row: all combinations of four levels."""
     colours = list(itertools.product((0, 85, 170, 255), repeat=3))
     rows = np.array(colours, np.uint8).reshape(8, 8, 3)

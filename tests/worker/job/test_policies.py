@@ -208,7 +208,13 @@ def test_the_status_says_what_the_worker_does_and_has_measured(runs: WorkerRuns)
 class WaitingStore(FolderArtifactStore):
     """A store that waits for ever, as for a full disk, and keeps calling `check`."""
 
-    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        source: Path,
+        check: Callable[[], None] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
         assert check is not None
         while True:
             check()
