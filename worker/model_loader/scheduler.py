@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import diffusers
 import torch
@@ -50,7 +50,7 @@ def read_scheduler(folder: Path) -> Any:
             f"{folder / 'model_index.json'} names {name!r}, which is no scheduler that diffusers "
             "can run here: name another one."
         )
-    return load_component(kind.from_pretrained, folder / "scheduler", CONFIG)
+    return load_component(cast("Any", kind).from_pretrained, folder / "scheduler", CONFIG)
 
 
 def scheduler_for_run(template: Any, shift: float | None) -> Any:

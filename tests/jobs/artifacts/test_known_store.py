@@ -129,6 +129,7 @@ def test_a_store_from_before_markers_and_a_redis_that_lost_its_data_know_each_ot
     marker = raw.marker()
     redis.flushall()
     assert make(raw).size(KEY) == 3
+    assert marker is not None
     assert raw.marker() == marker
     assert redis.get(redis_keys.ARTIFACTS_ID) == marker.strip()
 
