@@ -14,7 +14,6 @@ import torch
 
 from tests.support.job_controls import IgnoringControl
 from tests.support.requests import OWNER, generation_request
-from tests.worker.edited_model import EditedModel
 from worker import startup
 from worker.device import Device
 from worker.engine.fake_engine import FakeEngine
@@ -156,7 +155,7 @@ def test_numbers_that_are_not_finite_name_the_vae(
 
 
 def test_numbers_that_are_not_finite_name_the_text_encoder(
-    edited: EditedModel, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edited.set_number("text_encoder", "encoder.final_layer_norm.weight", NAN)
     monkeypatch.setattr(startup, "check_finite", lambda *_: None)
@@ -167,7 +166,7 @@ def test_numbers_that_are_not_finite_name_the_text_encoder(
 
 
 def test_a_default_negative_prompt_that_is_too_long_is_found(
-    edited: EditedModel, device: Device, tmp_path: Path
+    edited, device: Device, tmp_path: Path
 ) -> None:
     """Every request without a negative prompt of its own would fail."""
     edited.config = edited.with_model(default_negative_prompt="red " * 64)
@@ -177,7 +176,7 @@ def test_a_default_negative_prompt_that_is_too_long_is_found(
 
 
 def test_an_image_to_video_transformer_is_found(
-    edited: EditedModel, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the comparison of settings, which finds it before anything is loaded."""
     edited.set("transformer/config.json", in_channels=36)
@@ -219,9 +218,7 @@ def test_a_lost_device_is_not_the_model_s_fault(
         prove_in(engine, tmp_path)
 
 
-def test_a_worker_that_fails_the_proof_has_no_engine_to_offer(
-    edited: EditedModel, device: Device
-) -> None:
+def test_a_worker_that_fails_the_proof_has_no_engine_to_offer(edited, device: Device) -> None:
     """NaN in a part's weights is refused once they are loaded."""
     edited.set_number("vae", "decoder.conv_in.weight", NAN)
     with pytest.raises(StartError, match=r"VAE has .* 'decoder.conv_in.weight'"):

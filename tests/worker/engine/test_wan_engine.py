@@ -17,7 +17,6 @@ from jobs.record import Stage
 from tests.support.diffusers_reference import with_our_products
 from tests.support.job_controls import RecordingControl, StopAtStep
 from tests.support.requests import OWNER, generation_request, unique_prompt
-from tests.worker.edited_model import EditedModel
 from worker.config import WorkerConfig
 from worker.device import Device
 from worker.engine.denoiser import _noise
@@ -235,9 +234,7 @@ def test_each_size_may_have_its_own_shift(
     assert engine.components.scheduler.config.flow_shift == 3.0
 
 
-def test_a_shift_takes_effect_under_the_name_of_another_scheduler(
-    edited: EditedModel, device: Device
-) -> None:
+def test_a_shift_takes_effect_under_the_name_of_another_scheduler(edited, device: Device) -> None:
     """FlowMatchEulerDiscreteScheduler calls it `shift`, and ignores `flow_shift`."""
     edited.set_scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0)
     own = load_engine(edited.with_modes("bf16"), device)

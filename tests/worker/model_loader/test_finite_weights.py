@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.worker.edited_model import EditedModel
 from worker.device import Device
 from worker.engine.wan_engine import WanEngine
 from worker.errors import ModelUnusable
@@ -24,7 +23,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("part", "tensor", "named"), DAMAGED)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_part_with_one_such_number_is_refused(
-    edited: EditedModel, device: Device, part: str, tensor: str, named: str, value: float
+    edited, device: Device, part: str, tensor: str, named: str, value: float
 ) -> None:
     edited.set_number(part, tensor, value)
     last = tensor.rpartition(".")[2]

@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import torch
 
-from tests.worker.edited_model import EditedModel
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader.scheduler import check_scheduler, read_scheduler, scheduler_for_run
@@ -57,7 +56,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def test_noise_levels_without_a_shift_need_none(edited: EditedModel) -> None:
+def test_noise_levels_without_a_shift_need_none(edited) -> None:
     edited.set_scheduler(UNIPC, **FLOW, use_karras_sigmas=True)
     check_scheduler(edited.config.model)
 
@@ -65,7 +64,7 @@ def test_noise_levels_without_a_shift_need_none(edited: EditedModel) -> None:
 @pytest.mark.parametrize(("name", "settings"), DRIVEN)
 @pytest.mark.parametrize("model", [{}, SHIFTED])
 def test_schedulers_of_flows_are_accepted(
-    edited: EditedModel, name: str, settings: dict[str, Any], model: dict[str, Any]
+    edited, name: str, settings: dict[str, Any], model: dict[str, Any]
 ) -> None:
     edited.set_scheduler(name, **settings)
     random_state = torch.get_rng_state()
@@ -75,7 +74,7 @@ def test_schedulers_of_flows_are_accepted(
 
 @pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
 def test_other_schedulers_are_refused_by_name_with_the_reason(
-    edited: EditedModel, name: str, settings: dict[str, Any], message: str
+    edited, name: str, settings: dict[str, Any], message: str
 ) -> None:
     edited.set_scheduler(name, **settings)
     random_state = torch.get_rng_state()
@@ -99,7 +98,7 @@ def test_other_schedulers_are_refused_by_name_with_the_reason(
     ],
 )
 def test_a_shift_that_would_be_ignored_is_refused(
-    edited: EditedModel, name: str, settings: dict[str, Any], message: str
+    edited, name: str, settings: dict[str, Any], message: str
 ) -> None:
     edited.set_scheduler(name, **settings)
     with pytest.raises(ModelUnusable, match=message):
@@ -108,7 +107,7 @@ def test_a_shift_that_would_be_ignored_is_refused(
 
 @pytest.mark.parametrize(("name", "settings"), [(UNIPC, FLOW), (EULER, {}), (EULER, {"shift": 3})])
 def test_a_shift_is_set_under_the_scheduler_s_own_name(
-    edited: EditedModel, name: str, settings: dict[str, Any]
+    edited, name: str, settings: dict[str, Any]
 ) -> None:
     edited.set_scheduler(name, **settings)
     template = read_scheduler(edited.folder)
@@ -124,9 +123,7 @@ def test_a_shift_is_set_under_the_scheduler_s_own_name(
     assert not torch.equal(own.sigmas, expected.sigmas)
 
 
-def test_a_worker_does_not_start_with_another_scheduler(
-    edited: EditedModel, device: Device
-) -> None:
+def test_a_worker_does_not_start_with_another_scheduler(edited, device: Device) -> None:
     edited.set_scheduler("DDIMScheduler")
     with pytest.raises(ModelUnusable, match="DDIMScheduler"):
         load_engine(edited.with_modes("bf16"), device)

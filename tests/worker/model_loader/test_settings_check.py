@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.worker.edited_model import EditedModel
 from worker.device import Device
 from worker.errors import ModelUnusable
 from worker.model_loader.settings_check import check_settings
@@ -79,7 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("file", "values", "message"), REFUSED, ids=lambda value: str(value)[:40])
 def test_a_contradiction_is_refused_with_both_values(
-    edited: EditedModel, file: str, values: dict[str, Any], message: str
+    edited, file: str, values: dict[str, Any], message: str
 ) -> None:
     edited.set(file, **values)
     with pytest.raises(ModelUnusable, match=message) as caught:
@@ -101,13 +100,13 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("file", "values"), ACCEPTED, ids=lambda value: str(value)[:40])
 def test_what_the_libraries_load_as_it_is_meant_is_accepted(
-    edited: EditedModel, file: str, values: dict[str, Any]
+    edited, file: str, values: dict[str, Any]
 ) -> None:
     edited.set(file, **values)
     check_settings(edited.config.model)
 
 
-def test_a_setting_that_is_left_out_has_the_library_s_default(edited: EditedModel) -> None:
+def test_a_setting_that_is_left_out_has_the_library_s_default(edited) -> None:
     edited.drop(TRANSFORMER, "in_channels", "out_channels", "rope_max_seq_len", "_class_name")
     edited.drop(VAE, "z_dim", "scale_factor_spatial", "patch_size", "temperal_downsample")
     check_settings(edited.config.model)
@@ -116,7 +115,7 @@ def test_a_setting_that_is_left_out_has_the_library_s_default(edited: EditedMode
         check_settings(edited.config.model)
 
 
-def test_the_published_model_is_accepted(edited: EditedModel) -> None:
+def test_the_published_model_is_accepted(edited) -> None:
     """Wan2.1-T2V-14B's settings, as far as they differ in kind from the miniature's."""
     edited.set(INDEX, tokenizer=["transformers", "T5TokenizerFast"])
     edited.drop(INDEX, "boundary_ratio", "expand_timesteps", "transformer_2")
@@ -132,19 +131,19 @@ def test_the_published_model_is_accepted(edited: EditedModel) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, TEXTS, SCHEDULER])
-def test_a_file_that_cannot_be_read_is_named(edited: EditedModel, file: str, text: str) -> None:
+def test_a_file_that_cannot_be_read_is_named(edited, file: str, text: str) -> None:
     (edited.folder / file).write_bytes(text.encode("latin-1"))
     with pytest.raises(ModelUnusable, match=rf"{file} cannot be read"):
         check_settings(edited.config.model)
 
 
-def test_a_worker_does_not_start_with_a_contradiction(edited: EditedModel, device: Device) -> None:
+def test_a_worker_does_not_start_with_a_contradiction(edited, device: Device) -> None:
     edited.set(INDEX, expand_timesteps=True)
     with pytest.raises(ModelUnusable, match="expand_timesteps"):
         load_engine(edited.with_modes("bf16"), device)
 
 
-def test_more_tokens_than_embeddings_are_refused(edited: EditedModel, device: Device) -> None:
+def test_more_tokens_than_embeddings_are_refused(edited, device: Device) -> None:
     """A prompt with one of the others would end the job, on a GPU also the process."""
     edited.change("text_encoder", "shared.weight", lambda rows: rows[:480].clone())
     edited.set(TEXTS, vocab_size=480)
