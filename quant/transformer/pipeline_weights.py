@@ -5,8 +5,10 @@ The libraries load what fits by name and fill the rest with random numbers, with
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -31,23 +33,33 @@ def empty_encoder_and_vae(folder: Path) -> tuple[UMT5EncoderModel, AutoencoderKL
     """
     # Both take seconds to import, so they are imported only when a model is really built.
     from diffusers import AutoencoderKLWan  # noqa: PLC0415
-    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415
     from transformers import UMT5Config, UMT5EncoderModel  # noqa: PLC0415
 
-    encoder, vae = (read_object(folder / part / "config.json") for part in ("text_encoder", "vae"))
-    try:
-        with without_weights():
-            text_encoder = UMT5EncoderModel(UMT5Config.from_dict(encoder))
+    with without_weights():
+        with _described(folder / "text_encoder" / "config.json") as values:
+            text_encoder = UMT5EncoderModel(UMT5Config.from_dict(values))
             text_encoder.set_input_embeddings(text_encoder.shared)
-            return text_encoder, AutoencoderKLWan.from_config(vae)
+        with _described(folder / "vae" / "config.json") as values:
+            vae = AutoencoderKLWan.from_config(values)
+    return text_encoder, vae
+
+
+@contextmanager
+def _described(file: Path) -> Iterator[dict[str, Any]]:
+    """Read a configuration, and name its file if no model can be built from it in the block."""
+    from huggingface_hub.errors import StrictDataclassError  # noqa: PLC0415 (as above)
+
+    values = read_object(file)
+    try:
+        yield values
     except (
         *(TypeError, ValueError, LookupError, RuntimeError, AttributeError, ArithmeticError),
         StrictDataclassError,
     ) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise WeightsError(
-            f"the configurations of text encoder and VAE in {folder} describe none: {reason}; "
-            "take those that came with the weights"
+            f"no model can be built from {file}: {reason}; take the config.json that came with "
+            "the weights"
         ) from error
 
 

@@ -90,6 +90,11 @@ BAD = [
     ("prompt", " \t\n\u00a0\u200b", "visible character"),
     ("prompt", "\u3164\u2800 \u115f\u1160\uffa0", "visible character"),
     ("prompt", "\ufe0f\u034f", "visible character"),
+    *(
+        ("prompt", text, "visible character, once HTML entities are read")
+        for text in ("&nbsp;", "&#8203;", "&amp;nbsp; &#x200B;&zwj;", "&shy;", "&#129;", "&Tab;")
+    ),
+    ("prompt", "\u00e2\u20ac\u2039", "visible character, once"),  # U+200B, decoded wrongly twice
     ("prompt", "x" * 201, "at most 200 characters"),
     ("prompt", "a\x00b", "control characters"),
     ("prompt", "a\x1bb", "control characters"),

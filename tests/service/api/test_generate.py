@@ -72,6 +72,9 @@ def test_accepted_request_is_queued(
 BAD = [
     ("prompt", "", "visible character"),
     ("prompt", " \n\t ", "visible character"),
+    ("prompt", "&nbsp;", "visible character, once HTML entities are read"),
+    ("prompt", "&#8203;", "visible character, once HTML entities are read"),
+    ("prompt", "\u200b\ufeff", "visible character"),
     ("prompt", "x" * 201, "at most 200 characters"),
     ("prompt", "nul \x00", "control characters"),
     ("prompt", "half \ud83d", "control characters"),
