@@ -55,8 +55,9 @@ def make_private(folder: Path) -> None:
 
 def answers(port: int, password: str | None = None) -> bool:
     """Return whether the server accepts commands; False while it starts or loads its file."""
-    limits = {"socket_timeout": 1, "socket_connect_timeout": 1}
-    client = redis.Redis(host=LOOPBACK, port=port, password=password, **limits)
+    client = redis.Redis(
+        host=LOOPBACK, port=port, password=password, socket_timeout=1, socket_connect_timeout=1
+    )
     try:
         return bool(client.ping())
     except (redis.ConnectionError, redis.TimeoutError):  # BusyLoadingError is a ConnectionError

@@ -71,9 +71,9 @@ class Durability:
             pipe.exists(redis_keys.record(job_id))
             pipe.set(redis_keys.CONFIRMED, job_id)
             if self.replicas:
-                pipe.execute_command("WAIT", self.replicas, self.wait_ms)
+                pipe.wait(self.replicas, self.wait_ms)
             if self.aof:
-                pipe.execute_command("WAITAOF", 1, 0, self.wait_ms)
+                pipe.waitaof(1, 0, self.wait_ms)
             try:
                 exists, _, *reached = pipe.execute(raise_on_error=False)
             except RedisError as error:
@@ -127,7 +127,7 @@ def _settings(redis: Redis) -> Mapping[str, str]:
     """Read the settings from INFO, and what it does not tell by CONFIG GET."""
     found: dict[str, str] = {}
     with suppress(ResponseError):
-        info = cast("dict[str, Any]", redis.info())
+        info = redis.info()
         told = {
             "maxmemory-policy": info.get("maxmemory_policy"),
             "appendonly": _AOF.get(str(info.get("aof_enabled"))),

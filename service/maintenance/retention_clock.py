@@ -81,7 +81,7 @@ class RetentionClock:
         return now
 
 
-def _moment(ms: bytes) -> datetime:
+def _moment(ms: bytes | str) -> datetime:
     return datetime.fromtimestamp(int(ms) / 1000, UTC)
 
 

@@ -126,6 +126,7 @@ def test_a_store_from_before_markers_and_a_redis_that_lost_its_data_know_each_ot
     raw.put(KEY, source)  # by a version that knew no markers
     assert make(raw).size(KEY) == 3
     marker = raw.marker()
+    assert marker is not None
     redis.flushall()
     assert make(raw).size(KEY) == 3
     assert raw.marker() == marker
@@ -271,9 +272,14 @@ def test_a_put_looks_once_at_the_marker(
     shared: KnownArtifactStore, source: Path, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared.verify()
-    reads = []
+    reads: list[int] = []
     real = FolderArtifactStore.marker
-    monkeypatch.setattr(FolderArtifactStore, "marker", lambda self: reads.append(1) or real(self))
+
+    def marker(store: FolderArtifactStore) -> bytes | None:
+        reads.append(1)
+        return real(store)
+
+    monkeypatch.setattr(FolderArtifactStore, "marker", marker)
     before = redis.info("commandstats")["cmdstat_get"]["calls"]
     shared.put(KEY, source)
     assert len(reads) == 1

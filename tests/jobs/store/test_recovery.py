@@ -258,6 +258,7 @@ def set_clock(redis: Redis, ms: int) -> None:
     """
     for name in [redis_keys.RECOVERY, *redis.scan_iter(f"{redis_keys.RECORD_PREFIX}*")]:
         for field, value in redis.hgetall(name).items():
+            assert isinstance(field, bytes)
             if field.endswith(b"_ms"):
                 redis.hset(name, field, int(value) - ms)
 

@@ -111,7 +111,8 @@ def test_a_store_that_was_moved_is_adopted_by_a_command(
     assert store_command("show", **moved).returncode == 1
     done = store_command("adopt", **moved)
     assert (done.returncode, done.stderr) == (0, "")
-    known = redis.get(redis_keys.ARTIFACTS_ID) or b""
+    known = redis.get(redis_keys.ARTIFACTS_ID)
+    assert isinstance(known, bytes)
     assert f"Redis knows the store {known.decode()} now; 0 of the 0" in done.stdout
     assert store_command("show", **moved).returncode == 0
     assert retention(**moved).returncode == 0

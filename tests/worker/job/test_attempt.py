@@ -433,8 +433,14 @@ class InterferingStore(FolderArtifactStore):
         self.then = then
         self.stored: list[Path] = []
 
-    def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
-        super().put(key, source, check)
+    def put(
+        self,
+        key: str,
+        source: Path,
+        check: Callable[[], None] | None = None,
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        super().put(key, source, check, guard)
         self.stored.append(self.path(key))
         assert self.stored[-1].is_file()
         self.then()
