@@ -10,7 +10,6 @@ stores a tokenizer as text and never parses it.
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar, cast
@@ -262,7 +261,7 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
 
 def publish(redis: Redis, offer: WorkerOffer) -> None:
     """Make `offer` live for the next 15 seconds, and its modes known for 30 days."""
-    second = time.time()
+    second = _clock_s(redis)
     with redis.pipeline(transaction=True) as pipe:
         pipe.set(
             redis_keys.worker_offer(offer.worker_id),
@@ -270,7 +269,7 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
             ex=redis_keys.OFFER_TTL_S,
         )
         pipe.zadd(redis_keys.WORKERS, {offer.worker_id: second})
-        # Removes workers that are gone; after an hour, because the clocks of hosts differ.
+        # Removes workers that are gone.
         pipe.zremrangebyscore(redis_keys.WORKERS, "-inf", second - 3600)
         pipe.zadd(
             redis_keys.KNOWN_MODES,
@@ -282,13 +281,20 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
 
 def publish_status(redis: Redis, status: WorkerStatus) -> None:
     """Make `status` readable for the next 15 seconds, also for a worker without an offer."""
+    second = _clock_s(redis)
     with redis.pipeline(transaction=True) as pipe:
         key = redis_keys.worker_status(status.worker_id)
         # Without what is None, so that a service of before a field was added reads the rest.
         text = status.model_dump_json(exclude_none=True)
         pipe.set(key, text, ex=redis_keys.OFFER_TTL_S)
-        pipe.zadd(redis_keys.WORKERS, {status.worker_id: time.time()})
+        pipe.zadd(redis_keys.WORKERS, {status.worker_id: second})
         pipe.execute()
+
+
+def _clock_s(redis: Redis) -> float:
+    """Return Redis' time. By its own, a host that is hours ahead would remove all other workers."""
+    second, microsecond = redis.time()
+    return float(second + microsecond / 1e6)
 
 
 def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:

@@ -110,7 +110,7 @@ RATE_PREFIX: Final = "wan:rate"
 """Prefix of the request counters; the `limits` library adds the rest and sets their lifetimes."""
 
 WORKERS: Final = "wan:workers"
-"""Sorted set: worker ids; scores are the Unix seconds of their last offers."""
+"""Sorted set: worker ids; scores are the Unix seconds of their last offers, by Redis' clock."""
 
 KNOWN_MODES: Final = "wan:modes"
 """Sorted set: JSON [model, mode]; scores are the Unix seconds of the last offers."""

@@ -56,6 +56,22 @@ def test_dead_workers_and_old_modes_are_removed(redis: Redis, offer: WorkerOffer
     assert ("old", "mode") not in catalog.read(redis).known
 
 
+def test_a_host_whose_clock_is_ahead_removes_no_other_worker(
+    redis: Redis, offer: WorkerOffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog.publish(redis, offer)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 90 * 24 * 3600)
+    ahead = offer.model_copy(update={"worker_id": "worker-2"})
+    catalog.publish(redis, ahead)
+    catalog.publish_status(redis, WorkerStatus(worker_id="worker-2", state="idle"))
+    found = catalog.read(redis)
+    assert found.offers == (offer, ahead)
+    assert len(found.known) == len(offer.modes)
+    scores = [score for _, score in redis.zrange(redis_keys.WORKERS, 0, -1, withscores=True)]
+    assert max(scores) - min(scores) < 3600
+
+
 def test_unreadable_offer_does_not_hide_the_others(
     redis: Redis, offer: WorkerOffer, caplog: pytest.LogCaptureFixture
 ) -> None:

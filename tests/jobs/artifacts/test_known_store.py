@@ -127,6 +127,7 @@ def test_a_store_from_before_markers_and_a_redis_that_lost_its_data_know_each_ot
     raw.put(KEY, source)  # by a version that knew no markers
     assert make(raw).size(KEY) == 3
     marker = raw.marker()
+    assert marker is not None
     redis.flushall()
     assert make(raw).size(KEY) == 3
     assert marker is not None

@@ -147,7 +147,7 @@ def test_a_job_is_answered_only_once_it_is_on_disk(
     """This Valkey syncs every second."""
     store = JobStore(changed, Durability(aof=True, wait_ms=LONGEST_WAIT_MS))
     store.create(request_for_video, "q")
-    assert changed.execute_command("WAITAOF", 1, 0, 0)[0] == 1
+    assert changed.waitaof(1, 0, 0)[0] == 1
     changed.config_set("appendonly", "no")
     with pytest.raises(StoreUnavailable):
         store.create(request_for_video, "q")

@@ -3,7 +3,6 @@
 import time
 from datetime import datetime, timedelta
 from importlib.resources import files
-from typing import cast
 
 import pytest
 from redis import Redis
@@ -382,7 +381,8 @@ def set_clock(redis: Redis, ms: int) -> None:
     """
     for name in [redis_keys.RECOVERY, *redis.scan_iter(f"{redis_keys.RECORD_PREFIX}*")]:
         for field, value in redis.hgetall(name).items():
-            if cast("bytes", field).endswith(b"_ms"):
+            assert isinstance(field, bytes)
+            if field.endswith(b"_ms"):
                 redis.hset(name, field, int(value) - ms)
 
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
 
 import pytest
 from redis import Redis
@@ -112,7 +111,8 @@ def test_a_store_that_was_moved_is_adopted_by_a_command(
     assert store_command("show", **moved).returncode == 1
     done = store_command("adopt", **moved)
     assert (done.returncode, done.stderr) == (0, "")
-    known = cast("bytes", redis.get(redis_keys.ARTIFACTS_ID)).decode()
-    assert f"Redis knows the store {known} now; 0 of the 0" in done.stdout
+    known = redis.get(redis_keys.ARTIFACTS_ID)
+    assert isinstance(known, bytes)
+    assert f"Redis knows the store {known.decode()} now; 0 of the 0" in done.stdout
     assert store_command("show", **moved).returncode == 0
     assert retention(**moved).returncode == 0

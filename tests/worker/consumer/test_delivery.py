@@ -5,7 +5,6 @@ import pickle
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis import Redis
@@ -145,8 +144,9 @@ def test_callbacks_and_dependents_of_an_entry_are_not_called(
     job_id = store.create(REQUEST, QUEUE).job.id
     names = ("success_callback_name", "failure_callback_name", "stopped_callback_name")
     hooks = dict.fromkeys(names, "tests.worker.consumer.test_delivery.leave_a_proof")
-    entry: dict[Any, Any] = {**hooks, "repeats_left": "3", "retries_left": "3"}
-    redis.hset(f"rq:job:{job_id}", mapping=entry | {"meta": json.dumps(str(proof))})
+    others = {"repeats_left": "3", "retries_left": "3", "meta": json.dumps(str(proof))}
+    for name, value in (hooks | others).items():
+        redis.hset(f"rq:job:{job_id}", name, value)
     run()
     assert store.get(job_id).state is JobState.SUCCEEDED
     assert CALLED == []
