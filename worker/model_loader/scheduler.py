@@ -44,7 +44,7 @@ def read_scheduler(folder: Path) -> Any:
         ModelUnusable: it cannot be read, or the index names something else than a scheduler.
     """
     name = read_json(folder / "model_index.json")["scheduler"][1]
-    kind = getattr(diffusers, str(name), None)
+    kind: Any = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ModelUnusable(
             f"{folder / 'model_index.json'} names {name!r}, which is no scheduler that diffusers "
@@ -61,7 +61,9 @@ def scheduler_for_run(template: Any, shift: float | None) -> Any:
     """
     if shift is None:
         return template.from_config(template.config)
-    return template.from_config(template.config, **{_shift_name(template): shift})
+    name = _shift_name(template)
+    assert name is not None, "check_scheduler refuses a shift that the scheduler lacks"
+    return template.from_config(template.config, **{name: shift})
 
 
 def check_scheduler(model: ModelConfig) -> None:
@@ -75,9 +77,9 @@ def check_scheduler(model: ModelConfig) -> None:
         warnings.simplefilter("ignore")  # the libraries' own, about each other
         for size, shift in model.flow_shift.items():
             _check_shift(template, shift, f"[model.flow_shift] for {size}", model)
-        for shift in {None, *model.flow_shift.values()}:
+        for each in {None, *model.flow_shift.values()}:
             for steps in sorted({1, model.default_steps}):
-                _check_run(template, shift, steps, model)
+                _check_run(template, each, steps, model)
         own = template.config.get(str(_shift_name(template)), NO_SHIFT)
         if own != NO_SHIFT:
             _check_shift(template, own, "scheduler/scheduler_config.json", model)
