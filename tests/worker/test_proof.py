@@ -18,7 +18,7 @@ from worker import startup
 from worker.device import Device
 from worker.engine.fake_engine import FakeEngine
 from worker.engine.wan_engine import WanEngine
-from worker.errors import ProofFailed, RanksLost, StartError
+from worker.errors import ModelUnusable, ProofFailed, RanksLost
 from worker.interface import Engine, JobControl
 from worker.proof import prove, prove_in
 
@@ -221,5 +221,5 @@ def test_a_lost_device_is_not_the_model_s_fault(
 def test_a_worker_that_fails_the_proof_has_no_engine_to_offer(edited, device: Device) -> None:
     """NaN in a part's weights is refused once they are loaded."""
     edited.set_number("vae", "decoder.conv_in.weight", NAN)
-    with pytest.raises(StartError, match=r"VAE has .* 'decoder.conv_in.weight'"):
+    with pytest.raises(ModelUnusable, match=r"VAE has .* 'decoder.conv_in.weight'"):
         startup.load_engine(edited.with_modes("bf16"), device)

@@ -61,7 +61,9 @@ def scheduler_for_run(template: Any, shift: float | None) -> Any:
     """
     if shift is None:
         return template.from_config(template.config)
-    return template.from_config(template.config, **{str(_shift_name(template)): shift})
+    name = _shift_name(template)
+    assert name is not None, "check_scheduler refuses a shift that the scheduler lacks"
+    return template.from_config(template.config, **{name: shift})
 
 
 def check_scheduler(model: ModelConfig) -> None:
@@ -73,11 +75,11 @@ def check_scheduler(model: ModelConfig) -> None:
     template = read_scheduler(model.path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, about each other
-        for size, configured in model.flow_shift.items():
-            _check_shift(template, configured, f"[model.flow_shift] for {size}", model)
-        for shift in {None, *model.flow_shift.values()}:
+        for size, shift in model.flow_shift.items():
+            _check_shift(template, shift, f"[model.flow_shift] for {size}", model)
+        for each in {None, *model.flow_shift.values()}:
             for steps in sorted({1, model.default_steps}):
-                _check_run(template, shift, steps, model)
+                _check_run(template, each, steps, model)
         own = template.config.get(str(_shift_name(template)), NO_SHIFT)
         if own != NO_SHIFT:
             _check_shift(template, own, "scheduler/scheduler_config.json", model)
