@@ -16,7 +16,7 @@ from quant.numerics.linear import Hif8Linear
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.quantize import quantize_transformer
 from quant.weights.fingerprint import model_fingerprint
-from tests.support.model_folders import copy_model, rename_weights
+from tests.quant.weights.model_folders import copy_model, rename_weights
 
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "tan")
 PROMPTS = "\n".join(f"a {colour} box" for colour in COLOURS)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant import QuantError, TensorReader
-from tests.support.model_folders import copy_model, rename_weights, update_json
+from tests.quant.weights.model_folders import copy_model, rename_weights, update_json
 from worker.config import WorkerConfig, load_config
 from worker.device import Device
 from worker.errors import ModelUnusable
