@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.geometry import is_frame_count, parse_size
-from jobs.text_rules import cleaned, first_disallowed, is_visible
+from jobs.text_rules import CLEANED_BOUND, CLEANED_DETAIL, first_disallowed, is_emptied, is_visible
 
 MAX_SEED = 2**32 - 1
 MIN_GUIDANCE_SCALE = 1.0
@@ -293,10 +293,7 @@ def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Viola
 def _length_violations(
     body: GenerationBody, model: ModelOffer, count_tokens: CountTokens | None
 ) -> Iterator[Violation]:
-    """Find texts with too many characters, or else what is slower to check.
-
-    That is a prompt that is blank once cleaned, and too many tokens.
-    """
+    """Find too many characters, or else, as this is slower to check, blanks and too many tokens."""
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
         if text is None:
@@ -309,14 +306,8 @@ def _length_violations(
                 f"{field} has {len(text)} characters, which is more than {model.max_prompt_chars}.",
             )
             continue
-        if field == "prompt" and _is_emptied(text):
-            yield Violation(
-                field,
-                shown(text),
-                "at least one visible character, once HTML entities are read as the model does",
-                "prompt holds only HTML entities or damaged text that stand for blanks, so the "
-                "model would see an empty one; say what the video shows.",
-            )
+        if field == "prompt" and is_emptied(text):
+            yield Violation(field, shown(text), CLEANED_BOUND, CLEANED_DETAIL)
             continue
         bound, tokenizer = model.max_prompt_tokens, model.tokenizer
         # A text with disallowed characters is refused anyway, and a tokenizer might fail on it.
@@ -330,11 +321,6 @@ def _length_violations(
                 f"at most {bound} tokens",
                 f"{field} has {tokens} tokens, which is more than {bound}; shorten it.",
             )
-
-
-def _is_emptied(prompt: str) -> bool:
-    """Return whether a prompt that shows something is blank once cleaned, as with `&nbsp;`."""
-    return any(map(is_visible, prompt)) and not any(map(is_visible, cleaned(prompt)))
 
 
 def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:

@@ -7,6 +7,11 @@ import ftfy
 
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Blank, although Unicode calls them letters or symbols: Hangul fillers, empty Braille pattern."""
+CLEANED_BOUND = "at least one visible character, once HTML entities are read as the model does"
+CLEANED_DETAIL = (
+    "prompt holds only HTML entities or damaged text that stand for blanks, so the model would see "
+    "an empty one; say what the video shows."
+)
 _ALLOWED_CONTROLS = frozenset("\t\n\r")
 
 
@@ -23,6 +28,11 @@ def cleaned(text: str) -> str:
     """Clean a prompt as diffusers' `prompt_clean` for Wan does."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split())
+
+
+def is_emptied(prompt: str) -> bool:
+    """Return whether a prompt that shows something is blank once cleaned, as with `&nbsp;`."""
+    return any(map(is_visible, prompt)) and not any(map(is_visible, cleaned(prompt)))
 
 
 def first_disallowed(text: str) -> str | None:
