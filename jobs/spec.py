@@ -21,7 +21,14 @@ from pydantic import (
 from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.geometry import is_frame_count, parse_size
-from jobs.text_rules import METADATA_BOUND, first_disallowed, is_emptied, metadata_fault
+from jobs.text_rules import (
+    CLEANED_BOUND,
+    CLEANED_DETAIL,
+    METADATA_BOUND,
+    first_disallowed,
+    is_emptied,
+    metadata_fault,
+)
 from jobs.violations import (
     from_pydantic,
     more_unknown_fields,
@@ -329,10 +336,7 @@ def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Viola
 def _length_violations(
     body: GenerationBody, model: ModelOffer, count_tokens: CountTokens | None
 ) -> Iterator[Violation]:
-    """Find texts with too many characters, or else what is slower to check.
-
-    That is a prompt that is blank once cleaned, and too many tokens.
-    """
+    """Find too many characters, or else, as this is slower to check, blanks and too many tokens."""
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
         if text is None:
@@ -346,13 +350,7 @@ def _length_violations(
             )
             continue
         if field == "prompt" and is_emptied(text):
-            yield Violation(
-                field,
-                shown(text),
-                "at least one visible character, once HTML entities are read as the model does",
-                "prompt holds only HTML entities or damaged text that stand for blanks, so the "
-                "model would see an empty one; say what the video shows.",
-            )
+            yield Violation(field, shown(text), CLEANED_BOUND, CLEANED_DETAIL)
             continue
         bound, tokenizer = model.max_prompt_tokens, model.tokenizer
         # A text with disallowed characters is refused anyway, and a tokenizer might fail on it.

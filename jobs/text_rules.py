@@ -9,6 +9,11 @@ import ftfy
 
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Blank, although Unicode calls them letters or symbols: Hangul fillers, empty Braille pattern."""
+CLEANED_BOUND = "at least one visible character, once HTML entities are read as the model does"
+CLEANED_DETAIL = (
+    "prompt holds only HTML entities or damaged text that stand for blanks, so the model would see "
+    "an empty one; say what the video shows."
+)
 _ALLOWED_CONTROLS = frozenset("\t\n\r")
 
 

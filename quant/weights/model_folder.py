@@ -125,7 +125,8 @@ def _pipeline_kind(folder: Path, index: dict[str, Any]) -> str | None:
     name = index.get("_class_name")
     if name != "WanPipeline":
         known = _PIPELINES.get(str(name))
-        return f"a {name}" + (f", {known}" if known else "")
+        shown = f"a {name}" if name else "a pipeline without a _class_name"
+        return shown + (f", {known}" if known else "")
     if _names(index, "transformer_2") or (folder / "transformer_2" / "config.json").is_file():
         return "a WanPipeline with two transformers (transformer_2), the two experts of Wan2.2"
     if index.get("boundary_ratio") is not None:

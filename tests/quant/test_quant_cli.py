@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from deploy.local.waiting import wait_until
@@ -20,6 +21,7 @@ from quant.numerics.linear import Hif8Linear
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.quantize import quantize_transformer
 from quant.weights.fingerprint import model_fingerprint
+from tests.quant.weights.model_folders import copy_model, rename_weights
 
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "tan")
 PROMPTS = "\n".join(f"a {colour} box" for colour in COLOURS)
@@ -47,6 +49,23 @@ def run(*command: str):
 
 def calibrate(arguments: dict[str, str]):
     return run("calibrate", *(word for pair in arguments.items() for word in pair))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_calibrate_refuses_weights_beside_their_configuration(
+    arguments, tiny_model, tmp_path, part
+):
+    """The libraries would fill what is missing with random numbers, and drop what is too much."""
+    model = copy_model(tiny_model, tmp_path / "model")
+    rename_weights(model / part, lambda tensors: tensors | {"extra.weight": torch.zeros(1)})
+    result = calibrate(arguments | {"--model": str(model)})
+    assert result.exit_code == 1
+    assert "holds tensor 'extra.weight', and 0 others, for which" in result.stderr
+    rename_weights(model / part, lambda tensors: dict(list(tensors.items())[2:]))
+    result = calibrate(arguments | {"--model": str(model)})
+    assert result.exit_code == 1
+    assert f"{model / part} lacks tensor" in result.stderr
+    assert not Path(arguments["--out"]).exists()
 
 
 def test_calibrate_writes_scales_a_worker_can_use(arguments, tiny_model, tiny_pipe):

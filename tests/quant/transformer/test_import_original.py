@@ -20,7 +20,7 @@ from quant.errors import WeightsError
 from quant.transformer import import_original as module
 from quant.transformer.import_original import import_original
 from quant.weights.weight_files import stored_weights
-from tests.support.model_folders import copy_model, original_name
+from tests.quant.weights.model_folders import copy_model, original_name
 
 MINIATURE = Path(__file__).parents[3] / "models" / "wan-mini"
 ORIGINAL_CONFIG = {

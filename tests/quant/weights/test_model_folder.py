@@ -18,7 +18,7 @@ from quant.errors import QuantError, WeightsError
 from quant.packed.convert import convert
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
-from tests.support.model_folders import (
+from tests.quant.weights.model_folders import (
     copy_model,
     original_name,
     rename_weights,

@@ -17,7 +17,7 @@ from quant.weights.fingerprint import model_fingerprint, read_transformer_config
 from quant.weights.header import DTYPES, read_header
 from quant.weights.reader import TensorReader
 from quant.weights.weight_files import stored_weights, weight_files
-from tests.support.model_folders import copy_model, rename_weights
+from tests.quant.weights.model_folders import copy_model, rename_weights
 
 STEM = "diffusion_pytorch_model"
 

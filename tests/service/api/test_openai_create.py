@@ -180,7 +180,7 @@ def test_seconds_and_frames_together_are_refused(create: Create) -> None:
         *(("num_frames", each) for each in ("16", "21", "1", "-")),
         *(("guidance_scale", each) for each in ("0.5", "21", "nan", "1e1", "inf", "1,5")),
         *(("size", each) for each in ("96", "720x1280", "96X96", "")),
-        *(("prompt", each) for each in ("", "  ", "\x00")),
+        *(("prompt", each) for each in ("", "  ", "\x00", "&nbsp;", "&#8203;")),
         ("negative_prompt", "\x07"),
     ],
 )
