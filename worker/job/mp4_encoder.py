@@ -143,7 +143,7 @@ def _ffmpeg(
 
 def _find_ffmpeg() -> str:
     try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
         raise WorkerUnfit(f"There is no ffmpeg on this machine. {_REMEDY}") from error
 
