@@ -16,7 +16,7 @@ import pytest
 
 from deploy.local.cluster import ENDED, Cluster
 from deploy.local.waiting import wait_until
-from tests.support.faulty_host import FaultyHost
+from tests.e2e.faulty_host import FaultyHost
 from worker.errors import EXIT_UNFIT
 
 STEP_S = "0.05"

@@ -17,11 +17,14 @@ from typing import cast
 import imageio_ffmpeg
 import pytest
 from redis import Redis
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
 
 from deploy.local.waiting import wait_until
 from jobs import catalog, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
 from jobs.catalog import WorkerStatus
+from jobs.errors import WorkerUnfit
 from jobs.record import JobRecord
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
@@ -33,6 +36,8 @@ from worker.consumer.rq_worker import ResidentWorker
 from worker.consumer.serve import ServeContext, serve
 from worker.engine.fake_engine import FakeEngine, OnStep
 from worker.errors import EXIT_UNFIT
+from worker.job import proof
+from worker.job.proof import prove
 from worker.process.drain import Drain
 from worker.process.logs import WorkerIds
 from worker.process.stats import FAULT_LIMIT, WorkerStats
@@ -128,6 +133,8 @@ def test_a_job_whose_ffmpeg_fails_goes_back_to_its_queue(
     record = served.run_one(at_last_step(lambda: ffmpeg(script)))
     assert (record.state, record.attempts, record.lost) == (JobState.QUEUED, 1, 0)
     assert record.failure is None
+    rq_job = Job.fetch(record.id, connection=served.redis, serializer=JSONSerializer)
+    assert rq_job.get_status() is JobStatus.QUEUED, "RQ's hash belongs to the next delivery"
     assert served.stats.fault is not None
     assert said in served.stats.fault
     ffmpeg('exec "$REAL" "$@"')
@@ -188,8 +195,8 @@ def test_a_job_that_workers_keep_giving_back_is_failed_with_the_reason(
     assert "5 times" in record.failure.detail
     assert "ffmpeg ended with status 3" in record.failure.detail
     assert record.lost == 0
-    counters = served.redis.hgetall(redis_keys.METRICS).items()
-    counted = {cast("bytes", name).split(b"|")[0]: float(value) for name, value in counters}
+    counters = cast("dict[bytes, bytes]", served.redis.hgetall(redis_keys.METRICS))
+    counted = {name.split(b"|")[0]: float(value) for name, value in counters.items()}
     assert counted[b"returned"] == MAX_RETURNED
     assert not {b"lost", b"released"} & counted.keys()
 
@@ -241,7 +248,7 @@ def test_the_offer_comes_back_once_the_fault_is_mended(
     job = served.store.create(REQUEST, QUEUE).job.id
     ffmpeg("exit 1")
 
-    def mend(_probation: Probation) -> bool:
+    def mend(self: Probation) -> bool:
         ffmpeg('exec "$REAL" "$@"')
         return True
 
@@ -298,6 +305,31 @@ def test_the_pauses_grow_with_the_faults() -> None:
     assert PAUSES.compute(50) <= 30
 
 
+def test_each_pause_is_that_of_the_faults_so_far(
+    served: Served, ffmpeg: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Pauses:
+        def compute(self, faults: int) -> float:
+            asked.append(faults)
+            return 0.0
+
+    monkeypatch.setattr(probation, "PAUSES", Pauses())
+    ffmpeg("exit 1")
+    served.work()
+    assert asked == list(range(1, FAULT_LIMIT + 1))
+
+
+def test_a_proof_does_not_wait_for_an_ffmpeg_that_hangs(
+    tmp_path: Path, ffmpeg: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "TIMEOUT_S", 0.2)
+    ffmpeg("exec sleep 600")
+    with pytest.raises(WorkerUnfit, match="a few frames within"):
+        prove(tmp_path, 0)
+
+
 def test_memory_that_runs_out_in_one_job_is_that_jobs_failure(served: Served) -> None:
     def exhaust() -> None:
         raise MemoryError
@@ -330,6 +362,9 @@ def test_a_full_scratch_disk_is_noticed_and_so_is_room_again(served: Served, par
         assert served.stats.fault is not None
         assert "No space left on device" in served.stats.fault
         filler.unlink()
+        prove(parent, 1024 * 1024)
+        with pytest.raises(WorkerUnfit, match="No space left on device"):
+            prove(parent, 5 * 1024 * 1024)  # as large a video needs twice its size
         served.work()
         assert served.store.get(record.id).state is JobState.SUCCEEDED
     finally:
