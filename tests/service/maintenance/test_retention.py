@@ -1,5 +1,6 @@
 """Test retention: what is past its time is deleted, videos first, and everything else stays."""
 
+import json
 import logging
 import os
 import threading
@@ -536,3 +537,30 @@ def test_a_sweep_of_a_store_that_is_missing_deletes_and_notes_nothing(
     away.rename(folder)
     assert kept.video is not None
     assert kept.video.key in scenario.stored()
+
+
+def test_pictures_that_the_next_version_adds_go_with_their_video(scenario: Scenario) -> None:
+    attempt, video = scenario.running()
+    scenario.store.succeed(attempt, video, TIMINGS)
+    preview = video.key.replace(".mp4", "-preview.webp")
+    scenario.put(preview)
+    extended = json.loads(video.model_dump_json()) | {"preview": {"key": preview, "loops": True}}
+    scenario.redis.hset(redis_keys.record(attempt.job_id), "video", json.dumps(extended))
+
+    assert scenario.run_round(PERIODS.orphans + 60 * MOMENT) == {}
+    assert scenario.run_round(PERIODS.videos + 60 * MOMENT) == {"videos": 1}
+    assert scenario.stored() == set()
+
+
+def test_a_record_of_another_format_and_its_files_are_left_alone(
+    scenario: Scenario, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What its fields mean is not known here."""
+    jobs = [scenario.succeeded() for _ in range(3)]
+    for job in jobs:
+        scenario.redis.hset(redis_keys.record(job.id), "format", "2")
+    kept = scenario.stored()
+    assert scenario.run_round(PERIODS.jobs + MOMENT) == {}
+    assert scenario.stored() == kept
+    assert all(scenario.redis.exists(redis_keys.record(job.id)) for job in jobs)
+    assert caplog.text.count("The age of 3 jobs cannot be read") == 1
