@@ -24,6 +24,7 @@ def main() -> None:
     engine = FakeEngine(lambda _: time.sleep(step_s))
     with closing(connect(settings.redis_url.get_secret_value())) as redis:
         artifacts = open_known_artifacts(settings.artifacts_url, redis)
+        artifacts.probe()
         status = serve(ServeContext(engine, redis, artifacts), settings, ids)
     sys.exit(status)
 

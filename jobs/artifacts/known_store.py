@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 CHECKED_S: Final = 5.0
 """How long reads rely on the last look at the marker. What changes the store looks every time, and
 so does a read that finds nothing."""
+
+ASK_S: Final = 0.3
+"""How long a put waits for Redis, which may hang, to say which store it knows."""
 
 LOCK_S: Final = 60.0
 """How long the first look of a process may hold up those of others."""
@@ -65,8 +69,11 @@ class KnownArtifactStore:
             ArtifactsUnavailable: it is missing, or does not respond.
             RedisError: Redis does not say which store it knows, and never did to this process.
         """
+        self._compare(self._known_id)
+
+    def _compare(self, ask: Callable[[], bytes | None]) -> None:
         try:
-            found, known = self._marker(), self._known_id()
+            found, known = self._marker(), ask()
             if known is None:
                 known, found = self._introduce()
             if found != known:
@@ -103,7 +110,7 @@ class KnownArtifactStore:
     def put(self, key: str, source: Path, check: Callable[[], None] | None = None) -> None:
         def guard() -> None:
             try:
-                self.verify()
+                self._compare(self._known_id_soon)
             except ArtifactsUnavailable as error:
                 missing = "missing" in error.context
                 reason = f"the artifact store {'is missing' if missing else 'does not respond'}"
@@ -160,6 +167,16 @@ class KnownArtifactStore:
             # A video must not be lost because Redis is away for a moment.
             if self._last_known is None:
                 raise
+        return self._last_known
+
+    def _known_id_soon(self) -> bytes | None:
+        """Ask Redis, but go on with its last answer after `ASK_S`: no job must wait for Redis."""
+        if self._last_known is None:
+            return self._known_id()
+        # An error leaves the last answer, too.
+        asking = threading.Thread(target=self._known_id, name="store-id", daemon=True)
+        asking.start()
+        asking.join(ASK_S)
         return self._last_known
 
     def _introduce(self) -> tuple[bytes, bytes | None]:

@@ -66,6 +66,7 @@ def main() -> None:
     engine = FakeEngine(on_step)
     with closing(connect(redis_url)) as redis:
         store = open_known_artifacts(settings.artifacts_url, redis)
+        store.probe()  # as at a real start, after which a job no longer waits for Redis
         status = serve.serve(serve.ServeContext(engine, redis, store), settings, ids)
     sys.exit(status)
 

@@ -64,6 +64,7 @@ def main() -> None:
         real = {each.name: getattr(device, each.name) for each in dataclasses.fields(device)}
         engine = load_engine(load_config(settings.config), FaultyDevice(**real, faults=faults))
         artifacts = open_known_artifacts(settings.artifacts_url, redis)
+        artifacts.probe()
         status = serve(ServeContext(engine, redis, artifacts), settings, ids)
     if status:
         os._exit(status)

@@ -308,6 +308,27 @@ def test_a_redis_that_is_away_does_not_keep_a_video_out_of_its_store(
     share.mount()
 
 
+def test_a_redis_that_hangs_does_not_hold_a_video_up(
+    redis: Redis, share: Share, source: Path
+) -> None:
+    answers = threading.Event()
+
+    class Hanging:
+        """The client of a process whose Redis was stopped."""
+
+        def get(self, name: str) -> bytes:
+            answers.wait(60)
+            raise RedisConnectionError("timed out")
+
+    artifacts = KnownArtifactStore(FolderArtifactStore(share.folder, retry_for_s=0.1), redis)
+    artifacts.verify()
+    artifacts._redis = Hanging()  # type: ignore[assignment]
+    artifacts.put(KEY, source)
+    assert not answers.is_set(), "it was stored while Redis still hung"
+    answers.set()
+    assert artifacts.size(KEY) == 3
+
+
 def test_an_upgrade_while_the_share_is_away_gives_its_mount_point_no_marker(
     redis: Redis,
     store: JobStore,

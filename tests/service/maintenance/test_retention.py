@@ -1,5 +1,6 @@
 """Test retention: what is past its time is deleted, videos first, and everything else stays."""
 
+import json
 import logging
 import os
 import threading
@@ -552,3 +553,30 @@ def test_a_round_ends_once_nothing_can_be_deleted(
         scenario.redis.hset(redis_keys.record(job.id), "video", outside.model_dump_json())
     with pytest.raises(ArtifactsUnavailable, match=f"^{2 + sound_ones} that are due"):
         scenario.run_round(PERIODS.videos + MOMENT)
+
+
+def test_pictures_that_the_next_version_adds_go_with_their_video(scenario: Scenario) -> None:
+    attempt, video = scenario.running()
+    scenario.store.succeed(attempt, video, TIMINGS)
+    preview = video.key.replace(".mp4", "-preview.webp")
+    scenario.put(preview)
+    extended = json.loads(video.model_dump_json()) | {"preview": {"key": preview, "loops": True}}
+    scenario.redis.hset(redis_keys.record(attempt.job_id), "video", json.dumps(extended))
+
+    assert scenario.run_round(PERIODS.orphans + 60 * MOMENT) == {}
+    assert scenario.run_round(PERIODS.videos + 60 * MOMENT) == {"videos": 1}
+    assert scenario.stored() == set()
+
+
+def test_a_record_of_another_format_and_its_files_are_left_alone(
+    scenario: Scenario, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What its fields mean is not known here."""
+    jobs = [scenario.succeeded() for _ in range(3)]
+    for job in jobs:
+        scenario.redis.hset(redis_keys.record(job.id), "format", "2")
+    kept = scenario.stored()
+    assert scenario.run_round(PERIODS.jobs + MOMENT) == {}
+    assert scenario.stored() == kept
+    assert all(scenario.redis.exists(redis_keys.record(job.id)) for job in jobs)
+    assert caplog.text.count("The age of 3 jobs cannot be read") == 1
