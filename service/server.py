@@ -33,7 +33,7 @@ never finishes its request, or never reads its video, would keep the process run
 WAITING_CONNECTIONS = 2048
 """How many connections may wait in the kernel until they are accepted."""
 
-ACCEPTED_AT_ONCE = 100
+ACCEPTED_AT_ONCE = 32
 """How many are accepted before other work is done. Where none can be accepted, for lack of
 descriptors, Python tries and logs so many times a second."""
 

@@ -28,6 +28,8 @@ SHARES: Final = 10
 SMALLEST_SHARE: Final = 20
 PARTS: Final = 10
 """The connections are swept in so many parts."""
+MOST_CLOSED: Final = 25
+"""The most connections of a part that are closed in one sweep."""
 SAID_EVERY_S: Final = 10.0
 """How often it is logged, in one line, how many connections were closed."""
 
@@ -119,12 +121,15 @@ class Connections:
         """Close what is past its deadline.
 
         Args:
-            part: one of PARTS, each to be swept about once a second, so that thousands of
-                connections that came together are not closed, and opened again, all at once; None
-                for all.
+            part: one of PARTS, each to be swept about once a second, and not more than MOST_CLOSED
+                of it. So thousands of connections that came together are not closed, and opened
+                again, all at once, while others wait. None for all.
         """
         now = self._clock()
+        closed_before = self._closed.total()
         for connection in [each for each in self._open if part in (None, each.part)]:
+            if part is not None and self._closed.total() - closed_before >= MOST_CLOSED:
+                break
             phase, since = connection.watch(now)
             if now - since >= self.deadlines.of(phase):
                 self._closed[f"waited {self.deadlines.of(phase):g} s for {phase.value}"] += 1

@@ -3,21 +3,31 @@
 import asyncio
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from deploy.local.waiting import wait_until
 from service.middleware.connections import (
+    MOST_CLOSED,
+    PARTS,
     SAID_EVERY_S,
     SMALLEST_SHARE,
     BoundedConnection,
     Connections,
     Deadlines,
 )
+from tests.support.http_service import address_in
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
@@ -274,6 +284,25 @@ def test_one_address_may_have_a_tenth() -> None:
     run(test, shared=False)
 
 
+def test_thousands_that_came_together_are_not_closed_all_at_once() -> None:
+    async def test(where: Place) -> None:
+        many = PARTS * (MOST_CLOSED + 1)
+        for _ in range(many):
+            await where.client()
+        await where.settle()
+        where.now += 10
+        for part in range(PARTS):
+            where.connections.sweep(part)
+        await where.settle()
+        assert len(where.connections) == PARTS
+        for part in range(PARTS):
+            where.connections.sweep(part)
+        await where.settle()
+        assert len(where.connections) == 0
+
+    run(test, most=1000)
+
+
 def test_what_is_closed_is_said_in_one_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     async def test(where: Place) -> None:
         for _ in range(50):
@@ -320,3 +349,43 @@ def test_whose_connection_it_is(peer: str, counted: str, shared: bool) -> None:
         return connection._client()
 
     assert asyncio.run(made()) == (counted, shared)
+
+
+@pytest.mark.parametrize("limit", ["ulimit -n 512", "ulimit -Sn 300"])
+def test_a_process_with_few_descriptors_answers_beside_silent_connections(
+    redis_url: str, tmp_path: Path, limit: str
+) -> None:
+    environment = {
+        **{"REDIS_URL": redis_url, "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri()},
+        **{"SERVICE_PORT": "0", "SERVICE_STATE_DIR": str(tmp_path / "state")},
+    }
+    log = tmp_path / "log"
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(
+                ["bash", "-c", f"{limit}; exec {sys.executable} -m service"],
+                env={**os.environ, **environment},
+                stderr=stack.enter_context(log.open("w")),
+            )
+        )
+        stack.callback(process.kill)
+        wait_until(lambda: "listening on" in log.read_text(), 60)
+        url = address_in(log.read_text())
+        wait_until(lambda: _answers(url), 60)
+        port = int(url.rpartition(":")[2])
+        for _ in range(600):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        for _ in range(5):
+            assert httpx2.get(f"{url}/healthz", trust_env=False).status_code == 200
+        # All 600 where the limit could be raised, else as many as it allows, and others beside.
+        is_open = len(os.listdir(f"/proc/{process.pid}/fd"))
+        assert is_open > 600 if "-S" in limit else 256 <= is_open < 400
+    assert "Traceback" not in log.read_text()
+    assert log.stat().st_size < 10_000
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/healthz", trust_env=False).status_code == 200
+    except httpx2.TransportError:
+        return False
