@@ -7,7 +7,7 @@ with all violations at once. It never rounds a value.
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -357,7 +357,7 @@ def _length_violations(
 
 
 def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
-    values = {
+    values: dict[str, Any] = {
         "negative_prompt": model.default_negative_prompt,
         "mode": model.default_mode,
         "size": model.default_size,

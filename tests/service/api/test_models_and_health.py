@@ -3,6 +3,7 @@
 import logging
 import time
 
+import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from redis import Redis
