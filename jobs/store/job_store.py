@@ -363,7 +363,7 @@ def new_token() -> str:
     return secrets.token_hex(16)
 
 
-def _hashes(job: JobRecord) -> list[str]:
+def _hashes(job: JobRecord) -> list[str | bytes]:
     """Return the id of a new job, and the fields of its record and of RQ's, with their numbers."""
     fields = [text for field in record.encode_new(job).items() for text in field]
     rq_fields = list(rq_entry.rq_fields(job.id, job.queue, job.deadline_s))
