@@ -123,7 +123,7 @@ def delete(videos: Any, finished: str) -> None:
         pass
     raised(openai.NotFoundError, lambda: videos.download_content(running.id))
     queued = videos.create(prompt=PROMPT)
-    assert videos.retrieve(queued.id).queue_position == 0
+    assert videos.retrieve(queued.id).queue_position == 1
     for video_id in (queued.id, running.id, finished):
         answer = videos.delete(video_id)
         assert (answer.id, answer.object, answer.deleted) == (video_id, "video.deleted", True)
