@@ -94,6 +94,21 @@ def test_a_block_with_one_plain_linear_beside_quantized_ones_is_not_fused(
     assert type(mixed.blocks[1].get_submodule(kept)) is torch.nn.Linear
 
 
+def test_a_block_whose_activations_have_a_scale_for_each_token_is_not_fused(
+    transformer: WanTransformer3DModel,
+) -> None:
+    """The kernels round by one scale that is known before: there is none."""
+
+    def convert(name: str, module: torch.nn.Module) -> torch.nn.Module | None:
+        if not name.startswith("blocks.1.") or not isinstance(module, torch.nn.Linear):
+            return None
+        one = torch.tensor(1.0)
+        return Hif8Linear.from_linear(module, one, act_scale=None, act_policy=POLICIES["pow2"])
+
+    per_token = share_tree(transformer, convert)
+    assert fuse_blocks(per_token, EagerKernels()) == (1,)
+
+
 def test_a_prompt_is_cached_only_while_its_tensor_exists(
     transformer: WanTransformer3DModel,
 ) -> None:

@@ -1,5 +1,6 @@
 """Every tensor arrives whole, whatever moves it and however it is cut."""
 
+import json
 import os
 import sys
 import threading
@@ -598,3 +599,14 @@ def test_a_name_in_two_files_is_refused(files, tmp_path):
     copy.write_bytes(files[0].read_bytes())
     with pytest.raises(WeightsError, match=r"is in 0\.safetensors and in copy\.safetensors"):
         stored_tensors([files[0], copy])
+
+
+@pytest.mark.parametrize("end", [4, 12])
+def test_a_tensor_whose_place_is_not_as_long_as_its_shape_says_is_refused(tmp_path, end):
+    fields = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, end]}}
+    text = json.dumps(fields).encode()
+    file = tmp_path / "odd.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    message = f"tensor 'a' has 8 bytes by its shape and {end} by its place"
+    with pytest.raises(WeightsError, match=message):
+        read_header(file)
