@@ -30,6 +30,7 @@ from rq import Queue
 from jobs import redis_keys
 from jobs.geometry import is_frame_count
 from jobs.logs import warn_once
+from jobs.redis_client import server_time_s
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ class _Offer(BaseModel):
 
 
 class _Format(BaseModel):
-    """The format of an offer or a status; see `redis_keys.FORMAT`."""
-
-    format: Literal["1"] = "1"
+    format: Literal["1"] = "1"  # of an offer or a status; see `redis_keys.FORMAT`
 
 
 _OfferT = TypeVar("_OfferT", bound=_Offer)
@@ -261,7 +260,7 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
 
 def publish(redis: Redis, offer: WorkerOffer) -> None:
     """Make `offer` live for the next 15 seconds, and its modes known for 30 days."""
-    second = _clock_s(redis)
+    second = server_time_s(redis)
     with redis.pipeline(transaction=True) as pipe:
         pipe.set(
             redis_keys.worker_offer(offer.worker_id),
@@ -281,7 +280,7 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
 
 def publish_status(redis: Redis, status: WorkerStatus) -> None:
     """Make `status` readable for the next 15 seconds, also for a worker without an offer."""
-    second = _clock_s(redis)
+    second = server_time_s(redis)
     with redis.pipeline(transaction=True) as pipe:
         key = redis_keys.worker_status(status.worker_id)
         # Without what is None, so that a service of before a field was added reads the rest.
@@ -289,12 +288,6 @@ def publish_status(redis: Redis, status: WorkerStatus) -> None:
         pipe.set(key, text, ex=redis_keys.OFFER_TTL_S)
         pipe.zadd(redis_keys.WORKERS, {status.worker_id: second})
         pipe.execute()
-
-
-def _clock_s(redis: Redis) -> float:
-    """Return Redis' time. By its own, a host that is hours ahead would remove all other workers."""
-    second, microsecond = redis.time()
-    return float(second + microsecond / 1e6)
 
 
 def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:

@@ -160,3 +160,9 @@ def _code(error: RedisError) -> str:
         return within[1]
     code = error.status_code or text.partition(" ")[0]
     return code if code.isupper() else ""
+
+
+def server_time_s(redis: Redis) -> float:
+    """Return Redis' time, by which hosts agree whose own clocks may be hours ahead."""
+    second, microsecond = redis.time()
+    return float(second + microsecond / 1e6)

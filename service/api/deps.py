@@ -10,7 +10,6 @@ from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
 from jobs.artifacts.known_store import KnownArtifactStore
-from jobs.artifacts.store import ArtifactStore
 from jobs.catalog import Catalog
 from jobs.errors import LinkRefused
 from jobs.store.job_store import JobStore
@@ -74,10 +73,6 @@ AppStateDep = Annotated[AppState, Depends(_app_state)]
 
 async def _store(app_state: AppStateDep) -> JobStore:
     return app_state.store
-
-
-async def _artifacts(app_state: AppStateDep) -> ArtifactStore:
-    return app_state.artifacts
 
 
 async def _downloads(app_state: AppStateDep) -> Downloads:
@@ -178,7 +173,6 @@ ViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.VIDEO))]
 ThumbnailViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.THUMBNAIL))]
 SpritesheetViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.SPRITESHEET))]
 StoreDep = Annotated[JobStore, Depends(_store)]
-ArtifactsDep = Annotated[ArtifactStore, Depends(_artifacts)]
 DownloadsDep = Annotated[Downloads, Depends(_downloads)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]

@@ -10,6 +10,7 @@ from rq import Queue
 
 from jobs import catalog, ids, redis_keys
 from jobs.catalog import WorkerOffer, WorkerStateName, WorkerStatus
+from jobs.redis_client import server_time_s
 from jobs.state import JobState
 
 
@@ -86,8 +87,7 @@ def snapshot(redis: Redis) -> Fleet:
 def _queues(redis: Redis, workers: Counter[str]) -> list[QueueState]:
     """List the queues in which a job waits or for which a worker is live."""
     known = {queue.name for queue in Queue.all(connection=redis)} | set(workers)
-    second, microsecond = redis.time()
-    now_s = second + microsecond / 1e6
+    now_s = server_time_s(redis)
     found = []
     for name in sorted(known):
         key = Queue(name, connection=redis).key

@@ -383,12 +383,10 @@ class ReadyView(BaseModel):
 def _model_view(model: ModelOffer, catalog: Catalog) -> ModelView:
     offers = [offer for offer in catalog.offers if offer.model == model]
     modes = sorted({mode for offer in offers for mode in offer.modes}, key=lambda m: m.name)
+    workers = {mode: sum(mode in offer.modes for offer in offers) for mode in modes}
     return ModelView(
         **model.model_dump(),
-        modes=[
-            ServedModeView(**mode.model_dump(), workers=sum(mode in o.modes for o in offers))
-            for mode in modes
-        ],
+        modes=[ServedModeView(**mode.model_dump(), workers=workers[mode]) for mode in modes],
         workers=[
             WorkerView(
                 id=offer.worker_id,

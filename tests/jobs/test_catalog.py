@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -68,7 +69,8 @@ def test_a_host_whose_clock_is_ahead_removes_no_other_worker(
     found = catalog.read(redis)
     assert found.offers == (offer, ahead)
     assert len(found.known) == len(offer.modes)
-    scores = [score for _, score in redis.zrange(redis_keys.WORKERS, 0, -1, withscores=True)]
+    ranked: Any = redis.zrange(redis_keys.WORKERS, 0, -1, withscores=True)
+    scores = [score for _, score in ranked]
     assert max(scores) - min(scores) < 3600
 
 

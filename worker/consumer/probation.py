@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 from redis.backoff import EqualJitterBackoff
+from redis.exceptions import RedisError
 
-from jobs.errors import WorkerUnfit
+from jobs.artifacts.store import ArtifactStore
+from jobs.errors import ArtifactsUnavailable, WorkerUnfit
 from worker.job.proof import prove, refused_by_system
 from worker.process.drain import Drain
 from worker.process.scratch import scratch_folder
@@ -33,9 +35,10 @@ _POLL_S: Final = 0.1
 class Probation:
     """Makes the scratch folder of one worker, and proves that a job can end there."""
 
-    def __init__(self, stats: WorkerStats, drain: Drain) -> None:
+    def __init__(self, stats: WorkerStats, drain: Drain, artifacts: ArtifactStore) -> None:
         self._stats = stats
         self._drain = drain
+        self._artifacts = artifacts
 
     def prove(self, opened: ExitStack) -> Path | None:
         """Return the scratch folder of a worker that has proven itself, and put it into `opened`.
@@ -46,10 +49,12 @@ class Probation:
             try:
                 scratch = made.enter_context(scratch_folder())
                 prove(scratch, self._stats.largest_video_bytes)
-            except (OSError, WorkerUnfit) as error:
+                with suppress(RedisError):  # without Redis there are no jobs either
+                    self._artifacts.probe()
+            except (OSError, WorkerUnfit, ArtifactsUnavailable) as error:
                 unfit = refused_by_system(error) if isinstance(error, OSError) else error
                 logger.error("out of service: %s", unfit, exc_info=error)
-                self._stats.record_fault(unfit.detail)
+                self._stats.record_fault(str(unfit))
                 return None
             opened.enter_context(made.pop_all())
         if self._stats.fault is not None:

@@ -131,7 +131,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             job=self._idle,
         )
         outage = self._stats.outage
-        self._probation = Probation(self._stats, self.drain)
+        self._probation = Probation(self._stats, self.drain, artifacts)
         self._recovery = RecoveryThread(redis, outage)
         self._heartbeat = Heartbeat(redis, self.offer, engine.tokenizer_text, self._status, outage)
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import AwareDatetime
+from starlette.concurrency import run_in_threadpool
 
 from jobs.errors import RecordUnreadable
 from jobs.record import JobRecord
@@ -149,7 +150,7 @@ def read_job(principal: PrincipalDep, job_id: str, store: StoreDep, views: JobVi
         **problems(401, 403, 404, 409, 422, 429, 503),
     },
 )
-def cancel_job(
+async def cancel_job(
     principal: PrincipalDep,
     job_id: str,
     app_state: AppStateDep,
@@ -168,14 +169,18 @@ def cancel_job(
     store = app_state.store
     if purge:
         with suppress(RecordUnreadable):  # such a record can only be deleted
-            visible_job(store, principal, job_id)
-        delete_job(store, app_state.artifacts, job_id)
+            await run_in_threadpool(visible_job, store, principal, job_id)
+        await app_state.downloads.run(delete_job, store, app_state.artifacts, job_id)
         return Response(status_code=204)
-    visible_job(store, principal, job_id)
-    job = store.cancel(job_id)
-    if not job.state.is_terminal:
-        response.status_code = 202
-    return views.of(job)
+
+    def cancel() -> JobView:
+        visible_job(store, principal, job_id)
+        job = store.cancel(job_id)
+        if not job.state.is_terminal:
+            response.status_code = 202
+        return views.of(job)
+
+    return await run_in_threadpool(cancel)
 
 
 _FILE_PROBLEMS = problems(400, 401, 403, 404, 410, 412, 416, 422, 429, 503)

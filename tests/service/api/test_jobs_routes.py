@@ -401,9 +401,10 @@ def test_lists_by_mode_over_pages(client: TestClient) -> None:
     modes = ["bf16", "w8a8", "w8a8", "bf16", "w8a8"]
     made = [client.post("/generate", json=ASK | {"mode": mode}).json()["id"] for mode in modes]
     wanted = [job for job, mode in zip(made, modes, strict=True) if mode == "w8a8"]
-    found, cursor = [], {}
+    found: list[str] = []
+    cursor: dict[str, str] | None = {}
     while cursor is not None:
-        page = client.get("/jobs", params={"mode": "w8a8", "limit": 2} | cursor).json()
+        page = client.get("/jobs", params={"mode": "w8a8", "limit": "2"} | cursor).json()
         found += [job["id"] for job in page["jobs"]]
         cursor = {"cursor": page["next_cursor"]} if page["next_cursor"] else None
     assert found == wanted[::-1]

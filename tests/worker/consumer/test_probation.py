@@ -23,6 +23,7 @@ from rq.serializers import JSONSerializer
 from deploy.local.waiting import wait_until
 from jobs import catalog, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
+from jobs.artifacts.known_store import open_known_artifacts
 from jobs.catalog import WorkerStatus
 from jobs.errors import WorkerUnfit
 from jobs.record import JobRecord
@@ -80,7 +81,7 @@ class Served:
     def __init__(self, redis: Redis, store: JobStore, artifacts: Path) -> None:
         self.redis, self.store = redis, store
         self.stats, self.drain = WorkerStats(), Drain()
-        self._artifacts = FolderArtifactStore(artifacts)
+        self.artifacts = FolderArtifactStore(artifacts)
 
     def run_one(self, on_step: OnStep = lambda step: None) -> JobRecord:
         """Run one new job once, on a worker with these stats."""
@@ -90,7 +91,7 @@ class Served:
 
     def work(self, on_step: OnStep = lambda step: None) -> None:
         ResidentWorker(
-            FakeEngine(on_step), self.redis, self._artifacts, self.stats, self.drain
+            FakeEngine(on_step), self.redis, self.artifacts, self.stats, self.drain
         ).work(burst=True, logging_level="WARNING")
 
 
@@ -242,6 +243,25 @@ def test_a_worker_that_cannot_prove_itself_offers_nothing_and_ends_with_its_own_
     assert seen[0].fault == "ffmpeg ended with status 1: it said nothing."
 
 
+def test_a_store_that_is_missing_keeps_a_worker_out_of_service(
+    served: Served, redis: Redis, tmp_path: Path
+) -> None:
+    """Each video would be made, waited for half a minute, and given back."""
+    folder = tmp_path / "share"
+    known = open_known_artifacts(folder.as_uri(), redis)
+    known.verify()
+    away = folder.rename(tmp_path / "away")
+    folder.mkdir()
+    probation = Probation(served.stats, served.drain, known)
+    with ExitStack() as opened:
+        assert probation.prove(opened) is None
+        assert "artifact store is missing" in str(served.stats.fault)
+        folder.rmdir()
+        away.rename(folder)
+        assert probation.prove(opened) is not None
+    assert not served.stats.fault
+
+
 def test_the_offer_comes_back_once_the_fault_is_mended(
     served: Served, redis: Redis, ffmpeg: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +378,7 @@ def test_a_full_scratch_disk_is_noticed_and_so_is_room_again(served: Served, par
         record = served.run_one(at_last_step(fill))
         assert record.state is JobState.QUEUED
         with ExitStack() as opened:
-            assert Probation(served.stats, served.drain).prove(opened) is None
+            assert Probation(served.stats, served.drain, served.artifacts).prove(opened) is None
         assert served.stats.fault is not None
         assert "No space left on device" in served.stats.fault
         filler.unlink()
