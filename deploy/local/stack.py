@@ -80,11 +80,10 @@ class StackConfig:
             "REDIS_URL": self.redis_url,
             "ARTIFACTS_URL": (self.folder / "artifacts").as_uri(),
             "SERVICE_HOST": self.host,
-            "SERVICE_STATE_DIR": str(self.folder / "state"),
             "SERVICE_PORT": str(self.service_port),
             "PYTHONUNBUFFERED": "1",  # so that logs contain the last output of a killed process
         }
-        inherited = dict(os.environ)
+        inherited = {"SERVICE_STATE_DIR": str(self.folder / "state")} | os.environ
         if self.private:
             # A link to another address would not lead to this stack's video.
             outward = ("SERVICE_PUBLIC_URL", "SERVICE_WEBHOOK_")

@@ -49,6 +49,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 _MAX_SIDES = 64  # torch's own bound
 _MAX_SIDE = 2**63 - 1  # torch's sides and offsets are 64 bits wide
+_MAX_DTYPE_CHARS = 16
 _MAX_DIGITS = 20  # those of 2^64, and a sign
 
 
@@ -204,10 +205,12 @@ def _stored(file: Path, first: int, name: str, fields: object) -> StoredTensor:
     if not isinstance(fields, dict) or not fields.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {shown} has no dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or len(dtype) > _MAX_DTYPE_CHARS:
+        raise ValueError(f"tensor {shown} has the dtype {reprlib.repr(dtype)}, which is none")
+    if dtype not in DTYPES:
         raise WeightsError(
-            f"tensor {shown} in {file} has the dtype {reprlib.repr(dtype)}, which is not read "
-            "here: give the model in BF16, F16 or F32, as its authors publish it"
+            f"tensor {shown} in {file} has the dtype {dtype}, which is not read here: give the "
+            "model in BF16, F16 or F32, as its authors publish it"
         )
     # Checked before anything is multiplied: the product of a million large sides takes minutes.
     if not isinstance(shape, list) or len(shape) > _MAX_SIDES or not _are_sizes(shape):

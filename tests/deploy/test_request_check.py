@@ -27,8 +27,8 @@ def test_everything_wrong_is_named_with_what_there_is() -> None:
         "size 64x64 is not offered; use one of 96x96.",
         "num_frames is 16, which is not 4k+1 from 1 to 17.",
         "num_inference_steps is 51, which is not 1 to 50.",
-        "guidance_scale takes a number from 1 to 20",
-        "seed takes a whole number from 0 to",
+        "guidance_scale is 0.5, which is not a number from 1 to 20",
+        "seed is -1, which is not a whole number from 0 to",
         "negative_prompt holds the character U+0000",
     ):
         assert f"\n  - {each}" in text

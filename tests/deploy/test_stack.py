@@ -70,7 +70,8 @@ def test_a_demo_with_webhooks_knows_its_address(
     monkeypatch.setattr("os.environ", environment)
     assert ServiceSettings().webhook_hosts == "hooks.example"  # it takes them so
     monkeypatch.setenv("SERVICE_PUBLIC_URL", PUBLIC["SERVICE_PUBLIC_URL"])
-    assert stack_config(tmp_path).environment() | PUBLIC == stack_config(tmp_path).environment()
+    config = stack_config(tmp_path)
+    assert config.environment() | PUBLIC == config.environment()
 
 
 def test_make_generate_serves_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

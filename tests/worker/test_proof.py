@@ -62,7 +62,8 @@ def test_the_scratch_folder_is_like_that_of_jobs_and_is_removed(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     prove(FakeEngine())
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "gone"))
     with pytest.raises(ProofFailed, match=r"no scratch folder .*gone.*: set TMPDIR to a folder"):
         prove(FakeEngine())
 
@@ -76,13 +77,13 @@ def test_the_fake_engine_is_proven_without_its_steps(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- ffmpeg
 
 FFMPEG: dict[str, tuple[bytes | None, str]] = {
-    "is missing": (None, "FileNotFoundError: .*ffmpeg"),
-    "is no program": (b"\0\0\0\0", "OSError: .*Exec format error"),
+    "is missing": (None, "ffmpeg does not start: No such file"),
+    "is no program": (b"\0\0\0\0", "ffmpeg does not start: Exec format error"),
     "lacks the encoder": (
         b"#!/bin/sh\necho Unknown encoder >&2; exit 8",
         "ffmpeg .* 8: Unknown encoder",
     ),
-    "is killed": (b"#!/bin/sh\ncat > /dev/null; kill -9 $$", "ffmpeg ended with status -9"),
+    "is killed": (b"#!/bin/sh\ncat > /dev/null; kill -9 $$", "ffmpeg was killed by signal 9"),
     "writes nothing": (b"#!/bin/sh\ncat > /dev/null", "FileNotFoundError: .*proof.mp4"),
     "writes an empty file": (
         b'#!/bin/sh\nfor a; do :; done; case $a in *.mp4) cat > /dev/null; : > "$a";; esac',
@@ -111,7 +112,7 @@ def test_a_machine_without_any_ffmpeg_is_found(
 ) -> None:
     monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
     monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
-    assert "No ffmpeg exe could be found" in failure(FakeEngine(), tmp_path)
+    assert "There is no ffmpeg on this machine" in failure(FakeEngine(), tmp_path)
 
 
 def test_a_video_that_lost_frames_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +179,7 @@ def test_a_default_negative_prompt_that_is_too_long_is_found(
 def test_an_image_to_video_transformer_is_found(
     edited, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the comparison of settings, which finds it before anything is loaded."""
+    """Without the comparison of settings, and the kinds of models, which find it before."""
     edited.set("transformer/config.json", in_channels=36)
     edited.change(
         "transformer",
@@ -186,6 +187,7 @@ def test_an_image_to_video_transformer_is_found(
         lambda weight: torch.cat([weight, weight.new_zeros(weight.shape[0], 20, 1, 2, 2)], dim=1),
     )
     monkeypatch.setattr(startup, "check_settings", lambda *_: None)
+    monkeypatch.setattr("worker.model_loader.mode_plan.check_model_kind", lambda *_: None)
     engine = startup.load_engine(edited.with_modes("bf16"), device)
     message = failure(engine, tmp_path)
     assert re.search(r"denoising failed in .* mode 'bf16' \(RuntimeError: .*36.*16", message)

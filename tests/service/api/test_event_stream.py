@@ -22,7 +22,7 @@ from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store import events
-from jobs.store.job_store import JobStore
+from jobs.store.job_store import LEASE_S, JobStore
 from service.api.events import hub
 from service.api.events.hub import SMALLEST_SHARE, Follower
 from service.api.events.stream import EventStream
@@ -202,10 +202,7 @@ def test_a_released_job_has_a_position_again(
 def test_a_stream_ends_when_its_job_is_deleted(
     settings: ServiceSettings, store: JobStore, redis: Redis, job_id: str, state: JobState
 ) -> None:
-    if state is JobState.RUNNING:
-        store.claim(job_id, "w")
-        # For ever, or the end of the lease would end the job, and so the stream, in the end.
-        redis.hset(redis_keys.record(job_id), "lease_ms", 10**15)
+    attempt = store.claim(job_id, "w") if state is JobState.RUNNING else None
     # At once, and not with the next heartbeat.
     with (
         serving(settings.model_copy(update={"heartbeat_s": 300})) as site,
@@ -217,8 +214,10 @@ def test_a_stream_ends_when_its_job_is_deleted(
         wait_until(lambda: redis.pubsub_numsub(redis_keys.EVENTS_CHANNEL)[0][1] == 1)
         redis.publish(redis_keys.EVENTS_CHANNEL, job_id)
         wait_until(lambda: not site.hub._due)
+        if attempt is not None:  # the end of its lease would end the job, and so the stream
+            store.renew(attempt)
         store.purge(job_id)
-        wait_until(lambda: site.hub.followers == 0)
+        wait_until(lambda: site.hub.followers == 0, LEASE_S / 2)
         rest = list(sent)
     assert [each.data["state"] for each in rest if each.event == "state"] in ([], ["running"])
     assert not any(each.comments for each in rest)

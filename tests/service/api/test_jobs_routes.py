@@ -70,7 +70,7 @@ def test_waiting_jobs_show_their_places_and_no_others_do(
         assert client.get(f"/jobs/{job_id}").json()["queue"] == position
     assert client.get(f"/jobs/{running}").json()["progress"]["seconds_left"] == 7.25
     assert client.delete(f"/jobs/{first}").json()["queue"] is None
-    assert client.get(f"/jobs/{second}").json()["queue"]["position"] == 0
+    assert client.get(f"/jobs/{second}").json()["queue"]["position"] == 1
 
 
 def test_what_became_of_attempts_is_shown_and_who_made_them_is_not(

@@ -83,6 +83,7 @@ def test_a_prompt_is_enough(create: Create, store: JobStore) -> None:
         "guidance_scale": 4.0,
         "queue_position": 0,
         "seconds_left": None,
+        "notes": [],
     }
     assert answer.headers["openai-poll-after-ms"] == "1000"
 

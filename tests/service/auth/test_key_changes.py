@@ -94,7 +94,7 @@ def test_a_changed_quota_counts_at_the_next_request(
     ("terms", "reason"),
     [
         ({"quota": 0}, "the quota is 0"),
-        ({"rate": "often"}, "the rate is 'often'"),
+        ({"rate": "often"}, "'often' is not a rate"),
         ({"expires_at": datetime(2020, 1, 1, tzinfo=UTC)}, "2020-01-01 00:00Z, which is not in"),
     ],
 )

@@ -221,7 +221,7 @@ def test_a_record_nobody_can_read_waits_for_another_version_but_not_for_ever(
     redis: Redis,
 ) -> None:
     odd, sound = make_ended(), make_ended()
-    redis.hset(redis_keys.record(odd.id), "from_the_future", "1")
+    redis.hset(redis_keys.record(odd.id), "format", "2")
     with delivering(delivery_context):
         wait_until(lambda: status(odd).tries >= 1)
         assert status(odd).state is WebhookState.PENDING

@@ -93,7 +93,7 @@ def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     output = log.read_text(encoding="utf-8")
     for line in (
         r"model: wan-mini \(sha256-full-v2:[0-9a-f]{64}\)",
-        "device: cpu, 1 threads",
+        "device: cpu, 1 thread",
         "modes: bf16, w8a8",
         "mode w8a8: 350 linears in 35 of 40 blocks quantized",
         r"mode bf16: [0-9,]+ bytes",
@@ -149,7 +149,7 @@ FAULTS = {
     "no ffmpeg": (
         {"IMAGEIO_FFMPEG_EXE": "/nowhere/ffmpeg"},
         None,
-        "This worker cannot make videos, because encoding the MP4 failed .*/nowhere/ffmpeg",
+        "This worker cannot make videos, because encoding the MP4 failed .*ffmpeg does not start",
     ),
     "no model": ({}, "unmodelled.toml", "model folder .*nowhere lacks model_index.json"),
 }

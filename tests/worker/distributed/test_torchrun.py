@@ -109,7 +109,7 @@ def test_two_ranks_are_one_worker(
 ) -> None:
     torchrun.wait_for_line(r"ready: wan-mini\.")
     (offer,) = catalog.read(redis).offers
-    device_name = "cpu, 1 threads" if kind == "cpu" else torch.cuda.get_device_name()
+    device_name = "cpu, 1 thread" if kind == "cpu" else torch.cuda.get_device_name()
     assert offer.device == f"2 x {device_name}"
 
     short = generation_request(mode="w8a8", num_frames=5, num_inference_steps=1)

@@ -281,7 +281,7 @@ def test_a_quantized_mode_alone_keeps_no_bf16_weights_of_quantized_blocks(
 def test_the_start_log_names_what_was_loaded(engine: WanEngine) -> None:
     log = "\n".join(engine.describe())
     assert f"model: wan-mini ({engine.model.fingerprint})" in log
-    assert "device: cpu, 1 threads" in log
+    assert "device: cpu, 1 thread\n" in log
     assert "modes: bf16, w8a8" in log
     assert "mode w8a8: 350 linears in 35 of 40 blocks quantized" in log
     for name, mode in engine.loaded.items():

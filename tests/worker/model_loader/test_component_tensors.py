@@ -43,7 +43,11 @@ CONFIGS: dict[str, tuple[str, dict[str, object], str]] = {
     "more blocks": ("transformer", {"num_layers": 42}, "lacks tensor 'blocks.40.*, and 53 others"),
     "no norm": ("transformer", {"cross_attn_norm": False}, "holds tensor .*, and 79 others"),
     "smaller ffn": ("transformer", {"ffn_dim": 256}, "not .256.* others have wrong shapes"),
-    "another text": ("transformer", {"text_dim": 64}, "has shape .*, not .*64. as the config"),
+    "another text": (
+        "transformer",
+        {"text_dim": 64},
+        "text_dim in .* is 64, but d_model in .* is 96",
+    ),
     "fewer layers": ("text_encoder", {"num_layers": 2}, "holds tensor 'encoder.* 9 others, for"),
     "more layers": ("text_encoder", {"num_layers": 4}, "lacks tensor 'encoder.block.3.*9 others"),
     "other words": ("text_encoder", {"vocab_size": 500}, r"has shape \[512, 96\], not \[500, 96\]"),
