@@ -43,7 +43,7 @@ CONFIGS: dict[str, tuple[str, dict[str, object], str]] = {
     "more blocks": ("transformer", {"num_layers": 42}, "lacks tensor 'blocks.40.*, and 53 others"),
     "no norm": ("transformer", {"cross_attn_norm": False}, "holds tensor .*, and 79 others"),
     "smaller ffn": ("transformer", {"ffn_dim": 256}, "not .256.* others have wrong shapes"),
-    "another text": (
+    "other steps": ("transformer", {"freq_dim": 64}, "has shape .*, not .*64. as the config"),
         "transformer",
         {"text_dim": 64},
         "text_dim in .* is 64, but d_model in .* is 96",
