@@ -5,11 +5,12 @@ share one synchronous `JobStore`. A Redis call takes well under a millisecond, a
 for a job. Files are read in other threads (`service/api/downloads.py`).
 """
 
+import re
 from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, BeforeValidator
 from starlette.concurrency import run_in_threadpool
 
 from jobs.errors import RecordUnreadable
@@ -51,6 +52,16 @@ from service.auth.gate import Principal, visible_job
 from service.schemas.jobs import JobGroupView, JobListView, JobView
 from service.schemas.video_url import VideoFile
 from service.webhooks.message import callbacks
+
+
+def _written_as_a_date(value: object) -> object:
+    """Refuse a number, which pydantic would take for seconds since 1970."""
+    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value) is None:
+        raise ValueError("write it like 2026-11-30T12:00:00Z")
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written_as_a_date)]
 
 router = APIRouter(tags=["jobs"])
 
@@ -106,10 +117,10 @@ def _wanted(
     mode: Annotated[str | None, Query(description="Only jobs in this mode.")] = None,
     group: Annotated[str | None, Query(description="Only the jobs of this group.")] = None,
     created_after: Annotated[
-        AwareDatetime | None, Query(description="Only jobs created then or later.")
+        Moment | None, Query(description="Only jobs created then or later.")
     ] = None,
     created_before: Annotated[
-        AwareDatetime | None, Query(description="Only jobs created before then.")
+        Moment | None, Query(description="Only jobs created before then.")
     ] = None,
 ) -> Wanted:
     return Wanted(state, None, mode, group, created_after, created_before)

@@ -468,3 +468,13 @@ def test_what_has_no_effect_is_noted(client: TestClient) -> None:
     assert client.post("/v1/videos", json=asked).json()["notes"] == [note]
     for changes in ({"guidance_scale": 1}, {"negative_prompt": "dark"}):
         assert client.post("/generate", json=ASK | changes).json()["notes"] == []
+
+
+@pytest.mark.parametrize("value", ["0.5", "1764500000", "-1", "2026", "yesterday", "2026-11-30"])
+def test_times_are_written_as_the_document_says(client: TestClient, value: str) -> None:
+    for name in ("created_after", "created_before"):
+        answer = client.get("/jobs", params={name: value})
+        assert answer.status_code == 422, value
+        assert name in answer.text
+    sound = {"created_after": "2026-11-30T12:00:00Z", "created_before": "2026-11-30T14:00:00+01:00"}
+    assert client.get("/jobs", params=sound).status_code == 200
