@@ -76,6 +76,8 @@ class KnownArtifactStore:
             found, known = self._marker(), ask()
             if known is None:
                 known, found = self._introduce()
+            elif found != known:
+                found = self._marker()  # another process may have written it between the two looks
             if found != known:
                 raise _missing(f"{_described(found)}, and Redis knows {known.decode()}")
         except ArtifactsUnavailable:
