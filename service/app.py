@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
 from jobs import catalog
@@ -94,14 +95,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     checks = Checks(redis, artifacts, settings.durability)
     exposition.add(checks)
     sessions = SessionStore(redis)
-    rates = RateLimiter(redis, settings.rate)
-    gate = Gate(
-        KeyStore(redis),
-        rates,
-        sessions,
-        may_be_open=settings.may_be_open,
-        memory=settings.key_memory,
-    )
+    gate = _gate(settings, redis, sessions)
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=exposition.http)
     app.state.app_state = AppState(
@@ -114,11 +108,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         hub=EventHub(redis_url, queue_positions, settings.max_streams),
         readiness=Readiness(redis_url),
         artifacts=artifacts,
-        downloads=Downloads(
-            artifacts,
-            settings.max_downloads,
-            redirect_s=settings.url_ttl_s if settings.redirect_downloads else None,
-        ),
+        downloads=Downloads(artifacts, settings.max_downloads, redirect_s=settings.redirect_s),
         checks=checks,
         token_counter=TokenCounter(redis),
         gate=gate,
@@ -134,6 +124,16 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
     openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])
     return app
+
+
+def _gate(settings: ServiceSettings, redis: Redis, sessions: SessionStore) -> Gate:
+    return Gate(
+        KeyStore(redis),
+        RateLimiter(redis, settings.rate),
+        sessions,
+        may_be_open=settings.may_be_open,
+        memory=settings.key_memory,
+    )
 
 
 @asynccontextmanager

@@ -187,6 +187,11 @@ class ServiceSettings(WebhookSettings, RedisSettings):
         return is_loopback(self.host)
 
     @property
+    def redirect_s(self) -> int | None:
+        """How long the bucket's URLs are valid to which downloads are redirected; None for none."""
+        return self.url_ttl_s if self.redirect_downloads else None
+
+    @property
     def may_be_open(self) -> bool:
         """Whether the service is open to callers without a key while there are no keys."""
         if not self.is_local or self.keys is KeyPolicy.REQUIRED:

@@ -77,7 +77,7 @@ class Gate:
         *,
         may_be_open: bool,
         memory: KeyMemory | None = None,
-        clock: Callable[[], float] = lambda: time.monotonic(),  # noqa: PLW0108  # as tests set it
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the gate of one process.
 

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from jobs.artifacts.store import ArtifactStore
 from jobs.errors import ArtifactsUnavailable, WorkerUnfit
-from worker.job.proof import prove, refused_by_system
+from worker.job.fitness import check_fitness, refused_by_system
 from worker.process.drain import Drain
 from worker.process.scratch import scratch_folder
 from worker.process.stats import WorkerStats
@@ -48,7 +48,7 @@ class Probation:
         with ExitStack() as made:
             try:
                 scratch = made.enter_context(scratch_folder())
-                prove(scratch, self._stats.largest_video_bytes)
+                check_fitness(scratch, self._stats.largest_video_bytes)
                 with suppress(RedisError):  # without Redis there are no jobs either
                     self._artifacts.probe()
             except (OSError, WorkerUnfit, ArtifactsUnavailable) as error:

@@ -25,10 +25,10 @@ from jobs.errors import (
 )
 from jobs.record import Attempt, Failure, JobRecord
 from worker.job.context import JobContext
+from worker.job.fitness import refused_by_system
 from worker.job.generation import JobThreads, Success, make_video
 from worker.job.lease import LeaseKeeper
 from worker.job.progress import JobReturned
-from worker.job.proof import refused_by_system
 from worker.job.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)

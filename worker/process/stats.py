@@ -25,7 +25,7 @@ OUT_OF_MEMORY_LIMIT: Final = 2
 
 
 FAULT_LIMIT: Final = 5
-"""Faults of the worker in a row, in jobs or in proofs (`worker/job/proof.py`), before the process
+"""Faults of the worker in a row, in jobs or in proofs (`worker/job/fitness.py`), before the process
 ends."""
 
 

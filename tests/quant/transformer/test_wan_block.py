@@ -4,6 +4,7 @@ import gc
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import quant
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import AttentionScales, BlockLinear
+from quant.kernels.interface import BlockLinear
 from quant.kernels.joined_linear import JoinedLinear, SeparateLinears
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape, check_kernels
@@ -249,17 +250,10 @@ class NanHidingKernels(EagerKernels):
 class ShortCrossKernels(EagerKernels):
     """Kernels that leave out the last few keys, if there are not many."""
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scales: AttentionScales | None,
-        act_scale: float | None,
-    ) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         if k.shape[1] < 1000:
             k, v = k[:, :-4], v[:, :-4]
-        return super().attention(q, k, v, scales, act_scale)
+        return super().attention(q, k, v, *rest)
 
 
 def test_cross_attention_is_tested() -> None:
@@ -274,16 +268,9 @@ def test_attention_is_tested_at_the_models_head_size_and_for_both_kinds_of_tiles
     seen: set[int] = set()
 
     class Recording(EagerKernels):
-        def attention(
-            self,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            scales: AttentionScales | None,
-            act_scale: float | None,
-        ) -> Tensor:
+        def attention(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
             seen.add(q.shape[-1] if attribute == "head_size" else -(-q.shape[1] // 128) % 2)
-            return super().attention(q, k, v, scales, act_scale)
+            return super().attention(q, k, v, *rest)
 
     check_kernels(Recording(), CPU, quantized=True, shape=BlockShape(2, 96, 128))
     assert seen == ({48} if attribute == "head_size" else {0, 1})

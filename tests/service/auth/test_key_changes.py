@@ -3,9 +3,10 @@
 import json
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from redis import Redis
 
@@ -13,7 +14,7 @@ from jobs import redis_keys
 from jobs.catalog import WorkerOffer
 from service.auth import api_keys
 from service.auth.api_keys import KeyRefused, KeyStore, Role, proves, split
-from service.auth.gate import KEY_CACHED_S
+from service.auth.gate import KEY_CACHED_S, Gate
 from service.auth.key_terms import parse_expiry, parse_span
 from tests.service.auth.test_api_keys import command
 from tests.service.conftest import MakeJob, MakeKey, SignIn
@@ -25,11 +26,11 @@ HOUR = timedelta(hours=1)
 class Clock:
     """The time as the keys see it, and as the cache of keys does."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
         self.now = datetime(2026, 11, 30, 12, tzinfo=UTC)
         self._monotonic_s = 1000.0
         monkeypatch.setattr(api_keys, "now", lambda: self.now)
-        monkeypatch.setattr("service.auth.gate.time.monotonic", lambda: self._monotonic_s)
+        monkeypatch.setattr(gate, "_clock", lambda: self._monotonic_s)
 
     def pass_(self, time: timedelta) -> None:
         self.now += time
@@ -37,8 +38,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+def clock(monkeypatch: pytest.MonkeyPatch, client: TestClient) -> Clock:
+    return Clock(monkeypatch, cast("FastAPI", client.app).state.app_state.gate)
 
 
 def secret_of(token: str) -> str:

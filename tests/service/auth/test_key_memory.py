@@ -84,7 +84,7 @@ def test_a_process_that_runs_closes_when_another_notes_keys(
     app = create_app(by_itself)
     gate = app.state.app_state.gate
     now = 1000.0
-    monkeypatch.setattr("service.auth.gate.time.monotonic", lambda: now)
+    monkeypatch.setattr(gate, "_clock", lambda: now)
     assert gate.admit(None) is LOCAL
     assert by_itself.key_memory is not None
     by_itself.key_memory.note()

@@ -37,8 +37,8 @@ from worker.consumer.rq_worker import ResidentWorker
 from worker.consumer.serve import ServeContext, serve
 from worker.engine.fake_engine import FakeEngine, OnStep
 from worker.errors import EXIT_UNFIT
-from worker.job import proof
-from worker.job.proof import prove
+from worker.job import fitness
+from worker.job.fitness import check_fitness
 from worker.process.drain import Drain
 from worker.process.logs import WorkerIds
 from worker.process.stats import FAULT_LIMIT, WorkerStats
@@ -344,10 +344,10 @@ def test_each_pause_is_that_of_the_faults_so_far(
 def test_a_proof_does_not_wait_for_an_ffmpeg_that_hangs(
     tmp_path: Path, ffmpeg: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(fitness, "TIMEOUT_S", 0.2)
     ffmpeg("exec sleep 600")
     with pytest.raises(WorkerUnfit, match="a few frames within"):
-        prove(tmp_path, 0)
+        check_fitness(tmp_path, 0)
 
 
 def test_memory_that_runs_out_in_one_job_is_that_jobs_failure(served: Served) -> None:
@@ -382,9 +382,9 @@ def test_a_full_scratch_disk_is_noticed_and_so_is_room_again(served: Served, par
         assert served.stats.fault is not None
         assert "No space left on device" in served.stats.fault
         filler.unlink()
-        prove(parent, 1024 * 1024)
+        check_fitness(parent, 1024 * 1024)
         with pytest.raises(WorkerUnfit, match="No space left on device"):
-            prove(parent, 5 * 1024 * 1024)  # as large a video needs twice its size
+            check_fitness(parent, 5 * 1024 * 1024)  # as large a video needs twice its size
         served.work()
         assert served.store.get(record.id).state is JobState.SUCCEEDED
     finally:

@@ -1,7 +1,8 @@
-"""Prove that this worker can end a job: its scratch folder has room, and its ffmpeg encodes.
+"""Check that this worker can end a job: its scratch folder has room, and its ffmpeg encodes.
 
 A worker that cannot would fail job after job, and faster than a healthy one beside it runs them. So
-it proves itself before it offers anything, and again after each fault of its own.
+it is checked before it offers anything, and again after each fault of its own. What only the model
+can get wrong is proven once, at the start (`worker/proof.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _FORMAT: Final = VideoFormat(width=64, height=64, num_frames=5, fps=8)
 _CHUNK: Final = bytes(1024 * 1024)
 
 
-def prove(scratch: Path, largest_video_bytes: int) -> None:
+def check_fitness(scratch: Path, largest_video_bytes: int) -> None:
     """Write as much as a job might into `scratch`, and encode a few frames there.
 
     Args:
@@ -47,7 +48,7 @@ def prove(scratch: Path, largest_video_bytes: int) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             _write(Path(folder) / "room", room_bytes)
-            encode_mp4(_frames(), Path(folder) / "video.mp4", _FORMAT, "a proof", {}, check)
+            encode_mp4(_frames(), Path(folder) / "video.mp4", _FORMAT, "a check", {}, check)
     except OSError as error:
         raise refused_by_system(error) from error
 
