@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from redis import Redis
 from torch.distributed.run import get_args_parser
 
+from deploy.local.child_process import MARK, marked_processes
 from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.state import JobState
@@ -39,6 +41,7 @@ class Torchrun:
 
     def __init__(self, config: Path, log: Path, **variables: str) -> None:
         self._log = log
+        self._mark = uuid.uuid4().hex  # torchrun gives each rank a session of its own
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         # A machine's own name need not resolve; GLOO_SOCKET_IFNAME does the same for gloo.
         command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
@@ -49,7 +52,7 @@ class Torchrun:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | variables,
+                env=os.environ | variables | {MARK: self._mark},
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -71,8 +74,10 @@ class Torchrun:
         return found[0]
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """End torchrun and, also where a test failed, its ranks."""
+        for pid in marked_processes(self._mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
