@@ -27,6 +27,8 @@ from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import is_power_of_two
 
 E4M3_LARGEST_CODE = 0x7E
+MISFITS_CHUNK = 1 << 24
+"""Values that are counted at once: torch widens the booleans that it sums to 8 bytes each."""
 
 
 class CudaKernels:
@@ -53,10 +55,13 @@ class CudaKernels:
 
     def misfits(self, x: Tensor, act_scale: float) -> Tensor:
         # 448 is not a HiFloat8 value, so its code means that a value exceeded E4M3's range.
-        magnitude = triton_fused.round_act(x, act_scale).view(torch.uint8) & 0x7F
-        saturated = (magnitude == E4M3_LARGEST_CODE).sum()
-        flushed = ((magnitude == 0) & (x != 0)).sum()
-        return torch.stack((saturated, flushed))
+        counts = torch.zeros(2, dtype=torch.int64, device=x.device)
+        for chunk in torch.split(x.reshape(-1), MISFITS_CHUNK):
+            magnitude = triton_fused.round_act(chunk, act_scale).view(torch.uint8) & 0x7F
+            saturated = (magnitude == E4M3_LARGEST_CODE).sum()
+            flushed = ((magnitude == 0) & (chunk != 0)).sum()
+            counts += torch.stack((saturated, flushed))
+        return counts
 
     def attention(
         self,

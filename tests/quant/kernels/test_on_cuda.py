@@ -185,6 +185,21 @@ def test_counting_changes_no_code_of_rotated_queries_and_keys():
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
+def test_counting_takes_little_memory():
+    """The plan of a worker's memory has no room for a second copy of the widest activations."""
+    kernels = pick_kernels(CUDA, quantized=True).kernels
+    x = torch.randn((64 << 20) + 5, device=CUDA).to(torch.bfloat16)
+    scale = 2.0**-8
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    before = torch.cuda.memory_allocated(CUDA)
+    counted = kernels.misfits(x, scale)
+    used = torch.cuda.max_memory_allocated(CUDA) - before
+    assert used < 2 * x.nbytes, f"{used:,} bytes for {x.nbytes:,} bytes of activations"
+    parts = [kernels.misfits(part, scale) for part in x.split(9_000_001)]
+    assert torch.equal(counted, torch.stack(parts).sum(0))
+    assert counted.min() > 0, "some saturate and some become zero"
+
+
 def test_codes_become_the_same_e4m3_on_device_and_host():
     from quant.kernels import triton_recode  # noqa: PLC0415 (needs Triton's compiler)
 
