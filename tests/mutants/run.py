@@ -1,9 +1,9 @@
 """Change one line of the product after another, and see whether the tests notice.
 
 `python -m tests.mutants.run [TEXT]` tries the mutants in mutants.toml, or those whose place or
-change contains TEXT. It works in a temporary copy of the tree and never in the checkout. First it
-runs all the tests it needs once on the copy as it is: a test that fails anyway notices nothing. It
-ends with status 1 if a mutant survived, or does not fit the tree any more.
+change contains TEXT. It works in a temporary copy of the tree and never in the checkout. Before the
+first mutant of a set of tests it runs these on the copy as it is: a test that fails anyway notices
+nothing. It ends with status 1 if a mutant survived, or does not fit the tree any more.
 """
 
 import argparse
@@ -125,9 +125,11 @@ def main() -> int:
         for mutant, why in misfits.items():
             print(f"OUTDATED  {why}: {mutant}")  # noqa: T201
         mutants = [each for each in mutants if each not in misfits]
-        if run_tests(tree, sorted({test for each in mutants for test in each.tests})) != 0:
-            sys.exit("the tests fail without any mutant: mend them first")
+        passed = set[tuple[str, ...]]()
         for mutant in mutants:
+            if mutant.tests not in passed and run_tests(tree, mutant.tests) != 0:
+                sys.exit(f"{', '.join(mutant.tests)} fail without any mutant: mend them first")
+            passed.add(mutant.tests)
             begun = time.monotonic()
             noticed = is_noticed(tree, mutant)
             survived += not noticed
