@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.serving.faulty_host import Share
 from deploy.local.stack import ROOT
 from deploy.local.waiting import wait_until
 from jobs import redis_keys
@@ -34,7 +35,7 @@ HELD_S = 2.0
 """How long Redis refuses each time."""
 
 needs_mount = pytest.mark.skipif(
-    os.geteuid() != 0, reason="only root can mount; tests/jobs removes a store without, for itself"
+    not Share.can_mount(), reason="only root can mount; tests/jobs removes a store without"
 )
 
 
@@ -110,29 +111,13 @@ def test_forty_jobs_are_run_once_each_while_redis_refuses_in_every_way(tmp_path:
 # ---------------------------------------------------------------------------- the store
 
 
-class Share:
-    """What one host sees of a store: mounted, or missing, or another one in its place."""
-
-    def __init__(self, mount_point: Path) -> None:
-        self.mount_point = mount_point
-        mount_point.mkdir(parents=True)
-
-    def mount(self, store: Path) -> None:
-        subprocess.run(["mount", "--bind", store, self.mount_point], check=True)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", "--lazy", self.mount_point], check=True)
-
-
 @needs_mount
 def test_forty_jobs_are_stored_while_the_share_of_one_worker_comes_and_goes(
     tmp_path: Path,
 ) -> None:
     share, another = Share(tmp_path / "host-0" / "share"), tmp_path / "another"
     another.mkdir()
-    site = TwoWorkers(
-        tmp_path / "cluster", {"worker-0": {"ARTIFACTS_URL": share.mount_point.as_uri()}}
-    )
+    site = TwoWorkers(tmp_path / "cluster", {"worker-0": share.environment})
     share.mount(site.cluster.artifacts)
     try:
         with site:
@@ -169,8 +154,7 @@ def test_forty_jobs_are_stored_while_the_share_of_one_worker_comes_and_goes(
             site.check(first + second + alone + last)
             assert site.states() == {"idle": 2}
     finally:
-        while share.mount_point.is_mount():
-            share.unmount()
+        share.unmount_all()
 
 
 # ---------------------------------------------------------------------------- clocks

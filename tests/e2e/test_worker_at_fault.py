@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.faulty_host import FaultyHost
 from deploy.local.waiting import wait_until
-from tests.e2e.faulty_host import FaultyHost
 from tests.e2e.two_workers import TwoWorkers
 from worker.errors import EXIT_UNFIT
 
