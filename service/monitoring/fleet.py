@@ -9,9 +9,10 @@ from redis import Redis
 from rq import Queue
 
 from jobs import catalog, ids, redis_keys
-from jobs.catalog import WorkerOffer, WorkerStateName, WorkerStatus
+from jobs.catalog import WorkerOffer
 from jobs.redis_client import server_time_s
 from jobs.state import JobState
+from jobs.store.workers import WorkerStateName, WorkerStatus, read_statuses
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Fleet:
 def snapshot(redis: Redis) -> Fleet:
     """Read the state as it is now. Ages are measured by Redis' clock."""
     offers = {offer.worker_id: offer for offer in catalog.read(redis).offers}
-    statuses = {status.worker_id: status for status in catalog.read_statuses(redis)}
+    statuses = {status.worker_id: status for status in read_statuses(redis)}
     states = list(JobState)
     with redis.pipeline(transaction=False) as pipe:
         for state in states:

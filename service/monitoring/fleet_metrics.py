@@ -7,7 +7,7 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from jobs.catalog import WorkerStatus
+from jobs.store.workers import WorkerStatus
 from service.monitoring.fleet import Fleet, QueueState, WorkerState
 
 STATES: Final = ("idle", "busy", "draining", "degraded", "unknown")

@@ -5,7 +5,8 @@ from typing import Final, Literal, Self
 
 from pydantic import BaseModel, Field
 
-from jobs.catalog import ModeOffer, ModeStatus, WorkerStateName
+from jobs.catalog import ModeOffer
+from jobs.store.workers import ModeStatus, WorkerStateName
 from service.monitoring.fleet import Fleet, WorkerState
 
 _OFFER_FIELDS: Final = ("device", "queue", "started_at")
