@@ -98,15 +98,20 @@ def order(redis: Redis, worker_id: str, by: str, *, drained: bool) -> DrainOrder
     """
     live = (redis_keys.worker_status(worker_id), redis_keys.worker_offer(worker_id))
     if not redis.exists(*live):
-        raise WorkerNotFound(
-            f"There is no live worker {shown(worker_id)}; `GET /workers` lists them. A worker that "
-            f"starts again has another id."
-        )
+        raise not_found(worker_id)
     given = DrainOrder(drained=drained, by=by, at=now())
     redis.set(
         redis_keys.worker_drain(worker_id), given.model_dump_json(), ex=redis_keys.DRAIN_TTL_S
     )
     return given
+
+
+def not_found(worker_id: str) -> WorkerNotFound:
+    """Build the error for an id of no live worker."""
+    return WorkerNotFound(
+        f"There is no live worker {shown(worker_id)}; `GET /workers` lists them. A worker that "
+        f"starts again has another id."
+    )
 
 
 def read_orders(redis: Redis, worker_ids: Sequence[str]) -> dict[str, DrainOrder]:
