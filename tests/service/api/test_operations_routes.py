@@ -1,4 +1,4 @@
-"""Test what operators see and order: drained workers, waiting and running jobs, failures, series."""
+"""Test what operators see and order: workers, waiting and running jobs, failures, series."""
 
 import logging
 from collections.abc import Callable
