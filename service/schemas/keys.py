@@ -164,5 +164,6 @@ class KeyListView(BaseModel):
     """All keys, oldest first, the revoked ones too."""
 
     keys: Sequence[KeyView]
+    roles: Sequence[Role] = Field(description="The roles that a key can have.")
     default_quota: int = Field(description="The quota of keys of the role user without their own.")
     default_rate: str = Field(description="The rate of keys without their own.")

@@ -12,7 +12,7 @@ from service.api.deps import AppStateDep, JsonBodyDep, OpsDep
 from service.api.json_body import json_body
 from service.api.openapi import body_of, problem, problems
 from service.auth import audit
-from service.auth.api_keys import ApiKey, KeyStore
+from service.auth.api_keys import ApiKey, KeyStore, Role
 from service.auth.gate import Principal
 from service.auth.key_terms import parse_span
 from service.schemas.keys import (
@@ -57,6 +57,7 @@ def list_keys(principal: OpsDep, store: KeyStoreDep, app_state: AppStateDep) -> 
     used = store.last_uses()
     return KeyListView(
         keys=[KeyView.of(key, principal.id, used.get(key.id)) for key in store.all()],
+        roles=list(Role),
         default_quota=app_state.settings.quota,
         default_rate=app_state.settings.rate,
     )

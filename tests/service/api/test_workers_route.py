@@ -32,6 +32,7 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
     )
     (worker,) = client.get("/workers").json()["workers"]
     assert worker.pop("started_at")
+    assert worker.pop("seen_at")
     assert worker == {
         "id": live_worker.worker_id,
         "model": "wan-mini",
@@ -55,7 +56,9 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
         },
         "state": "busy",
         "fault": None,
+        "drain": None,
         "job_id": "01a2",
+        "job": None,
         "jobs_done": 7,
         "memory_allocated_bytes": 3,
         "memory_peak_bytes": 4,
@@ -79,6 +82,7 @@ def test_queues_are_shown_also_those_that_nobody_serves(
         store.create(request_for_video, "gone.0123456789ab")
     gone, served = client.get("/workers").json()["queues"]
     assert 0 <= gone.pop("oldest_age_s") < 60
+    assert [each["waiting"] for each in gone.pop("shapes")] == [2]
     assert gone == {"name": "gone.0123456789ab", "model": "gone", "waiting": 2, "workers": 0}
     assert served == {
         "name": live_worker.queue,
@@ -86,6 +90,7 @@ def test_queues_are_shown_also_those_that_nobody_serves(
         "waiting": 0,
         "oldest_age_s": 0,
         "workers": 1,
+        "shapes": [],
     }
 
 
