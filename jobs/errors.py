@@ -24,6 +24,9 @@
     ├── PictureNotMade         the video is there, but it has no thumbnail or spritesheet
     ├── ModeNotServed          the mode is known, but no live worker serves it
     ├── NoLiveWorker           no worker is live, so nothing is served
+    ├── WorkerNotFound         no live worker has this id
+    ├── KeyNotFound            no API key has this name or id
+    ├── KeyConflict            the key's state, or that of other keys, forbids the change
     ├── StoreUnavailable       Redis cannot be reached or refuses to write
     ├── RecordUnreadable       a record in Redis was not written by this version
     ├── ArtifactRefused        an artifact address or key is malformed or not supported
@@ -203,6 +206,21 @@ class ModeNotServed(AppError):
 class NoLiveWorker(AppError):
     code = "no_live_worker"
     title = "No worker is live"
+
+
+class WorkerNotFound(AppError):
+    code = "worker_not_found"
+    title = "No such worker"
+
+
+class KeyNotFound(AppError):
+    code = "key_not_found"
+    title = "No such API key"
+
+
+class KeyConflict(AppError):
+    code = "key_conflict"
+    title = "The API keys do not allow this now"
 
 
 class StoreUnavailable(AppError):

@@ -25,7 +25,7 @@ from service.api.openai import errors as openai_errors
 from service.api.openai import models as openai_models
 from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
-from service.api.routes import events, health, jobs, models, operations, session
+from service.api.routes import events, health, jobs, keys, models, operations, session
 from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore
 from service.auth.gate import Gate
@@ -48,6 +48,7 @@ from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.pages import api_docs, page_routes, static_files
+from service.schemas.keys import KeyBody, KeyChangesBody, RotateBody
 from service.schemas.video_url import LinkSigner
 from service.settings import ServiceSettings
 
@@ -60,6 +61,7 @@ _TAGS = [
     {"name": "models", "description": "What the live workers offer."},
     {"name": "session", "description": "Sign in with an API key and a cookie, in a browser."},
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
+    {"name": "keys", "description": "API keys, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
 
@@ -118,13 +120,14 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    api = (jobs, events, videos, openai_models, models, session, operations, health)
+    api = (jobs, events, videos, openai_models, models, session, operations, keys, health)
     # Before the API: its routes match for browsers only, at addresses that are the API's, too.
     app.include_router(page_routes.shared_router)
     for routes in (*api, api_docs, page_routes, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
-    openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])
+    bodies = (KeyBody, KeyChangesBody, RotateBody)
+    openapi.install(app, schemas=[openai_errors.ErrorAnswer, *bodies], views=[VideoObject])
     return app
 
 

@@ -188,6 +188,12 @@ def _examples() -> dict[int, Problem]:
     return {problem.status: problem for problem in found}
 
 
+def body_of(model: str, *, required: bool = True) -> Json:
+    """Describe the body of a route that reads it by itself; `install` gets the model."""
+    schema = {"schema": {"$ref": _REF.format(model=model)}}
+    return {"requestBody": {"required": required, "content": {"application/json": schema}}}
+
+
 def problems(*statuses: int) -> dict[int | str, Json]:
     """Describe a route's error answers, with 500, because any route may fail unexpectedly."""
     examples = _examples()

@@ -40,6 +40,7 @@ class Row:
         finished: whether the job in the path has its video already.
         lists: whether the answer shows jobs: then only those the caller may see.
         json: the body to send.
+        done_open: the status on an open service, where it is another one than `done`.
     """
 
     policy: Policy
@@ -48,9 +49,11 @@ class Row:
     finished: bool = True
     lists: bool = False
     json: Any = None
+    done_open: int | None = None
 
 
 ASK: Final = {"prompt": "a small red circle"}
+NEW_KEY: Final = {"name": "made", "role": "ops"}
 
 ROWS: Final[dict[str, Row]] = {
     "POST /generate": Row(Policy.KEY, "ask for a video", done=202, json=ASK),
@@ -89,6 +92,17 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "GET /metrics": Row(Policy.OPS, "read the metrics"),
     "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
+    "POST /workers/{worker_id}/drain": Row(Policy.OPS, "let a worker take no more jobs", done=202),
+    "POST /workers/{worker_id}/resume": Row(Policy.OPS, "let it take jobs again", done=202),
+    "GET /failures": Row(Policy.OPS, "see which jobs failed lately"),
+    "GET /series": Row(Policy.OPS, "see jobs over time"),
+    "GET /keys": Row(Policy.OPS, "list the API keys"),
+    "POST /keys": Row(Policy.OPS, "make an API key", done=201, json=NEW_KEY),
+    "PATCH /keys/{name}": Row(
+        Policy.OPS, "change what a key may do", json={"quota": 3}, done_open=404
+    ),
+    "POST /keys/{name}/rotate": Row(Policy.OPS, "give a key another secret", done_open=404),
+    "POST /keys/{name}/revoke": Row(Policy.OPS, "revoke a key", done_open=404),
     "GET /healthz": Row(Policy.PUBLIC, "ask whether the process is alive"),
     "GET /readyz": Row(Policy.PUBLIC, "ask whether jobs can be run"),
     "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),

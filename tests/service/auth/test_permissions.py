@@ -65,6 +65,7 @@ def send(
     method, path = endpoint.split(" ")
     values = {"job_id": job_id, "video_id": job_id, "version": "any", "name:path": "docs.js"}
     values |= {"character_id": "a", "model": "wan-mini:bf16"}
+    values |= {"name": "owner", "worker_id": "worker-1"}
     for name, value in values.items():
         path = path.replace(f"{{{name}}}", value)
     client.cookies.clear()  # the callers are different clients
@@ -156,4 +157,5 @@ def test_an_open_service_lets_everybody_do_what_ops_may(
     client: TestClient, live_worker: WorkerOffer, make_job: MakeJob, endpoint: str, row: Row
 ) -> None:
     job = make_job("somebody", video=row.finished)
-    assert send(client, endpoint, job.id, "", json=row.json).status_code == row.done
+    done = row.done_open or row.done
+    assert send(client, endpoint, job.id, "", json=row.json).status_code == done
