@@ -25,7 +25,7 @@ from service.api.openai import errors as openai_errors
 from service.api.openai import models as openai_models
 from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
-from service.api.routes import events, health, jobs, models, operations, session
+from service.api.routes import events, health, jobs, models, operations, preview, session
 from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore
 from service.auth.gate import Gate
@@ -118,7 +118,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    api = (jobs, events, videos, openai_models, models, session, operations, health)
+    api = (jobs, events, preview, videos, openai_models, models, session, operations, health)
     for routes in (*api, api_docs, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})

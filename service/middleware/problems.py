@@ -62,6 +62,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.VideoNotReady: HTTPStatus.NOT_FOUND,
         errors.VideoGone: HTTPStatus.GONE,
         errors.PictureNotMade: HTTPStatus.NOT_FOUND,
+        errors.NoPreview: HTTPStatus.NOT_FOUND,
         errors.ModeNotServed: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.NoLiveWorker: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.StoreUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,

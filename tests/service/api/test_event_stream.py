@@ -21,7 +21,7 @@ from jobs.durations import Durations
 from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import events
+from jobs.store.live import events
 from jobs.store.job_store import LEASE_S, JobStore
 from service.api.events import hub
 from service.api.events.hub import SMALLEST_SHARE, Follower
