@@ -32,7 +32,7 @@ def read_job_preview(
     principal: PrincipalDep,
     job_id: str,
     app_state: AppStateDep,
-    number: Annotated[  # noqa: ARG001  # it only makes the address another one
+    number: Annotated[  # it only makes the address another one
         int | None,
         Query(
             ge=0,
