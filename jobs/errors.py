@@ -22,6 +22,7 @@
     ├── VideoNotReady          the video or a picture is requested before the job succeeded
     ├── VideoGone              the job succeeded, but its file no longer exists
     ├── PictureNotMade         the video is there, but it has no thumbnail or spritesheet
+    ├── NoPreview              the job has no preview now
     ├── ModeNotServed          the mode is known, but no live worker serves it
     ├── NoLiveWorker           no worker is live, so nothing is served
     ├── WorkerNotFound         no live worker has this id
@@ -203,6 +204,11 @@ class VideoGone(AppError):
 class PictureNotMade(AppError):
     code = "picture_not_made"
     title = "The video has no such picture"
+
+
+class NoPreview(AppError):
+    code = "no_preview"
+    title = "The job has no preview now"
 
 
 class ModeNotServed(AppError):

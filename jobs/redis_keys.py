@@ -43,6 +43,9 @@ SESSION_LONGEST_S: Final = 7 * DAY_S
 SESSION_RENEWED_EVERY_S: Final = 5 * 60
 """A use renews a session only this long after the last renewal, so that few requests write."""
 
+PREVIEW_TTL_S: Final = DAY_S
+"""A preview is deleted when its attempt ends; it lasts longer than any step of one."""
+
 RQ_RESULT_TTL_S: Final = 60 * 60
 """RQ keeps its hash of an ended job this long; our own record holds the outcome."""
 
@@ -59,6 +62,9 @@ EVENTS_CHANNEL: Final = "wan:events"
 """Pub/sub channel: the id of each job whose stream has grown.
 
 A lost message loses no event, because readers read the stream."""
+
+PREVIEW_PREFIX: Final = "wan:preview:"
+"""One animated WebP per running job: its newest preview (`jobs/store/live/previews.py`)."""
 
 METRICS: Final = "wan:metrics"
 """Hash of counters; `jobs/store/counters.py` defines the fields."""
@@ -159,6 +165,11 @@ def index(state: str, owner: str | None = None) -> str:
 def events(job_id: str) -> str:
     """Return the key of a job's event stream."""
     return EVENTS_PREFIX + job_id
+
+
+def preview(job_id: str) -> str:
+    """Return the key of a running job's newest preview."""
+    return PREVIEW_PREFIX + job_id
 
 
 def webhook(job_id: str) -> str:

@@ -33,6 +33,7 @@ from service.api.routes import (
     keys,
     models,
     operations,
+    preview,
     rating,
     session,
 )
@@ -142,6 +143,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     api = (
         jobs,
         events,
+        preview,
         videos,
         openai_models,
         models,

@@ -23,7 +23,7 @@ from jobs import redis_keys
 from jobs.store import counters
 
 EVENTS_KEPT: Final = 500
-"""About this many events of one job are kept; a job of 50 steps has about a hundred."""
+"""About this many events of one job are kept; a job of 50 steps has at most 150."""
 
 Script = Callable[..., Any]
 
@@ -61,6 +61,8 @@ _NAMES: Final = {
     "MAX_TAKEN": 31,  # of the oldest waiting jobs, so many are looked at besides the first
     "METRICS": redis_keys.METRICS,
     "MOST_FAILURES": redis_keys.MOST_FAILURES,
+    "PREVIEW": redis_keys.PREVIEW_PREFIX,
+    "PREVIEW_TTL_S": redis_keys.PREVIEW_TTL_S,
     "RECORD": redis_keys.RECORD_PREFIX,
     "RECORD_TTL_S": redis_keys.RECORD_TTL_S,
     "RECOVERY": redis_keys.RECOVERY,

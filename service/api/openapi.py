@@ -114,7 +114,7 @@ _EVENTS: Json = {
         "itemSchema": {
             "type": "object",
             "properties": {
-                "event": {"type": "string", "enum": ["state", "progress", "queue"]},
+                "event": {"type": "string", "enum": ["state", "progress", "preview", "queue"]},
                 "id": {"type": "string", "description": "Not with queue."},
                 "retry": {"type": "integer", "minimum": 0},
                 "data": {
@@ -156,6 +156,10 @@ def _file_responses(*media_types: str) -> dict[int | str, Json]:
 
 VIDEO_RESPONSES = _file_responses("video/mp4")
 PICTURE_RESPONSES = _file_responses("image/webp")
+PREVIEW_RESPONSES: dict[int | str, Json] = {
+    200: {"description": "The newest preview.", "content": {"image/webp": _BINARY}},
+    304: {"description": "The caller already has it."},
+}
 ANY_FILE_RESPONSES = _file_responses("video/mp4", "image/webp")
 
 _CANCEL_TOO_LATE = "Job 01a2 has already succeeded; only queued and running jobs can be cancelled."

@@ -69,6 +69,7 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.VideoNotReady: HTTPStatus.NOT_FOUND,
         errors.VideoGone: HTTPStatus.GONE,
         errors.PictureNotMade: HTTPStatus.NOT_FOUND,
+        errors.NoPreview: HTTPStatus.NOT_FOUND,
         errors.ModeNotServed: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.NoLiveWorker: HTTPStatus.SERVICE_UNAVAILABLE,
         errors.WorkerNotFound: HTTPStatus.NOT_FOUND,

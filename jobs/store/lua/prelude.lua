@@ -6,7 +6,7 @@
 -- finds its own token, its own id or its own result, and changes nothing. There are two exceptions: a
 -- lease (renew, and a repeated claim) runs from the latest call on, and webhook_take returns other
 -- entries (those of the lost response are due again when their lease ends). Progress that is
--- repeated after newer progress is written and announced again.
+-- repeated after newer progress is written and announced again, and a repeated preview counts twice.
 
 local ENDS = { succeeded = true, failed = true, cancelled = true }
 local BOUNDS = { @BOUNDS@ }
@@ -76,10 +76,10 @@ end
 
 -- Appends to the job's event stream and publishes the job's id to its readers.
 local function emit(id, kind, now)
-  local record = redis.call('HMGET', record_of(id), 'state', 'attempts', 'progress')
+  local record = redis.call('HMGET', record_of(id), 'state', 'attempts', 'progress', 'preview')
   local stream = '@EVENTS@' .. id
   redis.call('XADD', stream, 'MAXLEN', '~', @EVENTS_KEPT@, '*', 'kind', kind, 'state', record[1],
-    'attempts', record[2], 'at', now, 'progress', record[3] or '')
+    'attempts', record[2], 'at', now, 'progress', record[3] or '', 'preview', record[4] or '')
   redis.call('EXPIRE', stream, @RECORD_TTL_S@)
   redis.call('PUBLISH', '@CHANNEL@', id)
 end
@@ -89,13 +89,14 @@ local function indexes(owner, state)
   return { '@INDEX@' .. state, '@INDEX@' .. 'owner:' .. owner .. ':' .. state }
 end
 
--- Changes the state and the indexes. At an end, it also sets the expiry of RQ's hash, counts,
--- and enqueues the webhook and the requested deletion.
+-- Changes the state and the indexes, and deletes what only a running job has. At an end, it also
+-- sets the expiry of RQ's hash, counts, and enqueues the webhook and the requested deletion.
 local function move(id, from, to, now, code)
   local record = record_of(id)
   local known = redis.call('HMGET', record, 'owner', 'shape', 'webhook_url', 'delete_requested')
   redis.call('HSET', record, 'state', to)
-  redis.call('HDEL', record, 'progress', 'missing_ms')
+  redis.call('HDEL', record, 'progress', 'preview', 'missing_ms')
+  redis.call('DEL', '@PREVIEW@' .. id)
   for _, index in ipairs(indexes(known[1], from)) do redis.call('ZREM', index, id) end
   for _, index in ipairs(indexes(known[1], to)) do redis.call('ZADD', index, 0, id) end
   if ENDS[to] then

@@ -11,6 +11,7 @@ if not state then
 end
 if state == 'running' then
   redis.call('HSET', record, 'cancel_requested', '1', 'delete_requested', '1')
+  redis.call('DEL', '@PREVIEW@' .. id)
   redis.call('PUBLISH', '@CHANNEL@', id)
   return 'marked'
 end
@@ -27,7 +28,7 @@ end
 redis.call('ZREM', '@DELETIONS@', id)
 redis.call('ZREM', '@WEBHOOKS_DUE@', id)
 redis.call('ZREM', '@FAILURES@', id)
-redis.call('DEL', record, '@EVENTS@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
+redis.call('DEL', record, '@EVENTS@' .. id, '@PREVIEW@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
 -- RQ's results of ended deliveries: their tracebacks must not outlive the job.
 redis.call('DEL', '@RQ_RESULTS@' .. id)
 for _, registry in ipairs({ '@RQ_FINISHED@', '@RQ_FAILED@' }) do

@@ -37,6 +37,7 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /jobs/{job_id}",
         "DELETE /jobs/{job_id}",
         "GET /jobs/{job_id}/events",
+        "GET /jobs/{job_id}/preview.webp",
         "GET /jobs/{job_id}/video.mp4",
         "GET /jobs/{job_id}/thumbnail.webp",
         "GET /jobs/{job_id}/spritesheet.webp",

@@ -38,6 +38,7 @@ class Row:
     Attributes:
         done: the status of the answer to callers who may.
         finished: whether the job in the path has its video already.
+        preview: whether that job runs instead, and has a preview.
         lists: whether the answer shows jobs: then only those the caller may see.
         json: the body to send.
         done_open: the status on an open service, where it is another one than `done`.
@@ -47,6 +48,7 @@ class Row:
     does: str
     done: int = 200
     finished: bool = True
+    preview: bool = False
     lists: bool = False
     json: Any = None
     done_open: int | None = None
@@ -60,6 +62,9 @@ ROWS: Final[dict[str, Row]] = {
     "GET /jobs": Row(Policy.KEY, "list the jobs one may see", lists=True),
     "GET /jobs/{job_id}": Row(Policy.OWN_JOB, "read a job"),
     "GET /jobs/{job_id}/events": Row(Policy.OWN_JOB, "follow a job"),
+    "GET /jobs/{job_id}/preview.webp": Row(
+        Policy.OWN_JOB, "see what a running job looks like so far", finished=False, preview=True
+    ),
     "DELETE /jobs/{job_id}": Row(Policy.OWN_JOB, "cancel a job", finished=False),
     "GET /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "fetch a video"),
     "HEAD /jobs/{job_id}/video.mp4": Row(Policy.OWN_VIDEO, "ask whether there is a video"),

@@ -93,7 +93,7 @@ def test_the_row_is_true(
     theirs = make_job("other", video=True)
     for caller in CALLERS:
         # A job for each caller: the request of one must not change the answer to the next.
-        job = make_job("owner", video=row.finished)
+        job = make_job("owner", video=row.finished, preview=row.preview)
         with_link = caller == "signed link" and row.policy is not Policy.PUBLIC
         query = signed(signer, endpoint, job.id) if with_link else ""
         answer = send(client, endpoint, job.id, query, headers=keys_of[caller], json=row.json)
@@ -124,7 +124,7 @@ def test_a_session_may_do_what_its_key_may(
         refusal = row.policy.refusal(caller)
         if " /v1" in endpoint or endpoint == "POST /session":
             refusal = 401  # here only a key will do
-        job = make_job("owner", video=row.finished)
+        job = make_job("owner", video=row.finished, preview=row.preview)
         answer = send(client, endpoint, job.id, "", headers=page, json=row.json)
         assert answer.status_code == (refusal or row.done), (caller, answer.text)
 
@@ -156,6 +156,6 @@ def test_who_is_refused_has_changed_nothing(
 def test_an_open_service_lets_everybody_do_what_ops_may(
     client: TestClient, live_worker: WorkerOffer, make_job: MakeJob, endpoint: str, row: Row
 ) -> None:
-    job = make_job("somebody", video=row.finished)
+    job = make_job("somebody", video=row.finished, preview=row.preview)
     done = row.done_open or row.done
     assert send(client, endpoint, job.id, "", json=row.json).status_code == done
