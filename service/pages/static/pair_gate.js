@@ -1,13 +1,12 @@
 /**
  * Plays two videos as one: only frames of equal number are ever shown together.
  *
- * Two <video> elements drift: their clocks agree within milliseconds, and yet the frames that they
- * show often differ. So each new frame is first copied aside, with its number, and a pair is handed
- * out once both sides have the frame of that number.
+ * Two <video> elements drift: their clocks agree within milliseconds, and yet their frames differ.
+ * So each new frame is copied aside with its number, and a pair is painted once both sides have it.
  */
 
 /** @typedef {{number: number, pixels: HTMLCanvasElement}} Frame */
-/** @typedef {(number: number, left: CanvasImageSource, right: CanvasImageSource) => void} Paint */
+/** @typedef {(number: number, ...pair: CanvasImageSource[]) => void} Paint */
 /** @typedef {{number: number, announced: boolean, end: () => void}} Sought */
 
 const KEPT = 4; // frames of a side that wait for those of the other
@@ -74,7 +73,7 @@ class Side {
     this.changed();
   }
 
-  /** @param {Sought} sought may be on the screen unannounced, if it was there before */
+  /** @param {Sought} sought may be on the screen unannounced, if it was there before the seek */
   #late(sought) {
     if (this.#sought !== sought || this.video.seeking || document.hidden) return;
     if (sought.announced) sought.end(); // another frame came: the video lacks this one
@@ -191,6 +190,7 @@ export class PairGate {
   #start() {
     for (const side of this.sides) {
       side.held = false;
+      for (const frame of side.frames) if (frame.number > this.shown) frame.number = -1; // before a loop
       side.video.play().catch((/** @type {DOMException} */ error) => {
         if (error.name === "AbortError") return; // paused before it began
         this.#stop();

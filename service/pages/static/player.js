@@ -53,7 +53,7 @@ export class PairPlayer {
     this.gate = new PairGate([options.leftUrl, options.rightUrl], {
       fps,
       numFrames,
-      paint: (frame, left, right) => this.#paint(frame, [left, right]),
+      paint: (frame, ...pair) => this.#paint(frame, pair),
       failed: (message) => this.#tell({ type: "error", message }),
       changed: () => this.#playingChanged(),
     });
