@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse
 from playwright.sync_api import Browser, Page
 
@@ -59,7 +59,7 @@ async ([base, left, right, options]) => {{
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two videos as viewing copies are made, and two with the encoder's own groups."""
+    """A folder with two videos like viewing copies, and two with the encoder's own groups."""
     folder = tmp_path_factory.mktemp("videos")
     for kind, options in [("short", SHORT_GROUPS), ("usual", ())]:
         for background, side in enumerate(("left", "right"), start=1):
@@ -82,6 +82,8 @@ def player_site(videos: Path) -> Iterator[str]:
 
     @app.get("/videos/{name}")
     def video(name: str) -> FileResponse:
+        if not (videos / name).exists():
+            raise HTTPException(404)
         return FileResponse(videos / name, media_type="video/mp4")
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
