@@ -47,7 +47,7 @@ from service.monitoring.access import MetricsAccess
 from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
-from service.pages import api_docs, static_files
+from service.pages import api_docs, page_routes, static_files
 from service.schemas.video_url import LinkSigner
 from service.settings import ServiceSettings
 
@@ -119,7 +119,9 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
     api = (jobs, events, videos, openai_models, models, session, operations, health)
-    for routes in (*api, api_docs, static_files):
+    # Before the API: its routes match for browsers only, at addresses that are the API's, too.
+    app.include_router(page_routes.shared_router)
+    for routes in (*api, api_docs, page_routes, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
     openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])
@@ -154,6 +156,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
     """Add the checks before the routes. The middleware that is added last runs first."""
     app.add_middleware(HeadAsGet)
+    app.add_middleware(page_routes.VaryByAccept)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(
         OriginCheck, public_url=settings.public_url, allowed_origins=settings.origins

@@ -94,6 +94,8 @@ ROWS: Final[dict[str, Row]] = {
     "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),
     "GET /docs": Row(Policy.PUBLIC, "read the same as a page"),
     "GET /redoc": Row(Policy.PUBLIC, "be redirected to that page"),
+    "GET /ops": Row(Policy.PUBLIC, "open the operators' page, which shows what its reader may see"),
+    "GET /rate": Row(Policy.PUBLIC, "open the raters' page"),
     "GET /static/{version}/{name:path}": Row(Policy.PUBLIC, "load a file of the pages"),
     "GET /favicon.ico": Row(Policy.PUBLIC, "load the icon of the pages"),
     "GET /favicon.svg": Row(Policy.PUBLIC, "load the same icon in any size"),
@@ -112,6 +114,7 @@ finished job's `video`: it gives access to that one video, thumbnail or spritesh
 until it expires. While the service is [open](operations.md#keys-and-links), every caller may do
 what *ops* may. *nobody* is a caller without a key, and an expired key is treated like a revoked
 one. A [session](sessions.md) may do what its key may, except under `/v1`, which takes keys only.
+Browsers get a page without data at some of these addresses, whoever asks; its scripts ask the API.
 
 | request | to | {" | ".join(CALLERS)} |
 |---|---|{"---|" * len(CALLERS)}

@@ -13,6 +13,7 @@ from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
+from service.pages.page_routes import SHARED_PAGES
 from service.schemas.video_url import LinkSigner, VideoFile, video_path
 from service.settings import ServiceSettings
 from tests.service.auth.permission_table import CALLERS, DOCUMENT, ROWS, Policy, Row, table
@@ -20,8 +21,10 @@ from tests.service.conftest import MakeJob, MakeKey, SignIn
 
 
 def endpoints(settings: ServiceSettings) -> Iterator[str]:
-    """List every method and path of the application's routes."""
+    """List every method and path of the application's routes, without pages that programs miss."""
     for route in iter_route_contexts(create_app(settings).routes):
+        if route.name in SHARED_PAGES.values():
+            continue  # without data, and not answered to programs
         methods = route.methods or {"ANY"}
         # A HEAD that comes with a GET is not a separate endpoint.
         for method in methods - ({"HEAD"} if "GET" in methods else set()):

@@ -4,7 +4,6 @@ import re
 from html.parser import HTMLParser
 from urllib.parse import urljoin, urlsplit
 
-import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
@@ -107,10 +106,3 @@ def test_the_page_needs_no_key_and_is_not_part_of_the_description(
     assert client.get("/docs").status_code == 200
     described = client.get("/openapi.json").json()["paths"]
     assert not [path for path in described if re.match("/(docs|redoc|static|favicon)", path)]
-
-
-@pytest.mark.parametrize("accept", ["", "*/*", "application/json", "text/html,*/*;q=0.8"])
-def test_the_root_is_a_problem_document_for_every_caller(client: TestClient, accept: str) -> None:
-    answer = client.get("/", headers={"Accept": accept})
-    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
-    assert answer.headers["content-type"] == "application/problem+json"
