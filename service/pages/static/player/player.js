@@ -4,10 +4,10 @@
  * It fills an element with a stage, controls and keys, and knows nothing of what the videos are.
  */
 
-import { make } from "./elements.js";
-import { Keys } from "./keys.js";
+import { h } from "../shell.js";
+import { KeyMap } from "./key_map.js";
 import { PairGate } from "./pair_gate.js";
-import { Controls, SPEEDS, keyActions } from "./player_controls.js";
+import { Controls, SPEEDS, keyActions } from "./controls.js";
 import { Zoom } from "./zoom.js";
 
 /** @typedef {"side" | "wipe" | "flicker" | "single" | "difference"} View */
@@ -58,16 +58,16 @@ export class PairPlayer {
       changed: () => this.#playingChanged(),
     });
     this.canvases = ["Left video", "Right video"].map((label) =>
-      make("canvas", { width: `${width}`, height: `${height}`, role: "img", "aria-label": label }),
+      h("canvas", { width, height, role: "img", "aria-label": label }),
     );
     this.sides = ["left", "right"].map((name, side) =>
-      make("div", { class: "player-side", "data-side": name }, this.canvases[side]),
+      h("div", { class: "player-side", "data-side": name }, this.canvases[side]),
     );
     const videos = this.gate.sides.map(({ video }) => video);
-    this.stage = make("div", { class: "player-stage" }, ...videos, ...this.sides);
+    this.stage = h("div", { class: "player-stage" }, ...videos, ...this.sides);
     this.stage.style.setProperty("--ratio", `${width} / ${height}`);
     this.zoom = new Zoom(this.stage, () => this.#tap());
-    this.keys = new Keys("player-keys");
+    this.keys = new KeyMap("player-keys");
     this.keys.add(...keyActions(this));
     this.controls = new Controls(this);
     root.classList.add("player");

@@ -5,7 +5,7 @@
  * those that write nothing, such as "Shift+ArrowLeft"; "" is no key.
  */
 
-import { button, make } from "./elements.js";
+import { h } from "../shell.js";
 
 /** @typedef {{id: string, label: string, key: string, run: () => void}} KeyAction */
 
@@ -18,7 +18,7 @@ const NAMES = new Map([
 ]);
 const NOT_KEYS = ["Shift", "Control", "Alt", "Meta", "AltGraph", "CapsLock", "Tab", "Dead"];
 
-export class Keys {
+export class KeyMap {
   /** @type {KeyAction[]} */
   #actions = [];
   /** @type {Record<string, string>} changed keys by the id of their action */
@@ -34,16 +34,16 @@ export class Keys {
     } catch {
       // storage is switched off or holds something else: the keys are those that they are by default
     }
-    this.rows = make("tbody");
-    this.note = make("p", { role: "status" });
-    this.dialog = make(
-      "dialog",
-      { class: "keys", "aria-label": "Keys" },
-      make("h2", {}, "Keys"),
-      make("table", {}, this.rows),
+    this.rows = h("tbody");
+    this.note = h("p", { role: "status" }, "");
+    this.dialog = h("dialog", { class: "keys", "aria-label": "Keys" },
+      h("h2", {}, "Keys"),
+      h("div", { class: "table" }, h("table", {}, this.rows)),
       this.note,
-      button("All as they were", () => this.#change({})),
-      button("Close", () => this.dialog.close()),
+      h("div", { class: "actions" },
+        h("button", { type: "button", onclick: () => this.#change({}) }, "All as they were"),
+        h("button", { type: "button", class: "primary", onclick: () => this.dialog.close() }, "Close"),
+      ),
     );
     this.dialog.addEventListener("close", () => this.#await(null));
     document.body.append(this.dialog);
@@ -132,22 +132,21 @@ export class Keys {
   }
 
   #draw() {
-    this.rows.replaceChildren(
-      ...this.#actions.map((action) => {
-        const key = this.#key(action);
-        return make(
-          "tr",
-          {},
-          make("th", { scope: "row" }, action.label),
-          make("td", {}, key ? make("kbd", {}, readable(key)) : "off"),
-          make(
-            "td",
-            {},
-            button("Change", () => this.#await(action.id), `Change the key of: ${action.label}`),
-            button("Off", () => this.#assign(action.id, ""), `Switch off the key of: ${action.label}`),
-          ),
-        );
-      }),
+    this.rows.replaceChildren(...this.#actions.map((action) => this.#row(action)));
+  }
+
+  /** @param {KeyAction} action */
+  #row(action) {
+    const key = this.#key(action);
+    const change = (/** @type {string} */ text, /** @type {string} */ label, /** @type {() => void} */ onclick) =>
+      h("button", { type: "button", "aria-label": `${label}: ${action.label}`, onclick }, text);
+    return h("tr", {},
+      h("th", { scope: "row" }, action.label),
+      h("td", {}, key ? h("kbd", {}, readable(key)) : "off"),
+      h("td", {},
+        change("Change", "Change the key of", () => this.#await(action.id)),
+        change("Off", "Switch off the key of", () => this.#assign(action.id, "")),
+      ),
     );
   }
 }
