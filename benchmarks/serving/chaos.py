@@ -33,7 +33,7 @@ from redis.exceptions import RedisError
 from benchmarks import report
 from benchmarks.report import Row
 from benchmarks.serving.faulty_host import FaultyHost, Share
-from deploy.local.cluster import ENDED, Cluster
+from deploy.local.cluster import ENDED, WORKER, Cluster
 from deploy.local.ports import LOOPBACK
 from deploy.local.waiting import wait_until
 
@@ -179,14 +179,23 @@ class Chaos:
 def main(
     kills: Annotated[int, typer.Option(min=1, help="How many processes to kill.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the random events and pauses.")] = 1,
+    fake_step_s: Annotated[
+        float | None,
+        typer.Option(
+            help="Run workers whose engine only sleeps, for so long at each step, instead of the "
+            "miniature: on a busy machine that would hardly come to run a job."
+        ),
+    ] = None,
 ) -> None:
     """Kill processes and break things at random, then check every job."""
+    fake = (sys.executable, "-m", "benchmarks.serving.fake_worker", str(fake_step_s))
     tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="wan-chaos-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="wan-chaos-") as temporary:
+        folder = Path(temporary)
         hosts = [Host(folder / f"host-{number}") for number in range(2)]
         cluster = Cluster(
             folder / "cluster",
+            worker=WORKER if fake_step_s is None else fake,
             environment={"SERVICE_MAX_WAITING": "1000"},
             own_environments={f"worker-{n}": host.environment for n, host in enumerate(hosts)},
         )
@@ -208,6 +217,7 @@ def main(
         orphans = cluster.orphans()
     rows = _rows(tally, chaos, chaos_s, settled_s, len(orphans))
     settings = {"kills": kills, "seed": seed, "pause_s": PAUSE_S, "job": SHORT} | {
+        "fake_step_s": fake_step_s,
         "weights": KILLED | {name: weight for name, (weight, _) in FAULTS.items()},
         "ends": dict(tally.states),
         "codes": dict(tally.codes),
@@ -215,7 +225,8 @@ def main(
         "victims": dict(chaos.killed),
         "faults": dict(chaos.faults),
     }
-    document = report.result("chaos", "cpu", settings, rows)
+    name = "chaos" if fake_step_s is None else "chaos-fake-engine"
+    document = report.result(name, "cpu", settings, rows)
     report.print_table(rows)
     report.save(document)
     print(json.dumps(document))
