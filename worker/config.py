@@ -191,7 +191,7 @@ class ModeConfig(_Section):
 
 
 class PreviewConfig(_Section):
-    """`[preview]`: small moving pictures of running jobs, at most one in so many steps and seconds."""
+    """`[preview]`: moving pictures of running jobs, at most one in so many steps and seconds."""
 
     enabled: bool = True
     every_steps: int = Field(1, ge=1)
