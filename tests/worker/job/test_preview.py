@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_no_preview_is_larger_than_allowed() -> None:
 
 
 def test_levels_only_take_away() -> None:
-    for before, after in zip(LEVELS, LEVELS[1:], strict=False):
+    for before, after in pairwise(LEVELS):
         assert after.longest_px <= before.longest_px
         assert after.quality <= before.quality
         assert after.every_frame >= before.every_frame
