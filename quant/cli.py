@@ -282,7 +282,7 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def _print_steps(done: int, total: int) -> None:
-    if done % 20 == 0:
+    if done % 10 == 0:
         typer.echo(f"step {done} of {total}", err=True)
 
 

@@ -40,6 +40,9 @@ LEVELS: Final = (
 )
 """The last one fits whatever up to 40 frames show."""
 
+FAR: Final = 4
+"""With so many times too many bytes, the encoder skips a level."""
+
 
 class WebpEncoder:
     """Encodes the previews of one job; `close` may be called from another thread."""
@@ -57,11 +60,15 @@ class WebpEncoder:
         Raises:
             OSError, subprocess.SubprocessError: ffmpeg failed, took too long, or was closed.
         """
-        for index in range(max(0, self._level - 1), len(LEVELS)):
+        index = max(0, self._level - 1)
+        while index < len(LEVELS):
             data = self._encode(clip, LEVELS[index])
             if len(data) <= self._most_bytes:
                 self._level = index
                 return data
+            # Far from the goal, the next level would not be enough either.
+            is_far = len(data) > FAR * self._most_bytes and index + 2 < len(LEVELS)
+            index += 2 if is_far else 1
         return None
 
     def close(self) -> None:

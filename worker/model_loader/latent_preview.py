@@ -66,7 +66,8 @@ def load_latent_preview(config: WorkerConfig, device: Device, vae: Any) -> Laten
         return None
     path = config.preview.map or config.model.path / DEFAULT_NAME
     if not path.is_file():
-        return _without_map(path, config)
+        _refuse_or_warn(path, config)
+        return None
     preview_map = quant.load_preview_map(path, config.model.path)
     if preview_map.weight.shape[0] != vae.config.z_dim:
         raise ConfigError(
@@ -78,7 +79,7 @@ def load_latent_preview(config: WorkerConfig, device: Device, vae: Any) -> Laten
     return LatentPreview(preview_map, device.torch_device, fps, pace)
 
 
-def _without_map(path: Path, config: WorkerConfig) -> None:
+def _refuse_or_warn(path: Path, config: WorkerConfig) -> None:
     if config.preview.map is not None:
         raise ConfigError(f"There is no preview map {path}; {_remedy(path, config)}.")
     logger.warning(
