@@ -2,7 +2,7 @@
 
 import re
 
-import httpx
+import httpx2
 import pytest
 from playwright.sync_api import Page, expect
 from redis import Redis
@@ -30,7 +30,7 @@ def key_store(redis: Redis) -> KeyStore:
 def sign_in(visit: Visit, keys: KeyStore, role: Role) -> None:
     """Give the browser the session of a new key, as the dialog would."""
     _, token = keys.add("boss", role)
-    answer = httpx.post(f"{visit.url}/session", json={"key": token})
+    answer = httpx2.post(f"{visit.url}/session", json={"key": token})
     session = answer.cookies[COOKIE]
     visit.page.context.add_cookies([{"name": COOKIE, "value": session, "url": visit.url}])
 
