@@ -196,7 +196,7 @@ function revokeKey(key) {
 
 /** Show a secret, which is shown only here and now. @param {any} made @param {string} what */
 function showSecret(made, what) {
-  const shown = h("input", { id: "secret", class: "mono", readonly: true, value: made.key, "aria-label": "the key", onfocus: () => shown.select() });
+  const shown = h("textarea", { id: "secret", class: "mono", readonly: true, rows: 3, spellcheck: "false", "aria-label": "the key", onfocus: () => shown.select() }, made.key);
   const copied = h("span", { class: "quiet small", role: "status" });
   const copy = async () => {
     shown.select();

@@ -28,11 +28,8 @@ let shownFailures = "";
 async function round() {
   const waiting = /** @type {HTMLDetailsElement} */ (find("#waiting"));
   try {
-    const [fleet, failures, queued] = await Promise.all([
-      request("workers"),
-      request("failures"),
-      waiting.open ? request("jobs?state=queued&limit=50") : null,
-    ]);
+    const jobs = waiting.open ? request("jobs?state=queued&limit=50") : null;
+    const [fleet, failures, queued] = await Promise.all([request("workers"), request("failures"), jobs]);
     if (Date.now() - seriesAt > SERIES_EVERY_MS) {
       series = await request(`series?hours=${hours}`);
       seriesAt = Date.now();
@@ -62,20 +59,18 @@ function showSummary(fleet, failures) {
   const running = fleet.workers.filter((/** @type {any} */ each) => each.job_id !== null);
   const tile = (/** @type {string} */ title, /** @type {number} */ value, /** @type {string} */ note) =>
     h("li", {}, h("span", { class: "quiet small" }, title), h("strong", { class: "number" }, value), h("span", { class: "quiet small" }, note));
-  fill(
-    find("#summary"),
-    tile("Waiting", waiting, waiting > 0 ? `the oldest since ${duration(oldest)}` : "nothing waits"),
+  fill(find("#summary"),
+    tile("Waiting", waiting, waiting > 0 ? `the oldest for ${duration(oldest)}` : "nothing waits"),
     tile("Running", running.length, `on ${fleet.workers.length} ${fleet.workers.length === 1 ? "worker" : "workers"}`),
     tile("Workers that take jobs", taking.length, taking.length === fleet.workers.length ? "all of them" : `of ${fleet.workers.length}`),
-    tile("Failed in 24 h", failures.total, failures.codes.length > 0 ? `most by ${failures.codes[0].code}` : "none"),
-  );
+    tile("Failed in 24 h", failures.total, failures.codes.length > 0 ? `most by ${failures.codes[0].code}` : "none"));
 }
 
 const noWorker = () => h("p", { class: "empty" }, "No worker is live, so nothing can be generated. Start one with ", h("code", {}, "python -m worker"), ".");
 
 /** @param {any[]} workers */
 function workersTable(workers) {
-  return table(["Worker", "State", "Modes", "Job", "Memory", "Last sign of life", ""], workers.map(workerRow));
+  return table(["Worker", "State", "Modes", "Job", "Memory", "Last sign", ""], workers.map(workerRow));
 }
 
 /** @param {any} worker */
@@ -84,16 +79,16 @@ function workerRow(worker) {
   const ends = worker.state === "draining" && worker.drain === null;
   const order = worker.drain === null ? "drain" : "resume";
   return h("tr", {},
-    cell("Worker", h("span", { class: "mono" }, worker.id), h("div", { class: "quiet small" }, worker.device ?? "device unknown", worker.jobs_done === null ? null : ` · ${worker.jobs_done} videos`)),
+    cell("Worker", h("strong", { class: "mono", title: worker.id }, worker.id.slice(-6)), h("div", { class: "small" }, worker.model), h("div", { class: "quiet small" }, worker.device ?? "device unknown", worker.jobs_done === null ? null : ` · ${worker.jobs_done} videos`)),
     cell("State", h("span", { class: `tag ${STATE_TAGS[worker.state]}` }, worker.state),
       worker.drain && h("div", { class: "quiet small" }, `by ${worker.drain.by}, `, moment(worker.drain.at)),
       ends && h("div", { class: "quiet small" }, "told to stop"),
       worker.fault && h("div", { class: "small bad-text" }, worker.fault),
       warnings.map(([name, mode]) => h("div", { class: "small warn-text" }, `${name}: ${mode.warning}`))),
-    cell("Modes", Object.entries(worker.modes).map(([name, mode]) => h("div", {}, name, mode.step_s === null ? null : h("span", { class: "quiet small" }, ` ${mode.step_s.toFixed(2)} s a step`)))),
+    cell("Modes", Object.entries(worker.modes).map(([name, mode]) => h("div", { class: "line" }, name, mode.step_s === null ? null : h("span", { class: "quiet small" }, ` ${mode.step_s.toFixed(2)} s a step`)))),
     cell("Job", worker.job_id === null ? h("span", { class: "quiet" }, "none") : runningJob(worker)),
     cell("Memory", memory(worker)),
-    cell("Last sign of life", worker.seen_at === null ? "unknown" : moment(worker.seen_at)),
+    cell("Last sign", worker.seen_at === null ? "unknown" : moment(worker.seen_at)),
     cell("", ends ? null : h("button", { type: "button", "data-key": `${order} ${worker.id}`, "aria-label": `${order} ${worker.id}`, onclick: (/** @type {Event} */ event) => act(event, `workers/${encodeURIComponent(worker.id)}/${order}`, "POST", `${worker.id}: ${order} ordered`) }, order === "drain" ? "Drain" : "Resume")));
 }
 
@@ -107,7 +102,7 @@ function runningJob(worker) {
   const stage = progress ? `${STAGES[/** @type {keyof typeof STAGES} */ (progress.stage)] ?? progress.stage} ${progress.step}/${progress.steps}` : "starting";
   const left = progress?.seconds_left == null ? "" : ` · ${duration(progress.seconds_left)} left`;
   return [
-    h("div", { class: "row spread" }, h("span", {}, link, ` of ${job.owner}`), cancelButton(worker.job_id)),
+    h("div", { class: "row spread" }, h("span", { class: "line" }, link, ` of ${job.owner}`), cancelButton(worker.job_id)),
     h("div", { class: "quiet small" }, job.shape ? shapeText(job.shape) : ""),
     bar ?? h("progress", { max: 1, value: 0, "aria-label": "starting" }),
     h("div", { class: "quiet small number" }, stage + left),
@@ -203,7 +198,7 @@ function drawSeries() {
   const ink = (/** @type {number} */ index) => colour(`--series-${(index % 2) + 1}`);
   const line = (/** @type {string} */ label, /** @type {string} */ stroke, more = {}) => ({ label, stroke, width: 2, points: { show: false }, ...more });
   const stepped = { paths: Plot.paths.stepped({ align: 1 }) };
-  const dots = { spanGaps: true, points: { show: true, size: 5 } };
+  const dots = { spanGaps: true, points: undefined };
   plots = [
     plot("#throughput", at, [
       ...modes.map((/** @type {any} */ mode, /** @type {number} */ index) => [line(mode.mode, ink(index), { ...stepped, fill: index === 0 ? colour("--accent-soft") : undefined }), perMinute(mode.succeeded)]),
@@ -223,7 +218,10 @@ function plot(where, at, lines) {
   fill(box);
   const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
   const scales = { y: { range: (/** @type {any} */ _, /** @type {number} */ __, /** @type {number} */ most) => [0, Math.max(most || 0, 0.1) * 1.1] } };
-  const options = { width: box.clientWidth, height: 220, scales, axes: [axis, { ...axis, size: 48 }], series: [{}, ...lines.map(([each]) => each)], cursor: { drag: { x: false, y: false } } };
+  const clock = (/** @type {number} */ second) => new Date(second * 1000).toLocaleString([], hours > 24 ? { month: "short", day: "numeric" } : { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  const time = { ...axis, values: (/** @type {any} */ _, /** @type {number[]} */ ticks) => ticks.map(clock) };
+  const when = { label: "Time", value: (/** @type {any} */ _, /** @type {number | null} */ at) => (at === null ? "–" : new Date(at * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" })) };
+  const options = { width: box.clientWidth, height: 220, scales, axes: [time, { ...axis, size: 48 }], series: [when, ...lines.map(([each]) => each)], cursor: { drag: { x: false, y: false } } };
   return new Plot(options, [at, ...lines.map(([, values]) => values)], box);
 }
 
@@ -232,19 +230,19 @@ find("#hours").addEventListener("click", (event) => {
   const button = /** @type {HTMLElement} */ (event.target).closest("button");
   if (button === null) return;
   hours = Number(button.dataset.hours);
-  for (const each of find("#hours").querySelectorAll("button")) each.setAttribute("aria-pressed", String(each === button));
+  for (const each of document.querySelectorAll("#hours button")) each.setAttribute("aria-pressed", String(each === button));
   seriesAt = 0;
   polling?.now();
 });
 find("#waiting").addEventListener("toggle", () => polling?.now());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-let width = 0;
-new ResizeObserver(([entry]) => {
-  if (entry === undefined || Math.abs(entry.contentRect.width - width) < 1) return;
-  width = entry.contentRect.width;
-  redraw();
+new ResizeObserver(() => {
+  if (plots.some((plot) => plot.width !== find("#throughput").clientWidth)) redraw();
 }).observe(find("#throughput"));
 
-await whoAmI;
-polling = poll(round, EVERY_MS);
-showKeys();
+const start = () => {
+  polling = poll(round, EVERY_MS);
+  showKeys();
+};
+if ((await whoAmI) === null) document.addEventListener("signed-in", start, { once: true });
+else start();
