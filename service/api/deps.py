@@ -21,6 +21,7 @@ from service.api.known_query import refuse_unknown_parameters
 from service.auth.admission import Admission
 from service.auth.gate import Gate, Principal, listed_owner, require_ops
 from service.auth.sessions import SessionStore
+from service.comparisons.store import ComparisonStore
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
@@ -73,6 +74,10 @@ AppStateDep = Annotated[AppState, Depends(_app_state)]
 
 async def _store(app_state: AppStateDep) -> JobStore:
     return app_state.store
+
+
+async def _comparisons(app_state: AppStateDep) -> ComparisonStore:
+    return ComparisonStore(app_state.redis)
 
 
 async def _downloads(app_state: AppStateDep) -> Downloads:
@@ -173,6 +178,7 @@ ViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.VIDEO))]
 ThumbnailViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.THUMBNAIL))]
 SpritesheetViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.SPRITESHEET))]
 StoreDep = Annotated[JobStore, Depends(_store)]
+ComparisonsDep = Annotated[ComparisonStore, Depends(_comparisons)]
 DownloadsDep = Annotated[Downloads, Depends(_downloads)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]
