@@ -11,12 +11,15 @@ from redis import Redis
 
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
+from service.api.deps import AppState
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
+from service.comparisons.store import ComparisonStore
 from service.pages.page_routes import SHARED_PAGES
 from service.schemas.video_url import LinkSigner, VideoFile, video_path
 from service.settings import ServiceSettings
 from tests.service.auth.permission_table import CALLERS, DOCUMENT, ROWS, Policy, Row, table
+from tests.service.comparisons.samples import sample_comparison, sample_pairs
 from tests.service.conftest import MakeJob, MakeKey, SignIn
 
 
@@ -66,11 +69,21 @@ def send(
     values = {"job_id": job_id, "video_id": job_id, "version": "any", "name:path": "docs.js"}
     values |= {"character_id": "a", "model": "wan-mini:bf16"}
     values |= {"name": "owner", "worker_id": "worker-1"}
+    if "{comparison_id}" in path:
+        values["comparison_id"] = new_comparison(client)
     for name, value in values.items():
         path = path.replace(f"{{{name}}}", value)
     client.cookies.clear()  # the callers are different clients
     assert "{" not in path, f"no value for a parameter of {endpoint}"
     return client.request(method, path + query, **extra)  # type: ignore[arg-type]
+
+
+def new_comparison(client: TestClient) -> str:
+    """Store a comparison for one request, which may change or delete it."""
+    comparison = sample_comparison()
+    app_state: AppState = client.app.state.app_state  # type: ignore[attr-defined]
+    ComparisonStore(app_state.redis).create(comparison, sample_pairs(comparison))
+    return comparison.id
 
 
 def signed(signer: LinkSigner, endpoint: str, job_id: str) -> str:
