@@ -11,20 +11,24 @@ from typing import Any, Final
 
 DOCUMENT: Final = Path(__file__).resolve().parents[3] / "docs" / "permissions.md"
 
-CALLERS: Final = ("nobody", "owner", "other user", "ops", "revoked key", "signed link")
-"""Owner: the key that requested the job in the path, or any key of role user if there is no job."""
+CALLERS: Final = ("nobody", "owner", "other user", "ops", "revoked key", "signed link", "rater")
+"""Owner: the key that requested the job in the path, or any key of role user if there is no job.
+Rater: a key of role rater with a seat in the comparison in the path."""
 
-Refusals = tuple[int | None, int | None, int | None, int | None, int | None, int | None]
+Refusals = tuple[int | None, ...]
 
 
 class Policy(Enum):
     """The status of the answer to each of CALLERS that is refused; None for those who may."""
 
-    PUBLIC = (None,) * 6
-    KEY = (401, None, None, None, 401, 401)
-    OWN_JOB = (401, None, 404, None, 401, 401)
-    OWN_VIDEO = (401, None, 404, None, 401, None)
-    OPS = (401, 403, 403, None, 401, 401)
+    PUBLIC = (None,) * 7
+    KEY = (401, None, None, None, 401, 401, 403)
+    ANY_KEY = (401, None, None, None, 401, 401, None)
+    OWN_JOB = (401, None, 404, None, 401, 401, 403)
+    OWN_VIDEO = (401, None, 404, None, 401, None, 403)
+    OPS = (401, 403, 403, None, 401, 401, 403)
+    LINK = (None, None, None, None, 401, None, None)
+    RATER = (401, 403, 403, 403, 401, 401, None)
 
     def refusal(self, caller: str) -> int | None:
         refusals: Refusals = self.value
@@ -54,6 +58,7 @@ class Row:
     done_open: int | None = None
 
 
+VOTE: Final = {"answers": {"overall": "left"}}
 ASK: Final = {"prompt": "a small red circle"}
 NEW_KEY: Final = {"name": "made", "role": "ops"}
 
@@ -97,8 +102,8 @@ ROWS: Final[dict[str, Row]] = {
     "GET /v1/models": Row(Policy.KEY, "see what is offered"),
     "GET /v1/models/{model}": Row(Policy.KEY, "see what one mode is"),
     "GET /models": Row(Policy.KEY, "see what is offered"),
-    "POST /session": Row(Policy.KEY, "sign in"),
-    "GET /session": Row(Policy.KEY, "ask who one is"),
+    "POST /session": Row(Policy.ANY_KEY, "sign in"),
+    "GET /session": Row(Policy.ANY_KEY, "ask who one is"),
     "DELETE /session": Row(
         Policy.PUBLIC, "sign out; with `all=true`, which needs a key, everywhere", done=204
     ),
@@ -113,6 +118,29 @@ ROWS: Final[dict[str, Row]] = {
     "POST /comparisons/{comparison_id}/retry": Row(Policy.OPS, "make what failed again"),
     "POST /comparisons/{comparison_id}/clone": Row(Policy.OPS, "make a copy of it", done=201),
     "DELETE /comparisons/{comparison_id}": Row(Policy.OPS, "delete it", done=204),
+    "GET /comparisons/{comparison_id}/raters": Row(Policy.OPS, "list the raters"),
+    "POST /comparisons/{comparison_id}/raters": Row(
+        Policy.OPS, "add a rater", done=201, json={"name": "Ada"}
+    ),
+    "POST /comparisons/{comparison_id}/raters/{rater_id}/link": Row(
+        Policy.OPS, "replace a rater's link", done=201
+    ),
+    "DELETE /comparisons/{comparison_id}/raters/{rater_id}": Row(
+        Policy.OPS, "remove a rater", done=204
+    ),
+    "GET /comparisons/{comparison_id}/report": Row(Policy.OPS, "read the report"),
+    "GET /comparisons/{comparison_id}/export.csv": Row(Policy.OPS, "export the votes"),
+    "GET /comparisons/{comparison_id}/export.jsonl": Row(Policy.OPS, "export the votes"),
+    "POST /rating/join": Row(
+        Policy.LINK, "join a comparison by the token of a rater's link", json={"token": "TOKEN"}
+    ),
+    "GET /rating": Row(Policy.RATER, "read what one rates"),
+    "GET /rating/next": Row(Policy.RATER, "see the next pair"),
+    "GET /rating/items/{item}/{side}.mp4": Row(Policy.RATER, "fetch a video of a pair"),
+    "HEAD /rating/items/{item}/{side}.mp4": Row(Policy.RATER, "ask whether there is one"),
+    "POST /rating/items/{item}/vote": Row(Policy.RATER, "vote", done=201, json=VOTE),
+    "POST /rating/items/{item}/skip": Row(Policy.RATER, "skip a pair", done=201, json={}),
+    "POST /rating/undo": Row(Policy.RATER, "take back the last answer"),
     "GET /metrics": Row(Policy.OPS, "read the metrics"),
     "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
     "POST /workers/{worker_id}/drain": Row(Policy.OPS, "let a worker take no more jobs", done=202),
@@ -149,9 +177,12 @@ another `--owner`. Keys of one owner may do the same with a job. A request for s
 is answered exactly like one for a job that does not exist (404). A *signed link* is a URL in a
 finished job's `video`: it gives access to that one video, thumbnail or spritesheet without a key,
 until it expires. While the service is [open](operations.md#keys-and-links), every caller may do
-what *ops* may. *nobody* is a caller without a key, and an expired key is treated like a revoked
-one. A [session](sessions.md) may do what its key may, except under `/v1`, which takes keys only.
-Browsers get a page without data at some of these addresses, whoever asks; its scripts ask the API.
+what *ops* may; only a link makes a rater there, too. *nobody* is a caller without a key, and an
+expired key is treated like a revoked one. A [session](sessions.md) may do what its key may, except
+under `/v1`, which takes keys only. A *rater* is a key of that role with a seat in the
+[comparison](comparisons.md#raters-and-votes); the session that a rater's link opens may do the same
+and nothing else. Browsers get a page without data at some of these addresses, whoever asks; its
+scripts ask the API.
 
 | request | to | {" | ".join(CALLERS)} |
 |---|---|{"---|" * len(CALLERS)}
