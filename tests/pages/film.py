@@ -1,8 +1,8 @@
 """Film a comparison at work, about a minute: .venv/bin/python -m tests.pages.film FILE.mp4
 
-An operator's page, a rater who looks at pairs in every view and votes with keys, and the report. The
-browser's own frames are encoded with their times. `make film` calls it; SITE=URL films a service
-that runs already.
+An operator's page, a rater who looks at pairs in every view and votes with keys, and the report.
+The browser's own frames are encoded with their times. `make film` calls it; SITE=URL films a
+service that runs already.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ CAPTION = """
   caption.id = "caption";
   caption.textContent = text;
   const style = {
-    position: "fixed", left: "50%", bottom: "12px", translate: "-50%", margin: "0", padding: "6px 18px",
-    "border-radius": "8px", background: "#111d", color: "#fff", font: "500 17px/1.5 sans-serif",
-    "z-index": "99", "white-space": "nowrap",
+    position: "fixed", left: "50%", bottom: "12px", translate: "-50%", margin: "0",
+    padding: "6px 18px", "border-radius": "8px", background: "#111d", color: "#fff",
+    font: "500 17px/1.5 sans-serif", "z-index": "99", "white-space": "nowrap",
   };
   for (const [name, value] of Object.entries(style)) caption.style.setProperty(name, value);
   (document.querySelector("dialog[open]") ?? document.body).append(caption);
@@ -77,9 +77,8 @@ class Film:
             command = [ffmpeg, "-v", "error", *source, *target, "-t", f"{until[-1]:.2f}", "-y"]
             subprocess.run([*command, str(path)], check=True)
         longest = max((after - before for before, after in pairwise(times)), default=0.0)
-        print(  # noqa: T201
-            f"{path}: {until[-1]:.0f} s of {len(self.frames)} frames; the longest stood {longest:.1f} s"
-        )
+        told = f"{until[-1]:.0f} s of {len(self.frames)} frames, the longest of {longest:.1f} s"
+        print(f"{path}: {told}")  # noqa: T201
 
     def _keep(self, event: dict[str, Any]) -> None:
         self.frames.append((event["metadata"]["timestamp"], base64.b64decode(event["data"])))
