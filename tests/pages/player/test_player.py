@@ -57,6 +57,8 @@ def test_everything_is_done_with_keys(pair: Pair) -> None:
     press("[")
     press("[")
     assert pair.call("player.gate.sides.map(({ video }) => video.playbackRate)") == [0.5, 0.5]
+    press("]")
+    assert pair.call("player.provenance().speed") == 0.5, "the slowest that was used"
     press("l")
     assert not pair.call("player.loop")
     whole = transforms(pair)

@@ -40,6 +40,7 @@ export class PairPlayer {
   #seconds = 0;
   #paintedAt = 0; // ms; 0 after anything but playing
   #dropped = 0;
+  #slowest = 1;
   #seen = [new Set(), new Set()]; // frames
 
   /**
@@ -141,6 +142,7 @@ export class PairPlayer {
   /** @param {number} speed from 0.25 to 1 */
   setSpeed(speed) {
     this.speed = Math.min(Math.max(speed, SPEEDS[0]), 1);
+    this.#slowest = Math.min(this.speed, this.#slowest);
     this.gate.setSpeed(this.speed);
     this.controls.show();
   }
@@ -170,7 +172,7 @@ export class PairPlayer {
       frames_seen: this.#seen.map((frames) => frames.size),
       replays: this.gate.replays,
       dropped_frames: this.#dropped,
-      speed: this.speed,
+      speed: this.#slowest,
       viewport: [window.innerWidth, window.innerHeight],
     };
   }
