@@ -28,6 +28,8 @@
     ├── RecordUnreadable       a record in Redis was not written by this version
     ├── ArtifactRefused        an artifact address or key is malformed or not supported
     ├── ArtifactsUnavailable   the artifact store does not respond, or refuses access
+    ├── ComparisonNotFound     no comparison under this id
+    ├── ComparisonConflict     the comparison is not in a state in which this can be done
     ├── StaleAttempt           the job has ended, or a newer attempt owns it
     ├── GenerationCancelled    the caller cancelled the job
     └── GenerationFailed       the pipeline did not produce a video
@@ -223,6 +225,16 @@ class ArtifactRefused(AppError):
 class ArtifactsUnavailable(AppError):
     code = "artifacts_unavailable"
     title = "The videos cannot be reached"
+
+
+class ComparisonNotFound(AppError):
+    code = "comparison_not_found"
+    title = "No such comparison"
+
+
+class ComparisonConflict(AppError):
+    code = "comparison_conflict"
+    title = "The comparison is in another state"
 
 
 class StaleAttempt(AppError):

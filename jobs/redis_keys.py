@@ -97,6 +97,16 @@ RETENTION_REFUSED: Final = "wan:retention:refused"
 RECOVERY: Final = "wan:recovery"
 """Hash: when a process last looked for abandoned jobs, and when one first did after a gap."""
 
+COMPARISONS: Final = "wan:comparisons"
+"""Sorted set of the ids of comparisons, all with score 0: ids sort by time, and so do the members.
+Comparisons never expire; operators delete them."""
+
+COMPARISONS_OPEN: Final = "wan:comparisons:open"
+"""Set: ids of the comparisons that may still have something to submit, to notice or to prepare."""
+
+COMPARISONS_LOCK: Final = "wan:comparisons:lock"
+"""Lock of the process that runs a round over the open comparisons."""
+
 API_KEYS: Final = "wan:keys"
 """Hash: the id of an API key to its JSON, without the secret. It never expires."""
 
@@ -142,6 +152,19 @@ def webhook(job_id: str) -> str:
 def idempotency(owner: str, key: str) -> str:
     """Return the Redis key of an Idempotency-Key, hashed because it is the caller's text."""
     return f"wan:idempotency:{owner}:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def comparison(comparison_id: str) -> str:
+    """Return the key of the hash of a comparison (`service/comparisons/store.py`)."""
+    return f"wan:comparison:{comparison_id}"
+
+
+def comparison_part(comparison_id: str, part: str) -> str:
+    """Return the key of something else about a comparison, such as its "pairs".
+
+    It is deleted with the comparison, because its name starts with the comparison's key.
+    """
+    return f"{comparison(comparison_id)}:{part}"
 
 
 def session(digest: str) -> str:

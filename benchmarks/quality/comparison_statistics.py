@@ -1,8 +1,9 @@
 """Simulate blind comparisons: `python -m benchmarks.quality.comparison_statistics`.
 
 Raters and prompts have effects of their own, so that votes are clustered both ways, and the true
-share is known. Each row says how often the intervals of `service.comparisons` contain it, or how
-often a verdict or test comes out. The Wilson interval of independent votes is the baseline.
+share is known. Each row says how often the intervals of `service.comparisons.statistics` contain
+it, or how often a verdict or test comes out. The Wilson interval of independent votes is the
+baseline.
 """
 
 import math
@@ -17,10 +18,15 @@ from typing import Annotated
 import typer
 
 from benchmarks import report
-from service.comparisons.intervals import Interval, bootstrap_share, clustered_share, wilson
-from service.comparisons.noninferiority import Bounds, Verdict, judge
-from service.comparisons.significance import binomial_test, prompt_means, sign_flip_test
-from service.comparisons.votes import Score, Ties
+from service.comparisons.statistics.intervals import (
+    Interval,
+    bootstrap_share,
+    clustered_share,
+    wilson,
+)
+from service.comparisons.statistics.noninferiority import Bounds, Verdict, judge
+from service.comparisons.statistics.significance import binomial_test, prompt_means, sign_flip_test
+from service.comparisons.statistics.votes import Score, Ties
 
 LEVEL = 0.9  # the level of the interval that verdicts are read from
 NORMAL = NormalDist()

@@ -19,7 +19,7 @@ from service.api.events.hub import EventHub
 from service.api.json_body import json_body
 from service.api.known_query import refuse_unknown_parameters
 from service.auth.admission import Admission
-from service.auth.gate import Gate, Principal, listed_owner, require_ops
+from service.auth.gate import Gate, Principal, listed_owner, refuse_raters, require_ops
 from service.auth.sessions import SessionStore
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
@@ -110,16 +110,20 @@ BearerDep = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
 # `_bearer` is there for the OpenAPI document, to which `service/api/openapi.py` adds the cookie.
-async def _principal(request: Request, _bearer: BearerDep) -> Principal:
+async def _anybody(request: Request, _bearer: BearerDep) -> Principal:
     principal = await _app_state_of(request).admission.admit(sent_credential(request.headers))
     refuse_unknown_parameters(request)
     return principal
 
 
+async def _principal(request: Request, bearer: BearerDep) -> Principal:
+    return refuse_raters(await _anybody(request, bearer))
+
+
 async def _key_principal(request: Request, _bearer: BearerDep) -> Principal:
     principal = await _app_state_of(request).admission.admit(sent_key(request.headers))
     refuse_unknown_parameters(request)
-    return principal
+    return refuse_raters(principal)
 
 
 PrincipalDep = Annotated[Principal, Depends(_principal)]
@@ -164,8 +168,9 @@ def _viewer(file: VideoFile) -> Callable[..., Awaitable[Principal | None]]:
     return viewer
 
 
-# The aliases that routes use. PrincipalDep admits everybody with a key or a session, KeyDep only
-# with a key, OpsDep only ops.
+# The aliases that routes use. PrincipalDep admits everybody with a key or a session but raters,
+# AnybodyDep raters, too; KeyDep admits only with a key, OpsDep only ops.
+AnybodyDep = Annotated[Principal, Depends(_anybody)]
 KeyDep = Annotated[Principal, Depends(_key_principal)]
 OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]

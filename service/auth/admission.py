@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs.errors import AppError
 from service.auth.gate import LOCAL, Credential, Gate, Principal
+from service.auth.sessions import SessionToken
 
 Answer = Principal | AppError | RedisError
 
@@ -27,7 +28,7 @@ class Admission:
 
     async def admit(self, credential: Credential) -> Principal:
         """Authenticate the caller and count the request; raises what `Gate.admit` raises."""
-        if self._gate.is_open:
+        if self._gate.is_open and not isinstance(credential, SessionToken):
             return LOCAL
         request: asyncio.Future[Principal] = asyncio.get_running_loop().create_future()
         others = self._waiting.get(credential)

@@ -42,10 +42,15 @@ _NOBODYS_SECRET: Final = "0" * 64
 
 
 class Role(StrEnum):
-    """The rights of a key: `ops` see and cancel everybody's jobs, and their own jobs go first."""
+    """The rights of a key.
+
+    `ops` see and cancel everybody's jobs, and their own jobs go first. `rater` judges videos of
+    blind comparisons, and may do nothing else.
+    """
 
     USER = "user"
     OPS = "ops"
+    RATER = "rater"
 
 
 class KeyRefused(Exception):

@@ -1,4 +1,4 @@
-"""Authenticate callers by their API key or their session, and decide which jobs they may see.
+"""Authenticate callers by their API key or their session, and decide what they may do and see.
 
 This module does not depend on HTTP. The service is open while only this machine can reach it and no
 key was ever made (`service/auth/key_memory.py`); every caller is then `LOCAL`. Once a key was made
@@ -24,7 +24,8 @@ from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import ApiKey, KeyStore, Role, proves, split
 from service.auth.key_memory import KeyMemory
 from service.auth.rate_limit import RateLimiter
-from service.auth.sessions import SessionStore, SessionToken, belongs
+from service.auth.seats import Seat, opens, split_id, split_link
+from service.auth.sessions import Session, SessionStore, SessionToken, belongs, is_seated
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,14 @@ class Principal:
     Attributes:
         name: the owner of the jobs of this principal; unlike a key, it can be shown.
         quota: the most jobs it may have waiting and running; None for the default of its role.
+        seat: the place of a rater who came by a link; None for callers with a key.
     """
 
     id: str
     name: str
     role: Role
     quota: int | None = None
+    seat: Seat | None = None
 
     @property
     def sees_all(self) -> bool:
@@ -130,6 +133,12 @@ class Gate:
         Raises:
             Unauthenticated: see `admit`.
         """
+        session = None
+        if isinstance(credential, SessionToken):
+            session = self._sessions.read(credential)
+            # First: a rater is one on an open service, too.
+            if session is not None and (place := split_id(session.key_id)):
+                return self._admit_seat(session, self._sessions.seats(*place), requests)
         if self._is_open_now():
             return [LOCAL] * requests
         if credential is None:
@@ -138,13 +147,47 @@ class Gate:
                 "of this service make keys with `python -m service keys add NAME`."
             )
         if isinstance(credential, SessionToken):
-            key = self._signed_in(credential)
+            key = self._signed_in(session)
         else:
             key = self._proven(credential)
         refusals = self._rates.count_all(key.id, key.rate, requests)
         self._note_use(key.id)
         principal = Principal(key.id, key.owner_name, key.role, key.quota)
         return [principal if refusal is None else refusal for refusal in refusals]
+
+    def _admit_seat(
+        self, session: Session, seat: Seat | None, requests: int
+    ) -> Sequence[Principal | RateLimited]:
+        if seat is None or not is_seated(session, seat):
+            raise Unauthenticated(
+                "The link that this session came from was withdrawn, or its comparison deleted; "
+                "ask those who sent it for a new one."
+            )
+        refusals = self._rates.count_all(seat.id, None, requests)
+        return [_seated(seat) if refusal is None else refusal for refusal in refusals]
+
+    def join(self, token: str, address: str) -> tuple[Seat, SessionToken]:
+        """Exchange the token of a rater's link for a session.
+
+        Args:
+            address: the client's address, whose failed attempts are counted. Others are not: raters
+                may share an address.
+
+        Raises:
+            Unauthenticated: the link is unknown, or was withdrawn.
+            TooManySignIns: there were too many attempts.
+        """
+        parts = split_link(token)
+        seat = None if parts is None else self._sessions.seats(*parts[:2])
+        if parts is None or seat is None or not opens(parts[2], seat):
+            self._rates.count_sign_in(address, None)
+            raise Unauthenticated(
+                "The link is not one of this service, or it was withdrawn; ask those who sent it "
+                "for a new one."
+            )
+        session = self._sessions.create(seat.id, parts[2])
+        logger.info("A rater joined comparison %s from %s", seat.comparison_id, address)
+        return seat, session
 
     def sign_in(self, token: str | None, address: str) -> tuple[Principal, SessionToken | None]:
         """Exchange a key for a session; an open service needs none, and makes none.
@@ -200,9 +243,8 @@ class Gate:
         # The same message in all these cases, so that guessing reveals nothing.
         raise Unauthenticated("The API key is not one of this service, or it was revoked.")
 
-    def _signed_in(self, token: SessionToken) -> ApiKey:
+    def _signed_in(self, session: Session | None) -> ApiKey:
         """Return the key of a session; a session ends with the secret that it was made with."""
-        session = self._sessions.read(token)
         if session is not None:
             key = self._cached_key(session.key_id)
             if not belongs(session, key):
@@ -291,6 +333,19 @@ def listed_owner(principal: Principal, wanted: str | None) -> str | None:
             f"{principal.owner}."
         )
     return principal.owner
+
+
+def _seated(seat: Seat) -> Principal:
+    return Principal(seat.id, seat.name, Role.RATER, seat=seat)
+
+
+def refuse_raters(principal: Principal) -> Principal:
+    """Return the principal, but raise Forbidden if its role is rater."""
+    if principal.role is Role.RATER:
+        raise Forbidden(
+            "Raters judge videos at /rating, and may do nothing else; use a key of another role."
+        )
+    return principal
 
 
 def require_ops(principal: Principal) -> Principal:

@@ -1,11 +1,13 @@
-"""Store the sessions of callers who signed in with an API key, which browsers need.
+"""Store the sessions of callers who signed in with an API key or a rater's link, in a browser.
 
 A session id is 256 random bits. It is in the caller's cookie only; Redis holds its SHA-256, for the
 same reasons as that of a key's secret (`service/auth/api_keys.py`). A session is tied to its key's
-id and secret, and has no rights of its own: what `Gate` knows of the key counts at each request.
+id and secret, and has no rights of its own: what `Gate` knows of the key counts at each request. A
+rater's seat (`service/auth/seats.py`) stands in for a key: its id, and the secret of its link.
 """
 
 import hashlib
+import hmac
 import logging
 import re
 import secrets
@@ -20,6 +22,7 @@ from redis import Redis
 from jobs import redis_keys
 from jobs.record import now
 from service.auth.api_keys import ApiKey, digest
+from service.auth.seats import Seat, SeatLookup, no_seats
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Session(BaseModel):
     """One session as Redis holds it.
 
     Attributes:
+        key_id: that of its key, or of its seat.
         secret_sha256: that of its key when the session was made; a rotated key has another one.
         ends_at: when it ends at the latest.
     """
@@ -64,18 +68,21 @@ class SessionStore:
     def __init__(
         self,
         redis: Redis,
+        seats: SeatLookup = no_seats,
         *,
         idle_s: float = redis_keys.SESSION_IDLE_S,
         longest_s: float = redis_keys.SESSION_LONGEST_S,
         renewed_every_s: float = redis_keys.SESSION_RENEWED_EVERY_S,
     ) -> None:
+        """Create the store of one process; `seats` finds the seats that sessions of raters need."""
         self._redis = redis
+        self.seats = seats
         self._idle_ms = round(idle_s * 1000)
         self._longest = timedelta(seconds=longest_s)
         self._renewed_every_ms = round(renewed_every_s * 1000)
 
     def create(self, key_id: str, secret: str) -> SessionToken:
-        """Make a session of a key that `secret` has proved."""
+        """Make a session of a key or seat that `secret` has proved."""
         token = SessionToken(secrets.token_hex(32))
         assert token.digest is not None, "a new id has the form of one"
         session = Session(
@@ -144,6 +151,11 @@ class SessionStore:
 def belongs(session: Session, key: ApiKey | None) -> bool:
     """Return whether a session was made with this key, and with a secret that is still good."""
     return key is not None and key.has_secret(session.secret_sha256)
+
+
+def is_seated(session: Session, seat: Seat | None) -> bool:
+    """Return whether a session was made with the link that this seat has now."""
+    return seat is not None and hmac.compare_digest(session.secret_sha256, seat.secret_sha256)
 
 
 def _decode(text: bytes | None) -> Session | None:

@@ -20,6 +20,8 @@ from service.middleware.credentials import sent_credential
 from service.settings import is_loopback, origin_of
 
 SESSION_PATH: Final = "/session"
+JOIN_PATH: Final = "/rating/join"
+COOKIE_PATHS: Final = frozenset({SESSION_PATH, JOIN_PATH})
 """Only the service's own pages sign in and out; the browser keeps the cookie for them alone."""
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -85,7 +87,7 @@ class OriginCheck:
         credential = sent_credential(headers)
         if origin is not None and not self._is_own(origin, host):
             has_key = isinstance(credential, str)
-            if origin in self._allowed_origins and has_key and path != SESSION_PATH:
+            if origin in self._allowed_origins and has_key and path not in COOKIE_PATHS:
                 return None
             return (
                 "The request comes from a page of another site (its Origin header), which may "

@@ -43,6 +43,8 @@ STATUS_OF: Final[Mapping[type[errors.AppError], HTTPStatus]] = MappingProxyType(
         errors.AppError: HTTPStatus.INTERNAL_SERVER_ERROR,
         errors.InvalidSpec: HTTPStatus.UNPROCESSABLE_ENTITY,
         errors.JobNotFound: HTTPStatus.NOT_FOUND,
+        errors.ComparisonNotFound: HTTPStatus.NOT_FOUND,
+        errors.ComparisonConflict: HTTPStatus.CONFLICT,
         errors.JobNotCancellable: HTTPStatus.CONFLICT,
         errors.JobAlreadyFinished: HTTPStatus.CONFLICT,
         errors.JobHeld: HTTPStatus.CONFLICT,

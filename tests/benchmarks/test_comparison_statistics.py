@@ -13,8 +13,8 @@ from benchmarks.quality.comparison_statistics import (
     scenarios,
     simulate,
 )
-from service.comparisons.noninferiority import Bounds
-from service.comparisons.votes import Ties
+from service.comparisons.statistics.noninferiority import Bounds
+from service.comparisons.statistics.votes import Ties
 
 BOUNDS = Bounds(margin=0.1)
 

@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs import redis_keys
 from jobs.errors import InvalidSpec
-from service.api.deps import AppStateDep, PrincipalDep, public_url
+from service.api.deps import AnybodyDep, AppStateDep, public_url
 from service.api.json_body import json_body
 from service.api.known_query import refuse_unknown_parameters
 from service.api.openapi import SIGN_IN, SIGN_IN_ANSWER, SIGN_OUT, problems
@@ -40,12 +40,12 @@ async def sign_in(request: Request, app_state: AppStateDep, response: Response) 
         earlier = sent_session(request.headers)
         if earlier is not None:
             await run_in_threadpool(app_state.sessions.end, earlier)
-        _set_cookie(request, response, session.text, redis_keys.SESSION_LONGEST_S)
+        set_cookie(request, response, session.text, redis_keys.SESSION_LONGEST_S)
     return SessionView.of(principal)
 
 
 @router.get(SESSION_PATH, summary="Who am I?", responses=problems(401, 422, 429, 503))
-async def read_session(principal: PrincipalDep) -> SessionView:
+async def read_session(principal: AnybodyDep) -> SessionView:
     """Say whose key or session this is, and whether the service is open and needs neither."""
     return SessionView.of(principal)
 
@@ -77,7 +77,7 @@ async def sign_out(
     session = sent_session(request.headers)
     if session is not None:
         await run_in_threadpool(app_state.sessions.end, session)
-        _set_cookie(request, response, "", 0)
+        set_cookie(request, response, "", 0)
 
 
 def _has_body(request: Request) -> bool:
@@ -103,7 +103,8 @@ def _key_in(body: Any) -> str:
     return key
 
 
-def _set_cookie(request: Request, response: Response, text: str, max_age_s: int) -> None:
+def set_cookie(request: Request, response: Response, text: str, max_age_s: int) -> None:
+    """Set the session's cookie, or remove it with a `max_age_s` of 0."""
     response.set_cookie(
         COOKIE,
         text,

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from service.comparisons.reliability import repeat_consistency
-from service.comparisons.votes import Outcome, PairKind, Vote
+from service.comparisons.statistics.reliability import repeat_consistency
+from service.comparisons.statistics.votes import Outcome, PairKind, Vote
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from service.comparisons.screening import ScreeningRules, exclusions
-from service.comparisons.votes import Outcome, PairKind, Side, Vote
+from service.comparisons.statistics.screening import ScreeningRules, exclusions
+from service.comparisons.statistics.votes import Outcome, PairKind, Side, Vote
 
 RULES = ScreeningRules(least_checks=4)
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from service.comparisons.criteria import BY_ID
-from service.comparisons.noninferiority import Bounds
-from service.comparisons.screening import ScreeningRules
-from service.comparisons.votes import Ties
+from service.comparisons.statistics.criteria import BY_ID
+from service.comparisons.statistics.noninferiority import Bounds
+from service.comparisons.statistics.screening import ScreeningRules
+from service.comparisons.statistics.votes import Ties
 
 MOST_DRAWS = 20_000
 

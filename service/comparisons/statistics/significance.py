@@ -9,8 +9,8 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from service.comparisons.distributions import binomial_pmf
-from service.comparisons.votes import Score
+from service.comparisons.statistics.distributions import binomial_pmf
+from service.comparisons.statistics.votes import Score
 
 EXACT_PROMPTS = 14
 """Up to so many prompts all sign flips are counted (16,384); beyond, some are drawn."""

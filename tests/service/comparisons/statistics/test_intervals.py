@@ -10,15 +10,15 @@ from scipy import stats
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.proportion import proportion_confint
 
-from service.comparisons.intervals import (
+from service.comparisons.statistics.intervals import (
     bootstrap_share,
     clustered_mean,
     clustered_share,
     quantile,
     wilson,
 )
-from service.comparisons.votes import Score, Ties, scores
-from tests.service.comparisons.generated import mirrored_scores, votes_of
+from service.comparisons.statistics.votes import Score, Ties, scores
+from tests.service.comparisons.statistics.generated import mirrored_scores, votes_of
 
 SEEDS = range(12)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from service.comparisons.intervals import ClusteredShare
-from service.comparisons.noninferiority import (
+from service.comparisons.statistics.intervals import ClusteredShare
+from service.comparisons.statistics.noninferiority import (
     Bounds,
     Verdict,
     decisive_votes_needed,
@@ -68,7 +68,7 @@ def test_from_the_votes_needed_on_the_test_has_the_power(
 
 
 def test_the_documented_votes_needed_are_those_computed() -> None:
-    text = (Path(__file__).resolve().parents[3] / "docs" / "comparisons.md").read_text()
+    text = (Path(__file__).resolve().parents[4] / "docs" / "comparisons.md").read_text()
     rows = re.findall(r"^\| (0\.\d+) \| ([\d,]+(?: \| [\d,]+){5}) \|$", text, re.MULTILINE)
     assert len(rows) == 5
     for margin, cells in rows:

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from service.comparisons.significance import (
+from service.comparisons.statistics.significance import (
     EXACT_PROMPTS,
     binomial_test,
     holm,
     prompt_means,
     sign_flip_test,
 )
-from service.comparisons.votes import Score
+from service.comparisons.statistics.votes import Score
 
 ORACLE = settings(deadline=None)  # the first call of an oracle may be slow
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from service.comparisons.intervals import Interval, wilson
-from service.comparisons.significance import binomial_test
-from service.comparisons.votes import Outcome, PairKind, Side, Vote, counted
+from service.comparisons.statistics.intervals import Interval, wilson
+from service.comparisons.statistics.significance import binomial_test
+from service.comparisons.statistics.votes import Outcome, PairKind, Side, Vote, counted
 
 RANK = {Outcome.LOSS: 0, Outcome.TIE: 1, Outcome.WIN: 2}
 

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from service.comparisons.distributions import binomial_upper_tail, normal_quantile
-from service.comparisons.intervals import ClusteredShare, Interval
+from service.comparisons.statistics.distributions import binomial_upper_tail, normal_quantile
+from service.comparisons.statistics.intervals import ClusteredShare, Interval
 
 LEAST_MARGIN, MOST_MARGIN = 0.01, 0.49
 MOST_DECISIVE_MARGIN = 0.49

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.comparisons import sentences
-from service.comparisons.design import Design
-from service.comparisons.intervals import (
+from service.comparisons.statistics import sentences
+from service.comparisons.statistics.design import Design
+from service.comparisons.statistics.intervals import (
     ClusteredShare,
     Interval,
     bootstrap_share,
@@ -18,21 +18,21 @@ from service.comparisons.intervals import (
     clustered_share,
     wilson,
 )
-from service.comparisons.noninferiority import Verdict, judge, votes_needed
-from service.comparisons.reliability import (
+from service.comparisons.statistics.noninferiority import Verdict, judge, votes_needed
+from service.comparisons.statistics.reliability import (
     Scale,
     repeat_consistency,
     side_bias,
     vote_agreement,
 )
-from service.comparisons.screening import exclusions
-from service.comparisons.significance import (
+from service.comparisons.statistics.screening import exclusions
+from service.comparisons.statistics.significance import (
     binomial_test,
     holm,
     prompt_means,
     sign_flip_test,
 )
-from service.comparisons.votes import SCORES, Outcome, Score, Ties, Vote, counted, scores
+from service.comparisons.statistics.votes import SCORES, Outcome, Score, Ties, Vote, counted, scores
 
 Json = dict[str, Any]
 

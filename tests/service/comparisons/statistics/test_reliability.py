@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from service.comparisons.reliability import (
+from service.comparisons.statistics.reliability import (
     RANK,
     Scale,
     krippendorff_alpha,
@@ -16,8 +16,8 @@ from service.comparisons.reliability import (
     side_bias,
     vote_agreement,
 )
-from service.comparisons.votes import Outcome, PairKind, Side, Vote
-from tests.service.comparisons.generated import mirrored, votes_of
+from service.comparisons.statistics.votes import Outcome, PairKind, Side, Vote
+from tests.service.comparisons.statistics.generated import mirrored, votes_of
 
 
 @pytest.mark.parametrize("scale", list(Scale))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from service.comparisons.distributions import (
+from service.comparisons.statistics.distributions import (
     beta_cdf,
     binomial_pmf,
     binomial_upper_tail,

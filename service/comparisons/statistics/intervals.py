@@ -13,8 +13,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from service.comparisons.distributions import normal_quantile, student_quantile, student_tails
-from service.comparisons.votes import Score
+from service.comparisons.statistics.distributions import (
+    normal_quantile,
+    student_quantile,
+    student_tails,
+)
+from service.comparisons.statistics.votes import Score
 
 
 @dataclass(frozen=True, slots=True)

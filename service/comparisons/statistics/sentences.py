@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-from service.comparisons.criteria import BY_ID
-from service.comparisons.design import Design
-from service.comparisons.intervals import ClusteredShare, Interval
-from service.comparisons.noninferiority import Verdict, VotesNeeded
-from service.comparisons.votes import Ties
+from service.comparisons.statistics.criteria import BY_ID
+from service.comparisons.statistics.design import Design
+from service.comparisons.statistics.intervals import ClusteredShare, Interval
+from service.comparisons.statistics.noninferiority import Verdict, VotesNeeded
+from service.comparisons.statistics.votes import Ties
 
 
 def of_criterion(

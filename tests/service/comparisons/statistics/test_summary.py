@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from service.comparisons.criteria import BY_ID, CRITERIA
-from service.comparisons.design import Design
-from service.comparisons.noninferiority import Bounds
-from service.comparisons.summary import PairMeasure, summarize
-from service.comparisons.votes import Outcome, PairKind, Side, Ties, Vote
-from tests.service.comparisons.generated import mirrored, votes_of
+from service.comparisons.statistics.criteria import BY_ID, CRITERIA
+from service.comparisons.statistics.design import Design
+from service.comparisons.statistics.noninferiority import Bounds
+from service.comparisons.statistics.summary import PairMeasure, summarize
+from service.comparisons.statistics.votes import Outcome, PairKind, Side, Ties, Vote
+from tests.service.comparisons.statistics.generated import mirrored, votes_of
 
 CRITERION = "motion_smoothness"
 DESIGN = Design("w8a8", "bf16", (CRITERION, "overall"), Ties.LEFT_OUT, Bounds(margin=0.1))
