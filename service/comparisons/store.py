@@ -93,9 +93,20 @@ class ComparisonStore:
         found = cast("set[bytes]", self._redis.smembers(redis_keys.COMPARISONS_OPEN))
         return tuple(sorted(name.decode() for name in found))
 
-    def settled(self, comparison_id: str) -> None:
-        """Note that a comparison in a final state has nothing left to do."""
-        self._redis.srem(redis_keys.COMPARISONS_OPEN, comparison_id)
+    def settle(self, comparison_id: str, is_done: Callable[[tuple[Pair, ...]], bool]) -> None:
+        """Take a comparison off the open ones, if `is_done` says so of its pairs.
+
+        A change of its state or of a pair makes it an open one again.
+        """
+
+        def change(pipe: Pipeline) -> None:
+            found = cast("list[bytes]", pipe.hvals(_pairs_key(comparison_id)))
+            done = is_done(tuple(map(_decode_pair, found)))
+            pipe.multi()
+            if done:
+                pipe.srem(redis_keys.COMPARISONS_OPEN, comparison_id)
+
+        self._change(change, redis_keys.comparison(comparison_id), _pairs_key(comparison_id))
 
     def change_state(
         self, comparison_id: str, to: ComparisonState, allowed: Collection[ComparisonState]
@@ -182,10 +193,10 @@ class ComparisonStore:
         for part in self._redis.scan_iter(match=f"{key}:*", count=1000):
             self._redis.unlink(part)
 
-    def _change(self, change: Callable[[Pipeline], _T], watched: str) -> _T:
+    def _change(self, change: Callable[[Pipeline], _T], *watched: str) -> _T:
         """Run `change`, which reads, calls `multi` and queues writes, until nobody else wrote."""
         run = cast("Callable[..., _T]", self._redis.transaction)
-        return run(change, watched, value_from_callable=True)
+        return run(change, *watched, value_from_callable=True)
 
 
 def new_comparison_id() -> str:

@@ -1,0 +1,72 @@
+"""Say what the jobs of a comparison are: their requests, their keys, and how they are given up."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+from jobs.artifacts.store import ArtifactStore
+from jobs.errors import JobNotCancellable, JobNotFound, RecordUnreadable
+from jobs.spec import GenerationBody
+from jobs.store.job_store import JobStore
+from jobs.store.submission import Idempotency
+from service.comparisons.model import Arm, Comparison, ComparisonState, Half, HalfState, Pair
+from service.comparisons.store import ComparisonStore
+from service.comparisons.viewing_copies import delete_copies
+
+
+def body_of(comparison: Comparison, pair: Pair, arm: Arm) -> GenerationBody:
+    """Return the request for one half; those of a pair differ in model and mode only."""
+    assert pair.prompt_id is not None, "a test pair has a prompt"
+    prompt = comparison.prompt(pair.prompt_id)
+    contender = comparison.contender(arm)
+    return GenerationBody(
+        prompt=prompt.prompt,
+        negative_prompt=prompt.negative_prompt,
+        seed=pair.seed,
+        mode=contender.mode,
+        model=contender.model,
+        **comparison.settings.model_dump(),
+    )
+
+
+def retried(pair: Pair) -> Pair:
+    """Return the pair with its failed halves and copies to be made again; others stay."""
+    for arm in Arm:
+        half = pair.half(arm)
+        if half.state in (HalfState.FAILED, HalfState.CANCELLED):
+            pair = pair.with_half(arm, Half(attempt=half.attempt))
+    return pair.model_copy(update={"failure": None})
+
+
+def half_key(comparison: Comparison, pair: Pair, arm: Arm, half: Half) -> Idempotency:
+    """Return the key under which a half's job is created once in each attempt."""
+    name = f"comparison:{comparison.id}:{pair.id}:{arm.value}:{half.attempt}"
+    return Idempotency.of(name, name)
+
+
+def cancel_jobs(jobs: JobStore, pairs: Iterable[Pair]) -> None:
+    """Cancel the open jobs of pairs; what has ended meanwhile, or is gone, is no error."""
+    for half in (half for pair in pairs for half in pair.halves):
+        if half.state.is_open and half.job_id is not None:
+            with suppress(JobNotFound, JobNotCancellable, RecordUnreadable):
+                jobs.cancel(half.job_id)
+
+
+def delete_comparison(
+    jobs: JobStore, comparisons: ComparisonStore, artifacts: ArtifactStore, comparison_id: str
+) -> None:
+    """Delete a comparison with its copies and votes, and cancel its open jobs.
+
+    The jobs themselves belong to their owner, and stay. Calls may be repeated, also after an error.
+
+    Raises:
+        ComparisonNotFound: there is none of this id.
+        ArtifactsUnavailable: the artifact store does not respond; the comparison is cancelled, and
+            can be deleted later.
+    """
+    if not comparisons.get(comparison_id).state.is_final:
+        # So that nothing more is submitted or copied.
+        not_final = [state for state in ComparisonState if not state.is_final]
+        comparisons.change_state(comparison_id, ComparisonState.CANCELLED, not_final)
+    cancel_jobs(jobs, comparisons.pairs(comparison_id))
+    delete_copies(artifacts, comparison_id)
+    comparisons.delete(comparison_id)
