@@ -46,18 +46,19 @@ generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SE
 	@$(BIN)/python -m deploy.local generate
 
 # Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium ## tests that need no accelerator, without the slow ones  [ARGS=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium ## the slow ones first (faults of every process, fuzzing), then those of make test
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
 
-lint: $(VENV)/.dev ## ruff, mypy, import contracts
+lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/node $(VENV)/npm/node_modules/typescript/bin/tsc -p service/pages
 
 fuzz: $(VENV)/.dev ## thousands of requests made from the OpenAPI document, against a real service
 	@FUZZ_EXAMPLES=400 FUZZ_LEAST_CASES=5000 $(BIN)/python -m pytest -s -m slow tests/e2e/test_contract.py
@@ -86,6 +87,10 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.chromium: | $(VENV)/.venv
 	@sh deploy/install/chromium.sh
+	@touch $@
+
+$(VENV)/.npm: requirements/npm/package.json requirements/npm/package-lock.json deploy/install/npm.sh | $(VENV)/.dev
+	@sh deploy/install/npm.sh "$(VENV)"
 	@touch $@
 
 # An older client of OpenAI's, beside the current one that .dev brings: the two send requests differently.

@@ -13,7 +13,7 @@ function followSystem() {
 dark.addEventListener("change", followSystem);
 followSystem();
 
-const place = document.getElementById("api");
+const place = /** @type {HTMLElement} */ (document.getElementById("api"));
 if (globalThis.SwaggerUIBundle === undefined) {
   place.textContent = "Swagger UI could not be loaded; reload the page, or read openapi.json.";
 } else {
