@@ -30,6 +30,11 @@
     ├── ArtifactsUnavailable   the artifact store does not respond, or refuses access
     ├── ComparisonNotFound     no comparison under this id
     ├── ComparisonConflict     the comparison is not in a state in which this can be done
+    ├── RaterNotFound          the comparison has no such rater, or not any more
+    ├── ItemNotFound           no pair was shown under this id
+    ├── AlreadyVoted           the rater has answered this pair before
+    ├── NothingToUndo          there is no last answer that could be taken back
+    ├── PairLeftOut            one of the two videos is missing, so nobody can judge them
     ├── StaleAttempt           the job has ended, or a newer attempt owns it
     ├── GenerationCancelled    the caller cancelled the job
     └── GenerationFailed       the pipeline did not produce a video
@@ -235,6 +240,31 @@ class ComparisonNotFound(AppError):
 class ComparisonConflict(AppError):
     code = "comparison_conflict"
     title = "The comparison is in another state"
+
+
+class RaterNotFound(AppError):
+    code = "rater_not_found"
+    title = "No such rater"
+
+
+class ItemNotFound(AppError):
+    code = "item_not_found"
+    title = "No such pair was shown"
+
+
+class AlreadyVoted(AppError):
+    code = "already_voted"
+    title = "This pair was answered before"
+
+
+class NothingToUndo(AppError):
+    code = "nothing_to_undo"
+    title = "There is no answer to take back"
+
+
+class PairLeftOut(AppError):
+    code = "pair_left_out"
+    title = "This pair cannot be judged"
 
 
 class StaleAttempt(AppError):

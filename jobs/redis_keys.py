@@ -167,6 +167,13 @@ def comparison_part(comparison_id: str, part: str) -> str:
     return f"{comparison(comparison_id)}:{part}"
 
 
+def rater_seats(key_owner: str) -> str:
+    """Return the sorted set of the seats that keys of role rater open, "comparison:rater"; scores
+    are the Unix seconds when the owner last went there.
+    """
+    return f"wan:rater-seats:{key_owner}"
+
+
 def session(digest: str) -> str:
     """Return the key of a session; `digest` is the SHA-256 of its id, which is stored nowhere."""
     return f"wan:session:{digest}"

@@ -144,6 +144,8 @@ class RatingPlan(_Part):
         gold: pairs with one half that is damaged on purpose.
         per_rater: how many test pairs one rater gets; None for all.
         break_every: a break is suggested after so many votes; 0 for never.
+        least_seen: a vote counts if the rater saw this share of the frames of both videos; 0 counts
+            every vote.
         instructions: what raters read first, instead of the usual text.
     """
 
@@ -153,6 +155,7 @@ class RatingPlan(_Part):
     gold: int = Field(default=2, ge=0, le=20)
     per_rater: int | None = Field(default=None, ge=1, le=MAX_PAIRS)
     break_every: int = Field(default=20, ge=0, le=1000)
+    least_seen: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     instructions: str | None = Field(default=None, max_length=4000)
 
 
