@@ -188,7 +188,7 @@ async function create(event) {
   }
 }
 
-opener.addEventListener("click", () => void openForm(form.hidden));
+opener.addEventListener("click", () => void openForm(form.hidden !== false));
 find("#give-up").addEventListener("click", () => void openForm(false));
 form.addEventListener("submit", create);
 form.addEventListener("input", showPlan);
