@@ -25,12 +25,24 @@ from service.api.openai import errors as openai_errors
 from service.api.openai import models as openai_models
 from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
-from service.api.routes import events, health, jobs, models, operations, session
+from service.api.routes import (
+    comparison_results,
+    events,
+    health,
+    jobs,
+    models,
+    operations,
+    rating,
+    session,
+)
 from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore
 from service.auth.gate import Gate
 from service.auth.rate_limit import RateLimiter
 from service.auth.sessions import SessionStore
+from service.comparisons.rating.desk import RatingDesk
+from service.comparisons.rating.raters import RaterStore
+from service.comparisons.rating.report import Reports
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
@@ -48,6 +60,7 @@ from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.pages import api_docs, page_routes, static_files
+from service.schemas.rating import JoinBody, RaterBody, SkipBody, VoteBody
 from service.schemas.video_url import LinkSigner
 from service.settings import ServiceSettings
 
@@ -59,6 +72,7 @@ _TAGS = [
     {"name": "videos", "description": "The same, for clients of OpenAI's Videos API."},
     {"name": "models", "description": "What the live workers offer."},
     {"name": "session", "description": "Sign in with an API key and a cookie, in a browser."},
+    {"name": "rating", "description": "Judge pairs of videos blindly, for raters."},
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
 ]
@@ -94,7 +108,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     exposition = Exposition(redis_url)
     checks = Checks(redis, artifacts, settings.durability)
     exposition.add(checks)
-    sessions = SessionStore(redis)
+    raters = RaterStore(redis)
+    sessions = SessionStore(redis, raters.seat)
     gate = _gate(settings, redis, sessions)
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=exposition.http)
@@ -117,14 +132,32 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         exposition=exposition,
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
+        raters=raters,
+        desk=RatingDesk(redis),
+        reports=Reports(redis),
     )
-    api = (jobs, events, videos, openai_models, models, session, operations, health)
+    api = (
+        jobs,
+        events,
+        videos,
+        openai_models,
+        models,
+        session,
+        comparison_results,
+        rating,
+        operations,
+        health,
+    )
     # Before the API: its routes match for browsers only, at addresses that are the API's, too.
     app.include_router(page_routes.shared_router)
     for routes in (*api, api_docs, page_routes, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
-    openapi.install(app, schemas=[openai_errors.ErrorAnswer], views=[VideoObject])
+    openapi.install(
+        app,
+        schemas=[openai_errors.ErrorAnswer, JoinBody, RaterBody, SkipBody, VoteBody],
+        views=[VideoObject],
+    )
     return app
 
 

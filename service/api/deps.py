@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jobs.artifacts.known_store import KnownArtifactStore
 from jobs.catalog import Catalog
-from jobs.errors import LinkRefused
+from jobs.errors import Forbidden, LinkRefused
 from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Outbox
 from service.api.downloads import Downloads
@@ -19,8 +19,13 @@ from service.api.events.hub import EventHub
 from service.api.json_body import json_body
 from service.api.known_query import refuse_unknown_parameters
 from service.auth.admission import Admission
+from service.auth.api_keys import Role
 from service.auth.gate import Gate, Principal, listed_owner, refuse_raters, require_ops
+from service.auth.seats import Seat
 from service.auth.sessions import SessionStore
+from service.comparisons.rating.desk import RatingDesk
+from service.comparisons.rating.raters import RaterStore
+from service.comparisons.rating.report import Reports
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
@@ -56,6 +61,9 @@ class AppState:
     exposition: Exposition
     metrics_access: MetricsAccess
     link_signer: LinkSigner
+    raters: RaterStore
+    desk: RatingDesk
+    reports: Reports
 
 
 def _app_state_of(request: Request) -> AppState:
@@ -126,7 +134,30 @@ async def _key_principal(request: Request, _bearer: BearerDep) -> Principal:
     return refuse_raters(principal)
 
 
+AnybodyDep = Annotated[Principal, Depends(_anybody)]
 PrincipalDep = Annotated[Principal, Depends(_principal)]
+
+
+async def _seat(request: Request, principal: AnybodyDep) -> Seat:
+    """Return the caller's seat: that of the link, or the one that the caller's key opens."""
+    if principal.seat is not None:
+        return principal.seat
+    if principal.role is not Role.RATER:
+        raise Forbidden(
+            "Rating is for raters; open the link that those who run the comparison sent you."
+        )
+    raters = _app_state_of(request).raters
+    seat = await run_in_threadpool(raters.seat_of_key, principal.owner)
+    if seat is None:
+        raise Forbidden(
+            "Your key has no seat in any comparison; ask those who run it to add you, or open the "
+            "link that they sent."
+        )
+    return seat
+
+
+async def _public_url(request: Request) -> str:
+    return public_url(request)
 
 
 async def _ops(principal: PrincipalDep) -> Principal:
@@ -169,8 +200,9 @@ def _viewer(file: VideoFile) -> Callable[..., Awaitable[Principal | None]]:
 
 
 # The aliases that routes use. PrincipalDep admits everybody with a key or a session but raters,
-# AnybodyDep raters, too; KeyDep admits only with a key, OpsDep only ops.
-AnybodyDep = Annotated[Principal, Depends(_anybody)]
+# AnybodyDep raters, too; SeatDep only raters, KeyDep only with a key, OpsDep only ops.
+SeatDep = Annotated[Seat, Depends(_seat)]
+PublicUrlDep = Annotated[str, Depends(_public_url)]
 KeyDep = Annotated[Principal, Depends(_key_principal)]
 OpsDep = Annotated[Principal, Depends(_ops)]
 ListedOwnerDep = Annotated[str | None, Depends(_listed_owner)]

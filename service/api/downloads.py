@@ -20,7 +20,14 @@ from jobs.artifacts.store import ArtifactStore
 from jobs.errors import ArtifactsUnavailable, TooManyDownloads, TooManyOwnDownloads
 from jobs.record import JobRecord
 from jobs.store.submission import OPEN_OWNER
-from service.api.video_response import FileStream, RangeRequest, send_video, stored_file
+from service.api.video_response import (
+    FileStream,
+    RangeRequest,
+    SentFile,
+    send_file,
+    send_video,
+    stored_file,
+)
 from service.schemas.video_url import VideoFile
 
 THREADS: Final = 16
@@ -85,12 +92,27 @@ class Downloads:
             url = await self.run(self._artifacts.signed_url, key, method, self._redirect_s)
             if url is not None:
                 return RedirectResponse(url, 307, {"cache-control": "no-store"})
-        with self._counted(job.owner):
-            self._check_limits(job.owner)
-            answer = await self.run(send_video, self._artifacts, job, range_request, file)
+        call = partial(send_video, self._artifacts, job, range_request, file)
+        return await self._send(job.owner, call)
+
+    async def send_file(
+        self, owner: str, view: Callable[[], SentFile], range_request: RangeRequest
+    ) -> Response:
+        """Answer with another file, which counts for `owner`; never with a redirection.
+
+        Raises:
+            TooManyDownloads, TooManyOwnDownloads, ArtifactsUnavailable: see `send`.
+        """
+        sent = await run_in_threadpool(view)
+        return await self._send(owner, partial(send_file, self._artifacts, sent, range_request))
+
+    async def _send(self, owner: str, call: Callable[[], Response]) -> Response:
+        with self._counted(owner):
+            self._check_limits(owner)
+            answer = await self.run(call)
         if isinstance(answer, FileStream):
             answer.body_iterator = self._read(answer.chunks)
-            answer.while_sent = self._counted(job.owner)
+            answer.while_sent = self._counted(owner)
         return answer
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

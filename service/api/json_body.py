@@ -5,9 +5,11 @@ refuses to convert. Here such a number is checked by its field like any other va
 """
 
 import json
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from jobs.errors import InvalidSpec
@@ -15,6 +17,9 @@ from jobs.violations import shown
 
 _UNREADABLE: Final = "There was an error parsing the body: "
 _NOT_JSON: Final = "The body is not JSON: "
+
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class HugeInteger:
@@ -56,6 +61,21 @@ async def json_body(request: Request) -> Any:
         raise HTTPException(400, f"{_UNREADABLE}it is nested too deeply.") from error
     except ClientDisconnect as error:
         raise HTTPException(400, f"{_UNREADABLE}it ended early.") from error
+
+
+def parsed(model: type[Body], body: object) -> Body:
+    """Check a parsed body against its model.
+
+    Raises:
+        RequestValidationError: has every field that is wrong; it is answered with 422.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        raise RequestValidationError(
+            [{**each, "loc": ("body", *(each["loc"] or ("body",)))} for each in found]
+        ) from None
 
 
 def refuse_encoded(request: Request) -> None:

@@ -73,6 +73,13 @@ GENERATE_ANSWER: dict[int | str, Json] = {
     }
 }
 
+
+def body_of(model: str, media_type: str = "application/json") -> Json:
+    """Describe a body that a route reads by itself; the model has to be named to `install`."""
+    schema = {"$ref": _REF.format(model=model)}
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
 SIGN_IN: Json = {
     "requestBody": {
         "required": False,

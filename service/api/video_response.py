@@ -1,4 +1,4 @@
-"""Send a finished video or a picture of it from any store, with ranges and conditional requests.
+"""Send a file from any store, such as a finished video, with ranges and conditional requests.
 
 RFC 9110 lets a server ignore a Range header with several ranges, and players ask for one; a caller
 that asks for several gets the whole file. A unit other than bytes is ignored, as it says, too.
@@ -19,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from jobs.artifacts.store import ArtifactStore
-from jobs.errors import PictureNotMade, VideoGone, VideoNotReady
+from jobs.errors import AppError, PictureNotMade, VideoGone, VideoNotReady
 from jobs.record import JobRecord, Picture, Video
 from service.schemas.video_url import VideoFile
 
@@ -97,6 +97,37 @@ def _range_request(
 RangeRequestDep = Annotated[RangeRequest, Depends(_range_request)]
 
 
+@dataclass(frozen=True, slots=True)
+class SentFile:
+    """A file in the store, and how it is sent.
+
+    Attributes:
+        what: what sentences call it.
+        etag: without its quotes.
+        modified: when it was made, in whole seconds; None to keep that to oneself.
+        gone: the error if it is missing, or is not the one that was stored.
+        shown_as: the header Content-Disposition; None for none.
+    """
+
+    key: str
+    bytes: int
+    what: str
+    etag: str
+    modified: datetime | None
+    cache_control: str
+    gone: AppError
+    answer: type[FileStream] = VideoResponse
+    shown_as: str | None = None
+
+    @property
+    def validators(self) -> dict[str, str]:
+        """The headers that say which version of the file this is, and who may keep it."""
+        headers = {"etag": f'"{self.etag}"', "cache-control": self.cache_control}
+        if self.modified is not None:
+            headers["last-modified"] = format_datetime(self.modified, usegmt=True)
+        return headers
+
+
 def send_video(
     artifacts: ArtifactStore,
     job: JobRecord,
@@ -113,39 +144,52 @@ def send_video(
             wants another version of the file.
     """
     stored = stored_file(job, file)
-    if artifacts.size(stored.key) != stored.bytes:
-        raise VideoGone(
+    sent = SentFile(
+        key=stored.key,
+        bytes=stored.bytes,
+        what=file.value,
+        etag=stored.sha256,
+        modified=(job.finished_at or job.created_at).astimezone(UTC).replace(microsecond=0),
+        # A job's files never change; they may only disappear.
+        cache_control="private, max-age=3600",
+        gone=VideoGone(
             f"The {file} of job {job.id} is no longer in the artifact store; generate the video "
             f"again with the same request and seed.",
             job_id=job.id,
-        )
-    answer: type[FileStream] = VideoResponse if file is VideoFile.VIDEO else PictureResponse
-    etag = f'"{stored.sha256}"'
-    modified = format_datetime(_modified_at(job), usegmt=True)
-    # A job's files never change; they may only disappear.
-    headers = {
-        "etag": etag,
-        "last-modified": modified,
-        "cache-control": "private, max-age=3600",
-    }
-    if _wants_another(range_request, etag, _modified_at(job)):
-        detail = f"The {file} is not the one that If-Match or If-Unmodified-Since asks for."
+        ),
+        answer=VideoResponse if file is VideoFile.VIDEO else PictureResponse,
+        shown_as=f'inline; filename="{_name(job.id, file)}"',
+    )
+    return send_file(artifacts, sent, range_request)
+
+
+def send_file(artifacts: ArtifactStore, sent: SentFile, range_request: RangeRequest) -> Response:
+    """Answer with a file, the requested part of it, or 304.
+
+    Raises:
+        AppError: `sent.gone`.
+        HTTPException: see `send_video`.
+    """
+    if artifacts.size(sent.key) != sent.bytes:
+        raise sent.gone
+    headers = sent.validators
+    if _wants_another(range_request, headers["etag"], sent.modified):
+        detail = f"The {sent.what} is not the one that If-Match or If-Unmodified-Since asks for."
         raise HTTPException(412, detail, headers)
-    if _has_it(range_request, etag, _modified_at(job)):
+    if _has_it(range_request, headers["etag"], sent.modified):
         return Response(status_code=304, headers=headers)
-    headers |= {
-        "accept-ranges": "bytes",
-        "content-disposition": f'inline; filename="{_name(job.id, file)}"',
-    }
-    part = _part(range_request, (etag, modified), stored.bytes)
-    start, end = part or (0, stored.bytes)
+    part = _part(range_request, (headers["etag"], headers.get("last-modified")), sent.bytes)
+    headers["accept-ranges"] = "bytes"
+    if sent.shown_as is not None:
+        headers["content-disposition"] = sent.shown_as
+    start, end = part or (0, sent.bytes)
     headers["content-length"] = str(end - start)
     if range_request.is_head:
-        return Response(headers=headers, media_type=answer.media_type)
+        return Response(headers=headers, media_type=sent.answer.media_type)
     if part is not None:
-        headers["content-range"] = f"bytes {start}-{end - 1}/{stored.bytes}"
-    chunks = artifacts.read(stored.key, start, end)
-    return answer(_started(chunks), 200 if part is None else 206, headers)
+        headers["content-range"] = f"bytes {start}-{end - 1}/{sent.bytes}"
+    chunks = artifacts.read(sent.key, start, end)
+    return sent.answer(_started(chunks), 200 if part is None else 206, headers)
 
 
 def _name(job_id: str, file: VideoFile) -> str:
@@ -180,27 +224,22 @@ def stored_file(job: JobRecord, file: VideoFile) -> Video | Picture:
     return stored
 
 
-def _modified_at(job: JobRecord) -> datetime:
-    """Return when the job's files were made, in whole seconds, as HTTP has it."""
-    return (job.finished_at or job.created_at).astimezone(UTC).replace(microsecond=0)
-
-
-def _wants_another(asked: RangeRequest, etag: str, modified: datetime) -> bool:
+def _wants_another(asked: RangeRequest, etag: str, modified: datetime | None) -> bool:
     """Return whether the file does not fit If-Match or, where that is missing, its date."""
     if asked.if_match is not None:
         # Compared strongly: weak tags never match.
         return not {tag.strip() for tag in asked.if_match.split(",")} & {etag, "*"}
     since = _date(asked.if_unmodified_since)
-    return since is not None and modified > since
+    return since is not None and modified is not None and modified > since
 
 
-def _has_it(asked: RangeRequest, etag: str, modified: datetime) -> bool:
+def _has_it(asked: RangeRequest, etag: str, modified: datetime | None) -> bool:
     """Return whether the caller has the file, by If-None-Match or, where missing, its date."""
     if asked.if_none_match is not None:
         tags = {tag.strip().removeprefix("W/") for tag in asked.if_none_match.split(",")}
         return bool(tags & {etag, "*"})
     since = _date(asked.if_modified_since)
-    return since is not None and modified <= since
+    return since is not None and modified is not None and modified <= since
 
 
 def _date(text: str | None) -> datetime | None:
@@ -213,7 +252,7 @@ def _date(text: str | None) -> datetime | None:
 
 
 def _part(
-    range_request: RangeRequest, validators: tuple[str, str], size: int
+    range_request: RangeRequest, validators: tuple[str, str | None], size: int
 ) -> tuple[int, int] | None:
     """Return the range to send, end exclusive, or None for the whole file.
 

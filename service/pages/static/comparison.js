@@ -38,6 +38,8 @@ function redraw(part, data, draw) {
 async function round() {
   try {
     show(await request(path));
+    const { raters: all } = await request(`${path}/raters`);
+    redraw("raters", all, (part) => fill(part, raters(all)));
     await showPairs();
   } catch (error) {
     if (error instanceof Problem && error.status === 404) {
@@ -58,7 +60,6 @@ function show(comparison) {
   redraw("note", comparison.problem ?? null, (part) => fill(part, comparison.problem && h("p", { class: "notice warning", role: "status" }, comparison.problem)));
   redraw("counts", comparison.counts, () => showCounts(comparison.counts));
   redraw("steer", [comparison.state, comparison.counts.failed > 0], (part) => fill(part, steps(comparison)));
-  redraw("raters", comparison.raters, (part) => fill(part, raters(comparison.raters)));
   redraw("design", [comparison.settings, comparison.margin], (part) => fill(part, design(comparison)));
   find("#add").hidden = ["closed", "cancelled"].includes(comparison.state);
 }
@@ -119,9 +120,9 @@ function raters(all) {
   return h("table", {},
     h("thead", {}, h("tr", {}, ["Name", "Rated", ""].map((name) => h("th", { scope: "col" }, name || h("span", { class: "visually-hidden" }, "Remove"))))),
     h("tbody", {}, all.map((rater) => h("tr", {},
-      h("td", {}, rater.name, " ", rater.removed && h("span", { class: "tag" }, "removed")),
-      h("td", { class: "ready" }, h("progress", { max: rater.items || 1, value: rater.done, "aria-label": `Rated by ${rater.name}` }),
-        h("span", { class: "number small" }, `${rater.done} of ${rater.items}`)),
+      h("td", {}, rater.name, " ", rater.removed && h("span", { class: "tag" }, "removed"), rater.done && h("span", { class: "tag good" }, "done")),
+      h("td", { class: "ready" }, h("progress", { max: rater.items || 1, value: rater.votes + rater.skipped, "aria-label": `Rated by ${rater.name}` }),
+        h("span", { class: "number small" }, `${rater.votes} of ${rater.items}`, rater.skipped > 0 && `, ${rater.skipped} skipped`)),
       h("td", { class: "number" }, !rater.removed && h("button", { type: "button", class: "link", "aria-label": `Remove ${rater.name}`, onclick: () => void remove(rater) }, "Remove"))))));
 }
 

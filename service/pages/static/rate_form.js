@@ -39,8 +39,8 @@ export class VoteForm {
     this.criteria = criteria;
     this.answers = { ...answers };
     this.#current = 0;
-    fill(find("#criteria"), criteria.map(({ id, name, definition }, number) => h("fieldset", { class: "question" },
-      h("legend", {}, h("b", {}, name), " ", h("span", { class: "quiet small" }, definition)),
+    fill(find("#criteria"), criteria.map(({ id, name, definition }, number) => h("div", { class: "question", role: "radiogroup", "aria-labelledby": `question-${number}` },
+      h("p", { id: `question-${number}` }, h("b", {}, name), " ", h("span", { class: "quiet small" }, definition)),
       h("div", { class: "choices" }, CHOICES.map(([choice, text]) => h("label", { onclick: release },
         h("input", { type: "radio", name: id, value: choice, onchange: () => this.choose(number, choice) }), text))))));
     this.#show();

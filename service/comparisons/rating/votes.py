@@ -16,7 +16,7 @@ from redis import Redis
 
 from jobs import redis_keys
 from service.comparisons.model import ComparisonState, PairKind
-from service.comparisons.sessions import Item
+from service.comparisons.rating.sessions import Item
 
 Choice = Literal["left", "right", "tie"]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -217,7 +217,7 @@ class VoteStore:
 
 
 def _script(redis: Redis, name: str) -> Callable[[tuple[str, ...], tuple[Any, ...]], Any]:
-    text = (files("service.comparisons") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    text = (files("service.comparisons.rating") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
     script = redis.register_script(text)
     return lambda keys, args: script(keys=keys, args=args)
 

@@ -18,7 +18,8 @@ from redis import Redis
 
 from jobs import redis_keys
 from service.comparisons.model import Arm, Comparison, Pair, PairKind, PairState
-from service.comparisons.raters import Rater, RaterStore
+from service.comparisons.rating.raters import Rater, RaterStore
+from service.comparisons.rating.votes import Answer, VoteStore
 from service.comparisons.statistics.criteria import BY_ID
 from service.comparisons.statistics.design import Design
 from service.comparisons.statistics.noninferiority import Bounds
@@ -26,7 +27,6 @@ from service.comparisons.statistics.summary import PairMeasure, summarize
 from service.comparisons.statistics.votes import SCORES, Outcome, Side, Vote, counted
 from service.comparisons.statistics.votes import PairKind as VoteKind
 from service.comparisons.store import ComparisonStore
-from service.comparisons.votes import Answer, VoteStore
 
 Json = dict[str, Any]
 

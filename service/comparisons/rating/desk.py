@@ -4,7 +4,7 @@ Everything that a rater is told comes from here, and nothing of it follows from 
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final, Literal
@@ -28,9 +28,10 @@ from jobs.violations import shown
 from service.auth.seats import Seat
 from service.comparisons.model import Comparison, ComparisonState, Pair, PairState, ViewingCopy
 from service.comparisons.model import PairKind as Kind
-from service.comparisons.sessions import expected_items, plan
+from service.comparisons.rating.raters import Rater
+from service.comparisons.rating.sessions import expected_items, plan
+from service.comparisons.rating.votes import Answer, Counters, Given, Provenance, VoteStore
 from service.comparisons.store import ComparisonStore
-from service.comparisons.votes import Answer, Counters, Given, Provenance, VoteStore
 from service.lookups.cached import CachedValue
 
 Side = Literal["left", "right"]
@@ -118,6 +119,18 @@ class RatingDesk:
         snapshot = self._snapshot(seat.comparison_id)
         comparison = snapshot.comparison.model_copy(update={"state": _present(state)})
         return comparison, _progress(snapshot, counters)
+
+    def refuse_missing(self, comparison_id: str) -> None:
+        """Raise ComparisonNotFound if there is no such comparison."""
+        self._comparisons.get(comparison_id)
+
+    def progress_of(self, comparison_id: str, raters: Sequence[Rater]) -> list[Progress]:
+        """Return how far each of these raters is."""
+        snapshot = self._snapshot(comparison_id)
+        return [
+            _progress(snapshot, self._votes.state_and_counters(comparison_id, rater.id)[1])
+            for rater in raters
+        ]
 
     def next(self, seat: Seat) -> Shown | None:
         """Return the pair to judge: the one that was shown last, until it is answered.

@@ -99,14 +99,15 @@ class _Drawing:
             if pair.state is not PairState.FAILED:
                 self._possible[pair.kind].append(pair)
         possible = self._possible[PairKind.TEST]
-        most = comparison.rating.per_rater or len(possible)
-        self._tests = self._test_pairs(most)
-        self._planned = max(min(most, len(possible)), len(self._tests))
-        self._repeats = round(comparison.rating.repeat_share * self._planned)
+        wanted = min(comparison.rating.per_rater or len(possible), len(possible))
+        first = [i.pair_id for i in given if i.kind is PairKind.TEST and not i.is_repeat]
+        # Pairs that failed after they were given have a place in the order, but do not count.
+        lost = len(set(first) - {pair.id for pair in possible})
+        self._planned = wanted + lost
+        self._tests = self._test_pairs(first)
+        self._repeats = round(comparison.rating.repeat_share * wanted)
         checks = (PairKind.GOLD, PairKind.IDENTICAL)
-        self.expected = (
-            self._planned + self._repeats + sum(len(self._possible[kind]) for kind in checks)
-        )
+        self.expected = wanted + self._repeats + sum(len(self._possible[kind]) for kind in checks)
         self.is_complete = len(self._tests) == self._planned and all(
             _is_ready(pair) for kind in checks for pair in self._possible[kind]
         )
@@ -137,19 +138,13 @@ class _Drawing:
         placed.sort(key=lambda each: (each[0], each[1], each[2].pair_id))
         return [item for position, _, item in placed if position <= reached]
 
-    def _test_pairs(self, most: int) -> list[str]:
+    def _test_pairs(self, given: list[str]) -> list[str]:
         """Return the ids of test pairs: those that were given, then the rater's own order."""
-        given = [
-            item.pair_id
-            for item in self._given
-            if item.kind is PairKind.TEST and not item.is_repeat
-        ]
         known = set(given)
         ready = [pair.id for pair in self._possible[PairKind.TEST] if _is_ready(pair)]
         ready.sort(key=lambda pair_id: self._draw("order", pair_id))
-        return [*given, *(pair_id for pair_id in ready if pair_id not in known)][
-            : max(most, len(given))
-        ]
+        order = [*given, *(pair_id for pair_id in ready if pair_id not in known)]
+        return order[: self._planned]
 
     def _test(self, number: int, pair_id: str) -> Item:
         return Item(pair_id, PairKind.TEST, self._is_left("test", number))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from service.comparisons.model import Arm, Comparison
-from service.comparisons.report import Ballot, outcome_of
+from service.comparisons.rating.report import Ballot, outcome_of
 
 Json = dict[str, Any]
 
