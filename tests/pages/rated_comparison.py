@@ -1,4 +1,4 @@
-"""Store comparisons whose pairs are ready to be shown, with real videos, as if workers had made them."""
+"""Store comparisons whose pairs are ready, with real videos, as if workers had made them."""
 
 import subprocess
 from pathlib import Path
@@ -43,17 +43,17 @@ def store_comparison(
         write_video(file.with_suffix(".source.mp4"), source)
         remux(file.with_suffix(".source.mp4"), file)
     length = pad_to_equal_length(files)
-    pairs = []
-    for pair in (*tests, *others):
+    shape = {"width": WIDTH, "height": HEIGHT, "fps": FPS, "num_frames": FRAMES}
+
+    def made(pair: Pair) -> Pair:
         for arm, file in zip(Arm, files, strict=True):
             key = f"comparisons/{comparison.id}/{comparison.opaque('copy', pair.id, arm)}.mp4"
             artifacts.put(key, file, lambda: None)
-            shape = {"width": WIDTH, "height": HEIGHT, "fps": FPS, "num_frames": FRAMES}
             copy = ViewingCopy(key=key, bytes=length, **shape)
-            made = pair.half(arm).model_copy(
-                update={"copy_": copy, "state": HalfState.SUCCEEDED}
-            )
-            pair = pair.with_half(arm, made)
-        pairs.append(pair)
+            done = {"copy_": copy, "state": HalfState.SUCCEEDED}
+            pair = pair.with_half(arm, pair.half(arm).model_copy(update=done))
+        return pair
+
+    pairs = [made(pair) for pair in (*tests, *others)]
     ComparisonStore(redis).create(comparison, pairs)
     return comparison

@@ -139,7 +139,7 @@ function showInstructions(text) {
   tell("How it goes", instructions, button(text, () => void guarded(next)));
   find("#message .actions").before(
     h("ul", { class: "definitions" }, criteria.map(({ name, definition }) => h("li", {}, h("b", {}, name), " ", definition))),
-    h("p", {}, `${training > 0 ? `The first ${training} pairs are for practice and do not count. ` : ""}Press ? for the keys, once a pair is shown.`));
+    training > 0 ? h("p", {}, training === 1 ? "The first pair is for practice and does not count." : `The first ${training} pairs are for practice and do not count.`) : "");
 }
 
 /** @param {Progress} now */
@@ -181,6 +181,8 @@ function show(found) {
     { id: "send", label: "Send the vote", key: "Enter", run: () => void vote() },
     { id: "skip", label: "Skip this pair", key: "k", run: () => void send("skip", {}) },
     { id: "undo", label: "Undo the last vote or skip", key: "u", run: () => { if (item?.undo) void guarded(undoLast); } });
+  form.hint(player.keys);
+  if (find("#pair").getBoundingClientRect().top < 0) find("#pair").scrollIntoView();
   say(found.kind === "training" ? "Practice pair." : `Pair ${found.number}.`);
   void load(player);
 }

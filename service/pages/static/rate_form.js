@@ -64,6 +64,12 @@ export class VoteForm {
     ];
   }
 
+  /** Write which keys do what, as they are now. @param {import("./keys.js").Keys} keys */
+  hint(keys) {
+    const parts = [["left", "left"], ["tie", "no difference"], ["right", "right"], ["question", "question before"], ["send", "send"], ["skip", "skip"], ["undo", "undo"]];
+    fill(find("#keys"), parts.filter(([id]) => keys.name(id)).map(([id, text]) => h("span", {}, h("kbd", {}, keys.name(id)), ` ${text}`)));
+  }
+
   /** @param {number} number of the question @param {Choice} choice */
   choose(number, choice) {
     this.answers[this.criteria[number].id] = choice;
