@@ -25,7 +25,7 @@ from service.api.openai import errors as openai_errors
 from service.api.openai import models as openai_models
 from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
-from service.api.routes import events, health, jobs, models, operations, session
+from service.api.routes import events, health, index, jobs, models, operations, session
 from service.auth.admission import Admission
 from service.auth.api_keys import KeyStore
 from service.auth.gate import Gate
@@ -61,6 +61,7 @@ _TAGS = [
     {"name": "session", "description": "Sign in with an API key and a cookie, in a browser."},
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
+    {"name": "index", "description": "Where to find the rest."},
 ]
 
 
@@ -118,7 +119,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
     )
-    api = (jobs, events, videos, openai_models, models, session, operations, health)
+    api = (jobs, events, videos, openai_models, models, session, operations, health, index)
     # Before the API: its routes match for browsers only, at addresses that are the API's, too.
     app.include_router(page_routes.shared_router)
     for routes in (*api, api_docs, page_routes, static_files):

@@ -13,7 +13,7 @@ _DEFAULT_POLICY: Final = (
 # the page itself none.
 _PAGE_POLICY: Final = (
     f"{_DEFAULT_POLICY}; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "font-src 'self'; connect-src 'self'"
+    "media-src 'self'; font-src 'self'; connect-src 'self'"
 )
 
 

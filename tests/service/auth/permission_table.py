@@ -89,6 +89,7 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "GET /metrics": Row(Policy.OPS, "read the metrics"),
     "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
+    "GET /": Row(Policy.PUBLIC, "find the other addresses; browsers get the page to make videos"),
     "GET /healthz": Row(Policy.PUBLIC, "ask whether the process is alive"),
     "GET /readyz": Row(Policy.PUBLIC, "ask whether jobs can be run"),
     "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),
