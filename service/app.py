@@ -30,6 +30,7 @@ from service.api.routes import (
     comparisons,
     events,
     health,
+    index,
     jobs,
     keys,
     models,
@@ -85,6 +86,7 @@ _TAGS = [
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
     {"name": "keys", "description": "API keys, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
+    {"name": "index", "description": "Where to find the rest."},
 ]
 
 

@@ -32,6 +32,7 @@ def operations(document: Any) -> list[tuple[str, Any]]:
 def test_all_routes_are_described(document: Any) -> None:
     found = dict(operations(document))
     assert set(found) == {
+        "GET /",
         "POST /generate",
         "GET /jobs",
         "GET /jobs/{job_id}",

@@ -203,7 +203,7 @@ def test_who_is_refused_has_changed_nothing(
     make_seat: MakeSeat,
     caller: str,
 ) -> None:
-    seated = make_seat(endpoint)
+    seated = make_seat("GET /rating")
     names = seated["comparison_id"], seated["rater_id"]
     raters, votes = RaterStore(redis), VoteStore(redis)
     rated = raters.all(names[0]), votes.history(*names)
