@@ -30,7 +30,6 @@ from service.api.routes import (
     comparisons,
     events,
     health,
-    index,
     jobs,
     keys,
     models,

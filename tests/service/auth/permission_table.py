@@ -143,7 +143,6 @@ ROWS: Final[dict[str, Row]] = {
     "POST /rating/undo": Row(Policy.RATER, "take back the last answer"),
     "GET /metrics": Row(Policy.OPS, "read the metrics"),
     "GET /workers": Row(Policy.OPS, "see the workers and the queues"),
-<<<<<<< HEAD
     "POST /workers/{worker_id}/drain": Row(Policy.OPS, "let a worker take no more jobs", done=202),
     "POST /workers/{worker_id}/resume": Row(Policy.OPS, "let it take jobs again", done=202),
     "GET /failures": Row(Policy.OPS, "see which jobs failed lately"),
@@ -155,9 +154,7 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "POST /keys/{name}/rotate": Row(Policy.OPS, "give a key another secret", done_open=404),
     "POST /keys/{name}/revoke": Row(Policy.OPS, "revoke a key", done_open=404),
-=======
     "GET /": Row(Policy.PUBLIC, "find the other addresses; browsers get the page to make videos"),
->>>>>>> demo
     "GET /healthz": Row(Policy.PUBLIC, "ask whether the process is alive"),
     "GET /readyz": Row(Policy.PUBLIC, "ask whether jobs can be run"),
     "GET /openapi.json": Row(Policy.PUBLIC, "read the description of the API"),
