@@ -136,6 +136,7 @@ def play(film: Film, site: str, names: dict[str, str]) -> None:
     film.say("And on to the next", 0.5)
     vote(page, "ArrowRight", "ArrowRight", "ArrowDown")
     film.say("One vote can be taken back until the next", 2)
+    page.context.clear_cookies()  # from here on an operator again: raters may not see it
     page.goto(f"{site}/comparisons/{names['comparison']}/report")
     film.say("The report: is it as good, by the margin fixed beforehand?", 5)
     for _ in range(6):
