@@ -53,7 +53,7 @@ def take(browser: Browser, scene: Scene, url: str, scheme: str, size: str, path:
     try:
         scene.before(page)
         page.goto(url)
-        page.locator("#who > *").or_(page.locator("#api > *")).first.wait_for()
+        page.locator("#who > *").or_(page.locator("#api > *")).first.wait_for(state="attached")
         page.locator(LOADING).first.wait_for(state="hidden")
         page.wait_for_timeout(SETTLED_MS)
         scene.act(page)
