@@ -243,7 +243,7 @@ class PixelMeasures(_Part):
         ssim: 1 for identical pixels.
     """
 
-    psnr_db: float | None
+    psnr_db: float | None = None
     ssim: float
 
 
