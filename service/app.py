@@ -27,6 +27,7 @@ from service.api.openai import routes as videos
 from service.api.openai.schemas import VideoObject
 from service.api.routes import (
     comparison_results,
+    comparisons,
     events,
     health,
     jobs,
@@ -67,11 +68,16 @@ from service.settings import ServiceSettings
 MAX_BODY_BYTES = 256 * 1024
 """Far above the longest prompt any model takes, even with every character escaped."""
 
+MAX_PROMPTS_BYTES = 4 * 1024 * 1024
+"""For a new comparison: far above its 500 prompts, so that a file with too many is refused by what
+is wrong with it, and not by its size."""
+
 _TAGS = [
     {"name": "jobs", "description": "Ask for videos, follow them, cancel them, fetch them."},
     {"name": "videos", "description": "The same, for clients of OpenAI's Videos API."},
     {"name": "models", "description": "What the live workers offer."},
     {"name": "session", "description": "Sign in with an API key and a cookie, in a browser."},
+    {"name": "comparisons", "description": "Blind comparisons of two modes, for operators."},
     {"name": "rating", "description": "Judge pairs of videos blindly, for raters."},
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
@@ -143,6 +149,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         openai_models,
         models,
         session,
+        comparisons,
         comparison_results,
         rating,
         operations,
@@ -187,7 +194,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
     """Add the checks before the routes. The middleware that is added last runs first."""
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(
+        BodyLimit, max_bytes=MAX_BODY_BYTES, larger={"/comparisons": MAX_PROMPTS_BYTES}
+    )
     app.add_middleware(
         OriginCheck, public_url=settings.public_url, allowed_origins=settings.origins
     )

@@ -26,6 +26,7 @@ from service.auth.sessions import SessionStore
 from service.comparisons.rating.desk import RatingDesk
 from service.comparisons.rating.raters import RaterStore
 from service.comparisons.rating.report import Reports
+from service.comparisons.store import ComparisonStore
 from service.lookups.cached import CachedValue
 from service.lookups.queue_positions import CachedQueuePositions
 from service.lookups.token_counter import TokenCounter
@@ -81,6 +82,10 @@ AppStateDep = Annotated[AppState, Depends(_app_state)]
 
 async def _store(app_state: AppStateDep) -> JobStore:
     return app_state.store
+
+
+async def _comparisons(app_state: AppStateDep) -> ComparisonStore:
+    return ComparisonStore(app_state.redis)
 
 
 async def _downloads(app_state: AppStateDep) -> Downloads:
@@ -210,6 +215,7 @@ ViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.VIDEO))]
 ThumbnailViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.THUMBNAIL))]
 SpritesheetViewerDep = Annotated[Principal | None, Depends(_viewer(VideoFile.SPRITESHEET))]
 StoreDep = Annotated[JobStore, Depends(_store)]
+ComparisonsDep = Annotated[ComparisonStore, Depends(_comparisons)]
 DownloadsDep = Annotated[Downloads, Depends(_downloads)]
 CatalogDep = Annotated[Catalog, Depends(_catalog)]
 JsonBodyDep = Annotated[Any, Depends(json_body)]

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from jobs import errors
 from jobs.spec import GenerationBody
+from service.comparisons.creation import ComparisonBody
 from service.middleware.credentials import COOKIE
 from service.middleware.problems import MEDIA_TYPE, from_error, from_status
 from service.schemas.jobs import QUEUED_EXAMPLE, EventView, JobListView, JobView
@@ -79,6 +80,34 @@ def body_of(model: str, media_type: str = "application/json") -> Json:
     schema = {"$ref": _REF.format(model=model)}
     return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
 
+
+COMPARISON_BODY: Json = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REF.format(model="ComparisonBody")},
+                "example": {
+                    "title": "Is w8a8 as good as bf16?",
+                    "reference": {"mode": "bf16"},
+                    "candidate": {"mode": "w8a8"},
+                    "prompts": ["a small red circle moving right on a black background"],
+                    "seeds": 2,
+                },
+            }
+        },
+    }
+}
+COMPARISON_ANSWER: dict[int | str, Json] = {
+    201: {
+        "headers": {
+            "Location": {
+                "description": "The comparison's address.",
+                "schema": {"type": "string", "examples": ["/comparisons/01a2"]},
+            }
+        }
+    }
+}
 
 SIGN_IN: Json = {
     "requestBody": {
@@ -252,7 +281,13 @@ def _document(
     described = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         described.pop(name, None)
-    models: list[type[BaseModel]] = [GenerationBody, SignInBody, Problem, *schemas]
+    models: list[type[BaseModel]] = [
+        GenerationBody,
+        ComparisonBody,
+        SignInBody,
+        Problem,
+        *schemas,
+    ]
     for model in models:
         schema = model.model_json_schema(ref_template=_REF)
         described.update(schema.pop("$defs", {}))

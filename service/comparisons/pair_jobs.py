@@ -1,16 +1,76 @@
-"""Say what the jobs of a comparison are: their requests, their keys, and how they are given up."""
+"""Say what the pairs of a comparison are: their jobs' requests and keys, and how they are given up.
 
+Nothing here decides when; `orchestrator.py` does.
+"""
+
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from jobs.artifacts.store import ArtifactStore
 from jobs.errors import JobNotCancellable, JobNotFound, RecordUnreadable
+from jobs.record import now
 from jobs.spec import GenerationBody
 from jobs.store.job_store import JobStore
 from jobs.store.submission import Idempotency
-from service.comparisons.model import Arm, Comparison, ComparisonState, Half, HalfState, Pair
-from service.comparisons.store import ComparisonStore
+from service.comparisons.model import (
+    Arm,
+    Comparison,
+    ComparisonState,
+    Half,
+    HalfState,
+    Pair,
+    PairKind,
+)
+from service.comparisons.store import ComparisonStore, new_comparison_id, new_pair_id
 from service.comparisons.viewing_copies import delete_copies
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A comparison that may be stored, and its pairs."""
+
+    comparison: Comparison
+    pairs: tuple[Pair, ...]
+
+
+def cloned(comparison: Comparison, owner: str) -> Planned:
+    """Make a paused comparison of the same prompts, seeds and settings, with no video and no vote.
+
+    It is not checked again: what is no longer served is waited for.
+    """
+    fresh = {
+        "id": new_comparison_id(),
+        "title": f"{comparison.title} (copy)"[:200],
+        "owner": owner,
+        "created_at": now(),
+        "secret": secrets.token_hex(16),
+        "state": ComparisonState.PAUSED,
+        "problem": None,
+    }
+    clone = comparison.model_copy(update=fresh)
+    return Planned(clone, pairs_of(clone))
+
+
+def pairs_of(comparison: Comparison) -> tuple[Pair, ...]:
+    """Make the pairs of a new comparison: those to test, then those that check raters."""
+    tests = [
+        {"kind": PairKind.TEST, "prompt_id": prompt.id, "seed": seed}
+        for prompt in comparison.prompts
+        for seed in prompt.seeds
+    ]
+    rating = comparison.rating
+    others = {
+        PairKind.TRAINING: rating.training,
+        PairKind.GOLD: rating.gold,
+        PairKind.IDENTICAL: rating.identical,
+    }
+    checks = [{"kind": kind} for kind, count in others.items() for _ in range(count)]
+    return tuple(
+        Pair(id=new_pair_id(), number=number, **fields)  # type: ignore[arg-type]
+        for number, fields in enumerate([*tests, *checks], 1)
+    )
 
 
 def body_of(comparison: Comparison, pair: Pair, arm: Arm) -> GenerationBody:

@@ -22,6 +22,12 @@ from service.comparisons.model import Comparison, ComparisonState, Pair
 MAX_PAGE: Final = 100
 
 _T = TypeVar("_T")
+_VERBS: Final = {
+    ComparisonState.RUNNING: "resumed",
+    ComparisonState.PAUSED: "paused",
+    ComparisonState.CLOSED: "closed",
+    ComparisonState.CANCELLED: "cancelled",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,7 @@ class ComparisonStore:
             fields = cast("dict[bytes, bytes]", pipe.hgetall(redis_keys.comparison(comparison_id)))
             comparison = _decode(comparison_id, fields)
             if comparison.state is not to and comparison.state not in allowed:
-                raise wrong_state(comparison, f"be {to.value}")
+                raise wrong_state(comparison, f"be {_VERBS[to]}")
             pipe.multi()
             pipe.hset(redis_keys.comparison(comparison_id), "state", to.value)
             pipe.sadd(redis_keys.COMPARISONS_OPEN, comparison_id)

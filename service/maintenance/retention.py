@@ -30,6 +30,8 @@ from jobs.store.job_store import JobStore
 from jobs.store.retention_index import PAGE, RetentionEntry, RetentionIndex
 from jobs.store.submission import OPEN_OWNER
 from service.auth.api_keys import KeyStore
+from service.comparisons import viewing_copies
+from service.comparisons.store import ComparisonStore
 from service.maintenance.retention_clock import ClockRefused, RetentionClock
 from service.schemas.expiry import RetentionPeriods
 
@@ -159,7 +161,8 @@ class Retention:
         deletion = _Deletion(ending)
         try:
             # Jobs first: files that they leave behind are orphans, if they are old enough.
-            for page in chain(self._expired_jobs(now), self._orphans(now)):
+            pages = chain(self._expired_jobs(now), self._orphans(now), self._copies(now))
+            for page in pages:
                 lock.extend(LOCK_S, replace_ttl=True)
                 deletion.delete(page)
                 if ending.is_set():
@@ -212,6 +215,25 @@ class Retention:
                 _Due("orphans", key, partial(self._artifacts.delete, key)) for key in unreferenced
             ]
 
+    def _copies(self, now: datetime) -> Iterator[list[_Due]]:
+        """Find old copies of comparisons that were deleted while the copies were made.
+
+        Those of a comparison that exists stay, however old they are.
+        """
+        comparisons = ComparisonStore(self._redis)
+        oldest_kept = now - self._periods.orphans
+        stored = self._artifacts.list(viewing_copies.PREFIX)
+        for page in _pages(each for each in stored if each.modified_at < oldest_kept):
+            copies = [(each.key, each.key.split("/")[1]) for each in page]
+            gone = {name for name in dict(copies).values() if not comparisons.exists(name)}
+            if gone and self._index.is_empty():
+                return  # as for videos: Redis has lost its data, or is the wrong one
+            yield [
+                _Due("orphans", key, partial(self._artifacts.delete, key))
+                for key, name in copies
+                if name in gone
+            ]
+
     def _clean_up_indexes(self, now: datetime) -> None:
         owners = {OPEN_OWNER, *(key.owner_name for key in KeyStore(self._redis).all())}
         self._index.remove_entries(owners, now - timedelta(seconds=redis_keys.RECORD_TTL_S))
@@ -223,7 +245,7 @@ def describe(deleted: Deleted) -> str:
     labels = {
         "videos": "videos",
         "jobs": "jobs with their videos",
-        "orphans": "files that no job names",
+        "orphans": "files that no job or comparison names",
         "leftovers": "unfinished files",
     }
     return ", ".join(f"{label}: {deleted[kind]}" for kind, label in labels.items())

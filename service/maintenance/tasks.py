@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+from jobs import catalog
 from jobs.record import JobRecord
 from jobs.store import recovery
 from jobs.store.webhook_outbox import WebhookStatus
 from service.api.deps import AppState
+from service.comparisons import orchestrator
+from service.comparisons.orchestrator import Orchestrator
 from service.maintenance import retention
 from service.maintenance.retention import Retention
 from service.maintenance.scheduler import Task
@@ -44,6 +47,7 @@ def background_tasks(app_state: AppState) -> Sequence[Task]:
         Task("recovery", recovery.INTERVAL_S, lambda _: job_recovery.run()),
         Task("deletion", DELETIONS_EVERY_S, delete_requested),
         Task("artifact store", STORE_EVERY_S, lambda _: app_state.artifacts.verify()),
+        Task("comparisons", orchestrator.EVERY_S, _orchestrator(app_state).run),
         Task("redis settings", REDIS_EVERY_S, lambda _: app_state.checks.look_at_redis()),
         Task("retention", retention.CHECK_EVERY_S, job_retention.run_if_due),
         Task("tokenizers", TOKENIZERS_EVERY_S, lambda _: _prepare_tokenizers(app_state)),
@@ -52,6 +56,16 @@ def background_tasks(app_state: AppState) -> Sequence[Task]:
     if dispatcher is not None:
         tasks.append(Task("webhooks", WEBHOOKS_AGAIN_S, dispatcher.run))
     return tasks
+
+
+def _orchestrator(app_state: AppState) -> Orchestrator:
+    return Orchestrator(
+        app_state.redis,
+        app_state.store,
+        app_state.artifacts,
+        lambda: catalog.read(app_state.redis),
+        app_state.token_counter.count,
+    )
 
 
 def _prepare_tokenizers(app_state: AppState) -> None:

@@ -57,6 +57,13 @@ class Row:
 VOTE: Final = {"answers": {"overall": "left"}}
 ASK: Final = {"prompt": "a small red circle"}
 
+COMPARE: Final = {
+    "title": "Is w8a8 as good?",
+    "reference": {"mode": "bf16"},
+    "candidate": {"mode": "w8a8"},
+    "prompts": ["a small red circle"],
+}
+
 ROWS: Final[dict[str, Row]] = {
     "POST /generate": Row(Policy.KEY, "ask for a video", done=202, json=ASK),
     "GET /jobs": Row(Policy.KEY, "list the jobs one may see", lists=True),
@@ -92,6 +99,17 @@ ROWS: Final[dict[str, Row]] = {
     "DELETE /session": Row(
         Policy.PUBLIC, "sign out; with `all=true`, which needs a key, everywhere", done=204
     ),
+    "POST /comparisons": Row(Policy.OPS, "compare two modes", done=201, json=COMPARE),
+    "GET /comparisons": Row(Policy.OPS, "list comparisons"),
+    "GET /comparisons/{comparison_id}": Row(Policy.OPS, "read a comparison"),
+    "GET /comparisons/{comparison_id}/pairs": Row(Policy.OPS, "list its pairs"),
+    "POST /comparisons/{comparison_id}/pause": Row(Policy.OPS, "pause it"),
+    "POST /comparisons/{comparison_id}/resume": Row(Policy.OPS, "resume it"),
+    "POST /comparisons/{comparison_id}/cancel": Row(Policy.OPS, "cancel it"),
+    "POST /comparisons/{comparison_id}/close": Row(Policy.OPS, "close it"),
+    "POST /comparisons/{comparison_id}/retry": Row(Policy.OPS, "make what failed again"),
+    "POST /comparisons/{comparison_id}/clone": Row(Policy.OPS, "make a copy of it", done=201),
+    "DELETE /comparisons/{comparison_id}": Row(Policy.OPS, "delete it", done=204),
     "GET /comparisons/{comparison_id}/raters": Row(Policy.OPS, "list the raters"),
     "POST /comparisons/{comparison_id}/raters": Row(
         Policy.OPS, "add a rater", done=201, json={"name": "Ada"}

@@ -75,7 +75,7 @@ def test_states_change_only_where_allowed(
     comparisons.settle(made.id, lambda pairs: len(pairs) == 2)
     assert comparisons.open_ids() == ()
     assert comparisons.change_state(made.id, closed, [running]).state is closed
-    with pytest.raises(ComparisonConflict, match="is closed, so it cannot be running"):
+    with pytest.raises(ComparisonConflict, match="is closed, so it cannot be resumed"):
         comparisons.change_state(made.id, running, [ComparisonState.PAUSED])
     assert comparisons.get(made.id).state is closed
 
