@@ -7,6 +7,7 @@ import { fill, find, h, moment, problemLine, whoAmI } from "./shell.js";
 
 const PAGE = 24;
 const STATES = ["queued", "running", "succeeded", "failed", "cancelled"];
+/** @type {Record<string, string>} */
 const COLOURS = { succeeded: "good", failed: "bad", running: "active", queued: "", cancelled: "" };
 
 const list = find("#gallery-list");
@@ -111,7 +112,7 @@ function drawTile(element, job) {
   if (link) fill(link, h("span", { class: "thumb" }, picture), prompt);
   else element.append(h("a", { href: `${root}jobs/${job.id}` }, h("span", { class: "thumb" }, picture), prompt), h("p", { class: "row small" }));
   fill(find("p", element), h("span", { class: "tag" }, job.request.mode),
-    job.state !== "succeeded" && h("span", { class: `tag ${COLOURS[/** @type {keyof COLOURS} */ (job.state)]}` }, job.state),
+    job.state !== "succeeded" && h("span", { class: `tag ${COLOURS[job.state]}` }, job.state),
     h("span", { class: "quiet" }, moment(job.created_at)));
 }
 

@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from deploy.local.waiting import wait_until
+from tests.pages.accessibility import assert_accessible, assert_reflows
 from tests.pages.conftest import PHONE
 from tests.pages.player.conftest import Pair
 from tests.pages.player.test_frame_exactness import unequal
@@ -210,6 +211,23 @@ def test_a_side_waits_for_one_that_stalls(pair: Pair) -> None:
     pair.call("player.gate.sides[1].video.play()")
     wait_until(lambda: pair.call("player.frame") > stopped_at + 10, every_s=0.2)
     assert unequal(pair.painted()) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_player_is_accessible(pair: Pair, scheme: str) -> None:
+    pair.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    assert pair.load("short")
+    for view in ("side", "wipe", "single"):
+        pair.call(f"player.setView('{view}')")
+        assert_accessible(pair.page)
+        assert_reflows(pair.page)
+    small = pair.page.evaluate("""[...document.querySelectorAll(".player button, .player select")]
+      .map((each) => each.getBoundingClientRect())
+      .filter(({ width, height }) => width < 24 || height < 24).length""")
+    assert small == 0, "targets have 24 px or more (WCAG 2.5.8)"
+    open_keys(pair)
+    assert_accessible(pair.page)
+    assert_reflows(pair.page)
 
 
 def test_a_phone_shows_one_at_a_time_and_a_tap_swaps(phone: Page) -> None:
