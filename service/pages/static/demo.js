@@ -118,7 +118,7 @@ function describe() {
   if (model === undefined) return;
   const { prompt, size, num_frames: frames, num_inference_steps: steps, guidance_scale: guidance, seed } = values();
   const length = [...prompt].length;
-  const tokens = model.max_prompt_tokens ? `, ${model.max_prompt_tokens} tokens` : "";
+  const tokens = model.max_prompt_tokens ? `, at most ${model.max_prompt_tokens} tokens` : "";
   find("#prompt-limit").textContent = `${length} of ${model.max_prompt_chars} characters${tokens}`;
   find("#prompt-limit").classList.toggle("over", length > model.max_prompt_chars);
   const unknown = unknownWords(prompt, model);
@@ -210,7 +210,7 @@ function clearRefusals() {
 function show(ids) {
   history.replaceState(null, "", `${location.pathname}#${ids.join(",")}`);
   for (const card of cards) card.remove();
-  cards = ids.map((id) => new JobCard(id, { modes, onTwin: (twin) => show([...ids, twin]) }));
+  cards = ids.map((id) => new JobCard(id, { modes: ids.length > 1 ? () => [] : modes, onTwin: (twin) => show([...ids, twin]) }));
   fill(find("#cards"), cards.map((card) => card.element));
   find("#cards").classList.toggle("several", cards.length > 1);
   fill(find("#pair-tools"), cards.length > 1 && playTogether(find("#cards")));
