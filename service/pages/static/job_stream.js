@@ -42,12 +42,14 @@ export function follow(id, show, lose) {
     source = null;
   };
   const pause = () => { clearTimeout(timer); close(); };
+  /** @param {PageTransitionEvent} event */
+  const resume = (event) => { if (event.persisted) void ask(); };
   const stop = () => {
     over = true;
     pause();
     document.removeEventListener("signed-in", ask);
     removeEventListener("pagehide", pause);
-    removeEventListener("pageshow", ask);
+    removeEventListener("pageshow", resume);
   };
   async function ask() {
     clearTimeout(timer);
@@ -91,7 +93,7 @@ export function follow(id, show, lose) {
   }
   document.addEventListener("signed-in", ask);
   addEventListener("pagehide", pause);
-  addEventListener("pageshow", ask);
+  addEventListener("pageshow", resume);
   void ask();
   return stop;
 }

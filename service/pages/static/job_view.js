@@ -101,7 +101,7 @@ export class JobCard {
 
   /** @param {Job} job */
   preview(job) {
-    const number = job.preview ?? (job.preview_url ? new URL(job.preview_url, location.href).searchParams.get("number") : null);
+    const number = job.preview ?? (job.preview_url ? Number(new URL(job.preview_url).searchParams.get("number")) : null);
     if (number === null || number === this.previewed) return;
     this.previewed = number;
     const picture = new Image();
