@@ -135,17 +135,17 @@ async function look() {
 
 /** @param {string} text of the button */
 function showInstructions(text) {
-  const training = progress.done === 0 ? progress.training_left : 0;
+  const training = progress.training_left;
   tell("How it goes", instructions, button(text, () => void guarded(next)));
   find("#message .actions").before(
     h("ul", { class: "definitions" }, criteria.map(({ name, definition }) => h("li", {}, h("b", {}, name), " ", definition))),
-    training > 0 ? h("p", {}, training === 1 ? "The first pair is for practice and does not count." : `The first ${training} pairs are for practice and do not count.`) : "");
+    training > 0 ? h("p", {}, `Practice comes first: ${training === 1 ? "one pair that does" : `${training} pairs that do`} not count.`) : "");
 }
 
 /** @param {Progress} now */
 function showProgress(now) {
   progress = now;
-  Object.assign(find("#progress"), { max: Math.max(now.items, 1), value: now.done });
+  Object.assign(find("#progress"), { hidden: false, max: Math.max(now.items, 1), value: now.done });
   find("#count").textContent = `${now.done} of ${now.items} rated`;
 }
 
