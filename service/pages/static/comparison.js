@@ -203,7 +203,7 @@ async function showPairs() {
 /** @param {any} pair */
 function pairRow(pair) {
   const looks = { ready: "good", running: "active", failed: "bad" };
-  return h("tr", {}, h("td", { class: "number" }, pair.number), h("td", {}, pair.kind !== "test" && h("span", { class: "tag" }, pair.kind), " ", pair.prompt), h("td", { class: "number" }, pair.seed),
+  return h("tr", {}, h("td", { class: "number" }, pair.number), h("td", { class: "prompts" }, pair.kind !== "test" && h("span", { class: "tag" }, pair.kind), " ", pair.prompt), h("td", { class: "number" }, pair.seed),
     [pair.reference, pair.candidate].map((half) => h("td", {},
       half.job_id ? h("a", { href: `${root}jobs/${half.job_id}` }, half.state) : half.state,
       half.failure && h("div", { class: "small failure" }, half.failure.detail))),

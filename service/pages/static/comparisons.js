@@ -45,7 +45,7 @@ function row(each) {
   const { counts } = each;
   const failed = counts.failed > 0 && h("span", { class: "tag bad" }, `${counts.failed} failed`);
   return h("tr", {},
-    h("td", {}, h("a", { href: `${root}comparisons/${each.id}` }, each.title), h("div", { class: "quiet small" },
+    h("td", { class: "prompts" }, h("a", { href: `${root}comparisons/${each.id}` }, each.title), h("div", { class: "quiet small" },
       `${contenderName(each.candidate, each.reference)} against ${contenderName(each.reference, each.candidate)}`)),
     h("td", {}, stateTag(each)),
     h("td", { class: "ready" }, h("progress", { max: counts.pairs, value: counts.ready, "aria-label": "Pairs ready" }),
