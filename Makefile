@@ -16,10 +16,13 @@ NEGATIVE ?=
 OUT    ?= out.mp4
 # What `make demo` takes, besides the variables of docs/operations.md#environment.
 PORT   ?=
+# Where `make screenshots` and `make film` leave their pictures.
+FOLDER ?= var/screenshots
+FILM   ?= var/comparison.mp4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test test-all lint fuzz fix bench
+.PHONY: help install demo generate test test-all lint fuzz fix bench screenshots film
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -69,6 +72,12 @@ fix: $(VENV)/.dev ## let ruff repair and format
 
 bench: $(VENV)/.demo ## seconds per stage of a job, bf16 beside w8a8
 	@$(BIN)/python -m benchmarks.serving.job_latency
+
+screenshots: $(VENV)/.dev $(VENV)/.chromium ## every page and state in light and dark, on a desktop and a phone  [FOLDER=]
+	@$(BIN)/python -m tests.pages.screenshots "$(FOLDER)"
+
+film: $(VENV)/.dev $(VENV)/.chromium ## a minute of a comparison at work  [FILM=]
+	@$(BIN)/python -m tests.pages.film "$(FILM)"
 
 $(VENV)/.venv:
 	@sh deploy/install/venv.sh "$(PYTHON)" "$(VENV)"

@@ -59,7 +59,9 @@ _NOT_IN_QUEUE_NAME = {
 }
 
 
-class _Offer(BaseModel):
+class Published(BaseModel):
+    """What a worker publishes of itself, under a key that holds its id."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -67,10 +69,10 @@ class _Format(BaseModel):
     format: Literal["1"] = "1"  # of an offer or a status; see `redis_keys.FORMAT`
 
 
-_OfferT = TypeVar("_OfferT", bound=_Offer)
+_PublishedT = TypeVar("_PublishedT", bound=Published)
 
 
-class ModeOffer(_Offer):
+class ModeOffer(Published):
     """One mode of a model; without a recipe fingerprint it is not quantized.
 
     `variant` names anything else that changes the frames, for instance a step cache; None if
@@ -86,14 +88,14 @@ class ModeOffer(_Offer):
     warning: str | None = None
 
 
-class WordGroup(_Offer):
+class WordGroup(Published):
     """Words or phrases of one kind that a model was trained on, for example its colours."""
 
     kind: str = Field(min_length=1)
     phrases: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(min_length=1)
 
 
-class ModelOffer(_Offer):
+class ModelOffer(Published):
     """One model, its bounds and its defaults.
 
     Counts of frames have the form 4k+1; sizes are "WxH" in pixels. `max_prompt_chars` is the bound
@@ -141,7 +143,7 @@ class ModelOffer(_Offer):
         return self
 
 
-class WorkerOffer(_Offer):
+class WorkerOffer(Published):
     """The offer of one worker process: its model and modes, and the queue it takes jobs from."""
 
     worker_id: str = Field(min_length=1)
@@ -168,40 +170,6 @@ class WorkerOffer(_Offer):
     def is_degraded(self) -> bool:
         """Whether the worker runs a mode with slower kernels than intended."""
         return any(mode.warning is not None for mode in self.modes)
-
-
-WorkerStateName = Literal["idle", "busy", "draining", "degraded"]
-
-
-class ModeStatus(_Offer):
-    """The measurements of a worker in one mode; None for a value that was not measured yet.
-
-    The shares are of the inputs of the quantized layers, in one sampled step of the latest job:
-    `saturated_share` lies beyond the format's range, `flushed_share` is not zero but too small.
-    """
-
-    step_s: float | None = Field(default=None, description="Median of the latest denoising steps.")
-    saturated_share: float | None = Field(default=None, ge=0, le=1)
-    flushed_share: float | None = Field(default=None, ge=0, le=1)
-
-
-class WorkerStatus(_Offer):
-    """The status of one live worker, for operators; requests are never checked against it.
-
-    Memory is the device's, and None on a CPU. A worker that is `draining` was told to stop and
-    finishes its current job first. One that is `degraded` takes no job until it has proven that it
-    can end one; `fault` says in a sentence what is wrong with it.
-    """
-
-    worker_id: str = Field(min_length=1)
-    state: WorkerStateName
-    fault: str | None = None
-    job_id: str | None = None
-    jobs_done: int = Field(default=0, ge=0, description="Jobs that ended with a video.")
-    memory_allocated_bytes: int | None = Field(default=None, ge=0)
-    memory_peak_bytes: int | None = Field(default=None, ge=0)
-    memory_total_bytes: int | None = Field(default=None, ge=0)
-    modes: dict[ModeName, ModeStatus] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,26 +246,6 @@ def publish(redis: Redis, offer: WorkerOffer) -> None:
         pipe.execute()
 
 
-def publish_status(redis: Redis, status: WorkerStatus) -> None:
-    """Make `status` readable for the next 15 seconds, also for a worker without an offer."""
-    second = server_time_s(redis)
-    with redis.pipeline(transaction=True) as pipe:
-        key = redis_keys.worker_status(status.worker_id)
-        # Without what is None, so that a service of before a field was added reads the rest.
-        text = status.model_dump_json(exclude_none=True)
-        pipe.set(key, text, ex=redis_keys.OFFER_TTL_S)
-        pipe.zadd(redis_keys.WORKERS, {status.worker_id: second})
-        pipe.execute()
-
-
-def read_statuses(redis: Redis) -> tuple[WorkerStatus, ...]:
-    """Read the statuses of workers that are live or finish their last job, sorted by id."""
-    found = cast("list[bytes]", redis.zrange(redis_keys.WORKERS, 0, -1))
-    names = sorted(name.decode(errors="replace") for name in found)
-    texts = _texts(redis, [redis_keys.worker_status(name) for name in names])
-    return _readable(redis, WorkerStatus, "status", names, texts)
-
-
 def tokenizer_fingerprint(text: bytes) -> str:
     """Return the name of a tokenizer: the SHA-256 of its `tokenizer.json`, in hexadecimal."""
     return hashlib.sha256(text).hexdigest()
@@ -329,14 +277,18 @@ def read_tokenizer(redis: Redis, fingerprint: str) -> str | None:
 
 
 def close(redis: Redis, worker_id: str) -> None:
-    """Remove a worker's offer and keep its status: it finishes its last job and takes no other."""
+    """Remove a worker's offer and keep its status: it takes no further job."""
     redis.delete(redis_keys.worker_offer(worker_id))
 
 
 def withdraw(redis: Redis, worker_id: str) -> None:
     """Remove a worker's offer and status; its modes stay known."""
     with redis.pipeline(transaction=True) as pipe:
-        pipe.delete(redis_keys.worker_offer(worker_id), redis_keys.worker_status(worker_id))
+        pipe.delete(
+            redis_keys.worker_offer(worker_id),
+            redis_keys.worker_status(worker_id),
+            redis_keys.worker_drain(worker_id),
+        )
         pipe.zrem(redis_keys.WORKERS, worker_id)
         pipe.execute()
 
@@ -367,17 +319,15 @@ def _known_modes(redis: Redis, texts: list[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def _live_offers(redis: Redis, worker_ids: list[str]) -> tuple[WorkerOffer, ...]:
-    texts = _texts(redis, [redis_keys.worker_offer(name) for name in worker_ids])
-    return _readable(redis, WorkerOffer, "offer", worker_ids, texts)
+    keys = [redis_keys.worker_offer(name) for name in worker_ids]
+    return readable(redis, WorkerOffer, "offer", worker_ids, keys)
 
 
-def _texts(redis: Redis, names: list[str]) -> list[bytes | None]:
-    return cast("list[bytes | None]", redis.mget(names)) if names else []
-
-
-def _readable(
-    redis: Redis, kind: type[_OfferT], noun: str, worker_ids: list[str], texts: list[bytes | None]
-) -> tuple[_OfferT, ...]:
+def readable(
+    redis: Redis, kind: type[_PublishedT], noun: str, worker_ids: Sequence[str], keys: Sequence[str]
+) -> tuple[_PublishedT, ...]:
+    """Read what workers have published under `keys`; what cannot be read is logged and left out."""
+    texts = cast("list[bytes | None]", redis.mget(keys)) if keys else []
     found = []
     for worker_id, text in zip(worker_ids, texts, strict=True):
         if text is None:

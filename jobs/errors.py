@@ -22,8 +22,12 @@
     ├── VideoNotReady          the video or a picture is requested before the job succeeded
     ├── VideoGone              the job succeeded, but its file no longer exists
     ├── PictureNotMade         the video is there, but it has no thumbnail or spritesheet
+    ├── NoPreview              the job has no preview now
     ├── ModeNotServed          the mode is known, but no live worker serves it
     ├── NoLiveWorker           no worker is live, so nothing is served
+    ├── WorkerNotFound         no live worker has this id
+    ├── KeyNotFound            no API key has this name or id
+    ├── KeyConflict            the key's state, or that of other keys, forbids the change
     ├── StoreUnavailable       Redis cannot be reached or refuses to write
     ├── RecordUnreadable       a record in Redis was not written by this version
     ├── ArtifactRefused        an artifact address or key is malformed or not supported
@@ -202,6 +206,11 @@ class PictureNotMade(AppError):
     title = "The video has no such picture"
 
 
+class NoPreview(AppError):
+    code = "no_preview"
+    title = "The job has no preview now"
+
+
 class ModeNotServed(AppError):
     code = "mode_not_served"
     title = "No live worker serves this mode"
@@ -210,6 +219,21 @@ class ModeNotServed(AppError):
 class NoLiveWorker(AppError):
     code = "no_live_worker"
     title = "No worker is live"
+
+
+class WorkerNotFound(AppError):
+    code = "worker_not_found"
+    title = "No such worker"
+
+
+class KeyNotFound(AppError):
+    code = "key_not_found"
+    title = "No such API key"
+
+
+class KeyConflict(AppError):
+    code = "key_conflict"
+    title = "The API keys do not allow this now"
 
 
 class StoreUnavailable(AppError):

@@ -8,6 +8,7 @@ versions, and these, which only the scripts use:
 - `lease_ms`: when, on Redis' clock, its lease expires unless it is renewed;
 - `created_ms`, `started_ms`: times on Redis' clock;
 - `missing_ms`: when the job, though queued, was first seen in no queue;
+- `previews`: how many previews the job has had, in all attempts;
 - `shape`, `steps`, `delete_requested`.
 """
 
@@ -128,6 +129,7 @@ class JobRecord(_Part):
         worker: the id of the worker that runs the latest attempt.
         attempts: how often a worker has started the job.
         lost: how many of these attempts were lost with their worker.
+        preview: the number of the running attempt's newest preview; None while there is none.
         video_deleted_at: when the video was deleted by retention; `video` still describes it.
     """
 
@@ -149,6 +151,7 @@ class JobRecord(_Part):
     lost: int = 0
     cancel_requested: bool = False
     progress: Progress | None = None
+    preview: int | None = None
     failure: Failure | None = None
     video: Video | None = None
     video_deleted_at: AwareDatetime | None = None

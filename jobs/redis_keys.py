@@ -22,6 +22,9 @@ LEASE_S: Final = 15.0
 OFFER_TTL_S: Final = 15
 """A worker that has not renewed its offer for this long is not live. Workers renew every 5 s."""
 
+DRAIN_TTL_S: Final = 60
+"""An order to drain lives this long; its worker renews it every second."""
+
 KNOWN_MODE_TTL_S: Final = 30 * DAY_S
 """A mode stays known this long after its last offer: it is then down, not unknown."""
 
@@ -40,6 +43,9 @@ SESSION_LONGEST_S: Final = 7 * DAY_S
 SESSION_RENEWED_EVERY_S: Final = 5 * 60
 """A use renews a session only this long after the last renewal, so that few requests write."""
 
+PREVIEW_TTL_S: Final = DAY_S
+"""A preview is deleted when its attempt ends; it lasts longer than any step of one."""
+
 RQ_RESULT_TTL_S: Final = 60 * 60
 """RQ keeps its hash of an ended job this long; our own record holds the outcome."""
 
@@ -57,8 +63,25 @@ EVENTS_CHANNEL: Final = "wan:events"
 
 A lost message loses no event, because readers read the stream."""
 
+PREVIEW_PREFIX: Final = "wan:preview:"
+"""One animated WebP per running job: its newest preview (`jobs/store/live/previews.py`)."""
+
 METRICS: Final = "wan:metrics"
 """Hash of counters; `jobs/store/counters.py` defines the fields."""
+
+SERIES_PREFIX: Final = "wan:series:"
+"""One hash for each hour since 1970: what ended in its minutes (`jobs/store/counters.py`)."""
+
+SERIES_TTL_S: Final = 7 * DAY_S
+"""An hour's series is kept this long after its last job."""
+
+FAILURES: Final = "wan:failures"
+"""Sorted set: ids of the jobs that failed in the last week; scores are their ends in ms."""
+
+FAILURES_TTL_S: Final = SERIES_TTL_S
+
+MOST_FAILURES: Final = 10_000
+"""So many failures are kept at most, the latest."""
 
 DURATIONS: Final = "wan:pace"
 """Hash: a request's shape to its measured durations (`jobs/durations.py`)."""
@@ -144,6 +167,11 @@ def events(job_id: str) -> str:
     return EVENTS_PREFIX + job_id
 
 
+def preview(job_id: str) -> str:
+    """Return the key of a running job's newest preview."""
+    return PREVIEW_PREFIX + job_id
+
+
 def webhook(job_id: str) -> str:
     """Return the key of the hash with the state of a job's webhook; kept as long as the record."""
     return WEBHOOK_PREFIX + job_id
@@ -200,3 +228,13 @@ def worker_offer(worker_id: str) -> str:
 def worker_status(worker_id: str) -> str:
     """Return the key of a worker's status, which has the same lifetime as its offer."""
     return f"wan:worker:{worker_id}:status"
+
+
+def worker_drain(worker_id: str) -> str:
+    """Return the key of the order to drain that a worker is under (`jobs/store/workers.py`)."""
+    return f"wan:worker:{worker_id}:drain"
+
+
+def series(hour: int) -> str:
+    """Return the key of an hour's series; hours are counted from 1970."""
+    return f"{SERIES_PREFIX}{hour}"

@@ -78,7 +78,7 @@ def _whole(value: object) -> object:
     return int(value) if is_whole and isinstance(value, float) else value
 
 
-_Whole = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class GenerationBody(BaseModel):
@@ -117,10 +117,10 @@ class GenerationBody(BaseModel):
         default=None, description="WIDTHxHEIGHT in pixels, one of the model's sizes."
     )
     # Not bounded here: a refusal of these two names the model's bounds, which are narrower.
-    num_frames: _Whole | None = Field(
+    num_frames: Whole | None = Field(
         default=None, description="A count of the form 4k+1.", json_schema_extra={"minimum": 1}
     )
-    num_inference_steps: _Whole | None = Field(default=None, json_schema_extra={"minimum": 1})
+    num_inference_steps: Whole | None = Field(default=None, json_schema_extra={"minimum": 1})
     guidance_scale: float | None = Field(
         default=None,
         ge=MIN_GUIDANCE_SCALE,
@@ -128,7 +128,7 @@ class GenerationBody(BaseModel):
         allow_inf_nan=False,
         description="1 is no guidance, and twice as fast.",
     )
-    seed: _Whole | None = Field(
+    seed: Whole | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
@@ -147,7 +147,7 @@ class GenerationBody(BaseModel):
     metadata: dict[str, str] | None = Field(
         default=None, description=f"Kept with the job and shown in it: {METADATA_BOUND}."
     )
-    count: _Whole | None = Field(
+    count: Whole | None = Field(
         default=None,
         ge=1,
         le=MAX_COUNT,

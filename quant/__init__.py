@@ -8,6 +8,7 @@ import the modules below this one directly.
 """
 
 from quant.calibration.calibrate import CalibrationPlan, run_calibration
+from quant.calibration.preview_map import PreviewMap, load_preview_map
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
@@ -15,6 +16,7 @@ from quant.errors import (
     CalibrationError,
     ConversionError,
     PackedMismatch,
+    PreviewMapError,
     QuantError,
     RecipeError,
     ScalesError,
@@ -49,6 +51,8 @@ __all__ = [
     "Hif8Linear",
     "PackedCheckpoint",
     "PackedMismatch",
+    "PreviewMap",
+    "PreviewMapError",
     "PromptSet",
     "QuantError",
     "QuantRecipe",
@@ -69,6 +73,7 @@ __all__ = [
     "load_packed",
     "load_packed_base",
     "load_packed_shared",
+    "load_preview_map",
     "load_scales",
     "model_fingerprint",
     "open_packed",

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from torch import Tensor
 
-from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.calibrate import (
+    CalibrationPlan,
+    load_pipeline,
+    make_latents,
+    run_calibration,
+)
 from quant.calibration.checkpoint import Checkpoint
+from quant.calibration.preview_map import (
+    DEFAULT_NAME,
+    MIN_VIDEOS,
+    PreviewMap,
+    fit_preview_map,
+    save_preview_map,
+)
 from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import resolve_sampler
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
 from quant.device import usable_device
-from quant.errors import QuantError, ScalesError
+from quant.errors import PreviewMapError, QuantError, ScalesError
 from quant.numerics.code_table import codes_markdown
 from quant.packed.convert import convert
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.transformer.import_original import import_original
 from quant.transformer.pipeline_weights import check_pipeline_weights
-from quant.weights.fingerprint import model_fingerprint, read_transformer_config
+from quant.weights.fingerprint import (
+    model_fingerprint,
+    read_transformer_config,
+    vae_fingerprint,
+)
 from quant.weights.model_folder import check_model_kind
 
 app = typer.Typer(
@@ -33,6 +51,8 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
 _INTERRUPTED = 130  # as a shell says that Ctrl-C ended a command
+_MAP_VIDEOS = 24
+"""How many videos a preview map is fitted on and tried with, by default."""
 SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -53,7 +73,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
 
     Size, frames, steps and text tokens default to what the model was trained for. After Ctrl-C or a
-    fault the same command goes on with the first prompt that was not finished.
+    fault the same command goes on with the first prompt that was not finished. A preview map is
+    written as well, unless there is one beside OUT.
     """
     checkpoint = Checkpoint.beside(out)
     with _errors_as_sentences():
@@ -78,10 +99,54 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         )
         check_pipeline_weights(model)
         pipe = load_pipeline(model, device)
-        scales = _calibrate(pipe, plan, checkpoint)
+        latents: deque[Tensor] = deque(maxlen=_MAP_VIDEOS)
+        scales = _calibrate(pipe, plan, checkpoint, latents)
         save_scales(scales, out)
         checkpoint.delete()
-    typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
+        typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
+        _fit_beside(out, model, pipe, latents)
+
+
+@app.command("preview-map")
+def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
+    model: Folder,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, by default scales/preview-map.json in it.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="One prompt per line; by default calibration-prompts.txt in it."),
+    ] = None,
+    videos: Annotated[
+        int, typer.Option(min=MIN_VIDEOS, help="How many of the prompts to make videos of.")
+    ] = _MAP_VIDEOS,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps per video.")] = None,
+    size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
+    device: Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to run.")] = "cpu",
+) -> None:
+    """Fit the map by which a worker shows previews: from latents of MODEL's VAE to pictures.
+
+    MODEL makes videos of PROMPTS in BF16. The map is fitted on two thirds of them; the others say
+    how close it comes to what the VAE decodes.
+    """
+    out = out or model / DEFAULT_NAME
+    with _errors_as_sentences():
+        if not out.absolute().parent.is_dir():
+            raise PreviewMapError(
+                f"folder {out.parent} for {out.name} does not exist: create it first"
+            )
+        check_model_kind(model)
+        fingerprint = vae_fingerprint(model)
+        overrides = {"size": _parse_size(size), "num_frames": frames, "num_inference_steps": steps}
+        sampler = resolve_sampler(read_transformer_config(model), overrides)
+        prompt_set = PromptSet.read(prompts or model / "calibration-prompts.txt")
+        check_pipeline_weights(model)
+        pipe = load_pipeline(model, device)
+        latents = make_latents(pipe, prompt_set, sampler, videos, _print_steps)
+        fitted = fit_preview_map(pipe.vae.float(), latents, fingerprint)
+        save_preview_map(fitted, out)
+    _print_map(out, fitted)
 
 
 @app.command("convert")
@@ -166,17 +231,45 @@ def _errors_as_sentences() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _calibrate(pipe: Any, plan: CalibrationPlan, checkpoint: Checkpoint) -> Scales:
+def _calibrate(
+    pipe: Any, plan: CalibrationPlan, checkpoint: Checkpoint, latents: deque[Tensor]
+) -> Scales:
     """Calibrate with a progress bar; Ctrl-C ends the command with one sentence."""
     progress = CalibrationProgress(len(plan.prompts.prompts))
     try:
-        return run_calibration(pipe, plan, progress, checkpoint)
+        return run_calibration(
+            pipe, plan, progress, checkpoint, lambda made: latents.append(made.cpu())
+        )
     except KeyboardInterrupt:
         progress.close()
         typer.echo("stopped: the same command goes on from here", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     finally:
         progress.close()
+
+
+def _fit_beside(out: Path, model: Path, pipe: Any, latents: deque[Tensor]) -> None:
+    """Fit a preview map to the latents that a calibration has made, if there is none yet.
+
+    The scales are written by now: that this fails must not fail the command.
+    """
+    path = out.parent / DEFAULT_NAME.name
+    if path.exists() or len(latents) < MIN_VIDEOS:
+        return
+    try:
+        fitted = fit_preview_map(pipe.vae.float(), latents, vae_fingerprint(model))
+        save_preview_map(fitted, path)
+    except QuantError as error:
+        typer.echo(f"no preview map was made: {error}", err=True)
+    else:
+        _print_map(path, fitted)
+
+
+def _print_map(path: Path, fitted: PreviewMap) -> None:
+    typer.echo(
+        f"wrote {path}: fitted on {fitted.videos} videos, explains {fitted.r2:.1%} of others, RMS "
+        f"error {fitted.rms_error:.1f} of 255"
+    )
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:
@@ -186,6 +279,11 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, like 832x480", param_hint="--size")
     return int(match[1]), int(match[2])
+
+
+def _print_steps(done: int, total: int) -> None:
+    if done % 10 == 0:
+        typer.echo(f"step {done} of {total}", err=True)
 
 
 def _print_tensors(done: int, total: int) -> None:

@@ -6,6 +6,7 @@
     ├── CalibrationError    calibration cannot start, or met values that no scale can describe
     ├── ScalesError         a scales file cannot be read or written
     │   └── ScalesMismatch  a valid scales file, made for something else
+    ├── PreviewMapError     a preview map cannot be fitted, read or written, or is another VAE's
     └── WeightsError        a file of weights cannot be read or written, or lacks a tensor
         └── PackedMismatch  a valid packed checkpoint, made for something else
 
@@ -39,6 +40,10 @@ class ScalesMismatch(ScalesError):
 
     The message ends with the command that makes a matching one.
     """
+
+
+class PreviewMapError(QuantError):
+    """A preview map cannot be fitted, read or written, or it was fitted to another VAE."""
 
 
 class WeightsError(QuantError):

@@ -31,8 +31,10 @@ from service.api.routes import (
     events,
     health,
     jobs,
+    keys,
     models,
     operations,
+    preview,
     rating,
     session,
 )
@@ -61,6 +63,7 @@ from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
 from service.pages import api_docs, page_routes, static_files
+from service.schemas.keys import KeyBody, KeyChangesBody, RotateBody
 from service.schemas.rating import JoinBody, RaterBody, SkipBody, VoteBody
 from service.schemas.video_url import LinkSigner
 from service.settings import ServiceSettings
@@ -80,7 +83,9 @@ _TAGS = [
     {"name": "rating", "description": "Judge pairs of videos blindly, for raters."},
     {"name": "comparisons", "description": "Blind comparisons of two modes, for operators."},
     {"name": "operations", "description": "Metrics, workers and queues, for operators."},
+    {"name": "keys", "description": "API keys, for operators."},
     {"name": "health", "description": "For load balancers and operators."},
+    {"name": "index", "description": "Where to find the rest."},
 ]
 
 
@@ -145,6 +150,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     api = (
         jobs,
         events,
+        preview,
         videos,
         openai_models,
         models,
@@ -153,6 +159,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         comparison_results,
         rating,
         operations,
+        keys,
         health,
     )
     # Before the API: its routes match for browsers only, at addresses that are the API's, too.
@@ -160,11 +167,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     for routes in (*api, api_docs, page_routes, static_files):
         app.include_router(routes.router)
     problems.install(app, {openai_errors.PREFIX: openai_errors.response})
-    openapi.install(
-        app,
-        schemas=[openai_errors.ErrorAnswer, JoinBody, RaterBody, SkipBody, VoteBody],
-        views=[VideoObject],
-    )
+    bodies = (KeyBody, KeyChangesBody, RotateBody, JoinBody, RaterBody, SkipBody, VoteBody)
+    openapi.install(app, schemas=[openai_errors.ErrorAnswer, *bodies], views=[VideoObject])
     return app
 
 

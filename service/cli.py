@@ -1,7 +1,8 @@
 """Run the service, manage its API keys, and run retention, from the command line.
 
-Keys are managed with access to Redis, not over HTTP: anybody who can write to Redis can do
-everything anyway, and a service without keys has no caller who may request one.
+Here keys are managed with access to Redis: anybody who can write to Redis can do everything anyway,
+and a service without keys has no caller who may request one. Callers of the role ops manage them
+over HTTP, too (`service/api/routes/keys.py`).
 """
 
 import sys
@@ -16,9 +17,15 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from jobs.artifacts.known_store import KnownArtifactStore, open_known_artifacts
-from jobs.errors import ArtifactRefused, ArtifactsUnavailable
+from jobs.errors import (
+    ArtifactRefused,
+    ArtifactsUnavailable,
+    InvalidSpec,
+    KeyConflict,
+    KeyNotFound,
+)
 from jobs.redis_client import connect
-from service.auth.api_keys import ApiKey, KeyRefused, KeyStore, Role
+from service.auth.api_keys import ApiKey, KeyStore, Role
 from service.auth.key_terms import parse_expiry, parse_quota, parse_rate, parse_span
 from service.maintenance.retention import Retention, RetentionBusy, describe
 from service.maintenance.retention_clock import ClockRefused
@@ -46,6 +53,7 @@ ExpiryOption = Annotated[
 ]
 NameOrId = Annotated[str, typer.Argument(metavar="NAME-or-id")]
 
+_REFUSALS = (InvalidSpec, KeyConflict, KeyNotFound, ArtifactRefused, ArtifactsUnavailable)
 _COLUMNS = ("name", "owner", "id", "role", "created", "last used", "quota", "rate", "state")
 
 
@@ -143,7 +151,7 @@ def change(
     with _key_store() as store:
         terms = {name: parse(text) for name, (text, parse) in given.items() if text is not None}
         if not terms:
-            raise KeyRefused("nothing is to change; give --role, --quota, --rate or --expires.")
+            sys.exit("service: nothing is to change; give --role, --quota, --rate or --expires.")
         changed = store.change(key, **terms)
     print(f"The key of {changed.name} (id {changed.id}) is changed; it is {_state(changed)}.")
 
@@ -194,7 +202,7 @@ def _one_line_for_errors() -> Iterator[None]:
         yield
     except ValidationError as error:
         sys.exit(describe_errors(error))
-    except (KeyRefused, ArtifactRefused, ArtifactsUnavailable) as error:
+    except _REFUSALS as error:
         sys.exit(f"service: {error}")
     except ClockRefused as error:
         sys.exit(f"service: nothing is deleted: {error}.")

@@ -190,11 +190,25 @@ class ModeConfig(_Section):
         return self
 
 
+class PreviewConfig(_Section):
+    """`[preview]`: moving pictures of running jobs, at most one in so many steps and seconds."""
+
+    enabled: bool = True
+    every_steps: int = Field(1, ge=1)
+    every_s: float = Field(2.0, ge=0.2, allow_inf_nan=False)
+    map: Path | None = Field(
+        None,
+        description="Made by `python -m quant preview-map` for this model's VAE; by default "
+        "scales/preview-map.json in the model's folder, if it is there.",
+    )
+
+
 class WorkerConfig(_Section):
     """The whole configuration file."""
 
     model: ModelConfig
     modes: tuple[ModeConfig, ...] = Field(min_length=1)
+    preview: PreviewConfig = PreviewConfig()
 
     @model_validator(mode="after")
     def _modes_are_distinct(self) -> Self:
@@ -239,7 +253,10 @@ def _describe(error: ValidationError) -> str:
 def _resolve_paths(config: WorkerConfig, folder: Path) -> WorkerConfig:
     model = config.model.model_copy(update={"path": (folder / config.model.path).resolve()})
     modes = tuple(_resolve_mode(mode, folder) for mode in config.modes)
-    return config.model_copy(update={"model": model, "modes": modes})
+    preview = config.preview
+    if preview.map is not None:
+        preview = preview.model_copy(update={"map": (folder / preview.map).resolve()})
+    return config.model_copy(update={"model": model, "modes": modes, "preview": preview})
 
 
 def _resolve_mode(mode: ModeConfig, folder: Path) -> ModeConfig:

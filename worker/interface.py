@@ -8,7 +8,7 @@ memory is in use.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -69,6 +69,30 @@ class ActShares:
     flushed: float
 
 
+@dataclass(frozen=True, slots=True)
+class PreviewClip:
+    """A small moving picture of a video that is not finished.
+
+    Attributes:
+        frames: [F, H, W, 3] uint8, RGB, C-contiguous.
+        fps: how many of them a second of the video has.
+    """
+
+    frames: NDArray[np.uint8]
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewPace:
+    """How often previews of a job are made: at most one in so many steps and so many seconds.
+
+    The first comes after the first step, and one comes after the last step in any case.
+    """
+
+    every_steps: int
+    every_s: float
+
+
 class JobControl(Protocol):
     """Receives an engine's progress and can stop it. Only the thread that runs the job calls it."""
 
@@ -79,6 +103,12 @@ class JobControl(Protocol):
         """Raise an exception if the job must stop; cheap enough to call before every module.
 
         Each call is also a sign of life: an engine that makes none for long counts as hanging.
+        """
+
+    def preview(self, step: int, steps: int, make: Callable[[], PreviewClip]) -> None:
+        """Call `make` if a preview is due after `step` of `steps` denoising steps, and show it.
+
+        Returns without waiting. It raises nothing, even if `make` does.
         """
 
 
@@ -121,6 +151,10 @@ class Engine(Protocol):
     @property
     def tokenizer_text(self) -> bytes | None:
         """The `tokenizer.json` whose fingerprint is `model.tokenizer`; None if there is none."""
+
+    @property
+    def preview_pace(self) -> PreviewPace | None:
+        """How often it makes previews of a job; None if it makes none."""
 
     def generate(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
         """Run everything up to the first frame; the caller consumes or closes the frames.

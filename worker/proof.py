@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from worker.errors import ProofFailed
-from worker.interface import Clip, Engine
+from worker.interface import Clip, Engine, PreviewClip
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.process.scratch import scratch_folder
 
@@ -57,6 +58,9 @@ class _Place:
 
     def check(self) -> None:
         """Do nothing; nobody can cancel this job."""
+
+    def preview(self, step: int, steps: int, make: Callable[[], PreviewClip]) -> None:
+        """Do nothing; nobody watches this job."""
 
 
 def prove(engine: Engine) -> None:

@@ -43,6 +43,7 @@ from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import EXIT_DEVICE_LOST, RanksLost, StartError
 from worker.model_loader.finite_weights import check_finite
+from worker.model_loader.latent_preview import load_latent_preview
 from worker.model_loader.loader import load_model
 from worker.model_loader.memory_plan import place_model
 from worker.model_loader.mode_plan import (
@@ -155,6 +156,8 @@ def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = 
     check_vocabulary(components)
     check_finite(components, modes)
     denoise = None if ranks is None else lead_ranks(ranks, modes)
+    preview = load_latent_preview(config, device, components.vae)
+    components = replace(components, preview=preview)
     return WanEngine(config.model, fingerprint, device, components, modes, denoise)
 
 

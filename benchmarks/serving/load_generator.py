@@ -113,7 +113,12 @@ async def connection(
 
 async def read_response(reader: asyncio.StreamReader) -> int:
     """Read one whole response with a Content-Length; return its status."""
+    return (await read_whole(reader))[0]
+
+
+async def read_whole(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """Read one whole response with a Content-Length, or without a body; return status and body."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]
-    await reader.readexactly(int(length))
-    return int(head.split(b" ", 2)[1])
+    body = await reader.readexactly(int(length or 0))
+    return int(head.split(b" ", 2)[1]), body

@@ -170,7 +170,8 @@ def compare(
         )
         pipeline.set_progress_bar_config(disable=True)
         ends: list[float] = []
-        latents = denoise(pipeline, request, embeddings, lambda _: ends.append(time.perf_counter()))
+        clock = lambda _step, _latents: ends.append(time.perf_counter())  # noqa: E731
+        latents = denoise(pipeline, request, embeddings, clock)
         return latents, 1000 * statistics.median(b - a for a, b in pairwise(ends))
 
     alone = run(denoise_on(ranks.device)) if ranks.is_leader else None

@@ -43,6 +43,7 @@ from jobs.store.submission import OPEN_OWNER
 from worker.config import load_config
 from worker.device import pick_device
 from worker.engine.wan_engine import WanEngine
+from worker.interface import PreviewClip
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.settings import DeviceChoice
 from worker.startup import load_engine, paused_gc
@@ -62,6 +63,8 @@ class IgnoringControl:
     def progress(self, stage: Stage, step: int, steps: int) -> None: ...
 
     def check(self) -> None: ...
+
+    def preview(self, step: int, steps: int, make: Callable[[], PreviewClip]) -> None: ...
 
 
 def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)

@@ -134,6 +134,10 @@ class Cluster:
         """Send a signal to a process by name; it is restarted if it ends."""
         os.kill(self.children[name].pid, signal_number)
 
+    def add_options(self, name: str, *options: str) -> None:
+        """Add options to the command of a process, from its next start on."""
+        self._commands[name] = [*self._commands[name], *options]
+
     def pause_restarts(self, *names: str) -> None:
         """Do not restart these processes until `resume_restarts`."""
         self._not_restarted.update(names)

@@ -3,6 +3,11 @@
 The Lua scripts increment them (`jobs/store/lua/prelude.lua`), so a transition and its count are one
 atomic step. A field of the hash `redis_keys.METRICS` is named `name|model|mode|size|frames|guided`,
 followed by further labels where there are any: `ended|…|state|code`, `wait|…|bound`, `wait|…|sum`.
+
+The scripts also keep a series by the minute, without shapes. A field of the hash
+`redis_keys.series(hour)` is named `minute|mode|what`. `what` is a final state, whose value is the
+number of jobs that ended so; or one of HISTOGRAMS, whose value is the number of observations; or
+that name with `_s`, whose value is the sum of their seconds.
 """
 
 from typing import Final

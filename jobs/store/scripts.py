@@ -23,7 +23,7 @@ from jobs import redis_keys
 from jobs.store import counters
 
 EVENTS_KEPT: Final = 500
-"""About this many events of one job are kept; a job of 50 steps has about a hundred."""
+"""About this many events of one job are kept; a job of 50 steps has at most 150."""
 
 Script = Callable[..., Any]
 
@@ -52,12 +52,17 @@ _NAMES: Final = {
     "DURATIONS": redis_keys.DURATIONS,
     "EVENTS": redis_keys.EVENTS_PREFIX,
     "EVENTS_KEPT": EVENTS_KEPT,
+    "FAILURES": redis_keys.FAILURES,
+    "FAILURES_TTL_S": redis_keys.FAILURES_TTL_S,
     "IDEMPOTENCY_TTL_S": redis_keys.IDEMPOTENCY_TTL_S,
     "FORMAT": redis_keys.FORMAT,
     "INDEX": redis_keys.INDEX_PREFIX,
     "LEASE_MS": int(redis_keys.LEASE_S * 1000),
     "MAX_TAKEN": 31,  # of the oldest waiting jobs, so many are looked at besides the first
     "METRICS": redis_keys.METRICS,
+    "MOST_FAILURES": redis_keys.MOST_FAILURES,
+    "PREVIEW": redis_keys.PREVIEW_PREFIX,
+    "PREVIEW_TTL_S": redis_keys.PREVIEW_TTL_S,
     "RECORD": redis_keys.RECORD_PREFIX,
     "RECORD_TTL_S": redis_keys.RECORD_TTL_S,
     "RECOVERY": redis_keys.RECOVERY,
@@ -68,6 +73,8 @@ _NAMES: Final = {
     "RQ_QUEUES": Queue.redis_queues_keys,
     "RQ_RESULT_TTL_S": redis_keys.RQ_RESULT_TTL_S,
     "RQ_RESULTS": Result.get_key(""),
+    "SERIES": redis_keys.SERIES_PREFIX,
+    "SERIES_TTL_S": redis_keys.SERIES_TTL_S,
     "WEBHOOK": redis_keys.WEBHOOK_PREFIX,
     "WEBHOOKS_DUE": redis_keys.WEBHOOKS_DUE,
 }

@@ -7,7 +7,7 @@ the same kind of input as in service. Only the VAE is left out. The result is a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,7 @@ from quant.recipe.selection import select_linears
 from quant.weights.model_folder import check_model_kind
 
 OnStep = Callable[[int, int], None]
+OnLatents = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ def run_calibration(
     plan: CalibrationPlan,
     on_step: OnStep = lambda done, total: None,
     checkpoint: Checkpoint | None = None,
+    on_latents: OnLatents = lambda latents: None,
 ) -> Scales:
     """Run the plan's prompts through a BF16 `WanPipeline` and choose scales.
 
@@ -102,13 +104,14 @@ def run_calibration(
             before the first one, too, with the steps that the checkpoint holds.
         checkpoint: where to keep what was measured, prompt by prompt, and to go on from. It is left
             for the caller to delete, once the scales are safe.
+        on_latents: called with the normalized latents [1, C, F, H, W] of each video.
 
     Raises:
         CalibrationError: a prompt is too long, an observed tensor is not finite, or the checkpoint
             is of another calibration.
         ConversionError: the recipe does not fit the transformer.
     """
-    _check_prompt_lengths(pipe, plan)
+    _check_prompt_lengths(pipe, plan.prompts.prompts, plan.sampler)
     pipe.set_progress_bar_config(disable=True)
 
     steps = plan.sampler.num_inference_steps
@@ -121,12 +124,44 @@ def run_calibration(
             on_step(index * steps + step + 1, total)
 
         statistics.enter(0)
-        _run_prompt(pipe, plan, index, after_step)
+        on_latents(_run_prompt(pipe, plan.prompts, plan.sampler, index, after_step))
 
     def on_begin(done: int) -> None:
         on_step(done * steps, total)
 
     return calibrate_transformer(pipe.transformer, plan, run, checkpoint, on_begin)
+
+
+def make_latents(
+    pipe: Any, prompts: PromptSet, sampler: SamplerSettings, count: int, on_step: OnStep
+) -> list[Tensor]:
+    """Run the first prompts through a `WanPipeline`; return the latents of their videos.
+
+    Args:
+        count: how many prompts.
+        on_step: called after each denoising step with (done, total), counted over all of them.
+
+    Returns:
+        For each prompt [1, C, F, H, W], normalized, on the host.
+
+    Raises:
+        CalibrationError: a prompt is too long, or there are fewer than `count`.
+    """
+    if count > len(prompts.prompts):
+        raise CalibrationError(
+            f"{prompts.file} holds {len(prompts.prompts)} prompts, fewer than the {count} videos "
+            "asked for: add prompts, or ask for fewer videos"
+        )
+    _check_prompt_lengths(pipe, prompts.prompts[:count], sampler)
+    pipe.set_progress_bar_config(disable=True)
+    steps, found = sampler.num_inference_steps, list[Tensor]()
+    for index in range(count):
+
+        def after_step(step: int, done: int = index * steps) -> None:
+            on_step(done + step + 1, count * steps)
+
+        found.append(_run_prompt(pipe, prompts, sampler, index, after_step).cpu())
+    return found
 
 
 def calibrate_transformer(
@@ -230,18 +265,21 @@ def _scales(
 
 
 def _run_prompt(
-    pipe: Any, plan: CalibrationPlan, index: int, after_step: Callable[[int], None]
-) -> None:
+    pipe: Any,
+    prompts: PromptSet,
+    sampler: SamplerSettings,
+    index: int,
+    after_step: Callable[[int], None],
+) -> Tensor:
     def on_step_end(
         _pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
     ) -> dict[str, Any]:
         after_step(step)
         return tensors
 
-    sampler = plan.sampler
     width, height = sampler.size
-    pipe(
-        prompt=plan.prompts.prompts[index],
+    latents: Tensor = pipe(
+        prompt=prompts.prompts[index],
         negative_prompt=sampler.negative_prompt,
         width=width,
         height=height,
@@ -252,13 +290,14 @@ def _run_prompt(
         generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
         output_type="latent",
         callback_on_step_end=on_step_end,
-    )
+    ).frames
+    return latents
 
 
-def _check_prompt_lengths(pipe: Any, plan: CalibrationPlan) -> None:
+def _check_prompt_lengths(pipe: Any, prompts: Sequence[str], sampler: SamplerSettings) -> None:
     """Reject prompts that the pipeline would truncate silently."""
-    limit = plan.sampler.text_tokens
-    for prompt in (plan.sampler.negative_prompt, *plan.prompts.prompts):
+    limit = sampler.text_tokens
+    for prompt in (sampler.negative_prompt, *prompts):
         tokens = len(pipe.tokenizer(prompt)["input_ids"])
         if tokens > limit:
             raise CalibrationError(

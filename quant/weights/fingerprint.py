@@ -17,13 +17,15 @@ from quant.weights.weight_files import weight_files
 
 FULL_HASH_LIMIT_BYTES = 1 << 30
 _MIB = 1 << 20
+VAE_FULL_HASH_LIMIT_BYTES = 64 * _MIB
 _MAX_HEADER_BYTES = 100 * _MIB  # safetensors' own bound
 _TRANSFORMER = "transformer/config.json"
+_VAE_CONFIG = "vae/config.json"
 _CONFIGS = (
     "model_index.json",
     _TRANSFORMER,
     "text_encoder/config.json",
-    "vae/config.json",
+    _VAE_CONFIG,
     "scheduler/scheduler_config.json",
 )
 _TOKENIZER = "tokenizer/tokenizer.json"
@@ -72,6 +74,31 @@ def parts_fingerprint(folder: Path) -> str:
         QuantError, WeightsError: as `model_fingerprint`.
     """
     return _fingerprint(folder, _OTHER_WEIGHTS)
+
+
+def vae_fingerprint(folder: Path) -> str:
+    """Compute a fingerprint of a pipeline's VAE alone: its configuration and its weights.
+
+    Files of more than 64 MiB are sampled as by `model_fingerprint`, so that a start reads little.
+
+    Raises:
+        QuantError, WeightsError: as `model_fingerprint`.
+    """
+    config, weights = folder / _VAE_CONFIG, weight_files(folder / "vae")
+    if not config.is_file() or not weights:
+        raise _not_a_pipeline(folder, [_VAE_CONFIG, "vae/*.safetensors"])
+    digest = hashlib.sha256()
+    values = _without_origin(_read_object(config))
+    _update(digest, _VAE_CONFIG, json.dumps(values, sort_keys=True).encode())
+    try:
+        sampled = sum(file.stat().st_size for file in weights) > VAE_FULL_HASH_LIMIT_BYTES
+        for file in weights:
+            read_header(file)
+            content = _sample(file) if sampled else _hash_all(file)
+            _update(digest, f"vae/{file.name}:{file.stat().st_size}", content)
+    except OSError as error:
+        raise QuantError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return f"vae-sha256-{'sampled' if sampled else 'full'}-v1:{digest.hexdigest()}"
 
 
 def has_transformer_weights(folder: Path) -> bool:

@@ -74,13 +74,6 @@ GENERATE_ANSWER: dict[int | str, Json] = {
     }
 }
 
-
-def body_of(model: str, media_type: str = "application/json") -> Json:
-    """Describe a body that a route reads by itself; the model has to be named to `install`."""
-    schema = {"$ref": _REF.format(model=model)}
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
-
-
 COMPARISON_BODY: Json = {
     "requestBody": {
         "required": True,
@@ -143,7 +136,7 @@ _EVENTS: Json = {
         "itemSchema": {
             "type": "object",
             "properties": {
-                "event": {"type": "string", "enum": ["state", "progress", "queue"]},
+                "event": {"type": "string", "enum": ["state", "progress", "preview", "queue"]},
                 "id": {"type": "string", "description": "Not with queue."},
                 "retry": {"type": "integer", "minimum": 0},
                 "data": {
@@ -185,6 +178,10 @@ def _file_responses(*media_types: str) -> dict[int | str, Json]:
 
 VIDEO_RESPONSES = _file_responses("video/mp4")
 PICTURE_RESPONSES = _file_responses("image/webp")
+PREVIEW_RESPONSES: dict[int | str, Json] = {
+    200: {"description": "The newest preview.", "content": {"image/webp": _BINARY}},
+    304: {"description": "The caller already has it."},
+}
 ANY_FILE_RESPONSES = _file_responses("video/mp4", "image/webp")
 
 _CANCEL_TOO_LATE = "Job 01a2 has already succeeded; only queued and running jobs can be cancelled."
@@ -222,6 +219,12 @@ def _examples() -> dict[int, Problem]:
         from_error(errors.ModeNotServed(_NOT_SERVED, served=served), "/generate"),
     ]
     return {problem.status: problem for problem in found}
+
+
+def body_of(model: str, *, required: bool = True) -> Json:
+    """Describe the body of a route that reads it by itself; `install` gets the model."""
+    schema = {"schema": {"$ref": _REF.format(model=model)}}
+    return {"requestBody": {"required": required, "content": {"application/json": schema}}}
 
 
 def problems(*statuses: int) -> dict[int | str, Json]:

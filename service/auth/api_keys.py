@@ -16,7 +16,7 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, cast
@@ -26,9 +26,11 @@ from redis import Redis
 from redis.client import Pipeline
 
 from jobs import redis_keys
+from jobs.errors import InvalidSpec, KeyConflict, KeyNotFound, Violation
 from jobs.record import now
 from jobs.store.submission import OPEN_OWNER
-from service.auth.rate_limit import check_rate
+from jobs.violations import outside, shown
+from service.auth.rate_limit import RATE_BOUND, check_rate
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +53,6 @@ class Role(StrEnum):
     USER = "user"
     OPS = "ops"
     RATER = "rater"
-
-
-class KeyRefused(Exception):
-    """A key cannot be made, rotated or revoked as asked; the message says why."""
 
 
 class ApiKey(BaseModel):
@@ -95,6 +93,11 @@ class ApiKey(BaseModel):
         return self.revoked_at is None and not self.has_expired
 
     @property
+    def manages(self) -> bool:
+        """Whether it opens what is for operators, the other keys included."""
+        return self.is_usable and self.role is Role.OPS
+
+    @property
     def has_expired(self) -> bool:
         """Whether its time is over."""
         return self.expires_at is not None and self.expires_at <= now()
@@ -112,10 +115,16 @@ class ApiKey(BaseModel):
 
 
 class KeyStore:
-    """Reads and writes keys in Redis. Safe to share between threads; Redis errors are raised."""
+    """Reads and writes keys in Redis. Safe to share between threads; Redis errors are raised.
 
-    def __init__(self, redis: Redis) -> None:
+    Whoever changes keys over HTTP is named by `by`, the id of the key that was sent. Such a caller
+    may neither revoke nor demote that key, nor leave the service without a usable key of the role
+    ops: nobody could mend that over HTTP. Who has access to Redis (`by` is None) may.
+    """
+
+    def __init__(self, redis: Redis, by: str | None = None) -> None:
         self._redis = redis
+        self._by = by
 
     def add(
         self,
@@ -130,11 +139,11 @@ class KeyStore:
         """Make a key. The second value is the key as text, to give to its owner; it is not stored.
 
         Raises:
-            KeyRefused: the name is taken or invalid, or a limit is out of bounds.
+            InvalidSpec: a name or a limit is out of bounds; all of them are in it.
+            KeyConflict: the name is taken; or `by` has to make a key of the role ops first.
         """
-        for each in (name, name if owner is None else owner):
-            _check_name(each)
-        _check_limits(quota, rate, expires_at)
+        names = {"name": name} if owner is None else {"name": name, "owner": owner}
+        _refuse([*_name_violations(names), *_limit_violations(quota, rate, expires_at)])
         secret = secrets.token_hex(32)
         made = ApiKey(
             id=secrets.token_hex(6),
@@ -151,15 +160,16 @@ class KeyStore:
         def add(pipe: Pipeline) -> None:
             known = _read_all(pipe)
             if owner is None and any(each.owner == name for each in known):
-                raise KeyRefused(
-                    f"there are keys whose jobs belong to {name}; take another name, or say with "
-                    f"--owner {name} that this key is to see and get these jobs, too."
+                raise KeyConflict(
+                    f"There are keys whose jobs belong to {name}; take another name, or say with "
+                    f"the owner {name} that this key is to see and get these jobs, too."
                 )
             if any(each.name == name for each in known):
-                raise KeyRefused(
-                    f"there is already a key named {name}, in use or revoked; names are given "
+                raise KeyConflict(
+                    f"There is already a key named {name}, in use or revoked; names are given "
                     f"once, because jobs belong to them. Take another name."
                 )
+            _keep_an_operator(known, None, made, self._by)
             _write(pipe, made)
 
         self._change(add)
@@ -181,7 +191,8 @@ class KeyStore:
         """Revoke a key for ever. Revoking a revoked key changes nothing.
 
         Raises:
-            KeyRefused: there is no such key.
+            KeyNotFound: there is no such key.
+            KeyConflict: it is the key of `by`, or the last one of the role ops.
         """
 
         def revoked(key: ApiKey) -> ApiKey:
@@ -197,12 +208,12 @@ class KeyStore:
                 is void at once.
 
         Raises:
-            KeyRefused: there is no such key, it was revoked, or the grace is out of bounds.
+            InvalidSpec: the grace is out of bounds.
+            KeyNotFound: there is no such key.
+            KeyConflict: it was revoked.
         """
         if not timedelta(0) <= grace <= LONGEST_GRACE:
-            raise KeyRefused(
-                f"the grace is {grace}, which is not from 0 to {LONGEST_GRACE.days} d."
-            )
+            _refuse([outside("grace", str(grace), f"from 0 to {LONGEST_GRACE.days} d")])
         secret = secrets.token_hex(32)
 
         def rotated(key: ApiKey) -> ApiKey:
@@ -220,10 +231,14 @@ class KeyStore:
         """Change some of a key's `role`, `quota`, `rate` and `expires_at`; the rest stays.
 
         Raises:
-            KeyRefused: there is no such key, it was revoked, or a limit is out of bounds.
+            InvalidSpec: a limit is out of bounds; all of them are in it.
+            KeyNotFound: there is no such key.
+            KeyConflict: it was revoked; or `by` would demote itself, or the last key of the role
+                ops.
         """
         assert terms.keys() <= {"role", "quota", "rate", "expires_at"}, "the rest is for good"
-        _check_limits(terms.get("quota"), terms.get("rate"), terms.get("expires_at"))
+        limits = (terms.get(name) for name in ("quota", "rate", "expires_at"))
+        _refuse(list(_limit_violations(*limits)))
 
         def changed(key: ApiKey) -> ApiKey:
             _refuse_revoked(key)
@@ -244,10 +259,13 @@ class KeyStore:
         written: list[ApiKey] = []
 
         def replace(pipe: Pipeline) -> None:
-            found = [each for each in _read_all(pipe) if name_or_id in (each.id, each.name)]
+            known = _read_all(pipe)
+            found = [each for each in known if name_or_id in (each.id, each.name)]
             if not found:
-                raise KeyRefused(f"there is no key with the name or id {name_or_id!r}.")
+                name = shown(name_or_id)
+                raise KeyNotFound(f"There is no key with the name or id {name!r}.")
             written[:] = [change(found[0])]
+            _keep_an_operator(known, found[0], written[0], self._by)
             _write(pipe, written[0])
 
         self._change(replace)
@@ -284,29 +302,63 @@ def digest(secret: str) -> str:
 
 def _refuse_revoked(key: ApiKey) -> None:
     if key.revoked_at is not None:
-        raise KeyRefused(f"the key of {key.name} was revoked, and that is for good.")
+        raise KeyConflict(f"The key of {key.name} was revoked, and that is for good.")
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise KeyRefused(f"{name!r} is not a name for a key; take {NAME_BOUND}.")
-    if _ID.fullmatch(name) or name == OPEN_OWNER:
-        raise KeyRefused(f"{name!r} would be mistaken for something else; take another name.")
+def _keep_an_operator(
+    known: Sequence[ApiKey], before: ApiKey | None, after: ApiKey, by: str | None
+) -> None:
+    """Refuse a change over HTTP after which nobody could manage keys; see `KeyStore`."""
+    if by is None or after.manages:
+        return
+    if before is None:
+        if not any(key.manages for key in known):
+            raise KeyConflict(
+                "Make a key of the role ops first: with its first key this service is no longer "
+                "open, and without one of the role ops nobody could manage keys any more."
+            )
+        return
+    if not before.manages:
+        return
+    if by == before.id:
+        raise KeyConflict(
+            f"The key of {before.name} is the one that this request was sent with. Another key of "
+            f"the role ops can do this, or `python -m service keys`."
+        )
+    if not any(key.manages for key in known if key.id != before.id):
+        raise KeyConflict(
+            f"The key of {before.name} is the last usable one of the role ops. Make another first, "
+            f"or use `python -m service keys`."
+        )
 
 
-def _check_limits(quota: int | None, rate: str | None, expires_at: datetime | None) -> None:
+def _refuse(violations: Sequence[Violation]) -> None:
+    if violations:
+        raise InvalidSpec(violations)
+
+
+def _name_violations(names: Mapping[str, str]) -> Iterator[Violation]:
+    for field, name in names.items():
+        if not _NAME.fullmatch(name):
+            yield outside(field, name, NAME_BOUND)
+        elif _ID.fullmatch(name) or name == OPEN_OWNER:
+            detail = f"{field} {name} would be mistaken for something else; take another name."
+            yield Violation(field, name, f"neither the id of a key nor {OPEN_OWNER}", detail)
+
+
+def _limit_violations(
+    quota: int | None, rate: str | None, expires_at: datetime | None
+) -> Iterator[Violation]:
     if quota is not None and quota < 1:
-        raise KeyRefused(f"the quota is {quota}, which is not a whole number from 1.")
+        yield outside("quota", quota, "a whole number from 1")
     if rate is not None:
         try:
             check_rate(rate)
         except ValueError as error:
-            raise KeyRefused(f"{error}.") from error
+            yield Violation("rate", shown(rate), RATE_BOUND, f"{error}.")
     if expires_at is not None and expires_at <= now():
-        raise KeyRefused(
-            f"the key would expire at {expires_at:%Y-%m-%d %H:%M}Z, which is not in the future; to "
-            f"end a key now, revoke it."
-        )
+        moment = f"{expires_at:%Y-%m-%d %H:%M}Z"
+        yield outside("expires", moment, "in the future", "to end a key now, revoke it")
 
 
 def _read_all(redis: Redis) -> list[ApiKey]:

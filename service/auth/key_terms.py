@@ -1,11 +1,12 @@
-"""Parse what the command line says about a key's limits and times."""
+"""Parse what an operator says about a key's limits and times."""
 
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from jobs.errors import InvalidSpec
 from jobs.record import now
-from service.auth.api_keys import KeyRefused
+from jobs.violations import outside
 
 SPAN_BOUND: Final = "a number of days, hours or minutes, like 30d, 12h or 90m"
 EXPIRY_BOUND: Final = (
@@ -16,16 +17,16 @@ _SPAN = re.compile(r"(\d{1,5})([dhm])", re.ASCII)
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
 
-def parse_span(text: str) -> timedelta:
-    """Parse a length of time. Raises KeyRefused."""
+def parse_span(text: str, field: str = "grace") -> timedelta:
+    """Parse a length of time. Raises InvalidSpec."""
     found = _SPAN.fullmatch(text)
     if found is None:
-        raise KeyRefused(f"{text!r} is not {SPAN_BOUND}.")
+        raise InvalidSpec([outside(field, text, SPAN_BOUND)])
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
 def parse_expiry(text: str) -> datetime | None:
-    """Parse when a key expires; None for never. Raises KeyRefused."""
+    """Parse when a key expires; None for never. Raises InvalidSpec."""
     if text == "never":
         return None
     if _SPAN.fullmatch(text):
@@ -33,16 +34,16 @@ def parse_expiry(text: str) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise KeyRefused(f"{text!r} is not {EXPIRY_BOUND}.") from None
+        raise InvalidSpec([outside("expires", text, EXPIRY_BOUND)]) from None
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def parse_quota(text: str) -> int | None:
-    """Parse a quota; None for the service's default. Raises KeyRefused."""
+    """Parse a quota; None for the service's default. Raises InvalidSpec."""
     if text == "default":
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
-        raise KeyRefused(f"the quota is {text!r}, which is neither a whole number nor default.")
+        raise InvalidSpec([outside("quota", text, "a whole number from 1, or default")])
     return int(text)
 
 

@@ -7,12 +7,13 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from jobs.catalog import WorkerStatus
+from jobs.store.workers import WorkerStatus
 from service.monitoring.fleet import Fleet, QueueState, WorkerState
 
-STATES: Final = ("idle", "busy", "draining", "degraded", "unknown")
-"""States of workers. `draining`: it takes no more jobs. `degraded`: it takes none until it has
-proven that it can end one. `unknown`: it publishes no status."""
+STATES: Final = ("idle", "busy", "draining", "drained", "degraded", "unknown")
+"""States of workers. `draining`: it ends its last job. `drained`: it takes none until an operator
+says so. `degraded`: it takes none until it has proven that it can end one. `unknown`: it publishes
+no status."""
 
 _MEMORY: Final = {
     "memory_allocated_bytes": "Device memory in use.",

@@ -10,6 +10,7 @@ from anyio import CapacityLimiter, to_thread
 
 from jobs import catalog
 from jobs.redis_client import BRIEF, connect
+from jobs.store.workers import read_statuses
 from service.lookups.cached import CachedValue
 
 THREADS: Final = 4
@@ -44,7 +45,7 @@ class Readiness:
 
     def _read(self) -> LiveWorkers:
         offers = catalog.read(self._redis).offers
-        statuses = catalog.read_statuses(self._redis)
+        statuses = read_statuses(self._redis)
         faults = [each.fault or "" for each in statuses if each.state == "degraded"]
         slow = sum(each.is_degraded for each in offers)
         return LiveWorkers(len(offers), slow + len(faults), tuple(sorted(set(faults))))

@@ -6,7 +6,7 @@ It contains no queue names, artifact keys or attempt tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,6 +46,7 @@ _JOB_EXAMPLE: dict[str, Any] = {
     "cancel_requested": False,
     "queue": None,
     "progress": None,
+    "preview_url": None,
     "failure": None,
     "video": {
         "url": f"{_URL}/video.mp4"
@@ -200,6 +201,10 @@ class JobView(BaseModel):
     cancel_requested: bool
     queue: QueueView | None = Field(description="The position of a queued job.")
     progress: Progress | None = Field(description="The progress of a running job.")
+    preview_url: str | None = Field(
+        description="Of a running job: an animated WebP of at most 20 kB, made from what the model "
+        "predicts so far. Each new one has another URL. Null while there is none."
+    )
     failure: Failure | None = Field(description="Why the job failed, if it did.")
     video: VideoView | None = Field(description="The result, once the job has succeeded.")
     timings: StageTimings | None
@@ -236,6 +241,7 @@ class JobView(BaseModel):
             "video": video,
             "webhook": webhook,
             "queue": queue,
+            "preview_url": None if job.preview is None else links.to_preview(job.id, job.preview),
             "notes": notes,
         }
         if job.timings is not None:
@@ -260,13 +266,18 @@ class JobGroupView(BaseModel):
 
 
 class EventView(BaseModel):
-    """An event of a job: a change of its state, a request to cancel it, or progress."""
+    """An event of a job: a change of its state, a request to cancel it, progress, or a preview."""
 
     id: str = Field(description="The job's.")
     state: JobState
     attempts: int
     at: datetime
     progress: Progress | None
+    preview: int | None = Field(
+        default=None,
+        description="The number of a new preview, which `GET /jobs/{id}/preview.webp` sends; only "
+        "with preview.",
+    )
     job: JobView | None = Field(
         default=None, description="The whole job; only with the last event, which ends the job."
     )
@@ -351,33 +362,6 @@ class ModelListView(BaseModel):
         """Build the view of all live offers, sorted by model."""
         models = sorted({offer.model for offer in catalog.offers}, key=lambda m: m.name)
         return cls(models=[_model_view(model, catalog) for model in models])
-
-
-class HealthView(BaseModel):
-    """The answer of a process that is alive."""
-
-    status: Literal["ok"] = "ok"
-
-
-class ReadyView(BaseModel):
-    """The answer of a service that can run jobs."""
-
-    status: Literal["ready", "degraded"] = Field(
-        default="ready", description="degraded: jobs run, and an operator should read `warnings`."
-    )
-    workers: int = Field(description="Live workers.")
-    degraded: int = Field(
-        description="Workers that run a mode slower than it was made for, or that are out of "
-        "service; `GET /workers` says which, and why."
-    )
-    faults: list[str] | None = Field(
-        default=None, description="Why workers are out of service; missing if none is."
-    )
-    warnings: list[str] | None = Field(
-        default=None,
-        description="Settings of Redis that may lose accepted jobs, or a missing artifact store; "
-        "absent if there are none.",
-    )
 
 
 def _model_view(model: ModelOffer, catalog: Catalog) -> ModelView:

@@ -135,6 +135,10 @@ class VideoLinks:
         """Return the signed URL of a job's video, or of a picture of it."""
         return self.base_url + self.signer.sign(video_path(job_id, file))
 
+    def to_preview(self, job_id: str, number: int) -> str:
+        """Return the URL of a job's newest preview. It is not signed: it needs a key."""
+        return f"{self.base_url}/jobs/{job_id}/preview.webp?number={number}"
+
 
 def video_path(job_id: str, file: VideoFile = VideoFile.VIDEO) -> str:
     """Return the path of the route that sends a job's video, or a picture of it."""

@@ -102,4 +102,6 @@ def test_help_lists_every_target(project: Path) -> None:
         "fuzz",
         "fix",
         "bench",
+        "screenshots",
+        "film",
     ]

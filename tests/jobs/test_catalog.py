@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from redis import Redis
 
 from jobs import catalog, redis_keys
-from jobs.catalog import ModelOffer, ModeStatus, WordGroup, WorkerOffer, WorkerStatus
+from jobs.catalog import ModelOffer, WordGroup, WorkerOffer
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
+from jobs.store.workers import ModeStatus, WorkerStatus, publish_status, read_statuses
 
 
 def test_published_offer_is_read_back(redis: Redis, offer: WorkerOffer) -> None:
@@ -65,7 +66,7 @@ def test_a_host_whose_clock_is_ahead_removes_no_other_worker(
     monkeypatch.setattr(time, "time", lambda: real() + 90 * 24 * 3600)
     ahead = offer.model_copy(update={"worker_id": "worker-2"})
     catalog.publish(redis, ahead)
-    catalog.publish_status(redis, WorkerStatus(worker_id="worker-2", state="idle"))
+    publish_status(redis, WorkerStatus(worker_id="worker-2", state="idle"))
     found = catalog.read(redis)
     assert found.offers == (offer, ahead)
     assert len(found.known) == len(offer.modes)
@@ -96,10 +97,10 @@ def test_offers_of_the_next_version_are_read_without_what_is_new(
     redis.set(key, json.dumps(text))
     assert catalog.read(redis).offers == (offer,)
     status = WorkerStatus(worker_id=offer.worker_id, state="idle")
-    catalog.publish_status(redis, status)
+    publish_status(redis, status)
     key = redis_keys.worker_status(offer.worker_id)
     redis.set(key, json.dumps(json.loads(redis.get(key) or b"") | {"surprise": 1}))
-    assert catalog.read_statuses(redis) == (status,)
+    assert read_statuses(redis) == (status,)
 
 
 def test_an_offer_of_another_format_is_named_once_and_skipped(
@@ -201,7 +202,7 @@ def test_known_modes_of_another_version_are_left_out(redis: Redis, offer: Worker
     redis.zadd(redis_keys.WORKERS, {b"\xff": time.time()})
     found = catalog.read(redis)
     assert (found.known, found.offers) == (known, (offer,))
-    assert catalog.read_statuses(redis) == ()
+    assert read_statuses(redis) == ()
 
 
 def test_worker_must_serve_its_default_mode(offer: WorkerOffer) -> None:
@@ -216,14 +217,14 @@ def status(worker_id: str = "worker-1") -> WorkerStatus:
 
 def test_the_status_of_a_worker_is_read_until_it_is_gone(redis: Redis, offer: WorkerOffer) -> None:
     catalog.publish(redis, offer)
-    catalog.publish_status(redis, status())
-    assert catalog.read_statuses(redis) == (status(),)
+    publish_status(redis, status())
+    assert read_statuses(redis) == (status(),)
     assert 0 < redis.ttl(redis_keys.worker_status("worker-1")) <= redis_keys.OFFER_TTL_S
     catalog.close(redis, "worker-1")
     assert catalog.read(redis).offers == ()
-    assert catalog.read_statuses(redis) == (status(),)
+    assert read_statuses(redis) == (status(),)
     catalog.withdraw(redis, "worker-1")
-    assert catalog.read_statuses(redis) == ()
+    assert read_statuses(redis) == ()
     assert not redis.exists(redis_keys.worker_status("worker-1"))
 
 
@@ -233,5 +234,5 @@ def test_a_status_of_another_version_does_not_hide_the_others(
     catalog.publish(redis, offer)
     catalog.publish(redis, offer.model_copy(update={"worker_id": "worker-2"}))
     redis.set(redis_keys.worker_status("worker-1"), '{"future": 1}')
-    catalog.publish_status(redis, status("worker-2"))
-    assert catalog.read_statuses(redis) == (status("worker-2"),)
+    publish_status(redis, status("worker-2"))
+    assert read_statuses(redis) == (status("worker-2"),)

@@ -14,6 +14,7 @@ from jobs.artifacts.store import artifact_key, open_artifacts, spritesheet_key, 
 from jobs.record import JobRecord, Picture, Spritesheet, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
+from jobs.store.live.previews import PreviewWriter
 from jobs.store.submission import Submission
 from service.auth.api_keys import KeyStore, Role
 from service.settings import ServiceSettings
@@ -24,6 +25,7 @@ MakeJob = Callable[..., JobRecord]
 
 VIDEO_BYTES = bytes(range(256)) * 8
 THUMBNAIL_BYTES = b"a thumbnail" * 20
+PREVIEW_BYTES = b"a preview" * 30
 SPRITESHEET_BYTES = b"a spritesheet" * 40
 TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
 
@@ -65,11 +67,15 @@ def cookie_in(answer: httpx2.Response) -> str:
 @pytest.fixture
 def make_job(
     store: JobStore,
+    redis: Redis,
     settings: ServiceSettings,
     request_for_video: GenerationRequest,
     tmp_path: Path,
 ) -> MakeJob:
-    """Make a job, by default a queued one; one with a video has succeeded, and has pictures."""
+    """Make a job, by default a queued one; one with a video has succeeded, and has pictures.
+
+    One with a preview runs.
+    """
 
     def put(key: str, data: bytes) -> dict[str, Any]:
         made = tmp_path / "made"
@@ -82,10 +88,14 @@ def make_job(
         *,
         video: bool = False,
         pictures: bool = True,
+        preview: bool = False,
         webhook_url: str | None = None,
     ) -> JobRecord:
         terms = Submission(owner=owner, webhook_url=webhook_url)
         job = store.create(request_for_video, "q", terms).job
+        if preview:
+            PreviewWriter(redis).write(store.claim(job.id, "w"), PREVIEW_BYTES)
+            return store.get(job.id)
         if not video:
             return job
         attempt = store.claim(job.id, "w")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jobs.errors import GenerationCancelled
 from jobs.record import Stage
+from worker.interface import PreviewClip
 
 
 class IgnoringControl:
@@ -13,12 +16,15 @@ class IgnoringControl:
 
     def check(self) -> None: ...
 
+    def preview(self, step: int, steps: int, make: Callable[[], PreviewClip]) -> None: ...
+
 
 class RecordingControl:
     """A control that records progress and checks, and may raise at the n-th check of a stage."""
 
     def __init__(self, stop_after: tuple[Stage, int] | None = None) -> None:
         self.seen: list[tuple[Stage, int, int]] = []
+        self.previews: dict[int, PreviewClip] = {}
         self.checks: dict[Stage | None, int] = {}
         self._stop_after = stop_after
 
@@ -30,6 +36,9 @@ class RecordingControl:
         self.checks[stage] = self.checks.get(stage, 0) + 1
         if self._stop_after == (stage, self.checks[stage]):
             raise GenerationCancelled("the test said so")
+
+    def preview(self, step: int, steps: int, make: Callable[[], PreviewClip]) -> None:
+        self.previews[step] = make()
 
 
 class StopAtStep(RecordingControl):

@@ -47,6 +47,20 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert config.modes[1].recipe == str(tmp_path / "own.toml")
 
 
+def test_previews_are_on_and_can_be_set(tmp_path: Path) -> None:
+    shipped = load_config(ROOT / "deploy" / "wan-mini.toml").preview
+    assert (shipped.enabled, shipped.every_steps, shipped.every_s) == (True, 1, 2.0)
+    path = tmp_path / "worker.toml"
+    own = '[preview]\nenabled = false\nevery_steps = 5\nevery_s = 10\nmap = "own.json"\n'
+    path.write_text(own + shipped_text(), encoding="utf-8")
+    found = load_config(path).preview
+    assert (found.enabled, found.every_steps, found.every_s) == (False, 5, 10.0)
+    assert found.map == tmp_path / "own.json"
+    path.write_text("[preview]\nevery_s = 0.1\n" + shipped_text(), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"preview.every_s: .*greater than or equal to 0.2"):
+        load_config(path)
+
+
 FAULTS = {
     'default_mode = "w8a8"': ('default_mode = "fp4"', "default_mode 'fp4' is not a mode"),
     'sizes = ["96x96"]': ('sizes = ["96x90"]', "96x90 is not made of multiples of 16"),

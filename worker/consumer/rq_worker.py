@@ -38,8 +38,9 @@ from rq.worker_registration import clean_worker_registry
 
 from jobs import catalog
 from jobs.artifacts.store import ArtifactStore
-from jobs.catalog import WorkerOffer, WorkerStateName, WorkerStatus
+from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
+from jobs.store.workers import WorkerStateName, WorkerStatus
 from worker.consumer.delivery import Delivery
 from worker.consumer.heartbeat import Heartbeat, RecoveryThread
 from worker.consumer.probation import Probation
@@ -59,6 +60,8 @@ DEQUEUE_WAIT_S = 1
 """How long one BLMOVE waits. A worker that is asked to stop meanwhile ends after the wait and not
 during it, so that it takes no id without running it. The wait is well below the answer timeout of
 `jobs.redis_client`: a client that gives up first would lose the id that Redis sends it."""
+
+_POLL_S = 0.1
 
 
 class NoDeathPenalty(BaseDeathPenalty):  # type: ignore[misc]  # rq is untyped to mypy here
@@ -134,6 +137,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         self._probation = Probation(self._stats, self.drain, artifacts)
         self._recovery = RecoveryThread(redis, outage)
         self._heartbeat = Heartbeat(redis, self.offer, engine.tokenizer_text, self._status, outage)
+        self._heartbeat.follow_orders_for(self.drain)
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """Offer the model and run jobs until asked to stop; the parameters are RQ's.
@@ -226,9 +230,10 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         self._renew_rq_entries()
         job_id = self._context.job.job_id or None
         memory = self._memory()
+        state = self._status_name(job_id)
         return WorkerStatus(
             worker_id=self.name,
-            state=self._status_name(job_id),
+            state=state,
             fault=self._stats.fault,
             job_id=job_id,
             jobs_done=self._stats.jobs_done,
@@ -236,6 +241,7 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             memory_peak_bytes=memory and memory.peak_bytes,
             memory_total_bytes=memory and memory.total_bytes,
             modes=self._stats.modes(),
+            withheld=None if state in ("idle", "busy") else self.offer,
         )
 
     def _status_name(self, job_id: str | None) -> WorkerStateName:
@@ -243,6 +249,8 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
             return "draining"
         if self._stats.fault is not None:
             return "degraded"
+        if self.drain.order is not None:
+            return "drained" if self.drain.waiting else "draining"
         return "busy" if job_id else "idle"
 
     def _memory(self) -> DeviceMemory | None:
@@ -300,12 +308,28 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
     def should_run_maintenance_tasks(self) -> bool:
         """Stop the worker if asked to, or if it is at fault: `serve` then makes the next one.
 
-        RQ reads this before each wait, when no job can be lost.
+        RQ reads this before each wait, when no job can be lost. So this is also where a drained
+        worker waits until it is to take jobs again.
         """
-        stats = self._stats
-        if self.drain.stopping or stats.exit_status is not None or stats.fault is not None:
+        if not self._is_ending and self.drain.order is not None:
+            self._wait_while_drained()
+        if self._is_ending:
             raise StopRequested
         return bool(super().should_run_maintenance_tasks)
+
+    @property
+    def _is_ending(self) -> bool:
+        stats = self._stats
+        return self.drain.stopping or stats.exit_status is not None or stats.fault is not None
+
+    def _wait_while_drained(self) -> None:
+        self.drain.waiting = True
+        self._heartbeat.refresh()
+        # In short pieces, since a signal does not end a sleep. Redis is left to the heartbeat.
+        while self.drain.order is not None and not self._is_ending:
+            time.sleep(_POLL_S)
+        self.drain.waiting = False
+        self._heartbeat.refresh()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Record the request to stop. Runs in a signal handler: no I/O but the log."""

@@ -30,8 +30,8 @@ def denoise_over_ranks(ranks: RankGroup) -> Denoise:
         embeddings: Embeddings,
         on_step: OnStep,
     ) -> Tensor:
-        def on_each_step(done: int) -> None:
-            on_step(done)
+        def on_each_step(done: int, predicted: Tensor) -> None:
+            on_step(done, predicted)
             ranks.sync_or_abort()  # no rank starts a step that another one must not do
 
         layout = RankLayout.of(ranks.world, request.guidance_scale > 1.0)

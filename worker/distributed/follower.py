@@ -183,4 +183,4 @@ def _denoise(ranks: RankGroup, transformer: WanTransformer3DModel, task: RankTas
         None if each is None else each.to(ranks.device.torch_device) for each in task.embeddings
     )
     assert prompt is not None, "every task has a prompt"
-    denoise_over_ranks(ranks)(pipeline, task.request, (prompt, negative), lambda _: None)
+    denoise_over_ranks(ranks)(pipeline, task.request, (prompt, negative), lambda _, __: None)

@@ -20,13 +20,15 @@ from worker.device import Device
 Embeddings = tuple[Tensor, Tensor | None]
 """The embeddings of prompt and negative prompt, [1, L, D] each; None without guidance."""
 
-OnStep = Callable[[int], None]
+OnStep = Callable[[int, Tensor], None]
+"""Called after each step with the number of steps done, and with the latents [1, C, F, H, W] that
+the model predicts for the end; where a scheduler does not keep them, with those of the step."""
 
 
 class Denoise(Protocol):
     """A function that runs all steps and returns the latents [1, C, F, H, W] in float32.
 
-    It calls `on_step` after each step with the number of steps done; an exception ends it.
+    It calls `on_step` after each step; an exception ends it.
     """
 
     def __call__(
@@ -68,12 +70,12 @@ def denoise_on(device: Device) -> Denoise:
         on_step: OnStep,
     ) -> Tensor:
         def on_step_end(
-            _: WanPipeline, step: int, __: Tensor, ___: dict[str, Any]
+            _: WanPipeline, step: int, __: Tensor, tensors: dict[str, Any]
         ) -> dict[str, Any]:
             # A device runs asynchronously. Without waiting, progress would run ahead of it and a
             # cancel would take effect late.
             device.synchronize()
-            on_step(step + 1)
+            on_step(step + 1, _predicted(pipeline.scheduler, tensors["latents"]))
             return {}
 
         latents: Tensor = pipeline(
@@ -91,3 +93,19 @@ def denoise_on(device: Device) -> Denoise:
         return latents
 
     return denoise
+
+
+def _predicted(scheduler: Any, latents: Tensor) -> Tensor:
+    """Return the finished latents as the model predicted them in this step, if they are kept.
+
+    The solvers of several steps keep the model's last outputs. Those that are told to
+    (`predict_x0`, as Wan's own), or whose algorithm works with them, keep them as predictions.
+    """
+    outputs = getattr(scheduler, "model_outputs", None)
+    config = scheduler.config
+    keeps_predictions = config.get("predict_x0") is True or str(
+        config.get("algorithm_type")
+    ).endswith("dpmsolver++")
+    if keeps_predictions and outputs and isinstance(outputs[-1], Tensor):
+        return outputs[-1]
+    return latents

@@ -7,6 +7,7 @@ step takes is up to the caller's `on_step`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,16 @@ from jobs.catalog import ModelOffer, ModeOffer
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
-from worker.interface import Clip, DeviceMemory, EngineDevice, Frame, JobControl, StageSeconds
+from worker.interface import (
+    Clip,
+    DeviceMemory,
+    EngineDevice,
+    Frame,
+    JobControl,
+    PreviewClip,
+    PreviewPace,
+    StageSeconds,
+)
 
 OnStep = Callable[[int], None]
 
@@ -44,6 +54,7 @@ class FakeEngine:
     """An engine whose frames have one colour, taken from the seed.
 
     `on_step` is called at each step and may wait or raise. `owners` lists the owners of all jobs.
+    With a `preview_pace` it makes previews, which get brighter with each step.
     """
 
     device: EngineDevice = FakeDevice()
@@ -65,8 +76,11 @@ class FakeEngine:
     )
     modes = (ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),)
 
-    def __init__(self, on_step: OnStep = lambda step: None) -> None:
+    def __init__(
+        self, on_step: OnStep = lambda step: None, preview_pace: PreviewPace | None = None
+    ) -> None:
         self._on_step = on_step
+        self.preview_pace = preview_pace
         self.owners: list[str] = []
 
     def generate(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
@@ -78,6 +92,9 @@ class FakeEngine:
         for step in range(1, request.num_inference_steps + 1):
             self._on_step(step)
             control.progress(Stage.DENOISE, step, request.num_inference_steps)
+            if self.preview_pace is not None:
+                make = partial(self._preview, request, step)
+                control.preview(step, request.num_inference_steps, make)
         seconds = StageSeconds(text_encoder_s=0.5, denoise_s=1.5, vae_s=0.25)
         return Clip(self._frames(request, control), request.num_frames, seconds)
 
@@ -95,6 +112,11 @@ class FakeEngine:
             model=self.model.name,
         )
         return request, Clip(self._frames(request, control), request.num_frames)
+
+    def _preview(self, request: GenerationRequest, step: int) -> PreviewClip:
+        shape = (max(1, request.num_frames // 4), request.height // 8, request.width // 8, 3)
+        brightness = 255 * step // request.num_inference_steps
+        return PreviewClip(np.full(shape, brightness, np.uint8), self.model.fps / 4)
 
     def _frames(self, request: GenerationRequest, control: JobControl) -> Generator[Frame]:
         for index in range(request.num_frames):

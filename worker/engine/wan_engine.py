@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from diffusers import WanPipeline
@@ -42,7 +43,7 @@ from worker.engine.vae_decoder import (
     stop_points,
     to_frames,
 )
-from worker.interface import Clip, Frame, JobControl, StageSeconds
+from worker.interface import Clip, Frame, JobControl, PreviewPace, StageSeconds
 from worker.model_loader.components import Components
 from worker.model_loader.loader import Mode
 from worker.model_loader.scheduler import scheduler_for_run
@@ -92,6 +93,11 @@ class WanEngine:
         self.tokenizer_text = components.tokenizer.text
         self.model: ModelOffer = config.offer(fingerprint, components.tokenizer.fingerprint)
         self.modes: tuple[ModeOffer, ...] = tuple(mode.offer for mode in modes)
+
+    @property
+    def preview_pace(self) -> PreviewPace | None:
+        """How often it makes previews; None without a preview map, or if they are off."""
+        return None if self.components.preview is None else self.components.preview.pace
 
     def describe(self) -> list[str]:
         """List for the start log what was loaded and converted, and how many bytes it takes."""
@@ -162,14 +168,17 @@ class WanEngine:
             embeddings = self.prompts.encode(request, control, owner)
         sample = ActSample(pipeline.transformer)
 
-        def on_step(done: int) -> None:
-            control.progress(Stage.DENOISE, done, request.num_inference_steps)
-            if done == request.num_inference_steps // 2:
-                sample.arm()
+        steps, preview = request.num_inference_steps, self.components.preview
 
-        on_step(0)
+        def on_step(done: int, predicted: Tensor) -> None:
+            control.progress(Stage.DENOISE, done, steps)
+            if done == steps // 2:
+                sample.arm()
+            if preview is not None:
+                control.preview(done, steps, partial(preview.clip, predicted))
+
+        control.progress(Stage.DENOISE, 0, steps)
         caching = self.loaded[request.mode].step_cache
-        steps = request.num_inference_steps
         try:
             with (
                 self._timed(seconds, "denoise_s"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import traceback
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 from redis.exceptions import RedisError
@@ -24,11 +24,13 @@ from jobs.errors import (
     WorkerUnfit,
 )
 from jobs.record import Attempt, Failure, JobRecord
+from jobs.store.live.previews import PreviewWriter
 from worker.job.context import JobContext
 from worker.job.fitness import refused_by_system
-from worker.job.generation import JobThreads, Success, make_video
+from worker.job.generation import Success, make_video
 from worker.job.lease import LeaseKeeper
-from worker.job.progress import JobReturned
+from worker.job.preview import PreviewThread
+from worker.job.progress import JobReturned, JobThreads
 from worker.job.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,12 @@ def run_attempt(
     Raises:
         StaleAttempt: the job no longer belongs to this attempt; nothing may be written.
     """
-    with _watchdog(context, attempt) as watchdog:
-        outcome = _outcome(context, attempt, record, JobThreads(lease, watchdog))
+    with (
+        _watchdog(context, attempt) as watchdog,
+        _previews(context, attempt) as previews,
+    ):
+        threads = JobThreads(lease, watchdog, previews)
+        outcome = _outcome(context, attempt, record, threads)
         if isinstance(outcome, Failure) and outcome.code == OutOfDeviceMemory.code:
             # Only here have the stack frames ended that referred to the job's tensors.
             watchdog.alive()
@@ -149,6 +155,15 @@ def _clear_frames(error: BaseException) -> None:
         # Both: an error that was raised from a second one while a third was handled has two.
         found = (each.__cause__, each.__context__)
         pending += [other for other in found if other is not None and id(other) not in seen]
+
+
+def _previews(
+    context: JobContext, attempt: Attempt
+) -> AbstractContextManager[PreviewThread | None]:
+    pace = context.engine.preview_pace
+    if pace is None:
+        return nullcontext()
+    return PreviewThread(pace, PreviewWriter(context.redis), attempt)
 
 
 def _watchdog(context: JobContext, attempt: Attempt) -> Watchdog:

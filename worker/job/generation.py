@@ -29,11 +29,9 @@ from jobs.record import (
 )
 from worker.interface import Clip, Engine, Frame
 from worker.job.context import JobContext
-from worker.job.lease import LeaseKeeper
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.job.pictures import EncodedPictures, PictureCollector
-from worker.job.progress import JobClock, JobProgress
-from worker.job.watchdog import Watchdog
+from worker.job.progress import JobClock, JobProgress, JobThreads
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +44,6 @@ class Success:
     timings: StageTimings
 
 
-@dataclass(frozen=True, slots=True)
-class JobThreads:
-    """The two threads that run for the duration of a job."""
-
-    lease: LeaseKeeper
-    watchdog: Watchdog
-
-
 def make_video(
     context: JobContext, attempt: Attempt, record: JobRecord, threads: JobThreads
 ) -> Success:
@@ -64,7 +54,7 @@ def make_video(
     request, stats = record.request, context.stats
     clock = JobClock(request, _read_durations(context, record), stats.step_times, context.limits)
     stop_sources = (context.drain, context.job)
-    control = JobProgress(threads.lease, threads.watchdog, clock, stop_sources, record.deadline_s)
+    control = JobProgress(threads, clock, stop_sources, record.deadline_s)
     clip = context.engine.generate(request, control, record.owner)
     stats.record_steps(request.mode, clock.step_seconds, clip.act_shares)
     video, mp4_s = _encode_and_store(context, attempt, record, clip, control)

@@ -118,7 +118,7 @@ class PictureCollector:
             thumbnail = _encode_webp(self._thumbnail, folder / "thumbnail.webp", self._timeout_s)
             spritesheet = _encode_webp(self._sheet, folder / "spritesheet.webp", self._timeout_s)
         except (OSError, subprocess.SubprocessError) as error:
-            logger.warning("the video has no pictures: %s", _reason(error))
+            logger.warning("the video has no pictures: %s", reason(error))
             return None
         return EncodedPictures(thumbnail, spritesheet, self._layout)
 
@@ -209,7 +209,8 @@ def _encode_webp(picture: NDArray[np.uint8], path: Path, timeout_s: float) -> En
     return EncodedPicture(path, len(data), hashlib.sha256(data).hexdigest(), width, height)
 
 
-def _reason(error: OSError | subprocess.SubprocessError) -> str:
+def reason(error: OSError | subprocess.SubprocessError) -> str:
+    """Say in a few words why ffmpeg made no picture."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         said = lines[0] if lines else "it said nothing"

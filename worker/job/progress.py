@@ -7,6 +7,7 @@ The engine calls `JobProgress`, up to hundreds of times a second. Nothing here w
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Final
 
 from jobs import durations
@@ -15,6 +16,7 @@ from jobs.errors import GenerationCancelled, GenerationTimedOut
 from jobs.record import Progress, Stage
 from jobs.spec import GenerationRequest
 from worker.job.lease import LeaseKeeper
+from worker.job.preview import MakeClip, PreviewThread
 from worker.job.watchdog import Watchdog
 from worker.process.drain import CurrentJob, Drain
 from worker.process.stats import StepTimes
@@ -130,13 +132,21 @@ class JobClock:
             self.step_seconds += [seconds] * count
 
 
+@dataclass(frozen=True, slots=True)
+class JobThreads:
+    """The threads that run for the duration of a job."""
+
+    lease: LeaseKeeper
+    watchdog: Watchdog
+    previews: PreviewThread | None = None
+
+
 class JobProgress:
     """The `JobControl` of one attempt."""
 
     def __init__(
         self,
-        lease: LeaseKeeper,
-        watchdog: Watchdog,
+        threads: JobThreads,
         clock: JobClock,
         stop_sources: tuple[Drain, CurrentJob],
         deadline_s: float,
@@ -147,8 +157,9 @@ class JobProgress:
             stop_sources: what may ask the job to stop besides the lease.
             deadline_s: seconds from now after which the job fails.
         """
-        self._lease = lease
-        self._watchdog = watchdog
+        self._lease = threads.lease
+        self._watchdog = threads.watchdog
+        self._previews = threads.previews
         self._clock = clock
         self._drain, self._job = stop_sources
         self._deadline_s = deadline_s
@@ -184,3 +195,8 @@ class JobProgress:
         left_s = self._clock.seconds_left()
         rounded_s = None if left_s is None else round(left_s, 1)
         self._lease.publish(Progress(stage=stage, step=step, steps=steps, seconds_left=rounded_s))
+
+    def preview(self, step: int, steps: int, make: MakeClip) -> None:
+        """Show a preview if one is due; see `PreviewThread.offer`."""
+        if self._previews is not None:
+            self._previews.offer(step, steps, make)

@@ -22,6 +22,7 @@ from worker.model_loader.component_files import (
     WEIGHTS,
     check_files,
 )
+from worker.model_loader.latent_preview import LatentPreview
 from worker.model_loader.scheduler import read_scheduler
 from worker.model_loader.tokenizer import ModelTokenizer, read_tokenizer
 
@@ -35,6 +36,7 @@ class Components:
         text_encoder_placement: "device", "host" or "encode", as in
             `worker.model_loader.memory_plan.Placement`; loaded on the host unless "device".
         vae_tiling: whether the VAE decodes in tiles.
+        preview: makes previews of the VAE's latents; None to make none.
     """
 
     tokenizer: ModelTokenizer
@@ -43,6 +45,7 @@ class Components:
     scheduler: Any
     text_encoder_placement: str = "device"
     vae_tiling: bool = False
+    preview: LatentPreview | None = None
 
 
 class ComponentLoader:

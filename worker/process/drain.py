@@ -1,4 +1,4 @@
-"""Record requests to stop the worker, and whether it finishes its current job first.
+"""Record requests to stop the worker, and an operator's order to take no jobs.
 
 Signal handlers set plain attributes here. They run in the main thread between any two of its
 instructions, so they must not wait for a lock: the main thread may be holding it.
@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from jobs.store.workers import DrainOrder
 from worker.settings import DrainChoice
 
 SAME_REQUEST_S: Final = 1.0
@@ -22,11 +23,16 @@ class Drain:
     Attributes:
         stopping: the worker takes no further job.
         return_job: the current job is returned to the queue instead of being finished here.
+        order: while there is one, the process lives on and takes no further job. It outlives every
+            loss of Redis, and the worker ids that follow each other in this process.
+        waiting: whether the worker obeys the order: it has ended its last job, and asks for none.
     """
 
     def __init__(self, choice: DrainChoice = "finish") -> None:
         self.stopping = False
         self.return_job = False
+        self.order: DrainOrder | None = None
+        self.waiting = False
         self._choice = choice
         self._requested_at = 0.0
 

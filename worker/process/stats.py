@@ -11,8 +11,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Final
 
-from jobs.catalog import ModeStatus
 from jobs.record import Stage
+from jobs.store.workers import ModeStatus
 from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY, EXIT_UNFIT
 from worker.interface import ActShares
 from worker.process.redis_retry import RedisOutage

@@ -6,7 +6,7 @@
 -- finds its own token, its own id or its own result, and changes nothing. There are two exceptions: a
 -- lease (renew, and a repeated claim) runs from the latest call on, and webhook_take returns other
 -- entries (those of the lost response are due again when their lease ends). Progress that is
--- repeated after newer progress is written and announced again.
+-- repeated after newer progress is written and announced again, and a repeated preview counts twice.
 
 local ENDS = { succeeded = true, failed = true, cancelled = true }
 local BOUNDS = { @BOUNDS@ }
@@ -42,7 +42,24 @@ local function count(name, labels)
   redis.call('HINCRBYFLOAT', '@METRICS@', name .. '|' .. labels, 1)
 end
 
--- Adds a value to a histogram of /metrics.
+-- Adds to the current minute of the series that GET /series shows, for the mode in a shape.
+local function tally(shape, what, amount)
+  local minute = math.floor(redis.call('TIME')[1] / 60)
+  local key = '@SERIES@' .. math.floor(minute / 60)
+  local mode = string.match(shape, '^[^|]*|([^|]*)') or ''
+  redis.call('HINCRBYFLOAT', key, (minute % 60) .. '|' .. mode .. '|' .. what, amount)
+  redis.call('EXPIRE', key, @SERIES_TTL_S@)
+end
+
+-- Keeps a failed job in the list of the latest failures, which is bounded by time and number.
+local function list_failure(id)
+  local clock = clock_ms()
+  redis.call('ZADD', '@FAILURES@', clock, id)
+  redis.call('ZREMRANGEBYSCORE', '@FAILURES@', '-inf', clock - @FAILURES_TTL_S@ * 1000)
+  redis.call('ZREMRANGEBYRANK', '@FAILURES@', 0, -@MOST_FAILURES@ - 1)
+end
+
+-- Adds a value to a histogram of /metrics, and to the series.
 local function observe(name, shape, seconds)
   local least = '+Inf'
   for _, bound in ipairs(BOUNDS) do
@@ -53,14 +70,16 @@ local function observe(name, shape, seconds)
   end
   count(name, shape .. '|' .. least)
   redis.call('HINCRBYFLOAT', '@METRICS@', name .. '|' .. shape .. '|sum', seconds)
+  tally(shape, name, 1)
+  tally(shape, name .. '_s', seconds)
 end
 
 -- Appends to the job's event stream and publishes the job's id to its readers.
 local function emit(id, kind, now)
-  local record = redis.call('HMGET', record_of(id), 'state', 'attempts', 'progress')
+  local record = redis.call('HMGET', record_of(id), 'state', 'attempts', 'progress', 'preview')
   local stream = '@EVENTS@' .. id
   redis.call('XADD', stream, 'MAXLEN', '~', @EVENTS_KEPT@, '*', 'kind', kind, 'state', record[1],
-    'attempts', record[2], 'at', now, 'progress', record[3] or '')
+    'attempts', record[2], 'at', now, 'progress', record[3] or '', 'preview', record[4] or '')
   redis.call('EXPIRE', stream, @RECORD_TTL_S@)
   redis.call('PUBLISH', '@CHANNEL@', id)
 end
@@ -70,13 +89,14 @@ local function indexes(owner, state)
   return { '@INDEX@' .. state, '@INDEX@' .. 'owner:' .. owner .. ':' .. state }
 end
 
--- Changes the state and the indexes. At an end, it also sets the expiry of RQ's hash, counts, and
--- enqueues the webhook and the requested deletion.
+-- Changes the state and the indexes, and deletes what only a running job has. At an end, it also
+-- sets the expiry of RQ's hash, counts, and enqueues the webhook and the requested deletion.
 local function move(id, from, to, now, code)
   local record = record_of(id)
   local known = redis.call('HMGET', record, 'owner', 'shape', 'webhook_url', 'delete_requested')
   redis.call('HSET', record, 'state', to)
-  redis.call('HDEL', record, 'progress', 'missing_ms')
+  redis.call('HDEL', record, 'progress', 'preview', 'missing_ms')
+  redis.call('DEL', '@PREVIEW@' .. id)
   for _, index in ipairs(indexes(known[1], from)) do redis.call('ZREM', index, id) end
   for _, index in ipairs(indexes(known[1], to)) do redis.call('ZADD', index, 0, id) end
   if ENDS[to] then
@@ -85,6 +105,8 @@ local function move(id, from, to, now, code)
     -- RQ does this too when a delivery ends, but not if the worker was lost.
     redis.call('EXPIRE', '@RQ_JOB@' .. id, @RQ_RESULT_TTL_S@)
     count('ended', known[2] .. '|' .. to .. '|' .. (code or ''))
+    tally(known[2], to, 1)
+    if to == 'failed' then list_failure(id) end
     if known[3] then redis.call('ZADD', '@WEBHOOKS_DUE@', clock_ms(), id) end
     if known[4] then redis.call('ZADD', '@DELETIONS@', clock_ms(), id) end
   end

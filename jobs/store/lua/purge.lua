@@ -11,20 +11,24 @@ if not state then
 end
 if state == 'running' then
   redis.call('HSET', record, 'cancel_requested', '1', 'delete_requested', '1')
+  redis.call('DEL', '@PREVIEW@' .. id)
   redis.call('PUBLISH', '@CHANNEL@', id)
   return 'marked'
 end
 if state == 'queued' then
   redis.call('LREM', '@RQ_QUEUE@' .. queue, 1, id)
   redis.call('LREM', '@RQ_QUEUE@' .. queue .. ':intermediate', 0, id)
-  count('ended', (redis.call('HGET', record, 'shape') or '') .. '|cancelled|')
+  local shape = redis.call('HGET', record, 'shape') or ''
+  count('ended', shape .. '|cancelled|')
+  tally(shape, 'cancelled', 1)
 end
 for _, each in ipairs({ state, 'all' }) do
   for _, index in ipairs(indexes(owner, each)) do redis.call('ZREM', index, id) end
 end
 redis.call('ZREM', '@DELETIONS@', id)
 redis.call('ZREM', '@WEBHOOKS_DUE@', id)
-redis.call('DEL', record, '@EVENTS@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
+redis.call('ZREM', '@FAILURES@', id)
+redis.call('DEL', record, '@EVENTS@' .. id, '@PREVIEW@' .. id, '@WEBHOOK@' .. id, '@RQ_JOB@' .. id)
 -- RQ's results of ended deliveries: their tracebacks must not outlive the job.
 redis.call('DEL', '@RQ_RESULTS@' .. id)
 for _, registry in ipairs({ '@RQ_FINISHED@', '@RQ_FAILED@' }) do

@@ -10,8 +10,8 @@ from redis.exceptions import ConnectionError as RedisAway
 
 from jobs import redis_keys
 from jobs.state import JobState
-from jobs.store import events
-from jobs.store.events import JobEvent
+from jobs.store.live import events
+from jobs.store.live.events import JobEvent
 from service.schemas.jobs import EventView, JobView
 
 
@@ -101,7 +101,11 @@ def encode(job_id: str, event: JobEvent, job: JobView | None = None) -> bytes:
         attempts=event.attempts,
         at=event.at,
         progress=event.progress,
+        preview=event.preview,
         job=job,
     )
-    data = view.model_dump_json(exclude={"job"} if job is None else None)
+    left_out = set() if event.kind == "preview" else {"preview"}
+    if job is None:
+        left_out.add("job")
+    data = view.model_dump_json(exclude=left_out)
     return format_sse_event(event=event.kind, data_str=data, id=event.event_id)

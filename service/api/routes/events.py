@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from starlette.concurrency import run_in_threadpool
 
-from jobs.store import events
+from jobs.store.live import events
 from service.api.deps import AppStateDep, JobViewsDep, PrincipalDep
 from service.api.events.hub import Follower
 from service.api.events.stream import EventStream

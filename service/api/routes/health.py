@@ -5,7 +5,7 @@ from fastapi import APIRouter
 from jobs.errors import NoLiveWorker
 from service.api.deps import AppStateDep
 from service.api.openapi import problems
-from service.schemas.jobs import HealthView, ReadyView
+from service.schemas.health import HealthView, ReadyView
 
 router = APIRouter(tags=["health"])
 

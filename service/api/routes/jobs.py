@@ -5,12 +5,10 @@ share one synchronous `JobStore`. A Redis call takes well under a millisecond, a
 for a job. Files are read in other threads (`service/api/downloads.py`).
 """
 
-import re
 from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
-from pydantic import AwareDatetime, BeforeValidator
 from starlette.concurrency import run_in_threadpool
 
 from jobs.errors import RecordUnreadable
@@ -33,6 +31,7 @@ from service.api.deps import (
     ThumbnailViewerDep,
     ViewerDep,
 )
+from service.api.moment import Moment
 from service.api.openapi import (
     GENERATE_ANSWER,
     GENERATE_BODY,
@@ -52,16 +51,6 @@ from service.auth.gate import Principal, visible_job
 from service.schemas.jobs import JobGroupView, JobListView, JobView
 from service.schemas.video_url import VideoFile
 from service.webhooks.message import callbacks
-
-
-def _written_as_a_date(value: object) -> object:
-    """Refuse a number, which pydantic would take for seconds since 1970."""
-    if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value) is None:
-        raise ValueError("write it like 2026-11-30T12:00:00Z")
-    return value
-
-
-Moment = Annotated[AwareDatetime, BeforeValidator(_written_as_a_date)]
 
 router = APIRouter(tags=["jobs"])
 

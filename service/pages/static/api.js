@@ -49,7 +49,7 @@ export async function request(path, { method = "GET", body, headers = {}, signal
       method,
       signal,
       headers: { Accept: "application/json", ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...headers },
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined ? undefined : written(body),
     });
   } catch (error) {
     if (signal?.aborted) throw error;
@@ -58,12 +58,26 @@ export async function request(path, { method = "GET", body, headers = {}, signal
   }
   tell(answer.status !== 502 && answer.status !== 504);
   if (answer.status === 401) document.dispatchEvent(new CustomEvent("signed-out"));
-  if (answer.ok) return answer.status === 204 ? null : answer.json();
+  if (answer.ok) return answer.status === 204 ? null : read(await answer.text());
   const problem = await answer.json().catch(() => ({}));
   const failed = new Problem(answer.status, problem.detail ?? problem.title ?? `The service answered ${answer.status}.`, problem);
   const wait = Number(answer.headers.get("Retry-After"));
   failed.retryAfterS = Number.isFinite(wait) && wait > 0 ? wait : null;
   throw failed;
+}
+
+/**
+ * Read JSON. Seeds of 16 and more digits become texts, as JavaScript's numbers would round them.
+ *
+ * @param {string} text
+ */
+export function read(text) {
+  return JSON.parse(text.replace(/("seed":\s*)(\d{16,})/g, '$1"$2"'));
+}
+
+/** Write JSON, with such seeds as numbers again. @param {unknown} body */
+export function written(body) {
+  return JSON.stringify(body).replace(/("seed":)"(\d{16,})"/g, "$1$2");
 }
 
 /**

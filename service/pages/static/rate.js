@@ -6,7 +6,7 @@
  */
 
 import { Problem, request } from "./api.js";
-import { PairPlayer } from "./player.js";
+import { PairPlayer } from "./player/player.js";
 import { VoteForm, keepDraft, readDraft } from "./rate_form.js";
 import { askForKey, fill, find, h, say, whoAmI } from "./shell.js";
 

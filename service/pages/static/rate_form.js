@@ -50,7 +50,7 @@ export class VoteForm {
   /**
    * The keys that answer; the player has the others.
    *
-   * @returns {import("./keys.js").KeyAction[]}
+   * @returns {import("./player/key_map.js").KeyAction[]}
    */
   keys() {
     const pick = (/** @type {Choice} */ choice) => () => this.choose(this.#current, choice);
@@ -64,7 +64,7 @@ export class VoteForm {
     ];
   }
 
-  /** Write which keys do what, as they are now. @param {import("./keys.js").Keys} keys */
+  /** Write which keys do what, as they are now. @param {import("./player/key_map.js").KeyMap} keys */
   hint(keys) {
     const parts = [["left", "left"], ["tie", "no difference"], ["right", "right"], ["question", "question before"], ["send", "send"], ["skip", "skip"], ["undo", "undo"]];
     fill(find("#keys"), parts.filter(([id]) => keys.name(id)).map(([id, text]) => h("span", {}, h("kbd", {}, keys.name(id)), ` ${text}`)));

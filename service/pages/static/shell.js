@@ -99,6 +99,39 @@ export function problemLine(error) {
   return h("div", { class: "problem", role: "alert" }, h("p", {}, error.message), lines.length > 0 && h("ul", {}, lines));
 }
 
+/**
+ * A listener for a button that copies a text, also where browsers give pages no clipboard (plain HTTP).
+ *
+ * @param {() => string} text
+ * @returns {(event: Event) => Promise<void>}
+ */
+export function copying(text) {
+  return async (event) => {
+    const button = /** @type {HTMLButtonElement} */ (event.currentTarget);
+    const name = button.textContent;
+    if (!await navigator.clipboard?.writeText(text()).then(() => true, () => false) && !copyBySelection(text())) {
+      prompt("Copy this:", text());
+      return;
+    }
+    button.textContent = "Copied";
+    say("Copied");
+    setTimeout(() => { button.textContent = name; }, 2000);
+  };
+}
+
+/** @param {string} text */
+function copyBySelection(text) {
+  const area = h("textarea", { class: "visually-hidden" });
+  area.value = text;
+  const before = document.activeElement;
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  if (before instanceof HTMLElement) before.focus();
+  return copied;
+}
+
 /** @type {Session | null} */
 let session = null;
 

@@ -255,6 +255,37 @@ def test_what_is_not_found_is_looked_for_in_the_right_store_however_fresh_the_la
     assert shared.size("videos/01a2/2.mp4") is None, "in the right store nothing is just nothing"
 
 
+def test_a_marker_that_another_process_writes_between_the_two_looks_is_found(
+    share: Share, make: Make
+) -> None:
+    class Late(FolderArtifactStore):
+        """A folder in which this process does not see the marker at its first look."""
+
+        looks = 0
+
+        def marker(self) -> bytes | None:
+            self.looks += 1
+            return None if self.looks == 1 else super().marker()
+
+    make(FolderArtifactStore(share.folder)).verify()  # the other process
+    store = make(Late(share.folder))
+    store.verify()
+    assert store.is_present
+
+
+def test_a_list_of_a_share_that_goes_away_meanwhile_is_not_complete(
+    shared: KnownArtifactStore, share: Share, source: Path
+) -> None:
+    """What it does not name must not count as deleted."""
+    shared.put(KEY, source)
+    shared.put("videos/01a3/1.mp4", source)
+    listed = shared.list()
+    next(listed)
+    share.unmount()
+    with pytest.raises(ArtifactsUnavailable):
+        list(listed)
+
+
 def test_reads_look_at_the_marker_now_and_then(
     shared: KnownArtifactStore, share: Share, source: Path, clock: Clock, redis: Redis
 ) -> None:

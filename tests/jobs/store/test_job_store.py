@@ -23,9 +23,9 @@ from jobs.errors import (
 from jobs.record import Attempt, Failure, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import TRANSITIONS, JobState
-from jobs.store import events
 from jobs.store.job_store import JobStore, new_token
 from jobs.store.listing import MAX_PAGE, SKIP_PAGE
+from jobs.store.live import events
 from jobs.store.recovery import Recovery
 from jobs.store.rq_entry import TASK
 

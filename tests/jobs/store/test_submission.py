@@ -12,8 +12,8 @@ from jobs.errors import IdempotencyConflict, JobNotFound, QueueFull, QuotaExceed
 from jobs.record import Failure, JobRecord, Progress, Stage, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import events
 from jobs.store.job_store import JobStore
+from jobs.store.live import events
 from jobs.store.submission import RETRY_AFTER_S, Idempotency, Submission
 
 QUEUE = "q"

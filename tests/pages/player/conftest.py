@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse
+from jinja2 import Environment, PackageLoader
 from playwright.sync_api import Browser, Page
 
 from deploy.local.waiting import wait_until
@@ -28,18 +29,14 @@ from tests.pages.player.numbered_video import (
     write_numbered_video,
 )
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>A pair</title><link rel="icon" href="favicon.ico">
-<link rel="stylesheet" href="{static}/player.css"></head>
-<body><main><h1>A pair</h1><div id="player"></div></main></body>
-</html>
+PAGE = """{% extends "base.html" %}
+{% block title %}A pair{% endblock %}
+{% block main %}<h1>A pair</h1><div id="player"></div>{% endblock %}
 """
 
 SET_UP = f"""
 async ([base, left, right, options]) => {{
-  const {{ PairPlayer }} = await import(`./${{base}}/player.js`);
+  const {{ PairPlayer }} = await import(`./${{base}}/player/player.js`);
   const read = {READ_NUMBER};
   window.painted = [];
   window.events = [];
@@ -59,7 +56,7 @@ async ([base, left, right, options]) => {{
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two videos as viewing copies are made, and two with the encoder's own groups."""
+    """A folder with two videos like viewing copies, and two with the encoder's own groups."""
     folder = tmp_path_factory.mktemp("videos")
     for kind, options in [("short", SHORT_GROUPS), ("usual", ())]:
         for background, side in enumerate(("left", "right"), start=1):
@@ -78,10 +75,17 @@ def player_site(videos: Path) -> Iterator[str]:
 
     @app.get("/pair")
     def pair() -> HTMLResponse:
-        return HTMLResponse(PAGE.format(static=static_files.static_files().base))
+        template = Environment(loader=PackageLoader("service.pages")).from_string(PAGE)
+        return HTMLResponse(template.render(root="./", static=static_files.static_files().base))
+
+    @app.get("/session")
+    def session() -> dict[str, object]:
+        return {"name": "", "role": "rater", "open": True}
 
     @app.get("/videos/{name}")
     def video(name: str) -> FileResponse:
+        if not (videos / name).exists():
+            raise HTTPException(404)
         return FileResponse(videos / name, media_type="video/mp4")
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

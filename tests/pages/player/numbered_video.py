@@ -31,7 +31,11 @@ READ_NUMBER = f"""
 
 
 def write_numbered_video(
-    path: Path, *, background: int, numbers: Sequence[int] = range(FRAMES), options: Sequence[str] = ()
+    path: Path,
+    *,
+    background: int,
+    numbers: Sequence[int] = range(FRAMES),
+    options: Sequence[str] = (),
 ) -> None:
     """Encode frames of those numbers with ffmpeg's H.264.
 

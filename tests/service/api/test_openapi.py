@@ -32,11 +32,13 @@ def operations(document: Any) -> list[tuple[str, Any]]:
 def test_all_routes_are_described(document: Any) -> None:
     found = dict(operations(document))
     assert set(found) == {
+        "GET /",
         "POST /generate",
         "GET /jobs",
         "GET /jobs/{job_id}",
         "DELETE /jobs/{job_id}",
         "GET /jobs/{job_id}/events",
+        "GET /jobs/{job_id}/preview.webp",
         "GET /jobs/{job_id}/video.mp4",
         "GET /jobs/{job_id}/thumbnail.webp",
         "GET /jobs/{job_id}/spritesheet.webp",
@@ -53,6 +55,15 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /models",
         "GET /metrics",
         "GET /workers",
+        "POST /workers/{worker_id}/drain",
+        "POST /workers/{worker_id}/resume",
+        "GET /failures",
+        "GET /series",
+        "GET /keys",
+        "POST /keys",
+        "PATCH /keys/{name}",
+        "POST /keys/{name}/rotate",
+        "POST /keys/{name}/revoke",
         "GET /healthz",
         "GET /readyz",
     }

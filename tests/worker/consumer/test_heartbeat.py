@@ -4,7 +4,8 @@ from redis import Redis
 
 from deploy.local.waiting import wait_until
 from jobs import catalog
-from jobs.catalog import WorkerOffer, WorkerStatus
+from jobs.catalog import WorkerOffer
+from jobs.store.workers import WorkerStatus, read_statuses
 from worker.consumer.heartbeat import Heartbeat
 from worker.process.redis_retry import RedisOutage
 
@@ -26,10 +27,10 @@ def test_offer_tokenizer_and_status_come_back_after_redis_lost_its_data(
         assert catalog.read_tokenizer(redis, name) == TEXT.decode()
         redis.flushdb()
         wait_until(lambda: catalog.read(redis).offers == (offer,))
-        wait_until(lambda: catalog.read_statuses(redis) == (status(),))
+        wait_until(lambda: read_statuses(redis) == (status(),))
         assert catalog.read_tokenizer(redis, name) == TEXT.decode()
     assert catalog.read(redis).offers == ()
-    assert catalog.read_statuses(redis) == ()
+    assert read_statuses(redis) == ()
 
 
 def test_a_worker_without_a_tokenizer_text_stores_none(redis: Redis, offer: WorkerOffer) -> None:
@@ -42,8 +43,8 @@ def test_a_closed_offer_leaves_the_status_until_the_end(redis: Redis, offer: Wor
     with Heartbeat(redis, offer, None, status, RedisOutage(), publish_every_s=60) as heartbeat:
         heartbeat.close()
         wait_until(lambda: catalog.read(redis).offers == ())
-        assert catalog.read_statuses(redis) == (status(),)
-    assert catalog.read_statuses(redis) == ()
+        assert read_statuses(redis) == (status(),)
+    assert read_statuses(redis) == ()
 
 
 def test_a_change_is_published_at_once(redis: Redis, offer: WorkerOffer) -> None:
@@ -53,4 +54,4 @@ def test_a_change_is_published_at_once(redis: Redis, offer: WorkerOffer) -> None
     ) as heartbeat:
         now[0] = status().model_copy(update={"state": "busy"})
         heartbeat.refresh()
-        wait_until(lambda: catalog.read_statuses(redis) == (now[0],))
+        wait_until(lambda: read_statuses(redis) == (now[0],))

@@ -24,12 +24,12 @@ from deploy.local.waiting import wait_until
 from jobs import catalog, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
 from jobs.artifacts.known_store import open_known_artifacts
-from jobs.catalog import WorkerStatus
 from jobs.errors import WorkerUnfit
 from jobs.record import JobRecord
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import MAX_RETURNED
+from jobs.store.workers import WorkerStatus, read_statuses
 from tests.support.worker_processes import QUEUE, REQUEST
 from worker.consumer import probation
 from worker.consumer.probation import PAUSES, Probation
@@ -228,7 +228,7 @@ def test_a_worker_that_cannot_prove_itself_offers_nothing_and_ends_with_its_own_
     real = Probation._pause
 
     def look(self: Probation) -> bool:
-        seen.extend(catalog.read_statuses(redis))
+        seen.extend(read_statuses(redis))
         offers.append(len(catalog.read(redis).offers))
         return real(self)
 
@@ -277,8 +277,8 @@ def test_the_offer_comes_back_once_the_fault_is_mended(
 
     def look(step: int) -> None:
         wait_until(lambda: len(catalog.read(redis).offers) == 1)
-        wait_until(lambda: catalog.read_statuses(redis)[0].state == "busy")
-        during.extend((s.state, s.fault) for s in catalog.read_statuses(redis))
+        wait_until(lambda: read_statuses(redis)[0].state == "busy")
+        during.extend((s.state, s.fault) for s in read_statuses(redis))
 
     served.work(look)
     assert served.store.get(job).state is JobState.SUCCEEDED

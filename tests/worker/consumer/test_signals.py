@@ -12,6 +12,7 @@ from deploy.local.waiting import wait_until
 from jobs import catalog, redis_keys
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
+from jobs.store.workers import read_statuses
 from tests.support.worker_processes import (
     QUEUE,
     REQUEST,
@@ -45,12 +46,12 @@ def test_sigterm_finishes_the_current_job_and_takes_no_other(
     process.send_signal(signal.SIGTERM)
     time.sleep(0.7)
     assert catalog.read(redis).offers == ()
-    (status,) = catalog.read_statuses(redis)
+    (status,) = read_statuses(redis)
     assert (status.state, status.job_id) == ("draining", first.id)
     assert process.wait(30) == 0
     assert store.get(first.id).state is JobState.SUCCEEDED
     assert store.get(second.id).state is JobState.QUEUED
-    assert catalog.read_statuses(redis) == ()
+    assert read_statuses(redis) == ()
     assert count_lost(redis) == 0
 
 
@@ -106,7 +107,7 @@ def test_a_job_that_is_to_be_cancelled_is_not_returned(
 def test_sigterm_ends_an_idle_worker(workers: WorkerProcesses, redis: Redis) -> None:
     process = workers.start(0)
     wait_until(lambda: catalog.read(redis).offers, 60, "the worker offers its modes")
-    assert [status.state for status in catalog.read_statuses(redis)] == ["idle"]
+    assert [status.state for status in read_statuses(redis)] == ["idle"]
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert catalog.read(redis).offers == ()

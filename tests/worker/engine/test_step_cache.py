@@ -25,7 +25,7 @@ from worker.device import Device
 from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import ConfigError
-from worker.interface import Clip
+from worker.interface import Clip, PreviewClip
 from worker.model_loader.loader import Mode
 
 STEPS = 5
@@ -50,6 +50,9 @@ class StoppingControl:
             raise GenerationCancelled("the test said so")
 
     def check(self) -> None:
+        pass
+
+    def preview(self, step: int, steps: int, make: Callable[[], PreviewClip]) -> None:
         pass
 
 

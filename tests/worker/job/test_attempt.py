@@ -33,6 +33,7 @@ from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from jobs.store.submission import Submission
+from jobs.store.workers import read_statuses
 from tests.support.launcher import decode_video
 from tests.support.requests import generation_request
 from worker.consumer.rq_worker import ResidentWorker
@@ -550,7 +551,7 @@ def test_after_a_watchdogs_last_words_nothing_is_offered(
         take_over(redis, store, attempt.job_id)
     watchdog(context, attempt)._on_hang()
     assert catalog.read(redis).offers == ()
-    assert catalog.read_statuses(redis) == ()
+    assert read_statuses(redis) == ()
     assert store.get(attempt.job_id).state is (JobState.RUNNING if stale else JobState.QUEUED)
 
 

@@ -10,8 +10,8 @@ from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from jobs.errors import GenerationCancelled, StaleAttempt
 from jobs.record import Attempt, Progress, Stage
-from jobs.store import events
 from jobs.store.job_store import JobStore
+from jobs.store.live import events
 from jobs.store.recovery import Recovery
 from tests.support.killable_valkey import KillableValkey
 from tests.support.requests import generation_request

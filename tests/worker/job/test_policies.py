@@ -14,13 +14,13 @@ from redis import Redis
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from jobs import catalog, durations, redis_keys
+from jobs import durations, redis_keys
 from jobs.artifacts.folder import FolderArtifactStore
-from jobs.catalog import WorkerStatus
 from jobs.record import JobRecord, Progress
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
+from jobs.store.workers import WorkerStatus, read_statuses
 from tests.support.worker_processes import QUEUE, REQUEST
 from worker.consumer.rq_worker import ResidentWorker
 from worker.device import Device
@@ -165,7 +165,7 @@ def test_a_lost_device_ends_the_worker_and_gives_the_job_to_another(runs: Worker
     assert record.state is JobState.QUEUED
     assert (record.attempts, record.lost) == (1, 1)
     assert runs.stats.exit_status == EXIT_DEVICE_LOST
-    assert catalog.read_statuses(runs.redis) == ()
+    assert read_statuses(runs.redis) == ()
 
 
 def test_measured_durations_give_the_next_job_its_seconds_left(runs: WorkerRuns) -> None:
@@ -194,7 +194,7 @@ def test_the_status_says_what_the_worker_does_and_has_measured(runs: WorkerRuns)
 
     def observe(step: int) -> None:
         time.sleep(0.2)
-        seen.extend(catalog.read_statuses(runs.redis))
+        seen.extend(read_statuses(runs.redis))
 
     (first,) = runs.run(observe)
     assert {(status.state, status.job_id) for status in seen} == {("busy", first.id)}
@@ -202,7 +202,7 @@ def test_the_status_says_what_the_worker_does_and_has_measured(runs: WorkerRuns)
     step_s = runs.stats.modes()["plain"].step_s
     assert step_s is not None
     assert step_s > 0.2
-    assert catalog.read_statuses(runs.redis) == ()
+    assert read_statuses(runs.redis) == ()
 
 
 class WaitingStore(FolderArtifactStore):

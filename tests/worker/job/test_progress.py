@@ -16,7 +16,7 @@ from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
 from tests.support.requests import generation_request
 from worker.job.lease import LeaseKeeper
-from worker.job.progress import FINISH_S, JobClock, JobProgress, JobReturned
+from worker.job.progress import FINISH_S, JobClock, JobProgress, JobReturned, JobThreads
 from worker.job.watchdog import Watchdog
 from worker.process.drain import SAME_REQUEST_S, CurrentJob, Drain
 from worker.process.redis_retry import RedisOutage
@@ -36,7 +36,9 @@ class JobUnderTest:
             generation_request(), Durations(step_s=2, rest_s=10), StepTimes(), StallLimits()
         )
         stop_sources = (self.drain, self.job)
-        self.control = JobProgress(self.lease, self.watchdog, clock, stop_sources, deadline_s)
+        self.control = JobProgress(
+            JobThreads(self.lease, self.watchdog), clock, stop_sources, deadline_s
+        )
 
 
 @pytest.fixture

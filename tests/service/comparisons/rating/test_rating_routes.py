@@ -127,16 +127,18 @@ def test_undo_during_training(make_comparison: MakeComparison, seat: Seat) -> No
 
 def test_two_votes_at_once_are_one(make_comparison: MakeComparison, seat: Seat) -> None:
     ada = seat(make_comparison(rating=RatingPlan(training=0)))
+    start = threading.Barrier(6)
+    statuses: list[int] = []
+
+    def send(item: str, choice: str) -> None:
+        start.wait()
+        statuses.append(ada.vote(item, choice).status_code)
+
     for _ in range(5):
+        statuses.clear()
         item = ada.next()["item"]
-        statuses: list[int] = []
-        start = threading.Barrier(6)
-
-        def send(choice: str, item: str = item) -> None:
-            start.wait()
-            statuses.append(ada.vote(item, choice).status_code)
-
-        threads = [threading.Thread(target=send, args=(each,)) for each in ("left", "right") * 3]
+        choices = ("left", "right") * 3
+        threads = [threading.Thread(target=send, args=(item, choice)) for choice in choices]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -262,7 +264,7 @@ def test_a_paused_comparison_waits_and_loses_nothing(
         ({"answers": {}}, [f"answers.{name}" for name in BY_ID]),
         ({"answers": {"overall": "left"}}, [f"answers.{n}" for n in BY_ID if n != "overall"]),
         ({"answers": dict.fromkeys(BY_ID, "both")}, [f"answers.{name}" for name in BY_ID]),
-        ({"answers": dict.fromkeys(BY_ID, ["left"])}, [f"answers.{name}" for name in BY_ID]),
+        ({"answers": {name: ["left"] for name in BY_ID}}, [f"answers.{name}" for name in BY_ID]),
         ({"answers": dict.fromkeys([*BY_ID, "beauty"], "tie")}, ["answers.beauty"]),
         ({"answers": dict.fromkeys(BY_ID, "tie"), "mode": "w8a8"}, ["mode"]),
         ({"provenance": {"seconds_watched": -1}}, ["answers", "provenance.seconds_watched"]),
@@ -370,12 +372,8 @@ def test_what_is_no_link_is_refused(
     ada = seat(make_comparison())
     comparison_id, rater_id, secret = ada.token.split(".")
     other = secret[:-1] + ("0" if secret[-1] != "0" else "1")
-    for token in (
-        "",
-        "x",
-        f"{comparison_id}.{rater_id}.{other}",
-        f"{'0' * 32}.{rater_id}.{secret}",
-    ):
+    guesses = (f"{comparison_id}.{rater_id}.{other}", f"{'0' * 32}.{rater_id}.{secret}")
+    for token in ("", "x", *guesses):
         answer = client.post("/rating/join", json={"token": token})
         assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
         assert "set-cookie" not in answer.headers

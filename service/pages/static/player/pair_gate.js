@@ -163,7 +163,7 @@ export class PairGate {
 
   /** @param {number} rate */
   setSpeed(rate) {
-    for (const { video } of this.sides) video.playbackRate = rate;
+    for (const { video } of this.sides) video.playbackRate = video.defaultPlaybackRate = rate;
   }
 
   destroy() {

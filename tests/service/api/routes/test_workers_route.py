@@ -4,9 +4,10 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs import catalog, redis_keys
-from jobs.catalog import ModeStatus, WorkerOffer, WorkerStatus
+from jobs.catalog import WorkerOffer
 from jobs.spec import GenerationRequest
 from jobs.store.job_store import JobStore
+from jobs.store.workers import ModeStatus, WorkerStatus, publish_status, read_statuses
 
 
 def test_no_worker_is_no_error(client: TestClient) -> None:
@@ -16,7 +17,7 @@ def test_no_worker_is_no_error(client: TestClient) -> None:
 def test_workers_are_shown_with_what_they_say_of_themselves(
     client: TestClient, redis: Redis, live_worker: WorkerOffer
 ) -> None:
-    catalog.publish_status(
+    publish_status(
         redis,
         WorkerStatus(
             worker_id=live_worker.worker_id,
@@ -31,6 +32,7 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
     )
     (worker,) = client.get("/workers").json()["workers"]
     assert worker.pop("started_at")
+    assert worker.pop("seen_at")
     assert worker == {
         "id": live_worker.worker_id,
         "model": "wan-mini",
@@ -54,7 +56,9 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
         },
         "state": "busy",
         "fault": None,
+        "drain": None,
         "job_id": "01a2",
+        "job": None,
         "jobs_done": 7,
         "memory_allocated_bytes": 3,
         "memory_peak_bytes": 4,
@@ -78,6 +82,7 @@ def test_queues_are_shown_also_those_that_nobody_serves(
         store.create(request_for_video, "gone.0123456789ab")
     gone, served = client.get("/workers").json()["queues"]
     assert 0 <= gone.pop("oldest_age_s") < 60
+    assert [each["waiting"] for each in gone.pop("shapes")] == [2]
     assert gone == {"name": "gone.0123456789ab", "model": "gone", "waiting": 2, "workers": 0}
     assert served == {
         "name": live_worker.queue,
@@ -85,6 +90,7 @@ def test_queues_are_shown_also_those_that_nobody_serves(
         "waiting": 0,
         "oldest_age_s": 0,
         "workers": 1,
+        "shapes": [],
     }
 
 
@@ -92,7 +98,7 @@ def test_a_worker_that_ends_its_last_job_is_still_shown(
     client: TestClient, redis: Redis, live_worker: WorkerOffer
 ) -> None:
     name = "wan-mini.0123456789ab"
-    catalog.publish_status(redis, WorkerStatus(worker_id=name, state="draining", job_id="01a2"))
+    publish_status(redis, WorkerStatus(worker_id=name, state="draining", job_id="01a2"))
     answer = client.get("/workers").json()
     ending, live = answer["workers"]
     assert (ending["id"], ending["model"], ending["state"]) == (name, "wan-mini", "draining")
@@ -111,8 +117,8 @@ def test_a_worker_that_is_out_of_service_is_shown_with_its_fault(
     ready = client.get("/readyz").json()
     assert "faults" not in ready
     unfit = WorkerStatus(worker_id=name, state="degraded", fault=reason)
-    catalog.publish_status(redis, unfit)
-    assert catalog.read_statuses(redis) == (unfit,)
+    publish_status(redis, unfit)
+    assert read_statuses(redis) == (unfit,)
     degraded, _ = client.get("/workers").json()["workers"]
     assert (degraded["id"], degraded["state"]) == (name, "degraded")
     assert degraded["fault"] == reason
@@ -127,5 +133,5 @@ def test_a_worker_that_is_out_of_service_is_shown_with_its_fault(
 
 
 def test_a_status_without_a_fault_can_be_read_by_a_service_of_before(redis: Redis) -> None:
-    catalog.publish_status(redis, WorkerStatus(worker_id="w", state="idle"))
+    publish_status(redis, WorkerStatus(worker_id="w", state="idle"))
     assert b"fault" not in (redis.get(redis_keys.worker_status("w")) or b"")

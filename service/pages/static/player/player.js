@@ -4,10 +4,10 @@
  * It fills an element with a stage, controls and keys, and knows nothing of what the videos are.
  */
 
-import { make } from "./elements.js";
-import { Keys } from "./keys.js";
+import { h } from "../shell.js";
+import { KeyMap } from "./key_map.js";
 import { PairGate } from "./pair_gate.js";
-import { Controls, SPEEDS, keyActions } from "./player_controls.js";
+import { Controls, SPEEDS, keyActions } from "./controls.js";
 import { Zoom } from "./zoom.js";
 
 /** @typedef {"side" | "wipe" | "flicker" | "single" | "difference"} View */
@@ -40,6 +40,7 @@ export class PairPlayer {
   #seconds = 0;
   #paintedAt = 0; // ms; 0 after anything but playing
   #dropped = 0;
+  #slowest = 1;
   #seen = [new Set(), new Set()]; // frames
 
   /**
@@ -58,16 +59,16 @@ export class PairPlayer {
       changed: () => this.#playingChanged(),
     });
     this.canvases = ["Left video", "Right video"].map((label) =>
-      make("canvas", { width: `${width}`, height: `${height}`, role: "img", "aria-label": label }),
+      h("canvas", { width, height, role: "img", "aria-label": label }),
     );
     this.sides = ["left", "right"].map((name, side) =>
-      make("div", { class: "player-side", "data-side": name }, this.canvases[side]),
+      h("div", { class: "player-side", "data-side": name }, this.canvases[side]),
     );
     const videos = this.gate.sides.map(({ video }) => video);
-    this.stage = make("div", { class: "player-stage" }, ...videos, ...this.sides);
+    this.stage = h("div", { class: "player-stage" }, ...videos, ...this.sides);
     this.stage.style.setProperty("--ratio", `${width} / ${height}`);
     this.zoom = new Zoom(this.stage, () => this.#tap());
-    this.keys = new Keys("player-keys");
+    this.keys = new KeyMap("player-keys");
     this.keys.add(...keyActions(this));
     this.controls = new Controls(this);
     root.classList.add("player");
@@ -141,6 +142,7 @@ export class PairPlayer {
   /** @param {number} speed from 0.25 to 1 */
   setSpeed(speed) {
     this.speed = Math.min(Math.max(speed, SPEEDS[0]), 1);
+    this.#slowest = Math.min(this.speed, this.#slowest);
     this.gate.setSpeed(this.speed);
     this.controls.show();
   }
@@ -170,7 +172,7 @@ export class PairPlayer {
       frames_seen: this.#seen.map((frames) => frames.size),
       replays: this.gate.replays,
       dropped_frames: this.#dropped,
-      speed: this.speed,
+      speed: this.#slowest,
       viewport: [window.innerWidth, window.innerHeight],
     };
   }

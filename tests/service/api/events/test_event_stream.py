@@ -21,8 +21,8 @@ from jobs.durations import Durations
 from jobs.record import Attempt, Failure, JobRecord, Progress, Stage
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
-from jobs.store import events
 from jobs.store.job_store import LEASE_S, JobStore
+from jobs.store.live import events
 from service.api.events import hub
 from service.api.events.hub import SMALLEST_SHARE, Follower
 from service.api.events.stream import EventStream

@@ -17,8 +17,8 @@ from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.record import Failure, Progress, Stage
 from jobs.spec import GenerationRequest
-from jobs.store import events
 from jobs.store.job_store import JobStore
+from jobs.store.live import events
 from tests.conftest import free_port
 from tests.support.http_service import address, service
 from tests.support.killable_valkey import KillableValkey

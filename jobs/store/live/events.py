@@ -21,14 +21,18 @@ START = "0-0"
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """A change of the state, a request to cancel, or progress within the running state."""
+    """A change of the state, a request to cancel, progress within the running state, or a preview.
+
+    `preview` is the number of the job's newest preview; None if there is none.
+    """
 
     event_id: str
-    kind: Literal["state", "progress"]
+    kind: Literal["state", "progress", "preview"]
     state: JobState
     attempts: int
     at: datetime
     progress: Progress | None
+    preview: int | None = None
 
 
 def range_after(job_id: str, event_id: str) -> tuple[str, Any, Any]:
@@ -43,6 +47,7 @@ def decode(entries: Any) -> list[JobEvent]:
 
 def _event(event_id: str, fields: dict[bytes, bytes]) -> JobEvent:
     progress = fields[b"progress"]
+    preview = fields.get(b"preview")  # earlier versions wrote none
     kind: Any = fields[b"kind"].decode()
     return JobEvent(
         event_id=event_id,
@@ -51,4 +56,5 @@ def _event(event_id: str, fields: dict[bytes, bytes]) -> JobEvent:
         attempts=int(fields[b"attempts"]),
         at=datetime.fromisoformat(fields[b"at"].decode()),
         progress=Progress.model_validate_json(progress, extra="ignore") if progress else None,
+        preview=int(preview) if preview else None,
     )

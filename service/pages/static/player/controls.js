@@ -1,6 +1,6 @@
 /** The buttons and the keys of the player of pairs. */
 
-import { button, make } from "./elements.js";
+import { h } from "../shell.js";
 
 /** @typedef {import("./player.js").PairPlayer} PairPlayer */
 /** @typedef {import("./player.js").View} View */
@@ -24,24 +24,23 @@ export class Controls {
   constructor(player) {
     this.player = player;
     this.playButton = button("", () => player.toggle());
-    this.scrub = make("input", { type: "range", min: "0", value: "0", "aria-label": "Frame" });
+    this.scrub = h("input", { type: "range", min: 0, value: 0, "aria-label": "Frame" });
     this.scrub.max = String(player.options.numFrames - 1);
     this.scrub.addEventListener("input", () => player.seek(this.scrub.valueAsNumber));
-    this.count = make("span", { class: "player-count" });
+    this.count = h("span", { class: "player-count" });
     this.speed = choice("Speed", SPEEDS.map((speed) => [String(speed), `${speed}×`]), (value) =>
       player.setSpeed(Number(value)),
     );
     this.view = choice("View", Object.entries(VIEWS), (value) => player.setView(/** @type {View} */ (value)));
-    this.wipe = make("input", { type: "range", min: "0", max: "100", value: "50", "aria-label": "Wipe" });
-    this.wipe.classList.add("player-wipe");
+    this.wipe = h("input", { class: "player-wipe", type: "range", value: 50, "aria-label": "Wipe" });
     this.wipe.addEventListener("input", () => this.#wipeTo());
-    this.front = make("span", { class: "player-front" });
+    this.front = h("span", { class: "player-front" });
     this.loop = button("Loop", () => (player.loop = !player.loop));
-    this.bar = make(
+    this.bar = h(
       "div",
       { class: "player-bar", role: "group", "aria-label": "Player" },
       this.wipe,
-      make("div", { class: "player-time" }, this.playButton, this.scrub, this.count),
+      h("div", { class: "player-time" }, this.playButton, this.scrub, this.count),
       button("‹", () => player.step(-1), "One frame back"),
       button("›", () => player.step(1), "One frame on"),
       this.loop,
@@ -87,10 +86,10 @@ export class Controls {
  * What keys do; arrows without Shift and digits but 0 are left to the page.
  *
  * @param {PairPlayer} player
- * @returns {import("./keys.js").KeyAction[]}
+ * @returns {import("./key_map.js").KeyAction[]}
  */
 export function keyActions(player) {
-  /** @type {(id: string, label: string, key: string, run: () => unknown) => import("./keys.js").KeyAction} */
+  /** @type {(id: string, label: string, key: string, run: () => unknown) => import("./key_map.js").KeyAction} */
   const action = (id, label, key, run) => ({ id, label, key, run });
   const speed = (/** @type {number} */ by) => () => {
     const next = SPEEDS[SPEEDS.indexOf(player.speed) + by];
@@ -127,8 +126,16 @@ export function keyActions(player) {
  * @param {(value: string) => void} chosen
  */
 function choice(label, options, chosen) {
-  const elements = options.map(([value, text]) => make("option", { value }, text));
-  const select = make("select", { "aria-label": label }, ...elements);
-  select.addEventListener("change", () => chosen(select.value));
+  const elements = options.map(([value, text]) => h("option", { value }, text));
+  const select = h("select", { "aria-label": label, onchange: () => chosen(select.value) }, elements);
   return select;
+}
+
+/**
+ * @param {string} text
+ * @param {() => unknown} onclick
+ * @param {string} [label] what it is called where the text alone does not say
+ */
+function button(text, onclick, label) {
+  return h("button", { type: "button", "aria-label": label, title: label, onclick }, text);
 }

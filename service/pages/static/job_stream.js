@@ -1,0 +1,88 @@
+/** Follows jobs to their end by the one event stream that a page has. */
+
+import { Problem, read, request, root, tell } from "./api.js";
+
+/** @typedef {Record<string, any>} Job what `GET /jobs/{id}` answers; `preview` is the number of its newest preview */
+
+/** @param {Job} job */
+export const ended = (job) => ["succeeded", "failed", "cancelled"].includes(job.state);
+
+/** @type {EventSource | null} the one stream of this page; jobs without it are asked for every two seconds */
+let stream = null;
+
+/**
+ * Follow a job to its end, across losses of the connection, of the service and of the session.
+ *
+ * @param {string} id
+ * @param {(job: Job) => void} show called with the job, and again whenever something in it has changed
+ * @param {(problem: Problem) => void} lose called if there is no such job
+ * @returns {() => void} stops
+ */
+export function follow(id, show, lose) {
+  /** @type {Job | null} */ let job = null;
+  /** @type {EventSource | null} */ let source = null;
+  let timer = 0, drawing = 0, failures = 0, over = false;
+
+  const draw = () => {
+    // Past events come all at once: shown is what they lead to.
+    drawing ||= setTimeout(() => { drawing = 0; if (job !== null) show(job); }, 40);
+  };
+  const close = () => {
+    source?.close();
+    if (stream === source) stream = null;
+    source = null;
+  };
+  const pause = () => { clearTimeout(timer); close(); };
+  const stop = () => {
+    over = true;
+    pause();
+    document.removeEventListener("signed-in", ask);
+    removeEventListener("pagehide", pause);
+    removeEventListener("pageshow", ask);
+  };
+  async function ask() {
+    clearTimeout(timer);
+    if (over) return;
+    let waitS = 2;
+    try {
+      job = await request(`jobs/${id}`);
+      failures = 0;
+      draw();
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      if (error.status === 404 || error.status === 422) { stop(); lose(error); return; }
+      if (error.status === 401) return close(); // goes on with "signed-in"
+      waitS = error.retryAfterS ?? Math.min(2 ** ++failures, 15);
+    }
+    if (job !== null && ended(job)) return stop();
+    if (job !== null && failures === 0 && stream === null) open();
+    if (source === null || failures > 0) timer = setTimeout(ask, waitS * 1000);
+  }
+  function open() {
+    const opened = stream = source = new EventSource(`${root}jobs/${id}/events`);
+    for (const kind of ["state", "progress", "queue", "preview"]) {
+      opened.addEventListener(kind, (event) => { if (source === opened) hear(kind, read(event.data)); });
+    }
+    opened.addEventListener("open", () => tell(true));
+    opened.addEventListener("error", () => {
+      // The browser connects again by itself, unless the service refused; asking says what is wrong.
+      if (opened.readyState === EventSource.CLOSED && source === opened) close();
+      clearTimeout(timer);
+      timer = setTimeout(ask, 500);
+    });
+  }
+  /** @param {string} kind @param {Record<string, any>} event */
+  function hear(kind, event) {
+    if (kind === "queue") job = { ...job, queue: event };
+    else if (event.job) job = event.job;
+    else job = { ...job, state: event.state, attempts: event.attempts, progress: event.progress };
+    if (kind === "preview" && event.preview) job = { ...job, preview: event.preview };
+    draw();
+    if (job !== null && ended(job)) stop();
+  }
+  document.addEventListener("signed-in", ask);
+  addEventListener("pagehide", pause);
+  addEventListener("pageshow", ask);
+  void ask();
+  return stop;
+}

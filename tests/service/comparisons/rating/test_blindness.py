@@ -1,0 +1,265 @@
+"""Test that nothing a rater's client receives tells the modes apart, but the pixels.
+
+Forty pairs of real videos go from their jobs through the copies to a rater. The jobs' videos are
+made easy to tell apart: by their size, notes, encoder settings and dates. A classifier that finds
+the mode in them at once has to fail on what the rater receives.
+"""
+
+import hashlib
+import math
+import re
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from jobs.artifacts.store import artifact_key, open_artifacts
+from jobs.record import JobRecord, Video
+from service.comparisons.model import Arm, Comparison, RatingPlan
+from service.comparisons.rating.votes import VoteStore
+from service.comparisons.statistics.significance import binomial_test
+from service.comparisons.store import ComparisonStore
+from service.comparisons.viewing_copies import CopyMaker
+from service.settings import ServiceSettings
+from tests.service.comparisons.rating.conftest import RaterClient, Seat
+from tests.service.comparisons.samples import sample_comparison, sample_pairs
+
+PAIRS = 40
+RATERS = 3
+"""A leak shows with every rater. By chance, p is at most 0.05 with all three in 1 of 8,000 runs."""
+
+FOLLOWS_FROM_PIXELS = (b"stsz", b"stco", b"btrt")
+"""MP4 boxes that say how long the coded frames are, where they begin, and their bit rate."""
+CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+Features = dict[str, float]
+
+
+def make_video(target: Path, arm: Arm, number: int) -> None:
+    """Make a job's video whose size, notes and settings all say which mode it is of."""
+    is_candidate = arm is Arm.CANDIDATE
+    noise = f"noise=all_seed={number}:alls={20 if is_candidate else 8}"
+    source = f"testsrc2=size=96x96:rate=8:duration=0.75,hue=h={9 * number},{noise}:allf=t"
+    command = [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-nostdin", "-loglevel", "error"),
+        *("-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", "-c:v", "libx264"),
+        *("-preset", "ultrafast", "-crf", "20", "-threads", "1"),
+        *("-metadata", f"title={'w8a8' if is_candidate else 'bf16'}"),
+        *("-metadata", f"creation_time=2026-11-30T10:00:{30 if is_candidate else 10}Z"),
+        str(target),
+    ]
+    subprocess.run(command, check=True, timeout=120)
+
+
+@pytest.fixture
+def blind(
+    settings: ServiceSettings, comparisons: ComparisonStore, tmp_path: Path
+) -> tuple[Comparison, dict[str, dict[Arm, bytes]], list[str]]:
+    """A comparison with copies of real videos; the jobs' videos by pair, and what is secret."""
+    rating = RatingPlan(training=0, repeat_share=0, gold=0, identical=0)
+    comparison = sample_comparison(PAIRS, seeds=(987_654_321,), rating=rating)
+    comparison = comparison.model_copy(update={"pixel_measures": False, "criteria": ("overall",)})
+    artifacts = open_artifacts(settings.artifacts_url)
+    maker = CopyMaker(artifacts, comparison, lambda: None)
+    originals: dict[str, dict[Arm, bytes]] = {}
+    secrets = ["bf16", "w8a8", "987654321", "wan-mini", comparison.id, comparison.secret]
+    secrets += ["x264", "lavf", "creation_time", "reference", "candidate", "comparisons/"]
+    pairs = []
+    for number, pair in enumerate(sample_pairs(comparison)):
+        jobs = {}
+        originals[pair.id] = {}
+        for arm in Arm:
+            job_id = hashlib.sha256(f"{number}{arm}".encode()).hexdigest()[:32]
+            made = tmp_path / "job.mp4"
+            make_video(made, arm, number)
+            data = made.read_bytes()
+            originals[pair.id][arm] = data
+            key, sha256 = artifact_key(job_id, "1"), hashlib.sha256(data).hexdigest()
+            artifacts.put(key, made)
+            shape = {"width": 96, "height": 96, "num_frames": 6, "fps": 8}
+            video = Video(key=key, bytes=len(data), sha256=sha256, **shape)
+            now = datetime.now(UTC)
+            jobs[arm] = JobRecord.model_construct(id=job_id, video=video, created_at=now)
+            secrets += [job_id, sha256, sha256[:16]]
+        copied = maker.of_jobs(pair, jobs[Arm.REFERENCE], jobs[Arm.CANDIDATE])
+        secrets += [
+            pair.id,
+            *(half.copy_.key.split("/")[-1] for half in copied.halves if half.copy_),
+        ]
+        pairs.append(copied)
+    comparisons.create(comparison, pairs)
+    return comparison, originals, secrets
+
+
+def boxes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the kind, start and end of the payload of each MP4 box, those in containers, too."""
+    end = len(data) if end is None else end
+    while start < end:
+        size, kind = struct.unpack(">I4s", data[start : start + 8])
+        yield kind, start + 8, start + size
+        if kind in CONTAINERS:
+            yield from boxes(data, start + 8, start + size)
+        if kind == b"stsd":  # a header, then one video sample entry with boxes after its fields
+            yield from boxes(data, start + 8 + 8 + 86, start + size)
+        start += size
+
+
+def without_payload(data: bytes) -> bytes:
+    """The file without coded video, and without what follows from the length of coded frames."""
+    left = bytearray(data)
+    cut: list[tuple[int, int]] = []
+    for kind, start, end in boxes(data):
+        if kind in (b"mdat", b"free"):
+            cut.append((start - 8, end))  # their sizes add up to what is left of the length
+            if kind == b"free":
+                assert not any(data[start:end]), "padding is empty"
+        elif kind in FOLLOWS_FROM_PIXELS:
+            left[start:end] = bytes(end - start)
+    for start, end in reversed(cut):
+        del left[start:end]
+    return bytes(left)
+
+
+def text_numbers(prefix: str, text: str) -> Features:
+    """Numbers that a classifier may find something in: the digits of an opaque text."""
+    digits = re.sub("[^0-9a-f]", "", text.lower())[:32].ljust(32, "0")
+    return {f"{prefix}{at}": float(int(digit, 16)) for at, digit in enumerate(digits)}
+
+
+def received(ada: RaterClient, item: dict[str, Any]) -> tuple[dict[str, Features], list[bytes]]:
+    """Everything that a rater's client learns of one pair, by side, and all bytes to search."""
+    features: dict[str, Features] = {}
+    seen: list[bytes] = []
+    files: list[bytes] = []
+    for side in ("left", "right"):
+        started = time.perf_counter()
+        whole = ada.get(item[side]["url"])
+        took = time.perf_counter() - started
+        part = ada.get(item[side]["url"], Range="bytes=0-99")
+        head = ada.client.head(item[side]["url"], headers=ada.headers)
+        found: Features = {"seconds": took, "bytes": float(len(whole.content))}
+        for answer in (whole, part, head):
+            names = " ".join(name for name, _ in answer.headers.multi_items())
+            found |= {f"{answer.status_code} {names}": 1.0}
+            seen.append(repr(answer.headers.multi_items()).encode())
+        found |= text_numbers("etag", whole.headers["etag"])
+        found["length"] = float(whole.headers["content-length"])
+        found |= {name: float(value) for name, value in item[side].items() if name != "url"}
+        features[side] = found
+        files.append(whole.content)
+    assert len(files[0]) == len(files[1])
+    assert files[0] != files[1]
+    assert without_payload(files[0]) == without_payload(files[1])
+    return features, [*seen, *files, repr(item).encode()]
+
+
+def differences(features: dict[str, Features], shared: Features) -> Features:
+    left, right = features["left"], features["right"]
+    names = left.keys() | right.keys()
+    return shared | {name: left.get(name, 0.0) - right.get(name, 0.0) for name in names}
+
+
+def guessed(rows: list[Features], truth: list[bool]) -> int:
+    """How many of the left-out pairs two simple classifiers guess right, the better one of them.
+
+    One takes the threshold of the single feature that separates the others best; one is a ridge
+    regression on all features.
+    """
+    names = sorted(set().union(*rows))
+    table = np.array([[row.get(name, 0.0) for name in names] for row in rows])
+    spread = table.std(axis=0)
+    table = (table - table.mean(axis=0)) / np.where(spread == 0, 1, spread)
+    sides = np.where(truth, 1.0, -1.0)
+    stump = ridge = 0
+    for out in range(len(rows)):
+        kept = np.arange(len(rows)) != out
+        x, y = table[kept], sides[kept]
+        agreement = (np.sign(x) * y[:, None]).mean(axis=0)
+        best = int(np.abs(agreement).argmax())
+        stump += bool(np.sign(table[out, best]) * np.sign(agreement[best]) == sides[out])
+        weights = x.T @ np.linalg.solve(x @ x.T + 10 * np.eye(len(y)), y)
+        ridge += bool(np.sign(table[out] @ weights) == sides[out])
+    return max(stump, ridge)
+
+
+def p_value(right: int) -> float:
+    """Of as many right guesses or more, or as many wrong ones, doubled for two classifiers."""
+    return min(1.0, 2 * binomial_test(right, PAIRS)) if right > PAIRS / 2 else 1.0
+
+
+def test_nothing_but_the_pixels_tells_the_modes_apart(
+    blind: tuple[Comparison, dict[str, dict[Arm, bytes]], list[str]],
+    seat: Seat,
+    votes: VoteStore,
+) -> None:
+    comparison, originals, secrets = blind
+    found_p, seen = [], []
+    for number in range(RATERS):
+        ada = seat(comparison, f"rater {number}")
+        rows, control, truth = [], [], []
+        for _ in range(PAIRS):
+            item = ada.next()
+            features, texts = received(ada, item)
+            seen += texts
+            known = votes.find(comparison.id, item["item"])
+            assert known is not None
+            truth.append(known[1].item.candidate_left)
+            shared = {
+                "number": float(item["number"]),
+                "parity": float(item["number"] % 2),
+                "prompt": float(item["prompt"].split()[-1]),
+                **text_numbers("item", item["item"]),
+            }
+            rows.append(differences(features, shared))
+            sizes = {
+                side: {
+                    "bytes": float(len(originals[known[1].item.pair_id][known[1].item.arm(side)]))
+                }
+                for side in ("left", "right")
+            }
+            control.append(differences(sizes, {}))
+            vote = ada.post(f"/rating/items/{item['item']}/vote", {"answers": {"overall": "tie"}})
+            assert vote.status_code == 201
+            seen.append(repr((vote.text, vote.headers.multi_items())).encode())
+        assert ada.get("/rating/next").status_code == 204
+        assert sum(truth) == PAIRS / 2
+        assert p_value(guessed(control, truth)) < 1e-6, "the classifier finds what is there to find"
+        found_p.append(p_value(guessed(rows, truth)))
+        for path in ("/rating", "/session"):
+            answer = ada.get(path)
+            # The title is what operators write for raters to read.
+            shown = answer.text.replace(comparison.title, "")
+            seen.append(repr((shown, answer.headers.multi_items())).encode())
+    assert max(found_p) > 0.05, found_p
+    assert math.isfinite(sum(found_p))
+    for secret in secrets:
+        for text in seen:
+            assert secret.lower().encode() not in text.lower(), secret
+            assert bytes.fromhex(secret) not in text if _is_hex(secret) else True, secret
+
+
+def _is_hex(text: str) -> bool:
+    return len(text) >= 16 and re.fullmatch("([0-9a-f]{2})+", text) is not None
+
+
+def test_the_originals_could_be_told_apart(tmp_path: Path) -> None:
+    """The search and the comparison of bytes find what the copies must not have."""
+    files = []
+    for arm in Arm:
+        make_video(tmp_path / "job.mp4", arm, 3)
+        files.append((tmp_path / "job.mp4").read_bytes())
+    assert b"bf16" in files[0]
+    assert b"w8a8" in files[1]
+    assert b"x264" in files[0]
+    assert without_payload(files[0]) != without_payload(files[1])
+
+
+@pytest.fixture
+def votes(redis: Any) -> VoteStore:
+    return VoteStore(redis)
