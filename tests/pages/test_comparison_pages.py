@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 from redis import Redis
 
 from deploy.local.waiting import wait_until
@@ -88,7 +88,7 @@ class RaterPage:
     def wait_for_pair(self) -> None:
         """Wait until both videos of a pair are shown."""
         expect(self.page.locator(".player-count")).to_have_text(
-            re.compile(rf"^\d+ / \d+$"), timeout=SLOW_MS
+            re.compile(r"^\d+ / \d+$"), timeout=SLOW_MS
         )
 
     def press(self, *keys: str) -> None:
@@ -159,7 +159,9 @@ def test_a_comparison_is_created_rated_and_reported(
 
     expect(page.locator("#raters")).to_contain_text("5 of 5", timeout=SLOW_MS)
     page.get_by_role("link", name="Report").click()
-    expect(page.locator(".sentence")).to_contain_text("do not show whether twin is as good as plain")
+    expect(page.locator(".sentence")).to_contain_text(
+        "do not show whether twin is as good as plain"
+    )
     expect(page.locator(".conclusion")).to_contain_text("of 1 raters on 4 of 4 pairs")
     overall = page.get_by_role("row", name=re.compile("^Overall 4 0 "))
     expect(overall.first).to_be_visible()  # four votes, all of them ties
@@ -167,7 +169,9 @@ def test_a_comparison_is_created_rated_and_reported(
     expect(rows).to_have_count(4)
     rows.first.get_by_role("button", name="Watch").click()
     expect(page.locator("#watch-sides")).to_contain_text("candidate: twin")
-    expect(page.locator("#watch .player-count")).to_have_text(re.compile(r"\d / 9"), timeout=SLOW_MS)
+    expect(page.locator("#watch .player-count")).to_have_text(
+        re.compile(r"\d / 9"), timeout=SLOW_MS
+    )
     exported = page.request.get(
         page.get_by_role("link", name="as JSON lines").evaluate("link => link.href")
     )
