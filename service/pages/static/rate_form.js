@@ -112,6 +112,14 @@ function release(event) {
   if (event.detail > 0) setTimeout(() => find("#vote").focus({ preventScroll: true }));
 }
 
+/** What was seen of a pair in all, if the page was loaded again meanwhile. @param {any} now @param {any} before as provenance() gives them */
+export function together(now, before) {
+  if (!before) return now;
+  const sum = (/** @type {string} */ name) => Math.round((now[name] + before[name]) * 100) / 100;
+  return { ...now, seconds_watched: sum("seconds_watched"), replays: sum("replays"), dropped_frames: sum("dropped_frames"),
+    frames_seen: now.frames_seen.map((/** @type {number} */ count, /** @type {number} */ side) => Math.max(count, before.frames_seen[side])) };
+}
+
 /** The draft that this browser keeps. @returns {Draft | null} */
 export function readDraft() {
   try {
