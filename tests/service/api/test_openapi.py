@@ -47,6 +47,15 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /v1/videos/{video_id}/content",
         "GET /v1/models",
         "GET /v1/models/{model}",
+        "POST /comparisons",
+        "GET /comparisons",
+        "GET /comparisons/{comparison_id}",
+        "DELETE /comparisons/{comparison_id}",
+        "GET /comparisons/{comparison_id}/pairs",
+        *(
+            f"POST /comparisons/{{comparison_id}}/{verb}"
+            for verb in ("pause", "resume", "close", "cancel", "retry", "clone")
+        ),
         "POST /session",
         "GET /session",
         "DELETE /session",
