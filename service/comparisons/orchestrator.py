@@ -380,4 +380,11 @@ def _has_no_open_job(pairs: Sequence[Pair]) -> bool:
 
 
 def _is_done(pairs: Sequence[Pair]) -> bool:
-    return all(pair.state in (PairState.READY, PairState.FAILED) for pair in pairs)
+    """Return whether only a retry would change anything."""
+    # A pair with one failed half counts as failed, and its other half may still wait.
+    return all(
+        pair.failure is not None
+        or pair.state is PairState.READY
+        or (pair.state is PairState.FAILED and all(half.state.has_ended for half in pair.halves))
+        for pair in pairs
+    )
