@@ -63,6 +63,7 @@ function showModel(chosen) {
   const counts = [];
   for (let count = 4 * Math.ceil((chosen.min_frames - 1) / 4) + 1; count <= chosen.max_frames; count += 4) counts.push(count);
   fill(field("num_frames"), counts.map((count) => h("option", { value: count }, `${count} (${(count / chosen.fps).toFixed(1)} s)`)));
+  find("#advanced").inert = false; // before, its values would be overwritten
   field("num_inference_steps").setAttribute("max", chosen.max_steps);
   const names = modes();
   const choice = (/** @type {string} */ value, /** @type {string} */ text) => h("label", {}, h("input", { type: "radio", name: "mode", value }), text);
