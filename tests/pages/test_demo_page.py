@@ -181,34 +181,35 @@ def test_the_miniature_makes_both_modes_side_by_side(
     assert {job.request.mode for job in jobs} == {"bf16", "w8a8"}
 
 
+def tab_to(page: Page, what: str, text: str) -> None:
+    """Press Tab until `what` of the element with the focus is the text."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"document.activeElement.{what}") == text:
+            return
+    raise AssertionError(f"Tab does not lead to {text}")
+
+
 def test_a_job_is_cancelled_by_keyboard_alone(visit: Visit, worker: PlayedWorker) -> None:
     page = visit.open("/")
     page.locator("#examples button").first.wait_for()
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.id") == "prompt":
-            break
+    tab_to(page, "id", "prompt")
     page.keyboard.press("Control+A")
     page.keyboard.type("a red square, typed")
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.id") == "generate":
-            break
+    tab_to(page, "id", "generate")
     page.keyboard.press("Enter")
     job_id = worker.take()
     assert worker.store.get(job_id).request.prompt == "a red square, typed"
     worker.step(job_id, 1)
     expect(line(page)).to_contain_text("step 1 of 8")
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.textContent") == "Cancel":
-            break
+    tab_to(page, "textContent", "Cancel")
     page.keyboard.press("Enter")
     expect(line(page)).to_have_text("Stopping after this step…")
     wait_until(lambda: worker.is_asked_to_stop(job_id), 10, "the worker is told")
     worker.stop(job_id)
     expect(line(page)).to_have_text("Cancelled")
-    assert page.evaluate("document.activeElement.textContent") != "", "the focus stays in the card"
+    kept = card(page).evaluate("card => card.contains(document.activeElement)")
+    assert kept, "the focus stays in the card"
     expect(card(page).get_by_role("link", name="Again with this seed")).to_be_visible()
 
 
@@ -290,6 +291,7 @@ def test_a_revoked_session_asks_for_the_key_and_goes_on(
     page.get_by_role("button", name="Sign out").click()
     expect(page.locator("#sign-in")).to_be_visible()
     assert worker.store.get(job_id).owner == "alice"
+    page.goto("about:blank")  # it asks for no more
     forgive(visit, "401")
 
 

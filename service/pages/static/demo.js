@@ -46,7 +46,7 @@ async function readOffers() {
   const none = answer.models.length === 0;
   find("#no-worker").hidden = !none;
   find("#no-worker").textContent = none ? "No worker is ready, so nothing can be made now. This page looks again every few seconds." : "";
-  submit.disabled = none || asking;
+  submit.disabled = none;
 }
 
 /** What of an offer the form depends on. @param {Model} offer */
@@ -63,6 +63,7 @@ function showModel(chosen) {
   const counts = [];
   for (let count = 4 * Math.ceil((chosen.min_frames - 1) / 4) + 1; count <= chosen.max_frames; count += 4) counts.push(count);
   fill(field("num_frames"), counts.map((count) => h("option", { value: count }, `${count} (${(count / chosen.fps).toFixed(1)} s)`)));
+  find("#advanced").inert = false; // before, its values would be overwritten
   field("num_inference_steps").setAttribute("max", chosen.max_steps);
   const names = modes();
   const choice = (/** @type {string} */ value, /** @type {string} */ text) => h("label", {}, h("input", { type: "radio", name: "mode", value }), text);
@@ -146,6 +147,7 @@ const drawn = (count) => [...crypto.getRandomValues(new Uint32Array(count))];
 /** @param {Event} event */
 async function ask(event) {
   event.preventDefault();
+  if (asking) return; // not by disabling the button, which would lose the focus
   clearRefusals();
   const { prompt, size, negative_prompt, ...numbers } = values();
   const wanted = radio("mode") === ALL ? modes() : [radio("mode")];
@@ -159,7 +161,7 @@ async function ask(event) {
     model: chooser.value, prompt, size, negative_prompt, seed, num_frames: number(numbers.num_frames),
     num_inference_steps: number(numbers.num_inference_steps), guidance_scale: number(numbers.guidance_scale),
   };
-  submit.disabled = asking = true;
+  asking = true;
   const made = [];
   try {
     for (const [index, mode] of wanted.entries()) {
@@ -170,7 +172,7 @@ async function ask(event) {
   } catch (error) {
     refuse(error);
   } finally {
-    submit.disabled = asking = false;
+    asking = false;
   }
   if (made.length > 0) show(made);
 }
