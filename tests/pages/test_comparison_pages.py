@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from redis import Redis
 
 from deploy.local.waiting import wait_until
+from jobs import catalog
 from jobs.artifacts.store import open_artifacts
 from jobs.catalog import WorkerOffer
 from service.comparisons.model import Comparison, ComparisonState, RatingPlan
@@ -40,6 +41,14 @@ on_desktop = pytest.mark.parametrize(("scheme", "viewport"), [("light", DESKTOP)
 on_phone = pytest.mark.parametrize(("scheme", "viewport"), [("dark", PHONE)])
 Seat = tuple[Comparison, str, str]
 MakeSeat = Callable[..., Seat]
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """Let pages take their time on a busy machine."""
+    expect.set_options(timeout=30_000)
+    yield
+    expect.set_options(timeout=5_000)
 
 
 @pytest.fixture
@@ -178,9 +187,10 @@ def test_a_comparison_is_created_rated_and_reported(
 
 @on_desktop
 def test_a_refused_file_says_its_lines_and_creates_nothing(
-    visit: Visit, live_worker: WorkerOffer, redis: Redis
+    visit: Visit, offer: WorkerOffer, redis: Redis
 ) -> None:
     page = visit.open("/comparisons")
+    catalog.publish(redis, offer)  # now, because it is taken for dead after a while
     page.get_by_role("button", name="New comparison").click()
     page.get_by_label("Title").fill("Refused")
     page.get_by_label("From a file").check()
@@ -402,10 +412,11 @@ def test_a_phone_shows_one_video_and_taps_swap(
 
 
 def test_the_pages_are_accessible(
-    visit: Visit, site: Site, make_seat: MakeSeat, live_worker: WorkerOffer
+    visit: Visit, site: Site, make_seat: MakeSeat, offer: WorkerOffer, redis: Redis
 ) -> None:
     comparison, _, link = make_seat()
     page = visit.open("/comparisons")
+    catalog.publish(redis, offer)
     page.get_by_role("button", name="New comparison").click()
     expect(page.get_by_label("Reference")).to_have_value("0")
     for summary in page.locator("#create summary").all():
