@@ -71,7 +71,7 @@ function showCounts(counts) {
     h("span", { class: "quiet" }, `of ${counts.pairs} pairs`));
   const bar = find("#bar");
   bar.setAttribute("aria-label", kinds.map(([kind]) => `${counts[kind]} ${kind}`).join(", "));
-  fill(bar, kinds.map(([kind]) => {
+  fill(bar, kinds.filter(([kind]) => counts[kind] > 0).map(([kind]) => {
     const part = h("span", { class: kind });
     part.style.setProperty("flex-grow", String(counts[kind]));
     return part;
@@ -79,9 +79,9 @@ function showCounts(counts) {
 }
 
 /** @param {any} comparison */
-function steps({ state, counts, title }) {
+function steps({ state, counts }) {
   const buttons = STEPS.filter(([, , states]) => states.includes(state)).map(([name, text, , warning]) =>
-    h("button", { type: "button", class: name === "delete" || name === "cancel" ? "danger" : "", onclick: () => void take(name, `${text} “${title}”?`, text, warning) }, text));
+    h("button", { type: "button", class: name === "delete" || name === "cancel" ? "danger" : "", onclick: () => void take(name, `${text} this comparison?`, text, warning) }, text));
   if (counts.failed > 0 && (state === "running" || state === "paused")) {
     buttons.unshift(h("button", { type: "button", onclick: () => void take("retry") }, "Retry what failed"));
   }

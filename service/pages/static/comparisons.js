@@ -34,7 +34,7 @@ async function showList() {
     fill(list, h("p", { class: "empty" }, "No comparison yet. Make the first one: two modes, some prompts, and people who look."));
     return;
   }
-  fill(list, h("div", { class: "card table" }, h("table", {},
+  fill(list, h("div", { class: "card table", tabindex: 0, role: "group", "aria-label": "Comparisons" }, h("table", {},
     h("thead", {}, h("tr", {}, ...["Comparison", "State", "Pairs ready", "Created"].map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, comparisons.map(row)))),
   cursor && h("button", { type: "button", onclick: () => { pages += 1; rounds.now(); } }, "Show older ones"));

@@ -18,6 +18,7 @@ export class VoteForm {
   /** @type {Answers} */
   answers = {};
   #current = 0; // the question that keys answer
+  #can = true;
   #send = /** @type {HTMLButtonElement} */ (find("#send"));
 
   /** @param {() => void} changed called after each answer */
@@ -72,6 +73,7 @@ export class VoteForm {
 
   /** @param {number} number of the question @param {Choice} choice */
   choose(number, choice) {
+    if (!this.#can) return;
     this.answers[this.criteria[number].id] = choice;
     this.goTo(number + 1);
     this.changed();
@@ -91,6 +93,7 @@ export class VoteForm {
 
   /** Whether answers may be given now; not while one is being sent. @param {boolean} can @param {boolean} undo */
   enable(can, undo) {
+    this.#can = can;
     find("#criteria").toggleAttribute("inert", !can);
     this.#send.disabled = !can || this.open > 0;
     /** @type {HTMLButtonElement} */ (find("#skip")).disabled = !can;
