@@ -69,6 +69,29 @@ def _start_rating(*keys: str) -> Act:
     return start
 
 
+def _refuse(page: Page) -> None:
+    page.get_by_role("button", name="New comparison").click()
+    page.get_by_label("Title").fill("Refused")
+    page.get_by_label("From a file").check()
+    table = b"prompt,seed\na small red circle,7\n,8\na small blue square,many\n"
+    file = {"name": "prompts.csv", "mimeType": "text/csv", "buffer": table}
+    page.locator("#file").set_input_files(files=[file])  # type: ignore[list-item]
+    page.get_by_role("button", name="Create and start").click()
+    page.locator("#refused li").first.wait_for()
+
+
+def _invite(page: Page) -> None:
+    page.get_by_label("Name of a rater").fill("Hedy")
+    page.get_by_role("button", name="Add rater").click()
+    page.get_by_label("Link for Hedy").wait_for()
+
+
+def _watch(page: Page) -> None:
+    page.get_by_role("button", name="Watch").first.click()
+    page.locator("#watch-player canvas").first.wait_for()
+    page.wait_for_timeout(2000)
+
+
 def _signed_out(page: Page) -> None:
     """Let the service answer as to somebody without a session."""
     problem = '{"title": "Unauthorized", "status": 401, "detail": "Sign in.", "code": "none"}'
@@ -99,11 +122,17 @@ SCENES: Final = (
     Scene("job-unknown", "/jobs/00000000000000000000000000000000"),
     Scene("comparisons", "/comparisons"),
     Scene("comparisons-new", "/comparisons", _click("New comparison")),
+    Scene("comparisons-refused", "/comparisons", _refuse),
     Scene("comparison", "/comparisons/{comparison}"),
+    Scene("comparison-link", "/comparisons/{comparison}", _invite),
+    Scene("comparison-delete", "/comparisons/{comparison}", _click("Delete")),
     Scene("report", "/comparisons/{comparison}/report"),
+    Scene("report-watch", "/comparisons/{comparison}/report", _watch),
+    Scene("rate-withdrawn", "/rate#withdrawn"),
     Scene("rate-no-link", "/rate"),
     Scene("rate-instructions", "/rate#{rater}"),
     Scene("rate-pair", "/rate#{rater}", _start_rating()),
+    Scene("rate-answers", "/rate#{rater}", _start_rating("ArrowLeft", "ArrowDown", "ArrowRight")),
     Scene("rate-wipe", "/rate#{rater}", _start_rating("w")),
     Scene("rate-one", "/rate#{rater}", _start_rating("x")),
     Scene("rate-closer", "/rate#{rater}", _start_rating("s", "+", "+", "+")),

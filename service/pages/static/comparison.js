@@ -67,11 +67,11 @@ function show(comparison) {
 /** @param {Record<string, number>} counts */
 function showCounts(counts) {
   const kinds = [["ready", "good"], ["running", "active"], ["waiting", ""], ["failed", "bad"]];
-  fill(find("#counts"), kinds.map(([kind, look]) => h("span", { class: `tag ${look}` }, `${counts[kind]} ${kind}`)),
+  fill(find("#counts"), kinds.map(([kind, look]) => h("span", { class: counts[kind] > 0 ? `tag ${look}` : "tag" }, `${counts[kind]} ${kind}`)),
     h("span", { class: "quiet" }, `of ${counts.pairs} pairs`));
   const bar = find("#bar");
   bar.setAttribute("aria-label", kinds.map(([kind]) => `${counts[kind]} ${kind}`).join(", "));
-  fill(bar, kinds.map(([kind]) => {
+  fill(bar, kinds.filter(([kind]) => counts[kind] > 0).map(([kind]) => {
     const part = h("span", { class: kind });
     part.style.setProperty("flex-grow", String(counts[kind]));
     return part;
@@ -79,9 +79,9 @@ function showCounts(counts) {
 }
 
 /** @param {any} comparison */
-function steps({ state, counts, title }) {
+function steps({ state, counts }) {
   const buttons = STEPS.filter(([, , states]) => states.includes(state)).map(([name, text, , warning]) =>
-    h("button", { type: "button", class: name === "delete" || name === "cancel" ? "danger" : "", onclick: () => void take(name, `${text} “${title}”?`, text, warning) }, text));
+    h("button", { type: "button", class: name === "delete" || name === "cancel" ? "danger" : "", onclick: () => void take(name, `${text} this comparison?`, text, warning) }, text));
   if (counts.failed > 0 && (state === "running" || state === "paused")) {
     buttons.unshift(h("button", { type: "button", onclick: () => void take("retry") }, "Retry what failed"));
   }
@@ -195,14 +195,15 @@ async function showPairs() {
   find("#more").hidden = !cursor;
   const rows = pairs.filter((pair) => !failed || pair.state === "failed");
   redraw("pairs", rows, (part) => fill(part, rows.length === 0 ? h("p", { class: "quiet" }, failed ? "No pair failed." : "No pair yet.")
-    : h("table", {}, h("thead", {}, h("tr", {}, ["#", "Prompt", "Seed", "Reference", "Candidate", "State"].map((name) => h("th", { scope: "col" }, name)))),
+    : h("table", {}, h("thead", {}, h("tr", {}, ["#", "Prompt", "Seed", "Reference", "Candidate", "State"].map((name) =>
+        h("th", { scope: "col", class: name === "#" || name === "Seed" ? "number" : "" }, name)))),
       h("tbody", {}, rows.map(pairRow)))));
 }
 
 /** @param {any} pair */
 function pairRow(pair) {
   const looks = { ready: "good", running: "active", failed: "bad" };
-  return h("tr", {}, h("td", { class: "number" }, pair.number), h("td", {}, pair.prompt), h("td", { class: "number" }, pair.seed),
+  return h("tr", {}, h("td", { class: "number" }, pair.number), h("td", { class: "prompts" }, pair.kind !== "test" && h("span", { class: "tag" }, pair.kind), " ", pair.prompt), h("td", { class: "number" }, pair.seed),
     [pair.reference, pair.candidate].map((half) => h("td", {},
       half.job_id ? h("a", { href: `${root}jobs/${half.job_id}` }, half.state) : half.state,
       half.failure && h("div", { class: "small failure" }, half.failure.detail))),

@@ -16,20 +16,28 @@ const list = find("#list");
 const opener = find("#new");
 /** @type {{model: Model, mode: Mode}[]} what can be compared; options are numbers in it */
 let contenders = [];
+let pages = 1;
 
 /** The control of a name. @param {string} name @returns {HTMLInputElement} */
 const field = (name) => find(`[name="${name}"]`, form);
 
 async function showList() {
-  const { comparisons } = await request("comparisons");
+  const comparisons = [];
+  let cursor = "";
+  for (let page = 0; page < pages && cursor !== null; page += 1) {
+    const answer = await request(`comparisons${cursor && `?cursor=${encodeURIComponent(cursor)}`}`);
+    comparisons.push(...answer.comparisons);
+    cursor = answer.next_cursor;
+  }
   list.removeAttribute("aria-busy");
   if (comparisons.length === 0) {
     fill(list, h("p", { class: "empty" }, "No comparison yet. Make the first one: two modes, some prompts, and people who look."));
     return;
   }
-  fill(list, h("div", { class: "card table" }, h("table", {},
-    h("thead", {}, h("tr", {}, ...["Comparison", "State", "Pairs ready", "Votes", "Created"].map((name) => h("th", { scope: "col" }, name)))),
-    h("tbody", {}, comparisons.map(row)))));
+  fill(list, h("div", { class: "card table", tabindex: 0, role: "group", "aria-label": "Comparisons" }, h("table", {},
+    h("thead", {}, h("tr", {}, ...["Comparison", "State", "Pairs ready", "Created"].map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", {}, comparisons.map(row)))),
+  cursor && h("button", { type: "button", onclick: () => { pages += 1; rounds.now(); } }, "Show older ones"));
 }
 
 /** @param {any} each */
@@ -37,12 +45,11 @@ function row(each) {
   const { counts } = each;
   const failed = counts.failed > 0 && h("span", { class: "tag bad" }, `${counts.failed} failed`);
   return h("tr", {},
-    h("td", {}, h("a", { href: `${root}comparisons/${each.id}` }, each.title), h("div", { class: "quiet small" },
+    h("td", { class: "prompts" }, h("a", { href: `${root}comparisons/${each.id}` }, each.title), h("div", { class: "quiet small" },
       `${contenderName(each.candidate, each.reference)} against ${contenderName(each.reference, each.candidate)}`)),
     h("td", {}, stateTag(each)),
     h("td", { class: "ready" }, h("progress", { max: counts.pairs, value: counts.ready, "aria-label": "Pairs ready" }),
       h("span", { class: "number small" }, `${counts.ready} of ${counts.pairs} `), failed),
-    h("td", { class: "number" }, each.votes ?? 0),
     h("td", {}, moment(each.created_at)));
 }
 
@@ -176,9 +183,11 @@ async function create(event) {
     say("Created.");
     location.href = `${root}comparisons/${id}`;
   } catch (error) {
-    fill(refused, problemLine(error));
+    const errors = error instanceof Problem ? error.errors : [];
+    fill(refused, errors.length === 0 ? problemLine(error) : h("div", { class: "problem", role: "alert" },
+      h("p", {}, "Nothing was created:"), h("ul", {}, errors.map(({ detail }) => h("li", {}, detail)))));
     for (const control of form.querySelectorAll("[aria-invalid]")) control.removeAttribute("aria-invalid");
-    for (const { field: name } of error instanceof Problem ? error.errors : []) {
+    for (const { field: name } of errors) {
       const control = form.querySelector(`[name="${name.startsWith("prompts_file") ? "file" : name.split(".").findLast((part) => isNaN(Number(part)))}"]`);
       control?.setAttribute("aria-invalid", "true");
     }
@@ -194,7 +203,7 @@ form.addEventListener("submit", create);
 form.addEventListener("input", showPlan);
 for (const name of ["reference", "candidate"]) field(name).addEventListener("change", showContenders);
 showPlan();
-poll(async () => {
+const rounds = poll(async () => {
   try {
     await showList();
   } catch (error) {

@@ -7,7 +7,7 @@
 
 import { Problem, request } from "./api.js";
 import { PairPlayer } from "./player/player.js";
-import { VoteForm, keepDraft, readDraft } from "./rate_form.js";
+import { VoteForm, keepDraft, readDraft, together } from "./rate_form.js";
 import { askForKey, fill, find, h, say, whoAmI } from "./shell.js";
 
 /**
@@ -65,8 +65,8 @@ async function insist(path, options) {
     } catch (error) {
       if (!(error instanceof Problem) || ![0, 429, 502, 503, 504].includes(error.status)) throw error;
       const why = error.status === 429 ? "Too many requests at once." : "The service does not answer.";
-      const kept = options?.method === "POST" ? "Your answer is kept, and sent again by itself." : "This page tries again by itself.";
-      fill(find("#note"), h("p", { class: "notice warning" }, `${why} ${kept}`));
+      const then = options?.method === "POST" ? "Your answer is kept, and sent again by itself." : "This page tries again by itself.";
+      fill(find("#note"), h("p", { class: "notice warning" }, why, " ", then));
       await new Promise((done) => setTimeout(done, error.retryAfterS ? error.retryAfterS * 1000 : wait));
     }
   }
@@ -113,6 +113,7 @@ function open() {
   void guarded(async () => {
     if (token) await insist("rating/join", { method: "POST", body: { token } });
     joined = true;
+    find("#who").hidden = token !== ""; // it says who had been signed in before
     if (!(await look())) return;
     if (progress.done > 0) await next();
     else showInstructions("Start");
@@ -135,17 +136,17 @@ async function look() {
 
 /** @param {string} text of the button */
 function showInstructions(text) {
-  const training = progress.done === 0 ? progress.training_left : 0;
+  const training = progress.training_left;
   tell("How it goes", instructions, button(text, () => void guarded(next)));
   find("#message .actions").before(
     h("ul", { class: "definitions" }, criteria.map(({ name, definition }) => h("li", {}, h("b", {}, name), " ", definition))),
-    training > 0 ? h("p", {}, training === 1 ? "The first pair is for practice and does not count." : `The first ${training} pairs are for practice and do not count.`) : "");
+    training > 0 ? h("p", {}, `Practice comes first: ${training === 1 ? "one pair that does" : `${training} pairs that do`} not count.`) : "");
 }
 
 /** @param {Progress} now */
 function showProgress(now) {
   progress = now;
-  Object.assign(find("#progress"), { max: Math.max(now.items, 1), value: now.done });
+  Object.assign(find("#progress"), { hidden: false, max: Math.max(now.items, 1), value: now.done });
   find("#count").textContent = `${now.done} of ${now.items} rated`;
 }
 
@@ -195,14 +196,7 @@ async function load(own) {
   if (!loaded) setTimeout(() => { if (own === player && item) show(item); }, AGAIN_MS);
 }
 
-/** What was seen of the pair, before the page was loaded again, too. */
-function seen() {
-  const now = /** @type {PairPlayer} */ (player).provenance();
-  const before = earlier?.seen;
-  if (!before) return now;
-  return { ...now, seconds_watched: Math.round((now.seconds_watched + before.seconds_watched) * 100) / 100, replays: now.replays + before.replays,
-    dropped_frames: now.dropped_frames + before.dropped_frames, frames_seen: now.frames_seen.map((count, side) => Math.max(count, before.frames_seen[side])) };
-}
+const seen = () => together(/** @type {PairPlayer} */ (player).provenance(), earlier?.seen);
 
 function keep() {
   if (item && player) keepDraft({ item: item.item, answers: form.answers, seen: seen() });
@@ -249,10 +243,7 @@ find("#vote").addEventListener("submit", (event) => {
 find("#skip").addEventListener("click", () => void send("skip", {}));
 find("#undo").addEventListener("click", () => void guarded(undoLast));
 find("#help").addEventListener("click", () => player?.keys.help());
-find("#read").addEventListener("click", () => {
-  keep();
-  showInstructions("Back to the pair");
-});
+find("#read").addEventListener("click", () => { keep(); showInstructions("Back to the pair"); });
 addEventListener("pagehide", keep);
 addEventListener("hashchange", () => location.reload());
 document.addEventListener("signed-in", (event) => start(/** @type {CustomEvent<Session>} */ (event).detail));

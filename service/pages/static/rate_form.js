@@ -18,6 +18,7 @@ export class VoteForm {
   /** @type {Answers} */
   answers = {};
   #current = 0; // the question that keys answer
+  #can = true;
   #send = /** @type {HTMLButtonElement} */ (find("#send"));
 
   /** @param {() => void} changed called after each answer */
@@ -72,6 +73,7 @@ export class VoteForm {
 
   /** @param {number} number of the question @param {Choice} choice */
   choose(number, choice) {
+    if (!this.#can) return;
     this.answers[this.criteria[number].id] = choice;
     this.goTo(number + 1);
     this.changed();
@@ -91,6 +93,7 @@ export class VoteForm {
 
   /** Whether answers may be given now; not while one is being sent. @param {boolean} can @param {boolean} undo */
   enable(can, undo) {
+    this.#can = can;
     find("#criteria").toggleAttribute("inert", !can);
     this.#send.disabled = !can || this.open > 0;
     /** @type {HTMLButtonElement} */ (find("#skip")).disabled = !can;
@@ -110,6 +113,14 @@ export class VoteForm {
 /** A pointer leaves the focus on a choice, where arrows would move it instead of answering the next question. @param {MouseEvent} event */
 function release(event) {
   if (event.detail > 0) setTimeout(() => find("#vote").focus({ preventScroll: true }));
+}
+
+/** What was seen of a pair in all, if the page was loaded again meanwhile. @param {any} now @param {any} before as provenance() gives them */
+export function together(now, before) {
+  if (!before) return now;
+  const sum = (/** @type {string} */ name) => Math.round((now[name] + before[name]) * 100) / 100;
+  return { ...now, seconds_watched: sum("seconds_watched"), replays: sum("replays"), dropped_frames: sum("dropped_frames"),
+    frames_seen: now.frames_seen.map((/** @type {number} */ count, /** @type {number} */ side) => Math.max(count, before.frames_seen[side])) };
 }
 
 /** The draft that this browser keeps. @returns {Draft | null} */

@@ -22,12 +22,13 @@ const verdictTag = (verdict) => h("span", { class: `tag ${LOOKS[verdict]}` }, ve
 /** @param {number | null} p */
 const pValue = (p) => (p === null ? "–" : p < 0.001 ? "< 0.001" : p.toFixed(3));
 /** @param {number | null} value @param {number} [digits] */
-const decimal = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const decimal = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits).replace(/^-(0\.0*)$/, "$1"));
 
 /** A table whose first cell of a row names it. @param {string[]} heads those of numbers begin with # @param {Child[][]} rows */
 function table(heads, rows) {
   const look = (/** @type {number} */ column) => (heads[column].startsWith("#") ? "number" : "");
-  return h("div", { class: "table" }, h("table", {},
+  // Wider than a phone: it scrolls by itself, and so has to take the focus.
+  return h("div", { class: "table", tabindex: 0, role: "group", "aria-label": heads[0] }, h("table", {},
     h("thead", {}, h("tr", {}, heads.map((head, column) => h("th", { scope: "col", class: look(column) }, head.replace("#", ""))))),
     h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, column) =>
       (column === 0 ? h("th", { scope: "row", class: "name" }, cell) : h("td", { class: look(column) }, cell))))))));
@@ -139,7 +140,7 @@ function trust(criteria) {
 function people(raters, answers, criteria, result) {
   const all = result.with_all_raters.criteria;
   return card("Raters", table(["Rater", "#Votes", "#Skips", "#Seconds watched, median", "Counted"], raters.map((each) => [each.name, each.votes, each.skips,
-    decimal(each.seconds_watched_median, 0), each.excluded ? h("span", {}, h("span", { class: "tag bad" }, "left out"), " ", each.reasons.join("; ")) : "yes"])),
+    decimal(each.seconds_watched_median, 0), each.excluded ? h("span", {}, h("span", { class: "tag bad" }, "left out"), " ", each.reasons.join("; ")) : each.votes > 0 ? "yes" : "–"])),
   answers.left_out.length > 0 && h("p", {}, "Not counted: ", answers.left_out.map((/** @type {any} */ each) => `${each.votes} ${each.reason}`).join(", "), "."),
   result.exclusions.length === 0 ? hint("Nobody is left out. The rules look at gold, identical and repeated pairs only, never at which mode somebody prefers.")
     : [h("h3", {}, "The result if nobody were left out"), h("p", {}, result.with_all_raters.conclusion.sentence),
@@ -193,6 +194,7 @@ async function watch({ prompt }, { jobs }, comparison) {
     };
     player = new PairPlayer(find("#watch-player"), { leftUrl, rightUrl, fps, numFrames, width, height, autoplay: true, onEvent: failed });
     player.allowDifference = player.loop = true;
+    panel.scrollIntoView();
     await player.load();
   } catch (error) {
     fill(find("#watch-note"), error instanceof Problem && error.status === 404
