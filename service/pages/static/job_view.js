@@ -36,6 +36,7 @@ export class JobCard {
     /** @type {Job | undefined} */ this.job = undefined;
     /** @type {unknown} */ this.previewed = null;
     this.offered = "";
+    this.cancelled = false;
     this.screen = h("div", { class: "screen" }, h("p", { class: "screen-text" }, "Loading…"));
     this.title = h("p", { class: "job-title" }, " ");
     this.line = h("p", { class: "job-line number" }, " ");
@@ -64,6 +65,7 @@ export class JobCard {
 
   /** @param {Job} job */
   show(job) {
+    if (this.cancelled) job = { ...job, cancel_requested: true }; // events know it only later
     this.job = job;
     const { mode, seed, prompt } = job.request;
     const [width, height] = job.request.size.split("x");
@@ -189,7 +191,7 @@ export class JobCard {
   }
 
   async cancel() {
-    await this.ask(() => request(`jobs/${this.id}`, { method: "DELETE" }));
+    this.cancelled = await this.ask(() => request(`jobs/${this.id}`, { method: "DELETE" })) !== undefined;
   }
 
   /** Make the same in another mode. @param {string} mode */
