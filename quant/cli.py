@@ -103,8 +103,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         scales = _calibrate(pipe, plan, checkpoint, latents)
         save_scales(scales, out)
         checkpoint.delete()
-        typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
         _fit_beside(out, model, pipe, latents)
+    typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
 
 
 @app.command("preview-map")
@@ -123,6 +123,7 @@ def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
     steps: Annotated[int | None, typer.Option(help="Denoising steps per video.")] = None,
     size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
     device: Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Fit the map by which a worker shows previews: from latents of MODEL's VAE to pictures.
@@ -138,7 +139,12 @@ def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
             )
         check_model_kind(model)
         fingerprint = vae_fingerprint(model)
-        overrides = {"size": _parse_size(size), "num_frames": frames, "num_inference_steps": steps}
+        overrides = {
+            "size": _parse_size(size),
+            "num_frames": frames,
+            "num_inference_steps": steps,
+            "text_tokens": text_tokens,
+        }
         sampler = resolve_sampler(read_transformer_config(model), overrides)
         prompt_set = PromptSet.read(prompts or model / "calibration-prompts.txt")
         check_pipeline_weights(model)
@@ -259,7 +265,7 @@ def _fit_beside(out: Path, model: Path, pipe: Any, latents: deque[Tensor]) -> No
     try:
         fitted = fit_preview_map(pipe.vae.float(), latents, vae_fingerprint(model))
         save_preview_map(fitted, path)
-    except QuantError as error:
+    except (QuantError, RuntimeError) as error:  # torch's, out of memory for instance
         typer.echo(f"no preview map was made: {error}", err=True)
     else:
         _print_map(path, fitted)

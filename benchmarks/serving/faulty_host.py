@@ -78,5 +78,5 @@ class Share:
             pass
 
     def _unmount(self) -> subprocess.CompletedProcess[bytes]:
-        command = ["umount", "--lazy", self.mount_point]
+        command = ["umount", "--lazy", str(self.mount_point)]
         return subprocess.run(command, capture_output=True, check=False)

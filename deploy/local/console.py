@@ -18,9 +18,9 @@ _STAGES = {
 }
 
 _DEMO = """\
-Ready: {url}
+Ready: open {url} in a browser
   the API, with examples: {url}/docs
-Try:
+Or try:
   curl -s {url}/generate -H 'Content-Type: application/json' -d '{{"prompt": "{prompt}"}}'
   curl -s {url}/jobs
 Data and logs: {folder}; Valkey: {redis}

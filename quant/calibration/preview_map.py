@@ -212,7 +212,7 @@ def _pairs(vae: Any, latents: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     video = vae.decode(latents * std + mean).sample.clamp(-1, 1) / 2 + 0.5
     pictures = shrunk(video.float(), latents.shape, pixels)
     _, _, count, height, width = latents.shape
-    grid = pictures.view(count, 3, height, pixels, width, pixels).permute(0, 2, 4, 3, 5, 1)
+    grid = pictures.reshape(count, 3, height, pixels, width, pixels).permute(0, 2, 4, 3, 5, 1)
     inputs = latents[0].flatten(1).T
     return inputs.double().cpu(), grid.reshape(len(inputs), -1).double().cpu()
 

@@ -246,7 +246,7 @@ class PixelMeasures(_Part):
         ssim: 1 for identical pixels.
     """
 
-    psnr_db: float | None
+    psnr_db: float | None = None
     ssim: float
 
 

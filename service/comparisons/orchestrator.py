@@ -59,8 +59,9 @@ from service.comparisons.viewing_copies import CopyMaker, VideoMissing, choose_s
 logger = logging.getLogger(__name__)
 
 EVERY_S: Final = 2.0
-LOCK_S: Final = 300.0
-"""How long the lock is held by a process that died during a round; copies of a pair take less."""
+LOCK_S: Final = 60.0
+"""How long a process that died during a round holds up the others. The copies of a pair take less;
+should they take longer, two rounds overlap, which does no harm."""
 
 COPIES_S: Final = 10.0
 """A round begins no further copies after so long, because jobs are to be submitted in time."""
@@ -379,4 +380,11 @@ def _has_no_open_job(pairs: Sequence[Pair]) -> bool:
 
 
 def _is_done(pairs: Sequence[Pair]) -> bool:
-    return all(pair.state in (PairState.READY, PairState.FAILED) for pair in pairs)
+    """Return whether only a retry would change anything."""
+    # A pair with one failed half counts as failed, and its other half may still wait.
+    return all(
+        pair.failure is not None
+        or pair.state is PairState.READY
+        or (pair.state is PairState.FAILED and all(half.state.has_ended for half in pair.halves))
+        for pair in pairs
+    )

@@ -28,6 +28,7 @@ from service.comparisons.model import (
     SharedSettings,
 )
 from service.comparisons.statistics.votes import Ties
+from service.schemas.rating import RaterView
 
 PAIRS_PAGE: Final = 50
 MAX_PAIRS_PAGE: Final = 200
@@ -171,11 +172,23 @@ class ComparisonView(BaseModel):
     rating: RatingPlan
     pixel_measures: bool
     counts: PairCounts
+    raters: list[RaterView] | None = Field(
+        description="Oldest first; null in the answers to other requests than reading it."
+    )
 
     @classmethod
-    def of(cls, comparison: Comparison, pairs: Sequence[Pair]) -> Self:
+    def of(
+        cls,
+        comparison: Comparison,
+        pairs: Sequence[Pair],
+        raters: list[RaterView] | None = None,
+    ) -> Self:
         """Build the view of a comparison with all its pairs."""
-        derived = {"prompts": len(comparison.prompts), "counts": PairCounts.of(pairs)}
+        derived = {
+            "prompts": len(comparison.prompts),
+            "counts": PairCounts.of(pairs),
+            "raters": raters,
+        }
         names = [name for name in ComparisonView.model_fields if name not in derived]
         return cls(**derived, **{name: getattr(comparison, name) for name in names})
 

@@ -22,7 +22,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{(port := free_port())}"
     with Launcher("demo", "--port", str(port), "--folder", str(tmp_path)) as demo:
         shown = demo.read_until("Ctrl-C stops everything")
-        assert f"Ready: {url}" in shown
+        assert f"Ready: open {url} in a browser" in shown
         assert len(demo.processes()) == 4, demo.processes()  # launcher, Valkey, worker, service
         _kill_the_worker(demo)
         assert "the worker was killed by SIGKILL" in demo.read_until("starting it again")

@@ -92,13 +92,13 @@ def _watch(page: Page) -> None:
     page.wait_for_timeout(2000)
 
 
-def _answers(status: int, path: str) -> Act:
-    """The service answers so at a path."""
+def _signed_out(page: Page) -> None:
+    """Let the service answer as to somebody without a session."""
     problem = '{"title": "Unauthorized", "status": 401, "detail": "Sign in.", "code": "none"}'
-    return lambda page: page.route(
-        path,
+    page.route(
+        "**/session",
         lambda route: route.fulfill(
-            status=status, body=problem, content_type="application/problem+json"
+            status=401, body=problem, content_type="application/problem+json"
         ),
     )
 
@@ -115,7 +115,7 @@ SCENES: Final = (
     Scene("demo-words", "/", _open("What this model can draw")),
     Scene("demo-hint", "/", lambda page: page.get_by_label("Prompt").fill("a horse on the moon")),
     Scene("demo-running", "/", _generate("a small green circle moving left on a black background")),
-    Scene("demo-signed-out", "/", before=_answers(401, "**/session")),
+    Scene("demo-signed-out", "/", before=_signed_out),
     Scene("demo-offline", "/", _go_offline),
     Scene("job", "/jobs/{job}"),
     Scene("job-cancelled", "/jobs/{cancelled}"),

@@ -26,6 +26,7 @@ from tests.pages.stock import Stock
 
 SCHEMES = ("light", "dark")
 SIZES = {"desktop": DESKTOP, "phone": PHONE}
+LOADING = '[aria-busy="true"]:visible, .empty:visible:has-text("Loading")'
 SETTLED_MS = 1200
 
 
@@ -52,6 +53,8 @@ def take(browser: Browser, scene: Scene, url: str, scheme: str, size: str, path:
     try:
         scene.before(page)
         page.goto(url)
+        page.locator("#who > *").or_(page.locator("#api > *")).first.wait_for()
+        page.locator(LOADING).first.wait_for(state="hidden")
         page.wait_for_timeout(SETTLED_MS)
         scene.act(page)
         page.wait_for_timeout(SETTLED_MS)

@@ -1,6 +1,8 @@
 """Test the page for operators in a real browser: what it shows, orders, makes, and outlives."""
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import httpx2
 import pytest
@@ -18,8 +20,16 @@ from jobs.store.workers import WorkerStatus, publish_status, read_orders
 from service.auth.api_keys import KeyStore, Role, proves, split
 from service.middleware.credentials import COOKIE
 from tests.pages.conftest import Visit
+from worker.job.lease import LeaseKeeper
+from worker.process.redis_retry import RedisOutage
 
 MINUTE_MS = 60_000
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -52,6 +62,7 @@ def fits(page: Page) -> bool:
 
 
 def test_operators_see_the_fleet_and_its_jobs(
+    opened: ExitStack,
     visit: Visit,
     redis: Redis,
     store: JobStore,
@@ -61,12 +72,11 @@ def test_operators_see_the_fleet_and_its_jobs(
     def claimed(owner: str) -> Attempt:
         job = store.create(request_for_video, live_worker.queue, Submission(owner=owner)).job
         redis.lrem(f"rq:queue:{live_worker.queue}", 1, job.id)  # as a worker takes it
-        attempt = store.claim(job.id, live_worker.worker_id, new_token())
-        redis.hincrby(redis_keys.record(job.id), "lease_ms", 10**9)  # or it would be put back
-        return attempt
+        return store.claim(job.id, live_worker.worker_id, new_token())
 
     store.fail(claimed("carol"), Failure(code="worker_lost", detail="Two workers were lost."))
     running = claimed("alice")
+    opened.enter_context(LeaseKeeper(store, running, RedisOutage()))
     store.progress(running, Progress(stage=Stage.DENOISE, step=4, steps=20, seconds_left=75))
     waiting = store.create(request_for_video, live_worker.queue, Submission(owner="bob")).job
     status = WorkerStatus(

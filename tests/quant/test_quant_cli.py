@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from deploy.local.waiting import wait_until
+from quant.calibration.preview_map import load_preview_map
 from quant.calibration.scales import check_scales, load_scales, save_scales
 from quant.cli import app
 from quant.numerics.code_table import codes_markdown
@@ -79,6 +80,31 @@ def test_calibrate_writes_scales_a_worker_can_use(arguments, tiny_model, tiny_pi
     assert scales.prompts_file == "prompts.txt"  # of an absolute path, only the name
     quantized, report = quantize_transformer(tiny_pipe.transformer, recipe, scales)
     assert report.linears == sum(isinstance(m, Hif8Linear) for m in quantized.modules()) == 20
+
+
+def test_calibrate_leaves_a_preview_map_that_is_there(arguments, tiny_model, tmp_path):
+    path = tmp_path / "preview-map.json"
+    result = calibrate(arguments)
+    assert result.exit_code == 0, result.output
+    assert load_preview_map(path, tiny_model).videos == 6
+    assert f"wrote {path}: fitted on 6 videos" in result.stdout
+    path.write_text("mine")
+    assert calibrate(arguments).exit_code == 0
+    assert path.read_text() == "mine"
+
+
+def test_preview_map_writes_a_map_a_worker_can_use(arguments, tiny_model, tmp_path):
+    path = tmp_path / "map.json"
+    del arguments["--recipe"]
+    words = [word for pair in (arguments | {"--out": str(path)}).items() for word in pair]
+    result = run("preview-map", *words, "--videos", "7")
+    assert result.exit_code == 0, result.output
+    found = load_preview_map(path, tiny_model)
+    assert (found.videos, found.pixels) == (5, 2)
+    assert f"explains {found.r2:.1%} of others" in result.stdout
+    refused = run("preview-map", *words, "--videos", "9")
+    assert refused.exit_code == 1
+    assert "holds 8 prompts, fewer than the 9 videos" in refused.stderr
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(arguments, tmp_path):

@@ -29,11 +29,11 @@ class Site:
 
 
 @contextmanager
-def serving(settings: ServiceSettings) -> Iterator[Site]:
+def serving(settings: ServiceSettings, port: int = 0) -> Iterator[Site]:
     app = create_app(settings)
     hub: EventHub = app.state.app_state.hub
     server = http_server(app, settings, settings.max_connections)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

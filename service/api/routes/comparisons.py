@@ -21,6 +21,7 @@ from service.schemas.comparisons import (
     ComparisonView,
     PairPageView,
 )
+from service.schemas.rating import RaterListView
 
 router = APIRouter(prefix="/comparisons", tags=["comparisons"])
 
@@ -71,10 +72,13 @@ def list_comparisons(
 
 @router.get("/{comparison_id}", summary="Read a comparison", responses=_READ)
 def read_comparison(
-    principal: OpsDep, comparison_id: str, comparisons: ComparisonsDep
+    principal: OpsDep, comparison_id: str, app_state: AppStateDep, comparisons: ComparisonsDep
 ) -> ComparisonView:
-    """Read what is fixed, and how far it is."""
-    return _view(comparisons, comparisons.get(comparison_id))
+    """Read what is fixed, how far it is, and who rates."""
+    comparison, pairs = comparisons.get(comparison_id), comparisons.pairs(comparison_id)
+    raters = app_state.raters.all(comparison_id)
+    progress = app_state.desk.progress_of(comparison_id, raters)
+    return ComparisonView.of(comparison, pairs, RaterListView.of(raters, progress).raters)
 
 
 @router.get("/{comparison_id}/pairs", summary="List its pairs", responses=_READ)

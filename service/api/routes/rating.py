@@ -14,7 +14,6 @@ from jobs.errors import Forbidden, InvalidSpec, PairLeftOut
 from service.api.deps import (
     AppState,
     AppStateDep,
-    BearerDep,
     JsonBodyDep,
     SeatDep,
 )
@@ -57,7 +56,6 @@ _ANSWER = problems(400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
 async def join(
     request: Request,
     app_state: AppStateDep,
-    _bearer: BearerDep,
     body: JsonBodyDep,
     response: Response,
 ) -> RatingView:

@@ -1,9 +1,9 @@
 """Store what raters are given and what they answer, in Redis.
 
 For each rater there is the list of items that were given, in order, a hash of item ids to answers,
-and counters; for each comparison a hash that says whose item an id is. All are deleted with the
-comparison. Every change is one script in `lua/`, which also looks at the comparison's state: so of
-two votes on one item exactly one is stored, and none after the end.
+and counters; for each comparison a hash of item ids that says what an item is, and whose. All are
+deleted with the comparison. Every change is one script in `lua/`, which also looks at the
+comparison's state: so of two votes on one item exactly one is stored, and none after the end.
 """
 
 from collections.abc import Callable, Iterator
@@ -161,20 +161,19 @@ class VoteStore:
             _given_key(comparison_id, rater_id),
             _items_key(comparison_id),
         )
-        owner = f"{rater_id}:{given.place}"
-        state, done = self._give(keys, (given.place, given.id, _encode_given(given), owner))
+        text = _encode_given(given)
+        # Beside the owner, so that a vote finds both in one call.
+        owned = f"{rater_id} {given.place} {text}"
+        state, done = self._give(keys, (given.place, given.id, text, owned))
         return _state(state), bool(done)
 
     def find(self, comparison_id: str, item_id: str) -> tuple[str, Given] | None:
         """Return to whom an item was given, and the item; None for an unknown id."""
-        owner = cast("bytes | None", self._redis.hget(_items_key(comparison_id), item_id))
-        if owner is None:
+        owned = cast("bytes | None", self._redis.hget(_items_key(comparison_id), item_id))
+        if owned is None:
             return None
-        rater_id, place = owner.decode().split(":")
-        text = self._redis.lindex(_given_key(comparison_id, rater_id), int(place))
-        if text is None:
-            return None
-        return rater_id, _decode_given(int(place), cast("bytes", text))
+        rater_id, place, text = owned.split(b" ", 2)
+        return rater_id.decode(), _decode_given(int(place), text)
 
     def answer(
         self, comparison_id: str, rater_id: str, answer: Answer

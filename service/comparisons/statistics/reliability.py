@@ -64,7 +64,8 @@ def vote_agreement(votes: Iterable[Vote], scale: Scale) -> float | None:
     units: dict[tuple[str, str], list[int]] = defaultdict(list)
     for vote in counted(votes):
         units[vote.pair_id, vote.criterion].append(RANK[vote.outcome])
-    return krippendorff_alpha(units.values(), scale)
+    # In order, because sums of floats depend on it in their last bits, and a result must not.
+    return krippendorff_alpha([sorted(units[name]) for name in sorted(units)], scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ const chooser = /** @type {HTMLSelectElement} */ (find("#model"));
 let models = [];
 /** @type {Model | undefined} */
 let model;
+let asking = false;
 /** @type {JobCard[]} */
 let cards = [];
 /** What was sent last and not answered: sent again, it makes no second job. @type {{text: string, seed: number, keys: string[]} | null} */
@@ -62,6 +63,7 @@ function showModel(chosen) {
   const counts = [];
   for (let count = 4 * Math.ceil((chosen.min_frames - 1) / 4) + 1; count <= chosen.max_frames; count += 4) counts.push(count);
   fill(field("num_frames"), counts.map((count) => h("option", { value: count }, `${count} (${(count / chosen.fps).toFixed(1)} s)`)));
+  find("#advanced").inert = false; // before, its values would be overwritten
   field("num_inference_steps").setAttribute("max", chosen.max_steps);
   const names = modes();
   const choice = (/** @type {string} */ value, /** @type {string} */ text) => h("label", {}, h("input", { type: "radio", name: "mode", value }), text);
@@ -118,7 +120,7 @@ function describe() {
   if (model === undefined) return;
   const { prompt, size, num_frames: frames, num_inference_steps: steps, guidance_scale: guidance, seed } = values();
   const length = [...prompt].length;
-  const tokens = model.max_prompt_tokens ? `, ${model.max_prompt_tokens} tokens` : "";
+  const tokens = model.max_prompt_tokens ? `, at most ${model.max_prompt_tokens} tokens` : "";
   find("#prompt-limit").textContent = `${length} of ${model.max_prompt_chars} characters${tokens}`;
   find("#prompt-limit").classList.toggle("over", length > model.max_prompt_chars);
   const unknown = unknownWords(prompt, model);
@@ -145,6 +147,7 @@ const drawn = (count) => [...crypto.getRandomValues(new Uint32Array(count))];
 /** @param {Event} event */
 async function ask(event) {
   event.preventDefault();
+  if (asking) return; // not by disabling the button, which would lose the focus
   clearRefusals();
   const { prompt, size, negative_prompt, ...numbers } = values();
   const wanted = radio("mode") === ALL ? modes() : [radio("mode")];
@@ -158,7 +161,7 @@ async function ask(event) {
     model: chooser.value, prompt, size, negative_prompt, seed, num_frames: number(numbers.num_frames),
     num_inference_steps: number(numbers.num_inference_steps), guidance_scale: number(numbers.guidance_scale),
   };
-  submit.disabled = true;
+  asking = true;
   const made = [];
   try {
     for (const [index, mode] of wanted.entries()) {
@@ -169,7 +172,7 @@ async function ask(event) {
   } catch (error) {
     refuse(error);
   } finally {
-    submit.disabled = false;
+    asking = false;
   }
   if (made.length > 0) show(made);
 }
@@ -183,7 +186,7 @@ function refuse(error) {
     const input = place?.querySelector("input:not([type=radio]), select, textarea") ?? place?.querySelector("input");
     if (!place || !input) { rest.push(each.detail); continue; }
     const id = `refused-${each.field}`;
-    place.append(h("p", { class: "field-error", id }, each.detail));
+    place.append(h("p", { class: "field-error", id }, each.detail.replace(`${each.field} is `, "This is ")));
     input.setAttribute("aria-invalid", "true");
     input.setAttribute("aria-errormessage", id);
     const around = place.closest("details");
@@ -210,7 +213,7 @@ function clearRefusals() {
 function show(ids) {
   history.replaceState(null, "", `${location.pathname}#${ids.join(",")}`);
   for (const card of cards) card.remove();
-  cards = ids.map((id) => new JobCard(id, { modes, onTwin: (twin) => show([...ids, twin]) }));
+  cards = ids.map((id) => new JobCard(id, { modes: ids.length > 1 ? () => [] : modes, onTwin: (twin) => show([...ids, twin]) }));
   fill(find("#cards"), cards.map((card) => card.element));
   find("#cards").classList.toggle("several", cards.length > 1);
   fill(find("#pair-tools"), cards.length > 1 && playTogether(find("#cards")));
@@ -219,7 +222,8 @@ function show(ids) {
 
 /** Fill the form as a job was asked for. @param {string} id @param {boolean} fix whether its seed is to be used again */
 async function fillFrom(id, fix) {
-  const job = await request(`jobs/${id}`);
+  const job = await request(`jobs/${id}`).catch((error) => { if (error.status !== 404) throw error; });
+  if (!job) return;
   const offer = models.find((each) => each.name === job.request.model);
   if (offer && offer !== model) showModel(offer);
   setMode(job.request.mode);

@@ -23,6 +23,7 @@ const tiles = new Map();
 /** @type {string | null} */
 let cursor = null;
 let filtered = "";
+let owner = "";
 
 fill(state, h("option", { value: "" }, "All states"), STATES.map((each) => h("option", { value: each }, each)));
 
@@ -35,8 +36,8 @@ export function offerModes(modes) {
 
 /** @param {string | null} from @returns {Promise<{jobs: Job[], next_cursor: string | null}>} */
 async function page(from) {
-  const who = await whoAmI.then((known) => known ?? request("session"));
-  const query = new URLSearchParams({ limit: String(PAGE), owner: who.name });
+  owner ||= ((await whoAmI) ?? await request("session")).name;
+  const query = new URLSearchParams({ limit: String(PAGE), owner });
   if (state.value) query.set("state", state.value);
   if (mode.value) query.set("mode", mode.value);
   if (from) query.set("cursor", from);
@@ -116,6 +117,9 @@ function drawTile(element, job) {
     h("span", { class: "quiet" }, moment(job.created_at)));
 }
 
+document.addEventListener("signed-in", (event) => {
+  owner = /** @type {CustomEvent<{name: string}>} */ (event).detail.name; // before the next round, which listens, too
+});
 const polling = poll(refresh, 10_000);
 for (const filter of [state, mode]) filter.addEventListener("change", () => polling.now());
 more.addEventListener("click", () => void fetchMore());

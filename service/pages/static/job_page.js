@@ -97,6 +97,7 @@ function facts(job) {
 function showFacts(job) {
   const text = JSON.stringify([job.state, job.attempts, model]);
   if (text === drawn) return;
+  if (drawn === "") offers.now();
   drawn = text;
   find("#facts-card").hidden = false;
   fill(find("#facts"), facts(job).filter(([, value]) => value !== null && value !== undefined && value !== false && value !== "")
@@ -117,4 +118,4 @@ const offers = poll(async () => {
   showFacts(card.job);
   card.redraw();
   if (model !== null && ended(card.job)) offers.stop();
-}, 2000);
+}, 5000);

@@ -1,8 +1,17 @@
-/** Follows jobs to their end by the one event stream that a page has. */
+/** Follows jobs to their end by the one event stream that a page has, and says in a line how far they are. */
 
 import { Problem, read, request, root, tell } from "./api.js";
+import { duration, size } from "./shell.js";
 
 /** @typedef {Record<string, any>} Job what `GET /jobs/{id}` answers; `preview` is the number of its newest preview */
+
+/** @type {[string, string, string][]} the stages in their order, as a short name and as a sentence */
+export const STAGES = [
+  ["text_encoder", "Prompt", "Reading the prompt"],
+  ["denoise", "Denoise", "Denoising"],
+  ["vae", "Decode", "Decoding the frames"],
+  ["mp4", "Save", "Saving the video"],
+];
 
 /** @param {Job} job */
 export const ended = (job) => ["succeeded", "failed", "cancelled"].includes(job.state);
@@ -33,12 +42,14 @@ export function follow(id, show, lose) {
     source = null;
   };
   const pause = () => { clearTimeout(timer); close(); };
+  /** @param {PageTransitionEvent} event */
+  const resume = (event) => { if (event.persisted) void ask(); };
   const stop = () => {
     over = true;
     pause();
     document.removeEventListener("signed-in", ask);
     removeEventListener("pagehide", pause);
-    removeEventListener("pageshow", ask);
+    removeEventListener("pageshow", resume);
   };
   async function ask() {
     clearTimeout(timer);
@@ -82,7 +93,33 @@ export function follow(id, show, lose) {
   }
   document.addEventListener("signed-in", ask);
   addEventListener("pagehide", pause);
-  addEventListener("pageshow", ask);
+  addEventListener("pageshow", resume);
   void ask();
   return stop;
+}
+
+/**
+ * Say where a job stands.
+ *
+ * @param {Job} job
+ * @param {number} left the seconds until it starts or ends, if that is known
+ */
+export function standing(job, left) {
+  if (job.state === "queued") {
+    const before = job.queue?.position ?? null;
+    const place = before === null ? "Waiting" : before === 0 ? "Next in line" : `Waiting: ${before} ${before === 1 ? "job" : "jobs"} before it`;
+    return place + (job.queue?.starts_in_s != null && left > 0 ? `, starts in about ${duration(left)}` : "");
+  }
+  if (job.state === "running") {
+    if (job.cancel_requested) return "Stopping after this step…";
+    const { stage, step, steps, seconds_left: known } = job.progress ?? {};
+    const name = STAGES.find(([each]) => each === stage)?.[2] ?? "Starting";
+    const count = stage === "denoise" ? `, step ${step} of ${steps}` : "";
+    const again = job.attempts > 1 ? ` (attempt ${job.attempts})` : "";
+    const end = known == null ? "" : left > 0 ? ` · about ${duration(left)} left` : " · almost done";
+    return name + count + again + end;
+  }
+  if (job.state !== "succeeded") return job.state === "cancelled" ? "Cancelled" : "Failed";
+  const { width, height, num_frames: frames, fps, bytes } = job.video;
+  return `Ready in ${duration(job.timings?.total_s ?? 0)} · ${width}x${height}, ${(frames / fps).toFixed(1)} s, ${size(bytes)}`;
 }

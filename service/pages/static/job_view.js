@@ -1,8 +1,8 @@
 /** Shows a job: how far it is, live, then its video or why there is none, and what can be done with it. */
 
 import { Problem, request, root } from "./api.js";
-import { ended, follow } from "./job_stream.js";
-import { copying, duration, fill, find, h, problemLine, say, size } from "./shell.js";
+import { ended, follow, STAGES, standing } from "./job_stream.js";
+import { copying, fill, find, h, problemLine, say } from "./shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 /** @typedef {{modes: () => string[], onTwin: (id: string) => void, onShow?: (job: Job) => void}} Place where a card is:
@@ -14,19 +14,12 @@ const FAILURES = {
   artifact_not_stored: ["The video was made, but could not be stored", "Generate it again: this seed gives the same video."],
   worker_lost: ["The workers that ran it stopped or crashed", "Generate it again. If it is lost again, ask for less and tell the operators."],
   worker_unfit: ["The workers that ran it were at fault", "Nothing is wrong with the request. Tell the operators; try again later."],
-  out_of_device_memory: ["The device ran out of memory", "Ask for fewer frames or a smaller size."],
+  out_of_device_memory: ["The device ran out of memory", "Fewer steps do not help: they take as much memory."],
   generation_timed_out: ["It took too long", "Ask for fewer steps, fewer frames or a smaller size."],
   prompt_too_long: ["The prompt is too long", "Shorten the prompt, or the negative prompt if that is the long one."],
   record_unreadable: ["The job cannot be read", "Another version of the service wrote it. Generate it again."],
   internal_error: ["Something went wrong inside the service", "Generate it again. If that fails too, give the operators the job's id."],
 };
-/** @type {[string, string, string][]} the stages in their order, as a short name and as a sentence */
-const STAGES = [
-  ["text_encoder", "Prompt", "Reading the prompt"],
-  ["denoise", "Denoise", "Denoising"],
-  ["vae", "Decode", "Decoding the frames"],
-  ["mp4", "Save", "Saving the video"],
-];
 /** @type {Record<string, string>} */
 const ON_SCREEN = { queued: "Waiting for a worker", running: "Making your video", failed: "No video", cancelled: "Cancelled" };
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -79,10 +72,9 @@ export class JobCard {
     this.element.setAttribute("aria-label", `${mode}, seed ${seed}: ${prompt}`);
     this.endsAt = Date.now() + (job.progress?.seconds_left ?? job.queue?.starts_in_s ?? 0) * 1000;
     const at = STAGES.findIndex(([name]) => name === job.progress?.stage);
-    const done = job.state === "succeeded" ? STAGES.length : at;
-    fill(this.stages, STAGES.map(([, name], index) => h("li", { class: index < done ? "done" : index === at ? "now" : "" }, name)));
-    this.bar.value = job.progress ? job.progress.step / job.progress.steps : job.state === "succeeded" ? 1 : 0;
-    this.stages.hidden = this.bar.hidden = job.state === "failed" || job.state === "cancelled";
+    fill(this.stages, STAGES.map(([, name], index) => h("li", { class: index < at ? "done" : index === at ? "now" : "" }, name)));
+    this.bar.value = job.progress ? job.progress.step / job.progress.steps : 0;
+    this.stages.hidden = this.bar.hidden = ended(job);
     if (job.state === "running") this.preview(job);
     this.showLine();
     const drawn = `${job.state} ${job.cancel_requested} ${job.progress?.stage ?? ""}`;
@@ -104,27 +96,12 @@ export class JobCard {
   showLine() {
     const job = this.job;
     if (job === undefined) return;
-    const left = Math.round((this.endsAt - Date.now()) / 1000);
-    if (job.state === "queued") {
-      const before = job.queue?.position ?? null;
-      const place = before === null ? "Waiting" : before === 0 ? "Next in line" : `${before} ${before === 1 ? "job" : "jobs"} before it`;
-      this.line.textContent = place + (job.queue?.starts_in_s != null && left > 0 ? `, starts in about ${duration(left)}` : "");
-    } else if (job.state === "running") {
-      const { stage, step, steps, seconds_left: known } = job.progress ?? {};
-      const name = STAGES.find(([each]) => each === stage)?.[2] ?? "Starting";
-      const count = stage === "denoise" ? `, step ${step} of ${steps}` : "";
-      const again = job.attempts > 1 ? ` (attempt ${job.attempts})` : "";
-      this.line.textContent = job.cancel_requested ? "Stopping after this step…"
-        : `${name}${count}${again}${known != null ? ` · ${left > 0 ? `about ${duration(left)} left` : "almost done"}` : ""}`;
-    } else if (job.state === "succeeded") {
-      const { width, height, num_frames: frames, fps, bytes } = job.video;
-      this.line.textContent = `Ready in ${duration(job.timings?.total_s ?? 0)} · ${width}x${height}, ${(frames / fps).toFixed(1)} s, ${size(bytes)}`;
-    } else this.line.textContent = job.state === "cancelled" ? "Cancelled" : "Failed";
+    this.line.textContent = standing(job, Math.round((this.endsAt - Date.now()) / 1000));
   }
 
   /** @param {Job} job */
   preview(job) {
-    const number = job.preview ?? (job.preview_url ? new URL(job.preview_url, location.href).searchParams.get("number") : null);
+    const number = job.preview ?? (job.preview_url ? Number(new URL(job.preview_url).searchParams.get("number")) : null);
     if (number === null || number === this.previewed) return;
     this.previewed = number;
     const picture = new Image();
@@ -184,6 +161,9 @@ export class JobCard {
     });
     video.muted = true;
     video.autoplay = !calm.matches;
+    video.addEventListener("loadeddata", () => {
+      for (const each of this.element.parentElement?.querySelectorAll("video") ?? []) each.currentTime = 0; // side by side
+    });
     video.addEventListener("error", () => this.explain(src, job));
     fill(this.screen, video);
   }

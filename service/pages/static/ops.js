@@ -79,7 +79,7 @@ function workerRow(worker) {
   const ends = worker.state === "draining" && worker.drain === null;
   const order = worker.drain === null ? "drain" : "resume";
   return h("tr", {},
-    cell("Worker", h("strong", { class: "mono", title: worker.id }, worker.id.slice(-6)), h("div", { class: "small" }, worker.model), h("div", { class: "quiet small" }, worker.device ?? "device unknown", worker.jobs_done === null ? null : ` · ${worker.jobs_done} videos`)),
+    cell("Worker", h("strong", { class: "mono", title: worker.id }, worker.id.slice(-6)), h("div", { class: "small" }, worker.model), h("div", { class: "quiet small line" }, worker.device ?? "device unknown"), worker.jobs_done !== null && h("div", { class: "quiet small" }, `${worker.jobs_done} videos`)),
     cell("State", h("span", { class: `tag ${STATE_TAGS[worker.state]}` }, worker.state),
       worker.drain && h("div", { class: "quiet small" }, `by ${worker.drain.by}, `, moment(worker.drain.at)),
       ends && h("div", { class: "quiet small" }, "told to stop"),
@@ -192,7 +192,8 @@ function drawSeries() {
   plots.forEach((plot) => plot.destroy());
   const { at, modes, step_s: stepS } = series;
   const sum = (/** @type {string} */ what) => at.map((/** @type {number} */ _, /** @type {number} */ index) => modes.reduce((/** @type {number} */ all, /** @type {any} */ mode) => all + mode[what][index], 0));
-  const perMinute = (/** @type {number[]} */ values) => values.map((value) => (value * 60) / stepS);
+  const lastS = Math.min(stepS, Math.max(60, Date.now() / 1000 - at[at.length - 1])); // that step is under way
+  const perMinute = (/** @type {number[]} */ values) => values.map((value, index) => (value * 60) / (index === at.length - 1 ? lastS : stepS));
   const total = (/** @type {string} */ what) => sum(what).reduce((/** @type {number} */ all, /** @type {number} */ one) => all + one, 0);
   find("#series-text").textContent = `In the last ${hours === 168 ? "7 days" : hours === 1 ? "hour" : `${hours} hours`}: ${total("succeeded")} succeeded, ${total("failed")} failed, ${total("cancelled")} cancelled.`;
   const ink = (/** @type {number} */ index) => colour(`--series-${(index % 2) + 1}`);

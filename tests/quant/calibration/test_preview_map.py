@@ -156,4 +156,4 @@ def test_the_fingerprint_is_of_the_vae_alone(model: Path) -> None:
 
 def test_the_miniatures_own_map_is_for_its_vae_and_close() -> None:
     shipped = load_preview_map(MODEL / "scales" / "preview-map.json", MODEL)
-    assert shipped.r2 > 0.8
+    assert shipped.r2 > 0.7

@@ -49,9 +49,32 @@ def test_all_routes_are_described(document: Any) -> None:
         "GET /v1/videos/{video_id}/content",
         "GET /v1/models",
         "GET /v1/models/{model}",
+        "POST /comparisons",
+        "GET /comparisons",
+        "GET /comparisons/{comparison_id}",
+        "DELETE /comparisons/{comparison_id}",
+        "GET /comparisons/{comparison_id}/pairs",
+        *(
+            f"POST /comparisons/{{comparison_id}}/{verb}"
+            for verb in ("pause", "resume", "close", "cancel", "retry", "clone")
+        ),
         "POST /session",
         "GET /session",
         "DELETE /session",
+        "GET /comparisons/{comparison_id}/raters",
+        "POST /comparisons/{comparison_id}/raters",
+        "POST /comparisons/{comparison_id}/raters/{rater_id}/link",
+        "DELETE /comparisons/{comparison_id}/raters/{rater_id}",
+        "GET /comparisons/{comparison_id}/report",
+        "GET /comparisons/{comparison_id}/export.csv",
+        "GET /comparisons/{comparison_id}/export.jsonl",
+        "POST /rating/join",
+        "GET /rating",
+        "GET /rating/next",
+        "GET /rating/items/{item}/{side}.mp4",
+        "POST /rating/items/{item}/vote",
+        "POST /rating/items/{item}/skip",
+        "POST /rating/undo",
         "GET /models",
         "GET /metrics",
         "GET /workers",
@@ -94,7 +117,7 @@ def test_the_cookie_is_described_where_it_is_taken(document: Any) -> None:
     key: dict[str, list[str]] = {"key": []}
     for name, operation in operations(document):
         security = operation.get("security", [])
-        if name == "POST /session":
+        if name in ("POST /session", "POST /rating/join"):
             assert security == [{}, key]
         elif name == "DELETE /session":
             assert security == [{}, key, cookie]

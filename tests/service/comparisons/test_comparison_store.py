@@ -17,6 +17,7 @@ from service.comparisons.model import (
     HalfState,
     Pair,
     PairState,
+    PixelMeasures,
     ViewingCopy,
 )
 from service.comparisons.store import ComparisonStore
@@ -148,6 +149,18 @@ def test_a_pair_has_the_state_of_its_halves(halves: tuple[Half, Half], state: Pa
     pair = Pair(id="0" * 16, number=1, reference=halves[0], candidate=halves[1])
     assert pair.state is state
     assert Pair.model_validate_json(pair.model_dump_json(exclude_none=True)) == pair
+
+
+def test_a_pair_of_equal_videos_is_read_as_it_was(
+    comparisons: ComparisonStore, make: Callable[..., Comparison]
+) -> None:
+    made = make()
+    pair = comparisons.pairs(made.id)[0]
+    equal = PixelMeasures(psnr_db=None, ssim=1)
+    comparisons.update_pair(
+        made.id, pair.id, lambda found: found.model_copy(update={"measures": equal})
+    )
+    assert comparisons.pair(made.id, pair.id).measures == equal
 
 
 def test_a_pair_whose_copies_failed_is_failed() -> None:

@@ -277,6 +277,20 @@ def test_a_comparison_whose_halves_have_all_ended_is_left_alone_until_something_
 
 
 @pytest.mark.usefixtures("live_worker")
+def test_the_other_half_of_a_failed_pair_is_still_made(bench: Bench, offer: WorkerOffer) -> None:
+    made = bench.make(prompts=1)
+    (pair,) = bench.pairs(made)
+    failed = Half(state=HalfState.FAILED, attempt=1, failure=LOST)
+    bench.comparisons.update_pair(
+        made.id, pair.id, lambda found: found.with_half(Arm.REFERENCE, failed)
+    )
+    bench.run()  # no worker is live
+    assert bench.comparisons.open_ids() == (made.id,)
+    catalog.publish(bench.redis, offer)
+    bench.run()
+    assert [job.request.mode for job in bench.jobs()] == ["w8a8"]
+
+
 def test_pause_submits_nothing_more_and_notices_what_ends(bench: Bench) -> None:
     made = bench.make(prompts=3)
     bench.run()

@@ -17,6 +17,7 @@ AWKWARD = {
     "chinese": "一个红色的小圆圈在黑色背景上向右移动，镜头缓慢推进。",
     "emoji": "🟥 → 🟦 👩🏽‍🚀 🏳️‍🌈 flying 🚀🚀🚀",
     "entities": "a &lt;red&gt; circle &amp;amp; a &quot;blue&quot; square &#x1F534; &nbsp;end",
+    "entities of entities": "a <b>red</b> circle &amp;amp; two &amp;lt;squares&amp;gt;",
     "german": "Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichen über "
     "Straßenbahnhaltestellenhäuschen, während Rindfleischetikettierungsüberwachungsaufgaben "
     "übertragungsgesetzmäßig größere Größen gewähren",

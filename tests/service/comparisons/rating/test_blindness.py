@@ -6,7 +6,6 @@ the mode in them at once has to fail on what the rater receives.
 """
 
 import hashlib
-import math
 import re
 import struct
 import subprocess
@@ -33,7 +32,8 @@ from tests.service.comparisons.samples import sample_comparison, sample_pairs
 
 PAIRS = 40
 RATERS = 3
-"""A leak shows with every rater. By chance, p is at most 0.05 with all three in 1 of 8,000 runs."""
+"""A leak shows with every rater. By chance, p is at most 0.05 with the first in 1 of 20 runs, and
+with all three in 1 of 8,000, so the others are asked only then."""
 
 FOLLOWS_FROM_PIXELS = (b"stsz", b"stco", b"btrt")
 """MP4 boxes that say how long the coded frames are, where they begin, and their bit rate."""
@@ -193,6 +193,7 @@ def p_value(right: int) -> float:
     return min(1.0, 2 * binomial_test(right, PAIRS)) if right > PAIRS / 2 else 1.0
 
 
+@pytest.mark.timeout(900)  # 160 runs of ffmpeg
 def test_nothing_but_the_pixels_tells_the_modes_apart(
     blind: tuple[Comparison, dict[str, dict[Arm, bytes]], list[str]],
     seat: Seat,
@@ -228,16 +229,17 @@ def test_nothing_but_the_pixels_tells_the_modes_apart(
             assert vote.status_code == 201
             seen.append(repr((vote.text, vote.headers.multi_items())).encode())
         assert ada.get("/rating/next").status_code == 204
-        assert sum(truth) == PAIRS / 2
-        assert p_value(guessed(control, truth)) < 1e-6, "the classifier finds what is there to find"
-        found_p.append(p_value(guessed(rows, truth)))
         for path in ("/rating", "/session"):
             answer = ada.get(path)
             # The title is what operators write for raters to read.
             shown = answer.text.replace(comparison.title, "")
             seen.append(repr((shown, answer.headers.multi_items())).encode())
-    assert max(found_p) > 0.05, found_p
-    assert math.isfinite(sum(found_p))
+        assert sum(truth) == PAIRS / 2
+        assert p_value(guessed(control, truth)) < 1e-6, "the classifier finds what is there to find"
+        found_p.append(p_value(guessed(rows, truth)))
+        if found_p[-1] > 0.05:
+            break
+    assert found_p[-1] > 0.05, found_p
     for secret in secrets:
         for text in seen:
             assert secret.lower().encode() not in text.lower(), secret

@@ -511,6 +511,8 @@ def test_the_list_of_raters(
     ]
     assert rows == [("Ada", 8, 8, True), ("Bob", 0, 8, False)]
     assert ada.token.split(".")[2] not in found.text
+    view = client.get(f"/comparisons/{comparison.id}", headers=ops).json()
+    assert view["raters"] == found.json()["raters"]
 
 
 def test_both_videos_are_sent_alike(
