@@ -140,7 +140,7 @@ function trust(criteria) {
 function people(raters, answers, criteria, result) {
   const all = result.with_all_raters.criteria;
   return card("Raters", table(["Rater", "#Votes", "#Skips", "#Seconds watched, median", "Counted"], raters.map((each) => [each.name, each.votes, each.skips,
-    decimal(each.seconds_watched_median, 0), each.excluded ? h("span", {}, h("span", { class: "tag bad" }, "left out"), " ", each.reasons.join("; ")) : each.votes > 0 ? "yes" : "–"])),
+    decimal(each.seconds_watched_median, 0), each.excluded ? h("span", { class: "reasons" }, h("span", { class: "tag bad" }, "left out"), " ", each.reasons.join("; ")) : each.votes > 0 ? "yes" : "–"])),
   answers.left_out.length > 0 && h("p", {}, "Not counted: ", answers.left_out.map((/** @type {any} */ each) => `${each.votes} ${each.reason}`).join(", "), "."),
   result.exclusions.length === 0 ? hint("Nobody is left out. The rules look at gold, identical and repeated pairs only, never at which mode somebody prefers.")
     : [h("h3", {}, "The result if nobody were left out"), h("p", {}, result.with_all_raters.conclusion.sentence),
