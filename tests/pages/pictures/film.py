@@ -1,4 +1,4 @@
-"""Film a comparison at work, about a minute: .venv/bin/python -m tests.pages.film FILE.mp4
+"""Film a comparison at work, about a minute: .venv/bin/python -m tests.pages.pictures.film FILE.mp4
 
 An operator's page, a rater who looks at pairs in every view and votes with keys, and the report.
 The browser's own frames are encoded with their times. `make film` calls it; SITE=URL films a
@@ -19,8 +19,8 @@ import imageio_ffmpeg
 from playwright.sync_api import Page, sync_playwright
 
 from tests.pages.conftest import ARGUMENTS, chromium
-from tests.pages.screenshots import running_site
-from tests.pages.stock import Stock
+from tests.pages.pictures.screenshots import running_site
+from tests.pages.pictures.stock import Stock
 
 SIZE = {"width": 1280, "height": 800}
 SECONDS = 60
