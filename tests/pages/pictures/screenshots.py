@@ -1,4 +1,6 @@
-"""Take a picture of every page and state: .venv/bin/python -m tests.pages.pictures.screenshots FOLDER [NAME]
+"""Take a picture of every page and state.
+
+.venv/bin/python -m tests.pages.pictures.screenshots FOLDER [NAME]
 
 It runs the whole system with the miniature on free ports and fills it; `make screenshots` calls it.
 NAME takes only the scenes whose name holds it. With SITE=URL it takes pictures of a service that
