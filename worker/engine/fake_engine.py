@@ -63,7 +63,9 @@ class FakeEngine:
         default_mode="plain",
         max_prompt_chars=100,
     )
-    modes = (ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),)
+    modes: tuple[ModeOffer, ...] = (
+        ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),
+    )
 
     def __init__(self, on_step: OnStep = lambda step: None) -> None:
         self._on_step = on_step

@@ -2,7 +2,7 @@
 
 import { Problem, request, root } from "./api.js";
 import { ended, follow, STAGES, standing } from "./job_stream.js";
-import { copying, fill, find, h, problemLine, say } from "./shell.js";
+import { copying, fill, h, problemLine, say } from "./shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 /** @typedef {{modes: () => string[], onTwin: (id: string) => void, onShow?: (job: Job) => void}} Place where a card is:
@@ -131,7 +131,8 @@ export class JobCard {
       h("p", {}, failure.detail), h("p", {}, remedy)),
     job.notes.map((/** @type {string} */ note) => h("p", { class: "hint" }, note)));
     fill(this.actions, this.buttons(job));
-    if (focused) (this.actions.querySelector("a, button") instanceof HTMLElement ? find("a, button", this.actions) : this.element).focus();
+    const next = this.actions.querySelector("a, button:not(:disabled)");
+    if (focused) (next instanceof HTMLElement ? next : this.element).focus();
   }
 
   /** @param {Job} job @returns {(Node | false)[]} */
