@@ -30,10 +30,10 @@ from service.pages.page_routes import SHARED_PAGES
 from service.settings import ServiceSettings
 from tests.pages.accessibility import assert_accessible, assert_reflows
 from tests.pages.conftest import DESKTOP, PHONE, Visit
-from tests.pages.rated_comparison import FRAMES, store_comparison
+from tests.pages.comparisons.rated_comparison import FRAMES, store_comparison
 from tests.support.http_service import Site
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SLOW_MS = 60_000
 """Of what several processes do on a busy machine."""
 
