@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from playwright.sync_api import Page
+from playwright.sync_api import FilePayload, Page
 
 Act = Callable[[Page], None]
 
@@ -74,8 +74,8 @@ def _refuse(page: Page) -> None:
     page.get_by_label("Title").fill("Refused")
     page.get_by_label("From a file").check()
     table = b"prompt,seed\na small red circle,7\n,8\na small blue square,many\n"
-    file = {"name": "prompts.csv", "mimeType": "text/csv", "buffer": table}
-    page.locator("#file").set_input_files(files=[file])  # type: ignore[list-item]
+    file = FilePayload(name="prompts.csv", mimeType="text/csv", buffer=table)
+    page.locator("#file").set_input_files(file)
     page.get_by_role("button", name="Create and start").click()
     page.locator("#refused li").first.wait_for()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, FilePayload, Locator, Page, expect
 from redis import Redis
 
 from deploy.local.waiting import wait_until
@@ -29,8 +29,8 @@ from service.comparisons.store import ComparisonStore
 from service.pages.page_routes import SHARED_PAGES
 from service.settings import ServiceSettings
 from tests.pages.accessibility import assert_accessible, assert_reflows
-from tests.pages.conftest import DESKTOP, PHONE, Visit
 from tests.pages.comparisons.rated_comparison import FRAMES, store_comparison
+from tests.pages.conftest import DESKTOP, PHONE, Visit
 from tests.support.http_service import Site
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -197,8 +197,8 @@ def test_a_refused_file_says_its_lines_and_creates_nothing(
     page.get_by_role("button", name="Create and start").click()
     expect(page.locator("#refused")).to_contain_text("No file is chosen")
     table = "prompt,seed\r\na cat,1\r\n,2\r\na dog,many\r\n".encode("utf-8-sig")
-    file = {"name": "prompts.csv", "mimeType": "text/csv", "buffer": table}
-    page.locator("#file").set_input_files(files=[file])  # type: ignore[list-item]
+    file = FilePayload(name="prompts.csv", mimeType="text/csv", buffer=table)
+    page.locator("#file").set_input_files(file)
     page.get_by_role("button", name="Create and start").click()
     refused = page.locator("#refused li")
     expect(refused).to_have_count(2)
@@ -208,8 +208,9 @@ def test_a_refused_file_says_its_lines_and_creates_nothing(
     assert ComparisonStore(redis).list().comparisons == ()
     visit.faults.remove(next(each for each in visit.faults if "422" in each))
 
-    good = {**file, "buffer": b"prompt;seeds\r\na \xe4pple;1 2\r\n"}  # Latin-1, as Excel saves it
-    page.locator("#file").set_input_files(files=[good])  # type: ignore[list-item]
+    # Latin-1, as Excel saves it
+    table = b"prompt;seeds\r\na \xe4pple;1 2\r\n"
+    page.locator("#file").set_input_files({**file, "buffer": table})
     page.get_by_role("button", name="Create and start").click()
     expect(page.locator("#counts")).to_contain_text("of 2 pairs")
     expect(page.locator("#pairs")).to_contain_text("a äpple")
