@@ -29,11 +29,11 @@ from service.comparisons.store import ComparisonStore
 from service.pages.page_routes import SHARED_PAGES
 from service.settings import ServiceSettings
 from tests.pages.accessibility import assert_accessible, assert_reflows
+from tests.pages.comparisons.rated_comparison import FRAMES, store_comparison
 from tests.pages.conftest import DESKTOP, PHONE, Visit
-from tests.pages.rated_comparison import FRAMES, store_comparison
 from tests.support.http_service import Site
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SLOW_MS = 60_000
 """Of what several processes do on a busy machine."""
 
@@ -208,11 +208,9 @@ def test_a_refused_file_says_its_lines_and_creates_nothing(
     assert ComparisonStore(redis).list().comparisons == ()
     visit.faults.remove(next(each for each in visit.faults if "422" in each))
 
-    good: FilePayload = {
-        **file,
-        "buffer": b"prompt;seeds\r\na \xe4pple;1 2\r\n",
-    }  # Latin-1, as Excel saves it
-    page.locator("#file").set_input_files(good)
+    # Latin-1, as Excel saves it
+    table = b"prompt;seeds\r\na \xe4pple;1 2\r\n"
+    page.locator("#file").set_input_files({**file, "buffer": table})
     page.get_by_role("button", name="Create and start").click()
     expect(page.locator("#counts")).to_contain_text("of 2 pairs")
     expect(page.locator("#pairs")).to_contain_text("a äpple")
