@@ -30,7 +30,7 @@ let stream = null;
 export function follow(id, show, lose) {
   /** @type {Job | null} */ let job = null;
   /** @type {EventSource | null} */ let source = null;
-  let timer = 0, drawing = 0, failures = 0, over = false;
+  let timer = 0, drawing = 0, failures = 0, heard = 0, over = false;
 
   const draw = () => {
     // Past events come all at once: shown is what they lead to.
@@ -56,7 +56,11 @@ export function follow(id, show, lose) {
     if (over) return;
     let waitS = 2;
     try {
-      job = await request(`jobs/${id}`);
+      const before = heard;
+      const found = await request(`jobs/${id}`);
+      if (over) return;
+      // What came by the stream meanwhile is newer.
+      job = heard === before || job === null ? found : { ...job, cancel_requested: found.cancel_requested };
       failures = 0;
       draw();
     } catch (error) {
@@ -84,6 +88,7 @@ export function follow(id, show, lose) {
   }
   /** @param {string} kind @param {Record<string, any>} event */
   function hear(kind, event) {
+    heard += 1;
     if (kind === "queue") job = { ...job, queue: event };
     else if (event.job) job = event.job;
     else job = { ...job, state: event.state, attempts: event.attempts, progress: event.progress };
