@@ -100,9 +100,9 @@ async function take(name, question = "", text = "", warning) {
     if (name === "delete") return location.assign(`${root}comparisons`);
     if (name === "clone") return location.assign(`${root}comparisons/${answer.id}`);
     say(`Done: ${name}.`);
+    delete shown.note; // what was refused before is over
   } catch (error) {
     fill(note, problemLine(error));
-    delete shown.note;
   }
   rounds = poll(round, EVERY_MS);
 }
