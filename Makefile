@@ -74,10 +74,10 @@ bench: $(VENV)/.demo ## seconds per stage of a job, bf16 beside w8a8
 	@$(BIN)/python -m benchmarks.serving.job_latency
 
 screenshots: $(VENV)/.dev $(VENV)/.chromium ## every page and state in light and dark, on a desktop and a phone  [FOLDER=]
-	@$(BIN)/python -m tests.pages.screenshots "$(FOLDER)"
+	@$(BIN)/python -m tests.pages.pictures.screenshots "$(FOLDER)"
 
 film: $(VENV)/.dev $(VENV)/.chromium ## a minute of a comparison at work  [FILM=]
-	@$(BIN)/python -m tests.pages.film "$(FILM)"
+	@$(BIN)/python -m tests.pages.pictures.film "$(FILM)"
 
 $(VENV)/.venv:
 	@sh deploy/install/venv.sh "$(PYTHON)" "$(VENV)"

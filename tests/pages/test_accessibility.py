@@ -51,6 +51,6 @@ def test_a_page_that_is_too_wide_is_found(blank: Page) -> None:
 @pytest.mark.parametrize("path", ["/", "/ops", "/rate", "/comparisons"])
 def test_a_page_is_accessible(visit: Visit, path: str) -> None:
     page = visit.open(path)
-    page.locator("#who > *").first.wait_for()
+    page.locator("#who > *").first.wait_for(state="attached")
     assert_accessible(page)
     assert_reflows(page)

@@ -431,7 +431,7 @@ def test_the_gallery_pages_and_filters(visit: Visit, worker: PlayedWorker, store
     expect(tiles).to_have_count(13)
     page.get_by_label("Show only the state").select_option("failed")
     expect(page.locator("#gallery-empty")).to_be_visible()
-    page.set_viewport_size({"width": 320, "height": PHONE["height"]})  # type: ignore[typeddict-item]
+    page.set_viewport_size({"width": 320, "height": PHONE["height"]})
     fits(page)
     assert store.list(JobState.QUEUED).jobs
 

@@ -17,7 +17,7 @@ def first_load(browser: Browser, url: str) -> dict[str, int]:
     answers: list[Response] = []
     page.on("response", lambda answer: answers.append(answer))  # noqa: PLW0108 (not a builtin)
     page.goto(url)
-    page.locator("#who > *").first.wait_for()
+    page.locator("#who > *").first.wait_for(state="attached")
     page.wait_for_timeout(500)
     weighed: dict[str, int] = {}
     for answer in answers:

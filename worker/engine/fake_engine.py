@@ -74,7 +74,9 @@ class FakeEngine:
         default_mode="plain",
         max_prompt_chars=100,
     )
-    modes = (ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),)
+    modes: tuple[ModeOffer, ...] = (
+        ModeOffer(name="plain", description="One colour.", recipe_fingerprint="recipe-1"),
+    )
 
     def __init__(
         self, on_step: OnStep = lambda step: None, preview_pace: PreviewPace | None = None

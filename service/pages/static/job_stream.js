@@ -89,6 +89,10 @@ export function follow(id, show, lose) {
     else job = { ...job, state: event.state, attempts: event.attempts, progress: event.progress };
     if (kind === "preview" && event.preview) job = { ...job, preview: event.preview };
     draw();
+    if (kind === "state" && !event.job) { // which does not say whether it is to be cancelled
+      clearTimeout(timer);
+      timer = setTimeout(ask, 200);
+    }
     if (job !== null && ended(job)) stop();
   }
   document.addEventListener("signed-in", ask);

@@ -2,7 +2,7 @@
 
 import { Problem, request, root } from "./api.js";
 import { ended, follow, STAGES, standing } from "./job_stream.js";
-import { copying, fill, find, h, problemLine, say } from "./shell.js";
+import { copying, fill, h, problemLine, say } from "./shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 /** @typedef {{modes: () => string[], onTwin: (id: string) => void, onShow?: (job: Job) => void}} Place where a card is:
@@ -36,6 +36,7 @@ export class JobCard {
     /** @type {Job | undefined} */ this.job = undefined;
     /** @type {unknown} */ this.previewed = null;
     this.offered = "";
+    this.cancelled = false;
     this.screen = h("div", { class: "screen" }, h("p", { class: "screen-text" }, "Loading…"));
     this.title = h("p", { class: "job-title" }, " ");
     this.line = h("p", { class: "job-line number" }, " ");
@@ -64,6 +65,7 @@ export class JobCard {
 
   /** @param {Job} job */
   show(job) {
+    if (this.cancelled) job = { ...job, cancel_requested: true }; // events know it only later
     this.job = job;
     const { mode, seed, prompt } = job.request;
     const [width, height] = job.request.size.split("x");
@@ -129,7 +131,8 @@ export class JobCard {
       h("p", {}, failure.detail), h("p", {}, remedy)),
     job.notes.map((/** @type {string} */ note) => h("p", { class: "hint" }, note)));
     fill(this.actions, this.buttons(job));
-    if (focused) (this.actions.querySelector("a, button") instanceof HTMLElement ? find("a, button", this.actions) : this.element).focus();
+    const next = this.actions.querySelector("a, button:not(:disabled)");
+    if (focused) (next instanceof HTMLElement ? next : this.element).focus();
   }
 
   /** @param {Job} job @returns {(Node | false)[]} */
@@ -162,7 +165,8 @@ export class JobCard {
     video.muted = true;
     video.autoplay = !calm.matches;
     video.addEventListener("loadeddata", () => {
-      for (const each of this.element.parentElement?.querySelectorAll("video") ?? []) each.currentTime = 0; // side by side
+      const all = this.element.parentElement?.querySelectorAll("video") ?? [];
+      if (all.length > 1 && !calm.matches) restart(all); // so that they run side by side
     });
     video.addEventListener("error", () => this.explain(src, job));
     fill(this.screen, video);
@@ -189,7 +193,7 @@ export class JobCard {
   }
 
   async cancel() {
-    await this.ask(() => request(`jobs/${this.id}`, { method: "DELETE" }));
+    this.cancelled = await this.ask(() => request(`jobs/${this.id}`, { method: "DELETE" })) !== undefined;
   }
 
   /** Make the same in another mode. @param {string} mode */
@@ -219,15 +223,16 @@ function still(picture) {
   return canvas;
 }
 
+/** Play videos from their start. @param {Iterable<HTMLVideoElement>} videos */
+function restart(videos) {
+  for (const video of videos) {
+    video.currentTime = 0;
+    video.play().catch(() => {}); // it was taken away meanwhile
+  }
+}
+
 /** A button that plays all videos of a place from their start, so that they run side by side. @param {ParentNode} place */
 export function playTogether(place) {
-  return h("button", {
-    type: "button", "data-together": true,
-    onclick: () => {
-      for (const video of place.querySelectorAll("video")) {
-        video.currentTime = 0;
-        void video.play();
-      }
-    },
-  }, "Play together from the start");
+  const onclick = () => restart(place.querySelectorAll("video"));
+  return h("button", { type: "button", "data-together": true, onclick }, "Play together from the start");
 }

@@ -26,7 +26,7 @@ from worker.settings import WorkerSettings
 class TwinEngine(FakeEngine):
     """Draws a square that moves over a pattern; the mode `twin` is a little brighter."""
 
-    modes = (  # type: ignore[assignment]  # one more than its parent has
+    modes = (
         ModeOffer(name="plain", description="As it is.", recipe_fingerprint="recipe-1"),
         ModeOffer(name="twin", description="Brighter.", recipe_fingerprint="recipe-2"),
     )

@@ -85,7 +85,8 @@ def blind(
             shape = {"width": 96, "height": 96, "num_frames": 6, "fps": 8}
             video = Video(key=key, bytes=len(data), sha256=sha256, **shape)
             now = datetime.now(UTC)
-            jobs[arm] = JobRecord.model_construct(id=job_id, video=video, created_at=now)
+            known = {"id": job_id, "video": video, "created_at": now}
+            jobs[arm] = JobRecord.model_construct(**known)  # type: ignore[arg-type]
             secrets += [job_id, sha256, sha256[:16]]
         copied = maker.of_jobs(pair, jobs[Arm.REFERENCE], jobs[Arm.CANDIDATE])
         secrets += [

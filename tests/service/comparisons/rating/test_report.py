@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from jobs.record import Failure
-from service.comparisons.model import Comparison, PairKind, PixelMeasures, RatingPlan
+from service.comparisons.model import Comparison, Pair, PairKind, PixelMeasures, RatingPlan
 from service.comparisons.rating import report
 from service.comparisons.rating.export import COLUMNS
 from service.comparisons.rating.votes import VoteStore
@@ -124,9 +124,11 @@ def test_the_numbers_are_those_of_the_votes(
         if pair.kind is PairKind.TEST:
             psnr = None if number == 0 else 30.0 + number
             found = PixelMeasures(psnr_db=psnr, ssim=0.9)
-            comparisons.update_pair(
-                comparison.id, pair.id, lambda p, m=found: p.model_copy(update={"measures": m})
-            )
+
+            def measured(pair: Pair, found: PixelMeasures = found) -> Pair:
+                return pair.model_copy(update={"measures": found})
+
+            comparisons.update_pair(comparison.id, pair.id, measured)
             values = {"psnr_db": psnr, "ssim": 0.9}
             measures += [
                 PairMeasure(pair.prompt_id or "", pair.id, name, value)

@@ -1,4 +1,6 @@
-"""Take a picture of every page and state: .venv/bin/python -m tests.pages.screenshots FOLDER [NAME]
+"""Take a picture of every page and state.
+
+.venv/bin/python -m tests.pages.pictures.screenshots FOLDER [NAME]
 
 It runs the whole system with the miniature on free ports and fills it; `make screenshots` calls it.
 NAME takes only the scenes whose name holds it. With SITE=URL it takes pictures of a service that
@@ -21,8 +23,8 @@ from deploy.local.session import throwaway_stack
 from deploy.local.signals import handle_signals
 from deploy.local.stack import WORKER_CONFIG
 from tests.pages.conftest import ARGUMENTS, DESKTOP, PHONE, chromium
-from tests.pages.scenes import SCENES, Scene
-from tests.pages.stock import Stock
+from tests.pages.pictures.scenes import SCENES, Scene
+from tests.pages.pictures.stock import Stock
 
 SCHEMES = ("light", "dark")
 SIZES = {"desktop": DESKTOP, "phone": PHONE}
@@ -53,7 +55,7 @@ def take(browser: Browser, scene: Scene, url: str, scheme: str, size: str, path:
     try:
         scene.before(page)
         page.goto(url)
-        page.locator("#who > *").or_(page.locator("#api > *")).first.wait_for()
+        page.locator("#who > *").or_(page.locator("#api > *")).first.wait_for(state="attached")
         page.locator(LOADING).first.wait_for(state="hidden")
         page.wait_for_timeout(SETTLED_MS)
         scene.act(page)

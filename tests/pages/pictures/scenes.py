@@ -23,7 +23,7 @@ class Scene:
 
     Attributes:
         name: of the picture's file.
-        path: of the page; in braces a name of `tests/pages/stock.py`.
+        path: of the page; in braces a name of `tests/pages/pictures/stock.py`.
         act: brings the page, once loaded, into the state.
         before: prepares the page before it is loaded, such as a service that does not answer.
     """

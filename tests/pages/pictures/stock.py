@@ -5,8 +5,8 @@ Everything goes through the public API, and the miniature makes the videos.
 
 from __future__ import annotations
 
-import itertools
 import random
+import time
 from typing import Any
 
 import httpx
@@ -79,10 +79,13 @@ class Stock:
         with httpx.Client(base_url=self.url, timeout=60, headers={"Origin": self.url}) as rater:
             rater.post("/rating/join", json={"token": token}).raise_for_status()
             criteria = rater.get("/rating").raise_for_status().json()["comparison"]["criteria"]
-            for _ in itertools.count():
+            while True:
                 item = rater.get("/rating/next").raise_for_status()
                 if item.status_code == httpx.codes.NO_CONTENT:
-                    return
+                    if not rater.get("/rating").raise_for_status().json()["progress"]["waiting"]:
+                        return
+                    time.sleep(1)  # more pairs are being made
+                    continue
                 answers = {each["id"]: chance.choice(("left", "right", "tie")) for each in criteria}
                 rater.post(
                     f"/rating/items/{item.json()['item']}/vote",

@@ -1,4 +1,4 @@
-"""Film a comparison at work, about a minute: .venv/bin/python -m tests.pages.film FILE.mp4
+"""Film a comparison at work, about a minute: .venv/bin/python -m tests.pages.pictures.film FILE.mp4
 
 An operator's page, a rater who looks at pairs in every view and votes with keys, and the report.
 The browser's own frames are encoded with their times. `make film` calls it; SITE=URL films a
@@ -19,8 +19,8 @@ import imageio_ffmpeg
 from playwright.sync_api import Page, sync_playwright
 
 from tests.pages.conftest import ARGUMENTS, chromium
-from tests.pages.screenshots import running_site
-from tests.pages.stock import Stock
+from tests.pages.pictures.screenshots import running_site
+from tests.pages.pictures.stock import Stock
 
 SIZE = {"width": 1280, "height": 800}
 SECONDS = 60
@@ -136,6 +136,7 @@ def play(film: Film, site: str, names: dict[str, str]) -> None:
     film.say("And on to the next", 0.5)
     vote(page, "ArrowRight", "ArrowRight", "ArrowDown")
     film.say("One vote can be taken back until the next", 2)
+    page.context.clear_cookies()  # from here on an operator again: raters may not see it
     page.goto(f"{site}/comparisons/{names['comparison']}/report")
     film.say("The report: is it as good, by the margin fixed beforehand?", 5)
     for _ in range(6):
