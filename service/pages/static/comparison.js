@@ -26,6 +26,9 @@ let pairs = [];
 /** @type {string | null} */
 let cursor = null;
 let pages = 1;
+const EVERY_MS = 5000;
+/** @type {ReturnType<typeof poll>} */
+let rounds;
 
 /** @param {string} part @param {unknown} data @param {(part: HTMLElement) => void} draw */
 function redraw(part, data, draw) {
@@ -91,16 +94,17 @@ function steps({ state, counts }) {
 /** @param {string} name @param {string} [question] @param {string} [text] @param {string} [warning] */
 async function take(name, question = "", text = "", warning) {
   if (warning !== undefined && !(await confirmed(question, warning, text))) return;
+  rounds.stop(); // or it would ask for what is being deleted
   try {
     const answer = await request(name === "delete" ? path : `${path}/${name}`, { method: name === "delete" ? "DELETE" : "POST" });
-    if (name === "delete") location.href = `${root}comparisons`;
-    else if (name === "clone") location.href = `${root}comparisons/${answer.id}`;
-    else say(`Done: ${name}.`);
+    if (name === "delete") return location.assign(`${root}comparisons`);
+    if (name === "clone") return location.assign(`${root}comparisons/${answer.id}`);
+    say(`Done: ${name}.`);
+    delete shown.note; // what was refused before is over
   } catch (error) {
     fill(note, problemLine(error));
-    delete shown.note;
   }
-  rounds.now();
+  rounds = poll(round, EVERY_MS);
 }
 
 /** @param {string} question @param {string} warning @param {string} yes @returns {Promise<boolean>} */
@@ -217,4 +221,4 @@ find("#more").addEventListener("click", () => {
   pages += 1;
   rounds.now();
 });
-const rounds = poll(round, 5000);
+rounds = poll(round, EVERY_MS);

@@ -263,6 +263,22 @@ def test_a_comparison_is_steered(visit: Visit, make_seat: MakeSeat, redis: Redis
 
 
 @on_desktop
+def test_a_step_that_is_refused_is_explained(
+    visit: Visit, make_seat: MakeSeat, redis: Redis
+) -> None:
+    comparison, _, _ = make_seat()
+    page = visit.open(f"/comparisons/{comparison.id}")
+    page.get_by_role("button", name="Close").click()
+    ComparisonStore(redis).change_state(
+        comparison.id, ComparisonState.CANCELLED, [ComparisonState.RUNNING]
+    )
+    page.get_by_role("dialog").get_by_role("button", name="Close").click()
+    expect(page.locator("#state")).to_have_text("cancelled")
+    expect(page.locator("#note")).to_contain_text("cancelled")
+    visit.faults.remove(next(each for each in visit.faults if "409" in each))
+
+
+@on_desktop
 def test_a_closed_page_loses_nothing(
     visit: Visit, site: Site, make_seat: MakeSeat, redis: Redis
 ) -> None:
