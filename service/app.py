@@ -30,6 +30,7 @@ from service.api.routes import (
     comparisons,
     events,
     health,
+    index,
     jobs,
     keys,
     models,
@@ -161,6 +162,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         operations,
         keys,
         health,
+        index,
     )
     # Before the API: its routes match for browsers only, at addresses that are the API's, too.
     app.include_router(page_routes.shared_router)

@@ -173,7 +173,7 @@ class ComparisonView(BaseModel):
     pixel_measures: bool
     counts: PairCounts
     raters: list[RaterView] | None = Field(
-        description="Oldest first; null in the answers to other requests than reading it."
+        description="Oldest first; null in lists and in answers to changes of the state."
     )
 
     @classmethod

@@ -182,7 +182,7 @@ def _create(
 ) -> ComparisonView:
     comparisons.create(planned.comparison, planned.pairs)
     response.headers["Location"] = f"{public_path}/comparisons/{planned.comparison.id}"
-    return ComparisonView.of(planned.comparison, planned.pairs)
+    return ComparisonView.of(planned.comparison, planned.pairs, raters=[])
 
 
 def _change(
