@@ -291,6 +291,7 @@ def test_the_other_half_of_a_failed_pair_is_still_made(bench: Bench, offer: Work
     assert [job.request.mode for job in bench.jobs()] == ["w8a8"]
 
 
+@pytest.mark.usefixtures("live_worker")
 def test_pause_submits_nothing_more_and_notices_what_ends(bench: Bench) -> None:
     made = bench.make(prompts=3)
     bench.run()
