@@ -170,14 +170,17 @@ class WanEngine:
 
         steps, preview = request.num_inference_steps, self.components.preview
 
-        def on_step(done: int, predicted: Tensor) -> None:
+        def tell(done: int) -> None:
             control.progress(Stage.DENOISE, done, steps)
             if done == steps // 2:
                 sample.arm()
+
+        def on_step(done: int, predicted: Tensor) -> None:
+            tell(done)
             if preview is not None:
                 control.preview(done, steps, partial(preview.clip, predicted))
 
-        control.progress(Stage.DENOISE, 0, steps)
+        tell(0)
         caching = self.loaded[request.mode].step_cache
         try:
             with (

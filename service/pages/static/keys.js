@@ -29,8 +29,21 @@ export function cell(title, ...children) {
   return h("td", { "data-title": title }, h("div", {}, ...children));
 }
 
-/** Render while what has the keyboard's focus keeps it, by its `data-key`. @param {() => void} render */
+let pressed = false;
+addEventListener("pointerdown", () => { pressed = true; });
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => setTimeout(() => { pressed = false; }));
+
+/**
+ * Render while what has the keyboard's focus keeps it, by its `data-key`, and not between press and release: a click on
+ * what was replaced meanwhile would be lost.
+ *
+ * @param {() => void} render
+ */
 export function keepingFocus(render) {
+  if (pressed) {
+    setTimeout(() => keepingFocus(render), 100);
+    return;
+  }
   const key = document.activeElement instanceof HTMLElement ? document.activeElement.dataset.key : undefined;
   render();
   if (key === undefined) return;
