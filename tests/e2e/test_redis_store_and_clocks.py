@@ -171,7 +171,8 @@ def test_forty_jobs_end_and_nothing_vanishes_while_the_clock_of_one_host_is_ahea
     }
     with TwoWorkers(tmp_path / "cluster", {"worker-0": host, "api-0": host}, apis=2) as site:
         cluster = site.cluster
-        assert clock_of(cluster.urls[0]) - ahead < datetime.now(UTC) < clock_of(cluster.urls[0])
+        shifted = clock_of(cluster.urls[0]) - ahead
+        assert abs(shifted - datetime.now(UTC)) < timedelta(seconds=10), "one service is ahead"
         first = site.submit(20)
         seen = sightings(cluster.urls, lambda: site.ended(first) == len(first))
         # At its start each service process looks whether something is to be deleted.
@@ -201,8 +202,8 @@ def test_forty_jobs_end_and_nothing_vanishes_while_the_clock_of_one_host_is_ahea
 
 
 def clock_of(url: str) -> datetime:
-    """Return the time that a service says it is, and up to a second more."""
-    return parsedate_to_datetime(httpx.get(f"{url}/healthz").headers["date"]) + timedelta(seconds=1)
+    """Return the time that a service says it is, to a second or two."""
+    return parsedate_to_datetime(httpx.get(f"{url}/healthz").headers["date"])
 
 
 def sightings(
