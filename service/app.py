@@ -90,22 +90,32 @@ _TAGS = [
 ]
 
 
+_API = (
+    jobs,
+    events,
+    preview,
+    videos,
+    openai_models,
+    models,
+    session,
+    comparisons,
+    comparison_results,
+    rating,
+    operations,
+    keys,
+    health,
+    index,
+)
+"""The modules with the routes of the API."""
+
+
 def create_app(settings: ServiceSettings) -> FastAPI:
     """Build the application. Redis is not needed until the first request.
 
     Raises:
         ArtifactRefused: the service cannot use ARTIFACTS_URL, or cannot make its folder.
     """
-    redis_url = settings.redis_url.get_secret_value()
-    redis = connect(redis_url)
-    artifacts = open_known_artifacts(settings.artifacts_url, redis)
-    # An empty catalog is not cached: a caller who saw the first worker appear, at /readyz for
-    # example, may send a job at once.
-    cached_catalog = CachedValue(
-        lambda: catalog.read(redis), settings.catalog_kept_s, lambda found: bool(found.offers)
-    )
-    queue_positions = CachedQueuePositions(QueuePositions(redis), cached_catalog)
-
+    app_state = _app_state(settings)
     app = FastAPI(
         redirect_slashes=False,
         title="Text to video with Wan2.1",
@@ -117,15 +127,36 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         docs_url=None,  # `service/pages/api_docs.py` serves it
         redoc_url=None,
     )
+    _add_middleware(app, settings)
+    app.add_middleware(RequestLog, metrics=app_state.exposition.http)
+    app.state.app_state = app_state
+    # Before the API: its routes match for browsers only, at addresses that are the API's, too.
+    app.include_router(page_routes.shared_router)
+    for routes in (*_API, api_docs, page_routes, static_files):
+        app.include_router(routes.router)
+    problems.install(app, {openai_errors.PREFIX: openai_errors.response})
+    bodies = (KeyBody, KeyChangesBody, RotateBody, JoinBody, RaterBody, SkipBody, VoteBody)
+    openapi.install(app, schemas=[openai_errors.ErrorAnswer, *bodies], views=[VideoObject])
+    return app
+
+
+def _app_state(settings: ServiceSettings) -> AppState:
+    redis_url = settings.redis_url.get_secret_value()
+    redis = connect(redis_url)
+    artifacts = open_known_artifacts(settings.artifacts_url, redis)
+    # An empty catalog is not cached: a caller who saw the first worker appear, at /readyz for
+    # example, may send a job at once.
+    cached_catalog = CachedValue(
+        lambda: catalog.read(redis), settings.catalog_kept_s, lambda found: bool(found.offers)
+    )
+    queue_positions = CachedQueuePositions(QueuePositions(redis), cached_catalog)
     exposition = Exposition(redis_url)
     checks = Checks(redis, artifacts, settings.durability)
     exposition.add(checks)
     raters = RaterStore(redis)
     sessions = SessionStore(redis, raters.seat)
     gate = _gate(settings, redis, sessions)
-    _add_middleware(app, settings)
-    app.add_middleware(RequestLog, metrics=exposition.http)
-    app.state.app_state = AppState(
+    return AppState(
         settings=settings,
         redis=redis,
         store=JobStore(redis, settings.durability),
@@ -148,30 +179,6 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         desk=RatingDesk(redis),
         reports=Reports(redis),
     )
-    api = (
-        jobs,
-        events,
-        preview,
-        videos,
-        openai_models,
-        models,
-        session,
-        comparisons,
-        comparison_results,
-        rating,
-        operations,
-        keys,
-        health,
-        index,
-    )
-    # Before the API: its routes match for browsers only, at addresses that are the API's, too.
-    app.include_router(page_routes.shared_router)
-    for routes in (*api, api_docs, page_routes, static_files):
-        app.include_router(routes.router)
-    problems.install(app, {openai_errors.PREFIX: openai_errors.response})
-    bodies = (KeyBody, KeyChangesBody, RotateBody, JoinBody, RaterBody, SkipBody, VoteBody)
-    openapi.install(app, schemas=[openai_errors.ErrorAnswer, *bodies], views=[VideoObject])
-    return app
 
 
 def _gate(settings: ServiceSettings, redis: Redis, sessions: SessionStore) -> Gate:
