@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,8 +31,8 @@ def npu_fusion_attention(
     assert query.shape[2] == key.shape[2] == value.shape[2] == head_num
     assert not masks
     assert inner_precise == 0
-    heads = (each.transpose(1, 2) for each in (query, key, value))
-    return (F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).contiguous(),)
+    q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+    return (F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous(),)
 
 
 def npu_layer_norm_eval(
