@@ -45,10 +45,10 @@ def check_attention(ulysses: Ulysses, batch: int) -> None:
 def check_ascend(ulysses: Ulysses, batch: int) -> None:
     """Kernels for Ascend attend to a rank's heads as to all of them, and round the result."""
     q, k, v = random_inputs(batch, torch.bfloat16)
-    local = [ulysses.local_tokens(x) for x in (q, k, v)]
+    local_q, local_k, local_v = (ulysses.local_tokens(x) for x in (q, k, v))
     with pytest.MonkeyPatch.context() as patch:
         npu_operations.install(patch)
-        out = ulysses.attention(AscendKernels().attention)(*local, None, 0.5)
+        out = ulysses.attention(AscendKernels().attention)(local_q, local_k, local_v, None, 0.5)
     expected = EagerKernels().attention(q, k, v, None, 0.5)
     assert torch.equal(out, ulysses.local_tokens(expected)), f"Ascend, batch {batch}"
 
