@@ -210,7 +210,7 @@ def open_points(path: Path, *, complete: bool = True) -> PointsFolder:
         sampler["size"] = tuple(sampler["size"])
         info = PointsInfo(
             sampler=SamplerSettings(**sampler),
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()},
+            **_with_tuples(data),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
@@ -228,6 +228,10 @@ def open_points(path: Path, *, complete: bool = True) -> PointsFolder:
             "same `python -m quant record` again, which goes on"
         )
     return folder
+
+
+def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(each) if isinstance(each, list) else each for name, each in data.items()}
 
 
 def relative_error_energy(found: Tensor, reference: Tensor) -> float:

@@ -128,8 +128,8 @@ def sign_flip_test(differences: Floats, seed: int = 0, draws: int = DRAWS) -> fl
     found = abs(differences.mean())
     count = len(differences)
     if count <= 13:
-        signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
-        means = np.abs(signs @ differences) / count
+        every = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
+        means = np.abs((1.0 - 2 * every) @ differences) / count
         return float((means >= found * (1 - 1e-12)).mean())
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, (draws, count), dtype=np.int8) * 2.0 - 1
