@@ -1,14 +1,25 @@
 """Provide the miniature's transformer and points for it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
 from quant.studies.points import Point
 
 MINIATURE = Path("models/wan-mini")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_for_fixtures() -> Iterator[None]:
+    """Use one thread in fixtures that several tests share, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def load_transformer(model: Path) -> Any:
