@@ -8,6 +8,7 @@ number of processes may make them at once. Nothing expires. Redis errors are not
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeVar, cast
 
 from redis import Redis
@@ -250,14 +251,20 @@ def _encode(pair: Pair) -> str:
     return pair.model_dump_json(exclude_none=True)
 
 
+# Most pairs are read again and again without a change: texts are compared faster than parsed.
+@lru_cache(maxsize=2048)
 def _decode_pair(text: bytes) -> Pair:
     return Pair.model_validate_json(text)
 
 
+@lru_cache(maxsize=64)
+def _decode_comparison(text: bytes) -> Comparison:
+    return Comparison.model_validate_json(text)
+
+
 def _decode(comparison_id: str, fields: dict[bytes, bytes]) -> Comparison:
     text = _checked(comparison_id, fields.get(b"comparison"))
-    comparison = Comparison.model_validate_json(text)
-    return comparison.model_copy(
+    return _decode_comparison(text).model_copy(
         update={
             "state": ComparisonState(fields[b"state"].decode()),
             "problem": fields[b"problem"].decode() or None,
