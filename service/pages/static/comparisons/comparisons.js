@@ -1,8 +1,8 @@
 /** The list of comparisons, and the form that creates one. */
 
-import { Problem, poll, request, root } from "./api.js";
+import { Problem, poll, request, root } from "../api.js";
 import { contenderName, decisiveVotes, stateTag } from "./comparison_parts.js";
-import { fill, find, h, moment, problemLine, say } from "./shell.js";
+import { fill, find, h, moment, problemLine, say } from "../shell.js";
 
 /**
  * @typedef {{name: string, description: string, workers: number, warning?: string | null}} Mode

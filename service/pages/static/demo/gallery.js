@@ -1,7 +1,7 @@
 /** Shows the jobs of who is signed in, newest first: pictures that lead to the pages of the jobs. */
 
-import { poll, request, root } from "./api.js";
-import { fill, find, h, moment, problemLine, whoAmI } from "./shell.js";
+import { poll, request, root } from "../api.js";
+import { fill, find, h, moment, problemLine, whoAmI } from "../shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 

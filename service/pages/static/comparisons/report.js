@@ -1,11 +1,11 @@
 /** The report of a comparison: what the votes show, how far they can be trusted, and the pairs behind it. */
 
-import { Problem, poll, request, root } from "./api.js";
+import { Problem, poll, request, root } from "../api.js";
 import { contenderName, percent, plotRow, range, stateTag } from "./comparison_parts.js";
-import { PairPlayer } from "./player/player.js";
-import { fill, find, h, moment, problemLine } from "./shell.js";
+import { PairPlayer } from "../player/player.js";
+import { fill, find, h, moment, problemLine } from "../shell.js";
 
-/** @typedef {import("./shell.js").Child} Child */
+/** @typedef {import("../shell.js").Child} Child */
 
 const id = location.pathname.replace(/\/$/, "").split("/").at(-2) ?? "";
 const path = `comparisons/${encodeURIComponent(id)}`;
@@ -189,7 +189,7 @@ async function watch({ prompt }, { jobs }, comparison) {
     const [leftUrl, rightUrl] = sides.map((arm) => `${root}jobs/${jobs[arm]}/video.mp4`);
     const { fps, num_frames: numFrames, width, height } = video;
     panel.style.setProperty("--ratio", `${width} / ${height}`);
-    const failed = (/** @type {import("./player/player.js").PlayerEvent} */ event) => {
+    const failed = (/** @type {import("../player/player.js").PlayerEvent} */ event) => {
       if (event.type === "error") fill(find("#watch-note"), h("p", { class: "problem" }, event.message));
     };
     player = new PairPlayer(find("#watch-player"), { leftUrl, rightUrl, fps, numFrames, width, height, autoplay: true, onEvent: failed });
