@@ -21,7 +21,7 @@ from jobs.violations import outside, shown
 from service.auth.api_keys import digest
 from service.auth.seats import Seat, link_token
 from service.comparisons.model import ComparisonState
-from service.comparisons.store import ComparisonStore
+from service.comparisons.store import ComparisonStore, readable
 
 MAX_RATERS: Final = 500
 """The most raters of a comparison, those who were removed included."""
@@ -270,7 +270,10 @@ def _read(redis: Redis, comparison_id: str) -> dict[str, Rater]:
     return {name.decode(): _decode(text) for name, text in found.items()}
 
 
-_decode = lru_cache(maxsize=1024)(Rater.model_validate_json)
+@lru_cache(maxsize=1024)
+def _decode(text: bytes) -> Rater:
+    with readable("A rater"):
+        return Rater.model_validate_json(text)
 
 
 def _key(comparison_id: str) -> str:

@@ -18,6 +18,7 @@ from redis import Redis
 from jobs import redis_keys
 from service.comparisons.model import ComparisonState, PairKind
 from service.comparisons.rating.sessions import Item
+from service.comparisons.store import readable
 
 Choice = Literal["left", "right", "tie"]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -231,7 +232,8 @@ class VoteStore:
     def answers(self, comparison_id: str, rater_id: str) -> list[Answer]:
         """Read all answers of one rater, in the order of the items."""
         found = self._redis.hvals(_answers_key(comparison_id, rater_id))
-        answers = map(Answer.model_validate_json, cast("list[bytes]", found))
+        with readable("A vote"):  # none is left out of a result in silence
+            answers = [Answer.model_validate_json(text) for text in cast("list[bytes]", found)]
         return sorted(answers, key=lambda answer: answer.number)
 
     def texts(self, comparison_id: str, rater_ids: list[str]) -> Iterator[bytes]:

@@ -120,6 +120,11 @@ function drawTile(element, job) {
 document.addEventListener("signed-in", (event) => {
   owner = /** @type {CustomEvent<{name: string}>} */ (event).detail.name; // before the next round, which listens, too
 });
+document.addEventListener("signed-out", () => {
+  shown.clear();
+  draw();
+  fill(empty, "Sign in to see your videos.");
+});
 const polling = poll(refresh, 10_000);
 for (const filter of [state, mode]) filter.addEventListener("change", () => polling.now());
 more.addEventListener("click", () => void fetchMore());
