@@ -1,7 +1,7 @@
 /** Follows jobs to their end by the one event stream that a page has, and says in a line how far they are. */
 
-import { Problem, read, request, root, tell } from "./api.js";
-import { duration, size } from "./shell.js";
+import { Problem, read, request, root, tell } from "../api.js";
+import { duration, size } from "../shell.js";
 
 /** @typedef {Record<string, any>} Job what `GET /jobs/{id}` answers; `preview` is the number of its newest preview */
 

@@ -1,6 +1,6 @@
 /** What the pages about comparisons share: how states and modes are written, planned votes, and lines of plots. */
 
-import { h } from "./shell.js";
+import { h } from "../shell.js";
 
 /** @param {any} comparison */
 export function stateTag({ state }) {

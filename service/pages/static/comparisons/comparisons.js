@@ -1,8 +1,8 @@
 /** The list of comparisons, and the form that creates one. */
 
-import { Problem, poll, request, root } from "./api.js";
+import { Problem, poll, request, root } from "../api.js";
 import { contenderName, decisiveVotes, stateTag } from "./comparison_parts.js";
-import { fill, find, h, moment, problemLine, say } from "./shell.js";
+import { fill, find, h, moment, problemLine, say } from "../shell.js";
 
 /**
  * @typedef {{name: string, description: string, workers: number, warning?: string | null}} Mode
@@ -103,6 +103,18 @@ function showContenders() {
   field("negative_prompt").placeholder = model.default_negative_prompt;
 }
 
+/** Show the bounds and defaults of the advanced fields, in percent, as the API's own document has them. */
+async function showDefaults() {
+  const { schemas } = (await request("openapi.json")).components;
+  for (const [name, { properties }] of Object.entries({ alpha: schemas.ComparisonBody, power: schemas.ComparisonBody, least_seen: schemas.RatingBody })) {
+    const { minimum, maximum, default: usual } = properties[name];
+    Object.assign(field(name), { min: 100 * minimum, max: 100 * maximum, placeholder: String(100 * usual) });
+  }
+}
+
+/** What a field in percent holds, as a share. @param {string} name @returns {number | undefined} nothing for an empty field */
+const share = (name) => (field(name).value === "" ? undefined : Math.round(field(name).valueAsNumber * 1000) / 100_000);
+
 const lines = () => field("prompts").value.split(/\r?\n/).map((line) => line.trim()).filter(Boolean);
 const isFile = () => field("source").checked === false;
 
@@ -159,9 +171,11 @@ async function body() {
     criteria: [...form.querySelectorAll("[name=criteria]:checked")].map((box) => /** @type {HTMLInputElement} */ (box).value),
     margin: Math.round(field("margin").valueAsNumber * 10) / 1000,
     ties: field("ties").checked ? "half" : "left_out",
+    alpha: share("alpha"),
+    power: share("power"),
     rating: {
       training: number("training"), repeat_share: (number("repeats") ?? 0) / 100, identical: number("identical"), gold: number("gold"),
-      per_rater: number("per_rater") ?? null, break_every: number("break_every"), instructions: field("instructions").value.trim() || null,
+      per_rater: number("per_rater") ?? null, break_every: number("break_every"), least_seen: share("least_seen"), instructions: field("instructions").value.trim() || null,
     },
     pixel_measures: field("pixel_measures").checked,
   };
@@ -198,6 +212,7 @@ async function create(event) {
 }
 
 opener.addEventListener("click", () => void openForm(form.hidden !== false));
+find("#statistics").addEventListener("toggle", () => void showDefaults().catch((error) => fill(find("#refused"), problemLine(error))), { once: true });
 find("#give-up").addEventListener("click", () => void openForm(false));
 form.addEventListener("submit", create);
 form.addEventListener("input", showPlan);

@@ -1,6 +1,6 @@
 /** The form of a vote: one question for each criterion, answered by pointer or keys, and kept in the browser until sent. */
 
-import { fill, find, h } from "./shell.js";
+import { fill, find, h } from "../shell.js";
 
 /**
  * @typedef {"left" | "tie" | "right"} Choice
@@ -51,7 +51,7 @@ export class VoteForm {
   /**
    * The keys that answer; the player has the others.
    *
-   * @returns {import("./player/key_map.js").KeyAction[]}
+   * @returns {import("../player/key_map.js").KeyAction[]}
    */
   keys() {
     const pick = (/** @type {Choice} */ choice) => () => this.choose(this.#current, choice);
@@ -65,7 +65,7 @@ export class VoteForm {
     ];
   }
 
-  /** Write which keys do what, as they are now. @param {import("./player/key_map.js").KeyMap} keys */
+  /** Write which keys do what, as they are now. @param {import("../player/key_map.js").KeyMap} keys */
   hint(keys) {
     const parts = [["left", "left"], ["tie", "no difference"], ["right", "right"], ["question", "question before"], ["send", "send"], ["skip", "skip"], ["undo", "undo"]];
     fill(find("#keys"), parts.filter(([id]) => keys.name(id)).map(([id, text]) => h("span", {}, h("kbd", {}, keys.name(id)), ` ${text}`)));

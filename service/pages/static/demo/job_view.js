@@ -1,8 +1,8 @@
 /** Shows a job: how far it is, live, then its video or why there is none, and what can be done with it. */
 
-import { Problem, request, root } from "./api.js";
+import { Problem, request, root } from "../api.js";
 import { ended, follow, STAGES, standing } from "./job_stream.js";
-import { copying, fill, h, problemLine, say } from "./shell.js";
+import { copying, fill, h, problemLine, say } from "../shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 /** @typedef {{modes: () => string[], onTwin: (id: string) => void, onShow?: (job: Job) => void}} Place where a card is:

@@ -1,11 +1,11 @@
 /** The report of a comparison: what the votes show, how far they can be trusted, and the pairs behind it. */
 
-import { Problem, poll, request, root } from "./api.js";
+import { Problem, poll, request, root } from "../api.js";
 import { contenderName, percent, plotRow, range, stateTag } from "./comparison_parts.js";
-import { PairPlayer } from "./player/player.js";
-import { fill, find, h, moment, problemLine } from "./shell.js";
+import { PairPlayer } from "../player/player.js";
+import { fill, find, h, moment, problemLine } from "../shell.js";
 
-/** @typedef {import("./shell.js").Child} Child */
+/** @typedef {import("../shell.js").Child} Child */
 
 const id = location.pathname.replace(/\/$/, "").split("/").at(-2) ?? "";
 const path = `comparisons/${encodeURIComponent(id)}`;
@@ -52,6 +52,9 @@ function show({ comparison, pairs, answers, raters, prompts, result }) {
     byPrompt(prompts, comparison, name));
 }
 
+/** A number with its noun. @param {number} number @param {string} one @param {string} several */
+const count = (number, one, several = `${one}s`) => `${number} ${number === 1 ? one : several}`;
+
 /** @param {any} comparison @param {any} pairs @param {any} answers @param {any[]} raters @param {any} result */
 function conclusion(comparison, pairs, answers, raters, result) {
   const all = Object.values(pairs).reduce((sum, count) => sum + count, 0);
@@ -59,7 +62,7 @@ function conclusion(comparison, pairs, answers, raters, result) {
   return h("section", { class: "card conclusion" },
     h("p", { class: "row" }, verdictTag(result.conclusion.verdict), stateTag(comparison)),
     h("p", { class: "sentence" }, result.conclusion.sentence),
-    h("p", { class: "quiet small" }, `${answers.counted} votes of ${raters.filter(({ votes }) => votes > 0).length} raters on ${pairs.ready} of ${all} pairs, `,
+    h("p", { class: "quiet small" }, `${count(answers.counted, "vote")} of ${count(raters.filter(({ votes }) => votes > 0).length, "rater")} on ${pairs.ready} of ${all} pairs, `,
       `${contenderName(comparison.candidate, comparison.reference)} against ${contenderName(comparison.reference, comparison.candidate)}, created `, moment(comparison.created_at), "."),
     open && h("p", { class: "notice" }, "Votes are still taken. Whoever looks again and again until the verdict pleases is wrong more often than the level says: close the comparison first."),
     h("p", { class: "actions" }, h("a", { class: "button", href: `${root}${path}/export.csv`, download: "" }, "Votes as CSV"),
@@ -97,13 +100,13 @@ function axis(limit) {
 
 /** @param {any[]} criteria @param {string} name */
 function outcomes(criteria, name) {
-  const rows = criteria.map(({ name: criterion, outcomes: of }) => OUTCOMES.map(([outcome, plural], number) => {
+  const rows = criteria.map(({ name: criterion, outcomes: of }) => OUTCOMES.map(([outcome, several], number) => {
     const { votes, share, wilson } = of[outcome];
     const lines = [{ class: `bar ${outcome}`, from: 0, to: share ?? 0 }];
     if (wilson) lines.push({ class: "whisker", from: wilson.low, to: wilson.high });
     return [h("div", { class: number === 0 ? "label first" : "label rest" }, number === 0 ? criterion : ""),
-      plotRow(`${criterion}: ${votes} ${plural}, ${percent(share)} (${range(wilson)})`, lines),
-      h("div", { class: "value number" }, `${votes} ${plural}, ${percent(share)} (${range(wilson)})`)];
+      plotRow(`${criterion}: ${count(votes, outcome, several)}, ${percent(share)} (${range(wilson)})`, lines),
+      h("div", { class: "value number" }, `${count(votes, outcome, several)}, ${percent(share)} (${range(wilson)})`)];
   }));
   return card(`Wins, ties and losses of ${name}`, h("div", { class: "plots dense" }, rows.flat(2), axis()),
     hint("With Wilson's 95 % intervals, which take votes for independent and so are too narrow; no verdict rests on them."));
@@ -189,7 +192,7 @@ async function watch({ prompt }, { jobs }, comparison) {
     const [leftUrl, rightUrl] = sides.map((arm) => `${root}jobs/${jobs[arm]}/video.mp4`);
     const { fps, num_frames: numFrames, width, height } = video;
     panel.style.setProperty("--ratio", `${width} / ${height}`);
-    const failed = (/** @type {import("./player/player.js").PlayerEvent} */ event) => {
+    const failed = (/** @type {import("../player/player.js").PlayerEvent} */ event) => {
       if (event.type === "error") fill(find("#watch-note"), h("p", { class: "problem" }, event.message));
     };
     player = new PairPlayer(find("#watch-player"), { leftUrl, rightUrl, fps, numFrames, width, height, autoplay: true, onEvent: failed });

@@ -1,8 +1,8 @@
 /** One comparison: how far its pairs are, who rates them, and what can be done with it. */
 
-import { Problem, poll, request, root } from "./api.js";
+import { Problem, poll, request, root } from "../api.js";
 import { contenderName, percent, stateTag } from "./comparison_parts.js";
-import { fill, find, h, problemLine, say } from "./shell.js";
+import { fill, find, h, problemLine, say } from "../shell.js";
 
 const id = location.pathname.replace(/\/$/, "").split("/").at(-1) ?? "";
 const path = `comparisons/${encodeURIComponent(id)}`;

@@ -5,10 +5,10 @@
  * asked for.
  */
 
-import { Problem, poll, request } from "./api.js";
+import { Problem, poll, request } from "../api.js";
 import { offerModes } from "./gallery.js";
 import { JobCard, playTogether } from "./job_view.js";
-import { fill, find, h, problemLine } from "./shell.js";
+import { fill, find, h, problemLine } from "../shell.js";
 
 /** @typedef {Record<string, any>} Model one of `GET /models` */
 /** @typedef {HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement} Field */

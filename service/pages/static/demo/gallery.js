@@ -1,7 +1,7 @@
 /** Shows the jobs of who is signed in, newest first: pictures that lead to the pages of the jobs. */
 
-import { poll, request, root } from "./api.js";
-import { fill, find, h, moment, problemLine, whoAmI } from "./shell.js";
+import { poll, request, root } from "../api.js";
+import { fill, find, h, moment, problemLine, whoAmI } from "../shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 
@@ -119,6 +119,11 @@ function drawTile(element, job) {
 
 document.addEventListener("signed-in", (event) => {
   owner = /** @type {CustomEvent<{name: string}>} */ (event).detail.name; // before the next round, which listens, too
+});
+document.addEventListener("signed-out", () => {
+  shown.clear();
+  draw();
+  fill(empty, "Sign in to see your videos.");
 });
 const polling = poll(refresh, 10_000);
 for (const filter of [state, mode]) filter.addEventListener("change", () => polling.now());

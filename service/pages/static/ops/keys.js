@@ -4,10 +4,10 @@
  * A secret is in one dialog, once, and nowhere else in the page.
  */
 
-import { poll, request } from "./api.js";
-import { fill, find, h, moment, problemLine, say } from "./shell.js";
+import { poll, request } from "../api.js";
+import { fill, find, h, moment, problemLine, say } from "../shell.js";
 
-/** @typedef {import("./shell.js").Child} Child */
+/** @typedef {import("../shell.js").Child} Child */
 
 const EVERY_MS = 15_000;
 /** @type {Record<string, string>} */

@@ -1,9 +1,9 @@
 /** Fills the page of a job: the job, its twins in other modes beside it, and everything that makes it again. */
 
-import { poll, request, root, written } from "./api.js";
+import { poll, request, root, written } from "../api.js";
 import { ended } from "./job_stream.js";
 import { JobCard, playTogether } from "./job_view.js";
-import { copying, duration, fill, find, h, moment, size } from "./shell.js";
+import { copying, duration, fill, find, h, moment, size } from "../shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
 

@@ -5,17 +5,17 @@
  * stopped; what is not sent yet stays in the browser, so that a closed tab or an absent service loses nothing.
  */
 
-import { Problem, request } from "./api.js";
-import { PairPlayer } from "./player/player.js";
+import { Problem, request } from "../api.js";
+import { PairPlayer } from "../player/player.js";
 import { VoteForm, keepDraft, readDraft, together } from "./rate_form.js";
-import { askForKey, fill, find, h, say, whoAmI } from "./shell.js";
+import { askForKey, fill, find, h, say, whoAmI } from "../shell.js";
 
 /**
  * @typedef {{done: number, items: number, training_left: number, break_due: boolean, waiting: boolean, undo: boolean}} Progress
  * @typedef {{url: string, width: number, height: number, fps: number, num_frames: number}} Side
  * @typedef {{item: string, number: number, kind: "training" | "rated", prompt: string, left: Side, right: Side, undo: boolean}} Item
  * @typedef {import("./rate_form.js").Draft} Draft
- * @typedef {import("./api.js").Session} Session
+ * @typedef {import("../api.js").Session} Session
  */
 
 const AGAIN_MS = 5000;

@@ -4,9 +4,9 @@
  * All of it is asked for again every few seconds while the page is visible. What has the keyboard's focus keeps it.
  */
 
-import { Problem, poll, request, root } from "./api.js";
+import { Problem, poll, request, root } from "../api.js";
 import { ask, cell, keepingFocus, showKeys, table } from "./keys.js";
-import { duration, fill, find, h, moment, problemLine, say, size, whoAmI } from "./shell.js";
+import { duration, fill, find, h, moment, problemLine, say, size, whoAmI } from "../shell.js";
 
 const EVERY_MS = 3000;
 const SERIES_EVERY_MS = 30_000;
