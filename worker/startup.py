@@ -194,7 +194,8 @@ def open_redis(url: str) -> Redis:
         redis.ping()
     except RedisError as error:
         redis.close()
-        raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
+        reason = str(error).rstrip(".")
+        raise StartError(f"Redis cannot be reached: {reason}. Check REDIS_URL.") from error
     return redis
 
 

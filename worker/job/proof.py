@@ -22,7 +22,7 @@ from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from jobs.spec import GenerationRequest
 from worker.errors import ProofFailed
-from worker.interface import Clip, Engine, PreviewClip
+from worker.interface import Clip, Engine, PreviewClip, StageSeconds
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.process.scratch import scratch_folder
 
@@ -91,19 +91,29 @@ def prove_in(engine: Engine, scratch: Path) -> None:
         ProofFailed, Exception: as for `prove`.
     """
     for index, mode in enumerate(engine.modes):
-        place = _Place()
-        try:
-            request, clip = engine.tiny_job(mode.name, place)
-            with closing(clip.frames):
-                if index == 0:
-                    _make_video(engine, request, clip, place, scratch)
-        except Exception as error:
-            if engine.device.is_lost(error):
-                raise
-            raise ProofFailed(
-                f"This worker cannot make videos, because {_PARTS[place.stage]} failed in a tiny "
-                f"job in mode {mode.name!r} ({_reason(error)}): {_REMEDIES[place.stage]}."
-            ) from error
+        prove_mode(engine, mode.name, scratch if index == 0 else None)
+
+
+def prove_mode(engine: Engine, mode: str, scratch: Path | None) -> StageSeconds:
+    """Run a tiny job in a mode, up to an MP4 in the folder `scratch` if there is one.
+
+    Raises:
+        ProofFailed, Exception: as for `prove`.
+    """
+    place = _Place()
+    try:
+        request, clip = engine.tiny_job(mode, place)
+        with closing(clip.frames):
+            if scratch is not None:
+                _make_video(engine, request, clip, place, scratch)
+        return clip.seconds
+    except Exception as error:
+        if engine.device.is_lost(error):
+            raise
+        raise ProofFailed(
+            f"This worker cannot make videos, because {_PARTS[place.stage]} failed in a tiny "
+            f"job in mode {mode!r} ({_reason(error)}): {_REMEDIES[place.stage]}."
+        ) from error
 
 
 def _make_video(

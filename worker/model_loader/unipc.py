@@ -48,12 +48,14 @@ class HostUniPC(UniPCMultistepScheduler):  # type: ignore[misc]  # diffusers is 
     ) -> Tensor:
         """Predict the next sample from `sample`, like the method of diffusers."""
         if self.solver_p:
-            return self.solver_p.step(model_output, self.timestep_list[-1], sample).prev_sample
+            start = self.timestep_list[-1]
+            solved: Tensor = self.solver_p.step(model_output, start, sample).prev_sample
+            return solved
         numbers = self._coefficients(self.step_index + 1, order)
         weights = torch.full((1,), 0.5)  # what order 2 is given in place of the system's solution
         if order > 2:
             weights = torch.linalg.solve(numbers.matrix[:-1, :-1], numbers.right[:-1])
-        moved = numbers.sample * sample - numbers.model * self.model_outputs[-1]
+        moved: Tensor = numbers.sample * sample - numbers.model * self.model_outputs[-1]
         result = moved - numbers.change * self._changes(numbers, weights)
         return result.to(sample.dtype)
 
@@ -65,7 +67,7 @@ class HostUniPC(UniPCMultistepScheduler):  # type: ignore[misc]  # diffusers is 
         weights = torch.full((1,), 0.5)
         if order > 1:
             weights = torch.linalg.solve(numbers.matrix, numbers.right)
-        last_output = self.model_outputs[-1]
+        last_output: Tensor = self.model_outputs[-1]
         moved = numbers.sample * last_sample - numbers.model * last_output
         changes = self._changes(numbers, weights[:-1])
         latest = weights[-1] * (this_model_output - last_output)
@@ -73,8 +75,8 @@ class HostUniPC(UniPCMultistepScheduler):  # type: ignore[misc]  # diffusers is 
 
     def _changes(self, numbers: Coefficients, weights: Tensor) -> Tensor | int:
         """Add up the weighted changes between the model's outputs; 0 if there is only one."""
-        last = self.model_outputs[-1]
-        changes = [
+        last: Tensor = self.model_outputs[-1]
+        changes: list[Tensor] = [
             (self.model_outputs[-(back + 2)] - last) / ratio
             for back, ratio in enumerate(numbers.ratios)
         ]
