@@ -62,7 +62,8 @@ class ActSample:
         """Compute the shares from the counts; None if nothing was counted."""
         if self._counts is None:
             return None
-        saturated, flushed = (self._counts.double() / self._total).tolist()
+        # Divided on the host: not every device has float64.
+        saturated, flushed = (count / self._total for count in self._counts.tolist())
         return ActShares(saturated, flushed)
 
     def _after_pass(self, *_: object) -> None:

@@ -20,7 +20,7 @@ from worker.engine.fake_engine import FakeEngine
 from worker.engine.wan_engine import WanEngine
 from worker.errors import ModelUnusable, ProofFailed, RanksLost
 from worker.interface import Engine, JobControl
-from worker.proof import prove, prove_in
+from worker.job.proof import prove, prove_in
 
 NAN, INF = torch.nan, torch.inf
 

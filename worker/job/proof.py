@@ -22,7 +22,7 @@ import imageio_ffmpeg
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
 from worker.errors import ProofFailed
-from worker.interface import Engine, Frame, PreviewClip
+from worker.interface import Engine, Frame, PreviewClip, StageSeconds
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.process.scratch import scratch_folder
 
@@ -106,6 +106,23 @@ def prove_in(engine: Engine, scratch: Path) -> None:
             with _blaming(engine, engine.modes[0].name) as place:
                 place.stage = Stage.MP4
                 video.result()
+
+
+def prove_mode(engine: Engine, mode: str, scratch: Path | None) -> StageSeconds:
+    """Run a tiny job in a mode, up to an MP4 in the folder `scratch` if there is one.
+
+    Raises:
+        ProofFailed, Exception: as for `prove`.
+    """
+    with _blaming(engine, mode) as place:
+        request, clip = engine.tiny_job(mode, place)
+        with closing(clip.frames):
+            if scratch is not None:
+                frames = list(clip.frames)  # first, so that a failure is the VAE's or ffmpeg's
+                place.stage = Stage.MP4
+                form = VideoFormat(request.width, request.height, clip.num_frames, engine.model.fps)
+                _make_video(frames, form, scratch)
+    return clip.seconds
 
 
 @contextmanager
