@@ -83,6 +83,7 @@ class Device:
         shape: BlockShape | None = None,
         per_row_scales: bool = False,
         fp8_attention: bool = False,
+        int8: bool = False,
         emulate: bool = False,
     ) -> KernelChoice | None:
         """Choose the kernels for a mode's blocks; None leaves the blocks as diffusers has them.
@@ -91,13 +92,13 @@ class Device:
         `quant.numerics.linear` defines them.
 
         Args:
-            quantized, shape, per_row_scales, fp8_attention: as in
+            quantized, shape, per_row_scales, fp8_attention, int8: as in
                 `quant.kernels.selection.pick_kernels`.
             emulate: run quantized products in plain torch even if the device has kernels for them.
         """
         if self.kind == "npu":
             return None  # diffusers' blocks, with the attention of `attention_backend`
-        if emulate and quantized:
+        if emulate and (quantized or int8):
             return KernelChoice(EagerKernels())
         return pick_kernels(
             self.torch_device,
@@ -105,6 +106,7 @@ class Device:
             shape=shape,
             per_row_scales=per_row_scales,
             fp8_attention=fp8_attention,
+            int8=int8,
         )
 
     @property
