@@ -89,7 +89,7 @@ def scales_origin(prompts_file: str, prompts_sha256: str, sampler: Any, version:
     return {
         "prompts_file": prompts_file,
         "prompts_sha256": prompts_sha256,
-        "sampler": asdict(sampler),
+        "sampler": None if sampler is None else asdict(sampler),
         "tool_version": version,
     }
 
