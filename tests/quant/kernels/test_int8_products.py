@@ -135,7 +135,7 @@ class DocumentedOperations(SimpleNamespace):
 
 
 def test_on_an_npu_the_documented_operations_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch_npu", DocumentedOperations())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "torch_npu", DocumentedOperations())
     linears, x = int8_linears((48, 16, 24), 64), tokens(64)
     with torch.no_grad():
         assert_same(AscendInt8Product(linears)(x), one_by_one(linears, x))
