@@ -83,7 +83,7 @@ class EagerKernels:
             parts[1] = k_norm(parts[1])
         parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
         if rope is not None:
-            parts[:2] = [_rotate(part, rope) for part in parts[:2]]
+            parts[:2] = [rotate(part, rope) for part in parts[:2]]
         if scales is None:
             return tuple(parts)
         if scales.rotate:
@@ -138,7 +138,8 @@ def shared_act_scale(linears: Sequence[Hif8Linear]) -> float:
     return float(torch.stack(scales).max())  # one device synchronization for all
 
 
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate pairs of channels of x [B, S, heads, D] by `rope`, in float32: → in the dtype of x."""
     cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     rotated = (first * cos - second * sin, first * sin + second * cos)
