@@ -33,6 +33,7 @@ from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies import cli as studies
 from quant.transformer.import_original import import_original
 from quant.transformer.pipeline_weights import check_pipeline_weights
+from quant.transformer.weight_scales import scales_of_weights
 from quant.weights.fingerprint import (
     model_fingerprint,
     read_transformer_config,
@@ -54,8 +55,11 @@ _MAP_VIDEOS = 24
 @app.command("calibrate")
 def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     model: Folder,
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
     out: Annotated[Path, typer.Option(help="Scales file to write.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt per line, UTF-8; an INT8 recipe needs none."),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
     steps: Annotated[int | None, typer.Option(help="Denoising steps per prompt.")] = None,
     size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
@@ -70,12 +74,20 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     Size, frames, steps and text tokens default to what the model was trained for. After Ctrl-C or a
     fault the same command goes on with the first prompt that was not finished. A preview map is
     written as well, unless there is one beside OUT.
+
+    A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
+    them nothing is run: its scales come from the weights.
     """
     checkpoint = Checkpoint.beside(out)
     with errors_as_sentences():
         if not out.absolute().parent.is_dir():
             raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
         check_model_kind(model)
+        loaded = QuantRecipe.load(recipe)
+        if prompts is None:
+            save_scales(scales_of_weights(model, loaded, usable_device(device)), out)
+            typer.echo(f"wrote {out}: the scales of the weights, no prompts were needed")
+            return
         fingerprint = model_fingerprint(model)
         config = read_transformer_config(model)
         overrides = {
@@ -88,7 +100,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         }
         plan = CalibrationPlan(
             model_fingerprint=fingerprint,
-            recipe=QuantRecipe.load(recipe),
+            recipe=loaded,
             prompts=PromptSet.read(prompts),
             sampler=resolve_sampler(config, overrides),
         )

@@ -112,19 +112,20 @@ class Device:
         shape: BlockShape | None = None,
         per_row_scales: bool = False,
         fp8_attention: bool = False,
+        int8: bool = False,
         emulate: bool = False,
     ) -> KernelChoice:
         """Choose the kernels for a mode's blocks.
 
         Args:
-            quantized, shape, per_row_scales, fp8_attention: as in
+            quantized, shape, per_row_scales, fp8_attention, int8: as in
                 `quant.kernels.selection.pick_kernels`.
             emulate: run quantized products in plain torch even if the device has kernels for them.
 
         Raises:
             ConversionError: FP8 attention does not run on this device.
         """
-        if emulate and quantized:
+        if emulate and (quantized or int8):
             return KernelChoice(EagerKernels())
         return pick_kernels(
             self.torch_device,
@@ -132,6 +133,7 @@ class Device:
             shape=shape,
             per_row_scales=per_row_scales,
             fp8_attention=fp8_attention,
+            int8=int8,
         )
 
     @property

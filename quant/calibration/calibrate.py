@@ -189,7 +189,7 @@ def _scales(
         tool_version=tool_version(),
         linears=tuple(linears),
         weight_scale={
-            name: _weight_scale(linear.weight.detach(), recipe).cpu()
+            name: weight_scale(linear.weight.detach(), recipe).cpu()
             for name, linear in linears.items()
         },
         act_scale={} if isinstance(recipe.act_granularity, PerToken) else act_scale,
@@ -220,7 +220,7 @@ def _amax(linear: nn.Linear) -> Tensor:
     return linear.weight.detach().abs().amax().float()
 
 
-def _weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
+def weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
     """Choose the scale from the weights themselves: weight [N, K] → [] or [N, 1] float32."""
     per_channel = isinstance(recipe.weight_granularity, PerChannel)
     rows = weight if per_channel else weight.reshape(1, -1)

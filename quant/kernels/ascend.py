@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from quant.errors import ConversionError
 from quant.kernels.eager import rotate
+from quant.kernels.int8.ascend import AscendInt8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
 from quant.numerics import hif8_int16, reference
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 ROTARY_MAX_HEADS = 1000
@@ -58,6 +60,9 @@ class AscendKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return RankLinear(linears, self)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return AscendInt8Product(linears)
 
     def decode(
         self, ranks: Tensor, weight_scale: float | Tensor, out: Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
@@ -34,7 +35,7 @@ class FusedWanBlock(nn.Module):
         """Take over the weights of a block.
 
         Args:
-            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s.
+            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s or `Int8Linear`s.
             attention: scales of FP8 self-attention; None for BF16.
         """
         super().__init__()
@@ -124,7 +125,7 @@ def fuse_blocks(
 
     Its embedded prompts are cached as well. A block stays a diffusers block if it cannot be fused:
     if the recipe quantizes only some of the linears that share an input (some of q, k and v), or
-    has a scale for each token.
+    rounds each token to HiFloat8 under its own scale.
 
     Args:
         attention: scales of FP8 self-attention by block; the other blocks run it in BF16.
@@ -160,6 +161,9 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     quantized = [each for each in linears if isinstance(each, Hif8Linear)]
     if quantized:
         return kernels.quantized(quantized)
+    int8 = [each for each in linears if isinstance(each, Int8Linear)]
+    if int8:
+        return kernels.int8(int8)
     return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 

@@ -174,13 +174,15 @@ def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
 
 def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
     """Find out by trial which kernels a mode runs on here."""
-    quantized = plan.recipe is not None
+    number_format = None if plan.recipe is None else plan.recipe.format
+    quantized = number_format == "hif8"
     return device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
         per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
-        emulate=plan.config.exact_emulation and quantized,
+        int8=number_format == "int8",
+        emulate=plan.config.exact_emulation,
     )
 
 

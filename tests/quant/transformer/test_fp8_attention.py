@@ -63,6 +63,7 @@ def run(transformer) -> torch.Tensor:
 
 def sample(pipe: WanPipeline, scales: Scales, seed: int) -> None:
     sampler = scales.sampler
+    assert sampler is not None
     pipe(
         prompt="a red a",
         negative_prompt="",
