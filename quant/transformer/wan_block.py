@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
+from quant.kernels.joined_linear import GridProduct
+from quant.numerics.grid_linear import GridLinear
 from quant.numerics.linear import Hif8Linear
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
@@ -34,7 +36,7 @@ class FusedWanBlock(nn.Module):
         """Take over the weights of a block.
 
         Args:
-            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s.
+            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s or `GridLinear`s.
             attention: scales of FP8 self-attention; None for BF16.
         """
         super().__init__()
@@ -152,7 +154,7 @@ def _can_fuse(block: Any) -> bool:
     for group in ([own.to_q, own.to_k, own.to_v], [cross.to_k, cross.to_v]):
         if len({type(each) for each in group}) > 1:
             return False
-    linears = [each for each in block.modules() if isinstance(each, Hif8Linear)]
+    linears = [each for each in block.modules() if isinstance(each, Hif8Linear | GridLinear)]
     return all(each.act_scale is not None for each in linears)
 
 
@@ -160,6 +162,9 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     quantized = [each for each in linears if isinstance(each, Hif8Linear)]
     if quantized:
         return kernels.quantized(quantized)
+    decoded = [each for each in linears if isinstance(each, GridLinear)]
+    if decoded:
+        return GridProduct(kernels, decoded)
     return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 

@@ -15,10 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from quant.kernels.interface import Kernels
 from quant.kernels.misfit_counter import CountingKernels
 from quant.numerics import reference
+from quant.numerics.grid_linear import GridLinear
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import choose_scale
 from quant.transformer.wan_block import FusedWanBlock
 from worker.interface import ActShares
+
+_ROUNDING = (Hif8Linear, GridLinear)
 
 
 class ActSample:
@@ -29,7 +32,7 @@ class ActSample:
 
     def __init__(self, transformer: nn.Module) -> None:
         self._transformer = transformer
-        self._linears = [m for m in transformer.modules() if isinstance(m, Hif8Linear)]
+        self._linears = [m for m in transformer.modules() if isinstance(m, _ROUNDING)]
         self._blocks = [
             m for m in transformer.modules() if isinstance(m, FusedWanBlock) and _rounds(m)
         ]
@@ -72,7 +75,7 @@ class ActSample:
 
     @torch.no_grad()
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, Hif8Linear)
+        assert isinstance(module, _ROUNDING)
         scale = module.act_scale
         if scale is None:
             scale = choose_scale(module.act_policy, args[0].abs().amax(-1, keepdim=True))

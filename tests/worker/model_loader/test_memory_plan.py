@@ -14,10 +14,8 @@ from worker.distributed import follower
 from worker.distributed.follower import load_follower
 from worker.engine.wan_engine import WanEngine
 from worker.errors import TooLittleMemory
+from worker.model_loader.memory_need import GIB, RESERVE_BYTES, ModelBytes
 from worker.model_loader.memory_plan import (
-    GIB,
-    RESERVE_BYTES,
-    ModelBytes,
     Placement,
     check_follower,
     measure_model,
