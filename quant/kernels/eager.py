@@ -78,7 +78,7 @@ class EagerKernels:
             parts[1] = k_norm(parts[1])
         parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
         if rope is not None:
-            parts[:2] = [_rotate(part, rope) for part in parts[:2]]
+            parts[:2] = [rotate(part, rope) for part in parts[:2]]
         if scales is None:
             return tuple(parts)
         if scales.rotate:
@@ -127,7 +127,7 @@ class _DecodedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     rotated = (first * cos - second * sin, first * sin + second * cos)
