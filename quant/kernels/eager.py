@@ -128,6 +128,7 @@ class _DecodedLinear(nn.Module):
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate pairs of channels of x [B, S, heads, D] by `rope`, in float32: → in the dtype of x."""
     cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     rotated = (first * cos - second * sin, first * sin + second * cos)

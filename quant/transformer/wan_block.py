@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
 from quant.kernels.joined_linear import GridProduct
+from quant.kernels.prefetch import decode_ahead
 from quant.numerics.grid_linear import GridLinear
 from quant.numerics.linear import Hif8Linear
 
@@ -61,6 +62,14 @@ class FusedWanBlock(nn.Module):
         self.eps = block.norm1.eps
         self.scale_shift_table = block.scale_shift_table
         self._cached_kv: Any = WeakIdKeyDictionary()
+
+    @property
+    def products(self) -> tuple[BlockLinear, ...]:
+        """The products in the order in which every pass computes them.
+
+        The keys and values of a prompt are left out, because they are computed once.
+        """
+        return (self.qkv, self.own_out, self.cross_q, self.cross_out, self.up, self.down)
 
     def forward(
         self,
@@ -128,6 +137,9 @@ def fuse_blocks(
     if the recipe quantizes only some of the linears that share an input (some of q, k and v), or
     has a scale for each token.
 
+    Where products decode their weights, each decodes those of the next one, also of the next
+    block's first, while it multiplies (`quant.kernels.prefetch`).
+
     Args:
         attention: scales of FP8 self-attention by block; the other blocks run it in BF16.
         wait_for: called with each block; returns when the block's weights are loaded.
@@ -144,6 +156,8 @@ def fuse_blocks(
             transformer.blocks[index] = FusedWanBlock(block, kernels, scales)
         else:
             left.append(index)
+    fused = [block for block in transformer.blocks if isinstance(block, FusedWanBlock)]
+    decode_ahead([product for block in fused for product in block.products])
     embedder = transformer.condition_embedder
     embedder.text_embedder = _CachedTextEmbedder(embedder.text_embedder)
     return tuple(left)
