@@ -9,8 +9,10 @@ offered size and number of frames:
   known yet.
 - Weights that are held as codes and decoded for each product: the two largest products' weights in
   BF16, because the next one's are decoded while one multiplies (`quant.kernels.prefetch`).
-- VAE: 204 bytes for each pixel and each of the decoder's base channels, in FP32: live tensors of
-  `worker.engine.vae_decoder` added up, the same at 480p and 720p. With tiling it is the bytes of
+- VAE: 237 bytes for each pixel and each of the decoder's base channels, in FP32: the 19.5 GiB that
+  an H200 took at 1280x720. Live tensors of `worker.engine.vae_decoder` add up to 204, the same at
+  480p and 720p. The rest is what a convolution's own copies of its largest input and output in
+  another layout would take (19.4 GiB together). With tiling it is the bytes of
   one tile plus 3.5 times the whole video, which diffusers assembles from its tiles (added up: 3.3
   at 720p with 81 frames, less for smaller videos).
 What cannot be known beforehand (the runtime's context, workspaces, fragmentation) must fit in the
@@ -44,7 +46,7 @@ from worker.model_loader.memory_need import ModelBytes, Need, gib
 WIDTHS_PER_TOKEN = 12
 EMULATED_WIDTHS_PER_TOKEN = 16
 CACHED_PER_TOKEN = 6  # what a step cache keeps at most, with guidance: 2.0 GB at 32,760 tokens
-VAE_BYTES_PER_PX_AND_CHANNEL = 204
+VAE_BYTES_PER_PX_AND_CHANNEL = 237
 VAE_BASE_CHANNELS = 96  # what AutoencoderKLWan has where its configuration does not say
 DECODED_AT_ONCE = 2  # the weights that one product reads, and those of the next
 TILE_PX = 256 * 256
