@@ -1,10 +1,12 @@
-"""Prepare the process before torch is imported, then run `worker.startup`.
+"""Prepare the process before torch is imported, then run `worker.startup` or another command.
 
-Usage: `python -m worker [--config FILE]`.
+Usage: `python -m worker [--config FILE]` serves, `python -m worker plan [...]` prints the memory
+that a model needs.
 """
 
 import gc
 import os
+import sys
 
 
 def run() -> None:
@@ -19,6 +21,13 @@ def run() -> None:
 
     import typer  # noqa: PLC0415
 
+    if sys.argv[1:2] == ["plan"]:
+        from worker.model_loader.plan_table import main as plan  # noqa: PLC0415
+
+        del sys.argv[1]
+        sys.argv[0] = "python -m worker plan"
+        typer.run(plan)
+        return
     from worker.startup import main  # noqa: PLC0415
 
     typer.run(main)

@@ -21,12 +21,10 @@ reserve.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -36,18 +34,16 @@ from jobs.geometry import parse_size, sequence_tokens
 from quant import QuantRecipe
 from quant.transformer.meta_model import shared_meta_model, shared_quantized_meta_model
 from quant.transformer.weight_storage import WeightStorage, decoded_extra_bytes
-from quant.weights.fingerprint import read_transformer_config
-from quant.weights.weight_files import stored_weights
 from worker.config import ModeConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable, TooLittleMemory
 from worker.model_loader.memory_need import ModelBytes, Need, gib
+from worker.model_loader.model_shape import ModelShape, read_model_shape
 
 WIDTHS_PER_TOKEN = 12
 EMULATED_WIDTHS_PER_TOKEN = 16
 CACHED_PER_TOKEN = 6  # what a step cache keeps at most, with guidance: 2.0 GB at 32,760 tokens
 VAE_BYTES_PER_PX_AND_CHANNEL = 237
-VAE_BASE_CHANNELS = 96  # what AutoencoderKLWan has where its configuration does not say
 DECODED_AT_ONCE = 2  # the weights that one product reads, and those of the next
 TILE_PX = 256 * 256
 _ENCODER_PLACEMENTS = ("device", "encode", "host")  # the first that fits is taken
@@ -108,6 +104,7 @@ def place_model(
     recipes: Sequence[QuantRecipe | None],
     device: PlannedDevice,
     available_bytes: int | None,
+    shape: ModelShape | None = None,
 ) -> Placement:
     """Choose the first placement that fits, or refuse the model; nothing has been loaded yet.
 
@@ -118,12 +115,13 @@ def place_model(
         recipes: of the modes, in their order; None for BF16.
         available_bytes: device memory for this process; None on the CPU, where device and host are
             the same.
+        shape: by default read from the configured folder.
 
     Raises:
         TooLittleMemory: names the whole sum, the available memory, and remedies.
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    size = measure_model(config, recipes, device)
+    size = measure_model(config, recipes, device, shape)
     choices = [
         (text_encoder, tiled, storage)
         for tiled in _allowed(config.model.vae_tiling, {"off": False, "on": True})
@@ -206,15 +204,21 @@ def multiplies_decoded(mode: ModeConfig, recipe: QuantRecipe | None, device: Pla
 
 
 def measure_model(
-    config: WorkerConfig, recipes: Sequence[QuantRecipe | None], device: PlannedDevice
+    config: WorkerConfig,
+    recipes: Sequence[QuantRecipe | None],
+    device: PlannedDevice,
+    shape: ModelShape | None = None,
 ) -> ModelBytes:
     """Add up a model's weights from configurations and headers, and estimate its activations.
+
+    Args:
+        shape: by default read from the configured folder.
 
     Raises:
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    folder = config.model.path
-    transformer = read_transformer_config(folder)
+    shape = shape or read_model_shape(config.model.path)
+    transformer = shape.transformer
     base = shared_meta_model(transformer, device.dtype)
     distinct = {
         mode.transformer_key: (mode, recipe)
@@ -233,13 +237,13 @@ def measure_model(
     width, height = max(map(parse_size, config.model.sizes), key=math.prod)
     pixels = width * height
     tokens = sequence_tokens(width, height, config.model.max_frames)
-    per_px = VAE_BYTES_PER_PX_AND_CHANNEL * _vae_channels(folder) * device.vae_dtype.itemsize // 4
+    per_px = VAE_BYTES_PER_PX_AND_CHANNEL * shape.vae_channels * device.vae_dtype.itemsize // 4
     video = pixels * 3 * config.model.max_frames * device.vae_dtype.itemsize
     return ModelBytes(
         transformer=_tree_bytes(trees),
         transformer_loading=_tree_bytes([*trees, base] if quantizes_bf16 else trees),
-        text_encoder=_component_bytes(folder / "text_encoder", device.dtype),
-        vae=_component_bytes(folder / "vae", device.vae_dtype),
+        text_encoder=shape.text_encoder * device.dtype.itemsize,
+        vae=shape.vae * device.vae_dtype.itemsize,
         denoising=_denoising_bytes(config, tokens, base.config, device),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
@@ -274,27 +278,10 @@ def _denoising_bytes(
     return int((tokens * widths + prompts) * width * torch.bfloat16.itemsize)
 
 
-def _vae_channels(folder: Path) -> int:
-    file = folder / "vae" / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return int(values.get("base_dim", VAE_BASE_CHANNELS))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelUnusable(f"The model file {file} cannot be read: {error}") from error
-
-
 def _tree_bytes(trees: Iterable[nn.Module]) -> int:
     """Add up module trees on the meta device, where shared tensors are the same objects."""
     tensors = chain.from_iterable((*tree.parameters(), *tree.buffers()) for tree in trees)
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
-
-
-def _component_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Add up a component's weights in `dtype`, whatever type its files store."""
-    stored = stored_weights(folder)
-    if not stored:
-        raise ModelUnusable(f"The model component {folder} lacks a file *.safetensors.")
-    return sum(math.prod(each.shape) * dtype.itemsize for each in stored.values())
 
 
 def _allowed(configured: str, choices: dict[str, Any]) -> list[Any]:
