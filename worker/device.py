@@ -149,6 +149,11 @@ class Device:
         """
         return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
 
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether quantized products are in 8 bits here; otherwise in BF16, of decoded weights."""
+        return self.kind != "cpu" and multiplies_fp8(self.torch_device)
+
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that timings and progress are right."""
         if self.kind != "cpu":
