@@ -96,7 +96,9 @@ def npu_fusion_attention_v3(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 @_reference
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Return input / rms(input) * gamma, and 1 / rms in float32."""
-    _require(input.shape[input.dim() - gamma.dim() :] == gamma.shape, "gamma is the last dimensions")
+    _require(
+        input.shape[input.dim() - gamma.dim() :] == gamma.shape, "gamma is the last dimensions"
+    )
     _require(gamma.dtype in (input.dtype, torch.float32), f"gamma of {gamma.dtype}")
     dims = tuple(range(-gamma.dim(), 0))
     rstd = torch.rsqrt(input.float().pow(2).mean(dims, keepdim=True) + epsilon)
@@ -134,6 +136,13 @@ def npu_layer_norm_eval(
     """Normalise the last dimensions; computed in float32."""
     wide = [None if each is None else each.float() for each in (weight, bias)]
     return F.layer_norm(input.float(), normalized_shape, *wide, eps).to(input.dtype)
+
+
+@_reference
+def npu_gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
+    """Return GELU; computed in float32."""
+    _require(approximate in ("none", "tanh"), approximate)
+    return F.gelu(self.float(), approximate=approximate).to(self.dtype)
 
 
 # ---- quantization ----

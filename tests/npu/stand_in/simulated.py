@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from tests.npu.stand_in import control
@@ -77,12 +77,14 @@ class SimulatedCard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind = _kind_of(func)
         tensors = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
+        if FakeTensor in types or FakeTensor in map(type, tensors):
+            return func(*args, **kwargs)  # only shapes are computed
+        kind = _kind_of(func)
         wanted = kwargs.get("device")
         to_card = wanted is not None and torch.device(wanted).type == "npu"
         on_card = any(_is_on_card(each) for each in tensors)
-        if kind.is_real or not (on_card or to_card) or FakeTensor in map(type, tensors):
+        if kind.is_real or not (on_card or to_card):
             return func(*args, **kwargs)
         self._count(kind, tensors)
         if kind.name in _COPIES and (done := _copied(kind.name, args, kwargs)) is not None:
@@ -179,12 +181,9 @@ def on_host(tensor: Tensor) -> Tensor:
 def _to_card(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
         return tensor
-    with _disable_current_modes():
-        found = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device="npu"
-        )
-        if tensor.numel():
-            on_host(found).copy_(tensor)
+    found = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="npu")
+    if tensor.numel():
+        on_host(found).copy_(tensor)
     return found
 
 
@@ -211,8 +210,7 @@ def _copied(name: str, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _real_copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    with _disable_current_modes():
-        return to.copy_(source, non_blocking)
+    return to.copy_(source, non_blocking)
 
 
 def _is_plain(tensor: Tensor) -> bool:
