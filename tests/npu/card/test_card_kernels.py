@@ -1,9 +1,12 @@
 """Blocks on the kernels for Ascend, on a card whose operations are exact: the CPU's video."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
 from quant.kernels.ascend import AscendKernels
+from quant.kernels.ascend_native import NativeHif8Kernels, converts_hifloat8
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
 from quant.kernels.selection import KernelChoice
@@ -22,6 +25,7 @@ from worker.model_loader.mode_plan import fingerprint_model, plan_modes
 pytestmark = pytest.mark.npu
 
 MODES = ("bf16", "w8a8")
+EXACT = pytest.mark.skipif(simulated.active is None, reason="a real card rounds otherwise")
 
 
 def engine_on(device: Device, kernels: Kernels) -> WanEngine:
@@ -39,16 +43,46 @@ def engine_on(device: Device, kernels: Kernels) -> WanEngine:
 
 
 def frames(engine: WanEngine, mode: str) -> np.ndarray:
-    request = generation_request(mode=mode, num_frames=5, num_inference_steps=1, guidance_scale=1.0)
+    request = generation_request(mode=mode, num_frames=1, num_inference_steps=1, guidance_scale=1.0)
     return np.stack(list(engine.generate(request, RecordingControl(), OWNER).frames))
 
 
-@pytest.mark.skipif(simulated.active is None, reason="a real card's operations round otherwise")
-def test_with_exact_operations_both_modes_are_the_cpus_video_to_the_last_bit(npu: Device) -> None:
-    on_npu = engine_on(npu, AscendKernels.load(npu.torch_device))
-    on_host = engine_on(pick_device("cpu", threads=1), EagerKernels())
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    """The frames of both modes on the CPU."""
+    engine = engine_on(pick_device("cpu", threads=1), EagerKernels())
+    return {mode: frames(engine, mode) for mode in MODES}
+
+
+@pytest.fixture
+def multiplying_hifloat8(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the simulated card's operations be those of a 950."""
+    monkeypatch.setenv("STAND_IN_SOC", "Ascend950PR_9599")
+    converts_hifloat8.cache_clear()
+    yield
+    converts_hifloat8.cache_clear()
+
+
+@EXACT
+def test_with_exact_operations_both_modes_are_the_cpus_video_to_the_last_bit(
+    npu: Device, expected: dict[str, np.ndarray]
+) -> None:
+    engine = engine_on(npu, AscendKernels.load(npu.torch_device))
     for mode in MODES:
-        assert np.array_equal(frames(on_npu, mode), frames(on_host, mode)), mode
+        assert np.array_equal(frames(engine, mode), expected[mode]), mode
+
+
+@EXACT
+@pytest.mark.usefixtures("multiplying_hifloat8")
+def test_products_of_codes_give_nearly_the_cpus_video(
+    npu: Device, expected: dict[str, np.ndarray]
+) -> None:
+    choice = npu.pick_kernels(quantized=True, shape=BlockShape(2, 64, 128), per_row_scales=True)
+    assert (choice.kernels.name, choice.warning) == (NativeHif8Kernels.name, None)
+    assert npu.multiplies_codes
+    found = frames(engine_on(npu, choice.kernels), "w8a8")
+    error = np.square(found.astype(float) - expected["w8a8"].astype(float)).mean()
+    assert 10 * np.log10(255**2 / error) > 38, "biases are added after a rounding of their own"
 
 
 @pytest.mark.parametrize("quantized", [False, True])
