@@ -70,7 +70,7 @@ def test_triton_kernels_that_pass_are_taken_without_a_warning(
 def test_native_hifloat8_comes_first_for_quantized_modes_only(
     monkeypatch: pytest.MonkeyPatch, operations: ModuleType
 ) -> None:
-    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.npu_dtype_cast)
+    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.operation("npu_dtype_cast"))
     choice = pick(quantized=True)
     assert (choice.kernels.name, choice.warning) == ("ascend with native HiFloat8", None)
     assert pick(quantized=False).kernels.name == "ascend"
@@ -111,7 +111,7 @@ def test_products_are_in_eight_bits_where_one_number_is_converted(
     converts_hifloat8.cache_clear()
     assert not converts_hifloat8(CPU)
     converts_hifloat8.cache_clear()
-    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.npu_dtype_cast)
+    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.operation("npu_dtype_cast"))
     assert converts_hifloat8(CPU)
     converts_hifloat8.cache_clear()
 
