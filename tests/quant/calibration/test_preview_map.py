@@ -101,10 +101,8 @@ def test_a_saved_map_is_read_again(fitted: PreviewMap, tmp_path: Path) -> None:
     assert fitted.first is not None
     for part, expected in zip(found.first, fitted.first, strict=True):
         assert torch.allclose(part, expected, atol=1e-6)
-    same = {"weight": fitted.weight, "bias": fitted.bias, "first": fitted.first}
-    assert replace(found, **same) == replace(
-        fitted, r2=round(fitted.r2, 4), rms_error=round(fitted.rms_error, 2)
-    )
+    same = replace(found, weight=fitted.weight, bias=fitted.bias, first=fitted.first)
+    assert same == replace(fitted, r2=round(fitted.r2, 4), rms_error=round(fitted.rms_error, 2))
 
 
 def test_a_file_of_format_1_has_one_map_for_all_frames(fitted: PreviewMap, tmp_path: Path) -> None:
