@@ -1,6 +1,6 @@
 """Measure activations at points: the inputs of linears, and the residual stream at each block.
 
-The passes are those of service, in the model's own dtype. One pass gives everything that is known
+One pass gives everything that is known
 without quantizing anything: the paper's largest magnitudes (its figures 1b and 2), outliers, and
 how much a block changes the stream.
 """
@@ -90,7 +90,7 @@ class PointActivations:
 def measure_point(
     stream: BlockStream, point: Point, linears: Mapping[int, Sequence[str]]
 ) -> PointActivations:
-    """Run one pass in the stream's dtype and measure it.
+    """Run one pass and measure it.
 
     Args:
         linears: names of the linears to measure inside each block, by the block's number.

@@ -48,7 +48,7 @@ class Subject:
     Attributes:
         recipe: with its blocks all quantized.
         linears: names inside each block of the linears that the recipe quantizes, by block.
-        service, exact: passes in the model's dtype and in float32.
+        service, exact: passes in the model's dtype and in float32; on a CPU both are in float32.
         host: where streams of a pass are kept.
     """
 
@@ -77,11 +77,14 @@ class Subject:
         for name in select_linears(transformer, everywhere):
             _, block, inner = name.split(".", 2)
             found.setdefault(int(block), []).append(inner)
+        exact = BlockStream(transformer, device, torch.float32, keep=keep)
+        # Many CPUs take ten times as long for products in BF16, and activations hardly differ.
+        on_cpu = device.type == "cpu"
         return cls(
             everywhere,
             {block: tuple(names) for block, names in found.items()},
-            BlockStream(transformer, device, None, keep=keep),
-            BlockStream(transformer, device, torch.float32, keep=keep),
+            exact if on_cpu else BlockStream(transformer, device, None, keep=keep),
+            exact,
             device if keep else torch.device("cpu"),
         )
 
