@@ -1,9 +1,9 @@
 """Define the operations that a Wan block needs from a device.
 
 `quant.transformer.wan_block.FusedWanBlock` uses this interface only. The input of a quantized
-product is in a form that the kernels choose: HiFloat8 values as BF16 numbers, or as E4M3 codes of
-value / act_scale. Only the products of the same kernels read it. Where `act_scale` is None, the
-form is BF16.
+product is in a form that the kernels choose: HiFloat8 values as BF16 numbers, or codes of value /
+act_scale in E4M3 or HiFloat8 (uint8). Only the products of the same kernels read it. Where
+`act_scale` is None, the form is BF16.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Kernels are compiled on the machine that runs them, by libraries that may be missing and for GPUs
 that may lack a feature. Each set of kernels is therefore run on small tensors and compared with
 plain torch before it is used (`quant.kernels.self_test`). If it fails, the choice carries a warning
-and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does.
+and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does. On an Ascend
+NPU there are several sets, and the first that passes is taken.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 
+from quant.device import backend
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.flash_attention import HOPPER, FlashAttention, load_flash_attention
@@ -59,8 +62,33 @@ def pick_kernels(
     Raises:
         ConversionError: FP8 attention does not run on this device.
     """
-    if device.type != "cuda":
-        return KernelChoice(EagerKernels())
+    check = partial(check_kernels, device=device, quantized=quantized, shape=shape)
+    check_all = partial(check, per_row_scales=per_row_scales)
+    if device.type == "cuda":
+        return _pick_on_cuda(
+            device, check, check_all, quantized=quantized, fp8_attention=fp8_attention
+        )
+    if device.type == "npu":
+        if fp8_attention:
+            raise _no_fp8_attention("there are no kernels of it for Ascend NPUs")
+        return _pick_on_npu(device, check_all, quantized=quantized)
+    return KernelChoice(EagerKernels())
+
+
+def _pick_on_cuda(
+    device: torch.device,
+    check: Callable[..., None],
+    check_all: Callable[[Kernels], None],
+    *,
+    quantized: bool,
+    fp8_attention: bool,
+) -> KernelChoice:
+    """Choose the kernels of a mode on an NVIDIA GPU.
+
+    Args:
+        check: checks kernels; takes whether FP8 attention is checked as well.
+        check_all: checks kernels with all forms of products.
+    """
     name = torch.cuda.get_device_name(device)
     if quantized and not multiplies_fp8(device):
         major, minor = torch.cuda.get_device_capability(device)
@@ -75,8 +103,7 @@ def pick_kernels(
             f"{reason}: quantized modes are emulated. They save memory, and take longer than "
             "bf16, because every weight is decoded to BF16 for every product.",
         )
-    check = partial(check_kernels, device=device, quantized=quantized, shape=shape)
-    fused = _try(_cuda_kernels, partial(check, per_row_scales=per_row_scales))
+    fused = _try(_cuda_kernels, check_all)
     if isinstance(fused, str):
         reason = f"the kernels for {name} do not run ({fused})"
         if fp8_attention:
@@ -99,6 +126,50 @@ def pick_kernels(
             raise _no_fp8_attention(reason)
         return KernelChoice(fused, f"{reason}; torch's attention runs instead, which is slower.")
     return KernelChoice(flash)
+
+
+def _pick_on_npu(
+    device: torch.device, check: Callable[[Kernels], None], *, quantized: bool
+) -> KernelChoice:
+    """Choose the first kernels for Ascend that pass their check, the fastest first."""
+    name = backend("npu").get_device_name(device)
+    if quantized:
+        native = _try(lambda: _ascend_kernels("native", device), check)
+        if not isinstance(native, str):
+            return KernelChoice(native)
+        logger.info("%s does not multiply HiFloat8 (%s)", name, native)
+    triton = _try(lambda: _ascend_kernels("triton", device), check)
+    if not isinstance(triton, str):
+        return KernelChoice(triton)
+    plain = _try(lambda: _ascend_kernels("plain", device), check)
+    if isinstance(plain, str):
+        return KernelChoice(
+            EagerKernels(),
+            f"The kernels for {name} do not run ({plain}); plain torch runs instead, which is "
+            "slower, in quantized modes slower than bf16.",
+        )
+    if not quantized:
+        logger.info("%s runs without Triton kernels (%s)", name, triton)
+        return KernelChoice(plain)
+    return KernelChoice(
+        plain,
+        f"{name} multiplies no HiFloat8, and the Triton kernels that round and decode it do not "
+        f"run ({triton}): quantized modes save memory, and take longer than bf16.",
+    )
+
+
+_ASCEND_KERNELS = {
+    "native": ("quant.kernels.ascend_native", "NativeHif8Kernels"),
+    "triton": ("quant.kernels.ascend_triton", "AscendTritonKernels"),
+    "plain": ("quant.kernels.ascend", "AscendKernels"),
+}
+
+
+def _ascend_kernels(which: str, device: torch.device) -> Kernels:
+    # By name, because each needs a library that may be missing.
+    module, kernels = _ASCEND_KERNELS[which]
+    loaded: Kernels = getattr(import_module(module), kernels).load(device)
+    return loaded
 
 
 def _cuda_kernels(flash: FlashAttention | None = None) -> Kernels:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
+from quant.numerics import hif8
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.numerics.scaling import scale_policy
@@ -270,4 +271,6 @@ def _attention_scales(fp8_attention: bool) -> AttentionScales | None:
 
 def _value(code: Tensor, scale: float = SCALE) -> Tensor:
     """Return the values of an activation: 8-bit codes are multiplied by the scale, BF16 is not."""
+    if code.dtype is torch.uint8:
+        return hif8.decode(code, torch.float32) * scale
     return code.float() * (scale if code.element_size() == 1 else 1.0)

@@ -187,15 +187,11 @@ def _fuse_modes(
 def _put_on_kernels(
     mode: Mode,
     plan: ModePlan,
-    choice: KernelChoice | None,
+    choice: KernelChoice,
     device: Device,
     reader: quant.BackgroundReader,
 ) -> Mode:
     """Replace a mode's blocks by fused ones that run on the chosen kernels."""
-    if choice is None:
-        if device.attention_backend is not None:
-            mode.transformer.set_attention_backend(device.attention_backend)
-        return mode
     attention = {}
     if plan.recipe is not None and plan.scales is not None:
         attention = quant.attention_scales(plan.recipe, plan.scales)
@@ -204,6 +200,8 @@ def _put_on_kernels(
         reader.wait_for(block.state_dict(keep_vars=True).values())
 
     unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
+    if unfused and device.attention_backend is not None:
+        mode.transformer.set_attention_backend(device.attention_backend)
     warnings = [choice.warning] if choice.warning else []
     if unfused and choice.kernels.name != EagerKernels.name:
         warning = (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.kernels.eager import rotate
+from quant.numerics import hif8
 
 
 def npu_fusion_attention(
@@ -32,8 +33,8 @@ def npu_fusion_attention(
     assert query.shape[2] == key.shape[2] == value.shape[2] == head_num
     assert not masks
     assert inner_precise == 0
-    heads = (each.transpose(1, 2) for each in (query, key, value))
-    return (F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).contiguous(),)
+    q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+    return (F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous(),)
 
 
 def npu_layer_norm_eval(
@@ -75,7 +76,60 @@ def npu_gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     return F.gelu(input, approximate=approximate)
 
 
-REFERENCES = (npu_fusion_attention, npu_layer_norm_eval, npu_rms_norm, npu_rotary_mul, npu_gelu)
+HIFLOAT8 = 290
+
+
+def npu_dtype_cast(input: Tensor, dtype: Any, input_dtype: int | None = None) -> Tensor:
+    """Convert to HiFloat8 codes or from them."""
+    if dtype == HIFLOAT8:
+        return hif8.encode(input)
+    assert input_dtype == HIFLOAT8
+    return hif8.decode(input, dtype)
+
+
+def npu_quantize(
+    input: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    dtype: int,
+    axis: int = 1,
+    div_mode: bool = True,
+) -> Tensor:
+    """Multiply by one factor and convert to HiFloat8 codes."""
+    assert zero_points is None
+    assert (dtype, axis, div_mode, scales.numel()) == (HIFLOAT8, -1, False, 1)
+    return hif8.encode(input.float() * scales)
+
+
+def npu_quant_matmul(
+    x1: Tensor,
+    x2: Tensor,
+    scale: Tensor,
+    *,
+    pertoken_scale: Tensor,
+    output_dtype: torch.dtype,
+    x1_dtype: int,
+    x2_dtype: int,
+) -> Tensor:
+    """Multiply HiFloat8 codes, x1 [M, K] by x2 [K, N], under one scale for x1."""
+    assert x1.dtype is x2.dtype is torch.uint8
+    assert x1_dtype == x2_dtype == HIFLOAT8
+    assert pertoken_scale.numel() == 1
+    assert scale.shape in ((1,), (x2.shape[1],))
+    product = hif8.decode(x1, torch.float32) @ hif8.decode(x2.contiguous(), torch.float32)
+    return (product * scale * pertoken_scale).to(output_dtype)
+
+
+REFERENCES = (
+    npu_dtype_cast,
+    npu_fusion_attention,
+    npu_gelu,
+    npu_layer_norm_eval,
+    npu_quant_matmul,
+    npu_quantize,
+    npu_rms_norm,
+    npu_rotary_mul,
+)
 
 
 def install(patch: pytest.MonkeyPatch) -> ModuleType:
@@ -83,5 +137,6 @@ def install(patch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("torch_npu")
     for function in REFERENCES:
         setattr(module, function.__name__, function)
+    module.hifloat8 = HIFLOAT8  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "torch_npu", module)
     return module
