@@ -15,7 +15,7 @@ accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from quant.errors import ConversionError
 from quant.kernels.eager import rotate
+from quant.kernels.int8.ascend import AscendInt8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
 from quant.numerics import hif8_int16, reference
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 ROTARY_MAX_HEADS = 1000
@@ -58,6 +60,9 @@ class AscendKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return RankLinear(linears, self)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return AscendInt8Product(linears)
 
     def decode(
         self, ranks: Tensor, weight_scale: float | Tensor, out: Tensor | None = None
@@ -184,6 +189,7 @@ class RankLinear(nn.Module):
         self.register_buffer("ranks", ranks)
         self.register_buffer("row_scale", row_scale)
         self.bias = joined_bias(linears)
+        self.weight_ahead: Callable[[], Tensor] | None = None  # set by `quant.kernels.prefetch`
 
     def decoded_weight(self, out: Tensor | None = None) -> Tensor:
         """Return the weights: [N, K] bf16; written into `out` if it is given."""
@@ -199,7 +205,8 @@ class RankLinear(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.product(x, self.decoded_weight(), self.bias)
+        weight = self.decoded_weight() if self.weight_ahead is None else self.weight_ahead()
+        return reference.product(x, weight, self.bias)
 
 
 def read_scales(

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 Rope = tuple[Tensor, Tensor]
@@ -73,6 +74,12 @@ class Kernels(Protocol):
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         """Build the product of quantized linears that share their input; the result is a module."""
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        """Build the product of INT8 linears that share their input; the result is a module.
+
+        It takes BF16 (`act_scale` is None) and quantizes each token itself.
+        """
 
     def add_norm(
         self,

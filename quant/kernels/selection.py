@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.flash_attention import HOPPER, FlashAttention, load_flash_attention
 from quant.kernels.interface import Kernels
-from quant.kernels.self_test import BlockShape, check_kernels
+from quant.kernels.self_test import BlockShape, check_int8, check_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +51,21 @@ def pick_kernels(
     shape: BlockShape | None = None,
     per_row_scales: bool = False,
     fp8_attention: bool = False,
+    int8: bool = False,
 ) -> KernelChoice:
     """Choose the kernels of a mode on `device`: plain torch if nothing better runs.
 
     Args:
-        quantized: whether the mode multiplies in 8 bits, which not every GPU supports.
+        quantized: whether the mode multiplies HiFloat8, which not every GPU does in 8 bits.
         shape: shape of the model's blocks; kernels that depend on it are then compiled here.
         per_row_scales: whether products may have a scale for each row (`QuantRecipe`).
         fp8_attention: whether self-attention is in FP8, which needs FlashAttention-3.
+        int8: whether the mode multiplies INT8, on blocks that are otherwise in BF16.
 
     Raises:
         ConversionError: FP8 attention does not run on this device.
     """
-    check = partial(check_kernels, device=device, quantized=quantized, shape=shape)
+    check = partial(_check, device=device, int8=int8, quantized=quantized, shape=shape)
     check_all = partial(check, per_row_scales=per_row_scales)
     if device.type == "cuda":
         return _pick_on_cuda(
@@ -126,6 +129,12 @@ def _pick_on_cuda(
             raise _no_fp8_attention(reason)
         return KernelChoice(fused, f"{reason}; torch's attention runs instead, which is slower.")
     return KernelChoice(flash)
+
+
+def _check(kernels: Kernels, device: torch.device, int8: bool, **settings: Any) -> None:
+    check_kernels(kernels, device, **settings)
+    if int8:
+        check_int8(kernels, device)
 
 
 def _pick_on_npu(

@@ -135,7 +135,7 @@ def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:
     with ThreadPoolExecutor(1) as executor:
         prepared = executor.submit(quant.TensorReader(device.torch_device).prepare)
         kernels = {
-            plan.config.transformer_key: _kernels_of(plan, device) for plan in distinct_plans(plans)
+            plan.config.transformer_key: kernels_of(plan, device) for plan in distinct_plans(plans)
         }
     prepared.result()
     _warn(plans, kernels)
@@ -172,14 +172,17 @@ def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
         )
 
 
-def _kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
-    quantized = plan.recipe is not None
+def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
+    """Find out by trial which kernels a mode runs on here."""
+    number_format = None if plan.recipe is None else plan.recipe.format
+    quantized = number_format == "hif8"
     return device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
         per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
-        emulate=plan.config.exact_emulation and quantized,
+        int8=number_format == "int8",
+        emulate=plan.config.exact_emulation,
     )
 
 
