@@ -29,7 +29,7 @@ CALIBRATION = [f"a {shape}" for shape in "abcdefgh"]
 HELD_OUT = [f"the {shape}" for shape in "abcdefgh"]
 
 
-def run(*arguments: str | Path) -> Any:
+def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
