@@ -15,7 +15,7 @@ accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -189,6 +189,7 @@ class RankLinear(nn.Module):
         self.register_buffer("ranks", ranks)
         self.register_buffer("row_scale", row_scale)
         self.bias = joined_bias(linears)
+        self.weight_ahead: Callable[[], Tensor] | None = None  # set by `quant.kernels.prefetch`
 
     def decoded_weight(self, out: Tensor | None = None) -> Tensor:
         """Return the weights: [N, K] bf16; written into `out` if it is given."""
@@ -204,7 +205,8 @@ class RankLinear(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.product(x, self.decoded_weight(), self.bias)
+        weight = self.decoded_weight() if self.weight_ahead is None else self.weight_ahead()
+        return reference.product(x, weight, self.bias)
 
 
 def read_scales(

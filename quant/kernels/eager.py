@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quant.kernels.int8.product import Int8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
-from quant.kernels.joined_linear import SeparateLinears
+from quant.kernels.joined_linear import SeparateLinears, shared_act_scale
 from quant.numerics import reference
 from quant.numerics.hadamard import rotate_groups
 from quant.numerics.int8_linear import Int8Linear
@@ -130,12 +130,6 @@ class _DecodedLinear(nn.Module):
             for each in self._linears
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-def shared_act_scale(linears: Sequence[Hif8Linear]) -> float:
-    """Return the scale for the input that linears share: the largest, so that none saturates."""
-    scales = [linear.act_scale for linear in linears if linear.act_scale is not None]
-    return float(torch.stack(scales).max())  # one device synchronization for all
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

@@ -17,11 +17,14 @@ from quant.kernels.int8.product import Int8Product
 from quant.kernels.interface import Kernels
 from quant.kernels.misfit_counter import CountingKernels
 from quant.numerics import int8, reference
+from quant.numerics.grid_linear import GridLinear
 from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import choose_scale
 from quant.transformer.wan_block import FusedWanBlock
 from worker.interface import ActShares
+
+_ROUNDING = (Hif8Linear, GridLinear)
 
 
 class ActSample:
@@ -32,7 +35,7 @@ class ActSample:
 
     def __init__(self, transformer: nn.Module) -> None:
         self._transformer = transformer
-        quantized = (Hif8Linear, Int8Linear, Int8Product)
+        quantized = (*_ROUNDING, Int8Linear, Int8Product)
         self._linears = [m for m in transformer.modules() if isinstance(m, quantized)]
         self._blocks = [
             m for m in transformer.modules() if isinstance(m, FusedWanBlock) and _rounds(m)
@@ -66,7 +69,8 @@ class ActSample:
         """Compute the shares from the counts; None if nothing was counted."""
         if self._counts is None:
             return None
-        saturated, flushed = (self._counts.double() / self._total).tolist()
+        # Divided on the host: not every device has float64.
+        saturated, flushed = (count / self._total for count in self._counts.tolist())
         return ActShares(saturated, flushed)
 
     def _after_pass(self, *_: object) -> None:
@@ -77,7 +81,7 @@ class ActSample:
     @torch.no_grad()
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        if not isinstance(module, Hif8Linear):
+        if not isinstance(module, _ROUNDING):
             self._add(int8.misfits(x), x.numel())
             return
         scale = module.act_scale

@@ -135,7 +135,7 @@ def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:
     with ThreadPoolExecutor(1) as executor:
         prepared = executor.submit(quant.TensorReader(device.torch_device).prepare)
         kernels = {
-            plan.config.transformer_key: _kernels_of(plan, device) for plan in distinct_plans(plans)
+            plan.config.transformer_key: kernels_of(plan, device) for plan in distinct_plans(plans)
         }
     prepared.result()
     _warn(plans, kernels)
@@ -172,7 +172,8 @@ def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
         )
 
 
-def _kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
+def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
+    """Find out by trial which kernels a mode runs on here."""
     number_format = None if plan.recipe is None else plan.recipe.format
     quantized = number_format == "hif8"
     return device.pick_kernels(
