@@ -1,4 +1,4 @@
-"""A worker serves the miniature in INT8 beside the other modes, with the scales that are shipped."""
+"""A worker serves the miniature in INT8 beside BF16, with the scales that are shipped."""
 
 from __future__ import annotations
 
