@@ -1,12 +1,13 @@
 """Prepare the process before torch is imported, then run `worker.startup` or another command.
 
-Usage: `python -m worker [--config FILE]` serves, `python -m worker plan [...]` prints the memory
-that a model needs.
+Usage: `python -m worker [--config FILE]` serves, `python -m worker doctor [...]` checks what it
+needs, and `python -m worker plan [...]` prints the memory that a model needs.
 """
 
 import gc
 import os
 import sys
+from collections.abc import Callable
 
 
 def run() -> None:
@@ -16,21 +17,36 @@ def run() -> None:
     # pass of the miniature's transformer took over 7 s instead of 0.3 s. The variable is read once,
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # torch must not import torch_npu by itself: `quant.ascend` does, and says what is missing.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    # Segments of torch_npu's memory that grow: jobs of different sizes leave gaps in fixed ones.
+    # A driver that cannot do this makes torch_npu turn it off with a warning.
+    os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
     # Off until the worker is ready (`worker.startup`). Imports take a quarter less time.
     gc.disable()
 
     import typer  # noqa: PLC0415
 
+    if sys.argv[1:2] == ["doctor"]:
+        from worker.doctor.command import doctor  # noqa: PLC0415
+
+        _run_command(doctor)
+        return
     if sys.argv[1:2] == ["plan"]:
         from worker.model_loader.plan_table import main as plan  # noqa: PLC0415
 
-        del sys.argv[1]
-        sys.argv[0] = "python -m worker plan"
-        typer.run(plan)
+        _run_command(plan)
         return
     from worker.startup import main  # noqa: PLC0415
 
     typer.run(main)
+
+
+def _run_command(command: Callable[..., None]) -> None:
+    import typer  # noqa: PLC0415
+
+    sys.argv[0] = f"python -m worker {sys.argv.pop(1)}"
+    typer.run(command)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from quant.errors import ConversionError
 from quant.kernels.eager import rotate
+from quant.kernels.int8.ascend import AscendInt8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
 from quant.numerics import hif8_int16, reference
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 ROTARY_MAX_HEADS = 1000
@@ -58,6 +60,9 @@ class AscendKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return RankLinear(linears, self)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return AscendInt8Product(linears)
 
     def decode(
         self, ranks: Tensor, weight_scale: float | Tensor, out: Tensor | None = None
@@ -175,11 +180,8 @@ class RankLinear(nn.Module):
         super().__init__()
         self._kernels = kernels
         self._rows = [each.out_features for each in linears]
-        shape = sum(self._rows), linears[0].in_features
-        ranks = torch.empty(shape, dtype=torch.int8, device=linears[0].weight_qdata.device)
-        for each, part in zip(linears, torch.split(ranks, self._rows), strict=True):
-            part.copy_(hif8_int16.to_ranks(each.weight_qdata))
-        self.act_scale, self._scales = _read_scales(linears, ranks)
+        ranks = torch.cat([hif8_int16.to_ranks(each.weight_qdata) for each in linears])
+        self.act_scale, self._scales = read_scales(linears, ranks)
         row_scale = None
         if not self._scales:
             by_linear = [(each.weight_scale.float(), each.out_features) for each in linears]
@@ -207,12 +209,17 @@ class RankLinear(nn.Module):
         return reference.product(x, weight, self.bias)
 
 
-def _read_scales(linears: Sequence[Hif8Linear], ranks: Tensor) -> tuple[float, list[float]]:
-    """Read scales from the device, with a single synchronization, and check the ranks.
+def read_scales(
+    linears: Sequence[Hif8Linear], ranks: Tensor | None = None
+) -> tuple[float, list[float]]:
+    """Read scales from the device, with a single synchronization, and check ranks.
 
     Returns:
         the scale of the linears' shared input: the largest, so that the input of none saturates;
         and the weight scale of each linear, or nothing if one of them has several.
+
+    Raises:
+        ConversionError: a weight has no rank.
     """
     acts = [each.act_scale.reshape(1) for each in linears if each.act_scale is not None]
     scales = [
@@ -220,12 +227,14 @@ def _read_scales(linears: Sequence[Hif8Linear], ranks: Tensor) -> tuple[float, l
     ]
     if len(scales) < len(linears):
         scales = []
-    without_rank = (ranks == hif8_int16.NO_RANK).any().float().reshape(1)
+    without_rank = torch.zeros(1, device=acts[0].device)
+    if ranks is not None:
+        without_rank = (ranks == hif8_int16.NO_RANK).any().float().reshape(1)
     values: list[float] = torch.cat([*acts, *scales, without_rank]).tolist()
     if values[-1]:
         raise ConversionError(
-            f"quantized weights of shape {list(ranks.shape)} have codes of NaN or infinity: "
-            "quantize them again from finite weights"
+            f"quantized weights of {list(linears[0].weight_qdata.shape)} have codes of NaN or "
+            "infinity: quantize them again from finite weights"
         )
     return max(values[: len(acts)]), values[len(acts) : -1]
 

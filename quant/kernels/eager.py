@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.kernels.int8.product import Int8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import SeparateLinears, shared_act_scale
 from quant.numerics import reference
 from quant.numerics.hadamard import rotate_groups
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
@@ -38,6 +40,9 @@ class EagerKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return _DecodedLinear(linears)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return Int8Product(linears)
 
     def add_norm(
         self,

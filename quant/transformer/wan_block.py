@@ -18,6 +18,7 @@ from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm,
 from quant.kernels.joined_linear import GridProduct
 from quant.kernels.prefetch import decode_ahead
 from quant.numerics.grid_linear import GridLinear
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
@@ -37,7 +38,8 @@ class FusedWanBlock(nn.Module):
         """Take over the weights of a block.
 
         Args:
-            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s or `GridLinear`s.
+            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s, `GridLinear`s or
+                `Int8Linear`s.
             attention: scales of FP8 self-attention; None for BF16.
         """
         super().__init__()
@@ -135,7 +137,7 @@ def fuse_blocks(
 
     Its embedded prompts are cached as well. A block stays a diffusers block if it cannot be fused:
     if the recipe quantizes only some of the linears that share an input (some of q, k and v), or
-    has a scale for each token.
+    rounds each token to HiFloat8 under its own scale.
 
     Where products decode their weights, each decodes those of the next one, also of the next
     block's first, while it multiplies (`quant.kernels.prefetch`).
@@ -179,6 +181,9 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     decoded = [each for each in linears if isinstance(each, GridLinear)]
     if decoded:
         return GridProduct(kernels, decoded)
+    int8 = [each for each in linears if isinstance(each, Int8Linear)]
+    if int8:
+        return kernels.int8(int8)
     return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 

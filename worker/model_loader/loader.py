@@ -195,21 +195,20 @@ def _fuse_modes(
 def _put_on_kernels(
     mode: Mode,
     plan: ModePlan,
-    choice: KernelChoice | None,
+    choice: KernelChoice,
     device: Device,
     reader: quant.BackgroundReader,
     weight_storage: quant.WeightStorage,
 ) -> Mode:
     """Replace a mode's blocks by fused ones that run on the chosen kernels."""
     decodes = weight_storage == "bf16_grid" and multiplies_decoded(plan.config, plan.recipe, device)
-    if choice is None:
-        if decodes:
-            reader.wait()
-            quant.decode_weights(mode.transformer)
-            mode = replace(mode, weight_bytes=quant.weight_bytes(mode.transformer))
-        if device.attention_backend is not None:
-            mode.transformer.set_attention_backend(device.attention_backend)
-        return mode
+    if decodes and not quant.reads_decoded(choice.kernels, device.torch_device):
+        logger.info(
+            "%s: weights stay packed, because %s kernels multiply the codes themselves",
+            mode.offer.name,
+            choice.kernels.name,
+        )
+        decodes = False
     attention = {}
     if plan.recipe is not None and plan.scales is not None:
         attention = quant.attention_scales(plan.recipe, plan.scales)
@@ -220,6 +219,8 @@ def _put_on_kernels(
             quant.decode_weights(block)
 
     unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
+    if unfused and device.attention_backend is not None:
+        mode.transformer.set_attention_backend(device.attention_backend)
     warnings = [choice.warning] if choice.warning else []
     if unfused and choice.kernels.name != EagerKernels.name:
         warning = (

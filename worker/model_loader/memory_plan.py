@@ -200,7 +200,9 @@ def allowed_storages(
 
 def multiplies_decoded(mode: ModeConfig, recipe: QuantRecipe | None, device: PlannedDevice) -> bool:
     """Return whether a mode's HiFloat8 weights are multiplied as BF16 numbers on a device."""
-    return recipe is not None and (mode.exact_emulation or not device.multiplies_codes)
+    if recipe is None or recipe.format != "hif8":
+        return False
+    return mode.exact_emulation or not device.multiplies_codes
 
 
 def measure_model(
