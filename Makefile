@@ -49,10 +49,10 @@ generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SE
 	@$(BIN)/python -m deploy.local generate
 
 # Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
 
@@ -108,3 +108,8 @@ $(VENV)/.openai-2.8.0: | $(VENV)/.dev
 	@rm -rf "$(VENV)/openai-2.8.0"
 	@$(PIP) --quiet --no-deps --target "$(VENV)/openai-2.8.0" openai==2.8.0 distro==1.9.0
 	@touch $@
+
+# The compiler of Triton's kernels for Ascend 910B, for processes of its own: it takes Triton's place.
+# Without a wheel there is no stamp, and `make test` goes on without these tests.
+$(VENV)/.triton-ascend-3.2: deploy/install/triton_ascend.sh | $(VENV)/.dev
+	@sh deploy/install/triton_ascend.sh "$(VENV)"
