@@ -1,13 +1,12 @@
 """Prepare the process before torch is imported, then run `worker.startup` or another command.
 
-Usage: `python -m worker [--config FILE]` serves, `python -m worker doctor [...]` checks what it
-needs, and `python -m worker plan [...]` prints the memory that a model needs.
+Usage: `python -m worker [--config FILE]` serves, `python -m worker doctor [...]` checks a machine,
+`python -m worker plan [...]` prints the memory that a model needs.
 """
 
 import gc
 import os
 import sys
-from collections.abc import Callable
 
 
 def run() -> None:
@@ -27,26 +26,22 @@ def run() -> None:
 
     import typer  # noqa: PLC0415
 
-    if sys.argv[1:2] == ["doctor"]:
-        from worker.doctor.command import doctor  # noqa: PLC0415
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("doctor", "plan"):
+        del sys.argv[1]
+        sys.argv[0] = f"python -m worker {command}"
+        if command == "doctor":
+            from worker.doctor.command import doctor  # noqa: PLC0415
 
-        _run_command(doctor)
-        return
-    if sys.argv[1:2] == ["plan"]:
-        from worker.model_loader.plan_table import main as plan  # noqa: PLC0415
+            typer.run(doctor)
+        else:
+            from worker.model_loader.plan_table import main as plan  # noqa: PLC0415
 
-        _run_command(plan)
+            typer.run(plan)
         return
     from worker.startup import main  # noqa: PLC0415
 
     typer.run(main)
-
-
-def _run_command(command: Callable[..., None]) -> None:
-    import typer  # noqa: PLC0415
-
-    sys.argv[0] = f"python -m worker {sys.argv.pop(1)}"
-    typer.run(command)
 
 
 if __name__ == "__main__":

@@ -178,12 +178,12 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     quantized = [each for each in linears if isinstance(each, Hif8Linear)]
     if quantized:
         return kernels.quantized(quantized)
-    decoded = [each for each in linears if isinstance(each, GridLinear)]
-    if decoded:
-        return GridProduct(kernels, decoded)
     int8 = [each for each in linears if isinstance(each, Int8Linear)]
     if int8:
         return kernels.int8(int8)
+    decoded = [each for each in linears if isinstance(each, GridLinear)]
+    if decoded:
+        return GridProduct(kernels, decoded)
     return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 

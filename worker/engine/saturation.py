@@ -24,6 +24,8 @@ from quant.numerics.scaling import choose_scale
 from quant.transformer.wan_block import FusedWanBlock
 from worker.interface import ActShares
 
+_ROUNDING = (Hif8Linear, GridLinear)
+
 
 class ActSample:
     """A count over one forward pass of a transformer, started by `arm`.
@@ -33,7 +35,7 @@ class ActSample:
 
     def __init__(self, transformer: nn.Module) -> None:
         self._transformer = transformer
-        quantized = (Hif8Linear, GridLinear, Int8Linear, Int8Product)
+        quantized = (*_ROUNDING, Int8Linear, Int8Product)
         self._linears = [m for m in transformer.modules() if isinstance(m, quantized)]
         self._blocks = [
             m for m in transformer.modules() if isinstance(m, FusedWanBlock) and _rounds(m)
@@ -79,7 +81,7 @@ class ActSample:
     @torch.no_grad()
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        if not isinstance(module, Hif8Linear | GridLinear):
+        if not isinstance(module, _ROUNDING):
             self._add(int8.misfits(x), x.numel())
             return
         scale = module.act_scale
