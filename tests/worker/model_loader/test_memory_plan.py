@@ -134,14 +134,15 @@ def test_what_emulation_and_step_caches_take_is_added(large, device):
     assert denoising(step_cache=cache) - denoising() == pytest.approx(6 * width)
 
 
-@pytest.mark.parametrize(("capability", "emulated"), [((8, 0), True), ((9, 0), False)])
-def test_a_device_without_fp8_counts_as_emulating(large, monkeypatch, capability, emulated):
+@pytest.mark.parametrize(("capability", "widths"), [((8, 0), (14, 16)), ((9, 0), (12, 12))])
+def test_a_device_without_fp8_counts_as_emulating(large, monkeypatch, capability, widths):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     cuda, modes = Device("cuda", "a device"), large.modes
     bf16 = large.model_copy(update={"modes": modes[:1]})
-    plain = measure_model(bf16, [None], cuda).denoising
-    more = measure_model(large, [None, RECIPE], cuda).denoising - plain
-    assert more == (4 * 75_600 * 5120 * 2 if emulated else 0)
+    prompts = 2 * 2 * large.model.text_tokens * 40 * 5120 * 2
+    for config, recipes, each in ((bf16, [None], widths[0]), (large, [None, RECIPE], widths[1])):
+        denoising = measure_model(config, recipes, cuda).denoising
+        assert denoising == each * 75_600 * 5120 * 2 + prompts
 
 
 CHOICES = {
