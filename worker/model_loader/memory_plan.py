@@ -237,6 +237,7 @@ def measure_model(
         for tree, (mode, recipe) in zip(trees, distinct, strict=True)
         if multiplies_decoded(mode, recipe, device)
     ]
+    emulates = any(_emulates(mode, recipe, device) for mode, recipe in distinct)
     quantizes_bf16 = len(distinct) > 1 and any(mode.packed is None for mode, _ in distinct)
     width, height = max(map(parse_size, config.model.sizes), key=math.prod)
     pixels = width * height
@@ -248,33 +249,33 @@ def measure_model(
         transformer_loading=_tree_bytes([*trees, base] if quantizes_bf16 else trees),
         text_encoder=shape.text_encoder * device.dtype.itemsize,
         vae=shape.vae * device.vae_dtype.itemsize,
-        denoising=_denoising_bytes(config, tokens, base.config, device),
+        denoising=_denoising_bytes(config, tokens, base.config, device, emulates),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
         decoded_extra=sum(map(decoded_extra_bytes, decoded)),
-        decoded_at_once=_decoded_at_once(config, base.config, device) if decoded else 0,
+        decoded_at_once=_decoded_at_once(base.config) if decoded and emulates else 0,
     )
 
 
-def _emulates(config: WorkerConfig, device: PlannedDevice) -> bool:
-    quantized = [mode for mode in config.modes if mode.recipe is not None]
-    return any(mode.exact_emulation or device.emulates for mode in quantized)
+def _emulates(mode: ModeConfig, recipe: QuantRecipe | None, device: PlannedDevice) -> bool:
+    """Return whether a mode rounds to HiFloat8 in plain torch; INT8 is rounded in small pieces."""
+    if recipe is None or recipe.format != "hif8":
+        return False
+    return mode.exact_emulation or device.emulates
 
 
-def _decoded_at_once(config: WorkerConfig, transformer: Any, device: PlannedDevice) -> int:
+def _decoded_at_once(transformer: Any) -> int:
     """Return the bytes of the weights that are decoded at a time: q, k and v, or feed-forward."""
-    if not _emulates(config, device):
-        return 0
     width = transformer.num_attention_heads * transformer.attention_head_dim
     largest = width * max(3 * width, transformer.ffn_dim)
     return int(DECODED_AT_ONCE * largest * torch.bfloat16.itemsize)
 
 
 def _denoising_bytes(
-    config: WorkerConfig, tokens: int, transformer: Any, device: PlannedDevice
+    config: WorkerConfig, tokens: int, transformer: Any, device: PlannedDevice, emulates: bool
 ) -> int:
     widths = WIDTHS_PER_TOKEN_ELSEWHERE if device.emulates else WIDTHS_PER_TOKEN
-    if _emulates(config, device):
+    if emulates:
         widths = EMULATED_WIDTHS_PER_TOKEN
     if any(mode.step_cache is not None for mode in config.modes):
         widths += CACHED_PER_TOKEN

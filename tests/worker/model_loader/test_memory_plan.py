@@ -21,6 +21,7 @@ from worker.model_loader.memory_plan import (
     measure_model,
     place_model,
 )
+from worker.model_loader.plan_table import Described
 
 LARGE = {
     "num_layers": 40,
@@ -96,6 +97,19 @@ def test_each_mode_by_itself(large, device):
     w8a8 = large.model_copy(update={"modes": large.modes[1:]})
     assert measure_model(bf16, [None], device).transformer / GIB == pytest.approx(26.7, abs=0.1)
     assert measure_model(w8a8, [RECIPE], device).transformer / GIB == pytest.approx(15.2, abs=0.1)
+
+
+def test_int8_keeps_more_in_bf16_and_needs_no_emulation(large):
+    """On a card that multiplies no 8-bit floating point, where HiFloat8 is decoded and rounded."""
+    card = Described()
+    bf16 = large.model_copy(update={"modes": large.modes[:1]})
+    quantized = large.model_copy(update={"modes": large.modes[1:]})
+    int8 = measure_model(quantized, [QuantRecipe.load("boundary-int8")], card)
+    hif8 = measure_model(quantized, [RECIPE], card)
+    kept = 35 * LARGE["ffn_dim"] * 5120  # ffn.net.2 has two bytes a weight
+    assert int8.transformer - hif8.transformer == pytest.approx(kept, rel=0.01)
+    assert int8.denoising == measure_model(bf16, [None], card).denoising < hif8.denoising
+    assert (int8.decoded_extra, int8.decoded_at_once) == (0, 0)
 
 
 def test_quantizing_beside_bf16_that_is_not_served_counts(large, device):
