@@ -38,7 +38,7 @@ from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
 from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.quantize import quantize_transformer
-from quant.transformer.weight_storage import WeightStorage, decode_weights
+from quant.transformer.weight_storage import WeightStorage, decode_weights, reads_decoded
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 from quant.weights.reader import BackgroundReader, Reader, TensorReader
 
@@ -82,6 +82,7 @@ __all__ = [
     "open_packed",
     "parts_fingerprint",
     "quantize_transformer",
+    "reads_decoded",
     "run_calibration",
     "save_scales",
     "sqnr_db",

@@ -4,7 +4,8 @@ The miniature generates videos of unseen captions with the same seeds in bf16, w
 FP8 attention. By default all modes use the bit-true emulation (`quant.kernels.eager`), which rounds
 queries, keys, values and the numerators of the softmax as FlashAttention-3 does. With
 `--kernels device` the quantized modes run on the device's own kernels. The result has the oracle's
-rate of each attribute, and the PSNR between modes, with 95 % confidence intervals.
+rate of each attribute, and the PSNR between modes, with 95 % confidence intervals. `--modes` takes
+others of `RECIPES`: `--modes bf16,w8a8,int8` is what INT8 costs.
 """
 
 import hashlib
@@ -44,8 +45,20 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import Kernels
 from quant.kernels.selection import pick_kernels
 
-RECIPES = {"bf16": None, "w8a8": "boundary-hif8", "w8a8-fp8attn": "boundary-hif8-fp8attn"}
-PAIRS = (("w8a8", "bf16"), ("w8a8-fp8attn", "bf16"), ("w8a8-fp8attn", "w8a8"))
+RECIPES = {
+    "bf16": None,
+    "w8a8": "boundary-hif8",
+    "w8a8-fp8attn": "boundary-hif8-fp8attn",
+    "int8": "boundary-int8",
+}
+DEFAULT_MODES = "bf16,w8a8,w8a8-fp8attn"
+PAIRS = (
+    ("w8a8", "bf16"),
+    ("w8a8-fp8attn", "bf16"),
+    ("w8a8-fp8attn", "w8a8"),
+    ("int8", "bf16"),
+    ("int8", "w8a8"),
+)
 
 
 def main(
@@ -56,11 +69,15 @@ def main(
         Literal["eager", "device"], typer.Option(help="What the quantized modes run on.")
     ] = "eager",
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
+    modes: Annotated[str, typer.Option(help=f"Of {', '.join(RECIPES)}.")] = DEFAULT_MODES,
 ) -> None:
-    """Score the three modes and write the result."""
+    """Score the modes and write the result."""
     texts = captions_of(Split.EVALUATION, count)
-    picked = {mode: pick(mode, kernels, device) for mode in RECIPES}
-    videos = {mode: mode_videos(mode, texts, batch, device, picked[mode]) for mode in RECIPES}
+    chosen = modes.split(",")
+    if unknown := set(chosen) - RECIPES.keys():
+        raise typer.BadParameter(f"{min(unknown)!r} is not one of {', '.join(RECIPES)}")
+    picked = {mode: pick(mode, kernels, device) for mode in chosen}
+    videos = {mode: mode_videos(mode, texts, batch, device, picked[mode]) for mode in chosen}
     rows = [*rate_rows(videos, texts), *psnr_rows(videos)]
     report.print_table(rows)
     settings = {
@@ -71,15 +88,18 @@ def main(
         "seeds": f"0..{count - 1}",
         "model": quant.model_fingerprint(MODEL),
         "recipes": {
-            mode: quant.QuantRecipe.load(name).fingerprint for mode, name in RECIPES.items() if name
+            mode: quant.QuantRecipe.load(name).fingerprint
+            for mode, name in RECIPES.items()
+            if name and mode in chosen
         },
         "kernels": {mode: each.name for mode, each in picked.items()},
     }
-    name = device if device == "cpu" else torch.cuda.get_device_name(0)
-    report.save(report.result("attention-quality", name, settings, rows))
+    where = device if device == "cpu" else torch.cuda.get_device_name(0)
+    name = "attention-quality" if modes == DEFAULT_MODES else f"quality-{modes.replace(',', '-')}"
+    report.save(report.result(name, where, settings, rows))
     if sheet is not None:
         write_sheet(videos, texts, sheet)
-    for mode in RECIPES:
+    for mode in chosen:
         cache_path(mode, device, picked[mode], texts).unlink()
 
 
@@ -87,8 +107,12 @@ def pick(mode: str, kernels: Literal["eager", "device"], device: str) -> Kernels
     """Return the kernels of a mode; bf16, which the others are compared with, is always eager."""
     if kernels == "eager" or RECIPES[mode] is None:
         return EagerKernels()
-    fp8_attention = mode == "w8a8-fp8attn"
-    choice = pick_kernels(torch.device(device), quantized=True, fp8_attention=fp8_attention)
+    choice = pick_kernels(
+        torch.device(device),
+        quantized=mode != "int8",
+        fp8_attention=mode == "w8a8-fp8attn",
+        int8=mode == "int8",
+    )
     if choice.warning is not None:
         raise SystemExit(choice.warning)
     return choice.kernels
@@ -148,6 +172,8 @@ def psnr_rows(videos: dict[str, list[Frames]]) -> list[report.Row]:
     """Return the mean and the lowest PSNR of each mode against another."""
     rows = []
     for mode, other in PAIRS:
+        if not {mode, other} <= videos.keys():
+            continue
         values = np.array([psnr_db(a, b) for a, b in zip(videos[mode], videos[other], strict=True)])
         low, high = bootstrap(values)
         what = f"{mode} against {other}"

@@ -7,8 +7,9 @@ bit-true emulation, and where the time of a pass goes. For step caches, it has w
 they skip nothing, and what remains of a pass when they skip it; how often they skip can only be
 measured with a trained model (`benchmarks/speed/step_cache.py`).
 
-A GPU has to run FP8 attention (Hopper). It prints a table, then the result as one line of JSON, and
-saves it in benchmarks/results/.
+`--modes int8` measures INT8 instead, or beside the others: `--modes w8a8,int8`. FP8 attention, one
+of the modes by default, needs a Hopper GPU. It prints a table, then the result as one line of JSON,
+and saves it in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -44,7 +45,14 @@ from worker.config import FirstBlockCache, MagCache, StepCache
 from worker.engine.step_cache import step_cache
 from worker.model_loader.memory_plan import CACHED_PER_TOKEN
 
-RECIPES = {"w8a8": "boundary-hif8", "w8a8, FP8 attention": "boundary-hif8-fp8attn"}
+MODES = {
+    "w8a8": ("w8a8", "boundary-hif8"),
+    "w8a8-fp8attn": ("w8a8, FP8 attention", "boundary-hif8-fp8attn"),
+    "int8": ("int8", "boundary-int8"),
+}
+"""By its name on the command line, a mode's name in the result, and its recipe."""
+
+DEFAULT_MODES = "w8a8,w8a8-fp8attn"
 GIB = 2**30
 
 # Thresholds with which no pass is skipped, and with which every pass is after the first.
@@ -72,12 +80,16 @@ _KINDS = {
 def main(
     device: str = "cuda",
     sizes: str = "832x480,1280x720",
+    modes: Annotated[str, typer.Option(help=f"Of {', '.join(MODES)}.")] = DEFAULT_MODES,
     frames: int = 81,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     tiny: Annotated[bool, typer.Option(help="A model of one head, for a rehearsal.")] = False,
 ) -> None:
     """Measure both resolutions in every mode."""
-    bench = _Bench(torch.device(device), frames, rounds, sizes.split(","), tiny)
+    if unknown := set(modes.split(",")) - MODES.keys():
+        raise typer.BadParameter(f"{min(unknown)!r} is not one of {', '.join(MODES)}")
+    chosen = dict(MODES[mode] for mode in modes.split(","))
+    bench = _Bench(torch.device(device), frames, rounds, sizes.split(","), tiny, chosen)
     rows = bench.run()
     settings = {
         "sizes": bench.sizes,
@@ -87,7 +99,8 @@ def main(
         "kernels": bench.kernels.name,
         "profile_ms": bench.profiles,
     }
-    document = report.result("forward", device_name(bench.device), settings, rows)
+    name = "forward" if modes == DEFAULT_MODES else f"forward-{modes.replace(',', '-')}"
+    document = report.result(name, device_name(bench.device), settings, rows)
     report.print_table(rows)
     report.save(document)
     print(json.dumps(document))
@@ -100,11 +113,20 @@ class _Bench:
     rounds: int
     sizes: list[str]
     tiny: bool
+    modes: dict[str, str]
 
     def __post_init__(self) -> None:
-        self.kernels: Kernels = pick_kernels(
-            self.device, quantized=True, fp8_attention=True
-        ).kernels
+        self.recipes = {mode: quant.QuantRecipe.load(name) for mode, name in self.modes.items()}
+        formats = {recipe.format for recipe in self.recipes.values()}
+        choice = pick_kernels(
+            self.device,
+            quantized="hif8" in formats,
+            fp8_attention=any(recipe.attention == "fp8" for recipe in self.recipes.values()),
+            int8="int8" in formats,
+        )
+        if choice.warning is not None:
+            raise SystemExit(choice.warning)
+        self.kernels: Kernels = choice.kernels
         self.inputs = {s: random_inputs(self.device, s, self.frames) for s in self.sizes}
         self.baseline: dict[str, float] = {}
         self.profiles: dict[str, dict[str, float]] = {}
@@ -112,13 +134,20 @@ class _Bench:
     def run(self) -> list[Row]:
         model = random_transformer(self.device, tiny=self.tiny)
         rows = report.log_rows(self._diffusers(model))
-        recipes = {mode: quant.QuantRecipe.load(name) for mode, name in RECIPES.items()}
         small = random_inputs(self.device, self.sizes[0], 5)
-        scales = {mode: calibrate_scales(model, recipe, small) for mode, recipe in recipes.items()}
-        emulated, emulation = self._emulate(model, recipes["w8a8"], scales["w8a8"])
+        scales = {
+            mode: calibrate_scales(model, recipe, small) for mode, recipe in self.recipes.items()
+        }
         plain = fused_transformer(model, self.kernels)
-        rows += report.log_rows([*emulation, *self._measure("bf16", plain)])
-        for mode, recipe in recipes.items():
+        rows += report.log_rows(self._measure("bf16", plain))
+        emulations: dict[str, Tensor] = {}  # with FP8 attention as without
+        for mode, recipe in self.recipes.items():
+            if recipe.format not in emulations:
+                emulations[recipe.format], emulation = self._emulate(
+                    mode, model, recipe, scales[mode]
+                )
+                rows += report.log_rows(emulation)
+            emulated = emulations[recipe.format]
             ours = fused_transformer(model, self.kernels, recipe, scales[mode])
             rows += report.log_rows(self._measure(mode, ours))
             sqnr = min(report.EQUAL_DB, round(quant.sqnr_db(emulated, self._predict(ours)), 1))
@@ -160,7 +189,11 @@ class _Bench:
         return Row(what, together, "ms", baseline=2 * once)
 
     def _emulate(
-        self, model: WanTransformer3DModel, recipe: quant.QuantRecipe, scales: quant.Scales
+        self,
+        mode: str,
+        model: WanTransformer3DModel,
+        recipe: quant.QuantRecipe,
+        scales: quant.Scales,
     ) -> tuple[Tensor, list[Row]]:
         """Return the prediction of the bit-true emulation for the first size, and its rows.
 
@@ -175,8 +208,8 @@ class _Bench:
         del emulated
         _free(self.device)
         return predicted, [
-            Row(f"{size}: w8a8, bit-true emulation", ms, "ms", baseline=self.baseline[size]),
-            Row(f"{size}: w8a8, bit-true emulation beside BF16", sqnr, "dB"),
+            Row(f"{size}: {mode}, bit-true emulation", ms, "ms", baseline=self.baseline[size]),
+            Row(f"{size}: {mode}, bit-true emulation beside BF16", sqnr, "dB"),
         ]
 
     def _predict(self, transformer: WanTransformer3DModel) -> Tensor:

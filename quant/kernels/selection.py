@@ -143,7 +143,7 @@ def _pick_on_cuda(
 
 
 def _check(kernels: Kernels, device: torch.device, int8: bool, **settings: Any) -> None:
-    check_kernels(kernels, device, **settings)
+    check_kernels(kernels, device=device, **settings)
     if int8:
         check_int8(kernels, device)
 

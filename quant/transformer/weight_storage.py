@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import nn
 
+from quant.kernels.interface import Kernels
 from quant.numerics.grid_linear import GridLinear
 from quant.numerics.linear import Hif8Linear
 
@@ -29,6 +31,15 @@ def decode_weights(root: nn.Module) -> None:
             if isinstance(child, Hif8Linear):
                 parent.register_module(name, GridLinear.from_hif8(child))
             del child
+
+
+def reads_decoded(kernels: Kernels, device: torch.device) -> bool:
+    """Return whether the form that kernels round activations to is BF16, by trying it.
+
+    Only then do their BF16 products fit. An accelerator may turn out to multiply codes itself.
+    """
+    x = torch.ones(1, 1, 32, dtype=torch.bfloat16, device=device)
+    return kernels.round_act(x, 1.0).dtype is torch.bfloat16
 
 
 def decoded_extra_bytes(root: nn.Module) -> int:

@@ -14,6 +14,8 @@ from quant.device import backend
 from quant.kernels.interface import Kernels, Norm
 from quant.kernels.selection import KernelChoice
 from quant.kernels.self_test import BlockShape
+from quant.numerics import int8
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import scale_policy
 from worker.config import WorkerConfig
@@ -75,8 +77,9 @@ def kernels(plans: list[ModePlan] | None, found: Device | None) -> Callable[[], 
                 continue
             if choice.warning:
                 warnings.append(f"{mode}: {choice.warning}")
+            number_format = None if plan.recipe is None else plan.recipe.format
             for what, seconds in time_kernels(
-                choice.kernels, plan.shape, found, quantized=plan.recipe is not None
+                choice.kernels, plan.shape, found, number_format
             ).items():
                 figures[f"{mode}: {what}_ms"] = round(1e3 * seconds, 3)
         return Finding(", ".join(names), " ".join(warnings) or None, figures, value=True)
@@ -86,9 +89,14 @@ def kernels(plans: list[ModePlan] | None, found: Device | None) -> Callable[[], 
 
 @torch.no_grad()
 def time_kernels(
-    kernels: Kernels, shape: BlockShape, found: Device, *, quantized: bool
+    kernels: Kernels, shape: BlockShape, found: Device, number_format: str | None
 ) -> dict[str, float]:
-    """Return the median seconds of a block's operations, in the shape of the model's blocks."""
+    """Return the median seconds of a block's operations, in the shape of the model's blocks.
+
+    Args:
+        number_format: of the mode's recipe; None for BF16.
+    """
+    quantized = number_format == "hif8"
     tokens = _TOKENS if found.kind != "cpu" else _TOKENS // 64
     where, act_scale = found.torch_device, 1.0 if quantized else None
     x, hidden = (
@@ -104,6 +112,9 @@ def time_kernels(
         multiply = kernels.quantized(
             [Hif8Linear.from_linear(linear, one / 16, act_scale=one, act_policy=policy)]
         )
+    elif number_format == "int8":
+        scale = int8.token_scale(linear.weight.detach())
+        multiply = kernels.int8([Int8Linear.from_linear(linear, scale)])
     else:
         multiply = kernels.plain([linear])
     heads = x.view(1, tokens, shape.heads, shape.head_size)

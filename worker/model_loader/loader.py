@@ -202,6 +202,13 @@ def _put_on_kernels(
 ) -> Mode:
     """Replace a mode's blocks by fused ones that run on the chosen kernels."""
     decodes = weight_storage == "bf16_grid" and multiplies_decoded(plan.config, plan.recipe, device)
+    if decodes and not quant.reads_decoded(choice.kernels, device.torch_device):
+        logger.info(
+            "%s: weights stay packed, because %s kernels multiply the codes themselves",
+            mode.offer.name,
+            choice.kernels.name,
+        )
+        decodes = False
     attention = {}
     if plan.recipe is not None and plan.scales is not None:
         attention = quant.attention_scales(plan.recipe, plan.scales)

@@ -3,10 +3,11 @@
 Weights are added up from headers and configurations. Activations are estimated for the largest
 offered size and number of frames:
 - Denoising: 12 BF16 values of the transformer's width for each token. A diffusers forward of the
-  14B on an H100 took 11.3 (3.5 GiB at 32,760 tokens); adding up live tensors gives 11.1. Quantized
-  modes that are emulated, by configuration or on a device without FP8, take 16: activations are
-  rounded in plain torch, in pieces. Modes that fall back later because kernels do not run are not
-  known yet.
+  14B on an H100 took 11.3 (3.5 GiB at 32,760 tokens); adding up live tensors gives 11.1. On other
+  accelerators it is 14, for the rotation on an Ascend 910B in float32: live tensors add up to 13.5
+  there (`benchmarks.speed.vector_traffic`). Quantized modes that are emulated, by configuration or
+  on a device without FP8, take 16: activations are rounded in plain torch, in pieces. Modes that
+  fall back later because kernels do not run are not known yet.
 - Weights that are held as codes and decoded for each product: the two largest products' weights in
   BF16, because the next one's are decoded while one multiplies (`quant.kernels.prefetch`).
 - VAE: 237 bytes for each pixel and each of the decoder's base channels, in FP32: the 19.5 GiB that
@@ -41,6 +42,7 @@ from worker.model_loader.memory_need import ModelBytes, Need, gib
 from worker.model_loader.model_shape import ModelShape, read_model_shape
 
 WIDTHS_PER_TOKEN = 12
+WIDTHS_PER_TOKEN_ELSEWHERE = 14  # on accelerators without FP8
 EMULATED_WIDTHS_PER_TOKEN = 16
 CACHED_PER_TOKEN = 6  # what a step cache keeps at most, with guidance: 2.0 GB at 32,760 tokens
 VAE_BYTES_PER_PX_AND_CHANNEL = 237
@@ -200,7 +202,9 @@ def allowed_storages(
 
 def multiplies_decoded(mode: ModeConfig, recipe: QuantRecipe | None, device: PlannedDevice) -> bool:
     """Return whether a mode's HiFloat8 weights are multiplied as BF16 numbers on a device."""
-    return recipe is not None and (mode.exact_emulation or not device.multiplies_codes)
+    if recipe is None or recipe.format != "hif8":
+        return False
+    return mode.exact_emulation or not device.multiplies_codes
 
 
 def measure_model(
@@ -233,6 +237,7 @@ def measure_model(
         for tree, (mode, recipe) in zip(trees, distinct, strict=True)
         if multiplies_decoded(mode, recipe, device)
     ]
+    emulates = any(_emulates(mode, recipe, device) for mode, recipe in distinct)
     quantizes_bf16 = len(distinct) > 1 and any(mode.packed is None for mode, _ in distinct)
     width, height = max(map(parse_size, config.model.sizes), key=math.prod)
     pixels = width * height
@@ -244,32 +249,34 @@ def measure_model(
         transformer_loading=_tree_bytes([*trees, base] if quantizes_bf16 else trees),
         text_encoder=shape.text_encoder * device.dtype.itemsize,
         vae=shape.vae * device.vae_dtype.itemsize,
-        denoising=_denoising_bytes(config, tokens, base.config, device),
+        denoising=_denoising_bytes(config, tokens, base.config, device, emulates),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
         decoded_extra=sum(map(decoded_extra_bytes, decoded)),
-        decoded_at_once=_decoded_at_once(config, base.config, device),
+        decoded_at_once=_decoded_at_once(base.config) if decoded and emulates else 0,
     )
 
 
-def _emulates(config: WorkerConfig, device: PlannedDevice) -> bool:
-    quantized = [mode for mode in config.modes if mode.recipe is not None]
-    return any(mode.exact_emulation or device.emulates for mode in quantized)
+def _emulates(mode: ModeConfig, recipe: QuantRecipe | None, device: PlannedDevice) -> bool:
+    """Return whether a mode rounds to HiFloat8 in plain torch; INT8 is rounded in small pieces."""
+    if recipe is None or recipe.format != "hif8":
+        return False
+    return mode.exact_emulation or device.emulates
 
 
-def _decoded_at_once(config: WorkerConfig, transformer: Any, device: PlannedDevice) -> int:
+def _decoded_at_once(transformer: Any) -> int:
     """Return the bytes of the weights that are decoded at a time: q, k and v, or feed-forward."""
-    if not _emulates(config, device):
-        return 0
     width = transformer.num_attention_heads * transformer.attention_head_dim
     largest = width * max(3 * width, transformer.ffn_dim)
     return int(DECODED_AT_ONCE * largest * torch.bfloat16.itemsize)
 
 
 def _denoising_bytes(
-    config: WorkerConfig, tokens: int, transformer: Any, device: PlannedDevice
+    config: WorkerConfig, tokens: int, transformer: Any, device: PlannedDevice, emulates: bool
 ) -> int:
-    widths = EMULATED_WIDTHS_PER_TOKEN if _emulates(config, device) else WIDTHS_PER_TOKEN
+    widths = WIDTHS_PER_TOKEN_ELSEWHERE if device.emulates else WIDTHS_PER_TOKEN
+    if emulates:
+        widths = EMULATED_WIDTHS_PER_TOKEN
     if any(mode.step_cache is not None for mode in config.modes):
         widths += CACHED_PER_TOKEN
     # Blocks cache keys and values of the prompt and the negative prompt.

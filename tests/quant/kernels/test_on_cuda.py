@@ -20,6 +20,8 @@ from quant.kernels.misfit_counter import CountingKernels
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape
 from quant.numerics import hif8
+from quant.numerics.int8 import token_scale
+from quant.numerics.int8_linear import Int8Linear
 from quant.transformer.meta_model import load_weights
 from quant.weights import header
 from quant.weights.header import SMALL_BYTES, stored_tensors
@@ -217,3 +219,24 @@ def test_codes_become_the_same_e4m3_on_device_and_host():
     finite = values.abs().nan_to_num(0, 0)
     ranks = triton_recode.largest_ranks(list(on_device)).tolist()
     assert [triton_recode.magnitude(rank) for rank in ranks] == finite.amax(1).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 17, 5000])
+@pytest.mark.parametrize(("width", "rows"), [(5120, (5120, 640)), (132, (60, 7))])
+def test_int8_products_are_the_cpus_to_the_last_bit(tokens, width, rows):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, tokens, width, generator=generator).to(torch.bfloat16)
+    x[0, 0] = 0
+    x[0, -1, 3] = 1000
+    linears = [nn.Linear(width, count).to(torch.bfloat16) for count in rows]
+    int8 = [Int8Linear.from_linear(each, token_scale(each.weight.detach())) for each in linears]
+    expected = torch.cat([each(x) for each in int8], dim=-1)
+    kernels = pick_kernels(CUDA, quantized=False, int8=True)
+    assert kernels.warning is None
+    product = kernels.kernels.int8([each.to(CUDA) for each in int8])
+    assert torch.equal(product(x.to(CUDA)).cpu(), expected)
+    x[0, 0, 1] = float("nan")
+    found = product(x.to(CUDA))
+    assert found[0, 0].isnan().all()
+    assert found[0, 1:].isfinite().all()

@@ -21,6 +21,7 @@ from worker.model_loader.memory_plan import (
     measure_model,
     place_model,
 )
+from worker.model_loader.plan_table import Described
 
 LARGE = {
     "num_layers": 40,
@@ -98,6 +99,19 @@ def test_each_mode_by_itself(large, device):
     assert measure_model(w8a8, [RECIPE], device).transformer / GIB == pytest.approx(15.2, abs=0.1)
 
 
+def test_int8_keeps_more_in_bf16_and_needs_no_emulation(large):
+    """On a card that multiplies no 8-bit floating point, where HiFloat8 is decoded and rounded."""
+    card = Described()
+    bf16 = large.model_copy(update={"modes": large.modes[:1]})
+    quantized = large.model_copy(update={"modes": large.modes[1:]})
+    int8 = measure_model(quantized, [QuantRecipe.load("boundary-int8")], card)
+    hif8 = measure_model(quantized, [RECIPE], card)
+    kept = 35 * 13824 * 5120  # ffn.net.2 has two bytes a weight
+    assert int8.transformer - hif8.transformer == pytest.approx(kept, rel=0.01)
+    assert int8.denoising == measure_model(bf16, [None], card).denoising < hif8.denoising
+    assert (int8.decoded_extra, int8.decoded_at_once) == (0, 0)
+
+
 def test_quantizing_beside_bf16_that_is_not_served_counts(large, device):
     quantized = large.modes[1]
     other = quantized.model_copy(update={"scales": Path("other")})
@@ -134,14 +148,15 @@ def test_what_emulation_and_step_caches_take_is_added(large, device):
     assert denoising(step_cache=cache) - denoising() == pytest.approx(6 * width)
 
 
-@pytest.mark.parametrize(("capability", "emulated"), [((8, 0), True), ((9, 0), False)])
-def test_a_device_without_fp8_counts_as_emulating(large, monkeypatch, capability, emulated):
+@pytest.mark.parametrize(("capability", "widths"), [((8, 0), (14, 16)), ((9, 0), (12, 12))])
+def test_a_device_without_fp8_counts_as_emulating(large, monkeypatch, capability, widths):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     cuda, modes = Device("cuda", "a device"), large.modes
     bf16 = large.model_copy(update={"modes": modes[:1]})
-    plain = measure_model(bf16, [None], cuda).denoising
-    more = measure_model(large, [None, RECIPE], cuda).denoising - plain
-    assert more == (4 * 75_600 * 5120 * 2 if emulated else 0)
+    prompts = 2 * 2 * large.model.text_tokens * 40 * 5120 * 2
+    for config, recipes, each in ((bf16, [None], widths[0]), (large, [None, RECIPE], widths[1])):
+        denoising = measure_model(config, recipes, cuda).denoising
+        assert denoising == each * 75_600 * 5120 * 2 + prompts
 
 
 CHOICES = {
