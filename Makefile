@@ -22,7 +22,7 @@ FILM   ?= var/comparison.mp4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test test-all lint fuzz fix bench screenshots film
+.PHONY: help install demo generate test test-all test-npu lint fuzz fix bench screenshots film
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -49,12 +49,15 @@ generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SE
 	@$(BIN)/python -m deploy.local generate
 
 # Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
+
+test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 ## whole jobs on a simulated Ascend card, and every torch_npu call; part of make test  [ARGS=]
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -s tests/npu $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
 	$(BIN)/ruff check .
@@ -108,3 +111,8 @@ $(VENV)/.openai-2.8.0: | $(VENV)/.dev
 	@rm -rf "$(VENV)/openai-2.8.0"
 	@$(PIP) --quiet --no-deps --target "$(VENV)/openai-2.8.0" openai==2.8.0 distro==1.9.0
 	@touch $@
+
+# torch_npu, for processes of their own: in this environment everything that imports torch would load it.
+# Without a wheel there is no stamp, and `make test` goes on without these tests.
+$(VENV)/.npu-2.13: deploy/install/torch_npu.sh | $(VENV)/.dev
+	@sh deploy/install/torch_npu.sh "$(VENV)"

@@ -1,6 +1,7 @@
-"""Prepare the process before torch is imported, then run `worker.startup` or `worker.doctor`.
+"""Prepare the process before torch is imported, then run `worker.startup` or another command.
 
-Usage: `python -m worker [--config FILE]` serves, `python -m worker doctor [...]` checks.
+Usage: `python -m worker [--config FILE]` serves, `python -m worker doctor [...]` checks a machine,
+`python -m worker plan [...]` prints the memory that a model needs.
 """
 
 import gc
@@ -25,12 +26,18 @@ def run() -> None:
 
     import typer  # noqa: PLC0415
 
-    if sys.argv[1:2] == ["doctor"]:
-        from worker.doctor.command import doctor  # noqa: PLC0415
-
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("doctor", "plan"):
         del sys.argv[1]
-        sys.argv[0] = "python -m worker doctor"
-        typer.run(doctor)
+        sys.argv[0] = f"python -m worker {command}"
+        if command == "doctor":
+            from worker.doctor.command import doctor  # noqa: PLC0415
+
+            typer.run(doctor)
+        else:
+            from worker.model_loader.plan_table import main as plan  # noqa: PLC0415
+
+            typer.run(plan)
         return
     from worker.startup import main  # noqa: PLC0415
 

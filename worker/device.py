@@ -102,7 +102,7 @@ class Device:
 
     @property
     def attention_backend(self) -> str | None:
-        """The attention backend of diffusers to set on this device; None keeps its default."""
+        """The attention backend for blocks that stay diffusers' own; None keeps its default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
 
     def pick_kernels(
@@ -112,21 +112,20 @@ class Device:
         shape: BlockShape | None = None,
         per_row_scales: bool = False,
         fp8_attention: bool = False,
+        int8: bool = False,
         emulate: bool = False,
-    ) -> KernelChoice | None:
-        """Choose the kernels for a mode's blocks; None leaves the blocks as diffusers has them.
-
-        On an NPU it is always None. Quantized products then run in plain torch, as
-        `quant.numerics.linear` defines them.
+    ) -> KernelChoice:
+        """Choose the kernels for a mode's blocks.
 
         Args:
-            quantized, shape, per_row_scales, fp8_attention: as in
+            quantized, shape, per_row_scales, fp8_attention, int8: as in
                 `quant.kernels.selection.pick_kernels`.
             emulate: run quantized products in plain torch even if the device has kernels for them.
+
+        Raises:
+            ConversionError: FP8 attention does not run on this device.
         """
-        if self.kind == "npu":
-            return None  # diffusers' blocks, with the attention of `attention_backend`
-        if emulate and quantized:
+        if emulate and (quantized or int8):
             return KernelChoice(EagerKernels())
         return pick_kernels(
             self.torch_device,
@@ -134,12 +133,26 @@ class Device:
             shape=shape,
             per_row_scales=per_row_scales,
             fp8_attention=fp8_attention,
+            int8=int8,
         )
 
     @property
+    def attends_in_fp8(self) -> bool:
+        """Whether FP8 attention runs here, at least emulated; an NPU does not know E4M3."""
+        return self.kind != "npu"
+
+    @property
     def emulates(self) -> bool:
-        """Whether quantized modes run in plain torch on this accelerator; False on the CPU."""
+        """Whether quantized modes run in BF16 on this accelerator; False on the CPU.
+
+        They then take the memory of decoded weights and of BF16 activations.
+        """
         return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether quantized products are in 8 bits here; otherwise in BF16, of decoded weights."""
+        return self.kind != "cpu" and multiplies_fp8(self.torch_device)
 
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that timings and progress are right."""

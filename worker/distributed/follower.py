@@ -84,8 +84,9 @@ def load_follower(config: WorkerConfig, ranks: RankGroup) -> tuple[Mode, ...]:
     # Only the leader reads all weights twice, to compute the fingerprint.
     plans = plan_modes(config, ranks.receive())
     recipes = [plan.recipe for plan in plans]
-    check_follower(config, recipes, ranks.device, ranks.device.available_bytes())
-    modes = load_modes(path, plans, ranks.device)
+    available = ranks.device.available_bytes()
+    storage = check_follower(config, recipes, ranks.device, available)
+    modes = load_modes(path, plans, ranks.device, weight_storage=storage)
     _prepare_ranks(ranks, modes)
     return modes
 

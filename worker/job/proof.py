@@ -3,7 +3,7 @@
 Much shows only when a job runs: parts that do not belong together, a broken ffmpeg, a full disk,
 numbers that are not finite. So nothing is offered before a job has gone through text encoder,
 transformer, scheduler, VAE and ffmpeg. All modes share the VAE, so only the first mode's latents
-are decoded.
+are decoded. ffmpeg makes and reads its video while the other modes denoise.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +21,8 @@ import imageio_ffmpeg
 
 from jobs.errors import GenerationFailed
 from jobs.record import Stage
-from jobs.spec import GenerationRequest
 from worker.errors import ProofFailed
-from worker.interface import Clip, Engine, PreviewClip, StageSeconds
+from worker.interface import Engine, Frame, PreviewClip, StageSeconds
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.process.scratch import scratch_folder
 
@@ -90,8 +90,22 @@ def prove_in(engine: Engine, scratch: Path) -> None:
     Raises:
         ProofFailed, Exception: as for `prove`.
     """
-    for index, mode in enumerate(engine.modes):
-        prove_mode(engine, mode.name, scratch if index == 0 else None)
+    with ThreadPoolExecutor(1, "proof") as executor:
+        video: Future[None] | None = None
+        for mode in engine.modes:
+            with _blaming(engine, mode.name) as place:
+                request, clip = engine.tiny_job(mode.name, place)
+                with closing(clip.frames):
+                    if video is None:
+                        frames = list(clip.frames)
+                        form = VideoFormat(
+                            request.width, request.height, clip.num_frames, engine.model.fps
+                        )
+                        video = executor.submit(_make_video, frames, form, scratch)
+        if video is not None:
+            with _blaming(engine, engine.modes[0].name) as place:
+                place.stage = Stage.MP4
+                video.result()
 
 
 def prove_mode(engine: Engine, mode: str, scratch: Path | None) -> StageSeconds:
@@ -100,13 +114,23 @@ def prove_mode(engine: Engine, mode: str, scratch: Path | None) -> StageSeconds:
     Raises:
         ProofFailed, Exception: as for `prove`.
     """
-    place = _Place()
-    try:
+    with _blaming(engine, mode) as place:
         request, clip = engine.tiny_job(mode, place)
         with closing(clip.frames):
             if scratch is not None:
-                _make_video(engine, request, clip, place, scratch)
-        return clip.seconds
+                frames = list(clip.frames)  # first, so that a failure is the VAE's or ffmpeg's
+                place.stage = Stage.MP4
+                form = VideoFormat(request.width, request.height, clip.num_frames, engine.model.fps)
+                _make_video(frames, form, scratch)
+    return clip.seconds
+
+
+@contextmanager
+def _blaming(engine: Engine, mode: str) -> Iterator[_Place]:
+    """Name the part that failed in the block, and its remedy."""
+    place = _Place()
+    try:
+        yield place
     except Exception as error:
         if engine.device.is_lost(error):
             raise
@@ -116,17 +140,12 @@ def prove_mode(engine: Engine, mode: str, scratch: Path | None) -> StageSeconds:
         ) from error
 
 
-def _make_video(
-    engine: Engine, request: GenerationRequest, clip: Clip, place: _Place, scratch: Path
-) -> None:
-    frames = list(clip.frames)  # first, so that a failure is the VAE's or ffmpeg's
-    place.stage = Stage.MP4
-    target = VideoFormat(request.width, request.height, clip.num_frames, engine.model.fps)
+def _make_video(frames: list[Frame], form: VideoFormat, scratch: Path) -> None:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        video = encode_mp4(frames, Path(folder) / "proof.mp4", target, "proof", {}, place.check)
+        video = encode_mp4(frames, Path(folder) / "proof.mp4", form, "proof", {}, lambda: None)
         count, _ = imageio_ffmpeg.count_frames_and_secs(video.path)
-    if count != clip.num_frames:
-        raise GenerationFailed(f"The MP4 of {clip.num_frames} frames has {count} frames.")
+    if count != form.num_frames:
+        raise GenerationFailed(f"The MP4 of {form.num_frames} frames has {count} frames.")
 
 
 def _reason(error: Exception) -> str:
