@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from quant.ascend import says_lost
 from quant.device import backend
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
@@ -196,6 +197,8 @@ def _try(make: Callable[[], Kernels], check: Callable[[Kernels], None]) -> Kerne
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # not caused by the kernels
     except Exception as error:
+        if says_lost(error):  # Ascend's runtime has no class for that
+            raise
         # Compilers and drivers raise many kinds of exceptions; the model can run after any of them.
         logger.debug("kernels do not run", exc_info=True)
         return _reason(error)
