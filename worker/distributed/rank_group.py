@@ -119,10 +119,14 @@ class RankGroup:
         except RanksLost:
             raise
         except PeerFailed:
-            raise _to_exception(self._gather_errors(None)) from None
+            failure = _to_exception(self._gather_errors(None))
+            self._lost |= isinstance(failure, RanksLost)
+            raise failure from None
         except Exception as error:
             self._all_fine(False)
-            self._gather_errors(self._describe_error(error))
+            own = self._describe_error(error)
+            self._gather_errors(own)
+            self._lost |= own.kind == "lost"  # all ranks end now, and none waits for a shutdown
             raise
         return result
 
