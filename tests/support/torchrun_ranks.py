@@ -29,7 +29,7 @@ from jobs.spec import GenerationRequest
 from tests.support.job_controls import IgnoringControl
 from tests.support.requests import OWNER, generation_request
 from worker.config import WorkerConfig, load_config
-from worker.device import Device, is_lost, pick_device
+from worker.device import Device, DeviceKind, is_lost, pick_device
 from worker.distributed.follower import follow, load_follower
 from worker.distributed.rank_group import join
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
@@ -62,7 +62,8 @@ class LikeAscend(Device):
     """The CPU, with the errors of an Ascend card."""
 
     def is_lost(self, error: BaseException) -> bool:
-        return is_lost(error, ("npu",))
+        kinds: tuple[DeviceKind, ...] = ("npu",)
+        return is_lost(error, kinds)
 
 
 class StopAfterStep(IgnoringControl):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.npu.stand_in import simulated
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.npu
 
 
 def test_an_exchange_between_cards_goes_to_hccl(npu: Device) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         group = dist.new_group([0], backend=npu.collectives)
         assert dist.get_backend(group) == "hccl"
