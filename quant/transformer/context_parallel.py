@@ -129,7 +129,10 @@ class Ulysses:
         return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :]).movedim(dim, 0)
 
     def _start_all_to_all(self, received: Tensor, sent: Tensor) -> Any:
-        """Start to send sent[i] to rank i of the group and to receive received[i] from it."""
+        """Start to send sent[i] to rank i of the group and to receive received[i] from it.
+
+        Without sizes of parts, so that HCCL has its all-to-all of equal parts.
+        """
         return dist.all_to_all_single(received, sent, group=self._group, async_op=True)
 
 

@@ -29,7 +29,7 @@ from jobs.spec import GenerationRequest
 from tests.support.job_controls import IgnoringControl
 from tests.support.requests import OWNER, generation_request
 from worker.config import WorkerConfig, load_config
-from worker.device import pick_device
+from worker.device import Device, DeviceKind, is_lost, pick_device
 from worker.distributed.follower import follow, load_follower
 from worker.distributed.rank_group import join
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
@@ -51,7 +51,19 @@ FAULTS = {
     "a follower fails": (1, "fail"),
 }
 FULL = "a follower's memory is full"
-LAST = "a follower dies"
+LAST = {2: ("a follower dies", "die"), 4: ("a follower's card is lost", "lost")}
+LOST = (
+    "npuSynchronizeDevice:build/CMakeFiles/torch_npu.dir/compiler_depend.ts:479 NPU function "
+    "error: AclrtSynchronizeDeviceWithTimeout, error code is 507899\n[ERROR] ERR00100 PTA call acl"
+)
+
+
+class LikeAscend(Device):
+    """The CPU, with the errors of an Ascend card."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        kinds: tuple[DeviceKind, ...] = ("npu",)
+        return is_lost(error, kinds)
 
 
 class StopAfterStep(IgnoringControl):
@@ -99,6 +111,8 @@ def install_fault(transformer: Any, rank: int, folder: Path) -> None:
         fault_file.unlink()
         if how == "full":
             raise MemoryError("the test said so")
+        if how == "lost":
+            raise RuntimeError(LOST)
         if how == "fail":
             raise ArithmeticError("the test said so")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -116,7 +130,8 @@ def run_leader(engine: WanEngine, world: int, folder: Path) -> None:
     for name, changes in JOBS.items():
         np.save(folder / f"{name}.npy", latents_of(IgnoringControl(), **changes))
     ended = {}
-    faults = faults_of(world) | {LAST: (world - 1, "die")}
+    last, how = LAST[world]
+    faults = faults_of(world) | {last: (world - 1, how)}
     for name, (rank, fault) in faults.items():
         control = StopAfterStep() if fault == "stop" else IgnoringControl()
         if fault != "stop":
@@ -124,15 +139,15 @@ def run_leader(engine: WanEngine, world: int, folder: Path) -> None:
         try:
             latents_of(control, **TINY)
         except Exception as error:  # noqa: BLE001  # the test checks which one it is
-            ended[name] = [type(error).__name__, engine.device.is_lost(error)]
-        if name != LAST:
+            ended[name] = [type(error).__name__, engine.device.is_lost(error), str(error)]
+        if name != last:
             np.save(folder / f"after {name}.npy", latents_of(IgnoringControl(), **TINY))
     (folder / "ended.json").write_text(json.dumps(ended))
 
 
 def run_rank(rank: int, world: int, config: WorkerConfig, folder: Path) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    device = pick_device("cpu", threads=1)
+    device = LikeAscend("cpu", pick_device("cpu", threads=1).name)
     if world == 1:
         latents_of = record(load_engine(config, device))
         for name, changes in JOBS.items():

@@ -10,6 +10,9 @@ there instead, and the job ends on all ranks at this point. Their connections st
 next job can run. One synchronization takes the host 0.1 to 0.4 ms, which does not delay a device
 with work in its queue.
 
+Tensors go through NCCL, HCCL or gloo by eager calls. Nothing here may be traced by torch.compile: a
+traced all-to-all of equal parts becomes one of unequal parts, which HCCL runs more slowly.
+
 Two failures need more. A process that ends takes the others with it, because their synchronization
 fails. A process that hangs is ended by the leader's watchdog, since the leader waits for it.
 """
@@ -116,10 +119,14 @@ class RankGroup:
         except RanksLost:
             raise
         except PeerFailed:
-            raise _to_exception(self._gather_errors(None)) from None
+            failure = _to_exception(self._gather_errors(None))
+            self._lost |= isinstance(failure, RanksLost)
+            raise failure from None
         except Exception as error:
             self._all_fine(False)
-            self._gather_errors(self._describe_error(error))
+            own = self._describe_error(error)
+            self._gather_errors(own)
+            self._lost |= own.kind == "lost"  # all ranks end now, and none waits for a shutdown
             raise
         return result
 
@@ -143,7 +150,8 @@ class RankGroup:
         """Exchange once within each group: only then do libraries connect and allocate memory."""
         for ranks, group in self._groups.items():
             if self.rank in ranks:
-                token = torch.zeros(len(ranks), device=self.device.torch_device)
+                # Of the dtype that jobs exchange: a library may lack it.
+                token = torch.zeros(len(ranks), dtype=torch.int64, device=self.device.torch_device)
                 self.sync_or_abort()
                 dist.all_to_all_single(torch.empty_like(token), token, group=group)
                 all_gather(token, group, self.sync_or_abort)
@@ -168,7 +176,10 @@ class RankGroup:
             kind = "out of memory"
         elif self.device.is_lost(error):
             kind = "lost"
-        return RankError(self.rank, kind, type(error).__name__)
+        text = type(error).__name__
+        if kind == "lost":  # the leader's log then says what happened to which card
+            text = f"{text}: {' '.join(str(error).split())[:200]}"
+        return RankError(self.rank, kind, text)
 
     def _gather_errors(self, own: RankError | None) -> list[RankError]:
         return [error for error in self.all_gather(own) if error is not None]

@@ -38,7 +38,7 @@ def doctor(
     if ready:
         problem = why_not_ready()
         typer.echo("ready" if problem is None else f"not ready: {problem}", err=problem is not None)
-        raise typer.Exit(problem is not None)
+        raise typer.Exit(int(problem is not None))
     # Only here, because they import torch.
     from worker.doctor.examination import examine  # noqa: PLC0415
     from worker.doctor.report import Report  # noqa: PLC0415
@@ -50,4 +50,4 @@ def doctor(
     if report.device_lost:
         sys.stdout.flush()
         os._exit(1)  # a lost device may block a normal exit
-    raise typer.Exit(not report.is_sound)
+    raise typer.Exit(int(not report.is_sound))

@@ -47,9 +47,8 @@ def examine(report: Report, config_path: Path | None, opened: ExitStack) -> None
     engine = report.run("model", card.engine(config, device), ("memory plan", "kernels"))
     scratch = opened.enter_context(scratch_folder()) if "ffmpeg" in report.values else None
     for index, mode in enumerate(config.modes if config is not None else ()):
-        needs = ("model", "ffmpeg") if index == 0 else ("model",)
-        folder = scratch if index == 0 else None
-        report.run(f"tiny job in {mode.name}", card.tiny_job(engine, mode.name, folder), needs)
+        folder = scratch if index == 0 else None  # without ffmpeg no MP4, and the rest is tried
+        report.run(f"tiny job in {mode.name}", card.tiny_job(engine, mode.name, folder), ("model",))
     report.run("between cards", exchange.between_cards(device, _count(device)), ("device",))
 
 

@@ -264,6 +264,7 @@ SUCCEEDS(aclrtGetDeviceSatMode) SUCCEEDS(aclrtGetFunctionAddr) SUCCEEDS(aclrtMem
 SUCCEEDS(aclrtMemImportFromShareableHandle) SUCCEEDS(aclrtMemSetPidToShareableHandle)
 SUCCEEDS(aclrtProcessReport) SUCCEEDS(aclrtResetDevice) SUCCEEDS(aclrtSetCurrentContext)
 SUCCEEDS(aclrtSetDeviceSatMode) SUCCEEDS(aclrtSetOpExecuteTimeOut) SUCCEEDS(aclrtSetSysParamOpt)
+SUCCEEDS(aclrtSetOpWaitTimeout)
 SUCCEEDS(MsprofGetHashId) SUCCEEDS(MsprofRegisterCallback) SUCCEEDS(MsprofReportAdditionalInfo)
 SUCCEEDS(MsprofReportApi) SUCCEEDS(MsprofReportCompactInfo) SUCCEEDS(MsprofSysCycleTime)
 SUCCEEDS(rtDevBinaryRegister) SUCCEEDS(rtFunctionRegister) SUCCEEDS(rtGetC2cCtrlAddr) SUCCEEDS(rtKernelLaunch)

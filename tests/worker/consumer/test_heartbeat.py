@@ -1,5 +1,8 @@
 """Test that the offer is in the catalog while the worker lives, even if Redis loses its data."""
 
+from pathlib import Path
+
+import pytest
 from redis import Redis
 
 from deploy.local.waiting import wait_until
@@ -7,6 +10,7 @@ from jobs import catalog
 from jobs.catalog import WorkerOffer
 from jobs.store.workers import WorkerStatus, read_statuses
 from worker.consumer.heartbeat import Heartbeat
+from worker.process.ready_file import VARIABLE, ReadyFile, why_not_ready
 from worker.process.redis_retry import RedisOutage
 
 TEXT = b'{"version": "1.0"}'
@@ -55,3 +59,24 @@ def test_a_change_is_published_at_once(redis: Redis, offer: WorkerOffer) -> None
         now[0] = status().model_copy(update={"state": "busy"})
         heartbeat.refresh()
         wait_until(lambda: read_statuses(redis) == (now[0],))
+
+
+def test_probes_are_told_the_same_as_the_catalog(
+    redis: Redis, offer: WorkerOffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "ready"))
+    now = [status()]
+    heartbeat = Heartbeat(redis, offer, None, lambda: now[0], RedisOutage(), publish_every_s=60)
+    heartbeat.ready_file = ReadyFile(tmp_path / "ready")
+    with heartbeat:
+        assert why_not_ready() is None
+        for state in ("degraded", "drained", "draining"):
+            now[0] = status().model_copy(update={"state": state})
+            heartbeat.refresh()
+            wait_until(lambda: why_not_ready() is not None)
+            now[0] = status()
+            heartbeat.refresh()
+            wait_until(lambda: why_not_ready() is None)
+        heartbeat.close()
+        wait_until(lambda: why_not_ready() is not None)
+    assert not (tmp_path / "ready").exists()

@@ -25,6 +25,7 @@ from jobs.store.job_store import JobStore
 from tests.support.launcher import decode_video
 from tests.support.requests import generation_request
 from worker.errors import EXIT_DEVICE_LOST
+from worker.process.ready_file import why_not_ready
 from worker.startup import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,6 +39,7 @@ def environment(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "ARTIFACTS_URL": (tmp_path / "artifacts").as_uri(),
         "WORKER_DEVICE": "cpu",
         "WORKER_THREADS": "1",
+        "WORKER_READY_FILE": str(tmp_path / "ready"),
     }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -74,7 +76,9 @@ def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     worker: tuple[subprocess.Popen[bytes], Path], redis: Redis, store: JobStore, tmp_path: Path
 ) -> None:
     process, log = worker
+    assert why_not_ready() is not None
     wait_for_line(process, log, r"ready: wan-mini\.")
+    assert why_not_ready() is None
     (offer,) = catalog.read(redis).offers
     assert [mode.name for mode in offer.modes] == ["bf16", "w8a8"]
     assert offer.model.tokenizer is not None
@@ -90,6 +94,7 @@ def test_a_worker_logs_what_it_loaded_serves_a_job_and_ends_on_sigterm(
     show_the_frames(record.video, tmp_path / "artifacts")
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
+    assert not (tmp_path / "ready").exists()
     output = log.read_text(encoding="utf-8")
     for line in (
         r"model: wan-mini \(sha256-full-v2:[0-9a-f]{64}\)",

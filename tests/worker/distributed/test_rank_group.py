@@ -18,7 +18,7 @@ import pytest
 from jobs.catalog import ModeOffer
 from tests.support.torchrun_ranks import JOBS, LAST, WORLD_SIZES, faults_of
 from worker.distributed.follower import check_same_kernels, lead_ranks
-from worker.errors import RanksDiffer
+from worker.errors import EXIT_DEVICE_LOST, RanksDiffer
 from worker.model_loader.loader import Mode
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -100,13 +100,19 @@ def test_a_job_ends_on_all_ranks_and_the_next_one_is_unaffected(
     outputs: Path, world: int, fault: str
 ) -> None:
     ended = json.loads((outputs / str(world) / "ended.json").read_text())
-    assert ended[fault] == [EXPECTED_ERRORS[fault], False]
+    assert ended[fault][:2] == [EXPECTED_ERRORS[fault], False]
     assert np.array_equal(latents(outputs, world, f"after {fault}"), latents(outputs, 1, "tiny"))
 
 
 @pytest.mark.parametrize("world", WORLD_SIZES)
-def test_a_rank_that_dies_takes_the_others_with_it(outputs: Path, world: int) -> None:
+def test_a_rank_that_is_lost_takes_the_others_with_it(outputs: Path, world: int) -> None:
     ended = json.loads((outputs / str(world) / "ended.json").read_text())
-    assert ended[LAST] == ["RanksLost", True]
+    fault, how = LAST[world]
+    name, is_lost, text = ended[fault]
+    assert (name, is_lost) == ("RanksLost", True)
     statuses = json.loads((outputs / str(world) / "statuses.json").read_text())
-    assert statuses == [0, *[83] * (world - 2), -signal.SIGKILL]
+    last = -signal.SIGKILL if how == "die" else EXIT_DEVICE_LOST
+    assert statuses == [0, *[EXIT_DEVICE_LOST] * (world - 2), last]
+    if how == "lost":
+        assert f"rank {world - 1}: RuntimeError: npuSynchronizeDevice" in text
+        assert "error code is 507899" in text

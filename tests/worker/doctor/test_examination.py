@@ -156,7 +156,7 @@ class TestFaults:
     def test_too_little_memory(self, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Device, "available_bytes", lambda _self: 1 << 20)
         check = self.failed(config_file, "memory plan")
-        assert "GiB on the device, which has 0.0 GiB. To make it fit, " in check.detail
+        assert "on the device, which has 0.0 GiB. To make it fit, " in check.detail
 
     def test_a_card_that_computes_wrong(
         self, config_file: Path, monkeypatch: pytest.MonkeyPatch

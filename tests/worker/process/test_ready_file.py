@@ -18,9 +18,10 @@ SERVE = """
 import sys, time
 from pathlib import Path
 from worker.process.ready_file import ReadyFile
-ReadyFile(Path(sys.argv[1])).mark("a worker")
+file = ReadyFile(Path(sys.argv[1]))
+file.mark("a worker")
 print("marked", flush=True)
-time.sleep(60)
+time.sleep(30)
 """
 
 
