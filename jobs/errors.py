@@ -243,7 +243,7 @@ class StoreUnavailable(AppError):
 
 class RecordUnreadable(AppError):
     code = "record_unreadable"
-    title = "The job's record cannot be read"
+    title = "A stored record cannot be read"
 
 
 class ArtifactRefused(AppError):

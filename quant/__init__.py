@@ -38,6 +38,7 @@ from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
 from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.quantize import quantize_transformer
+from quant.transformer.weight_storage import WeightStorage, decode_weights
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 from quant.weights.reader import BackgroundReader, Reader, TensorReader
 
@@ -63,11 +64,13 @@ __all__ = [
     "ScalesError",
     "ScalesMismatch",
     "TensorReader",
+    "WeightStorage",
     "WeightsError",
     "attention_scales",
     "check_packed",
     "check_scales",
     "convert",
+    "decode_weights",
     "fuse_quantized",
     "has_transformer_weights",
     "load_packed",

@@ -4,6 +4,8 @@ import os
 
 # OpenMP threads that spin while waiting slow down all else on a shared machine (docs/log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch must not import torch_npu by itself: `quant.ascend` does, and says what is missing.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 import signal
 import sys

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from torch import Tensor
 
-from quant.calibration.calibrate import (
-    CalibrationPlan,
-    load_pipeline,
-    make_latents,
-    run_calibration,
-)
+from quant.calibration.calibrate import CalibrationPlan, run_calibration
 from quant.calibration.checkpoint import Checkpoint
 from quant.calibration.preview_map import (
     DEFAULT_NAME,
@@ -29,15 +21,19 @@ from quant.calibration.preview_map import (
 from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import resolve_sampler
+from quant.calibration.sampling import load_pipeline, make_latents
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
+from quant.console import INTERRUPTED, errors_as_sentences, parse_size
 from quant.device import usable_device
 from quant.errors import PreviewMapError, QuantError, ScalesError
 from quant.numerics.code_table import codes_markdown
 from quant.packed.convert import convert
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.studies import cli as studies
 from quant.transformer.import_original import import_original
 from quant.transformer.pipeline_weights import check_pipeline_weights
+from quant.transformer.weight_scales import scales_of_weights
 from quant.weights.fingerprint import (
     model_fingerprint,
     read_transformer_config,
@@ -49,18 +45,21 @@ app = typer.Typer(
     help="Quantize Wan transformers to HiFloat8.", no_args_is_help=True, add_completion=False
 )
 
+studies.register(app)
+
 Folder = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
-_INTERRUPTED = 130  # as a shell says that Ctrl-C ended a command
 _MAP_VIDEOS = 24
 """How many videos a preview map is fitted on and tried with, by default."""
-SIZE_PATTERN = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
 @app.command("calibrate")
 def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     model: Folder,
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
     out: Annotated[Path, typer.Option(help="Scales file to write.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one prompt per line, UTF-8; an INT8 recipe needs none."),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
     steps: Annotated[int | None, typer.Option(help="Denoising steps per prompt.")] = None,
     size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
@@ -75,16 +74,24 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     Size, frames, steps and text tokens default to what the model was trained for. After Ctrl-C or a
     fault the same command goes on with the first prompt that was not finished. A preview map is
     written as well, unless there is one beside OUT.
+
+    A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
+    them nothing is run: its scales come from the weights.
     """
     checkpoint = Checkpoint.beside(out)
-    with _errors_as_sentences():
+    with errors_as_sentences():
         if not out.absolute().parent.is_dir():
             raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
         check_model_kind(model)
+        loaded = QuantRecipe.load(recipe)
+        if prompts is None:
+            save_scales(scales_of_weights(model, loaded, usable_device(device)), out)
+            typer.echo(f"wrote {out}: the scales of the weights, no prompts were needed")
+            return
         fingerprint = model_fingerprint(model)
         config = read_transformer_config(model)
         overrides = {
-            "size": _parse_size(size),
+            "size": parse_size(size),
             "num_frames": frames,
             "num_inference_steps": steps,
             "guidance_scale": guidance_scale,
@@ -93,7 +100,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         }
         plan = CalibrationPlan(
             model_fingerprint=fingerprint,
-            recipe=QuantRecipe.load(recipe),
+            recipe=loaded,
             prompts=PromptSet.read(prompts),
             sampler=resolve_sampler(config, overrides),
         )
@@ -132,7 +139,7 @@ def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
     how close it comes to what the VAE decodes.
     """
     out = out or model / DEFAULT_NAME
-    with _errors_as_sentences():
+    with errors_as_sentences():
         if not out.absolute().parent.is_dir():
             raise PreviewMapError(
                 f"folder {out.parent} for {out.name} does not exist: create it first"
@@ -140,7 +147,7 @@ def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
         check_model_kind(model)
         fingerprint = vae_fingerprint(model)
         overrides = {
-            "size": _parse_size(size),
+            "size": parse_size(size),
             "num_frames": frames,
             "num_inference_steps": steps,
             "text_tokens": text_tokens,
@@ -166,7 +173,7 @@ def convert_command(
     ] = "cpu",
 ) -> None:
     """Pack MODEL's transformer, quantized by RECIPE, into OUT, which a worker loads as it is."""
-    with _errors_as_sentences():
+    with errors_as_sentences():
         report = convert(
             model,
             QuantRecipe.load(recipe),
@@ -193,7 +200,7 @@ def import_command(
     OUT is then the folder `transformer` of a pipeline; the other folders are those of
     Wan-AI/Wan2.1-T2V-14B-Diffusers.
     """
-    with _errors_as_sentences():
+    with errors_as_sentences():
         report = import_original(source, out, heads=heads, on_tensor=_print_tensors)
     typer.echo(f"wrote {out}: {report}")
 
@@ -205,7 +212,7 @@ def inspect_command(
     recipe: Annotated[str | None, typer.Option(help="Check that the scales fit it.")] = None,
 ) -> None:
     """Show what a scales file holds and what it fits; with --model or --recipe, check that."""
-    with _errors_as_sentences():
+    with errors_as_sentences():
         if model is not None:
             check_model_kind(model)
         scales = load_scales(file, model_folder=model)
@@ -227,16 +234,6 @@ def codes_command() -> None:
     typer.echo(codes_markdown())
 
 
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """End the command with a one-sentence error instead of a traceback on a `QuantError`."""
-    try:
-        yield
-    except QuantError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-
-
 def _calibrate(
     pipe: Any, plan: CalibrationPlan, checkpoint: Checkpoint, latents: deque[Tensor]
 ) -> Scales:
@@ -249,7 +246,7 @@ def _calibrate(
     except KeyboardInterrupt:
         progress.close()
         typer.echo("stopped: the same command goes on from here", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
 
@@ -276,15 +273,6 @@ def _print_map(path: Path, fitted: PreviewMap) -> None:
         f"wrote {path}: fitted on {fitted.videos} videos, explains {fitted.r2:.1%} of others, RMS "
         f"error {fitted.rms_error:.1f} of 255"
     )
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = SIZE_PATTERN.fullmatch(text)
-    if not match:
-        raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, like 832x480", param_hint="--size")
-    return int(match[1]), int(match[2])
 
 
 def _print_steps(done: int, total: int) -> None:

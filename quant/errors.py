@@ -7,6 +7,7 @@
     ├── ScalesError         a scales file cannot be read or written
     │   └── ScalesMismatch  a valid scales file, made for something else
     ├── PreviewMapError     a preview map cannot be fitted, read or written, or is another VAE's
+    ├── StudyError          a study cannot start, go on or be written, or met NaN
     └── WeightsError        a file of weights cannot be read or written, or lacks a tensor
         └── PackedMismatch  a valid packed checkpoint, made for something else
 
@@ -44,6 +45,10 @@ class ScalesMismatch(ScalesError):
 
 class PreviewMapError(QuantError):
     """A preview map cannot be fitted, read or written, or it was fitted to another VAE."""
+
+
+class StudyError(QuantError):
+    """A study cannot start, go on or be written, or it met values that are not finite."""
 
 
 class WeightsError(QuantError):

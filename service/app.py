@@ -154,7 +154,7 @@ def _app_state(settings: ServiceSettings) -> AppState:
     checks = Checks(redis, artifacts, settings.durability)
     exposition.add(checks)
     raters = RaterStore(redis)
-    sessions = SessionStore(redis, raters.seat)
+    sessions = SessionStore(redis, raters)
     gate = _gate(settings, redis, sessions)
     return AppState(
         settings=settings,

@@ -1,10 +1,12 @@
-"""Prepare the process before torch is imported, then run `worker.startup`.
+"""Prepare the process before torch is imported, then run `worker.startup` or another command.
 
-Usage: `python -m worker [--config FILE]`.
+Usage: `python -m worker [--config FILE]` serves, `python -m worker doctor [...]` checks a machine,
+`python -m worker plan [...]` prints the memory that a model needs.
 """
 
 import gc
 import os
+import sys
 
 
 def run() -> None:
@@ -14,11 +16,29 @@ def run() -> None:
     # pass of the miniature's transformer took over 7 s instead of 0.3 s. The variable is read once,
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # torch must not import torch_npu by itself: `quant.ascend` does, and says what is missing.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    # Segments of torch_npu's memory that grow: jobs of different sizes leave gaps in fixed ones.
+    # A driver that cannot do this makes torch_npu turn it off with a warning.
+    os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
     # Off until the worker is ready (`worker.startup`). Imports take a quarter less time.
     gc.disable()
 
     import typer  # noqa: PLC0415
 
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("doctor", "plan"):
+        del sys.argv[1]
+        sys.argv[0] = f"python -m worker {command}"
+        if command == "doctor":
+            from worker.doctor.command import doctor  # noqa: PLC0415
+
+            typer.run(doctor)
+        else:
+            from worker.model_loader.plan_table import main as plan  # noqa: PLC0415
+
+            typer.run(plan)
+        return
     from worker.startup import main  # noqa: PLC0415
 
     typer.run(main)

@@ -29,7 +29,16 @@ from worker.errors import ConfigError
 
 TextEncoderPlacement = Literal["auto", "device", "host", "encode"]
 VaeTiling = Literal["auto", "on", "off"]
-_WORKER_ONLY = {"path", "text_tokens", "flow_shift", "text_encoder", "vae_tiling", "vocabulary"}
+WeightStorageChoice = Literal["auto", "packed", "bf16_grid"]
+_WORKER_ONLY = {
+    "path",
+    "text_tokens",
+    "flow_shift",
+    "text_encoder",
+    "vae_tiling",
+    "weight_storage",
+    "vocabulary",
+}
 
 
 FiniteShift = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -75,6 +84,11 @@ class ModelConfig(_Section):
         "auto", description="On the device, on the host, or on the device while it encodes."
     )
     vae_tiling: VaeTiling = Field("auto", description="Whether the VAE decodes in tiles.")
+    weight_storage: WeightStorageChoice = Field(
+        "auto",
+        description="Hold quantized weights as codes of 8 bits, or decoded once, as BF16 numbers, "
+        "where products are in BF16 anyway; the frames are the same.",
+    )
 
     @model_validator(mode="after")
     def _bounds_are_possible(self) -> Self:

@@ -8,13 +8,18 @@ same functions, so one code path serves both; the CPU has no such module and nee
 from __future__ import annotations
 
 import gc
+import importlib.util
+import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
-from quant.device import ACCELERATORS, backend, unavailable_reason
+from quant import ascend
+from quant.device import ACCELERATORS, backend, configure, unavailable_reason
 from quant.kernels.eager import EagerKernels
 from quant.kernels.selection import KernelChoice, multiplies_fp8, pick_kernels
 from quant.kernels.self_test import BlockShape
@@ -22,27 +27,51 @@ from worker.errors import DeviceUnavailable, RanksLost
 from worker.interface import DeviceMemory
 from worker.settings import DeviceChoice
 
+logger = logging.getLogger(__name__)
+
 DeviceKind = Literal["cpu", "cuda", "npu"]
 
 # diffusers' fused attention for Ascend; on other devices torch's own dispatch is right.
 _NPU_ATTENTION = "_native_npu"
 
 # Not every allocator raises torch.OutOfMemoryError. torch's CPU allocator raises RuntimeError; so
-# did torch_npu's until recently, and its workspace allocator still does. EL0004 is CANN's code for
-# a failed allocation. The CUDA lines come from libraries that allocate without torch.
+# did torch_npu's until recently, and its workspace allocator still does. The CUDA lines come from
+# libraries that allocate without torch.
 _OOM_MESSAGES = (
     "DefaultCPUAllocator: ",
     "std::bad_alloc",
     "NPU out of memory",
-    "EL0004",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
-# After the first error torch_npu's task queue stops for good: later tasks are not run, without any
-# error. The others are a memory fault of the device, and a stop from outside.
-_NPU_LOST = ("The process exits for this inner error", "UCE ERROR", "FORCE STOP")
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` means that the device's or the host's memory is exhausted."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(mark in str(error) for mark in _OOM_MESSAGES) or ascend.says_full(error)
+
+
+def is_lost(error: BaseException, kinds: Collection[DeviceKind] = ("cuda", "npu")) -> bool:
+    """Return whether a device of `kinds` is unusable in this process after `error`.
+
+    An error of CUDA's runtime (an illegal access, a failed assertion) persists for the life of the
+    process, and so does one of Ascend's internal errors (`quant/ascend.py`). After an error of NCCL
+    or HCCL the ranks no longer agree on what was exchanged. Out of memory is none of these.
+    """
+    if is_out_of_memory(error):
+        return False
+    if isinstance(error, RanksLost):
+        return True
+    if kinds and isinstance(error, dist.DistBackendError):
+        return True
+    if "cuda" in kinds and isinstance(error, torch.AcceleratorError):
+        return True
+    return "npu" in kinds and isinstance(error, RuntimeError) and ascend.says_lost(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +102,7 @@ class Device:
 
     @property
     def attention_backend(self) -> str | None:
-        """The attention backend of diffusers to set on this device; None keeps its default."""
+        """The attention backend for blocks that stay diffusers' own; None keeps its default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
 
     def pick_kernels(
@@ -83,21 +112,20 @@ class Device:
         shape: BlockShape | None = None,
         per_row_scales: bool = False,
         fp8_attention: bool = False,
+        int8: bool = False,
         emulate: bool = False,
-    ) -> KernelChoice | None:
-        """Choose the kernels for a mode's blocks; None leaves the blocks as diffusers has them.
-
-        On an NPU it is always None. Quantized products then run in plain torch, as
-        `quant.numerics.linear` defines them.
+    ) -> KernelChoice:
+        """Choose the kernels for a mode's blocks.
 
         Args:
-            quantized, shape, per_row_scales, fp8_attention: as in
+            quantized, shape, per_row_scales, fp8_attention, int8: as in
                 `quant.kernels.selection.pick_kernels`.
             emulate: run quantized products in plain torch even if the device has kernels for them.
+
+        Raises:
+            ConversionError: FP8 attention does not run on this device.
         """
-        if self.kind == "npu":
-            return None  # diffusers' blocks, with the attention of `attention_backend`
-        if emulate and quantized:
+        if emulate and (quantized or int8):
             return KernelChoice(EagerKernels())
         return pick_kernels(
             self.torch_device,
@@ -105,12 +133,26 @@ class Device:
             shape=shape,
             per_row_scales=per_row_scales,
             fp8_attention=fp8_attention,
+            int8=int8,
         )
 
     @property
+    def attends_in_fp8(self) -> bool:
+        """Whether FP8 attention runs here, at least emulated; an NPU does not know E4M3."""
+        return self.kind != "npu"
+
+    @property
     def emulates(self) -> bool:
-        """Whether quantized modes run in plain torch on this accelerator; False on the CPU."""
+        """Whether quantized modes run in BF16 on this accelerator; False on the CPU.
+
+        They then take the memory of decoded weights and of BF16 activations.
+        """
         return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether quantized products are in 8 bits here; otherwise in BF16, of decoded weights."""
+        return self.kind != "cpu" and multiplies_fp8(self.torch_device)
 
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that timings and progress are right."""
@@ -119,23 +161,11 @@ class Device:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Return whether `error` means that the device's or the host's memory is exhausted."""
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OOM_MESSAGES)
+        return is_out_of_memory(error)
 
     def is_lost(self, error: BaseException) -> bool:
-        """Return whether the device is unusable in this process after `error`.
-
-        On CUDA an error of the runtime (an illegal access, a failed assertion) persists for the
-        life of the process; an out-of-memory error does not.
-        """
-        if self.is_out_of_memory(error):
-            return False
-        if isinstance(error, RanksLost):
-            return True
-        if self.kind == "cuda":
-            return isinstance(error, torch.AcceleratorError)
-        return self.kind == "npu" and any(mark in str(error) for mark in _NPU_LOST)
+        """Return whether the device is unusable in this process after `error`."""
+        return is_lost(error, () if self.kind == "cpu" else (self.kind,))
 
     def empty_cache(self) -> None:
         """Free unreferenced memory; call it when the stack frames of the failed job are gone.
@@ -178,11 +208,7 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, index: int = 0
         DeviceUnavailable: `wanted` is not usable here, or there is no device `index`.
     """
     torch.set_num_threads(threads or usable_cores())
-    kind: DeviceKind
-    if wanted == "auto":
-        kind = next((each for each in ACCELERATORS if unavailable_reason(each) is None), "cpu")
-    else:
-        kind = wanted
+    kind = _first_usable() if wanted == "auto" else wanted
     if kind == "cpu":
         used = torch.get_num_threads()
         return Device("cpu", f"cpu, {used} thread{'' if used == 1 else 's'}")
@@ -191,9 +217,6 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, index: int = 0
         raise DeviceUnavailable(
             f"WORKER_DEVICE is {kind!r}, but {reason}. Set it to 'auto' to take what is there."
         )
-    if kind == "npu":
-        # Ascend's private layouts lose precision in strided views (`torch_npu` itself warns of it).
-        backend("npu").config.allow_internal_format = False
     count = backend(kind).device_count()
     if index >= count:
         raise DeviceUnavailable(
@@ -201,8 +224,31 @@ def pick_device(wanted: DeviceChoice, threads: int | None = None, index: int = 0
             "counted from 0; start as many processes as there are devices (torchrun "
             "--nproc-per-node)."
         )
-    backend(kind).set_device(index)
-    return Device(kind, str(backend(kind).get_device_name(index)), index=index)
+    try:
+        configure(kind)
+        backend(kind).set_device(index)
+        name = str(backend(kind).get_device_name(index))
+    except RuntimeError as error:
+        if kind == "npu":
+            raise DeviceUnavailable(
+                f"{kind} device {index}: {ascend.start_problem(error)}."
+            ) from error
+        raise
+    return Device(kind, name, index=index)
+
+
+def _first_usable() -> DeviceKind:
+    """Return the first kind of accelerator that can be used, or cpu."""
+    reasons = {}
+    for kind in ACCELERATORS:
+        reason = unavailable_reason(kind)
+        if reason is None:
+            return kind
+        reasons[kind] = reason
+    if importlib.util.find_spec("torch_npu") is not None:
+        # Who installs it has a card. Its model would crawl on the CPU, and nobody would know why.
+        logger.warning("the worker runs on the CPU, because %s", reasons["npu"])
+    return "cpu"
 
 
 def usable_cores() -> int:

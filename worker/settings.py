@@ -64,6 +64,12 @@ class WorkerSettings(BaseSettings):
         validation_alias="WORKER_FIRST_STEP_S",
         description="A step of a kind that was not measured yet may take this long.",
     )
+    ready_file: Path | None = Field(
+        None,
+        validation_alias="WORKER_READY_FILE",
+        description="The file that is there while the worker offers its model; by default it is in "
+        "the worker's scratch folder.",
+    )
     # Set by torchrun, for several ranks on one job.
     rank: int = Field(0, ge=0, validation_alias="RANK")
     world_size: int = Field(1, ge=1, validation_alias="WORLD_SIZE")

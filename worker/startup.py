@@ -1,7 +1,7 @@
 """Start a worker: read the settings, load the configured model, and serve it until asked to stop.
 
 The start checks in the order of cost: settings, configuration, Redis, artifacts, device, model. At
-last a tiny job goes through every stage and mode (`worker/proof.py`). The first fault ends the
+last a tiny job goes through every stage and mode (`worker/job/proof.py`). The first fault ends the
 start with one line on stderr and status 1. A worker that serves waits for a lost Redis without
 limit. It ends with a status of its own when its device or its memory cannot recover
 (`worker/errors.py`).
@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from diffusers.utils import logging as diffusers_logging
 from pydantic import ValidationError
@@ -35,13 +34,14 @@ from jobs.store.durability import read_risks
 from quant import QuantError
 from worker.config import WorkerConfig, load_config
 from worker.consumer.serve import ServeContext, serve
-from worker.device import Device, pick_device, usable_cores
+from worker.device import Device, is_lost, is_out_of_memory, pick_device, usable_cores
 from worker.distributed.follower import follow, lead_ranks, load_follower
 from worker.distributed.layout import check_ranks
 from worker.distributed.rank_group import RankGroup, join
 from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import EXIT_DEVICE_LOST, RanksLost, StartError
+from worker.job.proof import prove
 from worker.model_loader.finite_weights import check_finite
 from worker.model_loader.latent_preview import load_latent_preview
 from worker.model_loader.loader import load_model
@@ -56,7 +56,6 @@ from worker.model_loader.scheduler import check_scheduler
 from worker.model_loader.settings_check import check_settings, check_vocabulary
 from worker.model_loader.tokenizer import read_tokenizer
 from worker.process.logs import configure_logging
-from worker.proof import prove
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -89,9 +88,11 @@ def main(
         fail(f"The environment is not set up: {'; '.join(problems)}.")
     except (StartError, QuantError, AppError, RanksLost) as error:
         fail(str(error))
-    except torch.OutOfMemoryError as error:
-        fail(f"The device has too little memory for the model: {error}")
-    except torch.AcceleratorError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            fail(f"The device has too little memory for the model: {error}")
+        if not is_lost(error):
+            raise
         typer.echo(f"worker: The device has failed: {' '.join(str(error).split())}", err=True)
         os._exit(EXIT_DEVICE_LOST)  # as above
 
@@ -193,7 +194,8 @@ def open_redis(url: str) -> Redis:
         redis.ping()
     except RedisError as error:
         redis.close()
-        raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
+        reason = str(error).rstrip(".")
+        raise StartError(f"Redis cannot be reached: {reason}. Check REDIS_URL.") from error
     return redis
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quant.numerics.metrics import sum_dtype
 from quant.numerics.scaling import NUM_BINADES, binade_histogram
 
 _STATE = ("amax", "binades", "_square_sum", "_count")
@@ -87,7 +88,7 @@ class ActivationStatistics:
         shape = (len(tensors), groups, prompts)
         self.amax = torch.zeros(shape, device=device)
         self.binades = torch.zeros(*shape[:2], NUM_BINADES, device=device)
-        self._square_sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._square_sum = torch.zeros(shape, dtype=sum_dtype(device), device=device)
         self._count = torch.zeros(shape, dtype=torch.float64)
 
     @property
@@ -133,6 +134,6 @@ class ActivationStatistics:
     def _record(self, index: int, x: Tensor) -> None:
         cell = index, self._group, self._prompt
         self.amax[cell] = torch.maximum(self.amax[cell], x.abs().amax().float())
-        self._square_sum[cell] += x.float().square().sum(dtype=torch.float64)
+        self._square_sum[cell] += x.float().square().sum(dtype=self._square_sum.dtype)
         self._count[cell] += x.numel()
         self.binades[index, self._group] += binade_histogram(x.reshape(1, -1))[0]

@@ -7,10 +7,9 @@ the same kind of input as in service. Only the VAE is left out. The result is a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +25,14 @@ from quant.calibration.act_statistics import (
 from quant.calibration.checkpoint import Checkpoint
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
+from quant.calibration.sampling import OnStep, check_prompt_lengths, run_prompt
 from quant.calibration.scales import Scales
-from quant.device import usable_device
 from quant.errors import CalibrationError
 from quant.numerics.granularity import PerChannel, PerToken
 from quant.numerics.scaling import binade_histogram, choose_scale
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
-from quant.weights.model_folder import check_model_kind
 
-OnStep = Callable[[int, int], None]
 OnLatents = Callable[[Tensor], None]
 
 
@@ -65,31 +62,6 @@ class CalibrationPlan:
         }
 
 
-def load_pipeline(model_folder: Path, device: str) -> Any:
-    """Load a `WanPipeline` in BF16 onto a device.
-
-    Raises:
-        CalibrationError: the folder does not load.
-        WeightsError: it holds another kind of model than Wan2.1 text-to-video.
-        QuantError: the device cannot be used.
-    """
-    if not (model_folder / "model_index.json").is_file():
-        raise CalibrationError(
-            f"{model_folder} holds no model_index.json: give the folder of a WanPipeline "
-            "in diffusers format"
-        )
-    check_model_kind(model_folder)
-    target = usable_device(device)
-    # Takes seconds to import, so it is imported only when a model is really loaded.
-    from diffusers import WanPipeline  # noqa: PLC0415
-
-    try:
-        pipe = WanPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{model_folder} does not load as a WanPipeline: {error}") from error
-    return pipe.to(target)
-
-
 def run_calibration(
     pipe: Any,
     plan: CalibrationPlan,
@@ -111,7 +83,7 @@ def run_calibration(
             is of another calibration.
         ConversionError: the recipe does not fit the transformer.
     """
-    _check_prompt_lengths(pipe, plan.prompts.prompts, plan.sampler)
+    check_prompt_lengths(pipe, plan.prompts.prompts, plan.sampler)
     pipe.set_progress_bar_config(disable=True)
 
     steps = plan.sampler.num_inference_steps
@@ -124,44 +96,12 @@ def run_calibration(
             on_step(index * steps + step + 1, total)
 
         statistics.enter(0)
-        on_latents(_run_prompt(pipe, plan.prompts, plan.sampler, index, after_step))
+        on_latents(run_prompt(pipe, plan.prompts, plan.sampler, index, after_step))
 
     def on_begin(done: int) -> None:
         on_step(done * steps, total)
 
     return calibrate_transformer(pipe.transformer, plan, run, checkpoint, on_begin)
-
-
-def make_latents(
-    pipe: Any, prompts: PromptSet, sampler: SamplerSettings, count: int, on_step: OnStep
-) -> list[Tensor]:
-    """Run the first prompts through a `WanPipeline`; return the latents of their videos.
-
-    Args:
-        count: how many prompts.
-        on_step: called after each denoising step with (done, total), counted over all of them.
-
-    Returns:
-        For each prompt [1, C, F, H, W], normalized, on the host.
-
-    Raises:
-        CalibrationError: a prompt is too long, or there are fewer than `count`.
-    """
-    if count > len(prompts.prompts):
-        raise CalibrationError(
-            f"{prompts.file} holds {len(prompts.prompts)} prompts, fewer than the {count} videos "
-            "asked for: add prompts, or ask for fewer videos"
-        )
-    _check_prompt_lengths(pipe, prompts.prompts[:count], sampler)
-    pipe.set_progress_bar_config(disable=True)
-    steps, found = sampler.num_inference_steps, list[Tensor]()
-    for index in range(count):
-
-        def after_step(step: int, done: int = index * steps) -> None:
-            on_step(done + step + 1, count * steps)
-
-        found.append(_run_prompt(pipe, prompts, sampler, index, after_step).cpu())
-    return found
 
 
 def calibrate_transformer(
@@ -249,7 +189,7 @@ def _scales(
         tool_version=tool_version(),
         linears=tuple(linears),
         weight_scale={
-            name: _weight_scale(linear.weight.detach(), recipe).cpu()
+            name: weight_scale(linear.weight.detach(), recipe).cpu()
             for name, linear in linears.items()
         },
         act_scale={} if isinstance(recipe.act_granularity, PerToken) else act_scale,
@@ -262,48 +202,6 @@ def _scales(
         attention_mean_square=statistics.mean_square[count:].clone(),
         attention_binades=binades[count:].clone(),
     )
-
-
-def _run_prompt(
-    pipe: Any,
-    prompts: PromptSet,
-    sampler: SamplerSettings,
-    index: int,
-    after_step: Callable[[int], None],
-) -> Tensor:
-    def on_step_end(
-        _pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        after_step(step)
-        return tensors
-
-    width, height = sampler.size
-    latents: Tensor = pipe(
-        prompt=prompts.prompts[index],
-        negative_prompt=sampler.negative_prompt,
-        width=width,
-        height=height,
-        num_frames=sampler.num_frames,
-        num_inference_steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale,
-        max_sequence_length=sampler.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
-        output_type="latent",
-        callback_on_step_end=on_step_end,
-    ).frames
-    return latents
-
-
-def _check_prompt_lengths(pipe: Any, prompts: Sequence[str], sampler: SamplerSettings) -> None:
-    """Reject prompts that the pipeline would truncate silently."""
-    limit = sampler.text_tokens
-    for prompt in (sampler.negative_prompt, *prompts):
-        tokens = len(pipe.tokenizer(prompt)["input_ids"])
-        if tokens > limit:
-            raise CalibrationError(
-                f"prompt {prompt!r} has {tokens} tokens, the limit is {limit}: shorten it or raise "
-                "--text-tokens"
-            )
 
 
 def _check_finite(
@@ -322,7 +220,7 @@ def _amax(linear: nn.Linear) -> Tensor:
     return linear.weight.detach().abs().amax().float()
 
 
-def _weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
+def weight_scale(weight: Tensor, recipe: QuantRecipe) -> Tensor:
     """Choose the scale from the weights themselves: weight [N, K] → [] or [N, 1] float32."""
     per_channel = isinstance(recipe.weight_granularity, PerChannel)
     rows = weight if per_channel else weight.reshape(1, -1)

@@ -35,11 +35,13 @@ FORMAT_VERSION = "1"
 class Scales:
     """A loaded scales file of P prompts, G timestep groups (noisiest first) and M linears.
 
+    P and G are 0 if the scales come from the weights alone (`quant.transformer.weight_scales`).
     FP8 attention adds A tensors, `recipe.attention_inputs`; without it, A is 0.
 
     Attributes:
         model_fingerprint: of the model that was calibrated (`quant.weights.fingerprint`).
         prompts_file: the name of the prompt file, for people; `prompts_sha256` identifies it.
+        sampler: None if there were no prompts.
         linears: full names, in the order of the statistics' first dimension.
         weight_scale: per linear, [] or [N, 1] float32.
         act_scale: per linear, [] float32; empty if the recipe has scales per token.
@@ -58,7 +60,7 @@ class Scales:
     recipe: QuantRecipe
     prompts_sha256: str
     prompts_file: str
-    sampler: SamplerSettings
+    sampler: SamplerSettings | None
     tool_version: str
     linears: tuple[str, ...]
     weight_scale: dict[str, Tensor]
@@ -99,7 +101,7 @@ def save_scales(scales: Scales, path: Path) -> None:
         "recipe": scales.recipe.to_json(),
         "prompts_sha256": scales.prompts_sha256,
         "prompts_file": scales.prompts_file,
-        "sampler": json.dumps(asdict(scales.sampler)),
+        "sampler": json.dumps(scales.sampler and asdict(scales.sampler)),
         "tool_version": scales.tool_version,
         "linears": json.dumps(scales.linears),
     }
@@ -148,7 +150,7 @@ def load_scales(
         command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
         raise ScalesMismatch(
             f"{path} has no scales for the FP8 attention of recipe {recipe.name!r}; "
-            f"make them with: {' '.join([command, *scales.sampler.arguments()])}"
+            f"make them with: {' '.join([command, *_arguments(scales)])}"
         )
     return scales
 
@@ -182,7 +184,7 @@ def check_scales(
             f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
             f"this is {recipe.name!r} ({recipe.fingerprint})"
         )
-        arguments, remedy = scales.sampler.arguments(), "ask for their recipe, or make"
+        arguments, remedy = _arguments(scales), "ask for their recipe, or make"
     else:
         return
     command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
@@ -203,12 +205,19 @@ def calibrate_command(
     It uses this process's interpreter, which has the toolkit, and an accelerator if there is one.
     """
     arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
-    arguments += ["--prompts", prompts or "PROMPTS_FILE", "--out", str(path or "SCALES_FILE")]
+    if recipe is None or recipe.needs_prompts:
+        arguments += ["--prompts", prompts or "PROMPTS_FILE"]
+    arguments += ["--out", str(path or "SCALES_FILE")]
     if recipe:
         arguments += ["--recipe", recipe.source or recipe.name]
     if (device := available_accelerator()) is not None:
         arguments += ["--device", device]
     return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
+
+
+def _arguments(scales: Scales) -> list[str]:
+    """Return the arguments that repeat how scales were made."""
+    return [] if scales.sampler is None else scales.sampler.arguments()
 
 
 def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
@@ -230,14 +239,15 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     missing = set(recipe.attention_inputs) - set(by_kind["attention_scale"])
     if missing:
         raise ValueError(f"it has no attention_scale for {min(missing)}")
-    sampler: dict[str, Any] = json.loads(metadata["sampler"])
-    sampler["size"] = tuple(sampler["size"])
+    sampler: dict[str, Any] | None = json.loads(metadata["sampler"])
+    if sampler is not None:
+        sampler["size"] = tuple(sampler["size"])
     return Scales(
         model_fingerprint=metadata["model_fingerprint"],
         recipe=recipe,
         prompts_sha256=metadata["prompts_sha256"],
         prompts_file=metadata["prompts_file"],
-        sampler=SamplerSettings(**sampler),
+        sampler=None if sampler is None else SamplerSettings(**sampler),
         tool_version=metadata["tool_version"],
         linears=tuple(json.loads(metadata["linears"])),
         weight_scale=by_kind["weight_scale"],

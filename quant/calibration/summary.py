@@ -10,7 +10,7 @@ from quant.tables import align, span
 
 def describe_scales(scales: Scales, path: Path) -> str:
     """Return a header with one fact per line, then a table with one row per kind of linear."""
-    recipe, sampler = scales.recipe, scales.sampler
+    recipe = scales.recipe
     facts = {
         "scales file": f"{path} ({path.stat().st_size:,} bytes, format {FORMAT_VERSION})",
         "fits model": scales.model_fingerprint,
@@ -22,17 +22,26 @@ def describe_scales(scales: Scales, path: Path) -> str:
         "weights": f"{recipe.weight_granularity.name}, {recipe.weight_policy.summary}",
         "activations": f"{recipe.act_granularity.name}, {recipe.act_policy.summary}",
         "attention": _attention(scales),
+        **_origin(scales),
+        "made by": f"wan-hif8 {scales.tool_version}",
+    }
+    width = max(map(len, facts))
+    header = "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+    return f"{header}\n\n{_table(scales)}"
+
+
+def _origin(scales: Scales) -> dict[str, str]:
+    sampler = scales.sampler
+    if sampler is None:
+        return {"calibrated on": "no prompts: these scales come from the weights alone"}
+    return {
         "calibrated on": f"{scales.num_prompts} prompts of {scales.prompts_file} "
         f"(sha256:{scales.prompts_sha256})",
         "sampler": f"{sampler.size_text}, {sampler.num_frames} frames, "
         f"{sampler.num_inference_steps} steps in {sampler.timestep_groups} timestep groups, "
         f"guidance {sampler.guidance_scale:g}, {sampler.text_tokens} text tokens, "
         f"seeds from {sampler.seed}",
-        "made by": f"wan-hif8 {scales.tool_version}",
     }
-    width = max(map(len, facts))
-    header = "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
-    return f"{header}\n\n{_table(scales)}"
 
 
 def _attention(scales: Scales) -> str:
@@ -55,16 +64,18 @@ def _table(scales: Scales) -> str:
     ]
     for kind, positions in indices.items():
         names = [scales.linears[position] for position in positions]
-        amax = scales.act_amax[positions].amax((1, 2))
-        rms = scales.act_mean_square[positions].mean((1, 2)).sqrt()
+        amax = rms = "not seen"
+        if scales.num_prompts:
+            amax = span(scales.act_amax[positions].amax((1, 2)).tolist())
+            rms = span(scales.act_mean_square[positions].mean((1, 2)).sqrt().tolist())
         rows.append(
             (
                 kind,
                 str(len(positions)),
                 span(scales.weight_amax[positions].tolist()),
                 span(value for name in names for value in _weight_scales(scales, name)),
-                span(amax.tolist()),
-                span(rms.tolist()),
+                amax,
+                rms,
                 span(scales.act_scale[name].item() for name in names if name in scales.act_scale),
             )
         )

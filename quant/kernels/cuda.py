@@ -19,10 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quant.kernels import triton_fused, triton_recode
 from quant.kernels.flash_attention import FlashAttention
+from quant.kernels.int8.cuda import CudaInt8Product
 from quant.kernels.interface import AttentionScales, BlockLinear
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
 from quant.kernels.triton_fused import E4M3
 from quant.kernels.triton_recode import E4M3_MAX
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import is_power_of_two
 
@@ -44,6 +46,9 @@ class CudaKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return E4m3Linear(linears)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return CudaInt8Product(linears)
 
     add_norm = staticmethod(triton_fused.add_norm)
     add_gated = staticmethod(triton_fused.add_gated)

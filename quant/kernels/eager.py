@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.kernels.int8.product import Int8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
-from quant.kernels.joined_linear import SeparateLinears
+from quant.kernels.joined_linear import SeparateLinears, shared_act_scale
 from quant.numerics import reference
 from quant.numerics.hadamard import rotate_groups
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
@@ -38,6 +40,9 @@ class EagerKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return _DecodedLinear(linears)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return Int8Product(linears)
 
     def add_norm(
         self,
@@ -78,7 +83,7 @@ class EagerKernels:
             parts[1] = k_norm(parts[1])
         parts = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
         if rope is not None:
-            parts[:2] = [_rotate(part, rope) for part in parts[:2]]
+            parts[:2] = [rotate(part, rope) for part in parts[:2]]
         if scales is None:
             return tuple(parts)
         if scales.rotate:
@@ -127,13 +132,8 @@ class _DecodedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def shared_act_scale(linears: Sequence[Hif8Linear]) -> float:
-    """Return the scale for the input that linears share: the largest, so that none saturates."""
-    scales = [linear.act_scale for linear in linears if linear.act_scale is not None]
-    return float(torch.stack(scales).max())  # one device synchronization for all
-
-
-def _rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate pairs of channels of x [B, S, heads, D] by `rope`, in float32: → in the dtype of x."""
     cos, sin = rope[0][..., 0::2], rope[1][..., 1::2]
     first, second = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     rotated = (first * cos - second * sin, first * sin + second * cos)

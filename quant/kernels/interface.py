@@ -1,9 +1,9 @@
 """Define the operations that a Wan block needs from a device.
 
 `quant.transformer.wan_block.FusedWanBlock` uses this interface only. The input of a quantized
-product is in a form that the kernels choose: HiFloat8 values as BF16 numbers, or as E4M3 codes of
-value / act_scale. Only the products of the same kernels read it. Where `act_scale` is None, the
-form is BF16.
+product is in a form that the kernels choose: HiFloat8 values as BF16 numbers, or codes of value /
+act_scale in E4M3 or HiFloat8 (uint8). Only the products of the same kernels read it. Where
+`act_scale` is None, the form is BF16.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 Rope = tuple[Tensor, Tensor]
@@ -73,6 +74,12 @@ class Kernels(Protocol):
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         """Build the product of quantized linears that share their input; the result is a module."""
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        """Build the product of INT8 linears that share their input; the result is a module.
+
+        It takes BF16 (`act_scale` is None) and quantizes each token itself.
+        """
 
     def add_norm(
         self,

@@ -1,14 +1,16 @@
-"""Compute BF16 linears that share their input, one by one or as one product."""
+"""Compute linears with BF16 weights that share their input, one by one or as one product."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.kernels.interface import BlockLinear, Kernels
 from quant.numerics import reference
+from quant.numerics.grid_linear import GridLinear
+from quant.numerics.linear import Hif8Linear
 
 
 class SeparateLinears(nn.Module):
@@ -40,7 +42,28 @@ class JoinedLinear(nn.Module):
         self.bias = joined_bias(linears)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return reference.product(x, self.weight, self.bias)
+
+
+class GridProduct(nn.Module):
+    """Computes quantized linears whose weights were decoded once, as kernels do BF16 linears.
+
+    It fits kernels whose form of quantized activations is BF16 numbers.
+    """
+
+    def __init__(self, kernels: Kernels, linears: Sequence[GridLinear]) -> None:
+        super().__init__()
+        self.product: BlockLinear = kernels.plain(linears)
+        self.act_scale = shared_act_scale(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+def shared_act_scale(linears: Sequence[Hif8Linear | GridLinear]) -> float:
+    """Return the scale for the input that linears share: the largest, so that none saturates."""
+    scales = [linear.act_scale for linear in linears if linear.act_scale is not None]
+    return float(torch.stack(scales).max())  # one device synchronization for all
 
 
 def joined_bias(linears: Sequence[nn.Module]) -> nn.Parameter | None:

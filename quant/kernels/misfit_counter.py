@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
 from quant.numerics.hadamard import rotate_groups
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 
@@ -31,6 +32,9 @@ class CountingKernels:
 
     def quantized(self, linears: Sequence[Hif8Linear]) -> BlockLinear:
         return self._kernels.quantized(linears)
+
+    def int8(self, linears: Sequence[Int8Linear]) -> BlockLinear:
+        return self._kernels.int8(linears)
 
     def add_norm(
         self,

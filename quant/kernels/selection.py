@@ -3,7 +3,8 @@
 Kernels are compiled on the machine that runs them, by libraries that may be missing and for GPUs
 that may lack a feature. Each set of kernels is therefore run on small tensors and compared with
 plain torch before it is used (`quant.kernels.self_test`). If it fails, the choice carries a warning
-and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does.
+and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does. On an Ascend
+NPU there are several sets, and the first that passes is taken.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 
+from quant.device import backend
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.flash_attention import HOPPER, FlashAttention, load_flash_attention
 from quant.kernels.interface import Kernels
-from quant.kernels.self_test import BlockShape, check_kernels
+from quant.kernels.self_test import BlockShape, check_int8, check_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +51,47 @@ def pick_kernels(
     shape: BlockShape | None = None,
     per_row_scales: bool = False,
     fp8_attention: bool = False,
+    int8: bool = False,
 ) -> KernelChoice:
     """Choose the kernels of a mode on `device`: plain torch if nothing better runs.
 
     Args:
-        quantized: whether the mode multiplies in 8 bits, which not every GPU supports.
+        quantized: whether the mode multiplies HiFloat8, which not every GPU does in 8 bits.
         shape: shape of the model's blocks; kernels that depend on it are then compiled here.
         per_row_scales: whether products may have a scale for each row (`QuantRecipe`).
         fp8_attention: whether self-attention is in FP8, which needs FlashAttention-3.
+        int8: whether the mode multiplies INT8, on blocks that are otherwise in BF16.
 
     Raises:
         ConversionError: FP8 attention does not run on this device.
     """
-    if device.type != "cuda":
-        return KernelChoice(EagerKernels())
+    check = partial(_check, device=device, int8=int8, quantized=quantized, shape=shape)
+    check_all = partial(check, per_row_scales=per_row_scales)
+    if device.type == "cuda":
+        return _pick_on_cuda(
+            device, check, check_all, quantized=quantized, fp8_attention=fp8_attention
+        )
+    if device.type == "npu":
+        if fp8_attention:
+            raise _no_fp8_attention("there are no kernels of it for Ascend NPUs")
+        return _pick_on_npu(device, check_all, quantized=quantized)
+    return KernelChoice(EagerKernels())
+
+
+def _pick_on_cuda(
+    device: torch.device,
+    check: Callable[..., None],
+    check_all: Callable[[Kernels], None],
+    *,
+    quantized: bool,
+    fp8_attention: bool,
+) -> KernelChoice:
+    """Choose the kernels of a mode on an NVIDIA GPU.
+
+    Args:
+        check: checks kernels; takes whether FP8 attention is checked as well.
+        check_all: checks kernels with all forms of products.
+    """
     name = torch.cuda.get_device_name(device)
     if quantized and not multiplies_fp8(device):
         major, minor = torch.cuda.get_device_capability(device)
@@ -75,8 +106,7 @@ def pick_kernels(
             f"{reason}: quantized modes are emulated. They save memory, and take longer than "
             "bf16, because every weight is decoded to BF16 for every product.",
         )
-    check = partial(check_kernels, device=device, quantized=quantized, shape=shape)
-    fused = _try(_cuda_kernels, partial(check, per_row_scales=per_row_scales))
+    fused = _try(_cuda_kernels, check_all)
     if isinstance(fused, str):
         reason = f"the kernels for {name} do not run ({fused})"
         if fp8_attention:
@@ -99,6 +129,56 @@ def pick_kernels(
             raise _no_fp8_attention(reason)
         return KernelChoice(fused, f"{reason}; torch's attention runs instead, which is slower.")
     return KernelChoice(flash)
+
+
+def _check(kernels: Kernels, device: torch.device, int8: bool, **settings: Any) -> None:
+    check_kernels(kernels, device, **settings)
+    if int8:
+        check_int8(kernels, device)
+
+
+def _pick_on_npu(
+    device: torch.device, check: Callable[[Kernels], None], *, quantized: bool
+) -> KernelChoice:
+    """Choose the first kernels for Ascend that pass their check, the fastest first."""
+    name = backend("npu").get_device_name(device)
+    if quantized:
+        native = _try(lambda: _ascend_kernels("native", device), check)
+        if not isinstance(native, str):
+            return KernelChoice(native)
+        logger.info("%s does not multiply HiFloat8 (%s)", name, native)
+    triton = _try(lambda: _ascend_kernels("triton", device), check)
+    if not isinstance(triton, str):
+        return KernelChoice(triton)
+    plain = _try(lambda: _ascend_kernels("plain", device), check)
+    if isinstance(plain, str):
+        return KernelChoice(
+            EagerKernels(),
+            f"The kernels for {name} do not run ({plain}); plain torch runs instead, which is "
+            "slower, in quantized modes slower than bf16.",
+        )
+    if not quantized:
+        logger.info("%s runs without Triton kernels (%s)", name, triton)
+        return KernelChoice(plain)
+    return KernelChoice(
+        plain,
+        f"{name} multiplies no HiFloat8, and the Triton kernels that round and decode it do not "
+        f"run ({triton}): quantized modes save memory, and take longer than bf16.",
+    )
+
+
+_ASCEND_KERNELS = {
+    "native": ("quant.kernels.ascend_native", "NativeHif8Kernels"),
+    "triton": ("quant.kernels.ascend_triton", "AscendTritonKernels"),
+    "plain": ("quant.kernels.ascend", "AscendKernels"),
+}
+
+
+def _ascend_kernels(which: str, device: torch.device) -> Kernels:
+    # By name, because each needs a library that may be missing.
+    module, kernels = _ASCEND_KERNELS[which]
+    loaded: Kernels = getattr(import_module(module), kernels).load(device)
+    return loaded
 
 
 def _cuda_kernels(flash: FlashAttention | None = None) -> Kernels:

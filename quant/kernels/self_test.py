@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
+from quant.numerics import hif8
+from quant.numerics.int8 import token_scale
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.numerics.scaling import scale_policy
@@ -103,14 +106,28 @@ def check_kernels(
     head_size = SMALL.head_size if shape is None else shape.head_size
     tests.append(_ProductsTest(device, head_size, act_scale, per_row_scales, fp8_attention))
     for test in tests:
-        expected = test.run(EagerKernels())
-        for name, found in test.run(kernels).items():
-            agreement = sqnr_db(expected[name], found)
-            if not agreement >= AGREEMENT_DB:  # true for NaN as well
-                raise ConversionError(
-                    f"its {name} agrees with plain torch to {agreement:.0f} dB only, where "
-                    f"{AGREEMENT_DB:.0f} are wanted"
-                )
+        _compare(test, kernels)
+
+
+@torch.no_grad()
+def check_int8(kernels: Kernels, device: torch.device) -> None:
+    """Run an INT8 product of many tokens and one of few, and compare them with plain torch.
+
+    Raises:
+        ConversionError, Exception: as for `check_kernels`.
+    """
+    _compare(_Int8Test(device), kernels)
+
+
+def _compare(test: _SelfTest, kernels: Kernels) -> None:
+    expected = test.run(EagerKernels())
+    for name, found in test.run(kernels).items():
+        agreement = sqnr_db(expected[name], found)
+        if not agreement >= AGREEMENT_DB:  # true for NaN as well
+            raise ConversionError(
+                f"its {name} agrees with plain torch to {agreement:.0f} dB only, where "
+                f"{AGREEMENT_DB:.0f} are wanted"
+            )
 
 
 def _check_edges(kernels: Kernels, device: torch.device) -> None:
@@ -247,6 +264,24 @@ class _ProductsTest:
         return kernels.quantized([quantized])
 
 
+class _Int8Test:
+    """Runs INT8 products of many tokens and of few, with a token of zeros and outliers."""
+
+    def __init__(self, device: torch.device) -> None:
+        draw = _Draw(device)
+        self.x = draw(1, SMALL_TOKENS, SMALL.width)
+        self.x[0, 0] = 0
+        self.x[0, 1, 7] = 1000
+        self.linear = nn.Linear(SMALL.width, 3 * SMALL.width).to(device, torch.bfloat16)
+        self.linear.weight.data = draw(3 * SMALL.width, SMALL.width) / 16
+
+    def run(self, kernels: Kernels) -> dict[str, Tensor]:
+        scale = token_scale(self.linear.weight.detach())
+        product = kernels.int8([Int8Linear.from_linear(self.linear, scale)])
+        few = self.x[:, :2]
+        return {"INT8 product": product(self.x), "INT8 product of few tokens": product(few)}
+
+
 class _Draw:
     """Draws random numbers that are the same on every device: shape → bf16."""
 
@@ -270,4 +305,6 @@ def _attention_scales(fp8_attention: bool) -> AttentionScales | None:
 
 def _value(code: Tensor, scale: float = SCALE) -> Tensor:
     """Return the values of an activation: 8-bit codes are multiplied by the scale, BF16 is not."""
+    if code.dtype is torch.uint8:
+        return hif8.decode(code, torch.float32) * scale
     return code.float() * (scale if code.element_size() == 1 else 1.0)

@@ -10,7 +10,7 @@ mantissa bits and then become zero.
 
 The policy `sqnr` chooses the power of two with the least error on a histogram of binades. Outliers
 above 16 then have fewer bits if this reduces the error. The other policies reproduce other HiFloat8
-code.
+code. `amax127` is that of INT8.
 
 This module chooses scales; `quant.kernels` applies them. The statistics come from
 `quant.calibration`.
@@ -46,6 +46,7 @@ class ScalePolicy:
             greater than amax / qmax, so that amax lands in [qmax/2, qmax).
         needs_binades: the policy needs a histogram, so it cannot choose scales at run time.
         summary: a description in one line, for people.
+        format: the number format that it chooses scales for.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ScalePolicy:
     power_of_two: bool
     needs_binades: bool
     summary: str
+    format: str = "hif8"
 
 
 POLICIES = {
@@ -63,6 +65,7 @@ POLICIES = {
         ScalePolicy("amax15", 15.0, False, False, "amax at 15 (MindSpeed, forward)"),
         ScalePolicy("amax224", 224.0, False, False, "amax at 224 (MindSpeed, gradients)"),
         ScalePolicy("none", None, True, False, "no scale: values are cast as they are"),
+        ScalePolicy("amax127", 127.0, False, False, "amax at 127, INT8's largest", "int8"),
     )
 }
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from quant.calibration.calibrate import tool_version
 from quant.calibration.scales import Scales, check_scales, load_scales
 from quant.errors import WeightsError
-from quant.numerics import reference
 from quant.packed.format import SCALES_FILE, PackedInfo, scales_origin, shard_name
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.meta_model import check_stored, empty_transformer, quantized_meta_model
 from quant.transformer.quantize import require_scales
+from quant.transformer.quantized_linear import quantize_weight
 from quant.weights.fingerprint import model_fingerprint, parts_fingerprint, read_transformer_config
 from quant.weights.header import StoredTensor
 from quant.weights.model_folder import check_model_kind
@@ -141,7 +141,7 @@ class _Packing:
         self._source = source.state_dict()
         check_stored(self._source, self.stored, source=str(folder), exact=False)
         self.state = quantized_meta_model(source, recipe).state_dict()
-        self._scales = scales
+        self._recipe, self._scales = recipe, scales
         self._reader = TensorReader(torch.device("cpu"))
         self._device = device
 
@@ -163,7 +163,7 @@ class _Packing:
             if kind == "weight_qdata":
                 weight = self._read(f"{linear}.weight").to(self._device)
                 scale = scales.weight_scale[linear].to(self._device)
-                return reference.quantize(weight, scale)
+                return quantize_weight(linear, weight, scale, self._recipe)
             return (scales.weight_scale if kind == "weight_scale" else scales.act_scale)[linear]
         return self._read(name)
 

@@ -2,10 +2,10 @@
 
 A packed checkpoint is a folder with one quantized transformer and nothing else of the pipeline:
 - `transformer-00001-of-0000N.safetensors` …: the state dict of the quantized tree. A quantized
-  linear has `<name>.weight_qdata` (uint8, HiFloat8 codes, which the kernels of every device read),
-  `<name>.weight_scale`, `<name>.act_scale` (float32; absent where each token gets its own scale)
-  and its bias. All other tensors have the dtype they run in, BF16 or FP32. The metadata of each
-  file is a complete `PackedInfo`.
+  linear has `<name>.weight_qdata` (HiFloat8 codes as uint8, or int8; the kernels of every device
+  read them), `<name>.weight_scale`, `<name>.act_scale` (float32; absent where each token gets its
+  own scale) and its bias. All other tensors have the dtype they run in, BF16 or FP32. The
+  metadata of each file is a complete `PackedInfo`.
 - `scales.safetensors`: a byte-for-byte copy of the scales file it was made with, which records
   where the scales come from.
 
@@ -89,7 +89,7 @@ def scales_origin(prompts_file: str, prompts_sha256: str, sampler: Any, version:
     return {
         "prompts_file": prompts_file,
         "prompts_sha256": prompts_sha256,
-        "sampler": asdict(sampler),
+        "sampler": None if sampler is None else asdict(sampler),
         "tool_version": version,
     }
 

@@ -26,11 +26,11 @@ from quant.numerics.granularity import (
     act_granularity,
     weight_granularity,
 )
-from quant.numerics.scaling import ScalePolicy, scale_policy
+from quant.numerics.scaling import POLICIES, ScalePolicy, scale_policy
 
 FORMAT_VERSION = 1
 DEFAULT_RECIPE = "boundary-hif8"
-_FORMATS = ("hif8",)
+_FORMATS = ("hif8", "int8")
 _ATTENTIONS = ("bf16", "fp8")
 
 
@@ -40,7 +40,8 @@ class QuantRecipe:
 
     Attributes:
         name: a name for people; like `description`, it is not part of the fingerprint.
-        format: the 8-bit number format, "hif8".
+        format: the 8-bit number format: "hif8", or "int8", which always has a scale for each output
+            channel and each token.
         total_blocks: how many blocks the transformer must have.
         protected_blocks: blocks that stay in BF16, ascending.
         linears_per_block: how many linears the patterns must match in each quantized block.
@@ -95,6 +96,7 @@ class QuantRecipe:
                 f"act policy {self.act_policy.name!r} needs calibration statistics, so it cannot "
                 "go with granularity 'per_token': use 'per_tensor' or another policy"
             )
+        self._check_format()
         self._check_attention()
 
     @classmethod
@@ -204,6 +206,11 @@ class QuantRecipe:
         )
 
     @property
+    def needs_prompts(self) -> bool:
+        """Return whether a scale is chosen from activations, which only prompts give."""
+        return not isinstance(self.act_granularity, PerToken) or bool(self.attention_inputs)
+
+    @property
     def attention_inputs(self) -> tuple[str, ...]:
         """Return the names of the tensors that FP8 attention rounds under scales of their own.
 
@@ -217,6 +224,31 @@ class QuantRecipe:
     def keeps(self, linear_name: str) -> bool:
         """Return whether `kept_linears` matches a full name such as `blocks.2.ffn.net.2`."""
         return any(fnmatchcase(linear_name, pattern) for pattern in self.kept_linears)
+
+    def _check_format(self) -> None:
+        """Refuse policies and granularities that do not go with the number format."""
+        for what, policy in (("weight", self.weight_policy), ("act", self.act_policy)):
+            if policy.format != self.format:
+                fitting = [name for name, each in POLICIES.items() if each.format == self.format]
+                raise RecipeError(
+                    f"{what} policy {policy.name!r} chooses scales for format {policy.format!r}, "
+                    f"not for {self.format!r}: use {' or '.join(map(repr, fitting))}"
+                )
+        if self.format != "int8":
+            return
+        for what, found, wanted in (
+            ("weight", self.weight_granularity, PerChannel.name),
+            ("act", self.act_granularity, PerToken.name),
+        ):
+            if found.name != wanted:
+                raise RecipeError(
+                    f"format 'int8' needs {what} granularity {wanted!r}, not {found.name!r}"
+                )
+        if self.attention == "fp8":
+            raise RecipeError(
+                "attention 'fp8' rounds queries, keys and values to HiFloat8 under calibrated "
+                "scales, which format 'int8' does not have: use attention 'bf16'"
+            )
 
     def _check_attention(self) -> None:
         if self.attention not in _ATTENTIONS:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from quant.errors import WeightsError
-from quant.numerics.granularity import PerChannel, PerToken
-from quant.numerics.linear import Hif8Linear
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.module_tree import share_tree
+from quant.transformer.quantized_linear import empty_linear
 from quant.weights.header import StoredTensor
 from quant.weights.layouts import refuse_other_layout
 from quant.weights.reader import Reader, ReadRequest
@@ -140,7 +139,7 @@ def quantized_meta_model(transformer: M, recipe: QuantRecipe) -> M:
     targets = select_linears(transformer, recipe)
 
     def convert(name: str, _module: nn.Module) -> nn.Module | None:
-        return _empty_linear(targets[name], recipe) if name in targets else None
+        return empty_linear(targets[name], recipe) if name in targets else None
 
     return share_tree(transformer, convert)
 
@@ -308,15 +307,3 @@ def _reserve(tensors: Iterable[Tensor], device: torch.device) -> None:
     if device.type != "cpu":
         rounded = (-(-tensor.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES for tensor in tensors)
         torch.empty(sum(rounded), dtype=torch.uint8, device=device)
-
-
-def _empty_linear(linear: nn.Linear, recipe: QuantRecipe) -> Hif8Linear:
-    rows = (linear.out_features, 1) if isinstance(recipe.weight_granularity, PerChannel) else ()
-    per_token = isinstance(recipe.act_granularity, PerToken)
-    return Hif8Linear(
-        torch.empty(linear.weight.shape, dtype=torch.uint8, device="meta"),
-        torch.empty(rows, dtype=torch.float32, device="meta"),
-        act_scale=None if per_token else torch.empty((), dtype=torch.float32, device="meta"),
-        act_policy=recipe.act_policy,
-        bias=linear.bias,
-    )

@@ -1,6 +1,6 @@
 """Build a quantized copy of a transformer that shares every tensor that is not quantized.
 
-The copy is a second module tree. Its modules and its `Hif8Linear`s are new; norms, embeddings,
+The copy is a second module tree. Its modules and its quantized linears are new; norms, embeddings,
 biases and protected blocks use the same tensor objects as the source tree. Both trees can run in
 turn on one device, and need the memory of one model plus the 8-bit weights.
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from quant.calibration.scales import Scales
 from quant.errors import ConversionError
 from quant.numerics.granularity import PerToken
-from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
 from quant.transformer.module_tree import M, share_tree
+from quant.transformer.quantized_linear import QuantizedLinear, quantized_linear
 
 
 def quantize_transformer(
@@ -35,7 +35,8 @@ def quantize_transformer(
     tree is not changed.
 
     Raises:
-        ConversionError: the recipe does not fit, a scale is missing, or the tree carries hooks.
+        ConversionError: the recipe does not fit, a scale is missing, the tree carries hooks, or a
+            weight is NaN or infinite and the recipe's format has no code for it.
     """
     targets = select_linears(transformer, recipe)
     require_scales(targets, recipe, scales)
@@ -44,11 +45,8 @@ def quantize_transformer(
     def convert(name: str, module: nn.Module) -> nn.Module | None:
         if name not in targets:
             return None
-        quantized = Hif8Linear.from_linear(
-            targets[name],
-            scales.weight_scale[name],
-            act_scale=scales.act_scale.get(name),
-            act_policy=recipe.act_policy,
+        quantized = quantized_linear(
+            name, targets[name], recipe, scales.weight_scale[name], scales.act_scale.get(name)
         )
         rows.append(_row(name, targets[name], quantized))
         return quantized
@@ -82,7 +80,7 @@ def require_scales(targets: Iterable[str], recipe: QuantRecipe, scales: Scales) 
         )
 
 
-def _row(name: str, linear: nn.Linear, quantized: Hif8Linear) -> ConvertedLinear:
+def _row(name: str, linear: nn.Linear, quantized: QuantizedLinear) -> ConvertedLinear:
     _, block, kind = name.split(".", 2)
     weight: Tensor = linear.weight.detach()
     return ConvertedLinear(

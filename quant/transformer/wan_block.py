@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
+from quant.kernels.joined_linear import GridProduct
+from quant.kernels.prefetch import decode_ahead
+from quant.numerics.grid_linear import GridLinear
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
@@ -34,7 +38,8 @@ class FusedWanBlock(nn.Module):
         """Take over the weights of a block.
 
         Args:
-            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s.
+            block: a `WanTransformerBlock`; its linears may be `Hif8Linear`s, `GridLinear`s or
+                `Int8Linear`s.
             attention: scales of FP8 self-attention; None for BF16.
         """
         super().__init__()
@@ -59,6 +64,14 @@ class FusedWanBlock(nn.Module):
         self.eps = block.norm1.eps
         self.scale_shift_table = block.scale_shift_table
         self._cached_kv: Any = WeakIdKeyDictionary()
+
+    @property
+    def products(self) -> tuple[BlockLinear, ...]:
+        """The products in the order in which every pass computes them.
+
+        The keys and values of a prompt are left out, because they are computed once.
+        """
+        return (self.qkv, self.own_out, self.cross_q, self.cross_out, self.up, self.down)
 
     def forward(
         self,
@@ -124,7 +137,10 @@ def fuse_blocks(
 
     Its embedded prompts are cached as well. A block stays a diffusers block if it cannot be fused:
     if the recipe quantizes only some of the linears that share an input (some of q, k and v), or
-    has a scale for each token.
+    rounds each token to HiFloat8 under its own scale.
+
+    Where products decode their weights, each decodes those of the next one, also of the next
+    block's first, while it multiplies (`quant.kernels.prefetch`).
 
     Args:
         attention: scales of FP8 self-attention by block; the other blocks run it in BF16.
@@ -142,6 +158,8 @@ def fuse_blocks(
             transformer.blocks[index] = FusedWanBlock(block, kernels, scales)
         else:
             left.append(index)
+    fused = [block for block in transformer.blocks if isinstance(block, FusedWanBlock)]
+    decode_ahead([product for block in fused for product in block.products])
     embedder = transformer.condition_embedder
     embedder.text_embedder = _CachedTextEmbedder(embedder.text_embedder)
     return tuple(left)
@@ -152,7 +170,7 @@ def _can_fuse(block: Any) -> bool:
     for group in ([own.to_q, own.to_k, own.to_v], [cross.to_k, cross.to_v]):
         if len({type(each) for each in group}) > 1:
             return False
-    linears = [each for each in block.modules() if isinstance(each, Hif8Linear)]
+    linears = [each for each in block.modules() if isinstance(each, Hif8Linear | GridLinear)]
     return all(each.act_scale is not None for each in linears)
 
 
@@ -160,6 +178,12 @@ def _linear(kernels: Kernels, linears: Sequence[nn.Module]) -> BlockLinear:
     quantized = [each for each in linears if isinstance(each, Hif8Linear)]
     if quantized:
         return kernels.quantized(quantized)
+    int8 = [each for each in linears if isinstance(each, Int8Linear)]
+    if int8:
+        return kernels.int8(int8)
+    decoded = [each for each in linears if isinstance(each, GridLinear)]
+    if decoded:
+        return GridProduct(kernels, decoded)
     return kernels.plain([each for each in linears if isinstance(each, nn.Linear)])
 
 

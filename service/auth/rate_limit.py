@@ -7,13 +7,16 @@ import ipaddress
 import logging
 import math
 import time
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from limits import RateLimitItem, parse
 from limits.storage import RedisStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from redis import Redis
-from redis.exceptions import OutOfMemoryError
+from redis.client import Pipeline
+from redis.exceptions import NoScriptError, OutOfMemoryError
 
 from jobs import redis_keys
 from jobs.errors import RateLimited, TooManySignIns
@@ -31,6 +34,25 @@ SIGN_INS_PER_KEY: Final = "60/minute"
 """More than one address may have, so that no single one keeps a key's owner from signing in."""
 
 
+_parsed = lru_cache(maxsize=256)(parse)
+
+
+class _Windows(RedisStorage):
+    """limits' storage, whose counting can also be asked for in a pipeline."""
+
+    def queue(self, pipe: Pipeline, item: RateLimitItem, name: str, requests: int) -> None:
+        """Ask what `acquire_sliding_window_entry` does; the pipeline has one more result."""
+        key = item.key_for(name)
+        keys = (self._previous_window_key(key), self._current_window_key(key))
+        script = self.lua_acquire_sliding_window
+        pipe.evalsha(
+            script.sha,
+            len(keys),
+            *map(self.prefixed_key, keys),
+            *map(str, (item.amount, item.get_expiry(), requests)),
+        )
+
+
 class RateLimiter:
     """Counts requests by key. Safe to share between threads; Redis errors are raised."""
 
@@ -38,10 +60,10 @@ class RateLimiter:
         """Create the limiter of one process; `default` is the rate of keys without their own."""
         self._default = default
         # The client's own pool, so that its time limits and retries apply here, too.
-        storage = RedisStorage(
+        self._storage = _Windows(
             "redis://", connection_pool=redis.connection_pool, key_prefix=redis_keys.RATE_PREFIX
         )
-        self._window = SlidingWindowCounterRateLimiter(storage)
+        self._window = SlidingWindowCounterRateLimiter(self._storage)
         self._is_full = False
 
     def count(self, key_id: str, rate: str | None) -> None:
@@ -60,10 +82,33 @@ class RateLimiter:
         A refused request does not count. The number of requests left is read only once they are
         used up, because reading it costs another call to Redis.
         """
-        item = parse(rate or self._default)
+        item = _parsed(rate or self._default)
         if self._hit(item, key_id, requests):
             return [None] * requests
-        # Together they exceed the rate, but the first ones may still pass one by one.
+        return self._refuse_rest(item, key_id, requests)
+
+    def queue(self, pipe: Pipeline, key_id: str, requests: int) -> None:
+        """Ask in a pipeline to count requests against the default rate; see `queued`."""
+        self._storage.queue(pipe, _parsed(self._default), key_id, requests)
+
+    def queued(self, counted: object, key_id: str, requests: int) -> Sequence[RateLimited | None]:
+        """Return what `count_all` does, from the result of `queue`: a value or an exception."""
+        if isinstance(counted, NoScriptError):  # Redis was restarted; this loads the script
+            return self.count_all(key_id, None, requests)
+        if isinstance(counted, OutOfMemoryError):
+            self._note_full()
+        elif isinstance(counted, Exception):
+            raise counted
+        elif not counted:
+            return self._refuse_rest(_parsed(self._default), key_id, requests)
+        else:
+            self._note_room()
+        return [None] * requests
+
+    def _refuse_rest(
+        self, item: RateLimitItem, key_id: str, requests: int
+    ) -> list[RateLimited | None]:
+        """Together they exceed the rate, but the first ones may still pass one by one."""
         passed = [requests > 1 and self._hit(item, key_id) for _ in range(requests)]
         return [None if may_pass else self._refusal(item, key_id) for may_pass in passed]
 
@@ -106,15 +151,21 @@ class RateLimiter:
         try:
             may_pass = self._window.hit(item, key_id, cost=requests)
         except OutOfMemoryError:
-            # Requests that only read must go on, or nobody could see what there is to delete.
-            if not self._is_full:
-                self._is_full = True
-                logger.error("Redis is full, so requests are not counted until it has room again.")
+            self._note_full()
             return True
+        self._note_room()
+        return may_pass
+
+    def _note_full(self) -> None:
+        # Requests that only read must go on, or nobody could see what there is to delete.
+        if not self._is_full:
+            self._is_full = True
+            logger.error("Redis is full, so requests are not counted until it has room again.")
+
+    def _note_room(self) -> None:
         if self._is_full:
             self._is_full = False
             logger.info("Redis has room again, and requests are counted.")
-        return may_pass
 
 
 def network_of(address: str) -> str:

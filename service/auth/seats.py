@@ -7,9 +7,10 @@ Redis holds its SHA-256 (`service/auth/api_keys.py`).
 
 import hmac
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
+
+from redis.client import Pipeline
 
 from service.auth.api_keys import digest
 
@@ -31,15 +32,42 @@ class Seat:
     @property
     def id(self) -> str:
         """What stands for the id of a key in sessions and in counts of requests."""
-        return f"{_PREFIX}{self.comparison_id}:{self.rater_id}"
+        return seat_id(self.comparison_id, self.rater_id)
 
 
-SeatLookup = Callable[[str, str], Seat | None]
-"""Reads a seat by the ids of comparison and rater; None if there is none, or it was withdrawn."""
+class SeatReader(Protocol):
+    """Reads seats; `service/comparisons/rating/raters.py` has the real one."""
+
+    def seat(self, comparison_id: str, rater_id: str) -> Seat | None:
+        """Return a seat; None if there is none, or it was withdrawn."""
+        ...
+
+    def queue_seat(self, pipe: Pipeline, comparison_id: str, rater_id: str) -> None:
+        """Ask for a seat in a pipeline, which then has one more result."""
+        ...
+
+    def decode_seat(self, comparison_id: str, found: bytes | None) -> Seat | None:
+        """Return the seat of such a result; None if there is none, or it was withdrawn."""
+        ...
 
 
-def no_seats(_comparison_id: str, _rater_id: str) -> None:
-    """Find no seat, for a gate without comparisons."""
+class NoSeats:
+    """Finds no seat, for a gate without comparisons."""
+
+    def seat(self, _comparison_id: str, _rater_id: str) -> None:
+        """Find none."""
+
+    def queue_seat(self, pipe: Pipeline, _comparison_id: str, _rater_id: str) -> None:
+        """Ask for nothing; the result is nothing."""
+        pipe.echo("")
+
+    def decode_seat(self, _comparison_id: str, _found: bytes | None) -> None:
+        """Find none."""
+
+
+def seat_id(comparison_id: str, rater_id: str) -> str:
+    """Return the id of a rater's seat."""
+    return f"{_PREFIX}{comparison_id}:{rater_id}"
 
 
 def link_token(comparison_id: str, rater_id: str, secret: str) -> str:

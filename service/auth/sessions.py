@@ -12,22 +12,29 @@ import logging
 import re
 import secrets
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from typing import Final, cast
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from redis import Redis
+from redis.client import Pipeline
 
 from jobs import redis_keys
 from jobs.record import now
 from service.auth.api_keys import ApiKey, digest
-from service.auth.seats import Seat, SeatLookup, no_seats
+from service.auth.seats import NoSeats, Seat, SeatReader, split_id
 
 logger = logging.getLogger(__name__)
 
 MOST_SESSIONS: Final = 100
 """Sessions that one key may have; one more ends the oldest."""
+
+MOST_SEATED: Final = 4096
+"""Sessions of raters whose seats a process remembers."""
 
 _ID = re.compile(r"[0-9a-f]{64}")
 
@@ -68,15 +75,17 @@ class SessionStore:
     def __init__(
         self,
         redis: Redis,
-        seats: SeatLookup = no_seats,
+        seats: SeatReader | None = None,
         *,
         idle_s: float = redis_keys.SESSION_IDLE_S,
         longest_s: float = redis_keys.SESSION_LONGEST_S,
         renewed_every_s: float = redis_keys.SESSION_RENEWED_EVERY_S,
     ) -> None:
-        """Create the store of one process; `seats` finds the seats that sessions of raters need."""
+        """Create the store of one process; `seats` reads the seats that sessions of raters need."""
         self._redis = redis
-        self.seats = seats
+        self.seats: SeatReader = NoSeats() if seats is None else seats
+        # By digest: the seat that a session of a rater was found to belong to, newest last.
+        self._seated: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._idle_ms = round(idle_s * 1000)
         self._longest = timedelta(seconds=longest_s)
         self._renewed_every_ms = round(renewed_every_s * 1000)
@@ -108,21 +117,52 @@ class SessionStore:
         """Read a session and renew it; None if there is none, or it has ended."""
         if token.digest is None:
             return None
-        key = redis_keys.session(token.digest)
         with self._redis.pipeline(transaction=False) as pipe:
-            pipe.get(key)
-            pipe.pttl(key)
+            _queue_session(pipe, token.digest)
             text, left_ms = pipe.execute()
+        return self._renewed(token.digest, text, left_ms)
+
+    def known_seat(self, token: SessionToken) -> tuple[str, str] | None:
+        """Return the comparison and rater of a session that was read before and is a rater's."""
+        return None if token.digest is None else self._seated.get(token.digest)
+
+    def read_seated(
+        self, token: SessionToken, queue_more: Callable[[Pipeline], None]
+    ) -> tuple[Session | None, Seat | None, object]:
+        """Read a session and its seat, which is known, and ask for one thing more in the same call.
+
+        Returns the session, renewed, or None; the seat, or None; and the result of what
+        `queue_more` put into the pipeline, an exception if it failed.
+        """
+        digest_, place = token.digest, self.known_seat(token)
+        assert digest_ is not None, "the seat is known"
+        assert place is not None, "the seat is known"
+        with self._redis.pipeline(transaction=False) as pipe:
+            _queue_session(pipe, digest_)
+            self.seats.queue_seat(pipe, *place)
+            queue_more(pipe)
+            text, left_ms, found, more = pipe.execute(raise_on_error=False)
+        for each in (text, left_ms, found):
+            if isinstance(each, Exception):
+                raise each
+        return self._renewed(digest_, text, left_ms), self.seats.decode_seat(place[0], found), more
+
+    def _renewed(self, digest_: str, text: bytes | None, left_ms: int) -> Session | None:
         session = _decode(text)
-        if session is None:
+        longest_ms = 0
+        if session is not None:
+            longest_ms = (session.ends_at - now()) // timedelta(milliseconds=1)
+        if session is None or longest_ms <= 0:
+            self._seated.pop(digest_, None)
             return None
-        longest_ms = (session.ends_at - now()) // timedelta(milliseconds=1)
-        if longest_ms <= 0:
-            return None
+        if place := split_id(session.key_id):
+            self._seated[digest_] = place
+            if len(self._seated) > MOST_SEATED:
+                self._seated.popitem(last=False)
         renewed_ms = min(self._idle_ms, longest_ms)
         if renewed_ms - left_ms > self._renewed_every_ms:
             # Does nothing if the session was ended meanwhile.
-            self._redis.pexpire(key, renewed_ms)
+            self._redis.pexpire(redis_keys.session(digest_), renewed_ms)
         return session
 
     def end(self, token: SessionToken) -> None:
@@ -158,11 +198,20 @@ def is_seated(session: Session, seat: Seat | None) -> bool:
     return seat is not None and hmac.compare_digest(session.secret_sha256, seat.secret_sha256)
 
 
+def _queue_session(pipe: Pipeline, digest_: str) -> None:
+    key = redis_keys.session(digest_)
+    pipe.get(key)
+    pipe.pttl(key)
+
+
+_parsed = lru_cache(maxsize=1024)(Session.model_validate_json)
+
+
 def _decode(text: bytes | None) -> Session | None:
     if text is None:
         return None
     try:
-        return Session.model_validate_json(text)
+        return _parsed(text)
     except ValidationError as error:
         fields = error.errors(include_input=False, include_url=False)
         logger.error("A session cannot be read, so it is of no use: %s", fields)

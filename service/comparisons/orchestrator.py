@@ -13,8 +13,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
@@ -52,7 +52,13 @@ from service.comparisons.model import (
     PairKind,
     PairState,
 )
-from service.comparisons.pair_jobs import body_of, cancel_jobs, half_key
+from service.comparisons.pair_jobs import (
+    body_of,
+    cancel_jobs,
+    half_key,
+    has_no_open_job,
+    is_done,
+)
 from service.comparisons.store import ComparisonStore
 from service.comparisons.viewing_copies import CopyMaker, VideoMissing, choose_source
 
@@ -121,6 +127,7 @@ class Orchestrator:
         self._comparisons = ComparisonStore(redis)
         self._read_catalog = read_catalog
         self._count_tokens = count_tokens
+        self._passed_over: set[str] = set()  # comparisons of which it was said
 
     def run(self, ending: threading.Event) -> None:
         """Run a round, unless there is nothing to do or another process is running one."""
@@ -153,13 +160,26 @@ class Orchestrator:
         """
         this = _Round(time.monotonic() + COPIES_S, go_on)
         # First for all of them: jobs of all comparisons count for what may be submitted.
-        noticed = [(name, self._notice_ends(name, this)) for name in names]
+        noticed: dict[str, list[Pair]] = {}
+        for name in names:
+            with self._passing_over(name):
+                noticed[name] = self._notice_ends(name, this)
         # Afterwards, so that no job of a comparison is taken for one of others that waits.
         this.catalog = self._read_catalog()
-        for name, pairs in noticed:
+        for name, pairs in noticed.items():
             go_on()
-            with suppress(ComparisonNotFound):  # it was deleted meanwhile
+            with self._passing_over(name), suppress(ComparisonNotFound):  # it was deleted meanwhile
                 self._advance(self._comparisons.get(name), pairs, this)
+
+    @contextmanager
+    def _passing_over(self, name: str) -> Iterator[None]:
+        """Leave a comparison that cannot be read as it is, and say so once."""
+        try:
+            yield
+        except RecordUnreadable as error:
+            if name not in self._passed_over:
+                self._passed_over.add(name)
+                logger.error("comparison %s stands still, others go on: %s", name, error)
 
     def _notice_ends(self, name: str, this: _Round) -> list[Pair]:
         """Bring the halves of a comparison up to date with their jobs; return its pairs."""
@@ -245,12 +265,12 @@ class Orchestrator:
             problem = f"The videos cannot be copied for raters: {error}"
         if problem != comparison.problem:
             self._comparisons.set_problem(comparison.id, problem)
-        self._comparisons.settle(comparison.id, _is_done)
+        self._comparisons.settle(comparison.id, is_done)
 
     def _wind_down(self, comparison: Comparison, pairs: Sequence[Pair]) -> None:
         """Cancel what is open; a comparison is settled once nothing is."""
         cancel_jobs(self._jobs, pairs)
-        self._comparisons.settle(comparison.id, _has_no_open_job)
+        self._comparisons.settle(comparison.id, has_no_open_job)
 
     def _submit(self, comparison: Comparison, pairs: Sequence[Pair], this: _Round) -> str | None:
         """Submit waiting halves while there is room; return why it cannot go on."""
@@ -373,18 +393,3 @@ class Orchestrator:
             return made if found == pair else None
 
         self._comparisons.update_pair(comparison.id, pair.id, change)
-
-
-def _has_no_open_job(pairs: Sequence[Pair]) -> bool:
-    return not any(half.state.is_open for pair in pairs for half in pair.halves)
-
-
-def _is_done(pairs: Sequence[Pair]) -> bool:
-    """Return whether only a retry would change anything."""
-    # A pair with one failed half counts as failed, and its other half may still wait.
-    return all(
-        pair.failure is not None
-        or pair.state is PairState.READY
-        or (pair.state is PairState.FAILED and all(half.state.has_ended for half in pair.halves))
-        for pair in pairs
-    )

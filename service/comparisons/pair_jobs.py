@@ -4,7 +4,7 @@ Nothing here decides when; `orchestrator.py` does.
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from service.comparisons.model import (
     HalfState,
     Pair,
     PairKind,
+    PairState,
 )
 from service.comparisons.store import ComparisonStore, new_comparison_id, new_pair_id
 from service.comparisons.viewing_copies import delete_copies
@@ -123,10 +124,27 @@ def delete_comparison(
         ArtifactsUnavailable: the artifact store does not respond; the comparison is cancelled, and
             can be deleted later.
     """
-    if not comparisons.get(comparison_id).state.is_final:
-        # So that nothing more is submitted or copied.
-        not_final = [state for state in ComparisonState if not state.is_final]
-        comparisons.change_state(comparison_id, ComparisonState.CANCELLED, not_final)
-    cancel_jobs(jobs, comparisons.pairs(comparison_id))
+    with suppress(RecordUnreadable):  # a later version's: nothing is submitted, its jobs just end
+        if not comparisons.get(comparison_id).state.is_final:
+            # So that nothing more is submitted or copied.
+            not_final = [state for state in ComparisonState if not state.is_final]
+            comparisons.change_state(comparison_id, ComparisonState.CANCELLED, not_final)
+        cancel_jobs(jobs, comparisons.pairs(comparison_id))
     delete_copies(artifacts, comparison_id)
     comparisons.delete(comparison_id)
+
+
+def has_no_open_job(pairs: Sequence[Pair]) -> bool:
+    """Return whether nothing of these pairs is queued or running."""
+    return not any(half.state.is_open for pair in pairs for half in pair.halves)
+
+
+def is_done(pairs: Sequence[Pair]) -> bool:
+    """Return whether only a retry would change anything."""
+    # A pair with one failed half counts as failed, and its other half may still wait.
+    return all(
+        pair.failure is not None
+        or pair.state is PairState.READY
+        or (pair.state is PairState.FAILED and all(half.state.has_ended for half in pair.halves))
+        for pair in pairs
+    )

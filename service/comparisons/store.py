@@ -5,19 +5,24 @@ second hash, of pair ids to JSON. Changes read what they depend on and write und
 number of processes may make them at once. Nothing expires. Redis errors are not caught.
 """
 
+import logging
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeVar, cast
 
 from redis import Redis
 from redis.client import Pipeline
 
 from jobs import redis_keys
-from jobs.errors import ComparisonConflict, ComparisonNotFound, InvalidSpec
+from jobs.errors import ComparisonConflict, ComparisonNotFound, InvalidSpec, RecordUnreadable
 from jobs.ids import cursor_after, is_id, new_id, parse_cursor
 from jobs.violations import outside, shown
 from service.comparisons.model import Comparison, ComparisonState, Pair
+
+logger = logging.getLogger(__name__)
 
 MAX_PAGE: Final = 100
 
@@ -32,7 +37,10 @@ _VERBS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ComparisonPage:
-    """Comparisons, newest first; `next_cursor` is None on the last page."""
+    """Comparisons, newest first; `next_cursor` is None on the last page.
+
+    Those that cannot be read are left out, with a line in the log.
+    """
 
     comparisons: tuple[Comparison, ...]
     next_cursor: str | None
@@ -85,14 +93,15 @@ class ComparisonStore:
             for name in names[:limit]:
                 pipe.hgetall(redis_keys.comparison(name))
             texts = pipe.execute()
-        comparisons = tuple(
-            # An empty hash was deleted between the two reads.
-            _decode(name, fields)
-            for name, fields in zip(names, texts, strict=False)
-            if fields
-        )
+        comparisons = []
+        for name, fields in zip(names, texts, strict=False):
+            try:
+                if fields:  # it was not deleted between the two reads
+                    comparisons.append(_decode(name, fields))
+            except RecordUnreadable as error:
+                logger.warning("%s", error)
         more = len(names) > limit
-        return ComparisonPage(comparisons, cursor_after(names[limit - 1]) if more else None)
+        return ComparisonPage(tuple(comparisons), cursor_after(names[limit - 1]) if more else None)
 
     def open_ids(self) -> tuple[str, ...]:
         """Return the ids of comparisons that may have something left to do, oldest first."""
@@ -250,19 +259,39 @@ def _encode(pair: Pair) -> str:
     return pair.model_dump_json(exclude_none=True)
 
 
+# Most pairs are read again and again without a change: texts are compared faster than parsed.
+@lru_cache(maxsize=2048)
 def _decode_pair(text: bytes) -> Pair:
-    return Pair.model_validate_json(text)
+    with readable("A pair of this comparison"):
+        return Pair.model_validate_json(text)
+
+
+@lru_cache(maxsize=64)
+def _decode_comparison(text: bytes) -> Comparison:
+    return Comparison.model_validate_json(text)
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn errors of parsing a stored text into RecordUnreadable, which says whose it may be."""
+    try:
+        yield
+    except ValueError as error:  # pydantic's are, too
+        raise RecordUnreadable(
+            f"{what} cannot be read; a later version of the service may have written it. Update "
+            f"this one, or delete the comparison."
+        ) from error
 
 
 def _decode(comparison_id: str, fields: dict[bytes, bytes]) -> Comparison:
     text = _checked(comparison_id, fields.get(b"comparison"))
-    comparison = Comparison.model_validate_json(text)
-    return comparison.model_copy(
-        update={
-            "state": ComparisonState(fields[b"state"].decode()),
-            "problem": fields[b"problem"].decode() or None,
-        }
-    )
+    with readable(f"Comparison {comparison_id}"):
+        return _decode_comparison(text).model_copy(
+            update={
+                "state": ComparisonState(fields[b"state"].decode()),
+                "problem": fields[b"problem"].decode() or None,
+            }
+        )
 
 
 def _checked(comparison_id: str, found: bytes | None) -> bytes:

@@ -19,7 +19,7 @@ from redis.retry import Retry
 from rq import Queue
 
 from deploy.local import valkey
-from deploy.local.ports import LOOPBACK
+from deploy.local.ports import LOOPBACK, find_free_port
 from deploy.local.waiting import wait_until
 from jobs.record import StageTimings, Video
 from jobs.redis_client import connect, explain, is_transient
@@ -147,7 +147,9 @@ def test_a_server_that_is_loading_its_data_is_waited_for(tmp_path: Path, unused_
 
 
 def test_a_cluster_that_is_down_is_waited_for(tmp_path: Path, unused_port: int) -> None:
-    command = [*valkey.server_command(tmp_path, unused_port), "--cluster-enabled", "yes"]
+    # Named, because the default is 10,000 above the port, where there may be no port.
+    cluster = ("--cluster-enabled", "yes", "--cluster-port", str(find_free_port()))
+    command = [*valkey.server_command(tmp_path, unused_port), *cluster]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: valkey.answers(unused_port), 30)

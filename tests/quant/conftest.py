@@ -9,9 +9,10 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
 from mini.architecture import TEXT_WIDTH, build_text_encoder, build_tokenizer, build_vae
-from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.calibrate import CalibrationPlan, run_calibration
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
+from quant.calibration.sampling import load_pipeline
 from quant.calibration.scales import Scales
 from quant.recipe.recipe import QuantRecipe
 from quant.weights.fingerprint import model_fingerprint

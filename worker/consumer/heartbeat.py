@@ -25,6 +25,7 @@ from jobs.store.recovery import INTERVAL_S, Recovery
 from jobs.store.workers import WorkerStatus, follow_order, publish_status
 from worker.process.background import BackgroundThread
 from worker.process.drain import Drain
+from worker.process.ready_file import ReadyFile
 from worker.process.redis_retry import JOIN_TIMEOUT_S, RedisOutage
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ LOOK_EVERY_S = 1.0
 
 class Heartbeat(BackgroundThread):
     """A context manager that keeps `offer` and a status in the catalog.
+
+    `ready_file`, if there is one, says the same to probes on this machine.
 
     `close` removes the offer and keeps the status, which a worker publishes until its last job has
     ended. A signal handler may call it: it only wakes the thread, which talks to Redis. While the
@@ -68,6 +71,7 @@ class Heartbeat(BackgroundThread):
         self._publish_at = 0.0
         self._drain = Drain()
         self._closed = False
+        self.ready_file: ReadyFile | None = None
         # Not an Event: a signal handler must not wait for a lock that its own thread may hold.
         self._wake_ups: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -111,8 +115,13 @@ class Heartbeat(BackgroundThread):
             with self._outage.log_errors():
                 if self._follow_order() or woken or time.monotonic() >= self._publish_at:
                     self._publish()
+        self._clear_ready_file()
         with suppress(RedisError):
             catalog.withdraw(self._redis, self._offer.worker_id)
+
+    def _clear_ready_file(self) -> None:
+        if self.ready_file is not None:
+            self.ready_file.clear()
 
     def _follow_order(self) -> bool:
         """Look for an order to drain or to resume; return whether it is news."""
@@ -129,6 +138,7 @@ class Heartbeat(BackgroundThread):
     def _publish(self) -> None:
         status = self._status()
         if self._closed or not status.takes_jobs:
+            self._clear_ready_file()
             catalog.close(self._redis, self._offer.worker_id)
         else:
             # The tokenizer first, so that no offer names a missing one. And every time, because a
@@ -137,6 +147,8 @@ class Heartbeat(BackgroundThread):
             if name is not None and self._tokenizer is not None:
                 catalog.publish_tokenizer(self._redis, name, self._tokenizer)
             catalog.publish(self._redis, self._offer)
+            if self.ready_file is not None:
+                self.ready_file.mark(self._offer.worker_id)
         publish_status(self._redis, status)
         self._publish_at = time.monotonic() + self._publish_every_s
 

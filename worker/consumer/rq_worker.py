@@ -47,6 +47,7 @@ from worker.consumer.probation import Probation
 from worker.interface import JOB_ID, DeviceMemory, Engine
 from worker.job.context import JobContext
 from worker.process.drain import CurrentJob, Drain
+from worker.process.ready_file import READY, ReadyFile
 from worker.process.stats import WorkerStats
 from worker.settings import StallLimits
 from worker.tasks import JOB_CONTEXT
@@ -87,6 +88,9 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
     """
 
     death_penalty_class = NoDeathPenalty
+    ready_file: Path | None = None
+    """Where probes look; in the scratch folder if it is None."""
+
     max_connection_wait_time = 2.0  # seconds between RQ's attempts to reconnect while idle
 
     def __init__(
@@ -151,11 +155,14 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
         with ExitStack() as opened:
             # The first proof before anything is published: a healthy worker is never seen degraded.
             proven = None if self._stats.fault else self._probation.prove(opened)
+            if proven is not None:
+                self._place_ready_file(proven)
             opened.enter_context(self._heartbeat)
             opened.enter_context(self._recovery)
             scratch = proven or self._probation.wait_until_proven(opened)
             if scratch is None:
                 return False
+            self._place_ready_file(scratch)
             self._heartbeat.refresh()
             self._context = dataclasses.replace(self._context, scratch=scratch)
             logger.info(
@@ -167,6 +174,10 @@ class ResidentWorker(SimpleWorker):  # type: ignore[misc]  # rq is untyped to my
                 self.offer.queue,
             )
             return bool(super().work(*args, **kwargs))
+
+    def _place_ready_file(self, scratch: Path) -> None:
+        if self._heartbeat.ready_file is None:
+            self._heartbeat.ready_file = ReadyFile(self.ready_file or scratch / READY)
 
     # ------------------------------------------------------------------ one job
 

@@ -49,6 +49,7 @@ def serve(context: ServeContext, settings: WorkerSettings, ids: WorkerIds) -> in
                 drain,
                 settings.stall_limits,
             )
+            worker.ready_file = settings.ready_file
             ids.worker_id = worker.name
             worker.work(logging_level="WARNING")
         except RedisError as error:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from worker.interface import JOB_ID
 from worker.model_loader.loader import Mode, load_modes
 from worker.model_loader.memory_plan import check_follower
 from worker.model_loader.mode_plan import check_folder, plan_modes
+from worker.model_loader.scheduler import make_scheduler, scheduler_name
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def lead_ranks(ranks: RankGroup, modes: Sequence[Mode]) -> Denoise:
         prompt, negative = embeddings
         on_host = (prompt.cpu(), None if negative is None else negative.cpu())
         config = dict(scheduler.config)
-        task = RankTask(JOB_ID.get(), request, on_host, type(scheduler).__name__, config)
+        task = RankTask(JOB_ID.get(), request, on_host, scheduler_name(scheduler), config)
         ranks.broadcast(task)
         return ranks.run_together(lambda: denoise_part(pipeline, request, embeddings, on_step))
 
@@ -84,8 +84,9 @@ def load_follower(config: WorkerConfig, ranks: RankGroup) -> tuple[Mode, ...]:
     # Only the leader reads all weights twice, to compute the fingerprint.
     plans = plan_modes(config, ranks.receive())
     recipes = [plan.recipe for plan in plans]
-    check_follower(config, recipes, ranks.device, ranks.device.available_bytes())
-    modes = load_modes(path, plans, ranks.device)
+    available = ranks.device.available_bytes()
+    storage = check_follower(config, recipes, ranks.device, available)
+    modes = load_modes(path, plans, ranks.device, weight_storage=storage)
     _prepare_ranks(ranks, modes)
     return modes
 
@@ -175,7 +176,7 @@ def _denoise(ranks: RankGroup, transformer: WanTransformer3DModel, task: RankTas
         tokenizer=None,
         text_encoder=None,
         vae=None,
-        scheduler=getattr(diffusers, task.scheduler).from_config(task.scheduler_config),
+        scheduler=make_scheduler(task.scheduler, task.scheduler_config),
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)

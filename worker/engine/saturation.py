@@ -3,7 +3,8 @@
 Static scales are calibrated on some prompts, and may fit the prompts of callers less well. Two
 shares measure that: of values beyond the format's range, and of nonzero values that become zero.
 They are counted during one forward pass of each job, before each quantized layer rounds its inputs:
-by hooks on the layers, or by the kernels where blocks are fused.
+by hooks on the layers and on INT8 products, or by the kernels where blocks are fused. INT8 has a
+scale for each token, so none of its values saturates.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quant.kernels.int8.product import Int8Product
 from quant.kernels.interface import Kernels
 from quant.kernels.misfit_counter import CountingKernels
-from quant.numerics import reference
+from quant.numerics import int8, reference
+from quant.numerics.grid_linear import GridLinear
+from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import choose_scale
 from quant.transformer.wan_block import FusedWanBlock
 from worker.interface import ActShares
+
+_ROUNDING = (Hif8Linear, GridLinear)
 
 
 class ActSample:
@@ -29,7 +35,8 @@ class ActSample:
 
     def __init__(self, transformer: nn.Module) -> None:
         self._transformer = transformer
-        self._linears = [m for m in transformer.modules() if isinstance(m, Hif8Linear)]
+        quantized = (*_ROUNDING, Int8Linear, Int8Product)
+        self._linears = [m for m in transformer.modules() if isinstance(m, quantized)]
         self._blocks = [
             m for m in transformer.modules() if isinstance(m, FusedWanBlock) and _rounds(m)
         ]
@@ -62,7 +69,8 @@ class ActSample:
         """Compute the shares from the counts; None if nothing was counted."""
         if self._counts is None:
             return None
-        saturated, flushed = (self._counts.double() / self._total).tolist()
+        # Divided on the host: not every device has float64.
+        saturated, flushed = (count / self._total for count in self._counts.tolist())
         return ActShares(saturated, flushed)
 
     def _after_pass(self, *_: object) -> None:
@@ -72,11 +80,14 @@ class ActSample:
 
     @torch.no_grad()
     def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, Hif8Linear)
+        x = args[0]
+        if not isinstance(module, _ROUNDING):
+            self._add(int8.misfits(x), x.numel())
+            return
         scale = module.act_scale
         if scale is None:
-            scale = choose_scale(module.act_policy, args[0].abs().amax(-1, keepdim=True))
-        self._add(reference.misfits(args[0], scale), args[0].numel())
+            scale = choose_scale(module.act_policy, x.abs().amax(-1, keepdim=True))
+        self._add(reference.misfits(x, scale), x.numel())
 
     def _add(self, counts: Tensor, values: int) -> None:
         self._total += values

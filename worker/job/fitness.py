@@ -2,7 +2,7 @@
 
 A worker that cannot would fail job after job, and faster than a healthy one beside it runs them. So
 it is checked before it offers anything, and again after each fault of its own. What only the model
-can get wrong is proven once, at the start (`worker/proof.py`).
+can get wrong is proven once, at the start (`worker/job/proof.py`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def check_finite(components: Components, modes: Sequence[Mode]) -> None:
     """Refuse weights that are NaN or infinite, where checking them is cheap.
 
     Weights in 8 bits are left out: what a quantized linear computes with a wrong one is not finite
-    either, which the job at the start shows (`worker/proof.py`).
+    either, which the job at the start shows (`worker/job/proof.py`).
 
     Raises:
         ModelUnusable: names the part, the first such tensor, and their number.

@@ -44,7 +44,7 @@ from worker.config import StepCache
 from worker.device import Device
 from worker.model_loader.component_files import WEIGHTS, check_files, read_json
 from worker.model_loader.components import ComponentLoader, Components
-from worker.model_loader.memory_plan import Placement
+from worker.model_loader.memory_plan import Placement, multiplies_decoded
 from worker.model_loader.mode_plan import (
     KernelsByMode,
     ModePlan,
@@ -73,7 +73,11 @@ class Mode:
 
 
 def load_modes(
-    path: Path, plans: list[ModePlan], device: Device, kernels: KernelsByMode | None = None
+    path: Path,
+    plans: list[ModePlan],
+    device: Device,
+    kernels: KernelsByMode | None = None,
+    weight_storage: quant.WeightStorage = "packed",
 ) -> tuple[Mode, ...]:
     """Load or quantize the transformer of every planned mode.
 
@@ -82,6 +86,7 @@ def load_modes(
     Args:
         path: the model's folder.
         kernels: the result of `choose_kernels`; by default it is called here.
+        weight_storage: of the modes that `multiplies_decoded`.
 
     Raises:
         ModelUnusable: a recipe needs something that the device does not run.
@@ -92,7 +97,7 @@ def load_modes(
         kernels = choose_kernels(plans, device)
     with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as background:
         built = _build_modes(path, plans, device, background)
-        return _fuse_modes(built, plans, kernels, device, background)
+        return _fuse_modes(built, plans, kernels, device, background, weight_storage)
 
 
 def load_model(
@@ -107,7 +112,8 @@ def load_model(
 
     Args:
         path: the model's folder.
-        placement: where the text encoder goes; by default everything is on the device.
+        placement: where the text encoder goes, and how weights are held; by default everything is
+            on the device, and packed.
         kernels: the result of `choose_kernels`; by default it is called here.
         tokenizer: returns the tokenizer that another thread reads; by default it is read here.
 
@@ -130,7 +136,8 @@ def load_model(
         started = start_components() if any(map(_quantizes, plans)) else None
         built = _build_modes(path, plans, device, background)
         components = (started or start_components()).finish(tokenizer)
-        modes = _fuse_modes(built, plans, kernels, device, background)
+        storage = "packed" if placement is None else placement.weight_storage
+        modes = _fuse_modes(built, plans, kernels, device, background, storage)
     if placement is not None:
         components = replace(
             components,
@@ -167,6 +174,7 @@ def _fuse_modes(
     kernels: KernelsByMode,
     device: Device,
     reader: quant.BackgroundReader,
+    weight_storage: quant.WeightStorage,
 ) -> tuple[Mode, ...]:
     """Put modes on their kernels, block by block as their weights arrive.
 
@@ -177,7 +185,7 @@ def _fuse_modes(
             mode.transformer.to(device.torch_device)
     fused = {
         plan.config.transformer_key: _put_on_kernels(
-            mode, plan, kernels[plan.config.transformer_key], device, reader
+            mode, plan, kernels[plan.config.transformer_key], device, reader, weight_storage
         )
         for mode, plan in zip(built, distinct_plans(plans), strict=True)
     }
@@ -187,23 +195,25 @@ def _fuse_modes(
 def _put_on_kernels(
     mode: Mode,
     plan: ModePlan,
-    choice: KernelChoice | None,
+    choice: KernelChoice,
     device: Device,
     reader: quant.BackgroundReader,
+    weight_storage: quant.WeightStorage,
 ) -> Mode:
     """Replace a mode's blocks by fused ones that run on the chosen kernels."""
-    if choice is None:
-        if device.attention_backend is not None:
-            mode.transformer.set_attention_backend(device.attention_backend)
-        return mode
+    decodes = weight_storage == "bf16_grid" and multiplies_decoded(plan.config, plan.recipe, device)
     attention = {}
     if plan.recipe is not None and plan.scales is not None:
         attention = quant.attention_scales(plan.recipe, plan.scales)
 
     def wait_for(block: nn.Module) -> None:
         reader.wait_for(block.state_dict(keep_vars=True).values())
+        if decodes:
+            quant.decode_weights(block)
 
     unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
+    if unfused and device.attention_backend is not None:
+        mode.transformer.set_attention_backend(device.attention_backend)
     warnings = [choice.warning] if choice.warning else []
     if unfused and choice.kernels.name != EagerKernels.name:
         warning = (
@@ -215,7 +225,8 @@ def _put_on_kernels(
         warnings.append(warning)
     shown = {"kernels": choice.kernels.name, "warning": " ".join(warnings) or None}
     offer = mode.offer.model_copy(update=shown)
-    return replace(mode, offer=offer)
+    weight_bytes = quant.weight_bytes(mode.transformer) if decodes else mode.weight_bytes
+    return replace(mode, offer=offer, weight_bytes=weight_bytes)
 
 
 def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransformer3DModel:

@@ -7,8 +7,12 @@ offered size and number of frames:
   modes that are emulated, by configuration or on a device without FP8, take 16: activations are
   rounded in plain torch, in pieces. Modes that fall back later because kernels do not run are not
   known yet.
-- VAE: 204 bytes for each pixel and each of the decoder's base channels, in FP32: live tensors of
-  `worker.engine.vae_decoder` added up, the same at 480p and 720p. With tiling it is the bytes of
+- Weights that are held as codes and decoded for each product: the two largest products' weights in
+  BF16, because the next one's are decoded while one multiplies (`quant.kernels.prefetch`).
+- VAE: 237 bytes for each pixel and each of the decoder's base channels, in FP32: the 19.5 GiB that
+  an H200 took at 1280x720. Live tensors of `worker.engine.vae_decoder` add up to 204, the same at
+  480p and 720p. The rest is what a convolution's own copies of its largest input and output in
+  another layout would take (19.4 GiB together). With tiling it is the bytes of
   one tile plus 3.5 times the whole video, which diffusers assembles from its tiles (added up: 3.3
   at 720p with 81 frames, less for smaller videos).
 What cannot be known beforehand (the runtime's context, workspaces, fragmentation) must fit in the
@@ -17,13 +21,11 @@ reserve.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,45 +33,40 @@ from torch import nn
 from jobs.geometry import parse_size, sequence_tokens
 from quant import QuantRecipe
 from quant.transformer.meta_model import shared_meta_model, shared_quantized_meta_model
-from quant.weights.fingerprint import read_transformer_config
-from quant.weights.weight_files import stored_weights
-from worker.config import WorkerConfig
+from quant.transformer.weight_storage import WeightStorage, decoded_extra_bytes
+from worker.config import ModeConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable, TooLittleMemory
+from worker.model_loader.memory_need import ModelBytes, Need, gib
+from worker.model_loader.model_shape import ModelShape, read_model_shape
 
-GIB = 1 << 30
-RESERVE_BYTES = 2 * GIB
 WIDTHS_PER_TOKEN = 12
 EMULATED_WIDTHS_PER_TOKEN = 16
 CACHED_PER_TOKEN = 6  # what a step cache keeps at most, with guidance: 2.0 GB at 32,760 tokens
-VAE_BYTES_PER_PX_AND_CHANNEL = 204
-VAE_BASE_CHANNELS = 96  # what AutoencoderKLWan has where its configuration does not say
+VAE_BYTES_PER_PX_AND_CHANNEL = 237
+DECODED_AT_ONCE = 2  # the weights that one product reads, and those of the next
 TILE_PX = 256 * 256
-ENCODING_BYTES = GIB // 2  # activations of the text encoder; a prompt has 512 tokens at most
 _ENCODER_PLACEMENTS = ("device", "encode", "host")  # the first that fits is taken
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """The peak memory of one choice of placement, in bytes.
-
-    Attributes:
-        resident: what stays on the device, by name; all of it counts.
-        transient: what each stage adds, by stage; stages do not overlap, so the largest counts.
-    """
-
-    resident: dict[str, int]
-    transient: dict[str, int]
+class PlannedDevice(Protocol):
+    """What the plan has to know of a device; `worker.device.Device` says it of a real one."""
 
     @property
-    def total(self) -> int:
-        """The peak: all that is resident, and the largest of the rest."""
-        return sum(self.resident.values()) + max(self.transient.values())
+    def dtype(self) -> torch.dtype:
+        """Return the type of the transformer's and the text encoder's weights."""
 
-    def __str__(self) -> str:
-        resident = ", ".join(f"{name} {_gib(size)}" for name, size in self.resident.items())
-        transient = ", ".join(f"{name} {_gib(size)}" for name, size in self.transient.items())
-        return f"{_gib(self.total)} GiB ({resident}, and the largest of: {transient})"
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Return the type of the VAE's weights and activations."""
+
+    @property
+    def emulates(self) -> bool:
+        """Return whether quantized modes round activations in plain torch on an accelerator."""
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Return whether the device multiplies HiFloat8 weights in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +76,7 @@ class Placement:
     Attributes:
         text_encoder: "device", "host", or "encode": on the device only while it encodes.
         vae_tiling: whether the VAE decodes in tiles.
+        weight_storage: of the quantized linears whose products are in BF16; others are packed.
         available_bytes: device memory for this process; None on the CPU.
     """
 
@@ -86,6 +84,7 @@ class Placement:
     vae_tiling: bool
     need: Need
     available_bytes: int | None
+    weight_storage: WeightStorage = "packed"
 
     def text_encoder_load_device(self, device: Device) -> torch.device:
         """Return where the text encoder is loaded: for "encode" too, which copies it, the host."""
@@ -93,83 +92,48 @@ class Placement:
 
     def __str__(self) -> str:
         tiles = "in tiles" if self.vae_tiling else "whole"
-        return f"text encoder: {self.text_encoder}, VAE decodes {tiles}, at most {self.need} needed"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelBytes:
-    """The bytes of a model's components and of its activations at the largest size and frames.
-
-    Attributes:
-        transformer: all modes together, with shared tensors counted once.
-        transformer_loading: the peak while they are loaded; more if BF16 is read only to quantize.
-    """
-
-    transformer: int
-    transformer_loading: int
-    text_encoder: int
-    vae: int
-    denoising: int
-    decoding: int
-    decoding_tiled: int
-
-    def need(self, text_encoder: str, tiled: bool) -> Need:
-        """Add up the memory for one placement of the text encoder."""
-        decoding = self.decoding_tiled if tiled else self.decoding
-        resident = {"transformer": self.transformer, "VAE": self.vae, "reserve": RESERVE_BYTES}
-        transient = {
-            "denoising": self.denoising,
-            "decoding in tiles" if tiled else "decoding": decoding,
-        }
-        if text_encoder == "device":
-            resident["text encoder"] = self.text_encoder
-        elif text_encoder == "encode":
-            transient["text encoder"] = self.text_encoder + ENCODING_BYTES
-        return Need(resident, transient | self._quantizing)
-
-    def follower_need(self) -> Need:
-        """Add up the memory of a follower, which only denoises.
-
-        It counts all tokens, as each of two ranks has all of them with guidance.
-        """
-        resident = {"transformer": self.transformer, "reserve": RESERVE_BYTES}
-        return Need(resident, {"denoising": self.denoising} | self._quantizing)
-
-    @property
-    def _quantizing(self) -> dict[str, int]:
-        extra = self.transformer_loading - self.transformer
-        return {"quantizing": extra} if extra else {}
+        grid = ", weights decoded to BF16 once" if self.weight_storage == "bf16_grid" else ""
+        return (
+            f"text encoder: {self.text_encoder}, VAE decodes {tiles}{grid}, "
+            f"at most {self.need} needed"
+        )
 
 
 def place_model(
     config: WorkerConfig,
     recipes: Sequence[QuantRecipe | None],
-    device: Device,
+    device: PlannedDevice,
     available_bytes: int | None,
+    shape: ModelShape | None = None,
 ) -> Placement:
     """Choose the first placement that fits, or refuse the model; nothing has been loaded yet.
+
+    Decoding whole comes before decoded weights, because tiles change the frames. Decoded weights
+    come before the text encoder's place, because they make every step faster.
 
     Args:
         recipes: of the modes, in their order; None for BF16.
         available_bytes: device memory for this process; None on the CPU, where device and host are
             the same.
+        shape: by default read from the configured folder.
 
     Raises:
         TooLittleMemory: names the whole sum, the available memory, and remedies.
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    size = measure_model(config, recipes, device)
+    size = measure_model(config, recipes, device, shape)
     choices = [
-        (text_encoder, tiled)
+        (text_encoder, tiled, storage)
         for tiled in _allowed(config.model.vae_tiling, {"off": False, "on": True})
+        for storage in allowed_storages(config, recipes, device, available_bytes)
         for text_encoder in _allowed(
             config.model.text_encoder, {each: each for each in _ENCODER_PLACEMENTS}
         )
     ]
-    for text_encoder, tiled in choices:
-        need = size.need(text_encoder, tiled)
+    for text_encoder, tiled, storage in choices:
+        need = size.need(text_encoder, tiled, storage)
         if available_bytes is None or need.total <= available_bytes:
-            return Placement(text_encoder, tiled, need, available_bytes)
+            return Placement(text_encoder, tiled, need, available_bytes, storage)
     assert available_bytes is not None, "without a limit the first choice fits"
     least = min((size.need(*choice) for choice in choices), key=lambda need: need.total)
     raise TooLittleMemory(_refusal(config, recipes, least, available_bytes, "the device,"))
@@ -180,29 +144,81 @@ def check_follower(
     recipes: Sequence[QuantRecipe | None],
     device: Device,
     available_bytes: int | None,
-) -> None:
-    """Refuse a follower whose device lacks memory; `available_bytes` as in `place_model`.
+) -> WeightStorage:
+    """Choose how a follower holds weights, or refuse it; `available_bytes` as in `place_model`.
 
     Raises:
         TooLittleMemory: names the whole sum, the available memory, and remedies.
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    need = measure_model(config, recipes, device).follower_need()
-    if available_bytes is not None and need.total > available_bytes:
-        where = f"device {device.index}, which denoises with the first,"
-        raise TooLittleMemory(_refusal(config, recipes, need, available_bytes, where))
+    size = measure_model(config, recipes, device)
+    storages = allowed_storages(config, recipes, device, available_bytes)
+    needs = {storage: size.follower_need(storage) for storage in storages}
+    for storage, need in needs.items():
+        if available_bytes is None or need.total <= available_bytes:
+            return storage
+    assert available_bytes is not None, "without a limit the first choice fits"
+    least = min(needs.values(), key=lambda need: need.total)
+    where = f"device {device.index}, which denoises with the first,"
+    raise TooLittleMemory(_refusal(config, recipes, least, available_bytes, where))
+
+
+def allowed_storages(
+    config: WorkerConfig,
+    recipes: Sequence[QuantRecipe | None],
+    device: PlannedDevice,
+    available_bytes: int | None,
+) -> list[WeightStorage]:
+    """Return the storages of weights to try, the best first.
+
+    By default weights are decoded once only where no mode needs the memory for BF16 weights, and
+    where the memory is known.
+
+    Raises:
+        ModelUnusable: weights are to be decoded once, and no mode would ever read them.
+    """
+    reads_decoded = any(
+        multiplies_decoded(mode, recipe, device)
+        for mode, recipe in zip(config.modes, recipes, strict=True)
+    )
+    match config.model.weight_storage:
+        case "packed":
+            return ["packed"]
+        case "bf16_grid" if reads_decoded:
+            return ["bf16_grid"]
+        case "bf16_grid":
+            raise ModelUnusable(
+                f'{config.model.name} is to be served with weight_storage = "bf16_grid", which is '
+                "for HiFloat8 modes whose products are in BF16, and none of "
+                f"{', '.join(mode.name for mode in config.modes)} has such products on this "
+                'device: leave weight_storage out of [model], or set it to "packed".'
+            )
+    if reads_decoded and None not in recipes and available_bytes is not None:
+        return ["bf16_grid", "packed"]
+    return ["packed"]
+
+
+def multiplies_decoded(mode: ModeConfig, recipe: QuantRecipe | None, device: PlannedDevice) -> bool:
+    """Return whether a mode's HiFloat8 weights are multiplied as BF16 numbers on a device."""
+    return recipe is not None and (mode.exact_emulation or not device.multiplies_codes)
 
 
 def measure_model(
-    config: WorkerConfig, recipes: Sequence[QuantRecipe | None], device: Device
+    config: WorkerConfig,
+    recipes: Sequence[QuantRecipe | None],
+    device: PlannedDevice,
+    shape: ModelShape | None = None,
 ) -> ModelBytes:
     """Add up a model's weights from configurations and headers, and estimate its activations.
+
+    Args:
+        shape: by default read from the configured folder.
 
     Raises:
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    folder = config.model.path
-    transformer = read_transformer_config(folder)
+    shape = shape or read_model_shape(config.model.path)
+    transformer = shape.transformer
     base = shared_meta_model(transformer, device.dtype)
     distinct = {
         mode.transformer_key: (mode, recipe)
@@ -212,27 +228,48 @@ def measure_model(
         base if recipe is None else shared_quantized_meta_model(transformer, recipe, device.dtype)
         for _, recipe in distinct
     ]
+    decoded = [
+        tree
+        for tree, (mode, recipe) in zip(trees, distinct, strict=True)
+        if multiplies_decoded(mode, recipe, device)
+    ]
     quantizes_bf16 = len(distinct) > 1 and any(mode.packed is None for mode, _ in distinct)
     width, height = max(map(parse_size, config.model.sizes), key=math.prod)
     pixels = width * height
     tokens = sequence_tokens(width, height, config.model.max_frames)
-    per_px = VAE_BYTES_PER_PX_AND_CHANNEL * _vae_channels(folder) * device.vae_dtype.itemsize // 4
+    per_px = VAE_BYTES_PER_PX_AND_CHANNEL * shape.vae_channels * device.vae_dtype.itemsize // 4
     video = pixels * 3 * config.model.max_frames * device.vae_dtype.itemsize
     return ModelBytes(
         transformer=_tree_bytes(trees),
         transformer_loading=_tree_bytes([*trees, base] if quantizes_bf16 else trees),
-        text_encoder=_component_bytes(folder / "text_encoder", device.dtype),
-        vae=_component_bytes(folder / "vae", device.vae_dtype),
+        text_encoder=shape.text_encoder * device.dtype.itemsize,
+        vae=shape.vae * device.vae_dtype.itemsize,
         denoising=_denoising_bytes(config, tokens, base.config, device),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
+        decoded_extra=sum(map(decoded_extra_bytes, decoded)),
+        decoded_at_once=_decoded_at_once(config, base.config, device),
     )
 
 
-def _denoising_bytes(config: WorkerConfig, tokens: int, transformer: Any, device: Device) -> int:
+def _emulates(config: WorkerConfig, device: PlannedDevice) -> bool:
     quantized = [mode for mode in config.modes if mode.recipe is not None]
-    emulated = any(mode.exact_emulation or device.emulates for mode in quantized)
-    widths = EMULATED_WIDTHS_PER_TOKEN if emulated else WIDTHS_PER_TOKEN
+    return any(mode.exact_emulation or device.emulates for mode in quantized)
+
+
+def _decoded_at_once(config: WorkerConfig, transformer: Any, device: PlannedDevice) -> int:
+    """Return the bytes of the weights that are decoded at a time: q, k and v, or feed-forward."""
+    if not _emulates(config, device):
+        return 0
+    width = transformer.num_attention_heads * transformer.attention_head_dim
+    largest = width * max(3 * width, transformer.ffn_dim)
+    return int(DECODED_AT_ONCE * largest * torch.bfloat16.itemsize)
+
+
+def _denoising_bytes(
+    config: WorkerConfig, tokens: int, transformer: Any, device: PlannedDevice
+) -> int:
+    widths = EMULATED_WIDTHS_PER_TOKEN if _emulates(config, device) else WIDTHS_PER_TOKEN
     if any(mode.step_cache is not None for mode in config.modes):
         widths += CACHED_PER_TOKEN
     # Blocks cache keys and values of the prompt and the negative prompt.
@@ -241,27 +278,10 @@ def _denoising_bytes(config: WorkerConfig, tokens: int, transformer: Any, device
     return int((tokens * widths + prompts) * width * torch.bfloat16.itemsize)
 
 
-def _vae_channels(folder: Path) -> int:
-    file = folder / "vae" / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return int(values.get("base_dim", VAE_BASE_CHANNELS))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelUnusable(f"The model file {file} cannot be read: {error}") from error
-
-
 def _tree_bytes(trees: Iterable[nn.Module]) -> int:
     """Add up module trees on the meta device, where shared tensors are the same objects."""
     tensors = chain.from_iterable((*tree.parameters(), *tree.buffers()) for tree in trees)
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
-
-
-def _component_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Add up a component's weights in `dtype`, whatever type its files store."""
-    stored = stored_weights(folder)
-    if not stored:
-        raise ModelUnusable(f"The model component {folder} lacks a file *.safetensors.")
-    return sum(math.prod(each.shape) * dtype.itemsize for each in stored.values())
 
 
 def _allowed(configured: str, choices: dict[str, Any]) -> list[Any]:
@@ -284,15 +304,13 @@ def _refusal(
         remedies.append("serve a packed mode without bf16 (python -m quant convert)")
     if "text encoder" in {*least.resident, *least.transient}:
         remedies.append('set text_encoder = "host" in [model]')
+    if model.weight_storage == "bf16_grid":
+        remedies.append('set weight_storage = "packed" in [model]')
     if model.vae_tiling == "off" and "decoding" in least.transient:
         remedies.append('set vae_tiling = "on" in [model]')
     remedies.append("offer smaller sizes or fewer frames")
     return (
         f"{model.name} with {', '.join(mode.name for mode in config.modes)} at up to {largest} and "
-        f"{model.max_frames} frames needs {least} on {where} which has {_gib(available)} GiB. "
+        f"{model.max_frames} frames needs {least} on {where} which has {gib(available)} GiB. "
         f"To make it fit, {', or '.join(remedies)}."
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f}"

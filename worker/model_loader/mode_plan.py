@@ -38,7 +38,7 @@ _REQUIRED_FILES = (
 )
 
 
-KernelsByMode = dict[tuple[object, ...], KernelChoice | None]
+KernelsByMode = dict[tuple[object, ...], KernelChoice]
 """The kernels of each distinct transformer, by `ModeConfig.transformer_key`."""
 
 
@@ -135,7 +135,7 @@ def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:
     with ThreadPoolExecutor(1) as executor:
         prepared = executor.submit(quant.TensorReader(device.torch_device).prepare)
         kernels = {
-            plan.config.transformer_key: _kernels_of(plan, device) for plan in distinct_plans(plans)
+            plan.config.transformer_key: kernels_of(plan, device) for plan in distinct_plans(plans)
         }
     prepared.result()
     _warn(plans, kernels)
@@ -147,7 +147,7 @@ def _warn(plans: list[ModePlan], kernels: KernelsByMode) -> None:
     modes: dict[str, list[str]] = {}
     for plan in plans:
         choice = kernels[plan.config.transformer_key]
-        if choice is not None and choice.warning is not None:
+        if choice.warning is not None:
             modes.setdefault(choice.warning, []).append(plan.config.name)
     for warning, names in modes.items():
         logger.warning("%s: %s", ", ".join(names), warning)
@@ -162,10 +162,9 @@ def distinct_plans(plans: list[ModePlan]) -> list[ModePlan]:
 
 
 def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
-    """Refuse FP8 attention where blocks stay as diffusers has them: it would silently be BF16."""
+    """Refuse FP8 attention on a device that does not even emulate it."""
     fp8_plans = [p for p in plans if p.recipe is not None and p.recipe.attention_inputs]
-    # Every device with kernels runs it at least emulated.
-    if fp8_plans and device.pick_kernels(quantized=True, emulate=True) is None:
+    if fp8_plans and not device.attends_in_fp8:
         mode = fp8_plans[0].config
         raise ModelUnusable(
             f"Mode {mode.name!r} has the recipe {mode.recipe!r} with FP8 attention, which "
@@ -173,14 +172,17 @@ def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
         )
 
 
-def _kernels_of(plan: ModePlan, device: Device) -> KernelChoice | None:
-    quantized = plan.recipe is not None
+def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
+    """Find out by trial which kernels a mode runs on here."""
+    number_format = None if plan.recipe is None else plan.recipe.format
+    quantized = number_format == "hif8"
     return device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
         per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
-        emulate=plan.config.exact_emulation and quantized,
+        int8=number_format == "int8",
+        emulate=plan.config.exact_emulation,
     )
 
 

@@ -19,6 +19,7 @@ from diffusers import SchedulerMixin
 from worker.config import ModelConfig
 from worker.errors import ModelUnusable
 from worker.model_loader.component_files import CONFIG, load_component, read_json
+from worker.model_loader.unipc import HostUniPC
 
 SHIFTS: Final = ("flow_shift", "shift")
 """The names that schedulers have for the shift of their noise levels towards noise."""
@@ -31,6 +32,8 @@ TIMESTEPS: Final = 1000
 
 TIMESTEP_TOLERANCE: Final = 1.5
 """Some schedulers round timesteps down to whole numbers, from levels that are not exactly 1."""
+
+_OWN: Final = {"UniPCMultistepScheduler": HostUniPC}
 
 NOISE_LEFT: Final = 0.1
 """The share of the noise that a schedule may leave of a perfectly predicted picture. Schedulers for
@@ -59,11 +62,28 @@ def scheduler_for_run(template: Any, shift: float | None) -> Any:
     Args:
         shift: None for the model's own. `check_scheduler` has checked that the class has one.
     """
-    if shift is None:
-        return template.from_config(template.config)
-    name = _shift_name(template)
-    assert name is not None, "check_scheduler refuses a shift that the scheduler lacks"
-    return template.from_config(template.config, **{name: shift})
+    name, changes = type(template).__name__, {}
+    if shift is not None:
+        shift_name = _shift_name(template)
+        assert shift_name is not None, "check_scheduler refuses a shift that the scheduler lacks"
+        changes[shift_name] = shift
+    return make_scheduler(name, template.config, **changes)
+
+
+def make_scheduler(name: str, config: Any, **changes: float) -> Any:
+    """Create a scheduler of a class of diffusers, or the one of our own that stands for it.
+
+    Args:
+        config: of the scheduler; `changes` replace some of its settings.
+    """
+    kind: Any = _OWN.get(name) or getattr(diffusers, name)
+    return kind.from_config(config, **changes)
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """Return the name by which `make_scheduler` makes another scheduler like this one."""
+    kind = type(scheduler)
+    return next((name for name, own in _OWN.items() if own is kind), kind.__name__)
 
 
 def check_scheduler(model: ModelConfig) -> None:

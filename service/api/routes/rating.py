@@ -109,12 +109,12 @@ def read_rating(seat: SeatDep, app_state: AppStateDep) -> RatingView:
         **problems(401, 403, 404, 409, 422, 429, 503),
     },
 )
-def read_next(seat: SeatDep, app_state: AppStateDep) -> ItemView | Response:
+async def read_next(seat: SeatDep, app_state: AppStateDep) -> ItemView | Response:
     """Show the next pair, or the one that was shown last and not answered, on any device."""
-    shown = app_state.desk.next(seat)
+    shown = await run_in_threadpool(app_state.desk.next, seat)
     if shown is not None:
         return ItemView.of(shown, app_state.settings.public_path)
-    _, progress = app_state.desk.overview(seat)
+    _, progress = await run_in_threadpool(app_state.desk.overview, seat)
     headers = {"Retry-After": str(NEXT_AFTER_S)} if progress.waiting else None
     return Response(status_code=204, headers=headers)
 
@@ -167,10 +167,15 @@ async def read_side(
     responses=_ANSWER,
     openapi_extra=body_of("VoteBody"),
 )
-def vote(seat: SeatDep, item: ItemPath, body: JsonBodyDep, app_state: AppStateDep) -> ProgressView:
+async def vote(
+    seat: SeatDep, item: ItemPath, body: JsonBodyDep, app_state: AppStateDep
+) -> ProgressView:
     """Answer every criterion of a pair with left, right or tie; once, whichever device is first."""
     given = parsed(VoteBody, body)
-    return ProgressView.of(app_state.desk.vote(seat, item, given.answers, given.provenance))
+    desk = app_state.desk
+    return ProgressView.of(
+        await run_in_threadpool(desk.vote, seat, item, given.answers, given.provenance)
+    )
 
 
 @router.post(

@@ -30,7 +30,14 @@ from service.comparisons.model import Comparison, ComparisonState, Pair, PairSta
 from service.comparisons.model import PairKind as Kind
 from service.comparisons.rating.raters import Rater
 from service.comparisons.rating.sessions import expected_items, plan
-from service.comparisons.rating.votes import Answer, Counters, Given, Provenance, VoteStore
+from service.comparisons.rating.votes import (
+    Counters,
+    Given,
+    Outcome,
+    Provenance,
+    Response,
+    VoteStore,
+)
 from service.comparisons.store import ComparisonStore
 from service.lookups.cached import CachedValue
 
@@ -50,12 +57,14 @@ class Snapshot:
     Attributes:
         expected: how many items that count one rater is shown, once all pairs are ready.
         training: how many training pairs come before.
+        waiting: whether some pairs are still made.
     """
 
     comparison: Comparison
     pairs: Mapping[str, Pair]
     expected: int
     training: int
+    waiting: bool
 
     def is_ready(self, pair_id: str) -> bool:
         """Return whether a pair can be shown."""
@@ -169,18 +178,15 @@ class RatingDesk:
             AlreadyVoted: the item was answered before.
             PairLeftOut: a video of the pair is missing.
         """
-        given = self._own(seat, item_id)
-        snapshot = self._snapshot(seat.comparison_id)
-        checked = _checked_choices(choices, snapshot.comparison.criteria)
-        answer = _answer(given).model_copy(update={"choices": checked, "provenance": provenance})
-        return self._store(seat, snapshot, answer)
+        criteria = self._snapshot(seat.comparison_id).comparison.criteria
+        checked = _checked_choices(choices, criteria)
+        return self._store(
+            seat, item_id, Response(at=now(), choices=checked, provenance=provenance)
+        )
 
     def skip(self, seat: Seat, item_id: str, reason: str | None) -> Progress:
         """Store that a rater cannot judge a pair; raises what `vote` does."""
-        given = self._own(seat, item_id)
-        snapshot = self._snapshot(seat.comparison_id)
-        answer = _answer(given).model_copy(update={"skipped": True, "reason": reason})
-        return self._store(seat, snapshot, answer)
+        return self._store(seat, item_id, Response(at=now(), skipped=True, reason=reason))
 
     def undo(self, seat: Seat) -> Progress:
         """Take back the last vote or skip, whose pair is then the next one again.
@@ -214,26 +220,29 @@ class RatingDesk:
     def _own(self, seat: Seat, item_id: str) -> Given:
         found = self._votes.find(seat.comparison_id, item_id)
         if found is None:
-            raise ItemNotFound(
-                f"No pair was shown under {shown(item_id)}; GET /rating/next has the pair to judge."
-            )
+            raise _unknown(item_id)
         rater_id, given = found
         if rater_id != seat.rater_id:
-            raise Forbidden("This pair was shown to another rater; nobody votes for others.")
+            raise _foreign()
         return given
 
-    def _store(self, seat: Seat, snapshot: Snapshot, answer: Answer) -> Progress:
-        pair = self._comparisons.pair(seat.comparison_id, answer.pair_id)
-        if pair.state is not PairState.READY:
+    def _store(self, seat: Seat, item_id: str, response: Response) -> Progress:
+        state, outcome, counters = self._votes.answer(
+            seat.comparison_id, seat.rater_id, item_id, response
+        )
+        if outcome is Outcome.UNKNOWN:
+            raise _unknown(item_id)
+        if outcome is Outcome.FOREIGN:
+            raise _foreign()
+        if outcome is Outcome.LEFT_OUT:
             raise _left_out()
-        state, stored, counters = self._votes.answer(seat.comparison_id, seat.rater_id, answer)
         _refuse_unless_running(state)
-        if not stored:
+        if outcome is Outcome.ANSWERED:
             raise AlreadyVoted(
                 "This pair was answered before, perhaps on another device; the first answer "
                 "counts. Take it back with POST /rating/undo, or go on with GET /rating/next."
             )
-        return _progress(snapshot, counters)
+        return _progress(self._snapshot(seat.comparison_id), counters)
 
     def _snapshot(self, comparison_id: str) -> Snapshot:
         with self._lock:
@@ -254,6 +263,7 @@ class RatingDesk:
             {pair.id: pair for pair in pairs},
             expected=expected_items(comparison, pairs),
             training=sum(pair.kind is Kind.TRAINING for pair in possible),
+            waiting=any(pair.state is not PairState.READY for pair in possible),
         )
 
 
@@ -269,10 +279,7 @@ def _progress(snapshot: Snapshot, counters: Counters) -> Progress:
         skipped=counters.skipped,
         since_break=since_break,
         break_due=0 < counters.done < items and every > 0 and since_break == 0,
-        waiting=any(
-            pair.state not in (PairState.READY, PairState.FAILED)
-            for pair in snapshot.pairs.values()
-        ),
+        waiting=snapshot.waiting,
         undo=counters.last is not None,
     )
 
@@ -294,19 +301,6 @@ def _shown(
         left=left,
         right=right,
         undo=counters.last is not None,
-    )
-
-
-def _answer(given: Given) -> Answer:
-    item = given.item
-    return Answer(
-        item=given.id,
-        number=given.place + 1,
-        pair_id=item.pair_id,
-        kind=item.kind,
-        candidate_left=item.candidate_left,
-        is_repeat=item.is_repeat,
-        at=now(),
     )
 
 
@@ -358,6 +352,16 @@ def _refuse_unless_running(state: ComparisonState | None) -> None:
             "The comparison has ended, and takes no more answers. Thank you for yours.",
             state="closed",
         )
+
+
+def _unknown(item_id: str) -> ItemNotFound:
+    return ItemNotFound(
+        f"No pair was shown under {shown(item_id)}; GET /rating/next has the pair to judge."
+    )
+
+
+def _foreign() -> Forbidden:
+    return Forbidden("This pair was shown to another rater; nobody votes for others.")
 
 
 def _left_out() -> PairLeftOut:

@@ -7,6 +7,7 @@ the seat. A comparison's raters are a hash of ids to JSON, deleted with the comp
 import secrets
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final, cast
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -20,7 +21,7 @@ from jobs.violations import outside, shown
 from service.auth.api_keys import digest
 from service.auth.seats import Seat, link_token
 from service.comparisons.model import ComparisonState
-from service.comparisons.store import ComparisonStore
+from service.comparisons.store import ComparisonStore, readable
 
 MAX_RATERS: Final = 500
 """The most raters of a comparison, those who were removed included."""
@@ -142,9 +143,17 @@ class RaterStore:
     def seat(self, comparison_id: str, rater_id: str) -> Seat | None:
         """Return a rater's seat; None if there is none, or it was withdrawn."""
         found = cast("bytes | None", self._redis.hget(_key(comparison_id), rater_id))
+        return self.decode_seat(comparison_id, found)
+
+    def queue_seat(self, pipe: Pipeline, comparison_id: str, rater_id: str) -> None:
+        """Ask for a seat in a pipeline, which then has one more result."""
+        pipe.hget(_key(comparison_id), rater_id)
+
+    def decode_seat(self, comparison_id: str, found: bytes | None) -> Seat | None:
+        """Return the seat of such a result; None if there is none, or it was withdrawn."""
         if found is None:
             return None
-        rater = Rater.model_validate_json(found)
+        rater = _decode(found)
         if rater.removed_at is not None:
             return None
         return Seat(comparison_id, rater.id, rater.name, rater.secret_sha256)
@@ -258,7 +267,13 @@ def _not_found(comparison_id: str, rater_id: str) -> RaterNotFound:
 
 def _read(redis: Redis, comparison_id: str) -> dict[str, Rater]:
     found = cast("dict[bytes, bytes]", redis.hgetall(_key(comparison_id)))
-    return {name.decode(): Rater.model_validate_json(text) for name, text in found.items()}
+    return {name.decode(): _decode(text) for name, text in found.items()}
+
+
+@lru_cache(maxsize=1024)
+def _decode(text: bytes) -> Rater:
+    with readable("A rater"):
+        return Rater.model_validate_json(text)
 
 
 def _key(comparison_id: str) -> str:

@@ -71,8 +71,7 @@ def plan(
     left = [item for item in drawing.rated() if (item.pair_id, item.is_repeat) not in seen]
     to_rate = _spaced(rated, left)
     # A pair may have failed after it was given; it does not come again.
-    ready = {pair.id for pair in pairs if _is_ready(pair)}
-    rest = [item for item in (*to_train, *to_rate) if item.pair_id in ready]
+    rest = [item for item in (*to_train, *to_rate) if item.pair_id in drawing.ready]
     return Plan((*given, *rest), drawing.expected, is_waiting=not drawing.is_complete)
 
 
@@ -95,8 +94,12 @@ class _Drawing:
         self._rater_id = rater_id
         self._given = given
         self._possible: dict[PairKind, list[Pair]] = {kind: [] for kind in PairKind}
+        self.ready: set[str] = set()
         for pair in pairs:
-            if pair.state is not PairState.FAILED:
+            state = pair.state  # worked out once: there may be a thousand pairs
+            if state is PairState.READY:
+                self.ready.add(pair.id)
+            if state is not PairState.FAILED:
                 self._possible[pair.kind].append(pair)
         possible = self._possible[PairKind.TEST]
         wanted = min(comparison.rating.per_rater or len(possible), len(possible))
@@ -109,13 +112,13 @@ class _Drawing:
         checks = (PairKind.GOLD, PairKind.IDENTICAL)
         self.expected = wanted + self._repeats + sum(len(self._possible[kind]) for kind in checks)
         self.is_complete = len(self._tests) == self._planned and all(
-            _is_ready(pair) for kind in checks for pair in self._possible[kind]
+            pair.id in self.ready for kind in checks for pair in self._possible[kind]
         )
 
     def training(self) -> list[Item] | None:
         """Return the training items; None while some are still made."""
         pairs = self._possible[PairKind.TRAINING]
-        if not all(map(_is_ready, pairs)):
+        if not all(pair.id in self.ready for pair in pairs):
             return None
         return [self._check(number, pair) for number, pair in enumerate(pairs)]
 
@@ -130,7 +133,7 @@ class _Drawing:
             placed.append((position, 1, again))
         for kind in (PairKind.GOLD, PairKind.IDENTICAL):
             for number, pair in enumerate(self._possible[kind]):
-                if _is_ready(pair):
+                if pair.id in self.ready:
                     position = self._planned * self._draw("position", pair.id)
                     placed.append((position, 2, self._check(number, pair)))
         # What lies beyond the tests that are ready waits for them, or the checks would come first.
@@ -141,7 +144,8 @@ class _Drawing:
     def _test_pairs(self, given: list[str]) -> list[str]:
         """Return the ids of test pairs: those that were given, then the rater's own order."""
         known = set(given)
-        ready = [pair.id for pair in self._possible[PairKind.TEST] if _is_ready(pair)]
+        possible = self._possible[PairKind.TEST]
+        ready = [pair.id for pair in possible if pair.id in self.ready]
         ready.sort(key=lambda pair_id: self._draw("order", pair_id))
         order = [*given, *(pair_id for pair_id in ready if pair_id not in known)]
         return order[: self._planned]
@@ -181,10 +185,6 @@ class _Drawing:
     def _draw(self, *parts: object) -> float:
         """Return a number from 0 to below 1 that only the comparison's secret explains."""
         return int(self._comparison.opaque("plan", self._rater_id, *parts)[:13], 16) / 16**13
-
-
-def _is_ready(pair: Pair) -> bool:
-    return pair.state is PairState.READY
 
 
 def _spaced(rated: Iterable[Item], rest: list[Item]) -> list[Item]:

@@ -8,6 +8,7 @@ comparison's state: so of two votes on one item exactly one is stored, and none 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.resources import files
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -17,6 +18,7 @@ from redis import Redis
 from jobs import redis_keys
 from service.comparisons.model import ComparisonState, PairKind
 from service.comparisons.rating.sessions import Item
+from service.comparisons.store import readable
 
 Choice = Literal["left", "right", "tie"]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -51,16 +53,29 @@ class Provenance(BaseModel):
     further: dict[FurtherName, FurtherValue] = Field(default_factory=dict, max_length=MAX_FURTHER)
 
 
-class Answer(BaseModel):
-    """A rater's answer to one item: a vote on every criterion, or a skip.
+class Response(BaseModel):
+    """What a rater says of a pair: a vote on every criterion, or a skip.
 
     Attributes:
-        number: the item's place among all that the rater was given, from 1.
         choices: by criterion; empty for a skip.
         reason: why it was skipped, if the rater said so.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+    at: AwareDatetime
+    skipped: bool = False
+    choices: dict[str, Choice] = Field(default_factory=dict)
+    reason: str | None = None
+    provenance: Provenance = Provenance()
+
+
+class Answer(Response):
+    """A response with the item that it is to, as it is stored.
+
+    Attributes:
+        number: the item's place among all that the rater was given, from 1.
+    """
 
     item: str
     number: int
@@ -68,11 +83,22 @@ class Answer(BaseModel):
     kind: PairKind
     candidate_left: bool
     is_repeat: bool
-    at: AwareDatetime
-    skipped: bool = False
-    choices: dict[str, Choice] = Field(default_factory=dict)
-    reason: str | None = None
-    provenance: Provenance = Provenance()
+
+
+class Outcome(StrEnum):
+    """What becomes of a response; the values are those of `lua/answer.lua`.
+
+    STORED: now, or by an earlier try of the same call. UNKNOWN: there is no such item. FOREIGN: it
+    was given to another rater. LEFT_OUT: its pair is not ready any more. STOPPED: the comparison is
+    not running. ANSWERED: there is another answer to it.
+    """
+
+    STORED = "stored"
+    UNKNOWN = "unknown"
+    FOREIGN = "foreign"
+    LEFT_OUT = "left_out"
+    STOPPED = "stopped"
+    ANSWERED = "answered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,19 +202,21 @@ class VoteStore:
         return rater_id.decode(), _decode_given(int(place), text)
 
     def answer(
-        self, comparison_id: str, rater_id: str, answer: Answer
-    ) -> tuple[ComparisonState | None, bool, Counters]:
-        """Store an answer; return the comparison's state, whether it was stored, and the progress.
+        self, comparison_id: str, rater_id: str, item_id: str, response: Response
+    ) -> tuple[ComparisonState | None, Outcome, Counters]:
+        """Store a response; return the comparison's state, what became of it, and the progress.
 
-        It is stored if the comparison is running and the item was not answered before.
+        One call to Redis looks whose item it is, whether its pair is ready and the comparison runs.
         """
-        counted = ["training" if answer.kind is PairKind.TRAINING else "done"]
-        if answer.skipped and answer.kind is not PairKind.TRAINING:
-            counted.append("skipped")
-        text = answer.model_dump_json(exclude_defaults=True)
-        keys = _answer_keys(comparison_id, rater_id)
-        state, stored, counters = self._answer(keys, (answer.item, text, *counted))
-        return _state(state), bool(stored), _counters(_paired(counters))
+        keys = (
+            *_answer_keys(comparison_id, rater_id),
+            _items_key(comparison_id),
+            redis_keys.comparison_part(comparison_id, "pairs"),
+        )
+        text = response.model_dump_json(exclude_defaults=True)
+        arguments = (item_id, rater_id, int(response.skipped), text)
+        state, outcome, counters = self._answer(keys, arguments)
+        return _state(state), Outcome(outcome.decode()), _counters(_paired(counters))
 
     def undo(
         self, comparison_id: str, rater_id: str
@@ -204,7 +232,8 @@ class VoteStore:
     def answers(self, comparison_id: str, rater_id: str) -> list[Answer]:
         """Read all answers of one rater, in the order of the items."""
         found = self._redis.hvals(_answers_key(comparison_id, rater_id))
-        answers = map(Answer.model_validate_json, cast("list[bytes]", found))
+        with readable("A vote"):  # none is left out of a result in silence
+            answers = [Answer.model_validate_json(text) for text in cast("list[bytes]", found)]
         return sorted(answers, key=lambda answer: answer.number)
 
     def texts(self, comparison_id: str, rater_ids: list[str]) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-/** What static/docs.js uses of static/vendor/swagger-ui-*, a plain script that sets a global. */
+/** What static/docs/docs.js uses of static/vendor/swagger-ui-*, a plain script that sets a global. */
 interface SwaggerUIBundle {
   (options: {
     url: string;

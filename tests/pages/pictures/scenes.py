@@ -4,6 +4,7 @@ Who adds a page, or a state of one, adds a line to SCENES. Every scene is taken 
 on a desktop and on a phone.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -80,6 +81,11 @@ def _refuse(page: Page) -> None:
     page.locator("#refused li").first.wait_for()
 
 
+def _open_statistics(page: Page) -> None:
+    page.get_by_role("button", name="New comparison").click()
+    _open("Advanced statistics")(page)
+
+
 def _invite(page: Page) -> None:
     page.get_by_label("Name of a rater").fill("Hedy")
     page.get_by_role("button", name="Add rater").click()
@@ -96,7 +102,7 @@ def _signed_out(page: Page) -> None:
     """Let the service answer as to somebody without a session."""
     problem = '{"title": "Unauthorized", "status": 401, "detail": "Sign in.", "code": "none"}'
     page.route(
-        "**/session",
+        re.compile("/(session|jobs)"),
         lambda route: route.fulfill(
             status=401, body=problem, content_type="application/problem+json"
         ),
@@ -113,7 +119,7 @@ SCENES: Final = (
     Scene("demo", "/"),
     Scene("demo-advanced", "/", _open("Advanced")),
     Scene("demo-words", "/", _open("What this model can draw")),
-    Scene("demo-hint", "/", lambda page: page.get_by_label("Prompt").fill("a horse on the moon")),
+    Scene("demo-hint", "/", lambda page: page.locator("#prompt").fill("a horse on the moon")),
     Scene("demo-running", "/", _generate("a small green circle moving left on a black background")),
     Scene("demo-signed-out", "/", before=_signed_out),
     Scene("demo-offline", "/", _go_offline),
@@ -122,6 +128,7 @@ SCENES: Final = (
     Scene("job-unknown", "/jobs/00000000000000000000000000000000"),
     Scene("comparisons", "/comparisons"),
     Scene("comparisons-new", "/comparisons", _click("New comparison")),
+    Scene("comparisons-statistics", "/comparisons", _open_statistics),
     Scene("comparisons-refused", "/comparisons", _refuse),
     Scene("comparison", "/comparisons/{comparison}"),
     Scene("comparison-link", "/comparisons/{comparison}", _invite),

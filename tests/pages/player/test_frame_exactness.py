@@ -29,6 +29,33 @@ def test_steps(pair: Pair, kind: str, steps: int) -> None:
     assert [number for number, _, _ in painted] == expected
 
 
+def test_steps_without_webcodecs(pair: Pair) -> None:
+    """Browsers have none on plain HTTP, and frames are known by what was announced."""
+    pair.page.evaluate("delete window.VideoFrame")
+    assert pair.load("usual")
+    for _ in range(20):
+        pair.call("player.step(1)")
+        pair.call("player.step(-1)")
+    painted = pair.painted()
+    assert unequal(painted) == []
+    assert [number for number, _, _ in painted] == [0, *[1, 0] * 20]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_playing_from_a_copy(pair: Pair, kind: str) -> None:
+    """Steps among copied frames move no video, and playing goes on from the pair that is shown."""
+    assert pair.load(kind)
+    for frame in (10, 11, 12, 11):
+        pair.call(f"player.seek({frame})")
+    pair.painted()
+    pair.call("player.play()")
+    wait_until(lambda: pair.call("player.frame") > 20, limit_s=60)
+    pair.call("player.pause()")
+    painted = pair.painted()
+    assert unequal(painted) == []
+    assert 11 < painted[0][0] <= 14
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeks(pair: Pair, kind: str) -> None:
     assert pair.load(kind)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from quant.calibration.act_statistics import ActivationStatistics, ModuleInput
-from quant.calibration.calibrate import CalibrationPlan, load_pipeline, run_calibration
+from quant.calibration.calibrate import CalibrationPlan, run_calibration
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import default_sampler, resolve_sampler
+from quant.calibration.sampling import load_pipeline
 from quant.calibration.scales import Scales
 from quant.errors import CalibrationError, ConversionError
 from quant.numerics.granularity import PerChannel, PerToken

@@ -110,7 +110,7 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
     ("changes", "message"),
     [
         ({"format_version": 2}, "format_version is 2; this tool reads 1"),
-        ({"format": "int8"}, "format 'int8' is not one of hif8"),
+        ({"format": "int4"}, "format 'int4' is not one of hif8, int8"),
         ({"protected_blocks": [0, 4]}, r"protected_blocks \[4\] lie outside 0..3"),
         ({"protected_blocks": [3, 0]}, "must ascend without repetition"),
         ({"protected_blocks": [True]}, "must be a list of int"),
@@ -138,6 +138,58 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
 def test_bad_values_are_named(recipe_dict, changes, message):
     with pytest.raises(RecipeError, match=message):
         QuantRecipe.from_dict(recipe_dict | changes)
+
+
+INT8 = {
+    "format": "int8",
+    "weight": {"granularity": "per_channel", "policy": "amax127"},
+    "act": {"granularity": "per_token", "policy": "amax127"},
+}
+
+
+def test_int8_needs_no_prompts_and_says_what_it_is(recipe_dict):
+    recipe = QuantRecipe.from_dict(recipe_dict | INT8)
+    assert not recipe.needs_prompts
+    assert QuantRecipe.from_dict(recipe_dict).needs_prompts
+    preset = QuantRecipe.load("boundary-int8")
+    assert preset.format == "int8"
+    assert "INT8" in preset.description
+    assert "HiFloat8" not in preset.description
+    assert preset.protected_blocks == QuantRecipe.load("boundary-hif8").protected_blocks
+    assert preset.keeps("blocks.2.ffn.net.2")
+    assert not preset.keeps("blocks.2.ffn.net.0.proj")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"weight": {"granularity": "per_channel", "policy": "pow2"}},
+            "weight policy 'pow2' chooses scales for format 'hif8', not for 'int8': use 'amax127'",
+        ),
+        (
+            {"act": {"granularity": "per_token", "policy": "amax15"}},
+            "act policy 'amax15' chooses scales for format 'hif8', not for 'int8': use 'amax127'",
+        ),
+        (
+            {"weight": {"granularity": "per_tensor", "policy": "amax127"}},
+            "format 'int8' needs weight granularity 'per_channel', not 'per_tensor'",
+        ),
+        (
+            {"act": {"granularity": "per_tensor", "policy": "amax127"}},
+            "format 'int8' needs act granularity 'per_token', not 'per_tensor'",
+        ),
+        ({"attention": "fp8"}, "attention 'fp8' rounds .* to HiFloat8 .*: use attention 'bf16'"),
+        (
+            {"format": "hif8"},
+            "weight policy 'amax127' chooses scales for format 'int8', not for 'hif8': use 'pow2' "
+            "or 'sqnr' or",
+        ),
+    ],
+)
+def test_what_does_not_go_with_int8_is_refused(recipe_dict, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        QuantRecipe.from_dict(recipe_dict | INT8 | changes)
 
 
 def test_missing_keys_are_named(recipe_dict):

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.fixtures.fused_transformer import fused_transformer
-from quant.calibration.calibrate import load_pipeline, run_calibration
+from quant.calibration.calibrate import run_calibration
+from quant.calibration.sampling import load_pipeline
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
 from quant.errors import CalibrationError, ConversionError, ScalesError, ScalesMismatch
@@ -62,6 +63,7 @@ def run(transformer) -> torch.Tensor:
 
 def sample(pipe: WanPipeline, scales: Scales, seed: int) -> None:
     sampler = scales.sampler
+    assert sampler is not None
     pipe(
         prompt="a red a",
         negative_prompt="",

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from quant.calibration.calibrate import load_pipeline
+from quant.calibration.sampling import load_pipeline
 from quant.calibration.scales import save_scales
 from quant.cli import app
 from quant.errors import QuantError, WeightsError

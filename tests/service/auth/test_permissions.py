@@ -117,7 +117,7 @@ def send(
     if extra.get("json") == {"token": "TOKEN"}:
         extra["json"] = {"token": seated["TOKEN"]}
     method, path = endpoint.split(" ")
-    values = {"job_id": job_id, "video_id": job_id, "version": "any", "name:path": "docs.js"}
+    values = {"job_id": job_id, "video_id": job_id, "version": "any", "name:path": "docs/docs.js"}
     values |= {"character_id": "a", "model": "wan-mini:bf16"}
     values |= {"name": "owner", "worker_id": "worker-1", **seated}
     for name, value in values.items():

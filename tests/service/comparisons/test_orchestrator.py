@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 from rq import Queue
 
-from jobs import catalog
+from jobs import catalog, redis_keys
 from jobs.artifacts.known_store import open_known_artifacts
 from jobs.catalog import WorkerOffer
 from jobs.errors import ComparisonNotFound
@@ -389,3 +389,30 @@ def test_a_job_of_a_comparison_that_is_deleted_meanwhile_does_not_run(bench: Ben
     delete_comparison(bench.store, bench.comparisons, bench.artifacts, open_one.id)
     assert {job.state for job in bench.jobs()} == {JobState.CANCELLED}
     assert bench.comparisons.open_ids() == ()
+
+
+@pytest.mark.usefixtures("live_worker")
+@pytest.mark.parametrize("part", ["pairs", "comparison", "state"])
+def test_a_comparison_of_a_later_version_is_passed_over_and_others_go_on(
+    part: str, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    later, known = bench.make(prompts=1), bench.make(prompts=1)
+    if part == "pairs":
+        key = redis_keys.comparison_part(later.id, "pairs")
+        (pair,) = bench.pairs(later)
+        bench.redis.hset(key, pair.id, pair.model_dump_json().replace("test", "later"))
+    else:
+        text = "later" if part == "state" else '{"later": true}'
+        bench.redis.hset(redis_keys.comparison(later.id), part, text)
+    rounds = bench.build()
+    for _ in range(3):
+        rounds.run(threading.Event())
+    assert all(half.job_id for half in bench.halves(known))
+    assert len(bench.jobs()) == 2
+    (line,) = (each for each in caplog.messages if later.id in each)
+    assert "stands still, others go on" in line
+    assert "a later version of the service" in line
+    listed = [each.id for each in bench.comparisons.list().comparisons]
+    assert listed == ([known.id, later.id] if part == "pairs" else [known.id])
+    delete_comparison(bench.store, bench.comparisons, bench.artifacts, later.id)
+    assert not bench.comparisons.exists(later.id)

@@ -19,7 +19,9 @@ def failure_codes() -> Iterator[str]:
 
 
 def test_every_code_of_a_failure_is_explained() -> None:
-    script = (files("service.pages") / "static" / "job_view.js").read_text(encoding="utf-8")
+    script = (files("service.pages") / "static" / "demo" / "job_view.js").read_text(
+        encoding="utf-8"
+    )
     table = re.search(r"const FAILURES = {(.*?)\n};", script, re.DOTALL)
     assert table, "job_view.js has no table of failures"
     explained = re.findall(r'^  (\w+): \["[^"]+", "[^"]+"\],$', table.group(1), re.MULTILINE)

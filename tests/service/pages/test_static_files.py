@@ -21,7 +21,7 @@ def test_every_file_with_a_media_type_is_served() -> None:
     served = {name.removesuffix(".gz") for name in found}
     served = {name for name in served if Path(name).suffix in MEDIA_TYPES}
     assert set(static_files().by_name) == served
-    assert {BUNDLE, "docs.js", "docs.css", "favicon.ico"} <= served
+    assert {BUNDLE, "docs/docs.js", "docs/docs.css", "favicon.ico"} <= served
     assert not [name for name in served if name.endswith("README.md")]
 
 
@@ -55,7 +55,7 @@ def test_large_files_travel_gzipped(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "identity"])
-@pytest.mark.parametrize("path", [f"/{static_files().base}/docs.js", "/favicon.ico", "/docs"])
+@pytest.mark.parametrize("path", [f"/{static_files().base}/docs/docs.js", "/favicon.ico", "/docs"])
 def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str, encoding: str) -> None:
     headers = {"Accept-Encoding": encoding}
     first = client.get(path, headers=headers)
@@ -70,7 +70,7 @@ def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str, enc
     assert (other.status_code, other.content) == (200, first.content)
 
 
-@pytest.mark.parametrize("path", [f"/{static_files().base}/docs.js", "/favicon.svg", "/docs"])
+@pytest.mark.parametrize("path", [f"/{static_files().base}/docs/docs.js", "/favicon.svg", "/docs"])
 def test_head_has_the_headers_only(client: TestClient, path: str) -> None:
     got, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (200, b"")
@@ -81,8 +81,8 @@ def test_head_has_the_headers_only(client: TestClient, path: str) -> None:
 
 
 def test_a_link_of_another_release_is_answered_but_not_kept(client: TestClient) -> None:
-    answer = client.get("/static/0123456789abcdef/docs.js")
-    assert answer.text == (FOLDER / "docs.js").read_text(encoding="utf-8")
+    answer = client.get("/static/0123456789abcdef/docs/docs.js")
+    assert answer.text == (FOLDER / "docs/docs.js").read_text(encoding="utf-8")
     assert answer.headers["cache-control"] == "no-cache"
 
 
@@ -97,7 +97,7 @@ def test_the_version_changes_with_any_file() -> None:
     [
         *("", "nothing.js", "vendor", "vendor/README.md", "vendor/swagger-ui-5.35.0/SHA256SUMS"),
         *(f"{BUNDLE}.gz", "../static_files.py", "%2e%2e/static_files.py", "..%2Fapi_docs.py"),
-        *("/etc/passwd", "docs.js/", "./docs.js%00", "DOCS.JS"),
+        *("/etc/passwd", "docs/docs.js/", "./docs/docs.js%00", "docs/DOCS.JS"),
     ],
 )
 def test_nothing_else_is_served(client: TestClient, name: str) -> None:
@@ -107,13 +107,13 @@ def test_nothing_else_is_served(client: TestClient, name: str) -> None:
 
 
 def test_other_methods_are_refused(client: TestClient) -> None:
-    answer = client.put(f"/{static_files().base}/docs.js")
+    answer = client.put(f"/{static_files().base}/docs/docs.js")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
 
 
 def test_files_need_no_key(client: TestClient, make_key: MakeKey) -> None:
     make_key("alice")
-    assert client.get(f"/{static_files().base}/docs.js").status_code == 200
+    assert client.get(f"/{static_files().base}/docs/docs.js").status_code == 200
 
 
 def test_a_file_that_gzip_would_enlarge_is_sent_as_it_is() -> None:

@@ -230,7 +230,12 @@ def test_kernels_are_tried_as_the_recipe_multiplies(
     config: WorkerConfig, device: Device, monkeypatch, policy: str, rows: bool
 ) -> None:
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(Device, "pick_kernels", lambda _self, **how: calls.append(how))
+
+    def pick(_: Device, **how: Any) -> KernelChoice:
+        calls.append(how)
+        return KernelChoice(EagerKernels())
+
+    monkeypatch.setattr(Device, "pick_kernels", pick)
     plan = plan_modes(config, fingerprint_model(config))[1]
     assert plan.recipe is not None
     recipe = replace(plan.recipe, weight_policy=POLICIES[policy])

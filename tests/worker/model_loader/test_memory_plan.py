@@ -14,10 +14,8 @@ from worker.distributed import follower
 from worker.distributed.follower import load_follower
 from worker.engine.wan_engine import WanEngine
 from worker.errors import TooLittleMemory
+from worker.model_loader.memory_need import GIB, RESERVE_BYTES, ModelBytes
 from worker.model_loader.memory_plan import (
-    GIB,
-    RESERVE_BYTES,
-    ModelBytes,
     Placement,
     check_follower,
     measure_model,
@@ -88,7 +86,8 @@ def test_the_sum_of_the_large_model(large, device):
     assert size.vae / GIB == pytest.approx(0.47, abs=0.01)
     # What an H100 took at 32,760 tokens was 3.5 GiB; the estimate is for 75,600, and not below.
     assert size.denoising / GIB * 32_760 / 75_600 == pytest.approx(3.5, abs=0.3)
-    assert size.decoding / GIB == pytest.approx(16.8, abs=0.1)
+    # What an H200 took at 1280x720.
+    assert size.decoding / GIB == pytest.approx(19.5, abs=0.1)
     assert size.decoding_tiled < size.decoding / 4
 
 
@@ -147,7 +146,7 @@ def test_a_device_without_fp8_counts_as_emulating(large, monkeypatch, capability
 
 CHOICES = {
     80.0: ("device", False),  # everything fits
-    60.0: ("encode", False),  # the text encoder only while it encodes
+    62.0: ("encode", False),  # the text encoder only while it encodes
     52.0: ("encode", True),
 }
 
@@ -183,8 +182,8 @@ def test_what_does_not_fit_is_refused_with_sum_and_remedies(large, device):
     message = str(caught.value)
     for part in (
         r"wan-mini with bf16, w8a8 at up to 1280x720 and 81 frames",
-        r"needs 68\.\d GiB \(transformer 38\.1, VAE 0\.5, reserve 2\.0, text encoder 10\.6",
-        r"largest of: denoising 8\.7, decoding 16\.8\)",
+        r"needs 70\.\d GiB \(transformer 38\.1, VAE 0\.5, reserve 2\.0, text encoder 10\.6",
+        r"largest of: denoising 8\.7, decoding 19\.5\)",
         r"device, which has 40\.0 GiB",
         "serve fewer modes",
         "python -m quant convert",

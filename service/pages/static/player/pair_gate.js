@@ -57,14 +57,18 @@ class Side {
     });
   }
 
-  /** @param {number} number */
-  #take(number) {
+  /** @param {number} announced number of the frame; by now the video may show the next one */
+  #take(announced) {
+    // A `VideoFrame` is a picture with its time. Browsers lack it on plain HTTP.
+    const still = "VideoFrame" in window ? new VideoFrame(this.video) : null;
+    const number = still ? Math.round((still.timestamp * this.fps) / 1e6) : announced;
     const frame = /** @type {Frame} */ (this.frames.shift());
     const { videoWidth, videoHeight } = this.video;
     if (frame.pixels.width !== videoWidth || frame.pixels.height !== videoHeight) {
       Object.assign(frame.pixels, { width: videoWidth, height: videoHeight });
     }
-    frame.pixels.getContext("2d")?.drawImage(this.video, 0, 0);
+    frame.pixels.getContext("2d")?.drawImage(still ?? this.video, 0, 0);
+    still?.close();
     frame.number = number;
     this.frames.push(frame);
     this.newest = number;
@@ -84,6 +88,9 @@ class Side {
 
   /** @param {number} number of a frame; resolves when it is copied, or is known not to come */
   async seek(number) {
+    // The video need not move for a copy. If it did, its next move could come before the browser
+    // announces this one, and a picture would be copied under the number of another.
+    if (this.find(number)) return;
     const ended = new Promise((resolve) => {
       const end = () => {
         this.#sought = null;
@@ -91,9 +98,19 @@ class Side {
       };
       this.#sought = { number, announced: false, end };
     });
-    this.video.currentTime = (number + 0.5) / this.fps; // the middle: rounding cannot leave the frame
-    if (this.find(number)) this.#sought?.end();
+    this.#move(number);
     await ended;
+  }
+
+  /** @param {number} number of the pair that is shown; the video is behind or ahead after seeks among copies */
+  async play(number) {
+    if (Math.floor(this.video.currentTime * this.fps) !== number) this.#move(number);
+    await this.video.play();
+  }
+
+  /** @param {number} number */
+  #move(number) {
+    this.video.currentTime = (number + 0.5) / this.fps; // the middle: rounding cannot leave the frame
   }
 }
 
@@ -191,7 +208,7 @@ export class PairGate {
     for (const side of this.sides) {
       side.held = false;
       for (const frame of side.frames) if (frame.number > this.shown) frame.number = -1; // before a loop
-      side.video.play().catch((/** @type {DOMException} */ error) => {
+      side.play(this.shown).catch((/** @type {DOMException} */ error) => {
         if (error.name === "AbortError") return; // paused before it began
         this.#stop();
         this.failed(`the browser does not play: ${error.message}`);

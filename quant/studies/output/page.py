@@ -1,0 +1,101 @@
+"""Build the page of a study: one HTML file without scripts that needs no other file.
+
+It reads well on a screen and on paper, and its figures are inside.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from html import escape
+
+from quant.studies.output.table import Table
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1c2330; --soft: #5b6472; --line: #d8dde4; --mark: #eef4ff; }
+* { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 0; }
+main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; }
+h2 { border-top: 1px solid var(--line); }
+p { max-width: 46rem; margin: .5rem 0; }
+.about { color: var(--soft); }
+.finding { border-left: 4px solid #2f6fde; background: var(--mark); padding: .6rem .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .75rem 0; font-size: .9rem; }
+table { font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
+th { vertical-align: bottom; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tr.marked td { background: var(--mark); font-weight: 600; }
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+@media print {
+  body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
+  figure, table, .finding { break-inside: avoid; } h2 { break-after: avoid; }
+}
+"""
+
+
+@dataclass(slots=True)
+class Page:
+    """A page that is filled from top to bottom."""
+
+    title: str
+    about: str
+    _parts: list[str] = field(default_factory=list)
+
+    def finding(self, text: str) -> None:
+        """Add a sentence that says what was found."""
+        self._parts.append(f'<p class="finding">{escape(text)}</p>')
+
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
+
+    def table(self, table: Table) -> None:
+        """Add a table."""
+        head = "".join(f"<th>{escape(column.heading)}</th>" for column in table.columns)
+        body = []
+        for number, row in enumerate(table.rows):
+            cells = zip(table.columns, row, strict=True)
+            shown = "".join(f"<td>{escape(column.shown(cell))}</td>" for column, cell in cells)
+            kind = ' class="marked"' if number in table.marked else ""
+            body.append(f"<tr{kind}>{shown}</tr>")
+        self._parts.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(body)}</tbody></table></div>"
+        )
+
+    def figure(self, picture: bytes, caption: str) -> None:
+        """Add a PNG, with what it shows in words."""
+        data = base64.b64encode(picture).decode()
+        self._parts.append(
+            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+
+    def facts(self, facts: dict[str, str]) -> None:
+        """Add names and their values, such as what the results depend on."""
+        pairs = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+        self._parts.append(f"<dl>{''.join(pairs)}</dl>")
+
+    def html(self) -> str:
+        """Return the whole page."""
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+            f"<h1>{escape(self.title)}</h1>\n"
+            f'<p class="about">{escape(self.about)}</p>\n'
+            + "\n".join(self._parts)
+            + "\n</main>\n</body>\n</html>\n"
+        )

@@ -1,0 +1,92 @@
+"""Record points: run prompts as a job would, keep what the transformer is given at some steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.calibration.prompts import PromptSet
+from quant.calibration.sampler import SamplerSettings
+from quant.calibration.sampling import OnStep, check_prompt_lengths, run_prompt
+from quant.errors import StudyError
+from quant.studies.points import PointsFolder
+
+
+def spread_steps(count: int, steps: int) -> tuple[int, ...]:
+    """Choose `count` of the numbers 0 to `steps` − 1, evenly: the middle of each of equal parts.
+
+    Raises:
+        StudyError: there are fewer steps.
+    """
+    if not 1 <= count <= steps:
+        raise StudyError(f"{count} steps to keep must be between 1 and the {steps} that are run")
+    return tuple((2 * part + 1) * steps // (2 * count) for part in range(count))
+
+
+def record_points(
+    pipe: Any, prompts: PromptSet, sampler: SamplerSettings, folder: PointsFolder, on_step: OnStep
+) -> None:
+    """Run the prompts that the folder lacks through a `WanPipeline` in BF16, and keep their points.
+
+    Args:
+        folder: made for these prompts and settings.
+        on_step: called after each denoising step with (done, total), counted over all prompts;
+            before the first one, too.
+
+    Raises:
+        CalibrationError: a prompt is too long.
+        StudyError: a tensor is not finite, or cannot be written.
+    """
+    check_prompt_lengths(pipe, prompts.prompts, sampler)
+    pipe.set_progress_bar_config(disable=True)
+    steps, total = sampler.num_inference_steps, sampler.num_inference_steps * len(prompts.prompts)
+    missing = [index for index in range(len(prompts.prompts)) if not folder.has(index)]
+    done = total - steps * len(missing)
+    on_step(done, total)
+    for index in missing:
+        inputs = _Inputs(folder.info.steps)
+
+        def after_step(step: int, inputs: _Inputs = inputs, before: int = done) -> None:
+            inputs.step = step + 1
+            on_step(before + step + 1, total)
+
+        handle = pipe.transformer.register_forward_pre_hook(inputs.take, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                run_prompt(pipe, prompts, sampler, index, after_step)
+        finally:
+            handle.remove()
+        folder.write(index, inputs.tensors())
+        done += steps
+
+
+class _Inputs:
+    """Collects what the transformer is given in the wanted steps of one prompt."""
+
+    def __init__(self, wanted: tuple[int, ...]) -> None:
+        self.step = 0
+        self._wanted = frozenset(wanted)
+        self._latents: dict[int, Tensor] = {}
+        self._timesteps: dict[int, Tensor] = {}
+        self._texts: list[Tensor] = []
+
+    def take(self, _module: Any, _args: Any, given: dict[str, Any]) -> None:
+        """Keep the inputs of a pass: the first of a step is the prompt's, the second negative."""
+        text = given["encoder_hidden_states"][0]
+        if self.step == 0 and len(self._texts) < 2:
+            self._texts.append(text.detach().cpu())
+        if self.step in self._wanted:
+            self._latents[self.step] = given["hidden_states"].detach().float().cpu()
+            self._timesteps[self.step] = given["timestep"].detach().float().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors as `PointsFolder.write` takes them."""
+        order = sorted(self._latents)
+        texts = dict(zip(("prompt", "negative"), self._texts, strict=False))
+        return {
+            "latents": torch.cat([self._latents[step] for step in order]),
+            "timesteps": torch.cat([self._timesteps[step] for step in order]),
+            **texts,
+        }

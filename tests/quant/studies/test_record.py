@@ -1,0 +1,66 @@
+"""Test that points are what the transformer was really given, and that recording goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from quant.cli import app
+from quant.errors import StudyError
+from quant.studies.points import open_points
+from quant.studies.record import spread_steps
+
+PROMPTS = [f"a {shape}" for shape in "abcdefgh"]
+
+
+def record(model: Path, out: Path, *options: str) -> Any:
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    arguments = ["record", "--model", str(model), "--prompts", str(prompts), "--out", str(out)]
+    small = ["--steps", "4", "--keep", "2", "--frames", "1", "--size", "32x32"]
+    small += ["--text-tokens", "16"]
+    return CliRunner().invoke(app, [*arguments, *small, *options])
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("record") / "points"
+    result = record(tiny_model, out)
+    assert result.exit_code == 0, result.output
+    assert "32 points of 8 prompts" in result.output
+    return out
+
+
+def test_points_are_of_both_branches_of_the_kept_steps(recorded: Path) -> None:
+    points = list(open_points(recorded))
+    assert [(each.step, each.branch) for each in points[:4]] == [
+        (1, "prompt"), (1, "negative"), (3, "prompt"), (3, "negative"),
+    ]  # fmt: skip
+    assert len({each.prompt for each in points}) == 8
+    assert points[0].latents.shape == (1, 16, 1, 4, 4)
+    assert points[0].timestep > points[2].timestep
+    assert not torch.equal(points[0].text, points[1].text)
+    assert torch.equal(points[0].latents, points[1].latents)
+
+
+def test_recording_goes_on_with_equal_bytes(tiny_model: Path, recorded: Path) -> None:
+    file = recorded / "00003.safetensors"
+    before = file.read_bytes()
+    file.unlink()
+    assert record(tiny_model, recorded).exit_code == 0
+    assert file.read_bytes() == before
+
+
+def test_other_settings_do_not_mix(tiny_model: Path, recorded: Path) -> None:
+    result = record(tiny_model, recorded, "--seed", "5")
+    assert result.exit_code == 1
+    assert "holds other points" in result.output
+
+
+def test_kept_steps_are_spread() -> None:
+    assert spread_steps(4, 20) == (2, 7, 12, 17)
+    assert spread_steps(3, 3) == (0, 1, 2)
+    with pytest.raises(StudyError, match="5 steps to keep must be between 1 and the 4"):
+        spread_steps(5, 4)

@@ -1,0 +1,59 @@
+"""Make all checks of a worker, in the order of cost; each says which earlier ones it needs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from quant.device import backend
+from worker.device import Device
+from worker.doctor import card, exchange, model, services, system
+from worker.doctor.report import Report
+from worker.process.scratch import scratch_folder
+from worker.settings import WorkerSettings
+
+
+def examine(report: Report, config_path: Path | None, opened: ExitStack) -> None:
+    """Fill `report`; what stays open until the end is put into `opened`."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("worker").setLevel(logging.ERROR)  # the report says what they would
+    settings: WorkerSettings = report.run("settings", services.settings)
+    if settings is None:
+        settings = services.settings_without_store()
+    url = settings.redis_url.get_secret_value()
+    with suppress(ValueError):  # the check of Redis says what is wrong with it
+        report.hide(urlsplit(url).password)
+    report.run("versions", system.versions)
+    report.run("environment", system.environment)
+    report.run("driver", lambda: system.driver(settings.device))
+    report.run("CANN", lambda: system.cann(settings.device))
+    report.run("ffmpeg", system.ffmpeg)
+    redis = report.run("Redis", services.redis(url, opened))
+    store = services.artifacts(settings.artifacts_url, redis)
+    report.run("artifact store", store, ("settings", "Redis"))
+    path = config_path or settings.config
+    config = report.run("configuration", model.configuration(path))
+    fingerprint = report.run("model folder", model.folder(config), ("configuration",))
+    plans = report.run("scales", model.scales(config, fingerprint), ("model folder",))
+    device = report.run("device", card.device(settings))
+    report.run("memory plan", model.memory(config, plans, device), ("scales", "device"))
+    report.run("kernels", card.kernels(plans, device), ("scales", "device"))
+    engine = report.run("model", card.engine(config, device), ("memory plan", "kernels"))
+    scratch = opened.enter_context(scratch_folder()) if "ffmpeg" in report.values else None
+    for index, mode in enumerate(config.modes if config is not None else ()):
+        needs = ("model", "ffmpeg") if index == 0 else ("model",)
+        folder = scratch if index == 0 else None
+        report.run(f"tiny job in {mode.name}", card.tiny_job(engine, mode.name, folder), needs)
+    report.run("between cards", exchange.between_cards(device, _count(device)), ("device",))
+
+
+def _count(device: Device | None) -> int:
+    if device is None or device.kind == "cpu":
+        return 1
+    return int(backend(device.kind).device_count())
