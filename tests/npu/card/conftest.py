@@ -61,14 +61,22 @@ class Worker:
         worker.work(burst=True, logging_level="WARNING")
         return store.get(job.id)
 
+    def rerun(self, record: JobRecord) -> JobRecord:
+        """Work as the process after a lost one would, until there is no job; return the record."""
+        self.stats = WorkerStats()
+        ResidentWorker(self.engine, self.context.redis, self.context.artifacts, self.stats).work(
+            burst=True, logging_level="WARNING"
+        )
+        return JobStore(self.context.redis).get(record.id)
+
 
 @pytest.fixture(scope="session")
-def session_redis(valkey: ValkeyServer) -> Iterator[str]:
+def session_redis(valkey: ValkeyServer) -> str:
     """The address of a database that lasts as long as the workers."""
     url = f"{valkey.connection_url}/1"
     with Redis.from_url(url) as connection:
         connection.flushdb()
-    yield url
+    return url
 
 
 @pytest.fixture(scope="session")

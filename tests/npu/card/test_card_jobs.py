@@ -23,9 +23,8 @@ from worker.model_loader.mode_plan import fingerprint_model, plan_modes
 pytestmark = pytest.mark.npu
 
 MODES = tuple(mode.name for mode in load_config(CONFIG).modes)
-LEAST_DB = {"bf16": 40.0, "w8a8": 38.0}
-"""Between a card's operations, which round differently, and the CPU's; of decoded frames. Blocks of
-diffusers round each linear's input under a scale of its own, where the CPU's share one."""
+LEAST_DB = 40.0
+"""Between a card's operations, which round differently, and the CPU's; of decoded frames."""
 
 
 def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
@@ -48,7 +47,7 @@ def test_a_job_on_the_card_is_nearly_the_cpus_video(
     expected = video(on_cpu.run(mode=mode), artifacts)
     difference = psnr_db(found, expected)
     print(f"\n{mode}: {difference:.1f} dB between the card's video and the CPU's")
-    assert difference >= LEAST_DB[mode]
+    assert difference >= LEAST_DB
 
 
 def engine_in_plain_torch(device: Device) -> WanEngine:
@@ -67,7 +66,7 @@ def engine_in_plain_torch(device: Device) -> WanEngine:
 
 
 def frames(engine: WanEngine, mode: str) -> np.ndarray:
-    request = generation_request(mode=mode, num_frames=5, num_inference_steps=3, guidance_scale=1.0)
+    request = generation_request(mode=mode, num_frames=1, num_inference_steps=3, guidance_scale=1.0)
     return np.stack(list(engine.generate(request, RecordingControl(), OWNER).frames))
 
 

@@ -1,0 +1,82 @@
+"""Break the simulated card while a worker runs jobs: what the worker promises then holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from jobs.errors import OutOfDeviceMemory
+from jobs.record import JobRecord, Stage
+from jobs.state import JobState
+from jobs.store.job_store import JobStore
+from tests.npu.card.conftest import Worker
+from tests.npu.stand_in import control, simulated
+from tests.support.requests import generation_request
+from worker.consumer.rq_worker import ResidentWorker
+from worker.consumer.serve import serve
+from worker.errors import EXIT_DEVICE_LOST
+from worker.process.logs import configure_logging
+from worker.settings import WorkerSettings
+
+pytestmark = pytest.mark.npu
+
+SMALL = {"num_frames": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def sound_afterwards() -> Iterator[None]:
+    yield
+    control.reset()
+
+
+def test_a_job_that_is_too_large_fails_and_the_next_one_has_the_memory_again(
+    on_card: Worker,
+) -> None:
+    torch.npu.empty_cache()
+    control.reset()
+    assert on_card.run(**SMALL).state is JobState.SUCCEEDED
+    control.set_bytes(control.peak_bytes())
+    failed = on_card.run(num_frames=17, num_inference_steps=1)
+    assert failed.state is JobState.FAILED
+    assert failed.failure is not None
+    assert failed.failure.code == OutOfDeviceMemory.code
+    assert "17 frames of 96x96" in failed.failure.detail
+    assert on_card.stats.exit_status is None
+    assert on_card.run(**SMALL).state is JobState.SUCCEEDED, "what the job held was not freed"
+
+
+def queued_again(worker: Worker, **changes: object) -> JobRecord:
+    """Serve a job while the card is lost, as a process of its own would; it ends with status 83."""
+    context = worker.context
+    store = JobStore(context.redis)
+    queue = ResidentWorker(worker.engine, context.redis, context.artifacts).offer.queue
+    job = store.create(generation_request(**(SMALL | changes)), queue).job
+    settings = WorkerSettings.model_validate({"ARTIFACTS_URL": "file:///unused"})
+    ids = configure_logging(settings.log_format)
+    assert serve(context, settings, ids) == EXIT_DEVICE_LOST
+    record = store.get(job.id)
+    assert record.state is JobState.QUEUED, record
+    return record
+
+
+def test_a_card_that_is_lost_within_a_step_ends_the_process_and_the_job_runs_elsewhere(
+    on_card: Worker,
+) -> None:
+    card = simulated.active
+    assert card is not None
+    card.forget()
+    assert on_card.run(**SMALL).state is JobState.SUCCEEDED
+    card.lose_after(sum(card.ops.values()) // 2)  # denoising is nearly all of them
+    record = queued_again(on_card)
+    assert record.progress is None or record.progress.stage != Stage.MP4
+    control.reset()
+    assert on_card.rerun(record).state is JobState.SUCCEEDED
+
+
+def test_a_wait_that_fails_ends_the_process_and_the_job_runs_elsewhere(on_card: Worker) -> None:
+    control.lose_in_synchronize(1)
+    record = queued_again(on_card)
+    control.reset()
+    assert on_card.rerun(record).state is JobState.SUCCEEDED
