@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant import ascend
 from quant.errors import ConversionError
 from quant.kernels.eager import rotate
 from quant.kernels.int8.ascend import AscendInt8Product
@@ -270,8 +271,10 @@ def _norm_takes_float32_weights(device: torch.device) -> bool:
             x.unsqueeze(0), [64], weight.to(device), bias.to(device), 1e-12
         )
         difference = float(normed.float()[0, 0])
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # not caused by the types
-    except (RuntimeError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        if ascend.says_full(error) or ascend.says_lost(error):
+            raise  # not caused by the types
         return False
     return abs(difference - 2.0**-9) < 2.0**-11

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from quant import ascend
 from quant.device import backend
 from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
@@ -196,6 +197,8 @@ def _try(make: Callable[[], Kernels], check: Callable[[Kernels], None]) -> Kerne
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # not caused by the kernels
     except Exception as error:
+        if ascend.says_full(error) or ascend.says_lost(error):
+            raise  # the same, of torch_npu, which has no class for it
         # Compilers and drivers raise many kinds of exceptions; the model can run after any of them.
         logger.debug("kernels do not run", exc_info=True)
         return _reason(error)

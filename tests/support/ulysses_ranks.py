@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quant.kernels.ascend import AscendKernels
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.transformer.context_parallel import Ulysses, all_gather
+from tests.quant.kernels import npu_operations
 
 TOKENS, HEADS, WIDTH = 12, 4, 16
 
@@ -38,6 +40,17 @@ def check_attention(ulysses: Ulysses, batch: int) -> None:
     expected = inner(q, k, v, None, None)
     assert torch.equal(out, ulysses.local_tokens(expected)), f"attention of batch {batch}"
     assert torch.equal(ulysses.all_tokens(out), expected), f"all tokens of batch {batch}"
+
+
+def check_ascend(ulysses: Ulysses, batch: int) -> None:
+    """Kernels for Ascend attend to a rank's heads as to all of them, and round the result."""
+    q, k, v = random_inputs(batch, torch.bfloat16)
+    local_q, local_k, local_v = (ulysses.local_tokens(x) for x in (q, k, v))
+    with pytest.MonkeyPatch.context() as patch:
+        npu_operations.install(patch)
+        out = ulysses.attention(AscendKernels().attention)(local_q, local_k, local_v, None, 0.5)
+    expected = EagerKernels().attention(q, k, v, None, 0.5)
+    assert torch.equal(out, ulysses.local_tokens(expected)), f"Ascend, batch {batch}"
 
 
 def check_codes(ulysses: Ulysses, batch: int) -> None:
@@ -89,8 +102,9 @@ def run_rank(rank: int, world_size: int) -> None:
     with ulysses.use_group(dist.group.WORLD):
         for batch in (1, 2):
             check_attention(ulysses, batch)
+            check_ascend(ulysses, batch)
             check_codes(ulysses, batch)
-        assert len(syncs) == 2 * (2 + 1 + 2), "one before each exchange"
+        assert len(syncs) == 2 * (2 + 1 + 2 + 2), "one before each exchange"
         uneven = torch.zeros(1, TOKENS + 1, HEADS, WIDTH)
         with pytest.raises(ValueError, match="13 tokens cannot be split"):
             ulysses.local_tokens(uneven)

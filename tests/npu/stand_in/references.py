@@ -133,9 +133,29 @@ def npu_layer_norm_eval(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalise the last dimensions; computed in float32."""
-    factor, shift = (None if each is None else each.float() for each in (weight, bias))
-    return F.layer_norm(input.float(), normalized_shape, factor, shift, eps).to(input.dtype)
+    """Normalise the last dimensions; computed in float32, and the weights' steps rounded each."""
+    normed = F.layer_norm(input.float(), normalized_shape, eps=eps)
+    if weight is not None:
+        normed = normed * weight.float()
+    if bias is not None:
+        normed = normed + bias.float()
+    return normed.to(input.dtype)
+
+
+def native_layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return torch's; of BF16 with float32 weights that of float32, which the CPU's own is not."""
+    wide = input if weight is None else input.to(weight.dtype)
+    found = torch.native_layer_norm(wide, normalized_shape, weight, bias, eps)
+    return found[0].to(input.dtype), found[1], found[2]
+
+
+REFERENCES["aten::native_layer_norm"] = native_layer_norm
 
 
 @_reference
