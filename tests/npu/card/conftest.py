@@ -56,6 +56,7 @@ class Worker:
         """Queue a job, work until there is none, and return its record."""
         store = JobStore(self.context.redis)
         values = {"num_frames": 5, "num_inference_steps": 3} | changes
+        self.stats = WorkerStats()
         worker = ResidentWorker(self.engine, self.context.redis, self.context.artifacts, self.stats)
         job = store.create(generation_request(**values), worker.offer.queue).job
         worker.work(burst=True, logging_level="WARNING")
