@@ -4,7 +4,6 @@ Processes of their own, without the simulation. Those that need no worker around
 from one that has imported torch, which takes most of the time.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
