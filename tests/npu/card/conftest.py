@@ -60,7 +60,7 @@ class Worker:
 
     def submit(self, **changes: object) -> str:
         """Queue a job; return its id."""
-        values = {"num_frames": 5, "num_inference_steps": 3} | changes
+        values = {"num_frames": 5, "num_inference_steps": 2} | changes
         queue = catalog.queue_name(self.engine.model, self.engine.modes)
         return self.store.create(generation_request(**values), queue).job.id
 

@@ -12,7 +12,7 @@ from tests.npu.card.conftest import Worker
 from tests.npu.stand_in import control, simulated
 from worker.consumer.serve import serve
 from worker.errors import EXIT_DEVICE_LOST
-from worker.process.logs import configure_logging
+from worker.process.logs import WorkerIds
 from worker.settings import WorkerSettings
 
 pytestmark = pytest.mark.npu
@@ -46,8 +46,7 @@ def queued_again(worker: Worker) -> str:
     """Serve a job while the card is lost, as a process of its own would; it ends with status 83."""
     job_id = worker.submit(**SMALL)
     settings = WorkerSettings.model_validate({"ARTIFACTS_URL": "file:///unused"})
-    ids = configure_logging(settings.log_format)
-    assert serve(worker.context, settings, ids) == EXIT_DEVICE_LOST
+    assert serve(worker.context, settings, WorkerIds()) == EXIT_DEVICE_LOST
     record = worker.store.get(job_id)
     assert record.state is JobState.QUEUED, record
     return job_id

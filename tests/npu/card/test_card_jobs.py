@@ -50,7 +50,7 @@ def test_a_job_on_the_card_is_the_cpus_video(
 
 
 def frames(engine: WanEngine, mode: str) -> np.ndarray:
-    request = generation_request(mode=mode, num_frames=5, num_inference_steps=1)
+    request = generation_request(mode=mode, num_frames=5, num_inference_steps=1, guidance_scale=1.0)
     return np.stack(list(engine.generate(request, RecordingControl(), OWNER).frames))
 
 
