@@ -71,7 +71,7 @@ def make_fake(transformer: WanTransformer3DModel, device: torch.device) -> WanTr
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     is_weight = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_weight else new
-                registry[name] = made[id(tensor)]  # type: ignore[assignment]
+                registry[name] = made[id(tensor)]
     return transformer
 
 
@@ -82,7 +82,8 @@ def test_a_step_of_the_whole_14b(npu: Device, mode: str, monkeypatch: pytest.Mon
     # Whole tensors at a time: in pieces the same operators would run a hundred thousand times.
     monkeypatch.setattr(hif8_int16, "CHUNK", 1 << 40)
     transformer = empty_transformer(CONFIG)
-    recipe = None if RECIPES[mode] is None else QuantRecipe.load(RECIPES[mode])
+    name = RECIPES[mode]
+    recipe = None if name is None else QuantRecipe.load(name)
     if recipe is not None:
         transformer = quantized_meta_model(transformer, recipe)
     choice = npu.pick_kernels(
