@@ -49,14 +49,14 @@ generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SE
 	@$(BIN)/python -m deploy.local generate
 
 # Two processes, each of which runs whole files. What is slow would be disturbed by the others: it runs alone, first.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
 
-test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 ## whole jobs on a simulated Ascend card, and every torch_npu call; part of make test  [ARGS=]
+test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 ## whole jobs on a simulated Ascend card, and every torch_npu call; part of make test  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -s tests/npu $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
@@ -116,3 +116,8 @@ $(VENV)/.openai-2.8.0: | $(VENV)/.dev
 # Without a wheel there is no stamp, and `make test` goes on without these tests.
 $(VENV)/.npu-2.13: deploy/install/torch_npu.sh | $(VENV)/.dev
 	@sh deploy/install/torch_npu.sh "$(VENV)"
+
+# The compiler of Triton's kernels for Ascend 910B, for processes of its own: it takes Triton's place.
+# Without a wheel there is no stamp, and `make test` goes on without these tests.
+$(VENV)/.triton-ascend-3.2: deploy/install/triton_ascend.sh | $(VENV)/.dev
+	@sh deploy/install/triton_ascend.sh "$(VENV)"

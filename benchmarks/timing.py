@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from quant.device import ACCELERATORS, backend
+
 _WAIT_CYCLES = 8_000_000
 """About 4 ms of a GPU's clock; the host needs less than that to enqueue the measured work."""
 
@@ -61,9 +63,10 @@ def _device_s(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until an accelerator has finished its work."""
+    for kind in ACCELERATORS:
+        if device.type == kind:
+            backend(kind).synchronize(device)
 
 
 def device_name(device: torch.device) -> str:

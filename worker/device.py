@@ -21,7 +21,7 @@ import torch.distributed as dist
 from quant import ascend
 from quant.device import ACCELERATORS, backend, configure, unavailable_reason
 from quant.kernels.eager import EagerKernels
-from quant.kernels.selection import KernelChoice, multiplies_fp8, pick_kernels
+from quant.kernels.selection import KernelChoice, multiplies_codes, pick_kernels
 from quant.kernels.self_test import BlockShape
 from worker.errors import DeviceUnavailable, RanksLost
 from worker.interface import DeviceMemory
@@ -147,12 +147,12 @@ class Device:
 
         They then take the memory of decoded weights and of BF16 activations.
         """
-        return self.kind != "cpu" and not multiplies_fp8(self.torch_device)
+        return self.kind != "cpu" and not multiplies_codes(self.torch_device)
 
     @property
     def multiplies_codes(self) -> bool:
         """Whether quantized products are in 8 bits here; otherwise in BF16, of decoded weights."""
-        return self.kind != "cpu" and multiplies_fp8(self.torch_device)
+        return multiplies_codes(self.torch_device)
 
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that timings and progress are right."""

@@ -9,11 +9,13 @@ compared with `quant.numerics.hif8`. Only a conversion that is equal for all of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from quant.ascend import says_full, says_lost
 from quant.errors import ConversionError
 from quant.kernels.ascend import AscendKernels, read_scales
 from quant.kernels.interface import BlockLinear
@@ -128,8 +130,22 @@ class NativeHif8Linear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
+@lru_cache
+def converts_hifloat8(device: torch.device) -> bool:
+    """Return whether the chip converts one zero to HiFloat8 and back.
+
+    Versions without the type, and chips without the conversion, raise errors of many kinds.
+    """
+    try:
+        _convert_one(device)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or says_full(error) or says_lost(error):
+            raise
+        return False
+    return True
+
+
 def _convert_one(device: torch.device) -> None:
-    """Convert one zero to HiFloat8 and back: the cheapest way to learn that a chip cannot."""
     import torch_npu  # noqa: PLC0415
 
     zero = torch.zeros(1, dtype=torch.bfloat16, device=device)

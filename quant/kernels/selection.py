@@ -37,6 +37,16 @@ def multiplies_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
+def multiplies_codes(device: torch.device) -> bool:
+    """Return whether quantized products are in 8 bits; otherwise in BF16, of decoded weights."""
+    if device.type != "npu":
+        return multiplies_fp8(device)
+    # Needs torch_npu.
+    from quant.kernels.ascend_native import converts_hifloat8  # noqa: PLC0415
+
+    return converts_hifloat8(device)
+
+
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
     """The kernels to run on, and a warning if they are not the fastest for the device."""

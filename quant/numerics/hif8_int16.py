@@ -1,8 +1,8 @@
 """Round to HiFloat8 and decode it without look-ups and loops, by whole-tensor operations on bits.
 
 Accelerators without a HiFloat8 unit read tables slowly and run some types on a slow processor. On
-an Ascend 910B, adding, multiplying and clamping int16 tensors happens on the AI CPU; the vector
-cores do it in float16 and bfloat16 only, and combine bits in int16. This module therefore keeps to
+an Ascend 910B, CANN's operations add, multiply and clamp int16 tensors on the AI CPU. On the vector
+cores they do it in float16 and bfloat16, and combine bits in int16. This module therefore keeps to
 those: what would be integer arithmetic on BF16 bits is done on float16 numbers, exactly, because
 none has more than 11 significant bits. A power-of-two scale is a shift of the exponent and costs
 nothing. `docs/numerics.md` explains both algorithms.

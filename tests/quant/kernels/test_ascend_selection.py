@@ -10,7 +10,8 @@ import torch
 
 from quant.errors import ConversionError
 from quant.kernels.ascend import AscendKernels
-from quant.kernels.selection import KernelChoice, _pick_on_npu, pick_kernels
+from quant.kernels.ascend_native import converts_hifloat8
+from quant.kernels.selection import KernelChoice, _pick_on_npu, multiplies_codes, pick_kernels
 from quant.kernels.self_test import check_kernels
 from tests.quant.kernels import npu_operations
 
@@ -69,7 +70,7 @@ def test_triton_kernels_that_pass_are_taken_without_a_warning(
 def test_native_hifloat8_comes_first_for_quantized_modes_only(
     monkeypatch: pytest.MonkeyPatch, operations: ModuleType
 ) -> None:
-    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.npu_dtype_cast)
+    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.operation("npu_dtype_cast"))
     choice = pick(quantized=True)
     assert (choice.kernels.name, choice.warning) == ("ascend with native HiFloat8", None)
     assert pick(quantized=False).kernels.name == "ascend"
@@ -101,3 +102,32 @@ def test_fp8_attention_is_refused() -> None:
     device: Any = SimpleNamespace(type="npu")  # torch knows the type with torch_npu only
     with pytest.raises(ConversionError, match=r"no kernels of it for Ascend NPUs; take a recipe"):
         pick_kernels(device, quantized=True, fp8_attention=True)
+
+
+def test_products_are_in_eight_bits_where_one_number_is_converted(
+    monkeypatch: pytest.MonkeyPatch, operations: ModuleType
+) -> None:
+    assert not multiplies_codes(CPU)
+    converts_hifloat8.cache_clear()
+    assert not converts_hifloat8(CPU)
+    converts_hifloat8.cache_clear()
+    monkeypatch.setattr(operations, "npu_dtype_cast", npu_operations.operation("npu_dtype_cast"))
+    assert converts_hifloat8(CPU)
+    converts_hifloat8.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text", ["NPU function error, error code is 507015", "EL0004: Failed to allocate memory."]
+)
+def test_a_lost_or_full_card_is_not_one_without_hifloat8(
+    monkeypatch: pytest.MonkeyPatch, operations: ModuleType, text: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(text)
+
+    converts_hifloat8.cache_clear()
+    monkeypatch.setattr(operations, "npu_dtype_cast", fail)
+    with pytest.raises(RuntimeError, match=text[:6]):
+        converts_hifloat8(CPU)
+    with pytest.raises(RuntimeError, match=text[:6]):
+        pick(quantized=True)

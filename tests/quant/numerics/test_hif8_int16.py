@@ -137,7 +137,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 VECTOR_INT16 = {"bitwise_and", "bitwise_and_", "bitwise_or", "bitwise_or_"}
-"""What the 910B's vector cores do with int16 tensors; sums, products and clamps they do not."""
+"""What CANN's operations do with int16 on a 910B's vector cores; sums, products and clamps not."""
 
 
 def test_rounding_takes_twenty_operations_of_the_vector_cores() -> None:
