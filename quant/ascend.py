@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -77,6 +78,8 @@ def import_problem() -> str | None:
         )
     if release(version) != release(torch.__version__):
         return pair_problem(torch.__version__, version)
+    if sys.modules.get("torch_npu", sys) is None:
+        del sys.modules["torch_npu"]  # the command lines hide it from diffusers
     try:
         importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:

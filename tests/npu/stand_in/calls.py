@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Uses:
     attributes: tuple[Attribute, ...]
 
 
+@cache
 def uses_in(root: Path) -> Uses:
     """Collect the uses in the product's packages below a root."""
     found = [

@@ -45,7 +45,7 @@ def _require_950(what: str) -> None:
 
 
 @_reference
-def npu_fusion_attention(
+def npu_fusion_attention(  # noqa: PLR0917 — the operator's own order
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -77,9 +76,10 @@ class SimulatedCard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # The mode of fake tensors is always below others. In it only shapes are computed.
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)
         tensors = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
-        if FakeTensor in types or FakeTensor in map(type, tensors):
-            return func(*args, **kwargs)  # only shapes are computed
         kind = _kind_of(func)
         wanted = kwargs.get("device")
         to_card = wanted is not None and torch.device(wanted).type == "npu"
