@@ -134,8 +134,8 @@ def npu_layer_norm_eval(
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalise the last dimensions; computed in float32."""
-    wide = [None if each is None else each.float() for each in (weight, bias)]
-    return F.layer_norm(input.float(), normalized_shape, *wide, eps).to(input.dtype)
+    factor, shift = (None if each is None else each.float() for each in (weight, bias))
+    return F.layer_norm(input.float(), normalized_shape, factor, shift, eps).to(input.dtype)
 
 
 @_reference

@@ -265,7 +265,7 @@ def simulated() -> Iterator[SimulatedCard]:
         with card:
             run(thread)
 
-    threading.Thread.run = in_mode  # type: ignore[method-assign]
+    threading.Thread.run = in_mode  # type: ignore[method-assign, assignment]
     try:
         with card:
             yield card
