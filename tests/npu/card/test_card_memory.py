@@ -8,9 +8,11 @@ written to.
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -20,6 +22,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import quant
 from benchmarks.fixtures.fabricate import SHAPES
 from quant.device import backend
+from quant.kernels.ascend import RankLinear
 from quant.kernels.joined_linear import GridProduct
 from quant.transformer.meta_model import (
     load_weights,
@@ -34,6 +37,8 @@ from quant.weights.header import stored_tensors
 from quant.weights.reader import ReadRequest, TensorReader
 from quant.weights.writer import header_of, spec_of
 from tests.npu.card.conftest import CONFIG
+from tests.support.job_controls import RecordingControl
+from tests.support.requests import OWNER, generation_request
 from worker.config import WorkerConfig, load_config
 from worker.device import Device
 from worker.engine.wan_engine import WanEngine
@@ -133,20 +138,34 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
     return config.model_copy(update={"modes": (alone,), "model": model})
 
 
-@pytest.mark.parametrize("storage", ["packed", "bf16_grid"])
-def test_the_packed_miniature_takes_what_is_planned(
-    npu: Device, packed: WorkerConfig, storage: str
-) -> None:
-    model = packed.model.model_copy(update={"weight_storage": storage, "text_encoder": "device"})
-    config = packed.model_copy(update={"model": model})
+def load(config: WorkerConfig, storage: str, npu: Device) -> tuple[WanEngine, int]:
+    """Return an engine whose weights are held in a storage, and what loading it allocated."""
+    model = config.model.model_copy(update={"weight_storage": storage, "text_encoder": "device"})
     before = allocated(npu)
-    engine: WanEngine = load_engine(config, npu)
-    taken = allocated(npu) - before
-    recipe = quant.QuantRecipe.load(str(config.modes[0].recipe))
-    size = measure_model(config, [recipe], npu)
+    engine = load_engine(config.model_copy(update={"model": model}), npu)
+    return engine, allocated(npu) - before
+
+
+def frames(engine: WanEngine) -> np.ndarray:
+    request = generation_request(
+        mode="w8a8", num_frames=1, num_inference_steps=1, guidance_scale=2.0
+    )
+    return np.stack(list(engine.generate(request, RecordingControl(), OWNER).frames))
+
+
+def test_the_packed_miniature_takes_what_is_planned_and_gives_the_same_frames(
+    npu: Device, packed: WorkerConfig
+) -> None:
+    recipe = quant.QuantRecipe.load(str(packed.modes[0].recipe))
+    size = measure_model(packed, [recipe], npu)
     planned = size.transformer + size.text_encoder + size.vae
-    if storage == "bf16_grid":
-        planned += size.decoded_extra
+    codes, taken = load(packed, "packed", npu)
     assert taken == pytest.approx(planned, rel=TOLERANCE)
-    modules = list(engine.loaded["w8a8"].transformer.modules())
-    assert any(isinstance(each, GridProduct) for each in modules) == (storage == "bf16_grid")
+    products = [m for m in codes.loaded["w8a8"].transformer.modules() if isinstance(m, RankLinear)]
+    # All but the products of the prompt's keys and values decode one ahead, on a second stream.
+    assert Counter(each.weight_ahead is None for each in products) == {False: 35 * 6, True: 35}
+    grid, taken = load(packed, "bf16_grid", npu)
+    assert taken == pytest.approx(planned + size.decoded_extra, rel=TOLERANCE)
+    modules = grid.loaded["w8a8"].transformer.modules()
+    assert sum(isinstance(each, GridProduct) for each in modules) == 35 * 7
+    assert np.array_equal(frames(codes), frames(grid))
