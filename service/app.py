@@ -12,6 +12,7 @@ from redis import Redis
 from starlette.concurrency import run_in_threadpool
 
 from jobs import catalog
+from jobs.artifacts.bucket import signed_origin
 from jobs.artifacts.known_store import open_known_artifacts
 from jobs.redis_client import connect
 from jobs.store.job_store import JobStore
@@ -221,4 +222,6 @@ def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
     if settings.origins:
         # Around the checks, so that allowed pages can read why they are refused.
         app.add_middleware(Cors, origins=settings.origins)
-    app.add_middleware(SecurityHeaders)
+    # Pages are to follow redirections, too.
+    bucket = signed_origin(settings.artifacts_url) if settings.redirect_downloads else None
+    app.add_middleware(SecurityHeaders, bucket=bucket)

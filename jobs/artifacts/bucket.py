@@ -6,10 +6,12 @@ up to `_SINGLE_PUT` bytes are sent in one request, which leaves nothing at all.
 
 import logging
 import mimetypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
+from urllib.parse import urlsplit
 
 import obstore
 from obstore import exceptions
@@ -174,10 +176,23 @@ class BucketArtifactStore:
             raise PutFailed(_reason(error), transient=transient) from error
 
 
-def _open(address: BucketAddress) -> S3Store:
+def signed_origin(url: str) -> str:
+    """Return the origin of the signed URLs of a bucket, without asking it or needing its keys.
+
+    Raises:
+        ArtifactRefused: the address is malformed.
+    """
+    anyones = {"access_key_id": "nobody", "secret_access_key": "nobody"}
+    bucket = _open(BucketAddress.parse(url), anyones)
+    parts = urlsplit(obstore.sign(bucket, "GET", "any", timedelta(seconds=1)))
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _open(address: BucketAddress, keys: Mapping[str, str] = MappingProxyType({})) -> S3Store:
     config: dict[str, str | bool] = {
         # Some compatible stores lack the bulk request, and videos are deleted one at a time.
         "disable_bulk_delete": True,
+        **keys,
     }
     if address.server is not None:
         # Both names, or AWS_ENDPOINT_URL_S3 in the environment would take precedence.

@@ -3,7 +3,9 @@
 While a job denoises, a worker shows what the model predicts so far. The VAE would take longer than
 a step; a linear map of the latent channels takes next to nothing, and is close for these VAEs: each
 position of the latents becomes a few pixels of a picture that is smaller than the video. The map is
-fitted by least squares on latents that the model itself has made, and their decoded videos.
+fitted by least squares on latents that the model itself has made, and their decoded videos. The
+first frame of the latents stands for one frame of the video, later ones for four; the VAE codes it
+in another way, so that it has a map of its own.
 
 The file is JSON, next to the scales. It names the VAE that the map is for by a fingerprint.
 """
@@ -24,7 +26,10 @@ from quant.errors import PreviewMapError
 from quant.weights.fingerprint import vae_fingerprint
 from quant.weights.writer import write_whole
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+READ_FORMATS: Final = (1, 2)
+"""Format 1 has one map for all frames."""
+
 DEFAULT_NAME: Final = Path("scales") / "preview-map.json"
 """Where a worker looks for the map in a model's folder."""
 
@@ -48,6 +53,7 @@ class PreviewMap:
         videos: how many videos it was fitted on.
         r2: the share of the variance of held-out videos' pixels that it explains.
         rms_error: the root mean square error on them, of 255.
+        first: weight and bias for the first frame; None if it has those of the others.
     """
 
     vae_fingerprint: str
@@ -57,12 +63,18 @@ class PreviewMap:
     videos: int
     r2: float
     rms_error: float
+    first: tuple[Tensor, Tensor] | None = None
 
     def pictures(self, latents: Tensor) -> Tensor:
         """Turn latents [C, F, H, W] into pictures [F, pixels * H, pixels * W, 3], from 0 to 1."""
         channels, frames, height, width = latents.shape
         flat = latents.reshape(channels, -1).T.to(self.weight.dtype)
-        mapped = torch.addmm(self.bias, flat, self.weight).clamp(0, 1)
+        mapped = torch.addmm(self.bias, flat, self.weight)
+        if self.first is not None:
+            weight, bias = self.first
+            area = height * width
+            mapped[:area] = torch.addmm(bias, flat[:area], weight)
+        mapped = mapped.clamp(0, 1)
         side = self.pixels
         grid = mapped.view(frames, height, width, side, side, 3).permute(0, 1, 3, 2, 4, 5)
         return grid.reshape(frames, height * side, width * side, 3)
@@ -77,6 +89,7 @@ class PreviewMap:
             self.videos,
             self.r2,
             self.rms_error,
+            self.first and (self.first[0].to(device), self.first[1].to(device)),
         )
 
 
@@ -102,18 +115,21 @@ def fit_preview_map(
     pairs = [_pairs(vae, each.to(vae.device, vae.dtype), pixels) for each in latents]
     held_out = pairs[HELD_OUT_SHARE - 1 :: HELD_OUT_SHARE]
     fitted = [pair for index, pair in enumerate(pairs, start=1) if index % HELD_OUT_SHARE]
-    inputs, targets = (torch.cat(each) for each in zip(*fitted, strict=True))
-    if not (inputs.isfinite().all() and targets.isfinite().all()):
+    if not all(part.isfinite().all() for pair in pairs for part in pair):
         raise PreviewMapError(
             "the model makes latents or videos with NaN or infinity, to which no map can be "
             "fitted: check the model's weights"
         )
-    ones = torch.ones(len(inputs), 1, dtype=inputs.dtype)
-    solution = torch.linalg.lstsq(torch.cat([inputs, ones], 1), targets, driver="gelsd").solution
-    weight, bias = solution[:-1], solution[-1]
-    inputs, targets = (torch.cat(each) for each in zip(*held_out, strict=True))
-    squared = ((inputs @ weight + bias).clamp(0, 1) - targets).square().mean()
-    variance = (targets - targets.mean(0)).square().mean()
+    first = _solved([(inputs[0], targets[0]) for inputs, targets in fitted])
+    later = [(i[1:].flatten(0, 1), t[1:].flatten(0, 1)) for i, t in fitted if len(i) > 1]
+    weight, bias = _solved(later) if later else first
+    errors, values = [], []
+    for inputs, targets in held_out:
+        mapped = torch.cat([inputs[:1] @ first[0] + first[1], inputs[1:] @ weight + bias])
+        errors.append((mapped.clamp(0, 1) - targets).flatten(0, 1))
+        values.append(targets.flatten(0, 1))
+    squared = torch.cat(errors).square().mean()
+    variance = (torch.cat(values) - torch.cat(values).mean(0)).square().mean()
     return PreviewMap(
         vae_fingerprint=fingerprint,
         pixels=pixels,
@@ -122,7 +138,16 @@ def fit_preview_map(
         videos=len(fitted),
         r2=float(1 - squared / variance),
         rms_error=float(255 * squared.sqrt()),
+        first=(first[0].float(), first[1].float()),
     )
+
+
+def _solved(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of the least squares over inputs [N, C] and targets [N, P]."""
+    inputs, targets = (torch.cat(each) for each in zip(*pairs, strict=True))
+    ones = torch.ones(len(inputs), 1, dtype=inputs.dtype)
+    solution = torch.linalg.lstsq(torch.cat([inputs, ones], 1), targets, driver="gelsd").solution
+    return solution[:-1], solution[-1]
 
 
 def shrunk(video: Tensor, latent_shape: torch.Size, pixels: int) -> Tensor:
@@ -158,6 +183,9 @@ def save_preview_map(preview_map: PreviewMap, path: Path) -> None:
         "bias": _rounded(preview_map.bias),
         "weight": [_rounded(row) for row in preview_map.weight],
     }
+    if preview_map.first is not None:
+        weight, bias = preview_map.first
+        values |= {"first_bias": _rounded(bias), "first_weight": [_rounded(row) for row in weight]}
     lines = (f"  {json.dumps(name)}: {_json(value)}" for name, value in values.items())
     try:
         write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -174,19 +202,22 @@ def load_preview_map(path: Path, model_folder: Path) -> PreviewMap:
     command = f"python -m quant preview-map --model {model_folder} --out {path}"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
+        if values["format"] not in READ_FORMATS:
             raise PreviewMapError(
-                f"{path} has preview map format {values['format']}, this tool reads {FORMAT}; make "
-                f"a fitting one with: {command}"
+                f"{path} has preview map format {values['format']}, this tool reads "
+                f"{' and '.join(map(str, READ_FORMATS))}; make a fitting one with: {command}"
             )
         found = PreviewMap(
             vae_fingerprint=str(values["vae_fingerprint"]),
             pixels=int(values["pixels"]),
-            weight=torch.tensor(values["weight"], dtype=torch.float32),
-            bias=torch.tensor(values["bias"], dtype=torch.float32),
+            weight=_tensor(values["weight"]),
+            bias=_tensor(values["bias"]),
             videos=int(values["videos"]),
             r2=float(values["r2"]),
             rms_error=float(values["rms_error"]),
+            first=None
+            if values["format"] == 1
+            else (_tensor(values["first_weight"]), _tensor(values["first_bias"])),
         )
         _check_shapes(found)
     except FileNotFoundError:
@@ -203,7 +234,7 @@ def load_preview_map(path: Path, model_folder: Path) -> PreviewMap:
 
 
 def _pairs(vae: Any, latents: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    """Return latents [N, C] and the pixels [N, pixels * pixels * 3] that each stands for."""
+    """Return latents [F, N, C] and the pixels [F, N, pixels * pixels * 3] they stand for."""
     shape = (1, -1, 1, 1, 1)
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=latents.dtype).view(shape)
@@ -213,20 +244,27 @@ def _pairs(vae: Any, latents: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     pictures = shrunk(video.float(), latents.shape, pixels)
     _, _, count, height, width = latents.shape
     grid = pictures.reshape(count, 3, height, pixels, width, pixels).permute(0, 2, 4, 3, 5, 1)
-    inputs = latents[0].flatten(1).T
-    return inputs.double().cpu(), grid.reshape(len(inputs), -1).double().cpu()
+    inputs = latents[0].flatten(2).permute(1, 2, 0)
+    return inputs.double().cpu(), grid.reshape(count, height * width, -1).double().cpu()
 
 
 def _check_shapes(preview_map: PreviewMap) -> None:
-    weight, bias = preview_map.weight, preview_map.bias
     outputs = 3 * preview_map.pixels**2
-    if weight.ndim != 2 or weight.shape[1] != outputs or tuple(bias.shape) != (outputs,):
-        raise ValueError(
-            f"weight {list(weight.shape)} and bias {list(bias.shape)} are not those of "
-            f"{preview_map.pixels} x {preview_map.pixels} pixels"
-        )
-    if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise ValueError("it holds NaN or infinity")
+    maps = [(preview_map.weight, preview_map.bias), *filter(None, [preview_map.first])]
+    for weight, bias in maps:
+        if weight.ndim != 2 or weight.shape[1] != outputs or tuple(bias.shape) != (outputs,):
+            raise ValueError(
+                f"weight {list(weight.shape)} and bias {list(bias.shape)} are not those of "
+                f"{preview_map.pixels} x {preview_map.pixels} pixels"
+            )
+        if weight.shape != preview_map.weight.shape:
+            raise ValueError("the first frame's map is for another number of channels")
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise ValueError("it holds NaN or infinity")
+
+
+def _tensor(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _rounded(row: Tensor) -> list[float]:

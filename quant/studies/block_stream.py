@@ -9,7 +9,7 @@ block, from the residual stream that an earlier pass had there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ class Conditions:
     """What every block of a pass is given besides the stream.
 
     Attributes:
-        text: the embedded prompt, [1, T, K].
-        timestep: [1, 6, K], the modulation of each block.
+        text: the embedded prompts, [B, T, K].
+        timestep: [B, 6, K], the modulation of each block.
         rope: cosines and sines.
-        time: [1, K], what the head is modulated by.
+        time: [B, K], what the head is modulated by.
         grid: (frames, height, width) of the stream's tokens.
     """
 
@@ -42,6 +42,13 @@ class Conditions:
     rope: Any
     time: Tensor
     grid: tuple[int, int, int]
+
+    def repeated(self, times: int) -> Conditions:
+        """Return the conditions of a batch that holds each sample `times` times in a row."""
+        text, timestep, time = (
+            each.repeat_interleave(times, 0) for each in (self.text, self.timestep, self.time)
+        )
+        return Conditions(text, timestep, self.rope, time, self.grid)
 
 
 class BlockStream:
@@ -88,17 +95,17 @@ class BlockStream:
         return block
 
     @torch.no_grad()
-    def begin(self, point: Point) -> tuple[Tensor, Conditions]:
-        """Embed a point: return the stream [1, S, K] before the first block, and the conditions."""
+    def begin(self, points: Sequence[Point]) -> tuple[Tensor, Conditions]:
+        """Embed points: return the stream [B, S, K] before the first block, and the conditions."""
         dtype = next(self._patch.parameters()).dtype
-        latents = point.latents.to(self.device, dtype)
+        latents = torch.cat([each.latents for each in points]).to(self.device, dtype)
+        timesteps = torch.cat([each.timestep for each in points]).to(self.device)
+        texts = torch.cat([each.text for each in points]).to(self.device, dtype)
         sizes = zip(latents.shape[2:], self.transformer.config.patch_size, strict=True)
         frames, height, width = (size // patch for size, patch in sizes)
         rope = self._rope(latents)
         stream = self._patch(latents).flatten(2).transpose(1, 2).contiguous()
-        time, timestep, text, _ = self._embedder(
-            point.timestep.to(self.device), point.text.to(self.device, dtype), None
-        )
+        time, timestep, text, _ = self._embedder(timesteps, texts, None)
         conditions = Conditions(
             text, timestep.unflatten(1, (6, -1)), rope, time, (frames, height, width)
         )
@@ -111,7 +118,7 @@ class BlockStream:
         """Run the blocks from number `first` on; yield the stream after each.
 
         Args:
-            stream: [1, S, K] before block `first`.
+            stream: [B, S, K] before block `first`.
             change: may replace a block, for example by a quantized one.
         """
         for index in range(first, self.blocks):
@@ -123,21 +130,21 @@ class BlockStream:
 
     @torch.no_grad()
     def end(self, stream: Tensor, conditions: Conditions) -> Tensor:
-        """Return the velocity [1, C, F, H, W] of the stream after the last block."""
+        """Return the velocity [B, C, F, H, W] of the stream after the last block."""
         shift, scale = (self._head_table + conditions.time.unsqueeze(1)).chunk(2, dim=1)
         normed = self._norm(stream.float()) * (1 + scale) + shift
         tokens = self._head(normed.to(stream.dtype))
         frames, height, width = conditions.grid
         t, h, w = self.transformer.config.patch_size
-        parts = tokens.reshape(1, frames, height, width, t, h, w, -1).permute(
+        parts = tokens.reshape(len(tokens), frames, height, width, t, h, w, -1).permute(
             0, 7, 1, 4, 2, 5, 3, 6
         )
         velocity: Tensor = parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return velocity
 
-    def velocity(self, point: Point, change: Change | None = None) -> Tensor:
-        """Run a whole pass: return the velocity [1, C, F, H, W] at a point."""
-        stream, conditions = self.begin(point)
+    def velocity(self, points: Sequence[Point], change: Change | None = None) -> Tensor:
+        """Run a whole pass: return the velocity [B, C, F, H, W] at points."""
+        stream, conditions = self.begin(points)
         for after in self.passes(stream, conditions, change=change):
             stream = after
         return self.end(stream, conditions)

@@ -36,6 +36,12 @@ class StudyProgress:
             end = datetime.now().astimezone() + left
             self.note(f"about {left} (h:mm:ss) left, until {end:%Y-%m-%d %H:%M}")
 
+    def skip(self, passes: int) -> None:
+        """Count passes that an earlier run has done; they do not enter the estimate."""
+        self._bar.initial += passes
+        self._bar.update(passes)
+        self._begun = None
+
     def describe(self, text: str) -> None:
         """Say what is being done, in front of the bar."""
         self._bar.set_description(text, refresh=False)

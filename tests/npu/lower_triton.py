@@ -103,7 +103,9 @@ def kernels_of_14b() -> Iterator[tuple[str, Kernel]]:
         ("decode, multiplied", kernels.WHOLE, kernels.BLOCK),
         ("decode by row", kernels.BY_ROW, kernels.ROW_BLOCK),
     ):
-        yield name, (kernels._decode, types, {"SCALE": scale, "N": block})
+        # Triton makes an argument of 1 a constant.
+        rows = {} if scale == kernels.BY_ROW else {"rows": 1}
+        yield name, (kernels._decode, types, {"SCALE": scale, "N": block, **rows})
 
 
 def _shift(x_ptr, out_ptr, N: tl.constexpr):

@@ -64,6 +64,16 @@ class StudyFolder:
             ) from error
         return folder
 
+    @classmethod
+    def finished(cls, path: Path, command: str) -> StudyFolder:
+        """Open the folder of a finished study to read its units.
+
+        Raises:
+            StudyError: it holds another study, or one that is not finished.
+        """
+        state = _finished_state(path, command)
+        return cls(path, command, state["identity"], _read_units(path / _UNITS))
+
     def unit(self, name: str) -> Any | None:
         """Return what an earlier run has kept for a unit of work, or None."""
         return self._units.get(name)
@@ -187,17 +197,22 @@ def read_results(path: Path, command: str) -> Json:
     Raises:
         StudyError: the folder holds another study, or one that is not finished.
     """
+    _finished_state(path, command)
+    try:
+        results: Json = json.loads((path / _RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path / _RESULTS} cannot be read: {error}") from error
+    return results
+
+
+def _finished_state(path: Path, command: str) -> Json:
     state = read_state(path)
     if state["command"] != command or state["state"] != "finished":
         raise StudyError(
             f"{path} holds {state['command']!r}, {state['state']}, where a finished {command!r} "
             "is wanted: run that command first"
         )
-    try:
-        results: Json = json.loads((path / _RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{path / _RESULTS} cannot be read: {error}") from error
-    return results
+    return state
 
 
 def _read_units(path: Path) -> dict[str, Any]:

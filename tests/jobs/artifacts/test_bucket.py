@@ -12,7 +12,7 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
-from jobs.artifacts.bucket import BucketArtifactStore
+from jobs.artifacts.bucket import BucketArtifactStore, signed_origin
 from jobs.artifacts.s3_url import BucketAddress
 from jobs.artifacts.store import thumbnail_key
 from jobs.errors import AppError, ArtifactNotStored, ArtifactsUnavailable, GenerationCancelled
@@ -210,3 +210,20 @@ def test_a_put_that_is_killed_half_way_leaves_nothing_visible(
             process.kill()
     assert direct.size(KEY) is None
     assert list(direct.list()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "origin"),
+    [
+        ("s3://videos/a?region=eu-central-1", "https://s3.eu-central-1.amazonaws.com"),
+        ("s3://videos?region=eu-west-1&style=virtual", "https://videos.s3.eu-west-1.amazonaws.com"),
+        ("s3://videos/a?endpoint=http://127.0.0.1:9000", "http://127.0.0.1:9000"),
+        ("s3://videos?endpoint=https://host.example&style=virtual", "https://videos.host.example"),
+    ],
+)
+def test_the_origin_of_signed_urls_is_known_without_the_buckets_keys(
+    address: str, origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    assert signed_origin(address) == origin

@@ -41,7 +41,7 @@ def vae() -> AutoencoderKLWan:
 
 @pytest.fixture(scope="module")
 def fitted(vae: AutoencoderKLWan) -> PreviewMap:
-    return fit_preview_map(vae, smooth_latents(9), vae_fingerprint(MODEL))
+    return fit_preview_map(vae, smooth_latents(18), vae_fingerprint(MODEL))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_map_explains_videos_that_it_was_not_fitted_on(fitted: PreviewMap) -> None:
-    assert (fitted.videos, fitted.pixels) == (6, 2)
+    assert (fitted.videos, fitted.pixels) == (12, 2)
     assert tuple(fitted.weight.shape) == (16, 12)
     assert 0.1 < fitted.r2 < 1, "random latents are like no video, and less linear"
     assert 0 < fitted.rms_error < 60
@@ -97,9 +97,30 @@ def test_a_saved_map_is_read_again(fitted: PreviewMap, tmp_path: Path) -> None:
     found = load_preview_map(path, MODEL)
     assert torch.allclose(found.weight, fitted.weight, atol=1e-6)
     assert torch.allclose(found.bias, fitted.bias, atol=1e-6)
-    assert replace(found, weight=fitted.weight, bias=fitted.bias) == replace(
-        fitted, r2=round(fitted.r2, 4), rms_error=round(fitted.rms_error, 2)
-    )
+    assert found.first is not None
+    assert fitted.first is not None
+    for part, expected in zip(found.first, fitted.first, strict=True):
+        assert torch.allclose(part, expected, atol=1e-6)
+    same = replace(found, weight=fitted.weight, bias=fitted.bias, first=fitted.first)
+    assert same == replace(fitted, r2=round(fitted.r2, 4), rms_error=round(fitted.rms_error, 2))
+
+
+def test_a_file_of_format_1_has_one_map_for_all_frames(fitted: PreviewMap, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    save_preview_map(replace(fitted, first=None), path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    found = load_preview_map(path, MODEL)
+    assert found.first is None
+    frame = smooth_latents(1)[0][0, :, :1]
+    assert torch.equal(found.pictures(frame), found.pictures(torch.cat([frame] * 2, 1))[1:])
+
+
+def test_the_first_frame_has_a_map_of_its_own() -> None:
+    zeros, first = torch.zeros(4, 12), (torch.zeros(4, 12), torch.full((12,), 0.25))
+    found = PreviewMap("vae", 2, zeros, torch.full((12,), 0.75), 1, 1, 0, first)
+    pictures = found.pictures(torch.rand(4, 3, 2, 5))
+    assert pictures[0].unique().tolist() == [0.25]
+    assert pictures[1:].unique().tolist() == [0.75]
 
 
 def test_a_map_of_another_vae_is_refused_by_both_names(
@@ -120,9 +141,11 @@ def test_a_map_of_another_vae_is_refused_by_both_names(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 2}, "has preview map format 2, this tool reads 1"),
+        ({"format": 3}, "has preview map format 3, this tool reads 1 and 2"),
         ({"bias": [0.0]}, "not those of 2 x 2 pixels"),
         ({"weight": "much"}, "is not a preview map"),
+        ({"first_bias": [0.0]}, "not those of 2 x 2 pixels"),
+        ({"first_weight": [[0.0] * 12] * 4}, "another number of channels"),
         ({"weight": [[float("nan")] * 12] * 16}, "NaN or infinity"),
     ],
 )

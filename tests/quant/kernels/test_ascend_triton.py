@@ -10,15 +10,19 @@ from torch import Tensor
 
 from quant.kernels.ascend_triton import AscendTritonKernels
 from quant.kernels.eager import EagerKernels
-from quant.kernels.interface import Norm
+from quant.kernels.interface import Kernels, Norm
 from quant.numerics import hif8, hif8_int16, reference
+from quant.transformer.module_tree import share_tree
+from quant.transformer.wan_block import fuse_blocks
+from tests.quant.kernels import npu_operations
+from tests.quant.kernels.test_ascend_kernels import draw, transformer
 
 # The interpreter uses numpy, which warns of the NaN and infinities that these tests use.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 EAGER = EagerKernels()
 TRITON = AscendTritonKernels(programs=3)
-SHAPES = ((2, 5, 96), (1, 4, 128), (1, 3, 5120))
+SHAPES = ((2, 2, 96), (1, 3, 128), (1, 3, 5120))
 """Batch, tokens, width: one with a part beyond the width, a power of two, and the 14B's."""
 
 SCALES = (1.0, 2.0**-5, 2.0**13, 2.0**64, 2.0**-64, 0.3, 3e-5)
@@ -133,3 +137,19 @@ def test_one_row_of_factors_serves_a_whole_batch() -> None:
     x = randn(2, 3, 96, seed=0).to(torch.bfloat16)
     gate = randn(1, 96, seed=1)
     assert_same_bits(TRITON.add_gated(x, x, gate), EAGER.add_gated(x, x, gate))
+
+
+def test_a_bf16_and_a_quantized_block_equal_plain_torch_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    npu_operations.install(monkeypatch)
+
+    def run(kernels: Kernels) -> Tensor:
+        fused = share_tree(transformer(), lambda name, module: None)
+        assert fuse_blocks(fused, kernels) == ()
+        given = draw(0, 1, 16, 1, 4, 4), torch.tensor([500.0]), draw(1, 1, 7, 32)
+        with torch.no_grad():
+            out: Tensor = fused(*given, return_dict=False)[0]
+        return out
+
+    assert torch.equal(run(TRITON), run(EAGER))

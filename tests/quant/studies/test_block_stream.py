@@ -22,13 +22,13 @@ def test_a_pass_is_that_of_the_whole_transformer(point: Point, dtype: torch.dtyp
     inner = next(whole.patch_embedding.parameters()).dtype
     with torch.no_grad():
         expected = whole(point.latents.to(inner), point.timestep, point.text.to(inner)).sample
-    assert torch.equal(stream.velocity(point), expected)
+    assert torch.equal(stream.velocity([point]), expected)
     assert {p.dtype for p in streamed.blocks[3].attn1.parameters()} == {torch.bfloat16}
 
 
 def test_a_pass_can_begin_at_any_block(point: Point) -> None:
     stream = BlockStream(load_transformer(MINIATURE), torch.device("cpu"))
-    first, conditions = stream.begin(point)
+    first, conditions = stream.begin([point])
     after = list(stream.passes(first, conditions))
     *_, last = stream.passes(after[29], conditions, first=30)
     assert len(after) == stream.blocks == 40
@@ -43,9 +43,21 @@ def test_a_change_sees_each_block_and_may_replace_it(point: Point) -> None:
         seen.append(index)
         return block if index != 7 else Unchanged()
 
-    changed = stream.velocity(point, leave_out)
+    changed = stream.velocity([point], leave_out)
     assert seen == list(range(40))
-    assert not torch.equal(changed, stream.velocity(point))
+    assert not torch.equal(changed, stream.velocity([point]))
+
+
+def test_points_run_together() -> None:
+    points = [random_point(seed) for seed in range(3)]
+    stream = BlockStream(load_transformer(MINIATURE), torch.device("cpu"), keep=True)
+    together = stream.velocity(points)
+    alone = torch.cat([stream.velocity([each]) for each in points])
+    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
+    first, conditions = stream.begin(points[:2])
+    *_, last = stream.passes(first.repeat_interleave(2, 0), conditions.repeated(2))
+    found = stream.end(last, conditions.repeated(2))
+    assert torch.allclose(found[[0, 2]], alone[:2], rtol=1e-4, atol=1e-5)
 
 
 class Unchanged(torch.nn.Module):

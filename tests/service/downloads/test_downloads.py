@@ -148,6 +148,20 @@ class TestRedirection:
             head = visitors.client.head(path_of(job), follow_redirects=True)
             assert head.headers["content-length"] == str(len(VIDEO_BYTES))
 
+    def test_pages_may_load_from_the_bucket_and_from_nowhere_else(
+        self, settings: ServiceSettings, proxy: FaultyProxy, make_job: MakeJob
+    ) -> None:
+        with visiting(settings, proxy) as visitors:
+            target = visitors.client.get(path_of(make_job(video=True))).headers["location"]
+            bucket = "{0.scheme}://{0.netloc}".format(urlsplit(target))
+            answer = visitors.client.get("/", headers={"accept": "text/html"})
+            policy = answer.headers["content-security-policy"]
+        directives = dict(each.strip().split(" ", 1) for each in policy.split(";"))
+        assert directives["media-src"] == f"'self' {bucket}"
+        assert directives["img-src"] == f"'self' data: {bucket}"
+        assert directives["connect-src"] == f"'self' {bucket}"
+        assert directives["script-src"] == "'self'"
+
     def test_only_who_may_see_the_video(
         self, settings: ServiceSettings, proxy: FaultyProxy, make_job: MakeJob, make_key: MakeKey
     ) -> None:

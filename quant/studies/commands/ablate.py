@@ -1,0 +1,95 @@
+"""Define `python -m quant ablate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quant.console import INTERRUPTED, errors_as_sentences
+from quant.errors import StudyError
+from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.studies.commands.options import (
+    Device,
+    Model,
+    Out,
+    Points,
+    load_transformer,
+    study_device,
+)
+from quant.studies.output.study_folder import StudyFolder, read_results
+from quant.studies.points import open_points
+from quant.studies.progress import study_progress
+from quant.studies.protection.ablate import HeldOut, all_protections, measure_protections, report
+from quant.studies.protection.analyze import Subject, quantizer_of
+from quant.weights.fingerprint import model_fingerprint
+
+
+def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
+    model: Model,
+    points: Points,
+    analysis: Annotated[Path, typer.Option(help="Folder of `analyze`, on other prompts.")],
+    out: Out,
+    recipe: Annotated[str, typer.Option(help="That of the analysis.")] = DEFAULT_RECIPE,
+    random_sets: Annotated[
+        int, typer.Option(min=0, help="Random sets of as many blocks as the paper protects.")
+    ] = 50,
+    points_per_prompt: Annotated[int, typer.Option(min=1, help="Points of each prompt.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Measure sets of protected blocks on POINTS of prompts that the analysis has not seen.
+
+    The sets are the paper's four, the analysis' proposal, the middle, the paper's without each of
+    its blocks, and random ones. Scales are those of the analysis' prompts.
+    """
+    with errors_as_sentences():
+        base = QuantRecipe.load(recipe)
+        recorded = open_points(points)
+        fingerprint = model_fingerprint(model)
+        recorded.check_model(fingerprint)
+        found = read_results(analysis, "analyze")
+        known = StudyFolder.finished(analysis, "analyze")
+        if known.identity["recipe"] != base.fingerprint or known.identity["model"] != fingerprint:
+            raise StudyError(
+                f"{analysis} is of another model or recipe than {model} and {recipe!r}: analyze "
+                "this one first"
+            )
+        seen = json.loads(known.identity["set of points"])["prompts"]
+        recorded.check_apart(frozenset(seen), f"the analysis {analysis}")
+        transformer = load_transformer(model)
+        where, keep = study_device(device, transformer)
+        subject = Subject.of(transformer, base, where, keep=keep)
+        blocks = subject.exact.blocks
+        protections = all_protections(blocks, found["proposed"], random_sets, seed)
+        folder = StudyFolder.open(
+            out,
+            "ablate",
+            {
+                "model": fingerprint,
+                "recipe": base.fingerprint,
+                "set of points": json.dumps(asdict(recorded.info), sort_keys=True),
+                "set of protections": json.dumps(
+                    {name: asdict(each) for name, each in protections.items()}
+                ),
+                "number of points per prompt": str(points_per_prompt),
+                "device": device,
+            },
+        )
+        each = recorded.info.points // len(recorded.info.prompts)
+        count = len(recorded.info.prompts) * min(points_per_prompt, each)
+        cost = count * blocks * (len(protections) + 1)
+        words = f"{cost:,} passes of one block: {count} points, {len(protections)} sets"
+        quantizer = quantizer_of(subject, known, len(seen))
+        try:
+            with study_progress(words, cost) as progress:
+                held_out = HeldOut(recorded, points_per_prompt)
+                measure_protections(subject, held_out, quantizer, protections, folder, progress)
+        except KeyboardInterrupt:
+            typer.echo("stopped: the same command goes on from here", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        folder.finish(*report(folder, recorded.info.prompts, protections, base.name))
+    typer.echo(f"wrote {out}: see {out / 'index.html'}")

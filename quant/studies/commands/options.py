@@ -1,0 +1,55 @@
+"""Define the options that several studies have, and what they load by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from quant.device import backend, usable_device
+from quant.errors import StudyError
+from quant.weights.model_folder import check_model_kind
+
+Model = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
+Device = Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to run.")]
+Points = Annotated[Path, typer.Option(help="Folder of points, made by `record`.")]
+Out = Annotated[Path, typer.Option(help="Folder to make, or to go on with.")]
+
+_SMALL_BYTES = 2 << 30
+"""A transformer of fewer bytes is kept in memory twice on a CPU."""
+
+
+def load_transformer(model: Path) -> Any:
+    """Load a transformer in BF16 on the host, to be used block by block.
+
+    Raises:
+        StudyError: the folder does not load.
+        WeightsError: it holds another kind of model than Wan2.1 text-to-video.
+    """
+    check_model_kind(model)
+    # Takes seconds to import, so it is imported only when a model is really loaded.
+    from diffusers import WanTransformer3DModel  # noqa: PLC0415
+
+    try:
+        transformer = WanTransformer3DModel.from_pretrained(
+            model / "transformer", torch_dtype=torch.bfloat16
+        )
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{model}'s transformer does not load: {error}") from error
+    return transformer.eval().requires_grad_(False)
+
+
+def study_device(name: str, transformer: Any) -> tuple[torch.device, bool]:
+    """Return a usable device, and whether the model fits there in BF16 and in float32 at once.
+
+    Raises:
+        QuantError: the device cannot be used.
+    """
+    device = usable_device(name)
+    size = sum(each.nbytes for each in transformer.parameters())
+    if device.type == "cpu":
+        return device, size < _SMALL_BYTES
+    free, _ = backend(device.type).mem_get_info()  # type: ignore[arg-type]
+    return device, 3 * size < 0.5 * free

@@ -1,0 +1,1 @@
+"""Find the blocks that suffer from quantization, and test sets of protected blocks."""

@@ -1,0 +1,267 @@
+"""Test sets of protected blocks on held-out points: named sets beside random ones of equal size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from quant.studies.output.page import Page
+from quant.studies.output.plots import INK, SERIES, SOFT, drawing
+from quant.studies.output.study_folder import Json, StudyFolder
+from quant.studies.output.table import Column, Table
+from quant.studies.points import Point, PointsFolder
+from quant.studies.progress import StudyProgress
+from quant.studies.protection.analyze import Subject, chosen_points
+from quant.studies.protection.block_sets import middle_set, paper_sets, random_sets
+from quant.studies.protection.sensitivity import set_energies
+from quant.studies.protection.variants import BlockQuantizer
+from quant.studies.statistics import estimate, holm, paired_difference, percentile_of
+
+PAPER, AUTO = "both ends", "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What stays in BF16: whole blocks, and linears by the end of their name.
+
+    Attributes:
+        kept: such as "ffn.net.2", in every block.
+    """
+
+    blocks: tuple[int, ...]
+    kept: str = ""
+
+
+def named_protections(blocks: int, proposed: Sequence[int]) -> dict[str, Protection]:
+    """Return the paper's four configurations, the proposal, and what they are compared with."""
+    paper = paper_sets(blocks)
+    ends = paper[PAPER]
+    found = {name: Protection(each) for name, each in paper.items()}
+    found[AUTO] = Protection(tuple(proposed))
+    found["middle"] = Protection(middle_set(blocks, len(ends)))
+    for block in ends:
+        found[f"both ends without {block}"] = Protection(tuple(b for b in ends if b != block))
+    found["both ends, and ffn.net.2"] = Protection(ends, "ffn.net.2")
+    found["ffn.net.2 only"] = Protection((), "ffn.net.2")
+    return found
+
+
+def all_protections(
+    blocks: int, proposed: Sequence[int], sets: int, seed: int
+) -> dict[str, Protection]:
+    """Return the named protections, then `sets` random ones of as many blocks as the paper's."""
+    named = named_protections(blocks, proposed)
+    ends = named[PAPER].blocks
+    taken = [each.blocks for each in named.values() if not each.kept]
+    drawn = random_sets(blocks, len(ends), sets, seed, taken)
+    return named | {f"random {number}": Protection(each) for number, each in enumerate(drawn)}
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Points of prompts that chose nothing, so many of each."""
+
+    points: PointsFolder
+    per_prompt: int
+
+    def of_prompt(self, prompt: int) -> list[Point]:
+        """Return the points of one prompt that are used."""
+        every = list(self.points.of_prompt(prompt))
+        chosen = chosen_points(self.points, self.per_prompt)
+        return [every[number] for of, number in chosen if of == prompt]
+
+
+def measure_protections(
+    subject: Subject,
+    held_out: HeldOut,
+    quantizer: BlockQuantizer,
+    protections: Mapping[str, Protection],
+    folder: StudyFolder,
+    progress: StudyProgress,
+) -> None:
+    """Keep the error energies of every protection, a unit for each prompt."""
+    prompts = len(held_out.points.info.prompts)
+    for prompt in range(prompts):
+        unit = f"prompt/{prompt}"
+        picked = held_out.of_prompt(prompt)
+        cost = subject.exact.blocks * len(picked)
+        if folder.unit(unit) is not None:
+            progress.skip(cost * (1 + len(protections)))
+            continue
+        progress.describe(f"prompt {prompt + 1} of {prompts}")
+        reference = subject.exact.velocity(picked)
+        progress.advance(cost)
+        value = {}
+        for name, protection in protections.items():
+            names = _quantized(subject, protection)
+            value[name] = set_energies(subject.exact, picked, reference, quantizer, names)
+            progress.advance(cost)
+        folder.keep(unit, value)
+
+
+def report(
+    folder: StudyFolder,
+    prompts: Sequence[str],
+    protections: Mapping[str, Protection],
+    recipe_name: str,
+) -> tuple[Json, dict[str, Table], dict[str, bytes], Page]:
+    """Build everything that `StudyFolder.finish` writes."""
+    units = [folder.unit(f"prompt/{number}") for number in range(len(prompts))]
+    owners = [text for text, unit in zip(prompts, units, strict=True) for _ in unit[PAPER]]  # type: ignore[index]
+    energy = {name: [each for unit in units for each in unit[name]] for name in protections}  # type: ignore[index]
+    estimates = {name: estimate(values, owners) for name, values in energy.items()}
+    named = [name for name in protections if not name.startswith("random ")]
+    drawn = [estimates[name].mean for name in protections if name not in named]
+    others = [name for name in named if name != PAPER]
+    differences = {name: paired_difference(energy[name], energy[PAPER], owners) for name in others}
+    adjusted = holm({name: each.permutation_p for name, each in differences.items()})
+    unprotected = estimates["none"].mean
+    results: Json = {
+        "sets": {
+            name: {
+                **asdict(estimates[name]),
+                "blocks": list(protections[name].blocks),
+                "kept": protections[name].kept,
+                "gain_db": float(10 * np.log10(unprotected / estimates[name].mean)),
+                "percentile": 100 - percentile_of(estimates[name].mean, drawn) if drawn else None,
+            }
+            for name in protections
+        },
+        "against_paper": {
+            name: {**asdict(each), "holm_p": adjusted[name], "real": each.is_real}
+            for name, each in differences.items()
+        },
+        "random_sets": len(drawn),
+        "prompts": len(prompts),
+        "points": len(owners),
+    }
+    tables = {"named": _named_table(results, named), "random": _random_table(results, named)}
+    figures = {"sets": _figure(results, named, drawn)}
+    return results, tables, figures, _page(results, tables, figures, named, recipe_name)
+
+
+def _quantized(subject: Subject, protection: Protection) -> dict[int, list[str]]:
+    return {
+        block: [
+            name
+            for name in subject.full_names(block)
+            if not (protection.kept and name.endswith(protection.kept))
+        ]
+        for block in subject.linears
+        if block not in protection.blocks
+    }
+
+
+def _named_table(results: Json, named: Sequence[str]) -> Table:
+    columns = (
+        Column("protected"),
+        Column("blocks"),
+        Column("error energy, %", 3),
+        Column("95 % from", 3),
+        Column("to", 3),
+        Column("gain over none, dB", 2),
+        Column("better than random sets, %", 0),
+        Column("minus both ends, %", 3),
+        Column("from", 3),
+        Column("to ", 3),
+        Column("p (Holm)", 4),
+        Column("detectable, %", 3),
+    )
+    rows = []
+    for name in named:
+        each, other = results["sets"][name], results["against_paper"].get(name)
+        rows.append(
+            (
+                name,
+                ", ".join(map(str, each["blocks"])) or "none",
+                100 * each["mean"],
+                100 * each["low"],
+                100 * each["high"],
+                each["gain_db"],
+                each["percentile"],
+                *(
+                    (None,) * 5
+                    if other is None
+                    else (
+                        100 * other["mean"],
+                        100 * other["low"],
+                        100 * other["high"],
+                        other["holm_p"],
+                        100 * other["detectable"],
+                    )
+                ),
+            )
+        )
+    return Table(columns, rows, frozenset({list(named).index(PAPER)}))
+
+
+def _random_table(results: Json, named: Sequence[str]) -> Table:
+    columns = (Column("set"), Column("blocks"), Column("error energy, %", 3))
+    drawn = [name for name in results["sets"] if name not in named]
+    drawn.sort(key=lambda name: float(results["sets"][name]["mean"]))
+    rows = []
+    for name in drawn:
+        each = results["sets"][name]
+        rows.append((name, ", ".join(map(str, each["blocks"])), 100 * each["mean"]))
+    return Table(columns, rows)
+
+
+def _figure(results: Json, named: Sequence[str], drawn: Sequence[float]) -> bytes:
+    with drawing(7.0, 0.32 * len(named) + 1.2) as figure:
+        axes: Any = figure.axes
+        places = np.arange(len(named))[::-1]
+        if drawn:
+            low, middle, high = 100 * np.percentile(drawn, (5, 50, 95))
+            axes.axvspan(low, high, color="#eef0f3", lw=0, zorder=0)
+            axes.axvline(middle, color=SOFT, lw=0.8, ls=":")
+        for place, name in zip(places, named, strict=True):
+            each = results["sets"][name]
+            color = SERIES[1] if name == AUTO else SERIES[0]
+            axes.plot((100 * each["low"], 100 * each["high"]), (place, place), color=INK, lw=0.8)
+            axes.plot(100 * each["mean"], place, "o", color=color, ms=5)
+        axes.set_yticks(places, named)
+        axes.set(xlabel="error energy of the velocity, %")
+        axes.grid(visible=False, axis="y")
+    return figure.png
+
+
+def _page(
+    results: Json,
+    tables: Mapping[str, Table],
+    figures: Mapping[str, bytes],
+    named: Sequence[str],
+    recipe_name: str,
+) -> Page:
+    paper, auto = results["sets"][PAPER], results["sets"][AUTO]
+    page = Page(
+        "What protecting blocks is worth",
+        f"Recipe {recipe_name}, {results['points']} held-out points of {results['prompts']} "
+        "prompts, teacher-forced, error of the velocity against float32. Intervals and tests are "
+        "over prompts.",
+    )
+    if results["random_sets"]:
+        page.finding(
+            f"The paper's blocks are better than {paper['percentile']:.0f} % of "
+            f"{results['random_sets']} random sets of the same size, the proposed ones than "
+            f"{auto['percentile']:.0f} %."
+        )
+    difference = results["against_paper"][AUTO]
+    page.finding(
+        f"The proposed set leaves {100 * auto['mean']:.3f} % error, the paper's "
+        f"{100 * paper['mean']:.3f} %: a difference of {100 * difference['mean']:+.3f} % "
+        f"[{100 * difference['low']:.3f}, {100 * difference['high']:.3f}], "
+        + ("which is real." if difference["real"] else "which these prompts do not show.")
+    )
+    page.figure(
+        figures["sets"],
+        "Mean error with 95 % intervals. Shaded: the middle 90 % of random sets of equal size.",
+    )
+    page.table(tables["named"])
+    real = [name for name in named if results["against_paper"].get(name, {}).get("real")]
+    page.text(f"Different from both ends by their intervals: {', '.join(real) or 'none'}.")
+    page.heading("Random sets")
+    page.table(tables["random"])
+    return page

@@ -1,0 +1,236 @@
+"""Test analyze and ablate on a tiny model, by their commands, and what they are made of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from typer.testing import CliRunner
+
+from quant.cli import app
+from quant.errors import StudyError
+from quant.numerics.scaling import binade_histogram
+from quant.recipe.recipe import QuantRecipe
+from quant.studies.block_stream import BlockStream
+from quant.studies.output.study_folder import StudyFolder, read_results
+from quant.studies.points import open_points
+from quant.studies.protection.activations import Activation, share_beyond_band
+from quant.studies.protection.analyze import Subject, quantizer_of
+from quant.studies.protection.block_sets import greedy_set, middle_set, paper_sets, random_sets
+from quant.studies.protection.sensitivity import energies, reference_pass, variant_energies
+from quant.transformer.quantized_linear import QuantizedLinear
+from tests.quant.conftest import BLOCKS
+from tests.quant.studies.conftest import load_transformer
+
+CALIBRATION = [f"a {shape}" for shape in "abcdefgh"]
+HELD_OUT = [f"the {shape}" for shape in "abcdefgh"]
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("points")
+    small = ["--steps", "4", "--keep", "2", "--frames", "1", "--size", "32x32"]
+    for name, prompts in (("calibration", CALIBRATION), ("held-out", HELD_OUT)):
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+        result = run(
+            *("record", "--model", tiny_model, "--prompts", folder / f"{name}.txt"),
+            *("--out", folder / name, "--text-tokens", "16", *small),
+        )
+        assert result.exit_code == 0, result.output
+    return {"calibration": folder / "calibration", "held-out": folder / "held-out"}
+
+
+def analyze(model: Path, points: Path, out: Path, *options: str) -> Any:
+    recipe = out.parent / "tiny.toml"
+    if not recipe.exists():
+        text = Path("quant/recipe/presets/boundary-hif8.toml").read_text()
+        text = text.replace("total_blocks = 40", f"total_blocks = {BLOCKS}")
+        recipe.write_text(text.replace("[0, 1, 37, 38, 39]", "[0]"))
+    small = ("--points-per-prompt", "1", "--linear-points", "2", "--recipe", recipe)
+    return run("analyze", "--model", model, "--points", points, "--out", out, *small, *options)
+
+
+@pytest.fixture(scope="module")
+def analysis(
+    tiny_model: Path, recorded: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("study") / "analysis"
+    result = analyze(tiny_model, recorded["calibration"], out, "--blocks", "2")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_an_analysis_proposes_the_blocks_that_suffer_most(analysis: Path) -> None:
+    results = read_results(analysis, "analyze")
+    means = {int(block): each["mean"] for block, each in results["blocks"].items()}
+    assert results["proposed"] == sorted(sorted(means, key=lambda b: -means[b])[:2])
+    assert all(each["low"] <= each["mean"] <= each["high"] for each in results["blocks"].values())
+    assert len(results["linears"]) == 10 * BLOCKS
+    recipe = QuantRecipe.load(analysis / "recipe.toml")
+    assert list(recipe.protected_blocks) == results["proposed"]
+    assert recipe.total_blocks == BLOCKS
+    for name in ("blocks", "linears", "additivity"):
+        assert (analysis / "tables" / f"{name}.csv").read_text().count("\n") > 2
+    assert (analysis / "index.html").stat().st_size > 50_000
+
+
+def test_energies_add_nearly(analysis: Path) -> None:
+    for name, each in read_results(analysis, "analyze")["additivity"].items():
+        assert each["measured"] == pytest.approx(each["predicted"], rel=0.5), name
+
+
+def test_a_single_block_s_energy_is_that_of_a_pass_with_only_it_quantized(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path
+) -> None:
+    transformer = load_transformer(tiny_model)
+    recipe = QuantRecipe.load(analysis / "recipe.toml")
+    subject = Subject.of(transformer, recipe, torch.device("cpu"), keep=True)
+    folder = StudyFolder.finished(analysis, "analyze")
+    quantizer = quantizer_of(subject, folder, len(CALIBRATION))
+    points = list(open_points(recorded["calibration"]))[:3]
+    reference = reference_pass(subject.exact, points, torch.device("cpu"))
+    variants = [subject.full_names(2), ("blocks.2.ffn.net.2",)]
+    found = list(variant_energies(subject.exact, reference, quantizer, 2, variants, batch=4))
+
+    whole = load_transformer(tiny_model).float()
+    for place, point in enumerate(points):
+        text = point.text.float()
+        with torch.no_grad():
+            exact = whole(point.latents, point.timestep, text).sample
+            for number, names in enumerate(variants):
+                block = whole.blocks[2]
+                whole.blocks[2] = quantizer.variant(2, block, names)
+                rounded = whole(point.latents, point.timestep, text).sample
+                whole.blocks[2] = block
+                expected = float((rounded - exact).square().sum() / exact.square().sum())
+                assert found[number][place] == pytest.approx(expected, rel=1e-3)
+    quantized = quantizer.variant(2, subject.exact.block(2), variants[0])
+    assert sum(isinstance(each, QuantizedLinear) for each in quantized.modules()) == 10
+
+
+def test_an_analysis_goes_on_and_gives_the_same(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    state = json.loads((analysis / "study.json").read_text())
+    (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    lines = (analysis / "units.jsonl").read_text().splitlines(keepends=True)
+    (again / "units.jsonl").write_text("".join(lines[:11]))
+    result = analyze(tiny_model, recorded["calibration"], again, "--blocks", "2")
+    assert result.exit_code == 0, result.output
+    assert (again / "results.json").read_bytes() == (analysis / "results.json").read_bytes()
+    assert (again / "index.html").read_bytes() == (analysis / "index.html").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def ablation(tiny_model: Path, recorded: dict[str, Path], analysis: Path) -> Path:
+    out = analysis.parent / "ablation"
+    result = run(
+        *("ablate", "--model", tiny_model, "--points", recorded["held-out"], "--out", out),
+        *("--analysis", analysis, "--recipe", analysis.parent / "tiny.toml"),
+        *("--random-sets", "3", "--points-per-prompt", "1"),
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_an_ablation_compares_sets_on_prompts_that_chose_nothing(ablation: Path) -> None:
+    results = read_results(ablation, "ablate")
+    sets = results["sets"]
+    assert {"none", "entry only", "exit only", "both ends", "auto", "middle"} <= sets.keys()
+    assert sum(name.startswith("random") for name in sets) == results["random_sets"] == 3
+    assert sets["none"]["mean"] == max(each["mean"] for each in sets.values())
+    assert sets["none"]["gain_db"] == 0
+    assert sets["auto"]["mean"] < sets["none"]["mean"]
+    assert 0 <= sets["auto"]["percentile"] <= 100
+    assert results["against_paper"]["none"]["low"] <= results["against_paper"]["none"]["mean"]
+
+
+def test_prompts_that_chose_are_refused(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path, tmp_path: Path
+) -> None:
+    result = run(
+        *("ablate", "--model", tiny_model, "--points", recorded["calibration"]),
+        *("--analysis", analysis, "--recipe", analysis.parent / "tiny.toml"),
+        *("--out", tmp_path / "out"),
+    )
+    assert result.exit_code == 1
+    assert "8 prompts" in result.output
+    assert "choose and test on different prompts" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_an_activation() -> None:
+    x = torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(1))
+    x[..., 5] *= 40
+    found = Activation.of(x)
+    magnitude = x.abs().numpy().ravel()
+    assert found.outlier_channels == 1
+    assert found.amax == pytest.approx(magnitude.max())
+    assert found.p999 == pytest.approx(np.quantile(magnitude, 0.999), rel=1e-3)
+    centred = stats.kurtosis(x.numpy().ravel(), fisher=False)
+    assert found.kurtosis == pytest.approx(centred, rel=0.02)
+
+
+def test_the_share_beyond_the_three_bit_band() -> None:
+    x = torch.tensor([[0.0, 0.24, 0.26, 1.0, 31.0, 33.0]])
+    binades = binade_histogram(x)[0].tolist()
+    assert share_beyond_band(binades, 2.0) == pytest.approx(2 / 5)
+
+
+def test_error_energy_of_each_sample() -> None:
+    reference = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    assert energies(reference * 1.1, reference) == pytest.approx([0.01, 0.01])
+
+
+def test_a_stream_may_be_dropped_block_by_block(tiny_model: Path) -> None:
+    stream = BlockStream(load_transformer(tiny_model), torch.device("cpu"))
+    assert stream.block(0) is not stream.block(0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        ({"count": 2}, (1, 3)),
+        ({"count": 0}, ()),
+        ({"error_share": 0.3}, (1, 3)),
+        ({"error_share": 1.0}, ()),
+        ({"budget_bytes": 350, "bytes_each": 100}, (0, 1, 3)),
+    ],
+)
+def test_greedy_sets(budget: dict[str, Any], expected: tuple[int, ...]) -> None:
+    assert greedy_set({0: 2.0, 1: 5.0, 2: 1.0, 3: 4.0}, **budget) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "give one budget"),
+        ({"count": 1, "error_share": 0.5}, "give one budget"),
+        ({"count": 9}, "9 blocks to protect must be between 0 and 4"),
+        ({"error_share": 1.5}, "must be between 0 and 1"),
+    ],
+)
+def test_impossible_budgets(budget: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        greedy_set({0: 2.0, 1: 5.0, 2: 1.0, 3: 4.0}, **budget)
+
+
+def test_sets_of_any_number_of_blocks() -> None:
+    assert paper_sets(40)["both ends"] == (0, 1, 37, 38, 39)
+    assert paper_sets(30)["both ends"] == (0, 1, 28, 29)
+    assert paper_sets(4)["both ends"] == (0, 3)
+    assert middle_set(40, 5) == (17, 18, 19, 20, 21)
+    drawn = random_sets(40, 5, 50, seed=1, without=[(0, 1, 37, 38, 39)])
+    assert len(set(drawn)) == 50
+    assert drawn == random_sets(40, 5, 50, seed=1, without=[(0, 1, 37, 38, 39)])
+    with pytest.raises(StudyError, match="no 7 different sets of 2 of 4"):
+        random_sets(4, 2, 7, seed=0)
