@@ -21,6 +21,7 @@ from quant.errors import (
     RecipeError,
     ScalesError,
     ScalesMismatch,
+    StudyError,
     WeightsError,
 )
 from quant.numerics.linear import Hif8Linear
@@ -63,6 +64,7 @@ __all__ = [
     "Scales",
     "ScalesError",
     "ScalesMismatch",
+    "StudyError",
     "TensorReader",
     "WeightStorage",
     "WeightsError",

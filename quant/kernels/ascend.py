@@ -190,7 +190,7 @@ class RankLinear(nn.Module):
         self.register_buffer("ranks", ranks)
         self.register_buffer("row_scale", row_scale)
         self.bias = joined_bias(linears)
-        self.weight_ahead: Callable[[], Tensor] | None = None  # set by `quant.kernels.prefetch`
+        self.weight_ahead: Callable[[], Tensor] | None = None  # set by `quant.transformer.prefetch`
 
     def decoded_weight(self, out: Tensor | None = None) -> Tensor:
         """Return the weights: [N, K] bf16; written into `out` if it is given."""

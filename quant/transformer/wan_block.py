@@ -16,10 +16,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from quant.kernels.interface import AttentionScales, BlockLinear, Kernels, Norm, Rope
 from quant.kernels.joined_linear import GridProduct
-from quant.kernels.prefetch import decode_ahead
 from quant.numerics.grid_linear import GridLinear
 from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
+from quant.transformer.prefetch import decode_ahead
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionScales | None, float | None], Tensor]
 """The signature of `quant.kernels.interface.Kernels.attention`."""
@@ -140,7 +140,7 @@ def fuse_blocks(
     rounds each token to HiFloat8 under its own scale.
 
     Where products decode their weights, each decodes those of the next one, also of the next
-    block's first, while it multiplies (`quant.kernels.prefetch`).
+    block's first, while it multiplies (`quant.transformer.prefetch`).
 
     Args:
         attention: scales of FP8 self-attention by block; the other blocks run it in BF16.

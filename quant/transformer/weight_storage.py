@@ -30,7 +30,6 @@ def decode_weights(root: nn.Module) -> None:
             child = parent.get_submodule(name)
             if isinstance(child, Hif8Linear):
                 parent.register_module(name, GridLinear.from_hif8(child))
-            del child
 
 
 def reads_decoded(kernels: Kernels, device: torch.device) -> bool:

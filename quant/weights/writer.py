@@ -66,7 +66,7 @@ def write_safetensors(
         OSError: the file exists already, or cannot be written.
     """
     with file.open("xb") as stream:
-        stream.write(_header(specs, metadata))
+        stream.write(header_of(specs, metadata))
         for name, dtype, shape in specs:
             tensor = make(name)
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name} is not its spec"
@@ -84,7 +84,7 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
     """
     # Tensors of large elements come first, so that each begins at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda each: (-each[1].dtype.itemsize, each[0]))
-    header = _header([spec_of(*each) for each in ordered], metadata)
+    header = header_of([spec_of(*each) for each in ordered], metadata)
     return b"".join([header, *(_data(tensor) for _, tensor in ordered)])
 
 
@@ -111,7 +111,8 @@ def _data(tensor: Tensor) -> memoryview:
     return data.numpy().data
 
 
-def _header(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:
+def header_of(specs: Sequence[Spec], metadata: Mapping[str, str]) -> bytes:
+    """Return what precedes the data of a safetensors file: the tensors' places, and metadata."""
     fields: dict[str, object] = {"__metadata__": dict(metadata)}
     start = 0
     for spec in specs:

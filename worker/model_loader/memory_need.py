@@ -60,10 +60,9 @@ class ModelBytes:
     ) -> Need:
         """Add up the memory for one placement of the text encoder and one storage of weights."""
         decoding = self.decoding_tiled if tiled else self.decoding
-        transformer, denoising = self._denoising(weight_storage)
-        resident = {"transformer": transformer, "VAE": self.vae, "reserve": RESERVE_BYTES}
+        resident = self._transformer(weight_storage) | {"VAE": self.vae, "reserve": RESERVE_BYTES}
         transient = {
-            "denoising": denoising,
+            "denoising": self.denoising,
             "decoding in tiles" if tiled else "decoding": decoding,
         }
         if text_encoder == "device":
@@ -77,15 +76,15 @@ class ModelBytes:
 
         It counts all tokens, as each of two ranks has all of them with guidance.
         """
-        transformer, denoising = self._denoising(weight_storage)
-        resident = {"transformer": transformer, "reserve": RESERVE_BYTES}
-        return Need(resident, {"denoising": denoising} | self._quantizing)
+        resident = self._transformer(weight_storage) | {"reserve": RESERVE_BYTES}
+        return Need(resident, {"denoising": self.denoising} | self._quantizing)
 
-    def _denoising(self, weight_storage: WeightStorage) -> tuple[int, int]:
-        """Return the bytes of the transformers, and what denoising adds."""
+    def _transformer(self, weight_storage: WeightStorage) -> dict[str, int]:
+        """Return what the transformers take as long as they are loaded."""
         if weight_storage == "bf16_grid":
-            return self.transformer + self.decoded_extra, self.denoising
-        return self.transformer, self.denoising + self.decoded_at_once
+            return {"transformer": self.transformer + self.decoded_extra}
+        taken = {"transformer": self.transformer}
+        return taken | ({"decoded weights": self.decoded_at_once} if self.decoded_at_once else {})
 
     @property
     def _quantizing(self) -> dict[str, int]:

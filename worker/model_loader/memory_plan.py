@@ -9,7 +9,8 @@ offered size and number of frames:
   on a device without FP8, take 16: activations are rounded in plain torch, in pieces. Modes that
   fall back later because kernels do not run are not known yet.
 - Weights that are held as codes and decoded for each product: the two largest products' weights in
-  BF16, because the next one's are decoded while one multiplies (`quant.kernels.prefetch`).
+  BF16, because the next one's are decoded while one multiplies (`quant.transformer.prefetch`). The
+  two buffers stay between jobs.
 - VAE: 237 bytes for each pixel and each of the decoder's base channels, in FP32: the 19.5 GiB that
   an H200 took at 1280x720. Live tensors of `worker.engine.vae_decoder` add up to 204, the same at
   480p and 720p. The rest is what a convolution's own copies of its largest input and output in

@@ -26,8 +26,8 @@ TAKEN_GIB = 3.0
 
 SIZES = ("832x480", "1280x720")
 FRAMES = (49, 81)
-MODES = (("bf16", "w8a8"), ("w8a8",), ("bf16",))
-RECIPES = {"bf16": None, "w8a8": "boundary-hif8"}
+MODES = (("bf16", "w8a8"), ("w8a8",), ("bf16",), ("bf16", "int8"), ("int8",))
+RECIPES = {"bf16": None, "w8a8": "boundary-hif8", "int8": "boundary-int8"}
 
 
 @dataclass(frozen=True, slots=True)

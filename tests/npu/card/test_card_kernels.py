@@ -1,4 +1,4 @@
-"""Which kernels a card gets is found out by trying them; those of a 950 give nearly the CPU's video."""
+"""A card gets kernels by trial; those of a 950 give nearly the CPU's video."""
 
 from collections.abc import Iterator
 

@@ -103,11 +103,24 @@ static void give(int device, int64_t bytes) {
 /* What precedes each piece of device memory, in ALIGNMENT bytes of its own. */
 struct piece { int64_t bytes; int device; };
 
+/* Large pieces may add up to more than the host has, as long as nobody writes to them. */
+static int is_large(size_t bytes) { return bytes >= (size_t)1 << 26; }
+
+static void *from_host(size_t bytes) {
+    if (!is_large(bytes)) return aligned_alloc(ALIGNMENT, bytes);
+    void *memory = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? 0 : memory;
+}
+
+static void to_host(void *memory, size_t bytes) {
+    if (is_large(bytes)) munmap(memory, bytes); else free(memory);
+}
+
 int aclrtMalloc(void **pointer, size_t size, int policy) {
     if (reach_card()) return lost;
     int64_t bytes = (int64_t)((size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     if (take(bytes)) return OUT_OF_MEMORY;
-    struct piece *piece = aligned_alloc(ALIGNMENT, ALIGNMENT + (size_t)bytes);
+    struct piece *piece = from_host(ALIGNMENT + (size_t)bytes);
     if (!piece) { give(current, bytes); return OUT_OF_MEMORY; }
     piece->bytes = bytes;
     piece->device = current;
@@ -120,7 +133,7 @@ int aclrtMallocAlign32(void **pointer, size_t size, int policy) { return aclrtMa
 int aclrtFree(void *pointer) {
     struct piece *piece = (struct piece *)((char *)pointer - ALIGNMENT);
     give(piece->device, piece->bytes);
-    free(piece);
+    to_host(piece, ALIGNMENT + (size_t)piece->bytes);
     return SUCCESS;
 }
 
@@ -182,7 +195,7 @@ int aclrtMallocPhysical(void **handle, size_t size, const void *properties, uint
 int aclrtFreePhysical(void *handle) {
     struct piece *piece = handle;
     give(piece->device, piece->bytes);
-    free(piece);
+    to_host(piece, ALIGNMENT + (size_t)piece->bytes);
     return SUCCESS;
 }
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels.ascend import AscendKernels, RankLinear
-from quant.kernels.prefetch import DecodedWeights, decode_ahead
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.scaling import POLICIES
+from quant.transformer.prefetch import DecodedWeights, decode_ahead
 
 SHAPES = ((96, 32), (32, 32), (64, 32), (32, 64), (8, 32))
 
