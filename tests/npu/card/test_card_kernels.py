@@ -1,4 +1,4 @@
-"""A card gets kernels by trial; those of a 950 give nearly the CPU's video."""
+"""Which kernels a card gets is found out by trying; those of a 950 give nearly the CPU's video."""
 
 from collections.abc import Iterator
 
