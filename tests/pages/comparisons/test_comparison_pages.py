@@ -169,7 +169,7 @@ def test_a_comparison_is_created_rated_and_reported(
     expect(page.locator(".sentence")).to_contain_text(
         "do not show whether twin is as good as plain", timeout=SLOW_MS
     )
-    expect(page.locator(".conclusion")).to_contain_text("of 1 raters on 4 of 4 pairs")
+    expect(page.locator(".conclusion")).to_contain_text("of 1 rater on 4 of 4 pairs")
     overall = page.get_by_role("row", name=re.compile("^Overall 4 0 "))
     expect(overall.first).to_be_visible()  # four votes, all of them ties
     rows = page.locator("section", has_text="By prompt, the worst first").locator("tbody tr")

@@ -179,9 +179,11 @@ export class JobCard {
     const answer = await fetch(src, { headers: { Range: "bytes=0-0", Accept: "video/mp4, application/json" } }).catch(() => null);
     if (answer?.status === 410) return this.gone();
     if (answer?.status === 401) document.dispatchEvent(new CustomEvent("signed-out"));
-    if (answer?.ok) text.textContent = "This browser cannot play the video; download it instead.";
-    else if (answer) text.textContent = `${(await answer.json().catch(() => ({}))).detail ?? ""} This page tries again by itself.`;
-    if (answer?.ok && this.tries++ > 2) return;
+    if (answer && !answer.ok) text.textContent = `${(await answer.json().catch(() => ({}))).detail ?? ""} This page tries again by itself.`;
+    if (answer?.ok && this.tries++ > 2) { // what kept it away may just have ended, so not at once
+      text.textContent = "This browser cannot play the video; download it instead.";
+      return;
+    }
     const again = () => { if (this.element.isConnected) this.play(job); };
     if (answer?.status === 401) document.addEventListener("signed-in", again, { once: true });
     else setTimeout(again, 4000);
