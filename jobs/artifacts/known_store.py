@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 CHECKED_S: Final = 5.0
 """How long reads rely on the last look at the marker. What changes the store looks every time, and
-so does a read that finds nothing."""
+so does a read that finds nothing. Signing a URL, which reads nothing, relies on it for as long as
+it found the right store."""
 
 ASK_S: Final = 0.3
 """How long a put waits for Redis, which may hang, to say which store it knows."""
@@ -136,7 +137,10 @@ class KnownArtifactStore:
         yield from self._store.read(key, start, end)
 
     def signed_url(self, key: str, method: str, valid_s: int) -> str | None:
-        self._verify_now_and_then()
+        # Signing asks nothing of the store, so a slow one must not hold it up: what the last look
+        # found counts, however long ago. The service looks every few seconds of its own accord.
+        if not self.is_present:
+            self.verify()
         return self._store.signed_url(key, method, valid_s)
 
     def delete(self, key: str) -> None:

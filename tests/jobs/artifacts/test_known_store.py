@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -399,6 +400,28 @@ def test_a_store_that_does_not_respond_is_not_missing(
     with pytest.raises(ArtifactNotStored, match="does not respond"):
         artifacts.put(KEY, source)
     proxy.close()
+
+
+def test_a_url_is_signed_while_the_store_hangs(
+    make: Make, bucket: str, s3_endpoint: str, clock: Clock, redis: Redis
+) -> None:
+    proxy = FaultyProxy(s3_endpoint)
+    artifacts = make(BucketArtifactStore(BucketAddress(bucket, "wan", proxy.endpoint)))
+    assert artifacts.signed_url(KEY, "GET", 60) is not None  # the first one looks
+    clock.now_s += 10 * CHECKED_S
+    proxy.passes.clear()
+    threads = ThreadPoolExecutor(1)
+    signed = threads.submit(artifacts.signed_url, KEY, "GET", 60)
+    try:
+        assert signed.result(20)  # below the time after which a request is given up
+    finally:
+        proxy.passes.set()
+        threads.shutdown()
+        proxy.close()
+    redis.set(redis_keys.ARTIFACTS_ID, "0" * 32)  # another store was adopted
+    for look in (artifacts.verify, lambda: artifacts.signed_url(KEY, "GET", 60)):
+        with pytest.raises(ArtifactsUnavailable):
+            look()
 
 
 def test_no_request_is_sent_when_a_store_is_opened(unused_port: int, bucket: str) -> None:

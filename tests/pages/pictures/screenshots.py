@@ -1,9 +1,9 @@
 """Take a picture of every page and state.
 
-.venv/bin/python -m tests.pages.pictures.screenshots FOLDER [NAME]
+.venv/bin/python -m tests.pages.pictures.screenshots FOLDER [NAME ...]
 
 It runs the whole system with the miniature on free ports and fills it; `make screenshots` calls it.
-NAME takes only the scenes whose name holds it. With SITE=URL it takes pictures of a service that
+With NAMEs only the scenes are taken whose name holds one of them. With SITE=URL it takes pictures of a service that
 runs already, and fills that.
 """
 
@@ -67,7 +67,7 @@ def take(browser: Browser, scene: Scene, url: str, scheme: str, size: str, path:
 
 def main() -> None:
     """Take them all, tell which could not be taken, and fail if there were any."""
-    folder, wanted = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    folder, wanted = Path(sys.argv[1]), sys.argv[2:] or [""]
     folder.mkdir(parents=True, exist_ok=True)
     missed: list[str] = []
     with running_site() as site, sync_playwright() as playwright:
@@ -77,7 +77,7 @@ def main() -> None:
         except httpx.HTTPStatusError as error:
             missed.append(f"what the pages show: {error}")
         browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
-        for scene in (each for each in SCENES if wanted in each.name):
+        for scene in (each for each in SCENES if any(name in each.name for name in wanted)):
             for scheme in SCHEMES:
                 for size in SIZES:
                     name = f"{scene.name}-{scheme}-{size}"
