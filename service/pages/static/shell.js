@@ -62,6 +62,17 @@ export function find(selector, within = document) {
   return /** @type {Found} */ (found);
 }
 
+/** Make a table whose rows are stacked where the screen is narrow. @param {string[]} titles @param {(Node | null)[]} rows */
+export function table(titles, rows) {
+  const heads = titles.map((title) => h("th", { scope: "col" }, title || h("span", { class: "visually-hidden" }, "Actions")));
+  return h("div", { class: "table" }, h("table", { class: "stacked" }, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
+}
+
+/** Make a cell of such a table. @param {string} title of its column @param {...(Child | Child[])} children */
+export function cell(title, ...children) {
+  return h("td", { "data-title": title }, h("div", {}, ...children));
+}
+
 /** Say something to people who listen to the page. @param {string} text */
 export function say(text) {
   find("#status").textContent = text;

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, FilePayload, Locator, Page, expect
@@ -197,7 +198,8 @@ def test_a_refused_file_says_its_lines_and_creates_nothing(
     page.get_by_role("button", name="Create and start").click()
     expect(page.locator("#refused")).to_contain_text("No file is chosen")
     table = "prompt,seed\r\na cat,1\r\n,2\r\na dog,many\r\n".encode("utf-8-sig")
-    file = FilePayload(name="prompts.csv", mimeType="text/csv", buffer=table)
+    name = "prompts-of-the-second-round-" + "as-ops-wrote-them-" * 5 + ".csv"
+    file = FilePayload(name=name, mimeType="text/csv", buffer=table)
     page.locator("#file").set_input_files(file)
     page.get_by_role("button", name="Create and start").click()
     refused = page.locator("#refused li")
@@ -205,6 +207,7 @@ def test_a_refused_file_says_its_lines_and_creates_nothing(
     expect(refused.nth(0)).to_contain_text("Line 3 has no prompt")
     expect(refused.nth(1)).to_contain_text("Line 4 has many")
     expect(page.locator("#file")).to_have_attribute("aria-invalid", "true")
+    assert_reflows(page)  # with a long name of a file, and with lines that are refused
     assert ComparisonStore(redis).list().comparisons == ()
     visit.faults.remove(next(each for each in visit.faults if "422" in each))
 
@@ -220,10 +223,37 @@ def test_a_refused_file_says_its_lines_and_creates_nothing(
 def test_the_form_tells_how_many_votes_a_margin_needs(visit: Visit) -> None:
     page = visit.open("/comparisons")
     page.get_by_role("button", name="New comparison").click()
+    hint = page.locator("#margin-hint")
     for points in (49, 20, 15, 10, 7.5, 5, 1):
         page.get_by_label("Margin").fill(str(points))
         needed = decisive_votes_needed(Bounds(points / 100))
-        expect(page.locator("#margin-hint")).to_contain_text(f"about {needed:,} decisive votes")
+        expect(hint).to_contain_text(f"about {needed:,} decisive votes")
+    page.locator("#statistics summary").click()
+    for points, level, power in [(10, 0.1, 99), (10, 20, 60), (7.5, 2.5, 90), (20, 1, "")]:
+        page.get_by_label("Margin").fill(str(points))
+        page.get_by_label("Level").fill(str(level))
+        page.get_by_label("Power").fill(str(power))
+        needed = decisive_votes_needed(Bounds(points / 100, level / 100, float(power or 80) / 100))
+        expect(hint).to_contain_text(f"about {needed:,} decisive votes")
+
+
+@on_desktop
+def test_the_advanced_statistics_are_stored(visit: Visit, offer: WorkerOffer, redis: Redis) -> None:
+    page = visit.open("/comparisons")
+    catalog.publish(redis, offer)  # now, because it is taken for dead after a while
+    page.get_by_role("button", name="New comparison").click()
+    page.get_by_label("Title").fill("Stricter than usual")
+    page.get_by_label("Prompts, one a line").fill("a cat")
+    page.locator("#statistics summary").click()
+    expect(page.get_by_label("Level")).to_have_attribute("placeholder", "5")
+    for label, percent in {"Level": "2.5", "Power": "90", "Frames seen": "75"}.items():
+        page.get_by_label(label).fill(percent)
+    page.get_by_role("button", name="Create and start").click()
+    expect(page.locator("#design")).to_contain_text("2.5 % one-sided, power 90 %")
+    comparison_id = urlsplit(page.url).path.split("/")[-1]
+    stored = page.request.get(f"{visit.url}/comparisons/{comparison_id}").json()
+    assert (stored["alpha"], stored["power"]) == (0.025, 0.9)
+    assert stored["rating"]["least_seen"] == 0.75
 
 
 def test_the_form_has_the_criteria_of_the_statistics() -> None:

@@ -1,8 +1,8 @@
 /** One comparison: how far its pairs are, who rates them, and what can be done with it. */
 
 import { Problem, poll, request, root } from "../api.js";
-import { contenderName, percent, stateTag } from "./comparison_parts.js";
-import { fill, find, h, problemLine, say } from "../shell.js";
+import { contenderName, exactPercent, stateTag } from "./comparison_parts.js";
+import { cell, copying, fill, find, h, problemLine, say, table } from "../shell.js";
 
 const id = location.pathname.replace(/\/$/, "").split("/").at(-1) ?? "";
 const path = `comparisons/${encodeURIComponent(id)}`;
@@ -158,13 +158,7 @@ async function addRater(event) {
 /** @param {{name: string, url: string}} rater */
 function showLink({ name, url }) {
   const field = h("input", { id: "rater-link", readonly: true, value: new URL(url, document.baseURI).href, onfocus: () => field.select() });
-  const copy = h("button", { type: "button", onclick: () => void copied() }, "Copy");
-  const copied = async () => {
-    field.select();
-    // The clipboard's own interface is there with HTTPS only.
-    const done = await navigator.clipboard?.writeText(field.value).then(() => true, () => false) || document.execCommand("copy");
-    copy.textContent = done ? "Copied" : "Press Ctrl+C";
-  };
+  const copy = h("button", { type: "button", onclick: copying(() => field.value) }, "Copy");
   fill(find("#link"), h("div", { class: "notice" }, h("label", { for: "rater-link" }, `Link for ${name}`), h("div", { class: "row" }, field, copy),
     h("p", { class: "hint" }, "It is shown this once. Whoever has it votes as this person.")));
   field.focus();
@@ -179,9 +173,10 @@ function design(comparison) {
     Videos: `${settings.size}, ${settings.num_frames} frames, ${settings.num_inference_steps} steps, guidance ${settings.guidance_scale}`,
     Criteria: comparison.criteria.map((/** @type {string} */ each) => each.replaceAll("_", " ")).join(", "),
     Margin: `${Math.round(1000 * comparison.margin) / 10} points, ties ${comparison.ties === "half" ? "count half" : "are left out"}`,
-    Level: `${percent(comparison.alpha)} one-sided, power ${percent(comparison.power)}`,
-    Raters: `${rating.training} training, ${rating.gold} gold and ${rating.identical} identical pairs, ${percent(rating.repeat_share)} shown twice, `
-      + (rating.per_rater ? `${rating.per_rater} pairs each` : "all pairs each"),
+    Level: `${exactPercent(comparison.alpha)} one-sided, power ${exactPercent(comparison.power)}`,
+    Raters: `${rating.training} training, ${rating.gold} gold and ${rating.identical} identical pairs, ${exactPercent(rating.repeat_share)} shown twice, `
+      + (rating.per_rater ? `${rating.per_rater} pairs each` : "all pairs each")
+      + (rating.least_seen > 0 ? `; a vote counts from ${exactPercent(rating.least_seen)} of both videos' frames seen` : ""),
   };
   return Object.entries(facts).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
 }
@@ -199,19 +194,17 @@ async function showPairs() {
   find("#more").hidden = !cursor;
   const rows = pairs.filter((pair) => !failed || pair.state === "failed");
   redraw("pairs", rows, (part) => fill(part, rows.length === 0 ? h("p", { class: "quiet" }, failed ? "No pair failed." : "No pair yet.")
-    : h("table", {}, h("thead", {}, h("tr", {}, ["#", "Prompt", "Seed", "Reference", "Candidate", "State"].map((name) =>
-        h("th", { scope: "col", class: name === "#" || name === "Seed" ? "number" : "" }, name)))),
-      h("tbody", {}, rows.map(pairRow)))));
+    : table(["#", "Prompt", "Seed", "Reference", "Candidate", "State"], rows.map(pairRow))));
 }
 
 /** @param {any} pair */
 function pairRow(pair) {
   const looks = { ready: "good", running: "active", failed: "bad" };
-  return h("tr", {}, h("td", { class: "number" }, pair.number), h("td", { class: "prompts" }, pair.kind !== "test" && h("span", { class: "tag" }, pair.kind), " ", pair.prompt), h("td", { class: "number" }, pair.seed),
-    [pair.reference, pair.candidate].map((half) => h("td", {},
-      half.job_id ? h("a", { href: `${root}jobs/${half.job_id}` }, half.state) : half.state,
-      half.failure && h("div", { class: "small failure" }, half.failure.detail))),
-    h("td", {}, h("span", { class: `tag ${looks[/** @type {keyof typeof looks} */ (pair.state)] ?? ""}` }, pair.state),
+  const half = (/** @type {string} */ title, /** @type {any} */ { job_id: job, state, failure }) => cell(title,
+    job ? h("a", { href: `${root}jobs/${job}` }, state) : state, failure && h("div", { class: "small failure" }, failure.detail));
+  return h("tr", {}, cell("#", pair.number), cell("Prompt", pair.kind !== "test" && h("span", { class: "tag" }, pair.kind), " ", pair.prompt),
+    cell("Seed", pair.seed), half("Reference", pair.reference), half("Candidate", pair.candidate),
+    cell("State", h("span", { class: `tag ${looks[/** @type {keyof typeof looks} */ (pair.state)] ?? ""}` }, pair.state),
       pair.failure && h("div", { class: "small failure" }, pair.failure.detail)));
 }
 

@@ -14,20 +14,29 @@ export function contenderName({ mode, model }, other) {
 }
 
 /**
- * How many decisive votes show, in 80 % of comparisons, that an equal candidate is not worse: the exact binomial test at 5 %.
+ * How many decisive votes show in a share `power` of comparisons, by the exact binomial test at the level `alpha`, that
+ * an equal candidate is not worse.
  *
  * @param {number} margin from 0.01 to 0.49
+ * @param {number} [alpha] from 0.001 to 0.2
+ * @param {number} [power] from 0.5 to 0.99
  */
-export function decisiveVotes(margin, zAlpha = 1.6449, zPower = 0.8416) {
+export function decisiveVotes(margin, alpha = 0.05, power = 0.8) {
   const limit = 0.5 - margin;
-  const about = ((zAlpha * Math.sqrt(limit * (1 - limit)) + zPower * 0.5) / margin) ** 2;
+  const about = ((deviate(alpha) * Math.sqrt(limit * (1 - limit)) + deviate(1 - power) * 0.5) / margin) ** 2;
   let votes = Math.ceil(about + 4 * Math.sqrt(about) + 30);
   let wins = votes;
   for (; votes > 0; votes -= 1, wins = Math.min(wins, votes)) {
-    while (wins > 0 && tail(wins - 1, votes, limit) <= 0.05) wins -= 1;
-    if (tail(wins, votes, limit) > 0.05 || tail(wins, votes, 0.5) < 0.8) return votes + 1;
+    while (wins > 0 && tail(wins - 1, votes, limit) <= alpha) wins -= 1;
+    if (tail(wins, votes, limit) > alpha || tail(wins, votes, 0.5) < power) return votes + 1;
   }
   return 1;
+}
+
+/** What a normal deviate exceeds with a probability up to 0.5, to 0.0005 (Abramowitz and Stegun 26.2.23). @param {number} p */
+function deviate(p) {
+  const t = Math.sqrt(-2 * Math.log(p));
+  return t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308)));
 }
 
 /** @type {number[]} logarithms of factorials */
@@ -49,6 +58,11 @@ function tail(wins, votes, share) {
 /** A share as people write it. @param {number | null | undefined} share @param {number} [digits] */
 export function percent(share, digits = 0) {
   return share === null || share === undefined ? "–" : `${(100 * share).toFixed(digits)} %`;
+}
+
+/** A share that was chosen, not measured: with all of its digits. @param {number} share */
+export function exactPercent(share) {
+  return `${Number((100 * share).toPrecision(8))} %`;
 }
 
 /** An interval of shares. @param {{low: number, high: number} | null | undefined} interval */

@@ -2,7 +2,7 @@
 
 import { Problem, poll, request, root } from "../api.js";
 import { contenderName, decisiveVotes, stateTag } from "./comparison_parts.js";
-import { fill, find, h, moment, problemLine, say } from "../shell.js";
+import { cell, fill, find, h, moment, problemLine, say, table } from "../shell.js";
 
 /**
  * @typedef {{name: string, description: string, workers: number, warning?: string | null}} Mode
@@ -34,10 +34,8 @@ async function showList() {
     fill(list, h("p", { class: "empty" }, "No comparison yet. Make the first one: two modes, some prompts, and people who look."));
     return;
   }
-  fill(list, h("div", { class: "card table", tabindex: 0, role: "group", "aria-label": "Comparisons" }, h("table", {},
-    h("thead", {}, h("tr", {}, ...["Comparison", "State", "Pairs ready", "Created"].map((name) => h("th", { scope: "col" }, name)))),
-    h("tbody", {}, comparisons.map(row)))),
-  cursor && h("button", { type: "button", onclick: () => { pages += 1; rounds.now(); } }, "Show older ones"));
+  fill(list, h("div", { class: "card" }, table(["Comparison", "State", "Pairs ready", "Created"], comparisons.map(row))),
+    cursor && h("button", { type: "button", onclick: () => { pages += 1; rounds.now(); } }, "Show older ones"));
 }
 
 /** @param {any} each */
@@ -45,12 +43,12 @@ function row(each) {
   const { counts } = each;
   const failed = counts.failed > 0 && h("span", { class: "tag bad" }, `${counts.failed} failed`);
   return h("tr", {},
-    h("td", { class: "prompts" }, h("a", { href: `${root}comparisons/${each.id}` }, each.title), h("div", { class: "quiet small" },
+    cell("Comparison", h("a", { href: `${root}comparisons/${each.id}` }, each.title), h("div", { class: "quiet small" },
       `${contenderName(each.candidate, each.reference)} against ${contenderName(each.reference, each.candidate)}`)),
-    h("td", {}, stateTag(each)),
-    h("td", { class: "ready" }, h("progress", { max: counts.pairs, value: counts.ready, "aria-label": "Pairs ready" }),
-      h("span", { class: "number small" }, `${counts.ready} of ${counts.pairs} `), failed),
-    h("td", {}, moment(each.created_at)));
+    cell("State", stateTag(each)),
+    cell("Pairs ready", h("div", { class: "ready" }, h("progress", { max: counts.pairs, value: counts.ready, "aria-label": "Pairs ready" }),
+      h("span", { class: "number small" }, `${counts.ready} of ${counts.pairs} `), failed)),
+    cell("Created", moment(each.created_at)));
 }
 
 /** @param {boolean} open */
@@ -134,8 +132,9 @@ function showPlan() {
   find("#plan").textContent = isFile() ? "The prompts of the file are counted when it is read by the service."
     : Number.isFinite(pairs) && pairs > 0 ? `${lines().length} prompts × ${each} seeds = ${pairs} pairs, ${2 * pairs} videos.` : "No prompt yet.";
   const margin = field("margin").valueAsNumber / 100;
+  const [alpha, power] = ["alpha", "power"].map((name) => (field(name).checkValidity() ? share(name) : undefined));
   find("#margin-hint").textContent = margin >= 0.01 && margin <= 0.49
-    ? `The candidate may win ${(50 - 100 * margin).toFixed(1).replace(".0", "")} % and no less. Takes about ${decisiveVotes(margin).toLocaleString("en")} `
+    ? `The candidate may win ${(50 - 100 * margin).toFixed(1).replace(".0", "")} % and no less. Takes about ${decisiveVotes(margin, alpha, power).toLocaleString("en")} `
       + "decisive votes on each criterion if they were independent; twice to four times as many from real raters."
     : "From 1 to 49 points.";
 }

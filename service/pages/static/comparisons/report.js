@@ -1,7 +1,7 @@
 /** The report of a comparison: what the votes show, how far they can be trusted, and the pairs behind it. */
 
 import { Problem, poll, request, root } from "../api.js";
-import { contenderName, percent, plotRow, range, stateTag } from "./comparison_parts.js";
+import { contenderName, exactPercent, percent, plotRow, range, stateTag } from "./comparison_parts.js";
 import { PairPlayer } from "../player/player.js";
 import { fill, find, h, moment, problemLine } from "../shell.js";
 
@@ -28,7 +28,7 @@ const decimal = (value, digits = 2) => (value === null || value === undefined ? 
 function table(heads, rows) {
   const look = (/** @type {number} */ column) => (heads[column].startsWith("#") ? "number" : "");
   // Wider than a phone: it scrolls by itself, and so has to take the focus.
-  return h("div", { class: "table", tabindex: 0, role: "group", "aria-label": heads[0] }, h("table", {},
+  return h("div", { class: "table scrolled", tabindex: 0, role: "group", "aria-label": heads[0] }, h("table", {},
     h("thead", {}, h("tr", {}, heads.map((head, column) => h("th", { scope: "col", class: look(column) }, head.replace("#", ""))))),
     h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, column) =>
       (column === 0 ? h("th", { scope: "row", class: "name" }, cell) : h("td", { class: look(column) }, cell))))))));
@@ -73,7 +73,7 @@ function conclusion(comparison, pairs, answers, raters, result) {
 /** @param {any[]} criteria @param {any} comparison @param {string} name */
 function shares(criteria, { alpha, ties, margin }, name) {
   const limit = 0.5 - margin;
-  const level = percent(1 - 2 * alpha);
+  const level = exactPercent(1 - 2 * alpha);
   const rows = criteria.map(({ name: criterion, share, verdict, sentence }) => {
     const { interval, value } = share;
     const lines = [{ class: "even", from: 0.5, y: 0, bottom: 10 }, { class: "limit", from: limit, y: 0, bottom: 10 }];
@@ -92,7 +92,7 @@ function shares(criteria, { alpha, ties, margin }, name) {
 function axis(limit) {
   const marks = [0, 0.25, 0.5, 0.75, 1].filter((at) => limit === undefined || Math.abs(at - limit) > 0.06).concat(limit ?? []);
   return h("div", { class: "axis", "aria-hidden": "true" }, marks.map((at) => {
-    const mark = h("span", { class: at === limit ? "limit" : "" }, percent(at));
+    const mark = h("span", { class: at === limit ? "limit" : "" }, exactPercent(at));
     mark.style.setProperty("--at", String(at));
     return mark;
   }));
@@ -117,7 +117,7 @@ function votesNeeded(criteria, { margin, power }) {
   return card("Votes needed", table(["Criterion", "#Votes", "#Decisive", "#Needed if independent", "#Design effect", "#Needed", "#Missing"],
     criteria.map(({ name, votes, decisive, votes_needed: needed }) => [name, votes, decisive, needed.independent,
       decimal(needed.design_effect), needed.clustered, needed.missing])),
-  hint(`Decisive votes that find an equal candidate non-inferior within ${Math.round(1000 * margin) / 10} points in ${percent(power)} of comparisons. The design effect says how much less `
+  hint(`Decisive votes that find an equal candidate non-inferior within ${Math.round(1000 * margin) / 10} points in ${exactPercent(power)} of comparisons. The design effect says how much less `
     + "votes say because those of one rater, and those on one prompt, are alike; more raters lower it, more votes of the same raters do not."));
 }
 

@@ -60,7 +60,7 @@ export class JobCard {
   lose(problem) {
     fill(this.screen, h("p", { class: "screen-text" }, problem.status === 404 ? "There is no such job" : "This job cannot be shown"));
     fill(this.note, problemLine(problem));
-    this.stages.hidden = this.bar.hidden = true;
+    for (const part of [this.title, this.line, this.stages, this.bar, this.actions]) part.hidden = true;
   }
 
   /** @param {Job} job */

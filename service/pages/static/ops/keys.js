@@ -1,11 +1,11 @@
 /**
- * The API keys on the page for operators: list, make, change, rotate, revoke. And the parts that both lists need.
+ * The API keys on the page for operators: list, make, change, rotate, revoke.
  *
  * A secret is in one dialog, once, and nowhere else in the page.
  */
 
 import { poll, request } from "../api.js";
-import { fill, find, h, moment, problemLine, say } from "../shell.js";
+import { cell, fill, find, h, moment, problemLine, say, table } from "../shell.js";
 
 /** @typedef {import("../shell.js").Child} Child */
 
@@ -17,17 +17,6 @@ const STATE_TAGS = { usable: "good", expired: "warn", revoked: "" };
 let known = { keys: [], roles: [], default_quota: 0, default_rate: "" };
 /** @type {{stop: () => void, now: () => void} | null} */
 let polling = null;
-
-/** Make a table whose rows are stacked where the screen is narrow. @param {string[]} titles @param {(Node | null)[]} rows */
-export function table(titles, rows) {
-  const heads = titles.map((title) => h("th", { scope: "col" }, title || h("span", { class: "visually-hidden" }, "Actions")));
-  return h("div", { class: "table" }, h("table", { class: "stacked" }, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
-}
-
-/** Make a cell of such a table. @param {string} title of its column @param {...(Child | Child[])} children */
-export function cell(title, ...children) {
-  return h("td", { "data-title": title }, h("div", {}, ...children));
-}
 
 let pressed = false;
 addEventListener("pointerdown", () => { pressed = true; });

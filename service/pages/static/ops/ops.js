@@ -5,8 +5,8 @@
  */
 
 import { Problem, poll, request, root } from "../api.js";
-import { ask, cell, keepingFocus, showKeys, table } from "./keys.js";
-import { duration, fill, find, h, moment, problemLine, say, size, whoAmI } from "../shell.js";
+import { ask, keepingFocus, showKeys } from "./keys.js";
+import { cell, duration, fill, find, h, moment, problemLine, say, size, table, whoAmI } from "../shell.js";
 
 const EVERY_MS = 3000;
 const SERIES_EVERY_MS = 30_000;
