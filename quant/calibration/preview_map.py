@@ -4,8 +4,8 @@ While a job denoises, a worker shows what the model predicts so far. The VAE wou
 a step; a linear map of the latent channels takes next to nothing, and is close for these VAEs: each
 position of the latents becomes a few pixels of a picture that is smaller than the video. The map is
 fitted by least squares on latents that the model itself has made, and their decoded videos. The
-first frame of the latents stands for one frame of the video, later ones for four; the VAE codes it
-in another way, so that it has a map of its own.
+first frame of the latents stands for one frame of the video, later ones for four, and these VAEs
+decode the second without the features of the one before. So each of these two has a map of its own.
 
 The file is JSON, next to the scales. It names the VAE that the map is for by a fingerprint.
 """
@@ -30,6 +30,9 @@ FORMAT: Final = 2
 READ_FORMATS: Final = (1, 2)
 """Format 1 has one map for all frames."""
 
+LEADING: Final = 2
+"""So many frames at the start of the latents have maps of their own."""
+
 DEFAULT_NAME: Final = Path("scales") / "preview-map.json"
 """Where a worker looks for the map in a model's folder."""
 
@@ -40,6 +43,8 @@ HELD_OUT_SHARE: Final = 3
 """One of so many videos is not fitted on, but measures the error."""
 
 MIN_VIDEOS: Final = 6
+
+_LEADING_NAMES: Final = ("first", "second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class PreviewMap:
         videos: how many videos it was fitted on.
         r2: the share of the variance of held-out videos' pixels that it explains.
         rms_error: the root mean square error on them, of 255.
-        first: weight and bias for the first frame; None if it has those of the others.
+        leading: weight and bias of each frame at the start that does not have those of the others.
     """
 
     vae_fingerprint: str
@@ -63,17 +68,17 @@ class PreviewMap:
     videos: int
     r2: float
     rms_error: float
-    first: tuple[Tensor, Tensor] | None = None
+    leading: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def pictures(self, latents: Tensor) -> Tensor:
         """Turn latents [C, F, H, W] into pictures [F, pixels * H, pixels * W, 3], from 0 to 1."""
         channels, frames, height, width = latents.shape
         flat = latents.reshape(channels, -1).T.to(self.weight.dtype)
         mapped = torch.addmm(self.bias, flat, self.weight)
-        if self.first is not None:
-            weight, bias = self.first
-            area = height * width
-            mapped[:area] = torch.addmm(bias, flat[:area], weight)
+        area = height * width
+        for frame, (weight, bias) in enumerate(self.leading[:frames]):
+            own = slice(frame * area, (frame + 1) * area)
+            mapped[own] = torch.addmm(bias, flat[own], weight)
         mapped = mapped.clamp(0, 1)
         side = self.pixels
         grid = mapped.view(frames, height, width, side, side, 3).permute(0, 1, 3, 2, 4, 5)
@@ -89,7 +94,7 @@ class PreviewMap:
             self.videos,
             self.r2,
             self.rms_error,
-            self.first and (self.first[0].to(device), self.first[1].to(device)),
+            tuple((weight.to(device), bias.to(device)) for weight, bias in self.leading),
         )
 
 
@@ -120,12 +125,15 @@ def fit_preview_map(
             "the model makes latents or videos with NaN or infinity, to which no map can be "
             "fitted: check the model's weights"
         )
-    first = _solved([(inputs[0], targets[0]) for inputs, targets in fitted])
-    later = [(i[1:].flatten(0, 1), t[1:].flatten(0, 1)) for i, t in fitted if len(i) > 1]
-    weight, bias = _solved(later) if later else first
+    most = max(len(inputs) for inputs, _ in fitted)
+    leading = [_solved(fitted, frame, frame + 1) for frame in range(min(LEADING, most))]
+    weight, bias = _solved(fitted, LEADING, most) if most > LEADING else leading[-1]
     errors, values = [], []
     for inputs, targets in held_out:
-        mapped = torch.cat([inputs[:1] @ first[0] + first[1], inputs[1:] @ weight + bias])
+        maps = [*leading, *[(weight, bias)] * len(inputs)][: len(inputs)]
+        mapped = torch.stack(
+            [each @ own[0] + own[1] for each, own in zip(inputs, maps, strict=True)]
+        )
         errors.append((mapped.clamp(0, 1) - targets).flatten(0, 1))
         values.append(targets.flatten(0, 1))
     squared = torch.cat(errors).square().mean()
@@ -138,13 +146,16 @@ def fit_preview_map(
         videos=len(fitted),
         r2=float(1 - squared / variance),
         rms_error=float(255 * squared.sqrt()),
-        first=(first[0].float(), first[1].float()),
+        leading=tuple((own[0].float(), own[1].float()) for own in leading),
     )
 
 
-def _solved(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of the least squares over inputs [N, C] and targets [N, P]."""
-    inputs, targets = (torch.cat(each) for each in zip(*pairs, strict=True))
+def _solved(pairs: Sequence[tuple[Tensor, Tensor]], start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Return the weight and bias of the least squares over some frames of what `_pairs` returns."""
+    inputs, targets = (
+        torch.cat([each[start:end].flatten(0, 1) for each in part])
+        for part in zip(*pairs, strict=True)
+    )
     ones = torch.ones(len(inputs), 1, dtype=inputs.dtype)
     solution = torch.linalg.lstsq(torch.cat([inputs, ones], 1), targets, driver="gelsd").solution
     return solution[:-1], solution[-1]
@@ -183,9 +194,9 @@ def save_preview_map(preview_map: PreviewMap, path: Path) -> None:
         "bias": _rounded(preview_map.bias),
         "weight": [_rounded(row) for row in preview_map.weight],
     }
-    if preview_map.first is not None:
-        weight, bias = preview_map.first
-        values |= {"first_bias": _rounded(bias), "first_weight": [_rounded(row) for row in weight]}
+    for name, (weight, bias) in zip(_LEADING_NAMES, preview_map.leading, strict=False):
+        values[f"{name}_bias"] = _rounded(bias)
+        values[f"{name}_weight"] = [_rounded(row) for row in weight]
     lines = (f"  {json.dumps(name)}: {_json(value)}" for name, value in values.items())
     try:
         write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -215,9 +226,11 @@ def load_preview_map(path: Path, model_folder: Path) -> PreviewMap:
             videos=int(values["videos"]),
             r2=float(values["r2"]),
             rms_error=float(values["rms_error"]),
-            first=None
-            if values["format"] == 1
-            else (_tensor(values["first_weight"]), _tensor(values["first_bias"])),
+            leading=tuple(
+                (_tensor(values[f"{name}_weight"]), _tensor(values[f"{name}_bias"]))
+                for name in _LEADING_NAMES
+                if f"{name}_weight" in values
+            ),
         )
         _check_shapes(found)
     except FileNotFoundError:
@@ -250,7 +263,7 @@ def _pairs(vae: Any, latents: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
 
 def _check_shapes(preview_map: PreviewMap) -> None:
     outputs = 3 * preview_map.pixels**2
-    maps = [(preview_map.weight, preview_map.bias), *filter(None, [preview_map.first])]
+    maps = [(preview_map.weight, preview_map.bias), *preview_map.leading]
     for weight, bias in maps:
         if weight.ndim != 2 or weight.shape[1] != outputs or tuple(bias.shape) != (outputs,):
             raise ValueError(
@@ -258,7 +271,7 @@ def _check_shapes(preview_map: PreviewMap) -> None:
                 f"{preview_map.pixels} x {preview_map.pixels} pixels"
             )
         if weight.shape != preview_map.weight.shape:
-            raise ValueError("the first frame's map is for another number of channels")
+            raise ValueError("a map of one frame is for another number of channels")
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise ValueError("it holds NaN or infinity")
 

@@ -3,8 +3,8 @@
 .venv/bin/python -m tests.pages.pictures.screenshots FOLDER [NAME ...]
 
 It runs the whole system with the miniature on free ports and fills it; `make screenshots` calls it.
-With NAMEs only the scenes are taken whose name holds one of them. With SITE=URL it takes pictures of a service that
-runs already, and fills that.
+With NAMEs only the scenes are taken whose name holds one of them. With SITE=URL it takes pictures
+of a service that runs already, and fills that.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ MODEL = Path(__file__).resolve().parents[3] / "models" / "wan-mini"
 
 
 def smooth_latents(count: int) -> list[Tensor]:
-    """Small random latents that change slowly: two latent frames of 32x32 px."""
+    """Small random latents that change slowly: three latent frames of 32x32 px."""
     random = torch.Generator().manual_seed(0)
     return [
-        functional.interpolate(torch.randn(1, 16, 2, 2, 2, generator=random), (2, 4, 4))
+        functional.interpolate(torch.randn(1, 16, 2, 2, 2, generator=random), (3, 4, 4))
         for _ in range(count)
     ]
 
@@ -97,30 +97,37 @@ def test_a_saved_map_is_read_again(fitted: PreviewMap, tmp_path: Path) -> None:
     found = load_preview_map(path, MODEL)
     assert torch.allclose(found.weight, fitted.weight, atol=1e-6)
     assert torch.allclose(found.bias, fitted.bias, atol=1e-6)
-    assert found.first is not None
-    assert fitted.first is not None
-    for part, expected in zip(found.first, fitted.first, strict=True):
-        assert torch.allclose(part, expected, atol=1e-6)
-    same = replace(found, weight=fitted.weight, bias=fitted.bias, first=fitted.first)
+    assert len(found.leading) == len(fitted.leading) == 2
+    for read, expected in zip(found.leading, fitted.leading, strict=True):
+        assert torch.allclose(read[0], expected[0], atol=1e-6)
+        assert torch.allclose(read[1], expected[1], atol=1e-6)
+    same = replace(found, weight=fitted.weight, bias=fitted.bias, leading=fitted.leading)
     assert same == replace(fitted, r2=round(fitted.r2, 4), rms_error=round(fitted.rms_error, 2))
 
 
 def test_a_file_of_format_1_has_one_map_for_all_frames(fitted: PreviewMap, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
-    save_preview_map(replace(fitted, first=None), path)
+    save_preview_map(replace(fitted, leading=()), path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
     found = load_preview_map(path, MODEL)
-    assert found.first is None
+    assert found.leading == ()
     frame = smooth_latents(1)[0][0, :, :1]
     assert torch.equal(found.pictures(frame), found.pictures(torch.cat([frame] * 2, 1))[1:])
 
 
-def test_the_first_frame_has_a_map_of_its_own() -> None:
-    zeros, first = torch.zeros(4, 12), (torch.zeros(4, 12), torch.full((12,), 0.25))
-    found = PreviewMap("vae", 2, zeros, torch.full((12,), 0.75), 1, 1, 0, first)
-    pictures = found.pictures(torch.rand(4, 3, 2, 5))
-    assert pictures[0].unique().tolist() == [0.25]
-    assert pictures[1:].unique().tolist() == [0.75]
+def test_the_first_two_frames_have_maps_of_their_own() -> None:
+    zeros = torch.zeros(4, 12)
+    leading = tuple((zeros, torch.full((12,), value)) for value in (0.25, 0.5))
+    found = PreviewMap("vae", 2, zeros, torch.full((12,), 0.75), 1, 1, 0, leading)
+    pictures = found.pictures(torch.rand(4, 4, 2, 5))
+    assert [frame.unique().tolist() for frame in pictures] == [[0.25], [0.5], [0.75], [0.75]]
+    assert found.pictures(torch.rand(4, 1, 2, 5)).unique().tolist() == [0.25]
+
+
+def test_one_frame_is_enough_to_fit_a_map_of_pictures(vae: AutoencoderKLWan) -> None:
+    pictures = fit_preview_map(vae, [each[:, :, :1] for each in smooth_latents(6)], "vae")
+    assert len(pictures.leading) == 1
+    assert torch.equal(pictures.weight, pictures.leading[0][0])
 
 
 def test_a_map_of_another_vae_is_refused_by_both_names(
