@@ -229,10 +229,10 @@ def test_the_form_tells_how_many_votes_a_margin_needs(visit: Visit) -> None:
         needed = decisive_votes_needed(Bounds(points / 100))
         expect(hint).to_contain_text(f"about {needed:,} decisive votes")
     page.locator("#statistics summary").click()
-    for points, level, power in [(10, 0.1, 99), (10, 20, 60), (7.5, 2.5, 90), (20, 1, "")]:
+    for points, level, power in [(10, 0.1, "99"), (10, 20, "60"), (7.5, 2.5, "90"), (20, 1, "")]:
         page.get_by_label("Margin").fill(str(points))
         page.get_by_label("Level").fill(str(level))
-        page.get_by_label("Power").fill(str(power))
+        page.get_by_label("Power").fill(power)
         needed = decisive_votes_needed(Bounds(points / 100, level / 100, float(power or 80) / 100))
         expect(hint).to_contain_text(f"about {needed:,} decisive votes")
 

@@ -43,7 +43,11 @@ def running_site() -> Iterator[str]:
 
 
 def take(browser: Browser, scene: Scene, url: str, scheme: str, size: str, path: Path) -> None:
-    """Bring a fresh browser into the state, and keep a picture of the whole page."""
+    """Bring a fresh browser into the state, and keep a picture of the whole page.
+
+    While Chromium takes one, a touch screen counts as a mouse: what only mice get to see, such as
+    the keys of a vote, is in a phone's pictures, below the height that the page had without it.
+    """
     context = browser.new_context(
         color_scheme=scheme,  # type: ignore[arg-type]
         viewport=SIZES[size],  # type: ignore[arg-type]

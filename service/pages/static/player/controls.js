@@ -27,7 +27,7 @@ export class Controls {
     this.scrub = h("input", { type: "range", min: 0, value: 0, "aria-label": "Frame" });
     this.scrub.max = String(player.options.numFrames - 1);
     this.scrub.addEventListener("input", () => player.seek(this.scrub.valueAsNumber));
-    this.count = h("span", { class: "player-count" });
+    this.count = h("span", { class: "player-count" }, "Loading…");
     this.speed = choice("Speed", SPEEDS.map((speed) => [String(speed), `${speed}×`]), (value) =>
       player.setSpeed(Number(value)),
     );
