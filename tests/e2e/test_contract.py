@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.local.cluster import Cluster
 from deploy.local.stack import ROOT
-from tests.support import fuzz_hooks
+from tests.e2e import fuzz_hooks
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 """Generated requests per operation and phase; in a run of fixed length, per round of the phases."""
