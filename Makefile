@@ -53,7 +53,7 @@ generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SE
 # Each process runs whole files. Most tests wait more than they compute, so there are more processes than cores. What is
 # slow would be disturbed by the others: it runs first, in two processes, as each kills and restarts its own.
 test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS= PROCESSES=]
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not cuda and not npu and not weights"
