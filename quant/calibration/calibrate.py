@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -55,7 +55,7 @@ class CalibrationPlan:
             "model": self.model_fingerprint,
             "recipe": self.recipe.fingerprint,
             "set of prompts": self.prompts.sha256,
-            "setting of the sampler": json.dumps(asdict(self.sampler)),
+            "setting of the sampler": json.dumps(self.sampler.to_dict()),
             "device": device.type,
             "version of torch": torch.__version__,
             "version of this tool": tool_version(),

@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quant.calibration.sampler import SamplerSettings
 from quant.device import available_accelerator
-from quant.errors import RecipeError, ScalesError, ScalesMismatch
+from quant.errors import CalibrationError, RecipeError, ScalesError, ScalesMismatch
 from quant.recipe.recipe import QuantRecipe
 from quant.weights.writer import to_bytes, write_whole
 
@@ -101,7 +101,7 @@ def save_scales(scales: Scales, path: Path) -> None:
         "recipe": scales.recipe.to_json(),
         "prompts_sha256": scales.prompts_sha256,
         "prompts_file": scales.prompts_file,
-        "sampler": json.dumps(scales.sampler and asdict(scales.sampler)),
+        "sampler": json.dumps(scales.sampler and scales.sampler.to_dict()),
         "tool_version": scales.tool_version,
         "linears": json.dumps(scales.linears),
     }
@@ -144,7 +144,7 @@ def load_scales(
                 )
         # Not through the open file, which takes three times as long for hundreds of scalars.
         scales = _parse(metadata, load(path.read_bytes()))
-    except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RecipeError, CalibrationError) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
     if recipe is not None and recipe.attention_inputs and not scales.attention_scale:
         command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
@@ -240,14 +240,12 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     if missing:
         raise ValueError(f"it has no attention_scale for {min(missing)}")
     sampler: dict[str, Any] | None = json.loads(metadata["sampler"])
-    if sampler is not None:
-        sampler["size"] = tuple(sampler["size"])
     return Scales(
         model_fingerprint=metadata["model_fingerprint"],
         recipe=recipe,
         prompts_sha256=metadata["prompts_sha256"],
         prompts_file=metadata["prompts_file"],
-        sampler=None if sampler is None else SamplerSettings(**sampler),
+        sampler=None if sampler is None else SamplerSettings.from_dict(sampler),
         tool_version=metadata["tool_version"],
         linears=tuple(json.loads(metadata["linears"])),
         weight_scale=by_kind["weight_scale"],
