@@ -136,7 +136,19 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(
     assert "finished" in result.output
 
 
-def test_a_gate_that_is_not_kept_ends_with_three(files: dict[str, Path]) -> None:
+@pytest.fixture(scope="module")
+def points(files: dict[str, Path]) -> Path:
+    out = files["folder"] / "points"
+    result = run(
+        *("record", "--model", files["model"], "--keep", "1", "--out", out, "--steps", "4"),
+        *("--prompts", files["folder"] / "unseen.txt", *SMALL[2:]),
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_gate_that_is_not_kept_ends_with_three(files: dict[str, Path], points: Path) -> None:
+    """Two candidates that are the same model, a gate, and the velocity error: all in one run."""
     gate = files["folder"] / "strict.toml"
     gate.write_text("[psnr]\nmin = 99\n[temporal-flickering]\nmin_difference = 0.5\n")
     out = files["folder"] / "gated"
@@ -146,7 +158,14 @@ def test_a_gate_that_is_not_kept_ends_with_three(files: dict[str, Path]) -> None
         *("--recipe", _recipe_file(files)),
     )
     assert result.exit_code == 0, result.output
-    options = ("--gate", gate, "--calibration-prompts", files["folder"] / "prompts.txt")
+    options = (
+        "--points",
+        points,
+        "--gate",
+        gate,
+        "--calibration-prompts",
+        files["folder"] / "prompts.txt",
+    )
     result = evaluate(
         files, out, "--candidate", f"again={files['scales']}", *options, scales=f"packed={packed}"
     )
@@ -155,9 +174,13 @@ def test_a_gate_that_is_not_kept_ends_with_three(files: dict[str, Path]) -> None
     results = read_results(out, "evaluate")
     assert len(results["gate"]["broken"]) == 4
     same = [each for each in results["comparisons"] if each["second"] == "again"]
-    assert {each["judge"] for each in same} == set(JUDGES)
+    assert {each["judge"] for each in same} == {*JUDGES, "velocity-error"}
     for each in same:  # a packed checkpoint is the same model
         assert "equal in every sample" in each["words"]
+    measure = results["measures"]["velocity-error"]
+    bf16, w8a8 = (measure["candidates"][name] for name in ("bf16", "packed"))
+    assert 0 < bf16["mean"] < w8a8["mean"] < 20
+    assert (w8a8["prompts"], w8a8["values"]) == (8, 16)
 
 
 def _recipe_file(files: dict[str, Path]) -> Path:
@@ -168,26 +191,6 @@ def _recipe_file(files: dict[str, Path]) -> Path:
     path = files["folder"] / "tiny.toml"
     path.write_text(text.replace('name = "boundary-hif8"', 'name = "tiny"'))
     return path
-
-
-def test_the_velocity_error_is_measured_on_points(files: dict[str, Path]) -> None:
-    points = files["folder"] / "points"
-    small = ("--steps", "4", *SMALL[2:])
-    result = run(
-        *("record", "--model", files["model"], "--keep", "1", "--out", points),
-        *("--prompts", files["folder"] / "unseen.txt", *small),
-    )
-    assert result.exit_code == 0, result.output
-    result = run(
-        *("evaluate", "--model", files["model"], "--out", files["folder"] / "velocity"),
-        *("--candidate", f"w8a8={files['scales']}", "--judge", "psnr", "--points", points),
-        *("--prompts", files["folder"] / "unseen.txt", *SMALL),
-    )
-    assert result.exit_code == 0, result.output
-    measure = read_results(files["folder"] / "velocity", "evaluate")["measures"]["velocity-error"]
-    bf16, w8a8 = (measure["candidates"][name]["mean"] for name in ("bf16", "w8a8"))
-    assert 0 < bf16 < w8a8 < 20
-    assert measure["candidates"]["w8a8"]["values"] == 16
 
 
 def test_prompts_that_were_seen_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
