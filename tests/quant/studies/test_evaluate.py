@@ -18,6 +18,7 @@ from quant.studies.evaluation import generate
 from quant.studies.evaluation.gate import read_gate
 from quant.studies.evaluation.measures import Measure
 from quant.studies.evaluation.verdict import compare, diverged, divergence_words
+from quant.studies.evaluation.video_files import Video
 from quant.studies.output.study_folder import read_results
 from tests.quant.conftest import PROMPTS
 
@@ -100,8 +101,8 @@ def test_a_video_is_that_of_a_pipeline_with_the_quantized_transformer(
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).frames
-    plan = generate.Video(UNSEEN[3], 3, evaluation / "videos" / "w8a8" / "00003-0")
-    found = plan.latents()
+    video = Video(UNSEEN[3], 3, evaluation / "videos" / "w8a8" / "00003-0")
+    found = video.latents()
     # Fused blocks round elsewhere, so the two are near and not equal.
     assert quant.sqnr_db(latents.float(), found) > 25
 

@@ -116,6 +116,15 @@ def test_xpsnr_and_vmaf_tell_noise_from_none(pair: tuple[Video, Video]) -> None:
     assert VMAF.score(pair[1], pair[1]) > 90
 
 
+def test_st_lpips_grows_with_noise_and_is_zero_without(pair: tuple[Video, Video]) -> None:
+    (judge,) = build_judges(["st-lpips"])
+    assert not judge.higher_is_better
+    same, noisy = (next(judge.scores([each], [pair[1]])) for each in (pair[1], pair[0]))
+    assert same == 0
+    assert 0.001 < noisy < 0.5
+    assert "torchvision" not in sys.modules  # what stood in for it is gone
+
+
 def test_flickering_is_what_a_hand_computes(tmp_path: Path) -> None:
     frames = np.zeros((3, 16, 16, 3), np.uint8)
     frames[1] = 51  # from 0 to 51, then half of the picture back to 0: (51 + 25.5) / 2 = 38.25

@@ -1,13 +1,17 @@
 """Judge by ST-LPIPS, a learned distance of pictures that tolerates small shifts.
 
 Ghildyal and Liu, "Shift-tolerant Perceptual Similarity Metric", ECCV 2022; PyPI's stlpips-pytorch
-brings the weights (AlexNet's).
+brings the weights (AlexNet's). That package imports torchvision, IPython and torchsummary, and its
+AlexNet uses none of them. PyPI's torchvision breaks diffusers beside a torch for CPUs. So the three
+are not asked for: empty modules stand in for them during the import.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,14 +36,14 @@ class StLpips(EachVideo):
             StudyError: the package is not installed, or its own needs are not met.
         """
         try:
-            from stlpips_pytorch import stlpips  # noqa: PLC0415 (an extra)
+            with _stand_ins():
+                from stlpips_pytorch import stlpips  # noqa: PLC0415 (an extra)
         except ImportError as error:
             raise StudyError(
                 f"the judge st-lpips cannot be loaded ({error}): install it with "
                 "`pip install 'wan-hif8[judges]'`, or leave out --judge st-lpips"
             ) from error
-        with contextlib.redirect_stdout(io.StringIO()):  # it greets
-            self._distance: Any = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+        self._distance: Any = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
 
     @torch.no_grad()
     def score(self, video: Video, reference: Video) -> float:
@@ -50,6 +54,26 @@ class StLpips(EachVideo):
             part = slice(start, start + _BATCH)
             total += float(self._distance(_tensor(found[part]), _tensor(exact[part])).sum())
         return total / len(found)
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Put empty modules in the place of those that are imported and not used."""
+    added = []
+    for name, part in (
+        ("torchvision", "models"),
+        ("IPython", "embed"),
+        ("torchsummary", "summary"),
+    ):
+        if name not in sys.modules:
+            module = sys.modules[name] = ModuleType(name)
+            setattr(module, part, None)
+            added.append(name)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
 
 
 def _tensor(frames: Frames) -> torch.Tensor:
