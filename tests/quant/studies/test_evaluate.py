@@ -238,6 +238,8 @@ def test_figures_put_the_papers_claims_beside_what_is_seen(
     assert "needs a folder of `python -m quant ablate`" in page
     result = run("figures", "--out", files["folder"] / "none")
     assert "at least one of --analysis" in result.output
+    result = run("figures", "--analysis", evaluation, "--out", files["folder"] / "none")
+    assert "where a finished 'analyze' is wanted" in result.output
 
 
 def measure(name: str, needs: Any, **values: list[float]) -> Measure:
