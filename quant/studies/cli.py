@@ -6,6 +6,8 @@ import typer
 
 from quant.studies.commands.ablate import ablate_command
 from quant.studies.commands.analyze import analyze_command
+from quant.studies.commands.compare_methods import compare_methods_command
+from quant.studies.commands.inject_outliers import inject_outliers_command
 from quant.studies.commands.record import record_command
 
 
@@ -14,3 +16,5 @@ def register(app: typer.Typer) -> None:
     app.command("record")(record_command)
     app.command("analyze")(analyze_command)
     app.command("ablate")(ablate_command)
+    app.command("compare-methods")(compare_methods_command)
+    app.command("inject-outliers")(inject_outliers_command)
