@@ -256,8 +256,6 @@ def test_a_scheduler_without_a_shift_is_named(tiny_model, tiny_plan):
     )
     message = r"flow shift 3 cannot be set: .* DDIMScheduler, has"
     with pytest.raises(CalibrationError, match=message):
-        CalibrationError, match=r"flow shift 3 cannot be set: .* DDIMScheduler, has"
-    ):
         run_calibration(pipe, plan)
 
 
