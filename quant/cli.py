@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from torch import Tensor
 
+from quant.calibration import sampler_options as options
 from quant.calibration.calibrate import CalibrationPlan, run_calibration
 from quant.calibration.checkpoint import Checkpoint
+from quant.calibration.convergence import check_convergence, parse_share
 from quant.calibration.preview_map import (
     DEFAULT_NAME,
     MIN_VIDEOS,
@@ -20,18 +24,31 @@ from quant.calibration.preview_map import (
 )
 from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
-from quant.calibration.sampler import resolve_sampler
-from quant.calibration.sampling import load_pipeline, make_latents
-from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
-from quant.calibration.summary import describe_scales
-from quant.console import INTERRUPTED, errors_as_sentences, parse_size
+from quant.calibration.sampler_options import sampler_of
+from quant.calibration.sampling import (
+    check_prompt_lengths,
+    load_pipeline,
+    load_tokenizer,
+    make_latents,
+)
+from quant.calibration.scales import (
+    Scales,
+    check_replaceable,
+    check_scales,
+    load_scales,
+    save_scales,
+)
+from quant.calibration.summary import convergence_of, describe_scales
+from quant.console import INTERRUPTED, errors_as_sentences
 from quant.device import usable_device
 from quant.errors import PreviewMapError, QuantError, ScalesError
 from quant.numerics.code_table import codes_markdown
 from quant.packed.convert import convert
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
+from quant.recipe.selection import select_linears
 from quant.studies import cli as studies
 from quant.transformer.import_original import import_original
+from quant.transformer.meta_model import shared_meta_model
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.transformer.weight_scales import scales_of_weights
 from quant.weights.fingerprint import (
@@ -61,17 +78,28 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         typer.Option(help="Text file, one prompt per line, UTF-8; an INT8 recipe needs none."),
     ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps per prompt.")] = None,
-    size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first prompt.")] = None,
+    config: options.Config = None,
+    steps: options.Steps = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    guidance_scale: options.GuidanceScale = None,
+    text_tokens: options.TextTokens = None,
+    negative_prompt: options.NegativePrompt = None,
+    flow_shift: options.FlowShift = None,
+    seed: options.Seed = None,
+    until: Annotated[
+        str | None,
+        typer.Option(help="End once this share of the scales has settled, like 99%."),
+    ] = None,
+    max_prompts: Annotated[
+        int | None, typer.Option(help="Use only so many of the prompts, the first ones.")
+    ] = None,
     device: Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
 
-    Size, frames, steps and text tokens default to what the model was trained for. After Ctrl-C or a
+    Size, frames, steps and text tokens default to what the model was trained for, or, with CONFIG,
+    to what its service uses. After Ctrl-C or a
     fault the same command goes on with the first prompt that was not finished. A preview map is
     written as well, unless there is one beside OUT.
 
@@ -80,30 +108,37 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     """
     checkpoint = Checkpoint.beside(out)
     with errors_as_sentences():
-        if not out.absolute().parent.is_dir():
-            raise ScalesError(f"folder {out.parent} for {out.name} does not exist: create it first")
+        _check_out(out, ScalesError)
         check_model_kind(model)
         loaded = QuantRecipe.load(recipe)
+        fingerprint = model_fingerprint(model)
+        check_replaceable(out, fingerprint, loaded)
         if prompts is None:
             save_scales(scales_of_weights(model, loaded, usable_device(device)), out)
             typer.echo(f"wrote {out}: the scales of the weights, no prompts were needed")
             return
-        fingerprint = model_fingerprint(model)
-        config = read_transformer_config(model)
-        overrides = {
-            "size": parse_size(size),
-            "num_frames": frames,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance_scale,
-            "text_tokens": text_tokens,
-            "seed": seed,
-        }
+        sampler = sampler_of(
+            model,
+            config,
+            size=size,
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            text_tokens=text_tokens,
+            negative_prompt=negative_prompt,
+            flow_shift=flow_shift,
+            seed=seed,
+        )
         plan = CalibrationPlan(
             model_fingerprint=fingerprint,
             recipe=loaded,
             prompts=PromptSet.read(prompts),
-            sampler=resolve_sampler(config, overrides),
+            sampler=sampler,
+            until=parse_share(until),
         )
+        if max_prompts is not None:
+            plan = replace(plan, prompts=plan.prompts.first(max_prompts))
+        _check_before_loading(model, plan)
         check_pipeline_weights(model)
         pipe = load_pipeline(model, device)
         latents: deque[Tensor] = deque(maxlen=_MAP_VIDEOS)
@@ -112,6 +147,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         checkpoint.delete()
         _fit_beside(out, model, pipe, latents)
     typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")
+    if plan.until is not None:
+        _print_convergence(scales, plan.until)
 
 
 @app.command("preview-map")
@@ -127,10 +164,13 @@ def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
     videos: Annotated[
         int, typer.Option(min=MIN_VIDEOS, help="How many of the prompts to make videos of.")
     ] = _MAP_VIDEOS,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps per video.")] = None,
-    size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
+    config: options.Config = None,
+    steps: options.Steps = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    text_tokens: options.TextTokens = None,
+    negative_prompt: options.NegativePrompt = None,
+    flow_shift: options.FlowShift = None,
     device: Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to run.")] = "cpu",
 ) -> None:
     """Fit the map by which a worker shows previews: from latents of MODEL's VAE to pictures.
@@ -140,20 +180,21 @@ def preview_map_command(  # noqa: PLR0913, PLR0917 (as above)
     """
     out = out or model / DEFAULT_NAME
     with errors_as_sentences():
-        if not out.absolute().parent.is_dir():
-            raise PreviewMapError(
-                f"folder {out.parent} for {out.name} does not exist: create it first"
-            )
+        _check_out(out, PreviewMapError)
         check_model_kind(model)
         fingerprint = vae_fingerprint(model)
-        overrides = {
-            "size": parse_size(size),
-            "num_frames": frames,
-            "num_inference_steps": steps,
-            "text_tokens": text_tokens,
-        }
-        sampler = resolve_sampler(read_transformer_config(model), overrides)
+        sampler = sampler_of(
+            model,
+            config,
+            size=size,
+            num_frames=frames,
+            num_inference_steps=steps,
+            text_tokens=text_tokens,
+            negative_prompt=negative_prompt,
+            flow_shift=flow_shift,
+        )
         prompt_set = PromptSet.read(prompts or model / "calibration-prompts.txt")
+        check_prompt_lengths(load_tokenizer(model), prompt_set.prompts[:videos], sampler)
         check_pipeline_weights(model)
         pipe = load_pipeline(model, device)
         latents = make_latents(pipe, prompt_set, sampler, videos, _print_steps)
@@ -249,6 +290,37 @@ def _calibrate(
         raise typer.Exit(INTERRUPTED) from None
     finally:
         progress.close()
+
+
+def _check_out(out: Path, kind: type[QuantError]) -> None:
+    """Refuse a place where no file can be written, before hours are spent on its content."""
+    if not out.absolute().parent.is_dir():
+        raise kind(f"folder {out.parent} for {out.name} does not exist: create it first")
+    if out.is_dir():
+        raise kind(f"{out} is a folder: name a file in it, such as {out / 'NAME'}")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise kind(f"folder {out.parent} for {out.name} cannot be written: choose another place")
+
+
+def _check_before_loading(model: Path, plan: CalibrationPlan) -> None:
+    """Refuse what can be known without weights: recipe, prompts' lengths, `until`."""
+    select_linears(shared_meta_model(read_transformer_config(model)), plan.recipe)
+    if plan.until is not None:
+        check_convergence(plan.recipe)
+    check_prompt_lengths(load_tokenizer(model), plan.prompts.prompts, plan.sampler)
+
+
+def _print_convergence(scales: Scales, until: float) -> None:
+    convergence = convergence_of(scales)
+    assert convergence is not None, "check_convergence refuses `until` otherwise"
+    typer.echo(convergence.table())
+    if not convergence.is_reached(until):
+        settled = convergence.settled[-1]
+        typer.echo(
+            f"only {settled:.1%} of the scales have settled, not the {until:.1%} asked for: give "
+            "more prompts, or accept these scales",
+            err=True,
+        )
 
 
 def _fit_beside(out: Path, model: Path, pipe: Any, latents: deque[Tensor]) -> None:

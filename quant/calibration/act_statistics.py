@@ -7,20 +7,24 @@ accumulates on the device that the model runs on. The activations themselves are
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quant.numerics.metrics import sum_dtype
-from quant.numerics.scaling import NUM_BINADES, binade_histogram
+from quant.numerics.scaling import EXPONENTS, amax_and_exponents, fold_exponents
 
-_STATE = ("amax", "binades", "_square_sum", "_count")
+_STATE = ("amax", "_exponents", "_square_sum", "_count")
+
+_MEASURED = 512
+"""How many measured tensors are remembered; the text is measured again if it falls out."""
 
 Record = Callable[[Tensor], None]
 
@@ -73,6 +77,9 @@ class RotaryPairs:
 class ActivationStatistics:
     """Statistics of M tensors over G timestep groups and P prompts.
 
+    A tensor that several modules are given (a block's queries, keys and values have one input, and
+    all blocks the same text) is measured once and counted for each.
+
     Attributes:
         amax: [M, G, P] float32.
         mean_square: [M, G, P] float32, over all elements of all steps of the group.
@@ -87,14 +94,21 @@ class ActivationStatistics:
         self._group = 0
         shape = (len(tensors), groups, prompts)
         self.amax = torch.zeros(shape, device=device)
-        self.binades = torch.zeros(*shape[:2], NUM_BINADES, device=device)
+        self._exponents = torch.zeros(*shape[:2], EXPONENTS, dtype=torch.int64, device=device)
         self._square_sum = torch.zeros(shape, dtype=sum_dtype(device), device=device)
         self._count = torch.zeros(shape, dtype=torch.float64)
+        self._measured: dict[int, _Measured] = {}
+        self._select()
 
     @property
     def mean_square(self) -> Tensor:
         """Return [M, G, P] float32; 0 where nothing was recorded."""
         return (self._square_sum.cpu() / self._count.clamp(min=1)).float()
+
+    @property
+    def binades(self) -> Tensor:
+        """Return [M, G, NUM_BINADES] float32, over all prompts."""
+        return fold_exponents(self._exponents)
 
     @property
     def seen(self) -> Tensor:
@@ -113,10 +127,16 @@ class ActivationStatistics:
     def begin(self, prompt: int) -> None:
         """Record what follows under prompt number `prompt`."""
         self._prompt = prompt
+        self._select()
 
     def enter(self, group: int) -> None:
         """Record what follows under timestep group `group`."""
         self._group = group
+        self._select()
+
+    def not_finite(self) -> Tensor:
+        """Return [M] bool, on the host: what saw NaN or infinity in this prompt and group."""
+        return ~self.amax[:, self._group, self._prompt].isfinite().cpu()
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -128,12 +148,54 @@ class ActivationStatistics:
         try:
             yield
         finally:
+            self._measured.clear()
             for handle in handles:
                 handle.remove()
 
+    def _select(self) -> None:
+        """Take views of what is recorded next: to index tensors each time takes longer."""
+        group, prompt = self._group, self._prompt
+        self._cells = tuple(
+            zip(
+                self.amax[:, group, prompt].unbind(),
+                self._square_sum[:, group, prompt].unbind(),
+                self._exponents[:, group].unbind(),
+                strict=True,
+            )
+        )
+        self._counts = self._count[:, group, prompt].numpy()
+
     def _record(self, index: int, x: Tensor) -> None:
-        cell = index, self._group, self._prompt
-        self.amax[cell] = torch.maximum(self.amax[cell], x.abs().amax().float())
-        self._square_sum[cell] += x.float().square().sum(dtype=self._square_sum.dtype)
-        self._count[cell] += x.numel()
-        self.binades[index, self._group] += binade_histogram(x.reshape(1, -1))[0]
+        measured = self._measured.get(id(x))
+        if measured is None or measured.of() is not x or measured.version != x._version:
+            if len(self._measured) == _MEASURED:
+                self._measured.clear()
+            measured = self._measured[id(x)] = _measure(x, self._square_sum.dtype)
+        amax, square_sum, exponents = self._cells[index]
+        torch.maximum(amax, measured.amax, out=amax)
+        square_sum.add_(measured.square_sum)
+        exponents.add_(measured.exponents)
+        self._counts[index] += x.numel()
+
+
+class _Measured(NamedTuple):
+    """What was measured of one tensor, without keeping the tensor in memory.
+
+    Attributes:
+        of: the tensor, as long as it exists.
+        version: torch's count of the changes in place of that tensor.
+        amax, square_sum: scalars; `exponents` [EXPONENTS] int64.
+    """
+
+    of: weakref.ref[Tensor]
+    version: int
+    amax: Tensor
+    square_sum: Tensor
+    exponents: Tensor
+
+
+def _measure(x: Tensor, sum_to: torch.dtype) -> _Measured:
+    flat = x.reshape(-1)
+    amax, exponents = amax_and_exponents(flat)
+    square_sum = flat.float().square().sum(dtype=sum_to)
+    return _Measured(weakref.ref(x), x._version, amax, square_sum, exponents)

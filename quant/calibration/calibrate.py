@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,9 +23,10 @@ from quant.calibration.act_statistics import (
     RotaryPairs,
 )
 from quant.calibration.checkpoint import Checkpoint
+from quant.calibration.convergence import WINDOW, Convergence, check_convergence
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.sampling import OnStep, check_prompt_lengths, run_prompt
+from quant.calibration.sampling import OnStep, check_pipeline, run_prompt
 from quant.calibration.scales import Scales
 from quant.errors import CalibrationError
 from quant.numerics.granularity import PerChannel, PerToken
@@ -42,12 +43,15 @@ class CalibrationPlan:
 
     Attributes:
         model_fingerprint: of the folder the pipeline is loaded from (`quant.weights.fingerprint`).
+        until: end before the last prompt, once this share of scales is settled
+            (`quant.calibration.convergence`); None runs all prompts.
     """
 
     model_fingerprint: str
     recipe: QuantRecipe
     prompts: PromptSet
     sampler: SamplerSettings
+    until: float | None = None
 
     def identity(self, device: torch.device) -> dict[str, str]:
         """Return what the statistics of a run on `device` depend on, by its name for people."""
@@ -55,7 +59,7 @@ class CalibrationPlan:
             "model": self.model_fingerprint,
             "recipe": self.recipe.fingerprint,
             "set of prompts": self.prompts.sha256,
-            "setting of the sampler": json.dumps(asdict(self.sampler)),
+            "setting of the sampler": json.dumps(self.sampler.to_dict()),
             "device": device.type,
             "version of torch": torch.__version__,
             "version of this tool": tool_version(),
@@ -79,18 +83,20 @@ def run_calibration(
         on_latents: called with the normalized latents [1, C, F, H, W] of each video.
 
     Raises:
-        CalibrationError: a prompt is too long, an observed tensor is not finite, or the checkpoint
-            is of another calibration.
+        CalibrationError: as `check_pipeline`; or an observed tensor is not finite, the checkpoint
+            is of another calibration, or the plan's `until` does not go with its recipe.
         ConversionError: the recipe does not fit the transformer.
     """
-    check_prompt_lengths(pipe, plan.prompts.prompts, plan.sampler)
+    check_pipeline(pipe, plan.prompts.prompts, plan.sampler)
     pipe.set_progress_bar_config(disable=True)
 
     steps = plan.sampler.num_inference_steps
     total = steps * len(plan.prompts.prompts)
+    names = observed_names(pipe.transformer, plan.recipe)
 
     def run(index: int, statistics: ActivationStatistics) -> None:
         def after_step(step: int) -> None:
+            _check_finite(statistics, names, plan.prompts.prompts[index], step)
             if step + 1 < steps:
                 statistics.enter(plan.sampler.group_of_step(step + 1))
             on_step(index * steps + step + 1, total)
@@ -124,6 +130,8 @@ def calibrate_transformer(
             calibration.
         ConversionError: the recipe does not fit the transformer.
     """
+    if plan.until is not None:
+        check_convergence(plan.recipe)
     linears = select_linears(transformer, plan.recipe)
     tensors = _observed_tensors(transformer, linears, plan.recipe)
     statistics = ActivationStatistics(
@@ -136,13 +144,32 @@ def calibrate_transformer(
     done = checkpoint.restore(statistics, identity) if checkpoint is not None else 0
     on_begin(done)
     with statistics.observing(), torch.no_grad():
-        for index, prompt in enumerate(plan.prompts.prompts[done:], start=done):
-            statistics.begin(index)
-            run(index, statistics)
-            _check_finite(statistics, index, list(tensors), prompt)
+        while not _is_enough(plan, statistics, done):
+            statistics.begin(done)
+            run(done, statistics)
+            _check_finite(statistics, list(tensors), plan.prompts.prompts[done])
+            done += 1
             if checkpoint is not None:
-                checkpoint.save(statistics, index + 1, identity)
-    return _scales(plan, linears, statistics)
+                checkpoint.save(statistics, done, identity)
+    return _scales(replace(plan, prompts=plan.prompts.first(done)), linears, statistics)
+
+
+def _is_enough(plan: CalibrationPlan, statistics: ActivationStatistics, done: int) -> bool:
+    """Return whether no further prompt is to be run after the first `done`."""
+    if done == len(plan.prompts.prompts):
+        return True
+    if plan.until is None or done <= WINDOW:
+        return False
+    return Convergence.of(plan.recipe, statistics.amax[:, :, :done].cpu()).is_reached(plan.until)
+
+
+def observed_names(transformer: Any, recipe: QuantRecipe) -> list[str]:
+    """Return the names of what a calibration observes, in the order of its statistics.
+
+    Raises:
+        ConversionError: the recipe does not fit the transformer.
+    """
+    return [*select_linears(transformer, recipe), *recipe.attention_inputs]
 
 
 def tool_version() -> str:
@@ -175,7 +202,9 @@ def _scales(
 ) -> Scales:
     """Choose the scales; the rows of the statistics are in the order of `_observed_tensors`."""
     recipe, count = plan.recipe, len(linears)
-    amax, binades = statistics.amax.cpu(), statistics.binades.cpu()
+    prompts = len(plan.prompts.prompts)
+    amax, binades = statistics.amax[:, :, :prompts].cpu(), statistics.binades.cpu()
+    mean_square = statistics.mean_square[:, :, :prompts]
     chosen = choose_scale(recipe.act_policy, amax.amax((1, 2)), binades.sum(1))
     # Clones, because safetensors rejects tensors that share one storage.
     act_scale = dict(zip(linears, (scale.clone() for scale in chosen[:count]), strict=True))
@@ -195,24 +224,26 @@ def _scales(
         act_scale={} if isinstance(recipe.act_granularity, PerToken) else act_scale,
         weight_amax=torch.stack([_amax(linear) for linear in linears.values()]).cpu(),
         act_amax=amax[:count].clone(),
-        act_mean_square=statistics.mean_square[:count].clone(),
+        act_mean_square=mean_square[:count].clone(),
         act_binades=binades[:count].clone(),
         attention_scale=dict(attention),
         attention_amax=amax[count:].clone(),
-        attention_mean_square=statistics.mean_square[count:].clone(),
+        attention_mean_square=mean_square[count:].clone(),
         attention_binades=binades[count:].clone(),
     )
 
 
 def _check_finite(
-    statistics: ActivationStatistics, prompt_index: int, names: list[str], prompt: str
+    statistics: ActivationStatistics, names: list[str], prompt: str, step: int | None = None
 ) -> None:
-    finite = statistics.amax[:, :, prompt_index].isfinite().all(dim=1)
-    if not finite.all():
-        name = names[int((~finite).nonzero()[0])]
+    """Refuse NaN and infinity in the present timestep group; names are in the order of a pass."""
+    wrong = statistics.not_finite()
+    if wrong.any():
+        where = "" if step is None else f" in step {step + 1}"
         raise CalibrationError(
-            f"{name} saw NaN or infinity on prompt {prompt!r}: no scale describes that; check the "
-            "model's weights"
+            f"{names[int(wrong.nonzero()[0])]} saw NaN or infinity{where} of prompt {prompt!r}, "
+            "the first of all that are observed: no scale describes that; the weights are finite, "
+            "so what the blocks before it compute overflows"
         )
 
 

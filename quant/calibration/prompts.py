@@ -70,6 +70,20 @@ class PromptSet:
         prompts = tuple(line.strip() for line in lines if line.strip())
         return cls(prompts, path.name if path.is_absolute() else path.as_posix())
 
+    def first(self, count: int) -> PromptSet:
+        """Return the set of the first `count` prompts, or this set if it has no more.
+
+        Raises:
+            CalibrationError: `count` is too small.
+        """
+        if count >= len(self.prompts):
+            return self
+        if count < MIN_PROMPTS:
+            raise CalibrationError(
+                f"{count} prompts are too few, calibration needs at least {MIN_PROMPTS}"
+            )
+        return PromptSet(self.prompts[:count], self.file)
+
     @property
     def sha256(self) -> str:
         """Return the SHA-256 over the prompts joined by newlines, in hexadecimal."""

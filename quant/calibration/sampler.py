@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from quant.errors import CalibrationError
+
+_MAX_SEED = 2**63 - 1
+"""The largest seed that the service takes, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +19,11 @@ class SamplerSettings:
 
     Attributes:
         size: (width, height) of the video in pixels.
+        guidance_scale: at least 1, which turns guidance off.
         text_tokens: length prompts are padded to.
         seed: seed of the first prompt's noise; the i-th prompt gets seed + i.
         timestep_groups: number of groups of neighbouring steps with separate statistics.
+        flow_shift: of the schedule of noise levels; None for the model's own.
     """
 
     size: tuple[int, int]
@@ -27,6 +34,7 @@ class SamplerSettings:
     negative_prompt: str = ""
     seed: int = 0
     timestep_groups: int = 4
+    flow_shift: float | None = None
 
     def __post_init__(self) -> None:
         """Check the bounds that all Wan models share.
@@ -43,6 +51,41 @@ class SamplerSettings:
                 f"steps {self.num_inference_steps} must be at least "
                 f"{max(1, self.timestep_groups)}, one for each timestep group"
             )
+        # The pipeline would treat lower values as 1, and make NaN of NaN.
+        if not 1 <= self.guidance_scale < math.inf:
+            raise CalibrationError(
+                f"guidance scale {self.guidance_scale:g} must be a number from 1 up; 1 turns "
+                "guidance off"
+            )
+        if self.text_tokens < 1:
+            raise CalibrationError(f"text tokens {self.text_tokens} must be at least 1")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise CalibrationError(f"seed {self.seed} must be from 0 to {_MAX_SEED}")
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
+            raise CalibrationError(
+                f"flow shift {self.flow_shift:g} must be a number above 0; 1 shifts nothing"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build settings from what `to_dict` returned, possibly by way of JSON.
+
+        Raises:
+            CalibrationError: a value is out of bounds.
+            KeyError, TypeError: a setting is missing, or there is an unknown one.
+        """
+        return cls(**{**values, "size": tuple(values["size"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary for JSON.
+
+        A flow shift is left out where it is the model's own: files older than that setting have
+        the same content.
+        """
+        values = asdict(self)
+        if self.flow_shift is None:
+            del values["flow_shift"]
+        return values
 
     @property
     def size_text(self) -> str:
@@ -58,6 +101,8 @@ class SamplerSettings:
             *("--guidance-scale", f"{self.guidance_scale:g}"),
             *("--text-tokens", str(self.text_tokens)),
             *("--seed", str(self.seed)),
+            *(("--negative-prompt", self.negative_prompt) if self.negative_prompt else ()),
+            *(("--flow-shift", f"{self.flow_shift:g}") if self.flow_shift is not None else ()),
         ]
 
     def group_of_step(self, step: int) -> int:

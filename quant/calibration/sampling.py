@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
@@ -16,6 +17,9 @@ from quant.errors import CalibrationError
 from quant.weights.model_folder import check_model_kind
 
 OnStep = Callable[[int, int], None]
+
+_SHIFTS = ("flow_shift", "shift")
+"""The names that diffusers' schedulers have for the shift of their noise levels."""
 
 
 def load_pipeline(model_folder: Path, device: str) -> Any:
@@ -56,14 +60,14 @@ def make_latents(
         For each prompt [1, C, F, H, W], normalized, on the host.
 
     Raises:
-        CalibrationError: a prompt is too long, or there are fewer than `count`.
+        CalibrationError: as `check_pipeline`, or there are fewer prompts than `count`.
     """
     if count > len(prompts.prompts):
         raise CalibrationError(
             f"{prompts.file} holds {len(prompts.prompts)} prompts, fewer than the {count} videos "
             "asked for: add prompts, or ask for fewer videos"
         )
-    check_prompt_lengths(pipe, prompts.prompts[:count], sampler)
+    check_pipeline(pipe, prompts.prompts[:count], sampler)
     pipe.set_progress_bar_config(disable=True)
     steps, found = sampler.num_inference_steps, list[Tensor]()
     for index in range(count):
@@ -96,23 +100,97 @@ def run_prompt(
         return tensors
 
     width, height = sampler.size
-    latents: Tensor = pipe(
-        prompt=prompts.prompts[index],
-        negative_prompt=sampler.negative_prompt,
-        width=width,
-        height=height,
-        num_frames=sampler.num_frames,
-        num_inference_steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale,
-        max_sequence_length=sampler.text_tokens,
-        generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
-        output_type="latent",
-        callback_on_step_end=on_step_end,
-    ).frames
+    with _shifted(pipe, sampler.flow_shift):
+        latents: Tensor = pipe(
+            prompt=prompts.prompts[index],
+            negative_prompt=sampler.negative_prompt,
+            width=width,
+            height=height,
+            num_frames=sampler.num_frames,
+            num_inference_steps=sampler.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+            max_sequence_length=sampler.text_tokens,
+            generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+        ).frames
     return latents
 
 
-def check_prompt_lengths(pipe: Any, prompts: Sequence[str], sampler: SamplerSettings) -> None:
+@contextmanager
+def _shifted(pipe: Any, shift: float | None) -> Iterator[None]:
+    """Give a pipeline a scheduler of another flow shift within the context; None changes nothing.
+
+    Raises:
+        CalibrationError: its scheduler has no shift.
+    """
+    own = pipe.scheduler
+    if shift is not None:
+        name = next((each for each in _SHIFTS if each in own.config), None)
+        if name is None:
+            raise CalibrationError(
+                f"flow shift {shift:g} cannot be set: the model's scheduler, a "
+                f"{type(own).__name__}, has none; leave it out"
+            )
+        pipe.scheduler = type(own).from_config(own.config, **{name: shift})
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def check_pipeline(pipe: Any, prompts: Sequence[str], sampler: SamplerSettings) -> None:
+    """Refuse what would end, or spoil, the run of a loaded pipeline, before it starts.
+
+    Raises:
+        CalibrationError: a prompt is too long, the scheduler has no shift to set, or a weight is
+            not finite.
+    """
+    check_prompt_lengths(pipe.tokenizer, prompts, sampler)
+    with _shifted(pipe, sampler.flow_shift):
+        pass
+    for part in ("text_encoder", "transformer"):
+        check_finite_weights(getattr(pipe, part), part)
+
+
+def check_finite_weights(module: nn.Module, part: str) -> None:
+    """Refuse weights with NaN or infinity: everything after them would be NaN, too.
+
+    Raises:
+        CalibrationError: names the first such tensor.
+    """
+    names, largest = [], []
+    for name, weight in module.named_parameters():
+        names.append(name)
+        low, high = weight.detach().aminmax()
+        largest.append((high.float() - low.float()).cpu())
+    for name, each in zip(names, torch.stack(largest).isfinite().tolist(), strict=True):
+        if not each:
+            raise CalibrationError(
+                f"{name} of the {part.replace('_', ' ')} holds NaN or infinity: the model's files "
+                "are damaged; copy them again"
+            )
+
+
+def load_tokenizer(model_folder: Path) -> Any:
+    """Load only the tokenizer of a pipeline, to check prompts before the weights are read.
+
+    Raises:
+        CalibrationError: it does not load.
+    """
+    # Takes seconds to import, so it is imported only when prompts are really checked.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        return AutoTokenizer.from_pretrained(model_folder / "tokenizer")
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"{model_folder / 'tokenizer'} does not load as a tokenizer: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def check_prompt_lengths(tokenizer: Any, prompts: Sequence[str], sampler: SamplerSettings) -> None:
     """Reject prompts that the pipeline would truncate silently.
 
     Raises:
@@ -120,7 +198,7 @@ def check_prompt_lengths(pipe: Any, prompts: Sequence[str], sampler: SamplerSett
     """
     limit = sampler.text_tokens
     for prompt in (sampler.negative_prompt, *prompts):
-        tokens = len(pipe.tokenizer(prompt)["input_ids"])
+        tokens = len(tokenizer(prompt)["input_ids"])
         if tokens > limit:
             raise CalibrationError(
                 f"prompt {prompt!r} has {tokens} tokens, the limit is {limit}: shorten it or raise "

@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from quant.calibration.sampler import SamplerSettings
 from quant.device import available_accelerator
-from quant.errors import RecipeError, ScalesError, ScalesMismatch
-from quant.recipe.recipe import QuantRecipe
+from quant.errors import CalibrationError, RecipeError, ScalesError, ScalesMismatch
+from quant.recipe.recipe import QuantRecipe, shipped_recipes
 from quant.weights.writer import to_bytes, write_whole
 
 FORMAT_VERSION = "1"
@@ -101,7 +101,7 @@ def save_scales(scales: Scales, path: Path) -> None:
         "recipe": scales.recipe.to_json(),
         "prompts_sha256": scales.prompts_sha256,
         "prompts_file": scales.prompts_file,
-        "sampler": json.dumps(scales.sampler and asdict(scales.sampler)),
+        "sampler": json.dumps(scales.sampler and scales.sampler.to_dict()),
         "tool_version": scales.tool_version,
         "linears": json.dumps(scales.linears),
     }
@@ -137,17 +137,28 @@ def load_scales(
             metadata = file.metadata() or {}
             if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
                 prompts = metadata.get("prompts_file")
-                command = calibrate_command(path, model_folder, prompts=prompts, recipe=recipe)
+                command = calibrate_command(
+                    free_path(path), model_folder, prompts=prompts, recipe=recipe
+                )
                 raise ScalesMismatch(
                     f"{path} has scales format {metadata['format_version']}, this tool reads "
                     f"{FORMAT_VERSION}; make fitting ones with: {command}"
                 )
         # Not through the open file, which takes three times as long for hundreds of scalars.
         scales = _parse(metadata, load(path.read_bytes()))
-    except (SafetensorError, KeyError, ValueError, TypeError, RecipeError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        TypeError,
+        RecipeError,
+        CalibrationError,
+    ) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
     if recipe is not None and recipe.attention_inputs and not scales.attention_scale:
-        command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
+        command = calibrate_command(
+            free_path(path), model_folder, prompts=scales.prompts_file, recipe=recipe
+        )
         raise ScalesMismatch(
             f"{path} has no scales for the FP8 attention of recipe {recipe.name!r}; "
             f"make them with: {' '.join([command, *_arguments(scales)])}"
@@ -187,10 +198,50 @@ def check_scales(
         arguments, remedy = _arguments(scales), "ask for their recipe, or make"
     else:
         return
-    command = calibrate_command(path, model_folder, prompts=scales.prompts_file, recipe=recipe)
+    command = calibrate_command(
+        None if path is None else free_path(path),
+        model_folder,
+        prompts=scales.prompts_file,
+        recipe=recipe,
+    )
     raise ScalesMismatch(
         f"{problem}; {remedy} fitting ones with: {' '.join([command, *arguments])}"
     )
+
+
+def check_replaceable(path: Path, model_fingerprint: str, recipe: QuantRecipe) -> None:
+    """Refuse to overwrite anything but scales of the same model and recipe.
+
+    Raises:
+        ScalesError: the file holds something else.
+    """
+    if not path.exists():
+        return
+    remedy = "choose another --out, or delete the file first"
+    try:
+        found = load_scales(path)
+    except ScalesError as error:
+        raise ScalesError(
+            f"{path} is there already and holds no scales that this tool reads: {remedy}"
+        ) from error
+    if found.model_fingerprint != model_fingerprint:
+        raise ScalesError(
+            f"{path} holds the scales of another model, {found.model_fingerprint}: {remedy}"
+        )
+    if found.recipe.fingerprint != recipe.fingerprint:
+        raise ScalesError(
+            f"{path} holds the scales of another recipe, {found.recipe.name!r} "
+            f"({found.recipe.fingerprint}): {remedy}"
+        )
+
+
+def free_path(path: Path) -> Path:
+    """Return `path`, or with a number in its name where that exists, which is to be kept."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def calibrate_command(
@@ -206,13 +257,23 @@ def calibrate_command(
     """
     arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
     if recipe is None or recipe.needs_prompts:
-        arguments += ["--prompts", prompts or "PROMPTS_FILE"]
+        arguments += ["--prompts", _prompts_argument(prompts, model_folder)]
     arguments += ["--out", str(path or "SCALES_FILE")]
     if recipe:
-        arguments += ["--recipe", recipe.source or recipe.name]
+        known = recipe.name if recipe.name in shipped_recipes() else "RECIPE_FILE"
+        arguments += ["--recipe", recipe.source or known]
     if (device := available_accelerator()) is not None:
         arguments += ["--device", device]
     return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
+
+
+def _prompts_argument(prompts: str | None, model_folder: Path | None) -> str:
+    """Find the file of prompts, of which scales know the name only: from here, or in the model."""
+    if prompts:
+        for folder in filter(None, (Path(), model_folder)):
+            if (folder / prompts).is_file():
+                return str(folder / prompts)
+    return "PROMPTS_FILE"
 
 
 def _arguments(scales: Scales) -> list[str]:
@@ -240,14 +301,12 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     if missing:
         raise ValueError(f"it has no attention_scale for {min(missing)}")
     sampler: dict[str, Any] | None = json.loads(metadata["sampler"])
-    if sampler is not None:
-        sampler["size"] = tuple(sampler["size"])
     return Scales(
         model_fingerprint=metadata["model_fingerprint"],
         recipe=recipe,
         prompts_sha256=metadata["prompts_sha256"],
         prompts_file=metadata["prompts_file"],
-        sampler=None if sampler is None else SamplerSettings(**sampler),
+        sampler=None if sampler is None else SamplerSettings.from_dict(sampler),
         tool_version=metadata["tool_version"],
         linears=tuple(json.loads(metadata["linears"])),
         weight_scale=by_kind["weight_scale"],

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from quant.calibration.convergence import WINDOW, Convergence, check_convergence
 from quant.calibration.scales import FORMAT_VERSION, Scales
+from quant.errors import CalibrationError
 from quant.tables import align, span
 
 
 def describe_scales(scales: Scales, path: Path) -> str:
-    """Return a header with one fact per line, then a table with one row per kind of linear."""
+    """Return a header with one fact per line, then tables: convergence, and kinds of linears."""
     recipe = scales.recipe
     facts = {
         "scales file": f"{path} ({path.stat().st_size:,} bytes, format {FORMAT_VERSION})",
@@ -27,7 +31,19 @@ def describe_scales(scales: Scales, path: Path) -> str:
     }
     width = max(map(len, facts))
     header = "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
-    return f"{header}\n\n{_table(scales)}"
+    convergence = convergence_of(scales)
+    tables = [] if convergence is None else [convergence.table()]
+    return "\n\n".join([header, *tables, _table(scales)])
+
+
+def convergence_of(scales: Scales) -> Convergence | None:
+    """Return how the scales changed from prompt to prompt; None if the file cannot tell."""
+    try:
+        check_convergence(scales.recipe)
+    except CalibrationError:
+        return None
+    amax = torch.cat([scales.act_amax, scales.attention_amax])
+    return Convergence.of(scales.recipe, amax) if scales.num_prompts else None
 
 
 def _origin(scales: Scales) -> dict[str, str]:
@@ -41,7 +57,25 @@ def _origin(scales: Scales) -> dict[str, str]:
         f"{sampler.num_inference_steps} steps in {sampler.timestep_groups} timestep groups, "
         f"guidance {sampler.guidance_scale:g}, {sampler.text_tokens} text tokens, "
         f"seeds from {sampler.seed}",
+        "negative prompt": sampler.negative_prompt or "none",
+        "flow shift": "the model's own"
+        if sampler.flow_shift is None
+        else f"{sampler.flow_shift:g}",
+        "settled": _settled(scales),
     }
+
+
+def _settled(scales: Scales) -> str:
+    """Say which share of the scales the last prompts have not changed."""
+    convergence = convergence_of(scales)
+    if convergence is None:
+        return "not known: these scales do not follow from the largest magnitudes alone"
+    if scales.num_prompts <= WINDOW:
+        return f"not known: that takes more than {WINDOW} prompts"
+    return (
+        f"{convergence.settled[-1]:.1%} of {convergence.history.shape[1]} scales, which the last "
+        f"{WINDOW} of {scales.num_prompts} prompts have not changed"
+    )
 
 
 def _attention(scales: Scales) -> str:

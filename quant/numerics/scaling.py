@@ -32,6 +32,7 @@ MAX_SCALE_EXPONENT = 64
 # Binade histograms count |x| by floor(log2|x|), one bin per exponent.
 FIRST_BINADE = -40
 NUM_BINADES = 64
+EXPONENTS = 256  # values of the exponent field of FP32 and BF16
 _CHUNK = 1 << 24
 
 
@@ -116,20 +117,53 @@ def binade_histogram(x: Tensor) -> Tensor:
     Zeros, FP32 subnormals, infinities and NaNs are not counted. Other values outside the bins are
     counted in the first or last bin.
     """
-    rows, fields = x.shape[0], 256
-    row_start = torch.arange(rows, dtype=torch.int32, device=x.device).unsqueeze(-1) * fields
-    counts = torch.zeros(rows * fields, dtype=torch.float32, device=x.device)
+    rows = x.shape[0]
+    row_start = torch.arange(rows, dtype=torch.int32, device=x.device).unsqueeze(-1) * EXPONENTS
+    counts = torch.zeros(rows * EXPONENTS, dtype=torch.float32, device=x.device)
     for chunk in torch.split(x, max(1, _CHUNK // rows), dim=1):
         exponent_field = chunk.float().contiguous().view(torch.int32) >> 23 & 0xFF
         index = (row_start + exponent_field).reshape(-1)
-        counts += torch.bincount(index, minlength=rows * fields)
-    counts = counts.view(rows, fields)
+        counts += torch.bincount(index, minlength=rows * EXPONENTS)
+    return fold_exponents(counts.view(rows, EXPONENTS))
+
+
+def amax_and_exponents(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest magnitude and the counts of exponents of a flat tensor.
+
+    A tensor of numbers is read as integers: without the sign, they are in the order of magnitudes,
+    infinity is above all numbers and NaN above infinity.
+
+    Args:
+        x: [C] BF16 or another floating type, which is taken as FP32.
+
+    Returns:
+        [] float32, NaN if there is one; and [EXPONENTS] int64, by the field of the exponent.
+    """
+    if x.numel() > _CHUNK:
+        parts = [amax_and_exponents(chunk) for chunk in torch.split(x, _CHUNK)]
+        amax, counts = (torch.stack(each) for each in zip(*parts, strict=True))
+        return amax.max(), counts.sum(0)
+    if x.dtype == torch.bfloat16:
+        magnitudes, mantissa_bits = x.view(torch.int16) & 0x7FFF, 7
+    else:
+        x = x.float()
+        magnitudes, mantissa_bits = x.view(torch.int32) & 0x7FFFFFFF, 23
+    amax = magnitudes.max().view(x.dtype).float()
+    fields = magnitudes.bitwise_right_shift_(mantissa_bits)
+    return amax, torch.bincount(fields, minlength=EXPONENTS)
+
+
+def fold_exponents(counts: Tensor) -> Tensor:
+    """Turn counts by the field of the exponent into binades: [..., EXPONENTS] → [..., NUM_BINADES].
+
+    The result is float32. Values outside the bins are in the first or last one.
+    """
     first = FIRST_BINADE + 127
     last = first + NUM_BINADES - 1
-    binades = counts[:, first : last + 1].clone()
-    binades[:, 0] += counts[:, 1:first].sum(1)
-    binades[:, -1] += counts[:, last + 1 : 255].sum(1)
-    return binades
+    binades = counts[..., first : last + 1].clone()
+    binades[..., 0] += counts[..., 1:first].sum(-1)
+    binades[..., -1] += counts[..., last + 1 : 255].sum(-1)
+    return binades.float()
 
 
 def best_exponent(binades: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 from quant.recipe.recipe import QuantRecipe
@@ -89,7 +89,7 @@ def scales_origin(prompts_file: str, prompts_sha256: str, sampler: Any, version:
     return {
         "prompts_file": prompts_file,
         "prompts_sha256": prompts_sha256,
-        "sampler": None if sampler is None else asdict(sampler),
+        "sampler": None if sampler is None else sampler.to_dict(),
         "tool_version": version,
     }
 

@@ -6,6 +6,10 @@ import typer
 
 from quant.studies.commands.ablate import ablate_command
 from quant.studies.commands.analyze import analyze_command
+from quant.studies.commands.compare_methods import compare_methods_command
+from quant.studies.commands.evaluate import evaluate_command
+from quant.studies.commands.figures import figures_command
+from quant.studies.commands.inject_outliers import inject_outliers_command
 from quant.studies.commands.record import record_command
 
 
@@ -14,3 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("record")(record_command)
     app.command("analyze")(analyze_command)
     app.command("ablate")(ablate_command)
+    app.command("evaluate")(evaluate_command)
+    app.command("figures")(figures_command)
+    app.command("compare-methods")(compare_methods_command)
+    app.command("inject-outliers")(inject_outliers_command)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant.calibration.sampler import SamplerSettings
-from quant.errors import StudyError
+from quant.errors import CalibrationError, StudyError
 from quant.weights.writer import to_bytes, write_whole
 
 FORMAT_VERSION = 1
@@ -186,7 +186,11 @@ def new_points(path: Path, info: PointsInfo) -> PointsFolder:
         return found
     try:
         path.mkdir()
-        data = {"format_version": FORMAT_VERSION, **asdict(info)}
+        data = {
+            "format_version": FORMAT_VERSION,
+            **asdict(info),
+            "sampler": info.sampler.to_dict(),
+        }
         text = json.dumps(data, indent=1, ensure_ascii=False)
         write_whole(path / _INDEX, f"{text}\n".encode())
     except OSError as error:
@@ -206,13 +210,11 @@ def open_points(path: Path, *, complete: bool = True) -> PointsFolder:
     try:
         data: dict[str, Any] = json.loads((path / _INDEX).read_text(encoding="utf-8"))
         version = data.pop("format_version")
-        sampler = dict(data.pop("sampler"))
-        sampler["size"] = tuple(sampler["size"])
         info = PointsInfo(
-            sampler=SamplerSettings(**sampler),
+            sampler=SamplerSettings.from_dict(data.pop("sampler")),
             **_with_tuples(data),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, CalibrationError) as error:
         raise StudyError(
             f"{path} is not a folder of points: make one with `python -m quant record`"
         ) from error

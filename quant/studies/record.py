@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.sampling import OnStep, check_prompt_lengths, run_prompt
+from quant.calibration.sampling import OnStep, check_pipeline, run_prompt
 from quant.errors import StudyError
 from quant.studies.points import PointsFolder
 
@@ -36,10 +36,10 @@ def record_points(
             before the first one, too.
 
     Raises:
-        CalibrationError: a prompt is too long.
+        CalibrationError: as `check_pipeline`.
         StudyError: a tensor is not finite, or cannot be written.
     """
-    check_prompt_lengths(pipe, prompts.prompts, sampler)
+    check_pipeline(pipe, prompts.prompts, sampler)
     pipe.set_progress_bar_config(disable=True)
     steps, total = sampler.num_inference_steps, sampler.num_inference_steps * len(prompts.prompts)
     missing = [index for index in range(len(prompts.prompts)) if not folder.has(index)]

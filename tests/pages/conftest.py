@@ -89,6 +89,15 @@ class Visit:
             self.faults.append(f"asked another host: {request.url}")
 
 
+# Each scheme and each size once, instead of each with each: enough for what a page does, not for
+# how it looks.
+two_looks = pytest.mark.parametrize(
+    ("scheme", "viewport"),
+    [("light", DESKTOP), ("dark", PHONE)],
+    ids=["light-desktop", "dark-phone"],
+)
+
+
 @pytest.fixture(params=["light", "dark"])
 def scheme(request: pytest.FixtureRequest) -> str:
     return str(request.param)

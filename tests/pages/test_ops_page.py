@@ -19,7 +19,7 @@ from jobs.store.submission import Submission
 from jobs.store.workers import WorkerStatus, publish_status, read_orders
 from service.auth.api_keys import KeyStore, Role, proves, split
 from service.middleware.credentials import COOKIE
-from tests.pages.conftest import Visit
+from tests.pages.conftest import Visit, two_looks
 from worker.job.lease import LeaseKeeper
 from worker.process.redis_retry import RedisOutage
 
@@ -61,6 +61,7 @@ def fits(page: Page) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
 
 
+@two_looks
 def test_operators_see_the_fleet_and_its_jobs(
     opened: ExitStack,
     visit: Visit,
@@ -115,6 +116,7 @@ def test_operators_see_the_fleet_and_its_jobs(
     assert store.get(running.job_id).cancel_requested is False
 
 
+@two_looks
 def test_a_worker_is_drained_and_resumed(
     visit: Visit, redis: Redis, live_worker: WorkerOffer
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_worker_is_drained_and_resumed(
     assert read_orders(redis, [name]) == {}
 
 
+@two_looks
 def test_keys_are_made_changed_rotated_and_revoked(visit: Visit, key_store: KeyStore) -> None:
     sign_in(visit, key_store, Role.OPS)
     page = visit.open("/ops")
@@ -190,6 +193,7 @@ def test_keys_are_made_changed_rotated_and_revoked(visit: Visit, key_store: KeyS
     assert fits(page)
 
 
+@two_looks
 def test_the_page_says_that_the_service_is_away_and_recovers(
     visit: Visit, redis: Redis, live_worker: WorkerOffer
 ) -> None:
@@ -207,6 +211,7 @@ def test_the_page_says_that_the_service_is_away_and_recovers(
     forgive_failed_requests(visit)
 
 
+@two_looks
 def test_others_are_told_that_it_is_not_for_them(visit: Visit, key_store: KeyStore) -> None:
     sign_in(visit, key_store, Role.USER)
     page = visit.open("/ops")

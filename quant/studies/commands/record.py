@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
+from quant.calibration import sampler_options as options
 from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
-from quant.calibration.sampler import resolve_sampler
-from quant.calibration.sampling import load_pipeline
-from quant.console import INTERRUPTED, errors_as_sentences, parse_size
+from quant.calibration.sampler_options import sampler_of
+from quant.calibration.sampling import check_prompt_lengths, load_pipeline, load_tokenizer
+from quant.console import INTERRUPTED, errors_as_sentences
 from quant.studies.commands.options import Device, Model
 from quant.studies.points import PointsInfo, new_points
 from quant.studies.record import record_points, spread_steps
 from quant.transformer.pipeline_weights import check_pipeline_weights
-from quant.weights.fingerprint import model_fingerprint, read_transformer_config
+from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 
 
@@ -25,12 +26,15 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
     out: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
     keep: Annotated[int, typer.Option(min=1, help="How many steps of each prompt to keep.")] = 8,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps per prompt.")] = None,
-    size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first prompt.")] = None,
+    config: options.Config = None,
+    steps: options.Steps = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    guidance_scale: options.GuidanceScale = None,
+    text_tokens: options.TextTokens = None,
+    negative_prompt: options.NegativePrompt = None,
+    flow_shift: options.FlowShift = None,
+    seed: options.Seed = None,
     device: Device = "cpu",
 ) -> None:
     """Run MODEL over PROMPTS in BF16 and keep what its transformer is given at some steps in OUT.
@@ -39,16 +43,20 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     """
     with errors_as_sentences():
         check_model_kind(model)
-        overrides = {
-            "size": parse_size(size),
-            "num_frames": frames,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance_scale,
-            "text_tokens": text_tokens,
-            "seed": seed,
-        }
-        sampler = resolve_sampler(read_transformer_config(model), overrides)
+        sampler = sampler_of(
+            model,
+            config,
+            size=size,
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            text_tokens=text_tokens,
+            negative_prompt=negative_prompt,
+            flow_shift=flow_shift,
+            seed=seed,
+        )
         prompt_set = PromptSet.read(prompts)
+        check_prompt_lengths(load_tokenizer(model), prompt_set.prompts, sampler)
         info = PointsInfo(
             model=model_fingerprint(model),
             prompts=prompt_set.prompts,

@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
+from quant.calibration import act_statistics
 from quant.calibration.act_statistics import ActivationStatistics, ModuleInput
-from quant.calibration.calibrate import CalibrationPlan, run_calibration
+from quant.calibration.calibrate import CalibrationPlan, observed_names, run_calibration
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import default_sampler, resolve_sampler
-from quant.calibration.sampling import load_pipeline
+from quant.calibration.sampling import load_pipeline, run_prompt
 from quant.calibration.scales import Scales
 from quant.errors import CalibrationError, ConversionError
 from quant.numerics.granularity import PerChannel, PerToken
@@ -145,12 +147,116 @@ def test_a_prompt_the_pipeline_would_cut_stops_it(tiny_pipe, tiny_plan):
         run_calibration(tiny_pipe, dataclasses.replace(tiny_plan, prompts=long))
 
 
-def test_activations_that_are_not_finite_stop_it(tiny_model, tiny_plan):
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named_before_anything_runs(tiny_model, tiny_plan, wrong):
+    """It lies in a protected block, which no statistics are kept of."""
     pipe = load_pipeline(tiny_model, "cpu")
     with torch.no_grad():
-        pipe.transformer.blocks[1].ffn.net[0].proj.bias[3] = float("nan")
-    with pytest.raises(CalibrationError, match=r"^blocks\.1\.\S+ saw NaN or infinity on prompt"):
-        run_calibration(pipe, tiny_plan)
+        pipe.transformer.blocks[0].ffn.net[0].proj.bias[3] = wrong
+    steps: list[int] = []
+    message = r"^blocks\.0\.ffn\.net\.0\.proj\.bias of the transformer holds NaN or infinity"
+    with pytest.raises(CalibrationError, match=message):
+        run_calibration(pipe, tiny_plan, lambda done, _: steps.append(done))
+    assert steps == []
+
+
+def test_activations_that_are_not_finite_stop_it_in_the_same_step(tiny_pipe, tiny_plan):
+    steps: list[int] = []
+
+    def overflow(_module, _inputs, output):
+        return output / 0 if steps and steps[-1] == 4 + 2 else output
+
+    handle = tiny_pipe.transformer.blocks[1].ffn.net[0].register_forward_hook(overflow)
+    message = r"^blocks\.1\.ffn\.net\.2 saw NaN or infinity in step 3 of prompt 'a red b'"
+    with pytest.raises(CalibrationError, match=message):
+        run_calibration(tiny_pipe, tiny_plan, lambda done, _: steps.append(done))
+    handle.remove()
+    assert steps[-1] == 4 + 2
+
+
+def test_every_linear_has_the_statistics_of_its_own_input(tiny_pipe, tiny_plan):
+    """To the last bit those of measuring each linear apart, as calibration did before it shared."""
+    plan = dataclasses.replace(tiny_plan, prompts=tiny_plan.prompts.first(8))
+    names = observed_names(tiny_pipe.transformer, plan.recipe)
+    shape = (LINEARS, GROUPS, 8)
+    amax, squares, count = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
+    binades = torch.zeros(LINEARS, GROUPS, NUM_BINADES)
+    seen = [0] * LINEARS
+
+    def measure(row: int, x: torch.Tensor) -> None:
+        prompt, call = divmod(seen[row], 2 * plan.sampler.num_inference_steps)
+        seen[row] += 1
+        cell = row, plan.sampler.group_of_step(call // 2), prompt
+        amax[cell] = torch.maximum(amax[cell], x.abs().max())
+        squares[cell] += x.float().square().sum(dtype=torch.float64)
+        count[cell] += x.numel()
+        binades[cell[:2]] += binade_histogram(x.reshape(1, -1))[0]
+
+    handles = [
+        tiny_pipe.transformer.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, row=row: measure(row, inputs[0])
+        )
+        for row, name in enumerate(names)
+    ]
+    scales = run_calibration(tiny_pipe, plan)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(scales.act_amax, amax.float())
+    assert torch.equal(scales.act_mean_square, (squares / count).float())
+    assert torch.equal(scales.act_binades, binades)
+
+
+def test_each_input_is_measured_once(tiny_pipe, tiny_plan, monkeypatch):
+    """Queries, keys and values of a block have one input, and all blocks the same text."""
+    measured: list[torch.Size] = []
+
+    def counted(x: torch.Tensor, sum_to: torch.dtype):
+        measured.append(x.shape)
+        return measure(x, sum_to)
+
+    measure = act_statistics._measure
+    monkeypatch.setattr(act_statistics, "_measure", counted)
+    run_calibration(tiny_pipe, dataclasses.replace(tiny_plan, prompts=tiny_plan.prompts.first(8)))
+    passes = 8 * tiny_plan.sampler.num_inference_steps * 2
+    assert len(measured) == passes * (2 * 6 + 1)  # blocks, their different inputs, and the text
+
+
+def test_a_tensor_that_was_changed_in_place_is_measured_again():
+    linears = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    statistics = ActivationStatistics([ModuleInput(x) for x in linears], 1, 1, torch.device("cpu"))
+    x = torch.ones(2, 4)
+    with statistics.observing(), torch.no_grad():
+        linears[0](x)
+        linears[1](x.mul_(3))
+    assert statistics.amax.flatten().tolist() == [1, 3]
+
+
+def test_the_flow_shift_is_set_for_the_run_only(tiny_pipe, tiny_plan):
+    given: list[float] = []
+    handle = tiny_pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    own = tiny_pipe.scheduler
+    sampler = dataclasses.replace(tiny_plan.sampler, flow_shift=12.0)
+    run_prompt(tiny_pipe, tiny_plan.prompts, sampler, 0, lambda step: None)
+    handle.remove()
+    shifted = UniPCMultistepScheduler.from_config(own.config, flow_shift=12.0)
+    shifted.set_timesteps(4)
+    assert given[::2] == shifted.timesteps.tolist()
+    assert tiny_pipe.scheduler is own
+    own.set_timesteps(4)
+    assert given[::2] != own.timesteps.tolist()
+
+
+def test_a_scheduler_without_a_shift_is_named(tiny_model, tiny_plan):
+    pipe = load_pipeline(tiny_model, "cpu")
+    pipe.scheduler = DDIMScheduler()
+    plan = dataclasses.replace(
+        tiny_plan, sampler=dataclasses.replace(tiny_plan.sampler, flow_shift=3.0)
+    )
+    message = r"flow shift 3 cannot be set: .* DDIMScheduler, has"
+    with pytest.raises(CalibrationError, match=message):
+        run_calibration(pipe, plan)
 
 
 def test_histogram_adds_up_over_prompts():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
+from quant.calibration.scales import (
+    Scales,
+    check_replaceable,
+    check_scales,
+    load_scales,
+    save_scales,
+)
 from quant.errors import CalibrationError, ScalesError, ScalesMismatch
 from quant.numerics.scaling import NUM_BINADES, POLICIES
+from quant.recipe.recipe import QuantRecipe
 
 MAX_BYTES = 1_500_000
 COMMAND = f"{shlex.quote(sys.executable)} -m quant calibrate"
@@ -118,8 +126,8 @@ def test_another_model_is_refused_with_the_command(path, tiny_model, tiny_recipe
             model_folder=tiny_model,
         )
     assert command_in(error) == [
-        *("--model", str(tiny_model), "--prompts", "prompts.txt"),
-        *("--out", str(path), "--recipe", "tiny", *DEVICE),
+        *("--model", str(tiny_model), "--prompts", "PROMPTS_FILE"),
+        *("--out", str(path.with_name("s-2.safetensors")), "--recipe", "RECIPE_FILE", *DEVICE),
     ]
 
 
@@ -136,8 +144,9 @@ def test_another_recipe_is_refused_with_the_command_and_sampler(path, tiny_model
             model_folder=tiny_model,
         )
     assert command_in(error) == [
-        *("--model", str(tiny_model), "--prompts", "prompts.txt"),
-        *("--out", str(path), "--recipe", "recipes/my own.toml", *DEVICE),
+        *("--model", str(tiny_model), "--prompts", "PROMPTS_FILE"),
+        *("--out", str(path.with_name("s-2.safetensors"))),
+        *("--recipe", "recipes/my own.toml", *DEVICE),
         *("--steps", "4", "--size", "32x32", "--frames", "5"),
         *("--guidance-scale", "3", "--text-tokens", "16", "--seed", "0"),
     ]
@@ -149,9 +158,61 @@ def test_another_format_version_is_refused_with_the_command(path, tiny_model, ti
     with pytest.raises(ScalesMismatch, match="has scales format 2, this tool reads 1") as error:
         load_scales(path, model_folder=tiny_model, recipe=tiny_recipe)
     assert command_in(error) == [
-        *("--model", str(tiny_model), "--prompts", "prompts.txt"),
-        *("--out", str(path), "--recipe", "tiny", *DEVICE),
+        *("--model", str(tiny_model), "--prompts", "PROMPTS_FILE"),
+        *("--out", str(path.with_name("s-2.safetensors")), "--recipe", "RECIPE_FILE", *DEVICE),
     ]
+
+
+def test_the_command_runs_where_its_files_can_be_found(path, tmp_path, tiny_scales, monkeypatch):
+    """Scales know the name of their prompts only, and recipes that were loaded by name have one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s-2.safetensors").write_bytes(b"")
+    model, recipe = tmp_path / "model", QuantRecipe.load("boundary-hif8")
+    model.mkdir()
+    (model / "prompts.txt").write_text("")
+    for prompts in (model / "prompts.txt", Path("prompts.txt")):
+        with pytest.raises(ScalesMismatch) as error:
+            check_scales(
+                tiny_scales,
+                model_fingerprint="sha256-full-v2:other",
+                recipe=dataclasses.replace(recipe, source=""),
+                path=path,
+                model_folder=model,
+            )
+        assert command_in(error) == [
+            *("--model", str(model), "--prompts", str(prompts)),
+            *("--out", str(path.with_name("s-3.safetensors")), "--recipe", recipe.name, *DEVICE),
+        ]
+        (tmp_path / "prompts.txt").write_text("")
+
+
+def test_only_scales_of_the_same_model_and_recipe_may_be_replaced(path, tmp_path, tiny_scales):
+    fingerprint, recipe = tiny_scales.model_fingerprint, tiny_scales.recipe
+    check_replaceable(tmp_path / "absent", fingerprint, recipe)
+    check_replaceable(path, fingerprint, dataclasses.replace(recipe, name="renamed"))
+    with pytest.raises(ScalesError, match=rf"holds the scales of another model, {fingerprint}: ch"):
+        check_replaceable(path, "sha256-full-v2:other", recipe)
+    with pytest.raises(ScalesError, match="holds the scales of another recipe, 'tiny'"):
+        check_replaceable(path, fingerprint, QuantRecipe.load("boundary-hif8"))
+    path.write_text("notes")
+    with pytest.raises(ScalesError, match="is there already and holds no scales that this tool"):
+        check_replaceable(path, fingerprint, recipe)
+
+
+def test_a_flow_shift_is_kept_and_left_out_where_it_is_the_models_own(tmp_path, tiny_scales):
+    """Files of before the option have no such key, and files without a shift are as they were."""
+    for shift in (None, 5.0):
+        assert tiny_scales.sampler is not None
+        sampler = dataclasses.replace(
+            tiny_scales.sampler, flow_shift=shift, negative_prompt="grey, blurred"
+        )
+        file = tmp_path / f"{shift}.safetensors"
+        save_scales(dataclasses.replace(tiny_scales, sampler=sampler), file)
+        assert load_scales(file).sampler == sampler
+        assert ("flow_shift" in json.loads(metadata_of(file)["sampler"])) == (shift is not None)
+        words = sampler.arguments()
+        assert words[words.index("--negative-prompt") + 1] == "grey, blurred"
+        assert ("--flow-shift" in words) == (shift is not None)
 
 
 def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
@@ -162,7 +223,7 @@ def test_a_file_that_is_not_there_is_named_with_the_command(tmp_path):
 
 
 def test_the_command_uses_a_cuda_device_where_there_is_one(tmp_path, tiny_recipe, monkeypatch):
-    for available, named in ((True, ["--device", "cuda"]), (False, ["--recipe", "tiny"])):
+    for available, named in ((True, ["--device", "cuda"]), (False, ["--recipe", "RECIPE_FILE"])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda value=available: value)
         with pytest.raises(ScalesError) as error:
             load_scales(tmp_path / "absent.safetensors", recipe=tiny_recipe)
@@ -189,6 +250,13 @@ def test_files_that_are_something_else_are_refused(tmp_path, path):
         (((32, 0), 5, 4, 3.0, 16), "size 32x0 must be in multiples of 16"),
         (((32, 32), 6, 4, 3.0, 16), "frames 6 must be 4k"),
         (((32, 32), 5, 3, 3.0, 16), "steps 3 must be at least 4"),
+        (((32, 32), 5, 4, float("nan"), 16), "guidance scale nan must be a number from 1 up"),
+        (((32, 32), 5, 4, -3.0, 16), "guidance scale -3 must be a number from 1 up"),
+        (((32, 32), 5, 4, float("inf"), 16), "guidance scale inf must be a number from 1 up"),
+        (((32, 32), 5, 4, 3.0, 0), "text tokens 0 must be at least 1"),
+        (((32, 32), 5, 4, 3.0, 16, "", -5), "seed -5 must be from 0 to 9223372036854775807"),
+        (((32, 32), 5, 4, 3.0, 16, "", 0, 4, 0.0), "flow shift 0 must be a number above 0"),
+        (((32, 32), 5, 4, 3.0, 16, "", 0, 4, float("nan")), "flow shift nan must be"),
     ],
 )
 def test_sampler_bounds(values, message):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.errors import RecipeError
-from quant.numerics import reference
+from quant.numerics import reference, scaling
 from quant.numerics.metrics import sqnr_db
 from quant.numerics.scaling import (
     FIRST_BINADE,
@@ -134,3 +134,19 @@ def test_sqnr_db_by_hand():
     assert sqnr_db(x, x) == math.inf
     with pytest.raises(ValueError, match=r"\[2\] with \[1\]"):
         sqnr_db(x, x[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("chunk", [7, 1 << 24])
+def test_one_pass_over_the_bits_gives_the_amax_and_the_binades(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(scaling, "_CHUNK", chunk)
+    torch.manual_seed(0)
+    x = (torch.randn(99) * 2.0 ** torch.randint(-60, 40, (99,))).to(dtype)
+    x = torch.cat([x[x.isfinite()], torch.tensor([0.0, -0.0, 2.0**-130], dtype=dtype)])
+    for extra in ((), (float("-inf"),), (float("inf"), float("nan"))):
+        values = torch.cat([x, torch.tensor(extra, dtype=dtype)])
+        amax, exponents = scaling.amax_and_exponents(values)
+        torch.testing.assert_close(amax, values.abs().max().float(), rtol=0, atol=0, equal_nan=True)
+        expected = scaling.binade_histogram(values.unsqueeze(0))[0]
+        assert torch.equal(scaling.fold_exponents(exponents), expected)
+        assert exponents.sum() == len(values)

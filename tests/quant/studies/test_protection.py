@@ -26,6 +26,7 @@ from tests.quant.conftest import BLOCKS
 from tests.quant.studies.conftest import load_transformer
 
 CALIBRATION = [f"a {shape}" for shape in "abcdefgh"]
+BOUNDS = ("low", "high")
 HELD_OUT = [f"the {shape}" for shape in "abcdefgh"]
 
 
@@ -152,6 +153,22 @@ def test_an_ablation_compares_sets_on_prompts_that_chose_nothing(ablation: Path)
     assert sets["auto"]["mean"] < sets["none"]["mean"]
     assert 0 <= sets["auto"]["percentile"] <= 100
     assert results["against_paper"]["none"]["low"] <= results["against_paper"]["none"]["mean"]
+
+
+def test_figures_gathers_what_both_have_drawn(analysis: Path, ablation: Path) -> None:
+    out = analysis.parent / "figures"
+    result = run("figures", "--analysis", analysis, "--ablation", ablation, "--out", out)
+    assert result.exit_code == 0, result.output
+    sources = {"1b": analysis / "figures" / "update.png", "5": ablation / "figures" / "sets.png"}
+    for number, source in (sources | {"2": analysis / "figures" / "activations.png"}).items():
+        made = out / "figures" / f"figure-{number}.png"
+        assert made.read_bytes() == source.read_bytes()
+    claims = {each["claim"]: each for each in read_results(out, "figures")["claims"]}
+    assert len(claims) == 8
+    found = claims["Both ends protected is better than none"]
+    low, high = (100 * read_results(ablation, "ablate")["against_paper"]["none"][k] for k in BOUNDS)
+    assert found["interval"] == f"[{low:.3g}, {high:.3g}] %".replace("-", "−")
+    assert found["n"] == "8 prompts, 8 points"
 
 
 def test_prompts_that_chose_are_refused(

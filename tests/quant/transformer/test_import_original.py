@@ -103,7 +103,12 @@ def test_the_command_makes_the_transformer_of_a_pipeline(tmp_path, original):
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [(4, None), (None, "say it with --heads"), (3, "3 attention heads do not divide")],
+    [
+        (4, None),
+        (None, "say it with --heads"),
+        (3, "3 attention heads do not divide"),
+        (128, "into even"),
+    ],
 )
 def test_heads_are_said_if_nothing_else_says_them(tmp_path, original, heads, message):
     source = store(tmp_path / "source", original)

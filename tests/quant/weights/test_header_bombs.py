@@ -86,3 +86,13 @@ def test_large_sides_of_an_empty_tensor_are_no_bomb(tmp_path: Path) -> None:
     file = tmp_path / "empty.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     assert read_header(file).tensors[0].nbytes == 0
+
+
+def test_a_header_beyond_the_bound_is_not_read_though_the_file_has_it(tmp_path: Path) -> None:
+    length = (100 << 20) + 1
+    file = tmp_path / "bomb.safetensors"
+    with file.open("wb") as stream:
+        stream.write(length.to_bytes(8, "little"))
+        stream.truncate(8 + length)  # sparse: it takes no room
+    with pytest.raises(WeightsError, match=rf"says that its header has {length:,}; copy it again"):
+        read_header(file)

@@ -8,7 +8,7 @@ from redis import Redis
 from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.catalog import WorkerOffer
-from jobs.store.workers import WorkerStatus, read_statuses
+from jobs.store.workers import WorkerStateName, WorkerStatus, read_statuses
 from worker.consumer.heartbeat import Heartbeat
 from worker.process.ready_file import VARIABLE, ReadyFile, why_not_ready
 from worker.process.redis_retry import RedisOutage
@@ -49,6 +49,24 @@ def test_a_closed_offer_leaves_the_status_until_the_end(redis: Redis, offer: Wor
         wait_until(lambda: catalog.read(redis).offers == ())
         assert read_statuses(redis) == (status(),)
     assert read_statuses(redis) == ()
+
+
+@pytest.mark.parametrize("state", ["draining", "drained", "degraded"])
+def test_a_worker_that_takes_no_jobs_has_a_status_and_no_offer(
+    redis: Redis, offer: WorkerOffer, state: WorkerStateName
+) -> None:
+    now = [status()]
+    with Heartbeat(
+        redis, offer, None, lambda: now[0], RedisOutage(), publish_every_s=60
+    ) as heartbeat:
+        assert catalog.read(redis).offers == (offer,)
+        now[0] = WorkerStatus(worker_id="worker-1", state=state)
+        heartbeat.refresh()
+        wait_until(lambda: read_statuses(redis) == (now[0],))
+        assert catalog.read(redis).offers == ()
+        now[0] = status()
+        heartbeat.refresh()
+        wait_until(lambda: catalog.read(redis).offers == (offer,))
 
 
 def test_a_change_is_published_at_once(redis: Redis, offer: WorkerOffer) -> None:

@@ -165,6 +165,16 @@ def test_the_same_frames_give_the_same_bytes_on_any_number_of_cores(tmp_path: Pa
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+def test_nothing_names_the_version_of_ffmpegs_libraries_or_the_time(tmp_path: Path) -> None:
+    """Another ffmpeg with the same x264 gives the same bytes."""
+    path = tmp_path / "video.mp4"
+    encode_mp4(gradient(17), path, FORMAT, "a title", {}, never_stop)
+    data = path.read_bytes()
+    assert not re.findall(rb"Lav[a-z]+\d", data)
+    header = boxes(boxes(data)[b"moov"])[b"mvhd"]
+    assert header[4:12] == bytes(8), "when it was made, and when changed"
+
+
 def test_the_hash_of_the_frames_is_that_of_their_shape_and_bytes(tmp_path: Path) -> None:
     done = encode_mp4(gradient(17), tmp_path / "video.mp4", FORMAT, "a title", {}, never_stop)
     data = b"rgb24 17 64 96\n" + b"".join(frame.tobytes() for frame in gradient(17))

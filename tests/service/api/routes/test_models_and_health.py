@@ -2,6 +2,8 @@
 
 import logging
 import time
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from fastapi.testclient import TestClient
@@ -11,6 +13,7 @@ from redis import Redis
 from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.catalog import WorkerOffer
+from jobs.errors import ArtifactsUnavailable
 from jobs.store.job_store import JobStore
 from service.app import create_app
 from service.settings import ServiceSettings
@@ -83,6 +86,27 @@ def test_risky_settings_of_redis_degrade_the_service_and_are_logged_once(
             assert f"{policy} 0.0" in client.get("/metrics").text
     finally:
         redis.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_missing_artifact_store_degrades_the_service_until_it_is_back(
+    settings: ServiceSettings, live_worker: WorkerOffer
+) -> None:
+    folder = Path(str(urlsplit(settings.artifacts_url).path))
+    with TestClient(create_app(settings)) as client:
+        artifacts = client.app.state.app_state.artifacts  # type: ignore[attr-defined]
+        artifacts.verify()
+        assert "warnings" not in client.get("/readyz").json()
+        away = folder.rename(folder.with_name("away"))
+        with pytest.raises(ArtifactsUnavailable):
+            artifacts.verify()
+        answer = client.get("/readyz").json()
+        assert answer["status"] == "degraded"
+        assert answer["warnings"] == [
+            "The artifact store is missing or does not respond; the log says why."
+        ]
+        away.rename(folder)
+        artifacts.verify()
+        assert client.get("/readyz").json() == {"status": "ready", "workers": 1, "degraded": 1}
 
 
 def test_a_job_that_is_not_confirmed_is_answered_503_with_its_id(

@@ -1,0 +1,121 @@
+"""Generate the videos of all candidates, one by one, each kept on disk before the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant.calibration.prompts import PromptSet
+from quant.calibration.sampler import SamplerSettings
+from quant.calibration.sampling import check_prompt_lengths, run_prompt
+from quant.studies.evaluation.video_files import Frames, Video
+from quant.studies.output.study_folder import StudyFolder
+from quant.studies.progress import StudyProgress
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which videos there are to be.
+
+    Attributes:
+        draws: how many videos of each prompt, each with noise of its own.
+    """
+
+    prompts: PromptSet
+    sampler: SamplerSettings
+    draws: int
+
+    @property
+    def videos(self) -> int:
+        """Return how many videos each candidate makes."""
+        return len(self.prompts.prompts) * self.draws
+
+    @property
+    def passes(self) -> int:
+        """Return how many passes of the transformer one video takes."""
+        branches = 2 if self.sampler.guidance_scale > 1 else 1
+        return self.sampler.num_inference_steps * branches
+
+    def of_candidate(self, folder: Path, name: str) -> list[Video]:
+        """Return a candidate's videos, prompt by prompt; the same seeds for every candidate."""
+        count = len(self.prompts.prompts)
+        return [
+            Video(
+                text,
+                self.sampler.seed + draw * count + number,
+                folder / "videos" / name / f"{number:05d}-{draw}",
+            )
+            for number, text in enumerate(self.prompts.prompts)
+            for draw in range(self.draws)
+        ]
+
+
+def video_unit(name: str, video: Video) -> str:
+    """Return the name of the unit of work that makes a video."""
+    return f"video/{name}/{video.stem.name}"
+
+
+def generate_videos(
+    pipe: Any,
+    plan: Plan,
+    builders: Mapping[str, Callable[[Any], Any]],
+    folder: StudyFolder,
+    progress: StudyProgress,
+) -> None:
+    """Make the videos that the folder lacks.
+
+    Args:
+        pipe: a `WanPipeline` in BF16; its VAE decodes in float32, as a worker's does.
+        builders: by candidate, what turns the BF16 transformer into the one that is evaluated.
+
+    Raises:
+        CalibrationError: a prompt is too long.
+        StudyError: latents are not finite, or the disk is full.
+        QuantError: a transformer cannot be built.
+    """
+    check_prompt_lengths(pipe, plan.prompts.prompts, plan.sampler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.float()
+    source = pipe.transformer
+    try:
+        for name, build in builders.items():
+            videos = plan.of_candidate(folder.path, name)
+            missing = [each for each in videos if folder.unit(video_unit(name, each)) is None]
+            progress.skip(plan.passes * (len(videos) - len(missing)))
+            if missing:
+                pipe.transformer = build(source)
+            for video in missing:
+                progress.describe(f"{name}, video {videos.index(video) + 1} of {len(videos)}")
+                latents = _latents(pipe, plan, video, progress)
+                video.write(latents, decoded(pipe.vae, latents))
+                folder.keep(video_unit(name, video), {"sha256": video.digest()})
+            pipe.transformer = source
+    finally:
+        pipe.transformer = source
+
+
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Frames:
+    """Decode normalized latents [1, C, F, H, W]: [F, H, W, 3] in 8 bits."""
+    shape = (1, latents.shape[1], 1, 1, 1)
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=torch.float32).view(shape)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = vae.decode(latents.float() * std + mean).sample[0].float()
+    pixels = (video.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 3, 0) * 255
+    frames: Frames = pixels.round().cpu().numpy().astype(np.uint8)
+    return frames
+
+
+def _latents(pipe: Any, plan: Plan, video: Video, progress: StudyProgress) -> Tensor:
+    index = plan.prompts.prompts.index(video.prompt)
+    each = plan.passes // plan.sampler.num_inference_steps
+    settings = replace(plan.sampler, seed=video.seed - index)  # it adds the prompt's number
+    return run_prompt(pipe, plan.prompts, settings, index, lambda _step: progress.advance(each))

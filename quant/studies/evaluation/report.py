@@ -1,0 +1,248 @@
+"""Turn an evaluation's numbers into results, tables, figures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from quant.studies.evaluation.candidates import BF16, Candidate
+from quant.studies.evaluation.generate import Plan
+from quant.studies.evaluation.measures import Measure
+from quant.studies.evaluation.verdict import Comparison, divergence_words
+from quant.studies.evaluation.video_files import Video
+from quant.studies.output.page import Page
+from quant.studies.output.plots import INK, SERIES, drawing
+from quant.studies.output.study_folder import Json
+from quant.studies.output.table import Column, Table
+from quant.studies.statistics import estimate
+
+_GRID_PROMPTS = 5
+"""As many rows as the paper's figure of videos has."""
+
+
+def report(
+    plan: Plan,
+    candidates: Sequence[Candidate],
+    measures: Sequence[Measure],
+    comparisons: Sequence[Comparison],
+    far: Mapping[str, Sequence[int]],
+    videos: Mapping[str, Sequence[Video]],
+) -> tuple[Json, dict[str, Table], dict[str, bytes], Page]:
+    """Build everything that `StudyFolder.finish` writes."""
+    results: Json = {
+        "candidates": {each.name: each.recipe.name for each in candidates},
+        "measures": {each.name: _as_json(each) for each in measures},
+        "comparisons": [
+            {
+                "judge": each.measure.name,
+                "first": each.first,
+                "second": each.second,
+                **asdict(each.difference),
+                "holm_p": each.holm_p,
+                "shown": each.is_shown,
+                "words": each.words(),
+            }
+            for each in comparisons
+        ],
+        "diverged": {name: list(places) for name, places in far.items()},
+        "prompts": len(plan.prompts.prompts),
+        "videos": plan.videos,
+    }
+    tables = {
+        "judges": _judges_table(measures),
+        "comparisons": _comparisons_table(comparisons),
+        "scores": _scores_table(measures),
+    }
+    figures = {"scores": scores_figure(measures), "grid": grid_figure(plan, videos)}
+    page = _page(plan, results, tables, figures, comparisons, far)
+    return results, tables, figures, page
+
+
+def scores_figure(measures: Sequence[Measure]) -> bytes:
+    """Draw every number of every judge: a panel for each judge, a column for each candidate."""
+    columns = min(3, len(measures))
+    rows = -(-len(measures) // columns)
+    names = list(dict.fromkeys(name for each in measures for name in each.values))
+    color = {name: SERIES[place % len(SERIES)] for place, name in enumerate(sorted(names))}
+    with drawing(7.4, 2.5 * rows) as figure:
+        figure.figure.clf()
+        grid: Any = figure.figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, measure in zip(grid, measures, strict=False):
+            for place, (name, values) in enumerate(measure.values.items()):
+                # Spread by a fixed rule: equal results give equal bytes.
+                spread = 0.5 * ((np.arange(len(values)) * 0.618034) % 1 - 0.5)
+                axes.plot(place + spread, values, ".", color=color[name], ms=4, alpha=0.5, mew=0)
+                each = estimate(values, measure.prompts)
+                axes.plot((place, place), (each.low, each.high), color=INK, lw=1.6)
+                axes.plot(place, each.mean, "_", color=INK, ms=14, mew=1.6)
+            axes.set_xticks(range(len(measure.values)), list(measure.values), rotation=20)
+            axes.set_xlim(-0.6, len(measure.values) - 0.4)
+            axes.grid(visible=False, axis="x")
+            better = "higher" if measure.higher_is_better else "lower"
+            unit = f", {measure.unit}" if measure.unit else ""
+            axes.set_title(f"{measure.name}{unit}\n({better} is better)", fontsize=8, color=INK)
+        for axes in grid[len(measures) :]:
+            axes.set_axis_off()
+        figure.figure.tight_layout()
+    return figure.png
+
+
+def grid_figure(plan: Plan, videos: Mapping[str, Sequence[Video]]) -> bytes:
+    """Draw the frame in the middle of the first prompts' videos, a column for each candidate."""
+    count = min(_GRID_PROMPTS, len(plan.prompts.prompts))
+    width, height = plan.sampler.size
+    columns = len(videos)
+    across = 7.4 / max(columns, 3)
+    with drawing(across * columns, (across * height / width + 0.3) * count + 0.3) as figure:
+        figure.figure.clf()
+        grid: Any = figure.figure.subplots(count, columns, squeeze=False)
+        for column, (name, each) in enumerate(videos.items()):
+            for row in range(count):
+                frames = each[row * plan.draws].frames()
+                axes = grid[row][column]
+                axes.imshow(frames[len(frames) // 2])
+                axes.set_axis_off()
+                if row == 0:
+                    axes.set_title(name, fontsize=9, color=INK)
+        for row in range(count):
+            text = plan.prompts.prompts[row]
+            short = text if len(text) <= 90 else f"{text[:89]}…"
+            grid[row][0].text(
+                0, -0.03, short, transform=grid[row][0].transAxes, va="top", fontsize=6, color=INK
+            )
+        figure.figure.tight_layout(h_pad=1.0)
+    return figure.png
+
+
+def _as_json(measure: Measure) -> Json:
+    return {
+        "unit": measure.unit,
+        "higher_is_better": measure.higher_is_better,
+        "needs": measure.needs,
+        "candidates": {
+            name: {**asdict(estimate(values, measure.prompts)), "scores": list(values)}
+            for name, values in measure.values.items()
+        },
+    }
+
+
+def _judges_table(measures: Sequence[Measure]) -> Table:
+    columns = (
+        Column("judge"),
+        Column("better"),
+        Column("candidate"),
+        Column("mean", 4),
+        Column("95 % from", 4),
+        Column("to", 4),
+        Column("median prompt", 4),
+        Column("worst", 4),
+        Column("prompts"),
+        Column("samples"),
+    )
+    rows = []
+    for measure in measures:
+        unit = f", {measure.unit}" if measure.unit else ""
+        for name, values in measure.values.items():
+            each = estimate(values, measure.prompts)
+            worst = min(values) if measure.higher_is_better else max(values)
+            better = "higher" if measure.higher_is_better else "lower"
+            numbers = (each.mean, each.low, each.high, each.median, float(worst))
+            rows.append(
+                (f"{measure.name}{unit}", better, name, *numbers, each.prompts, each.values)
+            )
+    return Table(columns, rows)
+
+
+def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
+    columns = (
+        Column("judge"),
+        Column("first − second"),
+        Column("mean", 4),
+        Column("95 % from", 4),
+        Column("to", 4),
+        Column("median prompt", 4),
+        Column("sign test p", 4),
+        Column("permutation p", 4),
+        Column("p (Holm)", 4),
+        Column("detectable", 4),
+        Column("shown"),
+    )
+    rows = [
+        (
+            each.measure.name,
+            f"{each.first} − {each.second}",
+            each.difference.mean,
+            each.difference.low,
+            each.difference.high,
+            each.difference.median,
+            each.difference.sign_p,
+            each.difference.permutation_p,
+            each.holm_p,
+            each.difference.detectable,
+            "yes" if each.is_shown else "no",
+        )
+        for each in comparisons
+    ]
+    shown = frozenset(place for place, each in enumerate(comparisons) if each.is_shown)
+    return Table(columns, rows, shown)
+
+
+def _scores_table(measures: Sequence[Measure]) -> Table:
+    columns = (Column("judge"), Column("candidate"), Column("prompt"), Column("score"))
+    rows = [
+        (measure.name, name, prompt, value)
+        for measure in measures
+        for name, values in measure.values.items()
+        for prompt, value in zip(measure.prompts, values, strict=True)
+    ]
+    return Table(columns, rows)
+
+
+def _page(
+    plan: Plan,
+    results: Json,
+    tables: Mapping[str, Table],
+    figures: Mapping[str, bytes],
+    comparisons: Sequence[Comparison],
+    far: Mapping[str, Sequence[int]],
+) -> Page:
+    sampler = plan.sampler
+    listed = ", ".join(f"{name} ({recipe})" for name, recipe in results["candidates"].items())
+    page = Page(
+        "How good the quantized videos are",
+        f"{listed} beside BF16: {results['prompts']} prompts, {plan.draws} of each, "
+        f"{sampler.num_frames} frames of {sampler.size_text}, {sampler.num_inference_steps} steps. "
+        "Intervals and tests are over prompts.",
+    )
+    for each in comparisons:
+        page.finding(each.words())
+    for words in divergence_words(far, plan.videos):
+        page.finding(words)
+    if not comparisons:
+        page.text("One candidate, and judges that need the videos of BF16: nothing to compare.")
+    page.heading("Scores")
+    page.figure(
+        figures["scores"],
+        "A dot for each sample; mean with its 95 % interval. Pair judges compare with the BF16 "
+        "video of the same prompt and seed.",
+    )
+    page.table(tables["judges"])
+    page.heading("Differences")
+    page.table(tables["comparisons"])
+    page.text(
+        "Shown: the interval leaves out 0 and the test agrees after Holm's adjustment for all "
+        f"comparisons here. {BF16} is no upper bound: a candidate may be better by chance."
+    )
+    page.heading("Videos")
+    page.figure(figures["grid"], "The frame in the middle of the video; the first seed.")
+    page.facts(
+        {
+            "prompts": f"{plan.prompts.file}, SHA-256 {plan.prompts.sha256}",
+            "first seed": str(sampler.seed),
+            "guidance": f"{sampler.guidance_scale:g}",
+        }
+    )
+    return page

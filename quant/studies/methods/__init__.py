@@ -1,0 +1,1 @@
+"""Compare ways to quantize a transformer: number formats, granularities, rounding, transforms."""

@@ -1,0 +1,218 @@
+"""Calibrate all methods at once: one float32 pass over points, block by block.
+
+A linear's inputs are measured once, also for linears that share them. What methods round in
+calibration, GPTQ's weights, is made while a block's second moments are there, and kept on disk as
+BF16 numbers before their scale, which hold the codes of every format of 8 bits exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from quant.errors import StudyError
+from quant.numerics.scaling import binade_histogram
+from quant.studies.methods.method import InputStatistics, Method
+from quant.studies.output.study_folder import StudyFolder
+from quant.studies.points import Point
+from quant.studies.progress import StudyProgress
+from quant.studies.protection.analyze import Subject
+from quant.weights.writer import to_bytes, write_whole
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What calibration has kept, in a folder of its own inside a study's.
+
+    Attributes:
+        steps: the denoising steps that it has seen, ascending.
+    """
+
+    path: Path
+    steps: tuple[int, ...]
+
+    def block(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """Read a block's tensors.
+
+        Raises:
+            StudyError: the file is missing or damaged.
+        """
+        try:
+            return load_file(self.file(index), device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise StudyError(
+                f"{self.file(index)} cannot be read: delete {self.path.parent} and begin anew"
+            ) from error
+
+    def file(self, index: int) -> Path:
+        """Return the file of a block."""
+        return self.path / f"{index:03d}.safetensors"
+
+
+def statistics_of(tensors: dict[str, Tensor], name: str) -> InputStatistics:
+    """Return what was measured of the input of the linear `name`, its name inside the block."""
+    parts = (tensors[f"{name}.{part}"] for part in ("channels", "steps", "binades"))
+    return InputStatistics(*parts)
+
+
+def rounded_of(tensors: dict[str, Tensor], name: str, method: Method, weight: Tensor) -> Tensor:
+    """Return a linear's weights as calibration has rounded them by a method, [N, K] float32."""
+    return tensors[f"{name}.{method.name}"].float() * method.weight.scale_of(weight.float())
+
+
+def calibrate(
+    subject: Subject,
+    points: Sequence[Point],
+    methods: Sequence[Method],
+    folder: StudyFolder,
+    progress: StudyProgress,
+) -> Calibration:
+    """Measure inputs at points and round weights, a unit for each block.
+
+    The streams of all points stay on the host while their blocks run.
+
+    Raises:
+        StudyError: a value is not finite, or the disk cannot take a file.
+    """
+    calibration = Calibration(
+        folder.path / "calibration", tuple(sorted({each.step for each in points}))
+    )
+    blocks = subject.exact.blocks
+    if all(folder.unit(f"calibration/{index}") is not None for index in range(blocks)):
+        progress.skip(blocks * len(points))
+        return calibration
+    begun = [subject.exact.begin([point]) for point in points]
+    streams = [stream.to(subject.host) for stream, _ in begun]
+    rounding = [method for method in methods if method.rounding.needs_hessian]
+    for index in range(blocks):
+        progress.describe(f"calibration, block {index + 1} of {blocks}")
+        unit = f"calibration/{index}"
+        start = time.monotonic()
+        block = subject.exact.block(index)
+        names = () if folder.unit(unit) is not None else subject.linears[index]
+        meter = _Meter(calibration.steps, with_hessian=bool(rounding))
+        with meter.watching(block, names):
+            for place, (_, conditions) in enumerate(begun):
+                meter.step = points[place].step
+                before = streams[place].to(subject.exact.device)
+                streams[place] = _run(block, before, conditions).to(subject.host)
+                progress.advance()
+        if names:
+            measured = time.monotonic() - start
+            tensors, seconds = _rounded(block, names, meter, rounding)
+            _write(calibration, index, meter.tensors() | tensors)
+            folder.keep(unit, {"measuring_s": measured, "rounding_s": seconds})
+    return calibration
+
+
+class _Meter:
+    """Measures the inputs of a block's linears."""
+
+    def __init__(self, steps: tuple[int, ...], *, with_hessian: bool) -> None:
+        self.step = 0
+        self.hessians: dict[str, Tensor] = {}
+        self._steps = steps
+        self._with_hessian = with_hessian
+        self._inputs: dict[str, InputStatistics] = {}
+        self._last: tuple[str, Tensor] | None = None
+        self._same: dict[str, str] = {}
+
+    @contextmanager
+    def watching(self, block: nn.Module, names: Sequence[str]) -> Iterator[None]:
+        """Measure while the block runs."""
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(partial(self._take, name))
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def owner(self, name: str) -> str:
+        """Return the linear whose input was measured for `name`: the first that has the same."""
+        return self._same.get(name, name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the statistics as `statistics_of` reads them."""
+        found = {}
+        for name in (*self._inputs, *self._same):
+            seen = self._inputs[self.owner(name)]
+            for part in ("channels", "steps", "binades"):
+                found[f"{name}.{part}"] = getattr(seen, part).cpu().clone()
+        return found
+
+    def _take(self, name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        if self._last is not None and self._last[1] is x:
+            self._same[name] = self._last[0]
+            return
+        self._last = (name, x)
+        rows = x.detach().float().reshape(-1, x.shape[-1])
+        channels = rows.abs().amax(0)
+        if not channels.isfinite().all():
+            raise StudyError(
+                f"the input of {name} has NaN or infinity at step {self.step}: check the model's "
+                "weights with `python -m quant calibrate`"
+            )
+        binades = binade_histogram(rows.reshape(1, -1))[0]
+        place = self._steps.index(self.step)
+        if name not in self._inputs:
+            steps = channels.new_zeros(len(self._steps))
+            counts = binades.new_zeros(len(self._steps), len(binades))
+            self._inputs[name] = InputStatistics(torch.zeros_like(channels), steps, counts)
+        seen = self._inputs[name]
+        torch.maximum(seen.channels, channels, out=seen.channels)
+        seen.steps[place] = torch.maximum(seen.steps[place], channels.amax())
+        seen.binades[place] += binades
+        if self._with_hessian:
+            if name not in self.hessians:
+                self.hessians[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.hessians[name] += rows.T @ rows
+
+
+@torch.no_grad()
+def _run(block: nn.Module, stream: Tensor, conditions: Any) -> Tensor:
+    after: Tensor = block(stream, conditions.text, conditions.timestep, conditions.rope)
+    return after
+
+
+def _rounded(
+    block: nn.Module, names: Sequence[str], meter: _Meter, methods: Sequence[Method]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Round a block's weights by the methods that do so in calibration, and time each."""
+    tensors, seconds = {}, {}
+    for method in methods:
+        start = time.monotonic()
+        for name in names:
+            linear = block.get_submodule(name)
+            weight = linear.weight.detach().float()  # type: ignore[operator]
+            hessian = meter.hessians[meter.owner(name)]
+            rounded = method.rounding.round(weight, method.weight, hessian)
+            codes = rounded / method.weight.scale_of(weight)
+            tensors[f"{name}.{method.name}"] = codes.bfloat16().cpu()
+        seconds[method.name] = time.monotonic() - start
+    return tensors, seconds
+
+
+def _write(calibration: Calibration, index: int, tensors: dict[str, Tensor]) -> None:
+    try:
+        calibration.path.mkdir(exist_ok=True)
+        write_whole(calibration.file(index), to_bytes(tensors, {}))
+    except OSError as error:
+        raise StudyError(
+            f"cannot write {calibration.file(index)}: {error.strerror or error}; make room for it, "
+            "and the same command goes on from here"
+        ) from error

@@ -1,0 +1,214 @@
+"""Test compare-methods and inject-outliers on a tiny model, by their commands."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from quant.cli import app
+from quant.recipe.recipe import QuantRecipe
+from quant.studies.methods.calibration import Calibration, rounded_of
+from quant.studies.methods.compare import Calibrated, MethodQuantizer
+from quant.studies.methods.injection import Outliers, blocks_of, difference, inject, velocity_of
+from quant.studies.methods.methods_report import findings
+from quant.studies.methods.registry import METHODS
+from quant.studies.output.study_folder import read_results
+from quant.studies.points import open_points
+from quant.studies.protection.analyze import Subject
+from quant.transformer.pipeline_weights import check_pipeline_weights
+from quant.weights.fingerprint import model_fingerprint
+from tests.quant.conftest import BLOCKS, tiny_recipe_dict
+from tests.quant.studies.conftest import load_transformer
+
+CALIBRATION = [f"a {shape}" for shape in "abcdefgh"]
+HELD_OUT = [f"the {shape}" for shape in "abcdefgh"]
+CHOSEN = "bf16,hif8,hif8-steps,hif8-gptq,int8-outliers,int4-per-token,hif8-attention-hif8"
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("points")
+    small = ["--steps", "4", "--keep", "2", "--frames", "1", "--size", "32x32"]
+    for name, prompts in (("calibration", CALIBRATION), ("held-out", HELD_OUT)):
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+        result = run(
+            *("record", "--model", tiny_model, "--prompts", folder / f"{name}.txt"),
+            *("--out", folder / name, "--text-tokens", "16", *small),
+        )
+        assert result.exit_code == 0, result.output
+    return {"calibration": folder / "calibration", "held-out": folder / "held-out"}
+
+
+def compare(model: Path, recorded: dict[str, Path], out: Path, *options: object) -> Any:
+    return run(
+        *("compare-methods", "--model", model, "--points", recorded["held-out"]),
+        *("--calibration", recorded["calibration"], "--out", out, "--points-per-prompt", "1"),
+        *options,
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison(
+    tiny_model: Path, recorded: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("study") / "comparison"
+    result = compare(tiny_model, recorded, out, "--methods", CHOSEN)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_methods_are_compared_under_each_protection(comparison: Path) -> None:
+    results = read_results(comparison, "compare-methods")
+    errors = {
+        name: {protection: each["mean"] for protection, each in method["errors"].items()}
+        for name, method in results["methods"].items()
+    }
+    assert list(errors) == CHOSEN.split(",")
+    assert results["protections"] == {"none": [], "paper": [0, 3]}
+    none = {name: each["none"] for name, each in errors.items()}
+    assert none["bf16"] < none["int8-outliers"] < none["hif8"] < none["int4-per-token"]
+    assert none["hif8-gptq"] != none["hif8"]
+    assert none["hif8"] < none["hif8-attention-hif8"]
+    assert all(each["paper"] < each["none"] for each in errors.values())
+    sizes = results["methods"]["hif8"]["errors"]
+    assert sizes["paper"]["bytes"] > sizes["none"]["bytes"]
+    assert results["bf16_bytes"] == pytest.approx(2 * sizes["none"]["bytes"], rel=0.01)
+    assert results["methods"]["bf16"]["calibration_s"] == 0
+    assert results["methods"]["hif8-gptq"]["calibration_s"] > 0
+    worse = results["against_ours"]["none"]["int4-per-token"]
+    assert worse["mean"] == pytest.approx(none["int4-per-token"] - none["hif8"])
+    for name in ("errors", "cost", "protection"):
+        assert (comparison / "tables" / f"{name}.csv").read_text().count("\n") >= 9
+    assert (comparison / "index.html").stat().st_size > 30_000
+
+
+def test_an_error_is_that_of_the_whole_transformer_with_its_linears_replaced(
+    tiny_model: Path, recorded: dict[str, Path], comparison: Path
+) -> None:
+    transformer = load_transformer(tiny_model)
+    recipe = QuantRecipe.from_dict(tiny_recipe_dict())
+    subject = Subject.of(transformer, recipe, torch.device("cpu"), keep=True)
+    point = next(iter(open_points(recorded["held-out"])))
+    method = METHODS["hif8-gptq"]
+    calibration = Calibration(comparison / "calibration", (1, 3))
+    quantizer = MethodQuantizer(method, Calibrated(subject, calibration, keep=False))
+    change = quantizer.change((0, 3), (point.step,))
+    whole = load_transformer(tiny_model).float()
+    text = point.text.float()
+    with torch.no_grad():
+        exact = whole(point.latents, point.timestep, text).sample
+        for index in (1, 2):
+            whole.blocks[index] = change(index, whole.blocks[index])
+        found = whole(point.latents, point.timestep, text).sample
+    expected = float((found - exact).square().sum() / exact.square().sum())
+    lines = (comparison / "units.jsonl").read_text().splitlines()
+    units = {each["unit"]: each["value"] for each in map(json.loads, lines)}
+    assert units["hif8-gptq/0"]["paper"][0] == pytest.approx(expected, rel=1e-3)
+
+    tensors = load_file(comparison / "calibration" / "001.safetensors")
+    weight = transformer.blocks[1].ffn.net[2].weight
+    rounded = rounded_of(tensors, "ffn.net.2", method, weight)
+    scale = method.weight.scale_of(weight.float())
+    assert torch.equal(method.weight.round(rounded, scale), rounded), "on the grid"
+    shared = (tensors[f"attn1.{name}.channels"] for name in ("to_q", "to_v"))
+    assert torch.equal(*shared)
+
+
+def test_a_comparison_goes_on_and_gives_the_same(
+    tiny_model: Path, recorded: dict[str, Path], comparison: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    again.mkdir()
+    os.symlink(comparison / "calibration", again / "calibration")
+    state = json.loads((comparison / "study.json").read_text())
+    (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    lines = (comparison / "units.jsonl").read_text().splitlines(keepends=True)
+    (again / "units.jsonl").write_text("".join(lines[: BLOCKS + 11]))
+    result = compare(tiny_model, recorded, again, "--methods", CHOSEN)
+    assert result.exit_code == 0, result.output
+    assert (again / "results.json").read_bytes() == (comparison / "results.json").read_bytes()
+    assert (again / "index.html").read_bytes() == (comparison / "index.html").read_bytes()
+
+
+def test_unfit_input_is_refused(
+    tiny_model: Path, recorded: dict[str, Path], comparison: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    unknown = compare(tiny_model, recorded, out, "--methods", "int9")
+    assert "method 'int9' is not one of all" in unknown.output
+    same = recorded | {"calibration": recorded["held-out"]}
+    shared = compare(tiny_model, same, out)
+    assert "choose and test on different prompts" in shared.output
+    other = compare(tiny_model, recorded, comparison, "--methods", "hif8")
+    assert "another set of methods" in other.output
+    analysis = compare(tiny_model, recorded, out, "--analysis", comparison)
+    assert "where a finished 'analyze' is wanted" in analysis.output
+    assert all(each.exit_code == 1 for each in (unknown, shared, other, analysis))
+    assert not out.exists()
+
+
+def test_findings_do_not_claim_what_the_prompts_cannot_show() -> None:
+    real = {"mean": -0.1, "real": True}
+    unsure = {"mean": 0.1, "real": False}
+    results = {
+        "prompts": 5,
+        "against_ours": {"none": {"a": real, "b": unsure}},
+        "against_none": {"paper": {"a": real, "b": unsure}},
+    }
+    found = findings(results)
+    assert found[0].endswith("less error than hif8: a. More: none. Not told apart: b.")
+    assert found[1] == "Protecting paper's blocks lowers the error of a."
+    assert "5 prompts are too few for 2 tests" in found[2]
+    assert len(findings(results | {"prompts": 12})) == 2
+
+
+@pytest.mark.parametrize(("where", "blocks"), [("ends", (0, 3)), ("middle", (1, 2))])
+def test_outliers_are_injected_without_changing_the_function(
+    tiny_model: Path, tmp_path: Path, where: str, blocks: tuple[int, ...]
+) -> None:
+    out = tmp_path / "subject"
+    result = run("inject-outliers", "--model", tiny_model, "--out", out, "--blocks", where)
+    assert result.exit_code == 0, result.output
+    assert model_fingerprint(out) != model_fingerprint(tiny_model)
+    assert model_fingerprint(out) in result.output
+    check_pipeline_weights(out)
+    before, after = load_transformer(tiny_model), load_transformer(out)
+    assert difference(velocity_of(after, None), velocity_of(before, None)) <= 1e-5
+    for index in range(BLOCKS):
+        old, new = (each.blocks[index].attn1.to_v.weight for each in (before, after))
+        assert int((new != old).any(1).sum()) == (2 if index in blocks else 0)
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (out / vae).samefile(tiny_model / vae)
+    again = run("inject-outliers", "--model", tiny_model, "--out", out)
+    assert again.exit_code == 1
+    assert "exists already" in again.output
+
+
+def test_impossible_outliers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    for option, value, words in (
+        ("--factor", 48, "must be a power of two"),
+        ("--factor", 1, "must be a power of two from 2 to 1024"),
+        ("--channels", 0, "0 channels must be between 1 and 32"),
+    ):
+        result = run(
+            *("inject-outliers", "--model", tiny_model, "--out", tmp_path / "out", option, value)
+        )
+        assert result.exit_code == 1
+        assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_of_a_miniature_has_three_places() -> None:
+    transformer = load_transformer(Path("models/wan-mini"))
+    blocks = blocks_of("ends", len(transformer.blocks))
+    assert blocks == (0, 1, 37, 38, 39)
+    assert inject(transformer, Outliers(blocks, 2, 64)) == 5 * 3 * 2
