@@ -106,9 +106,9 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
     them nothing is run: its scales come from the weights.
     """
-    checkpoint = Checkpoint.beside(out)
     with errors_as_sentences():
         _check_out(out, ScalesError)
+        checkpoint = Checkpoint.beside(out)
         check_model_kind(model)
         loaded = QuantRecipe.load(recipe)
         fingerprint = model_fingerprint(model)

@@ -1,5 +1,6 @@
 """The toolkit's commands, run in process through typer's runner."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 from deploy.local.waiting import wait_until
+from quant import cli
 from quant.calibration.preview_map import load_preview_map
+from quant.calibration.sampler import SamplerSettings
 from quant.calibration.scales import check_scales, load_scales, save_scales
 from quant.cli import app
 from quant.numerics.code_table import codes_markdown
@@ -146,14 +149,64 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(arguments, tmp_p
         ({"--steps": "2"}, "steps 2 must be at least 4"),
         ({"--frames": "4"}, "frames 4 must be 4k + 1"),
         ({"--size": "33x32"}, "size 33x32 must be in multiples of 16"),
+        ({"--out": "."}, ". is a folder: name a file in it, such as NAME"),
+        ({"--guidance-scale": "nan"}, "guidance scale nan must be a number from 1 up"),
+        ({"--guidance-scale": "-3"}, "guidance scale -3 must be a number from 1 up"),
+        ({"--seed": "-5"}, "seed -5 must be from 0 to"),
+        ({"--flow-shift": "inf"}, "flow shift inf must be a number above 0"),
+        ({"--text-tokens": "3"}, "'a red box' has 6 tokens, the limit is 3: shorten it"),
+        ({"--negative-prompt": "grey " * 30}, "tokens, the limit is 16: shorten it"),
+        ({"--until": "1000%"}, "until '1000%' must be a share of the scales above 0%"),
+        ({"--max-prompts": "7"}, "7 prompts are too few, calibration needs at least 8"),
+        ({"--config": "nowhere.toml"}, "cannot read the worker's configuration nowhere.toml"),
     ],
 )
-def test_bad_input_ends_calibrate_with_one_sentence(arguments, changes, message):
+def test_bad_input_ends_calibrate_with_one_sentence(arguments, changes, message, monkeypatch):
+    """All of it is found before the weights are read, which takes minutes for the 14B."""
+    monkeypatch.setattr(cli, "load_pipeline", unloadable)
     result = calibrate(arguments | changes)
     assert result.exit_code == 1
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error:"))
     assert message in line
     assert "Traceback" not in result.output
+
+
+def unloadable(*_: object) -> None:
+    pytest.fail("the weights were read")
+
+
+def test_the_scales_of_another_model_are_not_overwritten(arguments, tiny_scales, monkeypatch):
+    monkeypatch.setattr(cli, "load_pipeline", unloadable)
+    out = Path(arguments["--out"])
+    save_scales(dataclasses.replace(tiny_scales, model_fingerprint="sha256:00"), out)
+    before = out.read_bytes()
+    result = calibrate(arguments)
+    assert result.exit_code == 1
+    assert f"{out} holds the scales of another model, sha256:00: choose another" in result.stderr
+    assert out.read_bytes() == before
+
+
+def test_calibrate_samples_as_the_service_and_says_what_has_settled(arguments, tmp_path):
+    (tmp_path / "worker.toml").write_text(
+        "[model]\nsizes = ['32x32']\ndefault_size = '32x32'\ndefault_frames = 1\n"
+        "default_steps = 4\ndefault_guidance_scale = 4\ntext_tokens = 16\n"
+        "default_negative_prompt = 'a grey box'\n[model.flow_shift]\n'32x32' = 5"
+    )
+    prompts = [f"a {colour} box" for colour in (*COLOURS, "big", "old", "new")]
+    Path(arguments["--prompts"]).write_text("\n".join(prompts))
+    kept = {"--model", "--prompts", "--out", "--recipe"}
+    words = {name: value for name, value in arguments.items() if name in kept}
+    words |= {"--config": str(tmp_path / "worker.toml"), "--max-prompts": "9", "--until": "100%"}
+    result = calibrate(words)
+    assert result.exit_code == 0, result.output
+    scales = load_scales(Path(arguments["--out"]))
+    assert scales.sampler == SamplerSettings((32, 32), 1, 4, 4.0, 16, "a grey box", flow_shift=5.0)
+    assert scales.num_prompts == 9
+    assert result.stdout.splitlines()[-1].split()[:2] == ["9", "100.0%"]
+    assert "of the scales have settled, not the 100.0% asked for" in result.stderr
+    told = run("inspect", arguments["--out"]).stdout
+    assert re.search(r"negative prompt +a grey box\n", told)
+    assert re.search(r"flow shift +5\n", told)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +271,9 @@ def test_inspect_checks_a_model_and_a_recipe(scales_file, tiny_model, arguments)
     result = run("inspect", str(scales_file), "--recipe", "boundary-hif8")
     assert result.exit_code == 1
     assert "-m quant calibrate --model" in result.stderr
-    assert re.search(rf"--out {scales_file} --recipe boundary-hif8 .*--steps 4", result.stderr)
+    other = scales_file.with_name("tiny-2.safetensors")
+    assert re.search(rf"--out {other} --recipe boundary-hif8 .*--steps 4", result.stderr)
+    assert "settled" in run("inspect", str(scales_file)).stdout
 
 
 def test_inspect_refuses_what_is_no_scales_file(tmp_path):

@@ -22,7 +22,7 @@ from quant.transformer.meta_model import (
 )
 from quant.weights.fingerprint import read_transformer_config
 from quant.weights.model_folder import check_model_kind
-from worker.config import ModeConfig, WorkerConfig
+from worker.config import ModeConfig, ModelConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
 
@@ -108,6 +108,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
                 recipe=recipe,
                 model_folder=config.model.path,
             )
+            _warn_of_other_sampling(config.model, mode, packed.scales)
             plans.append(ModePlan(mode, shape, recipe, packed.scales, packed))
             continue
         assert mode.scales is not None, "ModeConfig has checked that"
@@ -119,8 +120,33 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
             path=mode.scales,
             model_folder=config.model.path,
         )
+        _warn_of_other_sampling(config.model, mode, scales)
         plans.append(ModePlan(mode, shape, recipe, scales))
     return plans
+
+
+def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.Scales) -> None:
+    """Log if scales were calibrated with another negative prompt or flow shift than is served.
+
+    Callers may choose both size and negative prompt, so that this is no reason to refuse. A shift
+    that is the model's own is not compared.
+    """
+    sampler = scales.sampler
+    if sampler is None:
+        return
+    found = []
+    if sampler.guidance_scale > 1 and sampler.negative_prompt != model.default_negative_prompt:
+        found.append("negative prompt")
+    served = [model.flow_shift.get(size) for size in model.sizes]
+    if sampler.flow_shift is not None and sampler.flow_shift not in served:
+        found.append(f"flow shift ({sampler.flow_shift:g})")
+    if found:
+        logger.warning(
+            "%s: its scales were calibrated with another %s than is served by default; to "
+            "calibrate as the service samples, give `python -m quant calibrate` --config",
+            mode.name,
+            " and ".join(found),
+        )
 
 
 def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:

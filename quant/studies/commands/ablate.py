@@ -26,6 +26,7 @@ from quant.studies.progress import study_progress
 from quant.studies.protection.ablate import HeldOut, all_protections, measure_protections, report
 from quant.studies.protection.analyze import Subject, quantizer_of
 from quant.weights.fingerprint import model_fingerprint
+from quant.weights.model_folder import check_model_kind
 
 
 def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
@@ -47,6 +48,7 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     its blocks, and random ones. Scales are those of the analysis' prompts.
     """
     with errors_as_sentences():
+        check_model_kind(model)
         base = QuantRecipe.load(recipe)
         recorded = open_points(points)
         fingerprint = model_fingerprint(model)

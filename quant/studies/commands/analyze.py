@@ -35,6 +35,7 @@ from quant.studies.protection.analyze import (
 from quant.studies.protection.block_sets import paper_sets
 from quant.studies.protection.proposal import write_recipe
 from quant.weights.fingerprint import model_fingerprint
+from quant.weights.model_folder import check_model_kind
 
 
 def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
@@ -69,6 +70,7 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
     the same command goes on.
     """
     with errors_as_sentences():
+        check_model_kind(model)
         base = QuantRecipe.load(recipe)
         recorded = open_points(points)
         fingerprint = model_fingerprint(model)

@@ -62,9 +62,9 @@ def test_a_calibration_ends_when_enough_has_settled(tiny_pipe, plan, tiny_scales
     again = run_calibration(tiny_pipe, plan, lambda done, _: steps.append(done), checkpoint)
     assert steps == [(WINDOW + 1) * 4]  # nothing was run again
     assert torch.equal(again.act_binades, scales.act_binades)
-    assert "100.0% of 20 scales, which the last 8 of 9 prompts" in describe_scales(
-        scales, tmp_path / "until"
-    )
+    told = describe_scales(scales, tmp_path / "until")
+    share = Convergence.of(scales.recipe, scales.act_amax).settled[-1]
+    assert f"{share:.1%} of 20 scales, which the last 8 of 9 prompts have not changed" in told
 
 
 def test_scales_that_cannot_be_followed_are_refused(tiny_pipe, plan, tiny_scales, tmp_path):
@@ -76,7 +76,9 @@ def test_scales_that_cannot_be_followed_are_refused(tiny_pipe, plan, tiny_scales
         run_calibration(tiny_pipe, dataclasses.replace(plan, recipe=by_histogram))
     scales: Scales = dataclasses.replace(tiny_scales, recipe=by_histogram)
     save_scales(scales, tmp_path / "sqnr")
-    assert "settled           not known: these" in describe_scales(scales, tmp_path / "sqnr")
+    assert "not known: these scales do not follow from the largest magnitudes" in describe_scales(
+        scales, tmp_path / "sqnr"
+    )
 
 
 def test_a_share_is_a_percentage_or_a_fraction():

@@ -69,7 +69,24 @@ def test_scales_of_another_model_are_refused_with_the_command(
         plan_modes(with_scales(config, path), scales.model_fingerprint)
     command = str(caught.value).rpartition("-m quant calibrate ")[2]
     assert f"--model {config.model.path}" in command
-    assert f"--out {path}" in command
+    assert f"--out {path.with_stem('other-2')}" in command
+
+
+def test_scales_of_another_sampling_are_served_with_a_warning(
+    config: WorkerConfig, scales: Scales, tmp_path: Path, caplog
+):
+    assert scales.sampler is not None
+    sampler = replace(scales.sampler, negative_prompt="grey", flow_shift=9.0)
+    path = tmp_path / "other.safetensors"
+    save_scales(replace(scales, sampler=sampler), path)
+    with caplog.at_level("WARNING"):
+        plan_modes(config, scales.model_fingerprint)
+        assert caplog.records == []
+        plan_modes(with_scales(config, path), scales.model_fingerprint)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "w8a8: its scales were calibrated with another negative prompt and flow shift (9) than is"
+    )
 
 
 def test_scales_of_another_recipe_are_refused_with_the_command(
