@@ -115,4 +115,4 @@ def _equal(measure: Measure, first: str, second: str) -> bool:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+    return f"{value:+.3g}".replace("-", "−") if value else "0"

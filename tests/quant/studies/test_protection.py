@@ -54,7 +54,8 @@ def analyze(model: Path, points: Path, out: Path, *options: str) -> Any:
         text = Path("quant/recipe/presets/boundary-hif8.toml").read_text()
         text = text.replace("total_blocks = 40", f"total_blocks = {BLOCKS}")
         recipe.write_text(text.replace("[0, 1, 37, 38, 39]", "[0]"))
-    small = ("--points-per-prompt", "1", "--linear-points", "2", "--recipe", recipe)
+    small: tuple[str | Path, ...] = ("--points-per-prompt", "1", "--linear-points", "2")
+    small += ("--recipe", recipe)
     return run("analyze", "--model", model, "--points", points, "--out", out, *small, *options)
 
 
