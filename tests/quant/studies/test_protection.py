@@ -42,7 +42,8 @@ def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         (folder / f"{name}.txt").write_text("\n".join(prompts))
         result = run(
             *("record", "--model", tiny_model, "--prompts", folder / f"{name}.txt"),
-            *("--out", folder / name, "--text-tokens", "16", *small),
+            *("--out", folder / name, "--text-tokens", "16"),
+            *small,
         )
         assert result.exit_code == 0, result.output
     return {"calibration": folder / "calibration", "held-out": folder / "held-out"}
