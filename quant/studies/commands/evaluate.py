@@ -51,7 +51,10 @@ class _Study:
     points: PointsFolder | None
 
     def open(self, out: Path, fingerprint: str, device: str) -> StudyFolder:
-        """Make the study's folder, or go on with it."""
+        """Make the study's folder, or go on with it.
+
+        Judges are not part of what it is: one that fails may be left out, and the videos stay.
+        """
         recorded = self.points and json.dumps(asdict(self.points.info), sort_keys=True)
         return StudyFolder.open(
             out,
@@ -62,7 +65,6 @@ class _Study:
                 "set of prompts": json.dumps(self.plan.prompts.prompts),
                 "sampler": json.dumps(asdict(self.plan.sampler), sort_keys=True),
                 "number of videos per prompt": str(self.plan.draws),
-                "set of judges": json.dumps([each.name for each in self.judges]),
                 "set of points": recorded or "none",
                 "device": device,
             },
@@ -77,7 +79,12 @@ class _Study:
             self.plan.videos * (len(self.candidates) + (judge.needs == "video"))
             for judge in self.judges
         )
-        words = f"{videos:,} videos, {passes:,} passes of the transformer; {scores:,} scores"
+        width, height = self.plan.sampler.size
+        gib = videos * self.plan.sampler.num_frames * width * height * 3 / 2**30
+        words = (
+            f"{videos:,} videos of at most {gib:.1f} GiB together, {passes:,} passes of the "
+            f"transformer; {scores:,} scores"
+        )
         if self.points is not None:
             each = velocity_passes(self.points, self.candidates)
             more = each * len(self.points.info.prompts)

@@ -73,8 +73,8 @@ def judge_videos(
                     progress.advance()
             except ValueError as error:  # of a judge of another package, too
                 raise StudyError(
-                    f"the judge {judge.name} failed: {error}; leave out --judge {judge.name}, in "
-                    "another folder"
+                    f"the judge {judge.name} failed: {error}; leave it out, and the same command "
+                    "goes on with the videos that are there"
                 ) from error
             values[name] = [float(folder.unit(unit)) for unit in units]  # type: ignore[arg-type]
         prompts = [each.prompt for each in references]

@@ -141,7 +141,7 @@ def _ablation_rows(found: Json | None) -> list[Row]:
         if name == "auto":
             claim = "(not in the paper) a set chosen by the errors is better"
         words = f"{name} − both ends: {100 * each['mean']:+.3f} % error energy"
-        words += "" if each["real"] else ", not told apart"
+        words = words.replace(": -", ": −") + ("" if each["real"] else ", not told apart")
         rows.append((claim, words, n, _interval(100 * each["low"], 100 * each["high"], " %")))
     percentile = found["sets"]["both ends"]["percentile"]
     if percentile is not None:
@@ -167,7 +167,7 @@ def _evaluation_rows(found: Json | None) -> list[Row]:
         measure = found["measures"][each["judge"]]
         unit = f" {measure['unit']}".rstrip()
         words = f"{each['judge']}, {each['first']} − {BF16}: {each['mean']:+.3g}{unit}"
-        words += "" if each["shown"] else ", not told apart"
+        words = words.replace(": -", ": −") + ("" if each["shown"] else ", not told apart")
         samples = n if each["judge"] != "velocity-error" else f"{each['prompts']} prompts"
         interval = _interval(each["low"], each["high"], unit)
         rows.append(("Quantized videos score as high as BF16's", words, samples, interval))

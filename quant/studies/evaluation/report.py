@@ -73,12 +73,13 @@ def scores_figure(measures: Sequence[Measure]) -> bytes:
         for axes, measure in zip(grid, measures, strict=False):
             for place, (name, values) in enumerate(measure.values.items()):
                 # Spread by a fixed rule: equal results give equal bytes.
-                spread = 0.5 * ((np.arange(len(values)) * 0.618034) % 1 - 0.5)
-                axes.plot(place + spread, values, ".", color=color[name], ms=4, alpha=0.5, mew=0)
+                spread = place - 0.1 + 0.4 * ((np.arange(len(values)) * 0.618034) % 1 - 0.5)
+                axes.plot(spread, values, ".", color=color[name], ms=6, alpha=0.6, mew=0)
                 each = estimate(values, measure.prompts)
-                axes.plot((place, place), (each.low, each.high), color=INK, lw=1.6)
-                axes.plot(place, each.mean, "_", color=INK, ms=14, mew=1.6)
-            axes.set_xticks(range(len(measure.values)), list(measure.values), rotation=20)
+                beside = place + 0.25
+                axes.plot((beside, beside), (each.low, each.high), color=INK, lw=1.2)
+                axes.plot(beside, each.mean, "o", color=INK, ms=3.5)
+            axes.set_xticks(range(len(measure.values)), list(measure.values))
             axes.set_xlim(-0.6, len(measure.values) - 0.4)
             axes.grid(visible=False, axis="x")
             better = "higher" if measure.higher_is_better else "lower"
@@ -95,8 +96,9 @@ def grid_figure(plan: Plan, videos: Mapping[str, Sequence[Video]]) -> bytes:
     count = min(_GRID_PROMPTS, len(plan.prompts.prompts))
     width, height = plan.sampler.size
     columns = len(videos)
-    across = 7.4 / max(columns, 3)
-    with drawing(across * columns, (across * height / width + 0.3) * count + 0.3) as figure:
+    across = min(2.0, 7.4 / columns)
+    tall, words = across * height / width, 0.25  # of a row, and of the prompt below it
+    with drawing(across * columns, (tall + words) * count) as figure:
         figure.figure.clf()
         grid: Any = figure.figure.subplots(count, columns, squeeze=False)
         for column, (name, each) in enumerate(videos.items()):
@@ -113,7 +115,7 @@ def grid_figure(plan: Plan, videos: Mapping[str, Sequence[Video]]) -> bytes:
             grid[row][0].text(
                 0, -0.03, short, transform=grid[row][0].transAxes, va="top", fontsize=6, color=INK
             )
-        figure.figure.tight_layout(h_pad=1.0)
+        figure.figure.subplots_adjust(0, 0, 1, 1, wspace=0.03, hspace=words / tall)
     return figure.png
 
 
@@ -134,11 +136,11 @@ def _judges_table(measures: Sequence[Measure]) -> Table:
         Column("judge"),
         Column("better"),
         Column("candidate"),
-        Column("mean", 4),
-        Column("95 % from", 4),
-        Column("to", 4),
-        Column("median prompt", 4),
-        Column("worst", 4),
+        Column("mean", significant=4),
+        Column("95 % from", significant=4),
+        Column("to", significant=4),
+        Column("median prompt", significant=4),
+        Column("worst", significant=4),
         Column("prompts"),
         Column("samples"),
     )
@@ -160,20 +162,21 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     columns = (
         Column("judge"),
         Column("first − second"),
-        Column("mean", 4),
-        Column("95 % from", 4),
-        Column("to", 4),
-        Column("median prompt", 4),
-        Column("sign test p", 4),
-        Column("permutation p", 4),
-        Column("p (Holm)", 4),
-        Column("detectable", 4),
         Column("shown"),
+        Column("mean", significant=4),
+        Column("95 % from", significant=4),
+        Column("to", significant=4),
+        Column("median prompt", significant=4),
+        Column("sign test p", significant=2),
+        Column("permutation p", significant=2),
+        Column("p (Holm)", significant=2),
+        Column("detectable", significant=4),
     )
     rows = [
         (
             each.measure.name,
             f"{each.first} − {each.second}",
+            "yes" if each.is_shown else "no",
             each.difference.mean,
             each.difference.low,
             each.difference.high,
@@ -182,7 +185,6 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
             each.difference.permutation_p,
             each.holm_p,
             each.difference.detectable,
-            "yes" if each.is_shown else "no",
         )
         for each in comparisons
     ]

@@ -56,8 +56,8 @@ class Comparison:
         )
         return (
             f"By {by}, {found.prompts} prompts do not tell {self.first} from {self.second}{reason}:"
-            f" the difference lies in {span}. This is no proof that they are equal; a difference "
-            f"of {found.detectable:.3g}{unit} would have been seen with a probability of 80 %."
+            f" the difference lies in {span}. This is no proof that they are equal; a single "
+            f"test would have seen one of {found.detectable:.3g}{unit} with a probability of 80 %."
         )
 
 
@@ -115,4 +115,4 @@ def _equal(measure: Measure, first: str, second: str) -> bool:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+    return f"{value:+.3g}".replace("-", "−") if value else "0"

@@ -27,6 +27,7 @@ table { border-collapse: collapse; margin: .75rem 0; font-size: .9rem; }
 table { font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
 th { vertical-align: bottom; font-weight: 600; }
+th.words, td.words { text-align: left; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.marked td { background: var(--mark); font-weight: 600; }
 figure { margin: 1rem 0; }
@@ -63,11 +64,18 @@ class Page:
 
     def table(self, table: Table) -> None:
         """Add a table."""
-        head = "".join(f"<th>{escape(column.heading)}</th>" for column in table.columns)
+        kinds = [
+            ' class="words"' if any(isinstance(row[place], str) for row in table.rows) else ""
+            for place in range(len(table.columns))
+        ]
+        heads = zip(kinds, table.columns, strict=True)
+        head = "".join(f"<th{words}>{escape(column.heading)}</th>" for words, column in heads)
         body = []
         for number, row in enumerate(table.rows):
-            cells = zip(table.columns, row, strict=True)
-            shown = "".join(f"<td>{escape(column.shown(cell))}</td>" for column, cell in cells)
+            cells = zip(kinds, table.columns, row, strict=True)
+            shown = "".join(
+                f"<td{words}>{escape(column.shown(cell))}</td>" for words, column, cell in cells
+            )
             kind = ' class="marked"' if number in table.marked else ""
             body.append(f"<tr{kind}>{shown}</tr>")
         self._parts.append(

@@ -16,10 +16,12 @@ class Column:
 
     Attributes:
         digits: after the point; None shows a number as it is.
+        significant: digits in all, for numbers of different sizes in one column.
     """
 
     heading: str
     digits: int | None = None
+    significant: int | None = None
 
     def shown(self, cell: Cell) -> str:
         """Return a cell as a page shows it; a cell without a value is a dash."""
@@ -27,6 +29,8 @@ class Column:
             return "–"
         if isinstance(cell, float) and self.digits is not None:
             return f"{cell:.{self.digits}f}".replace("-", "−")
+        if isinstance(cell, float) and self.significant is not None:
+            return f"{cell:.{self.significant}g}".replace("-", "−")
         return str(cell)
 
 

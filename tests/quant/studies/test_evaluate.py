@@ -58,7 +58,8 @@ def evaluation(files: dict[str, Path]) -> Path:
     gate.write_text("[psnr]\nmin = 3\n[temporal-flickering]\nmin_difference = -0.5\n")
     result = evaluate(files, out, "--gate", gate)
     assert result.exit_code == 0, result.output
-    assert "16 videos, 64 passes of the transformer; 32 scores" in result.output.replace("\n", " ")
+    assert "16 videos of at most 0.0 GiB together, 64 passes of the transformer" in result.output
+    assert result.output.index("16 videos") < result.output.index("wrote")
     return out
 
 
@@ -125,6 +126,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(
     result = evaluate(files, out, "--gate", gate)
     assert result.exit_code == 130
     assert "goes on from here" in result.output
+    result = evaluate(files, out, "--judge", "mini.judge:oracle")
+    assert result.exit_code == 1
+    assert "the judge oracle failed: 'the a' is not a caption" in result.output
+    assert "leave it out" in result.output
     result = evaluate(files, out, "--gate", gate)
     assert result.exit_code == 0, result.output
     assert made == 11 + 6

@@ -42,7 +42,8 @@ def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         (folder / f"{name}.txt").write_text("\n".join(prompts))
         result = run(
             *("record", "--model", tiny_model, "--prompts", folder / f"{name}.txt"),
-            *("--out", folder / name, "--text-tokens", "16", *small),
+            *("--out", folder / name, "--text-tokens", "16"),
+            *small,
         )
         assert result.exit_code == 0, result.output
     return {"calibration": folder / "calibration", "held-out": folder / "held-out"}
@@ -54,7 +55,8 @@ def analyze(model: Path, points: Path, out: Path, *options: str) -> Any:
         text = Path("quant/recipe/presets/boundary-hif8.toml").read_text()
         text = text.replace("total_blocks = 40", f"total_blocks = {BLOCKS}")
         recipe.write_text(text.replace("[0, 1, 37, 38, 39]", "[0]"))
-    small = ("--points-per-prompt", "1", "--linear-points", "2", "--recipe", recipe)
+    small: tuple[str | Path, ...] = ("--points-per-prompt", "1", "--linear-points", "2")
+    small += ("--recipe", recipe)
     return run("analyze", "--model", model, "--points", points, "--out", out, *small, *options)
 
 

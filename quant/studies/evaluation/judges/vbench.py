@@ -49,6 +49,9 @@ FILES = {
 }
 """What each dimension of VBench 0.1.5 reads from its folder of weights."""
 
+_SHARE = {"imaging_quality": 0.01}
+"""What brings a video's number to the scale of the dimension's, where VBench has two."""
+
 _SCRIPT = """
 import importlib, json, sys
 request = json.load(open(sys.argv[1]))
@@ -149,4 +152,5 @@ class VBenchDimension:
                 last = (done.stderr.strip().splitlines() or ["no reason"])[-1]
                 raise StudyError(f"VBench's {self.dimension} failed: {last}")
             found = json.loads(answer.read_text(encoding="utf-8"))
-        yield from (float(found[str(each.file.resolve())]) for each in videos)
+        share = _SHARE.get(self.dimension, 1.0)
+        yield from (share * float(found[str(each.file.resolve())]) for each in videos)
