@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from quant.cli import app
 from quant.recipe.recipe import QuantRecipe
-from quant.studies.methods.calibration import Calibration, rounded_of
+from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
+from quant.studies.methods.formats import HIF8
 from quant.studies.methods.injection import Outliers, blocks_of, difference, inject, velocity_of
 from quant.studies.methods.methods_report import findings
 from quant.studies.methods.registry import METHODS
@@ -115,13 +115,11 @@ def test_an_error_is_that_of_the_whole_transformer_with_its_linears_replaced(
     units = {each["unit"]: each["value"] for each in map(json.loads, lines)}
     assert units["hif8-gptq/0"]["paper"][0] == pytest.approx(expected, rel=1e-3)
 
-    tensors = load_file(comparison / "calibration" / "001.safetensors")
-    weight = transformer.blocks[1].ffn.net[2].weight
-    rounded = rounded_of(tensors, "ffn.net.2", method, weight)
-    scale = method.weight.scale_of(weight.float())
-    assert torch.equal(method.weight.round(rounded, scale), rounded), "on the grid"
-    shared = (tensors[f"attn1.{name}.channels"] for name in ("to_q", "to_v"))
-    assert torch.equal(*shared)
+    codes = calibration.codes(1, method, torch.device("cpu"))["ffn.net.2"].float()
+    assert torch.equal(HIF8.fake_quantize(codes, torch.tensor(1.0)), codes), "on the grid"
+    statistics = calibration.statistics(1, torch.device("cpu"))
+    assert torch.equal(statistics["attn1.to_q"].channels, statistics["attn1.to_v"].channels)
+    assert not torch.equal(statistics["attn1.to_q"].channels, statistics["attn2.to_q"].channels)
 
 
 def test_a_comparison_goes_on_and_gives_the_same(
