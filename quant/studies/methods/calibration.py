@@ -41,33 +41,47 @@ class Calibration:
     path: Path
     steps: tuple[int, ...]
 
-    def block(self, index: int, device: torch.device) -> dict[str, Tensor]:
-        """Read a block's tensors.
+    def statistics(self, index: int, device: torch.device) -> dict[str, InputStatistics]:
+        """Return what was measured of the inputs of a block's linears, by their name inside it.
 
         Raises:
             StudyError: the file is missing or damaged.
         """
-        try:
-            return load_file(self.file(index), device=str(device))
-        except (OSError, SafetensorError) as error:
-            raise StudyError(
-                f"{self.file(index)} cannot be read: delete {self.path.parent} and begin anew"
-            ) from error
+        tensors = _read(self.file(index), device)
+        names = {name.rpartition(".")[0] for name in tensors}
+        return {
+            name: InputStatistics(*(tensors[f"{name}.{part}"] for part in _PARTS)) for name in names
+        }
 
-    def file(self, index: int) -> Path:
-        """Return the file of a block."""
-        return self.path / f"{index:03d}.safetensors"
+    def codes(self, index: int, method: Method, device: torch.device) -> dict[str, Tensor]:
+        """Return the weights that calibration has rounded by a method, before their scale.
+
+        They are [N, K] bf16 by the linear's name inside the block; none for methods that round
+        when they are used.
+
+        Raises:
+            StudyError: the file is missing or damaged.
+        """
+        if not method.rounding.needs_hessian:
+            return {}
+        return _read(self.file(index, method), device)
+
+    def file(self, index: int, method: Method | None = None) -> Path:
+        """Return the file of a block's statistics, or of its weights as a method rounds them."""
+        name = f"{index:03d}" if method is None else f"{index:03d}-{method.name}"
+        return self.path / f"{name}.safetensors"
 
 
-def statistics_of(tensors: dict[str, Tensor], name: str) -> InputStatistics:
-    """Return what was measured of the input of the linear `name`, its name inside the block."""
-    parts = (tensors[f"{name}.{part}"] for part in ("channels", "steps", "binades"))
-    return InputStatistics(*parts)
+_PARTS = ("channels", "steps", "binades")
 
 
-def rounded_of(tensors: dict[str, Tensor], name: str, method: Method, weight: Tensor) -> Tensor:
-    """Return a linear's weights as calibration has rounded them by a method, [N, K] float32."""
-    return tensors[f"{name}.{method.name}"].float() * method.weight.scale_of(weight.float())
+def _read(file: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        return load_file(file, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise StudyError(
+            f"{file} cannot be read: delete {file.parents[1]} and begin anew"
+        ) from error
 
 
 def calibrate(
@@ -109,8 +123,13 @@ def calibrate(
                 progress.advance()
         if names:
             measured = time.monotonic() - start
-            tensors, seconds = _rounded(block, names, meter, rounding)
-            _write(calibration, index, meter.tensors() | tensors)
+            _write(calibration.file(index), meter.tensors())
+            seconds = {}
+            for method in rounding:
+                start = time.monotonic()
+                codes = _codes(block, names, meter, method)
+                seconds[method.name] = time.monotonic() - start
+                _write(calibration.file(index, method), codes)
             folder.keep(unit, {"measuring_s": measured, "rounding_s": seconds})
     return calibration
 
@@ -146,11 +165,11 @@ class _Meter:
         return self._same.get(name, name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the statistics as `statistics_of` reads them."""
+        """Return the statistics as `Calibration.statistics` reads them."""
         found = {}
         for name in (*self._inputs, *self._same):
             seen = self._inputs[self.owner(name)]
-            for part in ("channels", "steps", "binades"):
+            for part in _PARTS:
                 found[f"{name}.{part}"] = getattr(seen, part).cpu().clone()
         return found
 
@@ -189,30 +208,24 @@ def _run(block: nn.Module, stream: Tensor, conditions: Any) -> Tensor:
     return after
 
 
-def _rounded(
-    block: nn.Module, names: Sequence[str], meter: _Meter, methods: Sequence[Method]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Round a block's weights by the methods that do so in calibration, and time each."""
-    tensors, seconds = {}, {}
-    for method in methods:
-        start = time.monotonic()
-        for name in names:
-            linear = block.get_submodule(name)
-            weight = linear.weight.detach().float()  # type: ignore[operator]
-            hessian = meter.hessians[meter.owner(name)]
-            rounded = method.rounding.round(weight, method.weight, hessian)
-            codes = rounded / method.weight.scale_of(weight)
-            tensors[f"{name}.{method.name}"] = codes.bfloat16().cpu()
-        seconds[method.name] = time.monotonic() - start
-    return tensors, seconds
+def _codes(
+    block: nn.Module, names: Sequence[str], meter: _Meter, method: Method
+) -> dict[str, Tensor]:
+    """Round a block's weights by a method, and divide them by their scale."""
+    codes = {}
+    for name in names:
+        weight = block.get_submodule(name).weight.detach().float()  # type: ignore[operator]
+        rounded = method.rounding.round(weight, method.weight, meter.hessians[meter.owner(name)])
+        codes[name] = (rounded / method.weight.scale_of(weight)).bfloat16().cpu()
+    return codes
 
 
-def _write(calibration: Calibration, index: int, tensors: dict[str, Tensor]) -> None:
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        calibration.path.mkdir(exist_ok=True)
-        write_whole(calibration.file(index), to_bytes(tensors, {}))
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, to_bytes(tensors, {}))
     except OSError as error:
         raise StudyError(
-            f"cannot write {calibration.file(index)}: {error.strerror or error}; make room for it, "
+            f"cannot write {file}: {error.strerror or error}; make room for it, "
             "and the same command goes on from here"
         ) from error

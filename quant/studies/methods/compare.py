@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant.studies.block_stream import Change
 from quant.studies.methods.attention import RoundedAttention
-from quant.studies.methods.calibration import Calibration, rounded_of, statistics_of
+from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.method import Method, PreparedLinear
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
@@ -70,16 +70,14 @@ class MethodQuantizer:
     def _linears(self, index: int, block: nn.Module) -> dict[str, PreparedLinear]:
         if index in self._prepared:
             return self._prepared[index]
-        tensors = self.model.calibration.block(index, self.model.subject.exact.device)
+        device = self.model.subject.exact.device
+        statistics = self.model.calibration.statistics(index, device)
+        codes = self.model.calibration.codes(index, self.method, device)
         found = {}
         for name in self.model.subject.linears[index]:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear), "only linears are selected"
-            rounded = None
-            if self.method.rounding.needs_hessian:
-                rounded = rounded_of(tensors, name, self.method, linear.weight.detach())
-            seen = statistics_of(tensors, name)
-            found[name] = PreparedLinear.of(self.method, linear, seen, rounded)
+            found[name] = PreparedLinear.of(self.method, linear, statistics[name], codes.get(name))
         if self.model.keep:
             self._prepared[index] = found
         return found

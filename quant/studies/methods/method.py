@@ -96,18 +96,21 @@ class PreparedLinear:
         method: Method,
         linear: nn.Linear,
         statistics: InputStatistics,
-        rounded: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> PreparedLinear:
         """Round a linear's weights.
 
         Args:
-            rounded: the weights as calibration has rounded them, for methods that need it there.
+            codes: the weights as calibration has rounded them, before their scale, for methods
+                that round there.
         """
         weight = linear.weight.detach().float()
         divisors = method.transform.divisors(weight, statistics.channels)
-        if rounded is None:
+        if codes is None:
             scaled = weight if divisors is None else weight * divisors
             rounded = method.rounding.round(scaled, method.weight, None)
+        else:
+            rounded = codes.float() * method.weight.scale_of(weight)
         return cls(method, rounded, weight, linear.bias, divisors, statistics)
 
     def at(self, steps: tuple[int, ...], recorded: tuple[int, ...]) -> MethodLinear:

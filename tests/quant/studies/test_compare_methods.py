@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from quant.cli import app
 from quant.recipe.recipe import QuantRecipe
-from quant.studies.methods.calibration import Calibration, rounded_of
+from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
+from quant.studies.methods.formats import HIF8
 from quant.studies.methods.injection import Outliers, blocks_of, difference, inject, velocity_of
 from quant.studies.methods.methods_report import findings
 from quant.studies.methods.registry import METHODS
-from quant.studies.output.study_folder import read_results
+from quant.studies.output.page import Page
+from quant.studies.output.study_folder import StudyFolder, read_results
 from quant.studies.points import open_points
 from quant.studies.protection.analyze import Subject
 from quant.transformer.pipeline_weights import check_pipeline_weights
@@ -87,7 +88,7 @@ def test_methods_are_compared_under_each_protection(comparison: Path) -> None:
     worse = results["against_ours"]["none"]["int4-per-token"]
     assert worse["mean"] == pytest.approx(none["int4-per-token"] - none["hif8"])
     for name in ("errors", "cost", "protection"):
-        assert (comparison / "tables" / f"{name}.csv").read_text().count("\n") >= 9
+        assert (comparison / "tables" / f"{name}.csv").read_text().count("\n") >= 8
     assert (comparison / "index.html").stat().st_size > 30_000
 
 
@@ -114,13 +115,11 @@ def test_an_error_is_that_of_the_whole_transformer_with_its_linears_replaced(
     units = {each["unit"]: each["value"] for each in map(json.loads, lines)}
     assert units["hif8-gptq/0"]["paper"][0] == pytest.approx(expected, rel=1e-3)
 
-    tensors = load_file(comparison / "calibration" / "001.safetensors")
-    weight = transformer.blocks[1].ffn.net[2].weight
-    rounded = rounded_of(tensors, "ffn.net.2", method, weight)
-    scale = method.weight.scale_of(weight.float())
-    assert torch.equal(method.weight.round(rounded, scale), rounded), "on the grid"
-    shared = (tensors[f"attn1.{name}.channels"] for name in ("to_q", "to_v"))
-    assert torch.equal(*shared)
+    codes = calibration.codes(1, method, torch.device("cpu"))["ffn.net.2"].float()
+    assert torch.equal(HIF8.fake_quantize(codes, torch.tensor(1.0)), codes), "on the grid"
+    statistics = calibration.statistics(1, torch.device("cpu"))
+    assert torch.equal(statistics["attn1.to_q"].channels, statistics["attn1.to_v"].channels)
+    assert not torch.equal(statistics["attn1.to_q"].channels, statistics["attn2.to_q"].channels)
 
 
 def test_a_comparison_goes_on_and_gives_the_same(
@@ -137,6 +136,30 @@ def test_a_comparison_goes_on_and_gives_the_same(
     assert result.exit_code == 0, result.output
     assert (again / "results.json").read_bytes() == (comparison / "results.json").read_bytes()
     assert (again / "index.html").read_bytes() == (comparison / "index.html").read_bytes()
+
+
+def test_an_analysis_adds_the_blocks_that_it_proposes(
+    tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, fingerprint, prompts in (
+        ("fit", model_fingerprint(tiny_model), CALIBRATION),
+        ("other", "sha256-full-v2:0", CALIBRATION),
+        ("same", model_fingerprint(tiny_model), HELD_OUT),
+    ):
+        identity = {"model": fingerprint, "set of points": json.dumps({"prompts": prompts})}
+        analysis = StudyFolder.open(tmp_path / name, "analyze", identity)
+        analysis.finish({"proposed": [1, 2]}, {}, {}, Page("", ""))
+    out = tmp_path / "out"
+    other = compare(tiny_model, recorded, out, "--analysis", tmp_path / "other")
+    assert "is of another model" in other.output
+    same = compare(tiny_model, recorded, out, "--analysis", tmp_path / "same")
+    assert "choose and test on different prompts" in same.output
+    chosen = ("--methods", "hif8", "--analysis", tmp_path / "fit")
+    result = compare(tiny_model, recorded, out, *chosen)
+    assert result.exit_code == 0, result.output
+    results = read_results(out, "compare-methods")
+    assert results["protections"] == {"none": [], "paper": [0, 3], "proposed": [1, 2]}
+    assert results["against_none"]["proposed"]["hif8"]["mean"] < 0
 
 
 def test_unfit_input_is_refused(
