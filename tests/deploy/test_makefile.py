@@ -98,6 +98,7 @@ def test_help_lists_every_target(project: Path) -> None:
         "generate",
         "test",
         "test-all",
+        "test-npu",
         "lint",
         "fuzz",
         "fix",
