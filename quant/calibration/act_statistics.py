@@ -24,7 +24,7 @@ from quant.numerics.scaling import EXPONENTS, amax_and_exponents, fold_exponents
 _STATE = ("amax", "_exponents", "_square_sum", "_count")
 
 _MEASURED = 512
-"""How many measured tensors are remembered; the text is measured again if it falls out."""
+"""How many measured tensors are remembered before those that are gone are forgotten."""
 
 Record = Callable[[Tensor], None]
 
@@ -168,8 +168,9 @@ class ActivationStatistics:
     def _record(self, index: int, x: Tensor) -> None:
         measured = self._measured.get(id(x))
         if measured is None or measured.of() is not x or measured.version != x._version:
-            if len(self._measured) == _MEASURED:
-                self._measured.clear()
+            if len(self._measured) >= _MEASURED:
+                alive = {key: each for key, each in self._measured.items() if each.of() is not None}
+                self._measured = alive
             measured = self._measured[id(x)] = _measure(x, self._square_sum.dtype)
         amax, square_sum, exponents = self._cells[index]
         torch.maximum(amax, measured.amax, out=amax)
