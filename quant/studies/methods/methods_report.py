@@ -263,7 +263,7 @@ def _figure(results: Json) -> bytes:
         axes.set_xscale("log")
         axes.set_yticks(places, names)
         axes.set(xlabel="error energy of the velocity, % (logarithmic)")
-        axes.legend(title="protected blocks", loc="lower right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(protections))
     return figure.png
 
 
@@ -276,7 +276,10 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
     )
     for sentence in findings(results):
         page.finding(sentence)
-    page.figure(figures["methods"], "Mean error of each method, with 95 % intervals.")
+    page.figure(
+        figures["methods"],
+        "Mean error of each method by the blocks that are protected, with 95 % intervals.",
+    )
     page.heading("Errors, and differences from hif8 under the same protection")
     page.table(tables["errors"])
     page.heading("What protecting blocks is worth, by method")
