@@ -323,7 +323,7 @@ def findings(results: Json) -> list[str]:
     for protection, methods in results["against_none"].items():
         helped = [name for name, each in methods.items() if each["real"] and each["mean"] < 0]
         worse = [name for name, each in methods.items() if each["real"] and each["mean"] > 0]
-        sentence = f"Protecting {protection}'s blocks lowers the error of {_listed(helped)}."
+        sentence = f"Protecting blocks ({protection}) lowers the error of {_listed(helped)}."
         found.append(sentence + (f" It raises that of {_listed(worse)}." if worse else ""))
     count, tests = results["prompts"], sum(map(len, results["against_ours"].values()))
     if tests * 2.0 ** (1 - count) >= _ALPHA:

@@ -78,7 +78,20 @@ class PerGroup:
         return int(rows * -(-width // self.size))
 
 
-Granularity = PerTensor | PerStepGroup | PerRow | PerGroup
+@dataclass(frozen=True, slots=True)
+class OwnScales:
+    """The scales that the format itself holds, of inputs found when the model runs (dynamic)."""
+
+    label: ClassVar[str] = "its own groups"
+    reads: ClassVar[int] = 2
+
+    def scales(self, rows: int, width: int) -> int:
+        """Return how many scales a matrix has beside the format's."""
+        del rows, width
+        return 0
+
+
+Granularity = PerTensor | PerStepGroup | PerRow | PerGroup | OwnScales
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +119,7 @@ class Operand:
     @property
     def label(self) -> str:
         """Its name in tables."""
-        if self.policy.name == "none":
+        if self.policy.name == "none" and not isinstance(self.granularity, OwnScales):
             return f"{self.format.name} as it is"
         rule = "" if self.rule is None else f", {self.rule.name}"
         return f"{self.format.name} per {self.granularity.label}{rule}"

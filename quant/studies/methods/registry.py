@@ -8,7 +8,14 @@ from quant.errors import StudyError
 from quant.numerics.scaling import scale_policy
 from quant.studies.methods.formats import BF16, E4M3, E5M2, HIF4, HIF8, INT4, INT8
 from quant.studies.methods.method import Method
-from quant.studies.methods.operand import Operand, PerGroup, PerRow, PerStepGroup, PerTensor
+from quant.studies.methods.operand import (
+    Operand,
+    OwnScales,
+    PerGroup,
+    PerRow,
+    PerStepGroup,
+    PerTensor,
+)
 from quant.studies.methods.rounding import Gptq
 from quant.studies.methods.transforms import OutlierColumns, SmoothQuant
 
@@ -146,8 +153,8 @@ _ALL = (
         "hif4",
         "HiF4-like weights and inputs, in groups of 64 with their own scales.",
         "HiFloat4 as public code has it; our reading",
-        Operand(HIF4, _TENSOR),
-        Operand(HIF4, _TENSOR),
+        Operand(HIF4, OwnScales()),
+        Operand(HIF4, OwnScales()),
     ),
     Method(
         "int4-per-token",

@@ -189,7 +189,7 @@ def test_findings_do_not_claim_what_the_prompts_cannot_show() -> None:
     }
     found = findings(results)
     assert found[0].endswith("less error than hif8: a. More: none. Not told apart: b.")
-    assert found[1] == "Protecting paper's blocks lowers the error of a."
+    assert found[1] == "Protecting blocks (paper) lowers the error of a."
     assert "5 prompts are too few for 2 tests" in found[2]
     assert len(findings(results | {"prompts": 12})) == 2
 
