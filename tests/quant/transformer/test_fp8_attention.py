@@ -1,6 +1,7 @@
 """Recipes with FP8 attention: calibration, the scales file, fusing, and what is refused."""
 
 import dataclasses
+import re
 import shlex
 import sys
 
@@ -121,7 +122,7 @@ def test_the_file_gives_back_what_was_found(path, fp8_scales: Scales, fp8_recipe
     assert loaded.attention_scale == fp8_scales.attention_scale
     assert torch.equal(loaded.attention_amax, fp8_scales.attention_amax)
     assert torch.equal(loaded.attention_binades, fp8_scales.attention_binades)
-    assert "attention      fp8, scales q " in describe_scales(loaded, path)
+    assert re.search("attention +fp8, scales q ", describe_scales(loaded, path))
 
 
 def test_a_file_without_them_is_refused_with_the_command(tmp_path, tiny_scales, fp8_recipe):
@@ -134,7 +135,7 @@ def test_a_file_without_them_is_refused_with_the_command(tmp_path, tiny_scales, 
         load_scales(path, recipe=fp8_recipe)
     command = shlex.split(str(e.value).rpartition("with: ")[2])
     assert command[:4] == [sys.executable, "-m", "quant", "calibrate"]
-    assert command[command.index("--recipe") + 1] == "tiny-fp8"
+    assert command[command.index("--recipe") + 1] == "RECIPE_FILE"  # no shipped recipe
     assert command[command.index("--steps") + 1] == "4"
 
 
@@ -155,8 +156,8 @@ def test_a_file_that_lost_one_is_none(path):
 
 def test_a_value_that_is_not_finite_stops_calibration(tiny_model, tiny_plan, fp8_recipe):
     pipe = load_pipeline(tiny_model, "cpu")
-    with torch.no_grad():
-        pipe.transformer.blocks[1].attn1.norm_k.weight[3] = float("inf")
+    norm = pipe.transformer.blocks[1].attn1.norm_k
+    norm.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
     with pytest.raises(CalibrationError, match=r"^blocks\.1\.\S+ saw NaN or infinity"):
         run_calibration(pipe, dataclasses.replace(tiny_plan, recipe=fp8_recipe))
 
