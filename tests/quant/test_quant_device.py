@@ -43,7 +43,7 @@ def test_the_commands_refuse_a_device_that_is_not_there_in_one_sentence(
     prompts.write_text("".join(f"circle number {i}\n" for i in range(8)))
     out = tmp_path / "out"
     common = ["--model", str(tiny_model), "--recipe", str(recipe), "--out", str(out)]
-    sizes = ["--size", "32x32", "--frames", "1", "--steps", "4", "--text-tokens", "8"]
+    sizes = ["--size", "32x32", "--frames", "1", "--steps", "4", "--text-tokens", "16"]
     for command in (
         ["calibrate", *common, "--prompts", str(prompts), *sizes],
         ["convert", *common, "--scales", str(tmp_path / "scales.safetensors")],
