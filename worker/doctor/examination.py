@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ def examine(report: Report, config_path: Path | None, opened: ExitStack) -> None
     """Fill `report`; what stays open until the end is put into `opened`."""
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("worker").setLevel(logging.ERROR)  # the report says what they would
+    opened.enter_context(_only_errors(logging.getLogger("worker")))  # the report says the rest
     settings: WorkerSettings = report.run("settings", services.settings)
     if settings is None:
         settings = services.settings_without_store()
@@ -50,6 +51,16 @@ def examine(report: Report, config_path: Path | None, opened: ExitStack) -> None
         folder = scratch if index == 0 else None  # without ffmpeg no MP4, and the rest is tried
         report.run(f"tiny job in {mode.name}", card.tiny_job(engine, mode.name, folder), ("model",))
     report.run("between cards", exchange.between_cards(device, _count(device)), ("device",))
+
+
+@contextmanager
+def _only_errors(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _count(device: Device | None) -> int:
