@@ -176,9 +176,9 @@ def _blocks_table(
 ) -> Table:
     columns = (
         Column("block"),
-        Column("error energy, %", 4),
-        Column("95 % from", 4),
-        Column("to", 4),
+        Column("error energy, %", significant=3),
+        Column("95 % from", significant=3),
+        Column("to", significant=3),
         Column("largest magnitude", 1),
         Column("its spread over prompts (sd)", 1),
         Column("kurtosis", 1),
@@ -209,7 +209,7 @@ def _linears_table(
 ) -> Table:
     columns = (
         Column("linear"),
-        Column("error energy, %", 4),
+        Column("error energy, %", significant=3),
         Column("largest input", 2),
         Column("99.9th percentile", 3),
         Column("kurtosis", 1),
@@ -239,8 +239,8 @@ def _linears_table(
 def _additivity_table(additivity: Mapping[str, Json]) -> Table:
     columns = (
         Column("protected"),
-        Column("sum of single energies, %", 4),
-        Column("measured together, %", 4),
+        Column("sum of single energies, %", significant=3),
+        Column("measured together, %", significant=3),
         Column("ratio", 3),
         Column("points"),
     )
