@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,7 +40,7 @@ from quant.calibration.scales import (
     save_scales,
 )
 from quant.calibration.summary import convergence_of, describe_scales
-from quant.console import INTERRUPTED, errors_as_sentences
+from quant.console import errors_as_sentences, resumable
 from quant.device import usable_device
 from quant.errors import PreviewMapError, QuantError, ScalesError
 from quant.numerics.code_table import codes_markdown
@@ -99,9 +100,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     """Run MODEL over PROMPTS in BF16 and write the scales of RECIPE to OUT.
 
     Size, frames, steps and text tokens default to what the model was trained for, or, with CONFIG,
-    to what its service uses. After Ctrl-C or a
-    fault the same command goes on with the first prompt that was not finished. A preview map is
-    written as well, unless there is one beside OUT.
+    to what its service uses. After Ctrl-C or a fault the same command goes on with the first prompt
+    that was not finished. A preview map is written as well, unless there is one beside OUT.
 
     A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
     them nothing is run: its scales come from the weights.
@@ -280,16 +280,11 @@ def _calibrate(
 ) -> Scales:
     """Calibrate with a progress bar; Ctrl-C ends the command with one sentence."""
     progress = CalibrationProgress(len(plan.prompts.prompts))
-    try:
-        return run_calibration(
+    with resumable(), closing(progress):
+        scales = run_calibration(
             pipe, plan, progress, checkpoint, lambda made: latents.append(made.cpu())
         )
-    except KeyboardInterrupt:
-        progress.close()
-        typer.echo("stopped: the same command goes on from here", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        progress.close()
+    return scales
 
 
 def _check_out(out: Path, kind: type[QuantError]) -> None:

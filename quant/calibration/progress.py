@@ -6,15 +6,12 @@ the text encoder and what a device does once.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
 
 from tqdm import tqdm
 
-_LOG_EVERY_S = 30.0
-"""How often the bar is written where nobody watches it grow, as in a log file."""
+from quant.console import progress_bar, time_left, write_line
 
 
 class CalibrationProgress:
@@ -36,8 +33,11 @@ class CalibrationProgress:
         elif not self._announced and self._begun is not None:
             self._announced = True
             steps, seconds = done - self._begun[0], self._clock() - self._begun[1]
-            left = timedelta(seconds=round((total - done) * seconds / steps))
-            tqdm.write(self._estimate(left, total - done), file=sys.stderr)
+            left, end = time_left((total - done) * seconds / steps)
+            write_line(
+                f"about {left} for {total - done} steps, until {end}; Ctrl-C keeps the prompts "
+                "that are done"
+            )
         prompt = min(done * self._prompts // total + 1, self._prompts)
         self._bar.set_description(f"prompt {prompt} of {self._prompts}", refresh=False)
         self._bar.update(done - self._bar.n)
@@ -50,13 +50,5 @@ class CalibrationProgress:
     def _open(self, done: int, total: int) -> tqdm[None]:
         if done:
             kept = done * self._prompts // total
-            tqdm.write(f"going on after prompt {kept} of {self._prompts}", file=sys.stderr)
-        every_s = 0.1 if sys.stderr.isatty() else _LOG_EVERY_S
-        return tqdm(total=total, initial=done, unit="step", mininterval=every_s, file=sys.stderr)
-
-    def _estimate(self, left: timedelta, steps: int) -> str:
-        end = datetime.now().astimezone() + left
-        return (
-            f"about {left} (h:mm:ss) for {steps} steps, until {end:%Y-%m-%d %H:%M}; "
-            "Ctrl-C keeps the prompts that are done"
-        )
+            write_line(f"going on after prompt {kept} of {self._prompts}")
+        return progress_bar(total, "step", done)

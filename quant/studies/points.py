@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -234,9 +233,3 @@ def open_points(path: Path, *, complete: bool = True) -> PointsFolder:
 
 def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(each) if isinstance(each, list) else each for name, each in data.items()}
-
-
-def relative_error_energy(found: Tensor, reference: Tensor) -> float:
-    """Return |found − reference|² / |reference|² over all values, in float64."""
-    difference = (found.double() - reference.double()).square().sum()
-    return float(difference / reference.double().square().sum().clamp(min=torch.finfo().tiny))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
 
 from tqdm import tqdm
 
-_LOG_EVERY_S = 30.0
-"""How often the bar is written where nobody watches it grow, as in a log file."""
+from quant.console import progress_bar, time_left, write_line
+
+_ANNOUNCED_AFTER = 0.02
+"""The share of a study's passes that its estimate is made of: the first ones may be slower."""
 
 
 class StudyProgress:
@@ -19,22 +19,24 @@ class StudyProgress:
 
     def __init__(self, bar: tqdm[None]) -> None:
         self._bar = bar
-        self._begun: float | None = None
+        self._begun: tuple[int, float] | None = None  # passes done and time, after the first
         self._announced = False
 
     def advance(self, passes: int = 1) -> None:
-        """Count finished passes; after the second call, say how long the others will take."""
+        """Count finished passes; once there are enough, say how long the others will take."""
         now = time.monotonic()
         self._bar.update(passes)
         if self._begun is None:
-            self._begun, self._first = now, self._bar.n  # the first call holds what is done once
-            return
-        if not self._announced and self._bar.total is not None:
+            self._begun = self._bar.n, now  # the first call holds what a device does once
+        elif not self._announced and self._measured > _ANNOUNCED_AFTER * self._bar.total:
             self._announced = True
-            each = (now - self._begun) / max(self._bar.n - self._first, 1)
-            left = timedelta(seconds=round((self._bar.total - self._bar.n) * each))
-            end = datetime.now().astimezone() + left
-            self.note(f"about {left} (h:mm:ss) left, until {end:%Y-%m-%d %H:%M}")
+            each = (now - self._begun[1]) / self._measured
+            left, end = time_left((self._bar.total - self._bar.n) * each)
+            write_line(f"about {left} left, until {end}")
+
+    @property
+    def _measured(self) -> int:
+        return 0 if self._begun is None else int(self._bar.n - self._begun[0])
 
     def skip(self, passes: int) -> None:
         """Count passes that an earlier run has done; they do not enter the estimate."""
@@ -46,22 +48,15 @@ class StudyProgress:
         """Say what is being done, in front of the bar."""
         self._bar.set_description(text, refresh=False)
 
-    def note(self, text: str) -> None:
-        """Write a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
-
 
 @contextmanager
-def study_progress(cost: str, total: int, done: int = 0) -> Iterator[StudyProgress]:
+def study_progress(cost: str, total: int) -> Iterator[StudyProgress]:
     """Announce a study and yield its bar.
 
     Args:
         cost: what will be done and what it takes, in words, such as "640 passes of 40 blocks".
-        total: how many passes there are in all, of which `done` were done by an earlier run.
+        total: how many passes there are in all, those of an earlier run included.
     """
-    tqdm.write(f"{cost}; Ctrl-C keeps what is done", file=sys.stderr)
-    if done:
-        tqdm.write(f"going on after {done} of {total} passes", file=sys.stderr)
-    every_s = 0.1 if sys.stderr.isatty() else _LOG_EVERY_S
-    with tqdm(total=total, initial=done, unit="pass", mininterval=every_s, file=sys.stderr) as bar:
+    write_line(f"{cost}; Ctrl-C keeps what is done")
+    with progress_bar(total, "pass") as bar:
         yield StudyProgress(bar)

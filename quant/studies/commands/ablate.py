@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quant.console import INTERRUPTED, errors_as_sentences
+from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
@@ -20,11 +20,12 @@ from quant.studies.commands.options import (
     load_transformer,
     study_device,
 )
-from quant.studies.output.study_folder import StudyFolder, read_results
+from quant.studies.output.study_folder import StudyFolder
 from quant.studies.points import open_points
 from quant.studies.progress import study_progress
 from quant.studies.protection.ablate import HeldOut, all_protections, measure_protections, report
 from quant.studies.protection.analyze import Subject, quantizer_of
+from quant.studies.protection.proposal import read_proposal
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 
@@ -53,20 +54,14 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         recorded = open_points(points)
         fingerprint = model_fingerprint(model)
         recorded.check_model(fingerprint)
-        found = read_results(analysis, "analyze")
-        known = StudyFolder.finished(analysis, "analyze")
-        if known.identity["recipe"] != base.fingerprint or known.identity["model"] != fingerprint:
-            raise StudyError(
-                f"{analysis} is of another model or recipe than {model} and {recipe!r}: analyze "
-                "this one first"
-            )
-        seen = json.loads(known.identity["set of points"])["prompts"]
-        recorded.check_apart(frozenset(seen), f"the analysis {analysis}")
+        proposal = read_proposal(analysis, fingerprint, recorded)
+        if proposal.folder.identity["recipe"] != base.fingerprint:
+            raise StudyError(f"{analysis} is of another recipe than {recipe!r}: analyze that first")
         transformer = load_transformer(model)
         where, keep = study_device(device, transformer)
         subject = Subject.of(transformer, base, where, keep=keep)
         blocks = subject.exact.blocks
-        protections = all_protections(blocks, found["proposed"], random_sets, seed)
+        protections = all_protections(blocks, proposal.blocks, random_sets, seed)
         folder = StudyFolder.open(
             out,
             "ablate",
@@ -81,17 +76,11 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
                 "device": device,
             },
         )
-        each = recorded.info.points // len(recorded.info.prompts)
-        count = len(recorded.info.prompts) * min(points_per_prompt, each)
-        cost = count * blocks * (len(protections) + 1)
-        words = f"{cost:,} passes of one block: {count} points, {len(protections)} sets"
-        quantizer = quantizer_of(subject, known, len(seen))
-        try:
-            with study_progress(words, cost) as progress:
-                held_out = HeldOut(recorded, points_per_prompt)
-                measure_protections(subject, held_out, quantizer, protections, folder, progress)
-        except KeyboardInterrupt:
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        held_out = HeldOut(recorded, points_per_prompt)
+        cost = held_out.count * blocks * (len(protections) + 1)
+        words = f"{cost:,} passes of one block: {held_out.count} points, {len(protections)} sets"
+        quantizer = quantizer_of(subject, proposal.folder, len(proposal.prompts))
+        with resumable(), study_progress(words, cost) as progress:
+            measure_protections(subject, held_out, quantizer, protections, folder, progress)
         folder.finish(*report(folder, recorded.info.prompts, protections, base.name))
     typer.echo(f"wrote {out}: see {out / 'index.html'}")

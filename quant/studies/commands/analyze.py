@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quant.console import INTERRUPTED, errors_as_sentences
+from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
@@ -97,15 +97,11 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
             f"{cost:,} passes of one block: {info.points} points of {len(info.prompts)} prompts, "
             f"{subject.exact.blocks} blocks"
         )
-        try:
-            with study_progress(words, cost) as progress:
-                measure_activations(subject, recorded, folder, progress)
-                quantizer = quantizer_of(subject, folder, len(info.prompts))
-                measure_sensitivity(subject, recorded, quantizer, options, folder, progress)
-                measure_additivity(subject, recorded, quantizer, options, folder, progress)
-        except KeyboardInterrupt:
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        with resumable(), study_progress(words, cost) as progress:
+            measure_activations(subject, recorded, folder, progress)
+            quantizer = quantizer_of(subject, folder, len(info.prompts))
+            measure_sensitivity(subject, recorded, quantizer, options, folder, progress)
+            measure_additivity(subject, recorded, quantizer, options, folder, progress)
         analysis = Analysis(subject, folder, info.prompts)
         results, tables, figures, page = report(analysis, quantizer, budget)
         write_recipe(out / "recipe.toml", base, subject.exact.blocks, results["proposed"])

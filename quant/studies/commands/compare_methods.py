@@ -9,20 +9,20 @@ from typing import Annotated
 
 import typer
 
-from quant.console import INTERRUPTED, errors_as_sentences
-from quant.errors import StudyError
+from quant.console import errors_as_sentences, resumable
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import Device, Model, Out, load_transformer, study_device
 from quant.studies.methods.calibration import calibrate
 from quant.studies.methods.compare import Calibrated, comparison_cost, measure_methods
 from quant.studies.methods.methods_report import NONE, Comparison, report
 from quant.studies.methods.registry import chosen_methods
-from quant.studies.output.study_folder import StudyFolder, read_results
-from quant.studies.points import PointsFolder, open_points
+from quant.studies.output.study_folder import StudyFolder
+from quant.studies.points import open_points
 from quant.studies.progress import study_progress
 from quant.studies.protection.ablate import HeldOut
 from quant.studies.protection.analyze import Subject
 from quant.studies.protection.block_sets import paper_sets
+from quant.studies.protection.proposal import read_proposal
 from quant.weights.fingerprint import model_fingerprint
 
 
@@ -60,7 +60,7 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
         blocks = len(transformer.blocks)
         protections = {NONE: (), "paper": paper_sets(blocks)["both ends"]}
         if analysis is not None:
-            protections["proposed"] = _proposed(analysis, fingerprint, recorded)
+            protections["proposed"] = read_proposal(analysis, fingerprint, recorded).blocks
         where, keep = study_device(device, transformer)
         subject = Subject.of(transformer, base, where, keep=keep)
         folder = StudyFolder.open(
@@ -85,33 +85,16 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
             for prompt in range(len(seen.info.prompts))
             for point in calibrating.of_prompt(prompt)
         ]
-        available = recorded.info.points // len(recorded.info.prompts)
-        count = len(recorded.info.prompts) * min(points_per_prompt, available)
         cost = blocks * len(measured_on)
-        cost += comparison_cost(blocks, count, len(chosen), len(protections))
+        cost += comparison_cost(blocks, held_out.count, len(chosen), len(protections))
         words = (
-            f"{cost:,} passes of one block: {count} points, {len(chosen)} methods, "
+            f"{cost:,} passes of one block: {held_out.count} points, {len(chosen)} methods, "
             f"{len(protections)} protections, {len(measured_on)} points to calibrate on"
         )
-        try:
-            with study_progress(words, cost) as progress:
-                known = calibrate(subject, measured_on, chosen, folder, progress)
-                calibrated = Calibrated(subject, known, keep)
-                measure_methods(calibrated, held_out, chosen, protections, folder, progress)
-        except KeyboardInterrupt:
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+        with resumable(), study_progress(words, cost) as progress:
+            known = calibrate(subject, measured_on, chosen, folder, progress)
+            calibrated = Calibrated(subject, known, keep)
+            measure_methods(calibrated, held_out, chosen, protections, folder, progress)
         found = Comparison(subject, folder, recorded.info.prompts, chosen, protections)
         folder.finish(*report(found))
     typer.echo(f"wrote {out}: see {out / 'index.html'}")
-
-
-def _proposed(analysis: Path, fingerprint: str, points: PointsFolder) -> tuple[int, ...]:
-    """Return the blocks that an analysis of the same model, on other prompts, proposes."""
-    found = read_results(analysis, "analyze")
-    identity = StudyFolder.finished(analysis, "analyze").identity
-    if identity["model"] != fingerprint:
-        raise StudyError(f"{analysis} is of another model: analyze this one first")
-    prompts = frozenset(json.loads(identity["set of points"])["prompts"])
-    points.check_apart(prompts, f"the analysis {analysis}")
-    return tuple(found["proposed"])

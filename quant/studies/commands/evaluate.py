@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from quant.calibration import sampler_options as options
 from quant.calibration.prompts import PromptSet
-from quant.calibration.sampler import resolve_sampler
-from quant.calibration.sampling import load_pipeline
-from quant.console import INTERRUPTED, errors_as_sentences, parse_size
+from quant.calibration.sampler_options import sampler_of
+from quant.calibration.sampling import check_prompt_lengths, load_pipeline, load_tokenizer
+from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
 from quant.studies.commands.options import Device, Model, Out
 from quant.studies.evaluation.candidates import BF16, Candidate, build_bf16, read_candidates
@@ -35,7 +36,7 @@ from quant.studies.output.study_folder import StudyFolder
 from quant.studies.points import PointsFolder, open_points
 from quant.studies.progress import study_progress
 from quant.transformer.pipeline_weights import check_pipeline_weights
-from quant.weights.fingerprint import model_fingerprint, read_transformer_config
+from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 
 GATE_FAILED = 3
@@ -141,13 +142,15 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
     vbench_dimension: Annotated[
         list[str], typer.Option(help="One of VBench's; repeatable. Default: the paper's five.")
     ] = [],  # noqa: B006
-    steps: Annotated[int | None, typer.Option(help="Denoising steps per video.")] = None,
-    size: Annotated[str | None, typer.Option(help="Width x height, like 832x480.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames per video, 4k + 1.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="As the service has it.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Length prompts are padded to.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the first video.")] = None,
+    config: options.Config = None,
+    steps: options.Steps = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    guidance_scale: options.GuidanceScale = None,
+    text_tokens: options.TextTokens = None,
+    negative_prompt: options.NegativePrompt = None,
+    flow_shift: options.FlowShift = None,
+    seed: options.Seed = None,
     device: Device = "cpu",
 ) -> None:
     """Make videos of PROMPTS in BF16 and by every candidate, and let judges compare them.
@@ -158,18 +161,21 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
     with errors_as_sentences():
         check_model_kind(model)
         fingerprint = model_fingerprint(model)
-        overrides = {
-            "size": parse_size(size),
-            "num_frames": frames,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "text_tokens": text_tokens,
-            "seed": seed,
-            "timestep_groups": 1,  # of calibration; it says nothing here
-        }
-        sampler = resolve_sampler(read_transformer_config(model), overrides)
+        sampler = sampler_of(
+            model,
+            config,
+            size=size,
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            text_tokens=text_tokens,
+            negative_prompt=negative_prompt,
+            flow_shift=flow_shift,
+            seed=seed,
+            timestep_groups=1,  # of calibration; it says nothing here
+        )
         plan = Plan(PromptSet.read(prompts), sampler, seeds)
+        check_prompt_lengths(load_tokenizer(model), plan.prompts.prompts, sampler)
         candidates = read_candidates(candidate, model, fingerprint)
         check_unseen(plan.prompts, candidates, model, calibration_prompts, analysis)
         judges = build_judges(judge, vbench_dimension, vbench_python, vbench_weights, device)
@@ -182,11 +188,8 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
         check_pipeline_weights(model)
         study = _Study(plan, candidates, judges, recorded)
         folder = study.open(out, fingerprint, device)
-        try:
+        with resumable():
             measures = study.run(lambda: load_pipeline(model, device), folder)
-        except KeyboardInterrupt:
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(INTERRUPTED) from None
         comparisons, far = compare(measures), diverged(measures)
         names = (BF16, *(each.name for each in candidates))
         videos = {name: plan.of_candidate(out, name) for name in names}

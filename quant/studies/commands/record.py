@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from quant.calibration.progress import CalibrationProgress
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler_options import sampler_of
 from quant.calibration.sampling import check_prompt_lengths, load_pipeline, load_tokenizer
-from quant.console import INTERRUPTED, errors_as_sentences
+from quant.console import errors_as_sentences, resumable
 from quant.studies.commands.options import Device, Model
 from quant.studies.points import PointsInfo, new_points
 from quant.studies.record import record_points, spread_steps
@@ -69,11 +70,6 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         folder = new_points(out, info)
         pipe = load_pipeline(model, device)
         progress = CalibrationProgress(len(prompt_set.prompts))
-        try:
+        with resumable(), closing(progress):
             record_points(pipe, prompt_set, sampler, folder, progress)
-        except KeyboardInterrupt:
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            progress.close()
     typer.echo(f"wrote {out}: {info.points} points of {len(info.prompts)} prompts")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.sampling import check_prompt_lengths, run_prompt
+from quant.calibration.sampling import run_prompt
 from quant.studies.evaluation.video_files import Frames, Video
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
@@ -75,11 +75,9 @@ def generate_videos(
         builders: by candidate, what turns the BF16 transformer into the one that is evaluated.
 
     Raises:
-        CalibrationError: a prompt is too long.
         StudyError: latents are not finite, or the disk is full.
         QuantError: a transformer cannot be built.
     """
-    check_prompt_lengths(pipe, plan.prompts.prompts, plan.sampler)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.float()
     source = pipe.transformer

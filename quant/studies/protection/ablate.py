@@ -67,6 +67,11 @@ class HeldOut:
     points: PointsFolder
     per_prompt: int
 
+    @property
+    def count(self) -> int:
+        """How many points are used."""
+        return len(chosen_points(self.points, self.per_prompt))
+
     def of_prompt(self, prompt: int) -> list[Point]:
         """Return the points of one prompt that are used."""
         every = list(self.points.of_prompt(prompt))

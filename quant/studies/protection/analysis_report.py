@@ -14,8 +14,8 @@ from quant.studies.output.plots import INK, SERIES, drawing
 from quant.studies.output.study_folder import Json, StudyFolder
 from quant.studies.output.table import Column, Table
 from quant.studies.protection.activations import Activation, share_beyond_band
-from quant.studies.protection.analyze import Subject, propose
-from quant.studies.protection.block_sets import paper_sets
+from quant.studies.protection.analyze import Subject
+from quant.studies.protection.block_sets import greedy_set, paper_sets
 from quant.studies.protection.variants import BlockQuantizer
 from quant.studies.statistics import Estimate, estimate, rank_correlation
 
@@ -119,7 +119,7 @@ def report(
     """Build everything that `StudyFolder.finish` writes."""
     energy, linears = analysis.block_energy(), analysis.linear_energy()
     means = {block: each.mean for block, each in energy.items()}
-    proposed = propose(means, budget)
+    proposed = greedy_set(means, **budget)
     paper = paper_sets(analysis.blocks)["both ends"]
     total = sum(means.values())
     proxies = _proxies(analysis, means)
@@ -326,13 +326,15 @@ def _page(
         f"Protecting blocks {_listed(proposed)} removes {removed['proposed']:.0%} of the error "
         f"energy; the paper's {_listed(paper)} remove {removed['paper']:.0%}."
     )
-    best = max(results["proxies"], key=lambda name: results["proxies"][name]["spearman"])
+    proxies = results["proxies"]
+    best = max(proxies, key=lambda name: abs(proxies[name]["spearman"]))
+    order = "with" if proxies[best]["spearman"] > 0 else "against"
     ranks = ", ".join(
-        f"{name} {each['spearman']:.2f} (p {each['p']:.2g})"
-        for name, each in results["proxies"].items()
+        f"{name} {each['spearman']:.2f} (p {each['p']:.2g})" for name, each in proxies.items()
     )
     page.finding(
-        f"Of what one pass shows, {best} ranks blocks best. Spearman's rank correlations: {ranks}."
+        f"Of what one pass shows, the {best} goes {order} the error most closely. Spearman's rank "
+        f"correlations: {ranks}."
     )
     page.heading("Error energy of each block, quantized alone")
     page.figure(

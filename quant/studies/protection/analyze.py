@@ -21,7 +21,7 @@ from quant.studies.output.study_folder import Json, StudyFolder
 from quant.studies.points import Point, PointsFolder
 from quant.studies.progress import StudyProgress
 from quant.studies.protection.activations import Activation, measure_point
-from quant.studies.protection.block_sets import greedy_set, middle_set, paper_sets
+from quant.studies.protection.block_sets import middle_set, paper_sets
 from quant.studies.protection.sensitivity import reference_pass, set_energies, variant_energies
 from quant.studies.protection.variants import BlockQuantizer, act_scales
 
@@ -210,11 +210,6 @@ def measure_additivity(
             value["measured"][name] = found[0]
             progress.advance(blocks)
         folder.keep(unit, value)
-
-
-def propose(energy: Mapping[int, float], budget: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the proposed blocks under a budget (`greedy_set`'s arguments)."""
-    return greedy_set(energy, **budget)
 
 
 def _measured(

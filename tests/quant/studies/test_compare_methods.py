@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from quant.cli import app
 from quant.recipe.recipe import QuantRecipe
 from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
@@ -24,29 +22,9 @@ from quant.studies.protection.analyze import Subject
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
 from tests.quant.conftest import BLOCKS, tiny_recipe_dict
-from tests.quant.studies.conftest import load_transformer
+from tests.quant.studies.conftest import CALIBRATION, HELD_OUT, load_transformer, run
 
-CALIBRATION = [f"a {shape}" for shape in "abcdefgh"]
-HELD_OUT = [f"the {shape}" for shape in "abcdefgh"]
 CHOSEN = "bf16,hif8,hif8-steps,hif8-gptq,int8-outliers,int4-per-token,hif8-attention-hif8"
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-@pytest.fixture(scope="module")
-def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("points")
-    small = ["--steps", "4", "--keep", "2", "--frames", "1", "--size", "32x32"]
-    for name, prompts in (("calibration", CALIBRATION), ("held-out", HELD_OUT)):
-        (folder / f"{name}.txt").write_text("\n".join(prompts))
-        result = run(
-            *("record", "--model", tiny_model, "--prompts", folder / f"{name}.txt"),
-            *("--out", folder / name, "--text-tokens", "16", *small),
-        )
-        assert result.exit_code == 0, result.output
-    return {"calibration": folder / "calibration", "held-out": folder / "held-out"}
 
 
 def compare(model: Path, recorded: dict[str, Path], out: Path, *options: object) -> Any:

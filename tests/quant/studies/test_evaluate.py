@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from typer.testing import CliRunner
 
 import quant
 from quant.calibration.scales import Scales
-from quant.cli import app
 from quant.errors import StudyError
 from quant.studies.evaluation import generate
 from quant.studies.evaluation.gate import read_gate
@@ -21,14 +19,11 @@ from quant.studies.evaluation.verdict import compare, diverged, divergence_words
 from quant.studies.evaluation.video_files import Video
 from quant.studies.output.study_folder import read_results
 from tests.quant.conftest import PROMPTS
+from tests.quant.studies.conftest import run
 
 UNSEEN = [f"the {shape}" for shape in "abcdefgh"]
 SMALL = ("--steps", "2", "--frames", "5", "--size", "32x32", "--text-tokens", "16")
 JUDGES = ("latent-sqnr", "psnr", "temporal-flickering")
-
-
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
 @pytest.fixture(scope="module")

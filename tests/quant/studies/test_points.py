@@ -13,7 +13,6 @@ from quant.studies.points import (
     PointsInfo,
     new_points,
     open_points,
-    relative_error_energy,
 )
 
 SAMPLER = SamplerSettings((96, 96), 17, 20, 4.0, 64, seed=7)
@@ -76,9 +75,3 @@ def test_a_damaged_file_and_another_folder_are_refused(points: PointsFolder) -> 
         list(open_points(points.path))
     with pytest.raises(StudyError, match="is not a folder of points"):
         open_points(points.path.parent)
-
-
-def test_error_energy() -> None:
-    reference = torch.tensor([3.0, 4.0])
-    assert relative_error_energy(torch.tensor([3.0, 4.5]), reference) == pytest.approx(0.01)
-    assert relative_error_energy(reference, reference) == 0

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from typer.testing import CliRunner
 
-from quant.cli import app
 from quant.errors import StudyError
 from quant.numerics.scaling import binade_histogram
 from quant.recipe.recipe import QuantRecipe
@@ -23,30 +21,9 @@ from quant.studies.protection.block_sets import greedy_set, middle_set, paper_se
 from quant.studies.protection.sensitivity import energies, reference_pass, variant_energies
 from quant.transformer.quantized_linear import QuantizedLinear
 from tests.quant.conftest import BLOCKS
-from tests.quant.studies.conftest import load_transformer
+from tests.quant.studies.conftest import CALIBRATION, load_transformer, run
 
-CALIBRATION = [f"a {shape}" for shape in "abcdefgh"]
 BOUNDS = ("low", "high")
-HELD_OUT = [f"the {shape}" for shape in "abcdefgh"]
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(each) for each in arguments])
-
-
-@pytest.fixture(scope="module")
-def recorded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("points")
-    small = ["--steps", "4", "--keep", "2", "--frames", "1", "--size", "32x32"]
-    for name, prompts in (("calibration", CALIBRATION), ("held-out", HELD_OUT)):
-        (folder / f"{name}.txt").write_text("\n".join(prompts))
-        result = run(
-            *("record", "--model", tiny_model, "--prompts", folder / f"{name}.txt"),
-            *("--out", folder / name, "--text-tokens", "16"),
-            *small,
-        )
-        assert result.exit_code == 0, result.output
-    return {"calibration": folder / "calibration", "held-out": folder / "held-out"}
 
 
 def analyze(model: Path, points: Path, out: Path, *options: str) -> Any:
