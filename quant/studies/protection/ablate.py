@@ -164,16 +164,16 @@ def _named_table(results: Json, named: Sequence[str]) -> Table:
     columns = (
         Column("protected"),
         Column("blocks"),
-        Column("error energy, %", 3),
-        Column("95 % from", 3),
-        Column("to", 3),
+        Column("error energy, %", 4),
+        Column("95 % from", 4),
+        Column("to", 4),
         Column("gain over none, dB", 2),
         Column("better than random sets, %", 0),
-        Column("minus both ends, %", 3),
-        Column("from", 3),
-        Column("to ", 3),
+        Column("minus both ends, %", 4),
+        Column("from", 4),
+        Column("to ", 4),
         Column("p (Holm)", 4),
-        Column("detectable, %", 3),
+        Column("detectable, %", 4),
     )
     rows = []
     for name in named:
@@ -204,7 +204,7 @@ def _named_table(results: Json, named: Sequence[str]) -> Table:
 
 
 def _random_table(results: Json, named: Sequence[str]) -> Table:
-    columns = (Column("set"), Column("blocks"), Column("error energy, %", 3))
+    columns = (Column("set"), Column("blocks"), Column("error energy, %", 4))
     drawn = [name for name in results["sets"] if name not in named]
     drawn.sort(key=lambda name: float(results["sets"][name]["mean"]))
     rows = []

@@ -176,9 +176,9 @@ def _blocks_table(
 ) -> Table:
     columns = (
         Column("block"),
-        Column("error energy, %", significant=3),
-        Column("95 % from", significant=3),
-        Column("to", significant=3),
+        Column("error energy, %", 5),
+        Column("95 % from", 5),
+        Column("to", 5),
         Column("largest magnitude", 1),
         Column("its spread over prompts (sd)", 1),
         Column("kurtosis", 1),
@@ -209,7 +209,7 @@ def _linears_table(
 ) -> Table:
     columns = (
         Column("linear"),
-        Column("error energy, %", significant=3),
+        Column("error energy, %", 6),
         Column("largest input", 2),
         Column("99.9th percentile", 3),
         Column("kurtosis", 1),
@@ -239,8 +239,8 @@ def _linears_table(
 def _additivity_table(additivity: Mapping[str, Json]) -> Table:
     columns = (
         Column("protected"),
-        Column("sum of single energies, %", significant=3),
-        Column("measured together, %", significant=3),
+        Column("sum of single energies, %", 5),
+        Column("measured together, %", 5),
         Column("ratio", 3),
         Column("points"),
     )
