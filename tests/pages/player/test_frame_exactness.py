@@ -29,6 +29,30 @@ def test_steps(pair: Pair, kind: str, steps: int) -> None:
     assert [number for number, _, _ in painted] == expected
 
 
+STALE = """() => {
+  const Real = window.VideoFrame;
+  const last = new WeakMap();
+  window.VideoFrame = function (video) {
+    const now = new Real(video), before = last.get(video);
+    last.set(video, now.clone());
+    if (!before || before.timestamp === now.timestamp) return now;
+    now.close();
+    return before;
+  };
+}"""
+"""JavaScript: a video that gives the frame before at first, as it does on a busy machine."""
+
+
+def test_steps_while_the_screen_lags(pair: Pair) -> None:
+    pair.page.evaluate(STALE)
+    assert pair.load("short")
+    for _ in range(30):
+        pair.call("player.step(1)")
+    painted = pair.painted()
+    assert unequal(painted) == []
+    assert [number for number, _, _ in painted] == list(range(31))
+
+
 def test_steps_without_webcodecs(pair: Pair) -> None:
     """Browsers have none on plain HTTP, and frames are known by what was announced."""
     pair.page.evaluate("delete window.VideoFrame")
