@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ BUFFERS = 2
 """Decoded weights at a time: those that are multiplied and those of the next product."""
 
 
-@runtime_checkable
 class DecodingProduct(Protocol):
     """A product that decodes its weights [N, K] each time, as `quant.kernels.ascend.RankLinear`."""
 
@@ -132,7 +131,7 @@ def decode_ahead(
             a device without streams, are left as they are.
         streams_of: makes the streams of a device; None if it has none. By default its own.
     """
-    decoding = [each for each in products if isinstance(each, DecodingProduct)]
+    decoding = [each for each in products if _decodes(each)]
     if not decoding:
         return
     streams = (streams_of or _streams)(decoding[0].ranks.device)
@@ -141,6 +140,11 @@ def decode_ahead(
     weights = DecodedWeights(decoding, streams)
     for index, product in enumerate(decoding):
         product.weight_ahead = partial(weights.weight, index)
+
+
+def _decodes(product: object) -> TypeGuard[DecodingProduct]:
+    # isinstance() with a protocol does not see a module's buffers, from Python 3.12 on.
+    return all(hasattr(product, name) for name in ("ranks", "weight_ahead", "decoded_weight"))
 
 
 def _streams(device: torch.device) -> Streams | None:

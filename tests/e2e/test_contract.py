@@ -36,10 +36,11 @@ LEAST_CASES = 0 if SECONDS else 1000
 def test_every_answer_is_in_the_document(tmp_path: Path) -> None:
     engine = (sys.executable, "-m", "benchmarks.serving.fake_worker", "0")
     environment = {"SERVICE_MAX_WAITING": "100000", "SERVICE_RATE": "10000000/minute"}
-    site = Cluster(tmp_path / "site", apis=1, workers=1, worker=engine, environment=environment)
+    site = Cluster(tmp_path / "site", apis=1, workers=2, worker=engine, environment=environment)
     report = tmp_path / "report.json"
     with site:
         key = {"Authorization": f"Bearer {_ops_key(site)}"}
+        kept = _workers(site, key)[0]["id"]
         command = [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{site.urls[0]}/openapi.json"),
             *("--max-examples", str(EXAMPLES), "--seed", "1", "--continue-on-failure"),
@@ -51,7 +52,8 @@ def test_every_answer_is_in_the_document(tmp_path: Path) -> None:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=os.environ | {"SCHEMATHESIS_HOOKS": fuzz_hooks.__name__},
+            env=os.environ
+            | {"SCHEMATHESIS_HOOKS": fuzz_hooks.__name__, fuzz_hooks.KEPT_WORKER: kept},
             capture_output=True,
             text=True,
             check=False,
@@ -61,11 +63,20 @@ def test_every_answer_is_in_the_document(tmp_path: Path) -> None:
         metrics = httpx.get(f"{site.urls[0]}/metrics", headers=key)
         assert metrics.status_code == 200, "the run has lost its key, and tested nothing since"
         statuses = _statuses(metrics.text)
+        states = {each["id"]: each["state"] for each in _workers(site, key)}
+        assert states[kept] in ("idle", "busy"), "the run has drained all its workers"
     found = json.loads(report.read_text())
     sys.stdout.write(_figures(found, statuses))  # shown by `make fuzz`
     assert found["test_cases"]["generated"] >= LEAST_CASES, done.stdout[-3000:]
     assert found["operations"]["tested"] == found["operations"]["total"] > 0
     assert {each["status"] for each in found["phases"].values()} == {"success"}
+
+
+def _workers(site: Cluster, key: dict[str, str]) -> list[dict[str, Any]]:
+    answer = httpx.get(f"{site.urls[0]}/workers", headers=key)
+    assert answer.status_code == 200, answer.text
+    workers: list[dict[str, Any]] = answer.json()["workers"]
+    return workers
 
 
 def _statuses(metrics: str) -> Counter[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, get_args
 
 from quant.errors import StudyError
 from quant.studies.evaluation.video_files import Video
@@ -13,7 +13,6 @@ from quant.studies.evaluation.video_files import Video
 Needs = Literal["pair", "video"]
 
 
-@runtime_checkable
 class Judge(Protocol):
     """Gives each video one number.
 
@@ -78,9 +77,16 @@ def plug_in(text: str) -> Judge:
     except (ImportError, AttributeError, ValueError) as error:
         raise StudyError(f"there is no judge {text!r}: {error}") from error
     judge = found() if callable(found) else found
-    if not isinstance(judge, Judge) or judge.needs not in ("pair", "video"):
+    if not _is_judge(judge):
         raise StudyError(
             f"{text!r} is no judge: it needs name, unit, higher_is_better, needs ('pair' or "
             "'video') and scores(videos, references)"
         )
     return judge
+
+
+def _is_judge(found: object) -> TypeGuard[Judge]:
+    names = ("name", "unit", "higher_is_better", "scores")
+    return all(hasattr(found, name) for name in names) and (
+        getattr(found, "needs", None) in get_args(Needs)
+    )
