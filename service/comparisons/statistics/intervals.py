@@ -205,9 +205,14 @@ class ClusteredMean:
 
 
 def clustered_mean(
-    values: Sequence[tuple[str, float]], level: float = 0.95
+    values: Sequence[tuple[str, float]],
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> ClusteredMean | None:
-    """Return the mean of (cluster, value) with Student's interval; None without values."""
+    """Return the mean of (cluster, value) with Student's interval; None without values.
+
+    The interval is cut at the least and the largest value that there can be.
+    """
     if not values:
         return None
     mean = math.fsum(value for _, value in values) / len(values)
@@ -220,4 +225,5 @@ def clustered_mean(
     squares = math.fsum(math.fsum(each) ** 2 for each in residuals.values())
     error = math.sqrt(clusters / (clusters - 1) * squares) / len(values)
     half = student_quantile((1 + level) / 2, clusters - 1) * error
-    return ClusteredMean(mean, len(values), clusters, Interval(mean - half, mean + half, level))
+    low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
+    return ClusteredMean(mean, len(values), clusters, Interval(low, high, level))

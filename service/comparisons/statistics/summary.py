@@ -3,10 +3,11 @@
 A result follows from the votes, the design and the seed alone; the order of votes changes nothing.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from service.comparisons.statistics import sentences
 from service.comparisons.statistics.design import Design
@@ -35,6 +36,10 @@ from service.comparisons.statistics.significance import (
 from service.comparisons.statistics.votes import SCORES, Outcome, Score, Ties, Vote, counted, scores
 
 Json = dict[str, Any]
+
+
+_UNBOUNDED: Final = (-math.inf, math.inf)
+_BOUNDS: Final = {"ssim": (-1.0, 1.0), "psnr_db": (0.0, math.inf)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +225,10 @@ def _measures(measures: Iterable[PairMeasure]) -> Json:
     by_name: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for measure in measures:
         by_name[measure.name].append((measure.prompt_id, measure.value))
-    return {name: _json(clustered_mean(values)) for name, values in sorted(by_name.items())}
+    return {
+        name: _json(clustered_mean(values, bounds=_BOUNDS.get(name, _UNBOUNDED)))
+        for name, values in sorted(by_name.items())
+    }
 
 
 def _json(value: Any) -> Json | None:

@@ -67,6 +67,27 @@ export async function request(path, { method = "GET", body, headers = {}, signal
 }
 
 /**
+ * Ask until there is an answer. What waiting does not mend is thrown.
+ *
+ * @param {string} path
+ * @param {{method?: string, body?: unknown}} options
+ * @param {(why: string) => void} wait is told before each pause; with "" once there is an answer
+ */
+export async function insist(path, options, wait) {
+  for (let pauseMs = 1000; ; pauseMs = Math.min(2 * pauseMs, 15_000)) {
+    try {
+      const answer = await request(path, options);
+      wait("");
+      return answer;
+    } catch (error) {
+      if (!(error instanceof Problem) || ![0, 429, 502, 503, 504].includes(error.status)) throw error;
+      wait(error.status === 429 ? "Too many requests at once." : "The service does not answer.");
+      await new Promise((done) => setTimeout(done, error.retryAfterS ? error.retryAfterS * 1000 : pauseMs));
+    }
+  }
+}
+
+/**
  * Read JSON. Seeds of 16 and more digits become texts, as JavaScript's numbers would round them.
  *
  * @param {string} text

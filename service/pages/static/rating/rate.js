@@ -5,7 +5,7 @@
  * stopped; what is not sent yet stays in the browser, so that a closed tab or an absent service loses nothing.
  */
 
-import { Problem, request } from "../api.js";
+import { Problem, insist } from "../api.js";
 import { PairPlayer } from "../player/player.js";
 import { VoteForm, keepDraft, readDraft, together } from "./rate_form.js";
 import { askForKey, fill, find, h, say, whoAmI } from "../shell.js";
@@ -56,20 +56,9 @@ function tell(title, text, ...buttons) {
 const button = (text, run, look = "primary") => h("button", { type: "button", class: look, onclick: run }, text);
 
 /** Ask until there is an answer. @param {string} path @param {{method?: string, body?: unknown}} [options] */
-async function insist(path, options) {
-  for (let wait = 1000; ; wait = Math.min(2 * wait, 15_000)) {
-    try {
-      const answer = await request(path, options);
-      fill(find("#note"));
-      return answer;
-    } catch (error) {
-      if (!(error instanceof Problem) || ![0, 429, 502, 503, 504].includes(error.status)) throw error;
-      const why = error.status === 429 ? "Too many requests at once." : "The service does not answer.";
-      const then = options?.method === "POST" ? "Your answer is kept, and sent again by itself." : "This page tries again by itself.";
-      fill(find("#note"), h("p", { class: "notice warning" }, why, " ", then));
-      await new Promise((done) => setTimeout(done, error.retryAfterS ? error.retryAfterS * 1000 : wait));
-    }
-  }
+function ask(path, options = {}) {
+  const then = options.method === "POST" ? "Your answer is kept, and sent again by itself." : "This page tries again by itself.";
+  return insist(path, options, (why) => fill(find("#note"), why && h("p", { class: "notice warning" }, why, " ", then)));
 }
 
 /** Run what asks the service, and say what a rater can do if it refuses. @param {() => Promise<void>} run */
@@ -111,7 +100,7 @@ function start(session) {
 
 function open() {
   void guarded(async () => {
-    if (token) await insist("rating/join", { method: "POST", body: { token } });
+    if (token) await ask("rating/join", { method: "POST", body: { token } });
     joined = true;
     find("#who").hidden = token !== ""; // it says who had been signed in before
     if (!(await look())) return;
@@ -122,7 +111,7 @@ function open() {
 
 /** Read how the comparison stands; false, and told, if nothing can be rated now. */
 async function look() {
-  const rating = await insist("rating");
+  const rating = await ask("rating");
   ({ criteria } = rating.comparison);
   instructions = rating.comparison.instructions ?? USUAL;
   showProgress(rating.progress);
@@ -151,7 +140,7 @@ function showProgress(now) {
 }
 
 async function next() {
-  const found = /** @type {Item | null} */ (await insist("rating/next"));
+  const found = /** @type {Item | null} */ (await ask("rating/next"));
   if (found) return show(found);
   if (!(await look())) return;
   const undo = progress.undo ? [button("Undo the last", () => void guarded(undoLast), "")] : [];
@@ -172,9 +161,12 @@ function show(found) {
   find("#pair").style.setProperty("--ratio", `${found.left.width} / ${found.left.height}`);
   fill(find("#prompt"), found.kind === "training" && h("span", { class: "tag active" }, "Practice, does not count"), " ", found.prompt);
   const { fps, num_frames: numFrames, width, height } = found.left;
-  player = new PairPlayer(find("#player"), {
+  const own = player = new PairPlayer(find("#player"), {
     leftUrl: found.left.url, rightUrl: found.right.url, fps, numFrames, width, height, autoplay: true,
-    onEvent: (event) => { if (event.type === "view") find("#pair").dataset.view = event.view; },
+    onEvent: (event) => {
+      if (event.type === "view") find("#pair").dataset.view = event.view;
+      if (event.type === "error") showAgain(own);
+    },
   });
   player.loop = true;
   form.begin(criteria, answers?.answers ?? {});
@@ -185,15 +177,18 @@ function show(found) {
   form.hint(player.keys);
   if (find("#pair").getBoundingClientRect().top < 0) find("#pair").scrollIntoView();
   say(found.kind === "training" ? "Practice pair." : `Pair ${found.number}.`);
-  void load(player);
+  void own.load().then((loaded) => { if (loaded && own === player) fill(find("#note")); });
 }
 
-/** @param {PairPlayer} own */
-async function load(own) {
-  const loaded = await own.load();
+/** @param {PairPlayer} own whose videos did not load, or broke off while they played */
+function showAgain(own) {
   if (own !== player) return;
-  fill(find("#note"), !loaded && h("p", { class: "notice warning" }, "The videos did not load. This page tries again by itself."));
-  if (!loaded) setTimeout(() => { if (own === player && item) show(item); }, AGAIN_MS);
+  fill(find("#note"), h("p", { class: "notice warning" }, "The videos do not play. This page tries again by itself."));
+  setTimeout(() => {
+    if (own !== player || !item) return;
+    keep();
+    show(item);
+  }, AGAIN_MS);
 }
 
 const seen = () => together(/** @type {PairPlayer} */ (player).provenance(), earlier?.seen);
@@ -216,7 +211,7 @@ async function send(what, body) {
     void player?.pause();
     keep();
     const draft = { item: item.item, answers: form.answers, seen: null };
-    showProgress(await insist(`rating/items/${draft.item}/${what}`, { method: "POST", body }));
+    showProgress(await ask(`rating/items/${draft.item}/${what}`, { method: "POST", body }));
     sent = draft;
     forget();
     if (!progress.break_due) return next();
@@ -226,7 +221,7 @@ async function send(what, body) {
 }
 
 async function undoLast() {
-  showProgress(await insist("rating/undo", { method: "POST" }));
+  showProgress(await ask("rating/undo", { method: "POST" }));
   forget();
   await next();
 }

@@ -238,6 +238,19 @@ def test_measures_have_intervals_by_prompt() -> None:
     assert found["psnr"]["interval"]["low"] == pytest.approx(31 - 4.3027 * (1 / 3) ** 0.5, abs=1e-3)
 
 
+def test_an_interval_of_a_measure_holds_only_values_that_there_can_be() -> None:
+    """With two prompts Student's quantile is 12.7, and the interval wider than the measure."""
+    measures = [
+        PairMeasure(f"p{i}", f"x{i}", name, value)
+        for name, values in {"ssim": (0.2, 0.99), "psnr_db": (3.0, 40.0)}.items()
+        for i, value in enumerate(values)
+    ]
+    found = summarize([], DESIGN, measures)["measures"]
+    assert (found["ssim"]["interval"]["low"], found["ssim"]["interval"]["high"]) == (-1.0, 1.0)
+    assert found["psnr_db"]["interval"]["low"] == 0.0
+    assert found["psnr_db"]["interval"]["high"] > 40.0
+
+
 def test_holm_goes_over_the_criteria() -> None:
     found = summarize(votes_of(5, criteria=BOTH, mean=0.2), DESIGN)["criteria"]
     raw = sorted(each["difference"]["sign_flip"] for each in found.values())
