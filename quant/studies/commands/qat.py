@@ -156,7 +156,8 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
         cost = Cost(plan, material.measured, subject.exact.blocks)
         single = plan.runs[0] if len(plan.runs) == 1 else None
         seen_points = training_points(material)
-        before = cost.blocks * (2 * len(seen_points) + material.held_out.count)
+        of_each = 2 if loss == "teacher" else 1  # statistics, and the velocity to be learned
+        before = cost.blocks * (of_each * len(seen_points) + material.held_out.count)
         with resumable(), study_progress(_words(cost, before, needed), cost.total + before) as bar:
             calibration = calibrate(subject, seen_points, [METHODS[CONTROL]], folder, bar)
             built = build(subject, material, calibration, plan, options, bar)
