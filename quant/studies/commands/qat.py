@@ -53,9 +53,7 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
         str | None, typer.Option(help="Names with commas, as compare-methods has them.")
     ] = None,
     learning_rates: Annotated[str | None, typer.Option(help="With commas; 1e-5.")] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="At how many steps to measure; 50,200.")
-    ] = None,
+    steps: Annotated[str | None, typer.Option(help="At how many steps to measure; 50,200.")] = None,
     batches: Annotated[str | None, typer.Option(help="Samples of a step; 8.")] = None,
     data: Annotated[
         str | None, typer.Option(help="How many prompts, or clips, to train on; all.")

@@ -73,7 +73,9 @@ class ClipsFolder:
             StudyError: a file is missing or damaged.
         """
         files = [self.path / f"{number:05d}.safetensors" for number in range(len(self))]
-        return [Clip(*(_read(file)[name].float() for name in ("latents", "text"))) for file in files]
+        return [
+            Clip(*(_read(file)[name].float() for name in ("latents", "text"))) for file in files
+        ]
 
     def negative(self) -> Tensor:
         """Read the embedded negative prompt, [T, D] float32.
@@ -172,7 +174,9 @@ def encode_clips(
     pipe.vae.float()
     shape: tuple[int, ...] | None = None
     try:
-        write_whole(out / _NEGATIVE, to_bytes({"text": _embedded(pipe, info.negative_prompt, info)}, {}))
+        write_whole(
+            out / _NEGATIVE, to_bytes({"text": _embedded(pipe, info.negative_prompt, info)}, {})
+        )
         for number, (file, caption) in enumerate(zip(files, info.captions, strict=True)):
             latents = _latents(pipe.vae, file)
             shape = shape or tuple(latents.shape)

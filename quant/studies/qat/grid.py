@@ -157,7 +157,9 @@ def parse_list(text: str, kind: type[int | float | str], option: str) -> list[An
     try:
         values = [kind(each) for each in parts]
     except ValueError as error:
-        raise StudyError(f"{option} {text!r} must be numbers with commas between: {error}") from error
+        raise StudyError(
+            f"{option} {text!r} must be numbers with commas between: {error}"
+        ) from error
     if not values:
         raise StudyError(f"{option} names nothing: give one or more values with commas between")
     return values

@@ -56,7 +56,9 @@ class Outcome:
                 for name in self.measures
             },
             "ptq": {
-                method: {name: self._estimate(name, self._ptq(method, name)) for name in self.measures}
+                method: {
+                    name: self._estimate(name, self._ptq(method, name)) for name in self.measures
+                }
                 for method in methods
             },
             "controls": [self._control(run, step) for run, step in self._each(self.grid.controls)],

@@ -138,7 +138,10 @@ class FlowLesson:
         sigma = shifted(torch.sigmoid(torch.randn(size, generator=draw)), self.shift)
         dropped = torch.rand(size, generator=draw) < _DROPPED
         text = torch.stack(
-            [self.negative if gone else clip.text for gone, clip in zip(dropped, chosen, strict=True)]
+            [
+                self.negative if gone else clip.text
+                for gone, clip in zip(dropped, chosen, strict=True)
+            ]
         )
         return _mixed(torch.stack([clip.latents for clip in chosen]), text, sigma, draw)
 

@@ -103,7 +103,11 @@ class Session:
         known = self.folder.unit(unit)
         if known is not None:
             return "diverged" not in known
-        found = self.ruler.measure(measured_methods(self.cost.grid, run)) if math.isfinite(loss) else None
+        found = (
+            self.ruler.measure(measured_methods(self.cost.grid, run))
+            if math.isfinite(loss)
+            else None
+        )
         if found is None:
             for mark in self.cost.grid.steps:
                 if mark >= step and self.folder.unit(run_unit(run, mark)) is None:

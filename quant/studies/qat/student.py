@@ -66,7 +66,7 @@ class Student:
             StudyError: adapters are asked for and `peft` is not installed.
         """
         original, device = subject.exact.transformer, subject.exact.device
-        model = copy.deepcopy(original).to(device, torch.float32)
+        model = nn.Module.to(copy.deepcopy(original), device, torch.float32)  # all, norms too
         names = [
             name
             for index in subject.linears
@@ -77,9 +77,7 @@ class Student:
         if rank is not None:
             _add_adapters(model, names, rank, seed)
         linears = {name: _prepare(model, name) for name in names}
-        trained = {
-            name: each for name, each in model.named_parameters() if each.requires_grad
-        }
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
         if rank is None:
             start = dict(original.named_parameters())
         else:

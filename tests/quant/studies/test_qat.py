@@ -65,7 +65,9 @@ def test_training_through_the_rounding_lowers_the_error_of_four_bits(study: Path
     assert last["velocity"]["against_ptq"]["outcome"] == "better"
     assert last["velocity"]["gain_db"] > 1
     assert last["training_loss"] < first["training_loss"]
-    assert any("1 trainings" in each or "of 2 trainings" in each.lower() for each in results["findings"])
+    assert any(
+        "1 trainings" in each or "of 2 trainings" in each.lower() for each in results["findings"]
+    )
     for name in ("velocity-cells", "velocity-controls", "velocity-when"):
         assert (study / "tables" / f"{name}.csv").read_text().count("\n") >= 3
     assert (study / "figures" / "velocity-int4-per-token.png").stat().st_size > 5_000
