@@ -119,7 +119,7 @@ class TrainedLinear(nn.Linear):
         self._method, self._act_scale = method, act_scale
 
     def merged_weight(self) -> Tensor:
-        """Return the weight that is rounded, [N, K]: the sum with the adapter's, if there is one."""
+        """Return the weight that is rounded, [N, K]: with the adapter's, if there is one."""
         if self.adapter is None:
             return self.weight
         weight: Tensor = self.weight + self.adapter.get_delta_weight("default")

@@ -7,6 +7,7 @@ file would hold: `as_stored` rounds the weights to the dtypes of the model's own
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,13 +126,18 @@ class Student:
         found: Tensor = self.model(latents, timestep, text, return_dict=False)[0]
         return found.float()
 
-    def mixed(self) -> torch.autocast:
-        """Return the context in which a training step's products are computed."""
-        dtype = self.autocast or torch.bfloat16
-        # Weights change with each step, so no cast of them may be kept for the next.
-        return torch.autocast(
-            self.device.type, dtype, enabled=self.autocast is not None, cache_enabled=False
-        )
+    @contextmanager
+    def mixed(self) -> Iterator[None]:
+        """Compute a training step's products in the dtype that was asked for, in the context."""
+        if self.autocast is None:
+            yield
+            return
+        with warnings.catch_warnings():
+            # Norms keep float32 weights for BF16 inputs, which is meant; it costs a fused kernel.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            # Weights change with each step, so no cast of them may be kept for the next.
+            with torch.autocast(self.device.type, self.autocast, cache_enabled=False):
+                yield
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:

@@ -96,7 +96,9 @@ class Trainer:
     def step(self) -> None:
         """Make one step."""
         run = self._run
-        assert run is not None and self._step is not None and self._samples is not None
+        assert run is not None, "a run begins first"
+        assert self._step is not None
+        assert self._samples is not None
         self._samples.copy_(self.lesson.batch(run.seed, self._done, run.batch, run.data))
         self._rate.fill_(run.learning_rate * min(1.0, (self._done + 1) / WARM_UP_STEPS))
         self._step()

@@ -27,7 +27,7 @@ from quant.weights.fingerprint import model_fingerprint
 from tests.quant.conftest import tiny_recipe_dict
 from tests.quant.studies.conftest import load_transformer, run
 
-SMALL = ("--learning-rates", "1e-3", "--batches", "4", "--training-points-per-prompt", "4")
+SMALL = ("--learning-rates", "3e-5", "--batches", "4", "--training-points-per-prompt", "4")
 
 
 def qat(model: Path, recorded: dict[str, Path], out: Path, *options: object) -> Any:
@@ -61,13 +61,12 @@ def test_training_through_the_rounding_lowers_the_error_of_four_bits(study: Path
     before = results["ptq"]["int4-per-token"]["velocity"]["mean"]
     first, last = results["cells"]
     assert (first["step"], last["step"]) == (10, 30)
-    assert last["velocity"]["mean"] < 0.8 * before
+    assert last["velocity"]["mean"] < 0.85 * before
     assert last["velocity"]["against_ptq"]["outcome"] == "better"
-    assert last["velocity"]["gain_db"] > 1
+    assert last["velocity"]["gain_db"] > 0.7
     assert last["training_loss"] < first["training_loss"]
-    assert any(
-        "1 trainings" in each or "of 2 trainings" in each.lower() for each in results["findings"]
-    )
+    assert "Of 2 trainings, " in results["findings"][0]
+    assert "so it is training through the rounding that helps" in results["findings"][0]
     for name in ("velocity-cells", "velocity-controls", "velocity-when"):
         assert (study / "tables" / f"{name}.csv").read_text().count("\n") >= 3
     assert (study / "figures" / "velocity-int4-per-token.png").stat().st_size > 5_000
@@ -124,7 +123,7 @@ def test_the_trained_pipeline_is_what_was_measured(
     quantizer = MethodQuantizer(method, Calibrated(subject, calibration, keep=False))
     found = subject.exact.velocity(points, quantizer.change((0, 3), (1, 3)))
     expected = energies(found, original.exact.velocity(points))
-    name = "int4-per-token/lr0.001/batch4/data8/seed0/30"
+    name = "int4-per-token/lr3e-05/batch4/data8/seed0/30"
     measured = units_of(study)[name]["measured"]["int4-per-token"]["velocity"][:2]
     assert measured == pytest.approx(expected, rel=1e-3)
 
@@ -132,14 +131,14 @@ def test_the_trained_pipeline_is_what_was_measured(
 def test_a_killed_study_goes_on_and_gives_the_same_bytes(
     tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
-    options = ("--methods", "hif4", "--steps", "4,24", *SMALL, "--checkpoint-s", "0")
+    options = ("--methods", "hif4", "--steps", "3,9", *SMALL, "--checkpoint-s", "0")
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert qat(tiny_model, recorded, whole, *options).exit_code == 0
     state = again / "training.safetensors"
-    control = "bf16/lr0.001/batch4/data8/seed0"
+    control = "bf16/lr3e-05/batch4/data8/seed0"
 
     def interrupt() -> None:
-        while not state.exists() or f"{control}/4" not in (again / "units.jsonl").read_text():
+        while not state.exists() or f"{control}/3" not in (again / "units.jsonl").read_text():
             time.sleep(0.001)
         _thread.interrupt_main()
 
@@ -148,7 +147,7 @@ def test_a_killed_study_goes_on_and_gives_the_same_bytes(
     stopped = qat(tiny_model, recorded, again, *options)
     assert stopped.exit_code == 130
     assert "the same command goes on from here" in stopped.output
-    assert f"{control}/24" not in units_of(again)
+    assert f"{control}/9" not in units_of(again)
     assert "weight" in str(load_file(state).keys())
     result = qat(tiny_model, recorded, again, *options)
     assert result.exit_code == 0, result.output
@@ -187,7 +186,7 @@ def test_adapters_are_trained_quantized_and_read_by_diffusers(
     tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "lora"
-    options = ("--methods", "int4-per-token", "--steps", "25", *SMALL, "--batches", "8")
+    options = ("--methods", "int4-per-token", "--steps", "25", *SMALL, "--learning-rates", "1e-3")
     result = qat(tiny_model, recorded, out, *options, "--adapter", "lora", "--rank", "4")
     assert result.exit_code == 0, result.output
     results = read_results(out, "qat")
@@ -197,7 +196,9 @@ def test_adapters_are_trained_quantized_and_read_by_diffusers(
     assert len(load_file(adapter / "pytorch_lora_weights.safetensors")) == 2 * 2 * 10
     merged = load_transformer(out / "model").float()
     adapted = WanTransformer3DModel.from_pretrained(tiny_model / "transformer").float()
-    adapted.load_lora_adapter(adapter, prefix="transformer")
+    adapted.load_lora_adapter(
+        adapter, prefix="transformer", weight_name="pytorch_lora_weights.safetensors"
+    )
     plain = load_transformer(tiny_model).float()
     point = next(iter(open_points(recorded["held-out"])))
     with torch.no_grad():
