@@ -174,8 +174,8 @@ def _product(options: Mapping[str, Sequence[Any]]) -> list[Run]:
             raise StudyError(f"{CONTROL!r} is the control, which comes along: leave it out")
         check_trainable(str(name))
     for rate in options["learning_rates"]:
-        if not isinstance(rate, int | float) or not 0 < rate <= 1 or not math.isfinite(rate):
-            raise StudyError(f"learning rate {rate!r} must be a number above 0 and at most 1")
+        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise StudyError(f"learning rate {rate!r} must be a number above 0")
     for key, least in (("batches", 1), ("data", 1), ("seeds", 0)):
         for value in options[key]:
             if type(value) is not int or not least <= value <= _MOST:

@@ -165,7 +165,7 @@ def test_a_grid_shares_one_model_and_names_what_diverges(
     grid.write_text(
         'steps = [2, 6]\n[[grid]]\nmethods = ["hif8", "int8-static"]\nlearning_rates = [1e-4]\n'
         "batches = [1]\ndata = [2, 8]\n"
-        '[[grid]]\nmethods = ["int8-static"]\nlearning_rates = [1]\nbatches = [4]\ndata = [8]\n'
+        '[[grid]]\nmethods = ["int8-static"]\nlearning_rates = [1e30]\nbatches = [4]\ndata = [8]\n'
     )
     out = tmp_path / "out"
     small = ("--training-points-per-prompt", "2", "--points-per-prompt", "1", "--protect", "none")
@@ -175,10 +175,10 @@ def test_a_grid_shares_one_model_and_names_what_diverges(
     assert len(results["cells"]) == 2 * 5
     assert len(results["controls"]) == 2 * 3
     assert not (out / "model").exists()
-    worst = [cell for cell in results["cells"] if cell["learning_rate"] == 1]
-    assert all(
-        cell["diverged"] or cell["velocity"]["against_ptq"]["outcome"] == "worse" for cell in worst
-    )
+    worst = [cell for cell in results["cells"] if cell["learning_rate"] == 1e30]
+    assert [cell["diverged"] for cell in worst] == [True, True]
+    assert sum(cell["diverged"] for cell in results["cells"]) == 2
+    assert "and 2 diverged" in results["findings"][1]
     assert "8 prompts are too few for 10 trainings" in " ".join(results["findings"])
 
 

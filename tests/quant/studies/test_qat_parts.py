@@ -142,9 +142,9 @@ def test_a_grid_is_a_product_of_its_tables_with_a_control_for_each_combination(
         ("steps = [1]\nmore = 1\n[[grid]]\n", "and nothing else"),
         ('steps = [1]\n[[grid]]\nmethod = ["hif8"]\n', "has 'method' in"),
         (
-            'steps = [1]\n[[grid]]\nmethods = ["hif8"]\nlearning_rates = [2]\nbatches = [1]\n'
+            'steps = [1]\n[[grid]]\nmethods = ["hif8"]\nlearning_rates = [inf]\nbatches = [1]\n'
             "data = [1]\n",
-            "learning rate 2 must be",
+            "learning rate inf must be",
         ),
         (
             'steps = [1]\n[[grid]]\nmethods = ["hif8"]\nlearning_rates = [0.1]\nbatches = [0]\n'
