@@ -124,9 +124,8 @@ def open_clips(path: Path) -> ClipsFolder:
     try:
         data: dict[str, Any] = json.loads((path / _INDEX).read_text(encoding="utf-8"))
         version = data.pop("format_version")
-        info = ClipsInfo(
-            **{name: tuple(each) if isinstance(each, list) else each for name, each in data.items()}
-        )
+        captions, shape = tuple(data.pop("captions")), tuple(data.pop("shape"))
+        info = ClipsInfo(captions=captions, shape=shape, **data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"{path} is not a folder of clips: make one with `python -m quant encode-clips`"

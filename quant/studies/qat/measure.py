@@ -11,6 +11,7 @@ from torch import Tensor
 from quant.studies.methods.method import Method
 from quant.studies.qat.captured import Captured
 from quant.studies.qat.samples import Samples, relative_error
+from quant.studies.qat.straight_through import StaticScale
 from quant.studies.qat.student import Student
 
 Measured = dict[str, list[float]]
@@ -32,7 +33,7 @@ class Ruler:
 
     student: Student
     samples: Mapping[str, Samples]
-    methods: Mapping[str, tuple[Method, Mapping[str, Tensor | None]]]
+    methods: Mapping[str, tuple[Method, Mapping[str, StaticScale | None]]]
     capture: bool
     _buffers: dict[str, Samples] = field(init=False, default_factory=dict)
     _passes: dict[tuple[str, str], Captured] = field(init=False, default_factory=dict)

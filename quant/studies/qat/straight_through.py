@@ -8,6 +8,7 @@ calibration has chosen them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,16 +58,42 @@ def _obstacle(method: Method) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class StaticScale:
+    """A scale of inputs that calibration has chosen.
+
+    Attributes:
+        scale: [] float32.
+        largest: magnitude of the format's largest value under this scale, [] float32.
+    """
+
+    scale: Tensor
+    largest: Tensor
+
+    @classmethod
+    def of(cls, operand: Operand, scale: Tensor) -> StaticScale:
+        """Find where an operand saturates under a scale."""
+        return cls(scale, operand.format.fake_quantize(torch.full_like(scale, _BEYOND), scale))
+
+    @classmethod
+    def calibrated(cls, method: Method, statistics: InputStatistics) -> StaticScale | None:
+        """Return what a method makes of a linear's statistics; None if its scales are dynamic."""
+        if not isinstance(method.act.granularity, PerTensor):
+            return None
+        amax, binades = statistics.channels.amax(), statistics.binades.sum(0)
+        return cls.of(method.act, static_scale(method.act, amax, binades))
+
+
 class _Rounding(Function):
     """Rounds by an operand; the gradient passes where the value is within the range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operand: Operand, scale: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, operand: Operand, static: StaticScale | None) -> Tensor:
         # Scales found in x itself map its largest value into the range: nothing saturates.
-        ctx.clips = scale is not None
-        if scale is not None:
-            largest = operand.format.fake_quantize(torch.full_like(scale, _BEYOND), scale)
-            ctx.save_for_backward(x.abs() <= largest)
+        ctx.clips = static is not None
+        if static is not None:
+            ctx.save_for_backward(x.abs() <= static.largest)
+        scale = None if static is None else static.scale
         return operand.round(x.float(), scale).to(x.dtype)
 
     @staticmethod
@@ -78,21 +105,14 @@ class _Rounding(Function):
         return gradient, None, None
 
 
-def round_through(x: Tensor, operand: Operand, scale: Tensor | None = None) -> Tensor:
+def round_through(x: Tensor, operand: Operand, static: StaticScale | None = None) -> Tensor:
     """Quantize and dequantize x [..., K] → [..., K], with a gradient.
 
     Args:
-        scale: static, []; None chooses scales from x by the operand's granularity.
+        static: the scale; None chooses scales from x by the operand's granularity.
     """
-    rounded: Tensor = _Rounding.apply(x, operand, scale)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Rounding.apply(x, operand, static)  # type: ignore[no-untyped-call]
     return rounded
-
-
-def input_scale(method: Method, statistics: InputStatistics) -> Tensor | None:
-    """Return the static scale of a linear's input, [] float32; None if scales are dynamic."""
-    if not isinstance(method.act.granularity, PerTensor):
-        return None
-    return static_scale(method.act, statistics.channels.amax(), statistics.binades.sum(0))
 
 
 class TrainedLinear(nn.Linear):
@@ -112,9 +132,9 @@ class TrainedLinear(nn.Linear):
         self.adapter = adapter
         self.as_stored: torch.dtype | None = None
         self._method: Method | None = None
-        self._act_scale: Tensor | None = None
+        self._act_scale: StaticScale | None = None
 
-    def quantize_as(self, method: Method | None, act_scale: Tensor | None = None) -> None:
+    def quantize_as(self, method: Method | None, act_scale: StaticScale | None = None) -> None:
         """Round by a method from now on; None rounds nothing."""
         self._method, self._act_scale = method, act_scale
 

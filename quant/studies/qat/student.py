@@ -20,7 +20,7 @@ from quant.errors import StudyError
 from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.method import Method
 from quant.studies.protection.analyze import Subject
-from quant.studies.qat.straight_through import TrainedLinear, input_scale
+from quant.studies.qat.straight_through import StaticScale, TrainedLinear
 
 _LAYERS = ("lora_A", "lora_B")
 
@@ -92,7 +92,7 @@ class Student:
         for name, each in self.trained.items():
             each.copy_(self._start[name])
 
-    def quantize_as(self, method: Method | None, scales: Mapping[str, Tensor | None]) -> None:
+    def quantize_as(self, method: Method | None, scales: Mapping[str, StaticScale | None]) -> None:
         """Round the linears by a method; None rounds nothing.
 
         Args:
@@ -101,15 +101,17 @@ class Student:
         for name, linear in self.linears.items():
             linear.quantize_as(method, scales.get(name))
 
-    def input_scales(self, method: Method, calibration: Calibration) -> dict[str, Tensor | None]:
+    def input_scales(
+        self, method: Method, calibration: Calibration
+    ) -> dict[str, StaticScale | None]:
         """Return the static scales of a method by linear, from what calibration has seen."""
-        found: dict[str, Tensor | None] = {}
+        found: dict[str, StaticScale | None] = {}
         blocks = {int(name.split(".")[1]) for name in self.linears}
         for block in sorted(blocks):
             for name, seen in calibration.statistics(block, self.device).items():
                 full_name = f"blocks.{block}.{name}"
                 if full_name in self.linears:
-                    found[full_name] = input_scale(method, seen)
+                    found[full_name] = StaticScale.calibrated(method, seen)
         return found
 
     def velocity(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:

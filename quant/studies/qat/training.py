@@ -19,6 +19,7 @@ from quant.studies.methods.method import Method
 from quant.studies.qat.captured import Captured
 from quant.studies.qat.grid import Run
 from quant.studies.qat.samples import Lesson, Samples
+from quant.studies.qat.straight_through import StaticScale
 from quant.studies.qat.student import Student
 from quant.weights.writer import to_bytes, write_whole
 
@@ -60,7 +61,7 @@ class Trainer:
             foreach=device.type == "cuda",
         )
 
-    def begin(self, run: Run, method: Method, scales: dict[str, Tensor | None]) -> None:
+    def begin(self, run: Run, method: Method, scales: dict[str, StaticScale | None]) -> None:
         """Prepare a run from the original's weights.
 
         Args:

@@ -16,6 +16,7 @@ from quant.studies.qat.grid import Grid, Run, grid_of, read_grid
 from quant.studies.qat.qat_report import findings
 from quant.studies.qat.samples import FlowLesson, indices, relative_error
 from quant.studies.qat.straight_through import (
+    StaticScale,
     TrainedLinear,
     check_trainable,
     round_through,
@@ -26,9 +27,10 @@ from quant.studies.qat.straight_through import (
 def test_gradients_pass_within_the_range_and_stop_where_values_saturate() -> None:
     # Codes are x / 0.5, rounded and clamped to ±127: 63.5 is the largest value.
     x = torch.tensor([0.3, -0.6, 63.4, 63.5, 64.0, -1000.0], requires_grad=True)
-    found = round_through(x, Operand(INT8, PerTensor()), torch.tensor(0.5))
+    operand = Operand(INT8, PerTensor())
+    found = round_through(x, operand, StaticScale.of(operand, torch.tensor(0.5)))
     assert found.tolist() == [0.5, -0.5, 63.5, 63.5, 63.5, -63.5]
-    (found * torch.arange(1.0, 7.0)).sum().backward()
+    torch.autograd.backward((found * torch.arange(1.0, 7.0)).sum())
     assert x.grad is not None
     assert x.grad.tolist() == [1, 2, 3, 4, 0, 0]
 
@@ -38,10 +40,14 @@ def test_scales_from_the_tensor_itself_let_all_gradients_through() -> None:
     found = round_through(x, Operand(INT4, PerRow()))
     assert found.tolist()[0] == [7, 3, 0]
     assert found[1].tolist() == pytest.approx([0.14, 0.06, 0.02])
-    found.square().sum().backward()
+    torch.autograd.backward(found.square().sum())
+    assert x.grad is not None
     assert torch.equal(x.grad, 2 * found.detach())  # the gradient of the square, at the rounded x
     saturated = torch.tensor([1e6], requires_grad=True)
-    round_through(saturated, Operand(HIF8, PerTensor()), torch.tensor(1.0)).sum().backward()
+    hif8 = Operand(HIF8, PerTensor())
+    rounded = round_through(saturated, hif8, StaticScale.of(hif8, torch.tensor(1.0)))
+    torch.autograd.backward(rounded.sum())
+    assert saturated.grad is not None
     assert saturated.grad.tolist() == [0]
 
 
@@ -58,7 +64,9 @@ def test_a_trained_linear_is_the_method_and_its_gradient_that_of_the_rounded_pro
     found = trained(x)
     assert torch.allclose(found, expected, atol=1e-6)
     gradient = torch.randn(3, 4)
-    found.backward(gradient)
+    torch.autograd.backward(found, gradient)
+    assert linear.weight.grad is not None
+    assert x.grad is not None
     assert torch.allclose(linear.weight.grad, gradient.T @ rounded_x, atol=1e-6)
     assert torch.allclose(x.grad, gradient @ rounded_weight.detach(), atol=1e-6)
 
