@@ -274,6 +274,8 @@ def _curves(results: Json, measure: str, method: str) -> bytes:
                 label=label,
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set(xlabel="steps", ylabel=f"{_NOUNS[measure]}{f', {unit}' if unit else ''}")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7)
     return figure.png

@@ -211,6 +211,27 @@ def test_adapters_are_trained_quantized_and_read_by_diffusers(
             assert torch.equal(each, plain.get_parameter(name)), "only rounded linears change"
 
 
+@pytest.mark.cuda
+def test_replayed_steps_give_what_launched_ones_do(
+    tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
+) -> None:
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        'steps = [3, 12]\n[[grid]]\nmethods = ["hif8", "hif4", "int8-static"]\n'
+        "learning_rates = [1e-5, 3e-5]\nbatches = [1, 4]\ndata = [8]\n"
+    )
+    found = {}
+    for mode in ("--graphs", "--no-graphs"):
+        out = tmp_path / mode
+        result = qat(tiny_model, recorded, out, "--grid", grid, "--device", "cuda", mode)
+        assert result.exit_code == 0, result.output
+        found[mode] = read_results(out, "qat")["cells"]
+    for replayed, launched in zip(*found.values(), strict=True):
+        assert replayed["training_loss"] == pytest.approx(launched["training_loss"], rel=0.02)
+        after = replayed["velocity"]["mean"]
+        assert after == pytest.approx(launched["velocity"]["mean"], rel=0.05)
+
+
 def test_without_peft_adapters_are_refused_with_the_remedy(
     tiny_model: Path, recorded: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
