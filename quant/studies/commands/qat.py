@@ -136,6 +136,8 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
             graphs,
         )
         where, keep = study_device(device, transformer)
+        if device == "cuda":  # float32 means float32, in convolutions as well
+            torch.backends.cudnn.allow_tf32 = False
         subject = Subject.of(transformer, base, where, keep=keep)
         needed = check_memory(subject, options)
         folder = StudyFolder.open(

@@ -58,7 +58,7 @@ class Trainer:
             lr=self._rate,
             weight_decay=0.0,  # it would pull the weights away from the original's
             capturable=device.type == "cuda",
-            foreach=device.type == "cuda",
+            fused=device.type == "cuda",
         )
 
     def begin(self, run: Run, method: Method, scales: dict[str, StaticScale | None]) -> None:
