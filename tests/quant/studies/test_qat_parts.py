@@ -142,6 +142,15 @@ def test_a_grid_is_a_product_of_its_tables_with_a_control_for_each_combination(
     assert [run.batch for run in ordered if run.method == "hif8"] == [1, 1, 4, 4]
 
 
+def test_the_grid_that_ships_asks_the_papers_question() -> None:
+    grid = read_grid(Path("docs/studies/qat-grid.toml"))
+    assert set(grid.methods) == {"hif8", "hif4", "int4-per-token", "int8-static"}
+    assert 1 in {run.batch for run in grid.runs}
+    for option in ("learning_rate", "batch", "data"):
+        assert len({getattr(run, option) for run in grid.runs}) > 1
+    grid.check_data(64, 8, "prompts")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
