@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mini.clips import write_clips
 from mini.training.settings import TrainingSettings
 from mini.training.train import TrainingRun
 from mini.world.scenes import Split, captions_of
@@ -55,3 +56,17 @@ def captions(
 ) -> None:
     """Print different captions of one split, one a line."""
     print("\n".join(captions_of(split, count, seed)))
+
+
+@app.command()
+def clips(
+    split: Annotated[Split, typer.Argument(help="which set the captions come from")],
+    out: Annotated[Path, typer.Option(help="folder to make")],
+    count: Annotated[int, typer.Option(min=1)] = 64,
+    seed: int = 0,
+) -> None:
+    """Render scenes of one split as lossless MP4s with captions.txt, for `quant encode-clips`."""
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists already", param_hint="--out")
+    write_clips(out, split, count, seed)
+    print(f"wrote {out}: {count} clips")

@@ -18,8 +18,8 @@ from quant.studies.methods.injection import (
     difference,
     inject,
     velocity_of,
-    write_injected,
 )
+from quant.studies.output.pipeline_folder import write_with_transformer
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.new_folder import check_new_folder
 
@@ -53,7 +53,7 @@ def inject_outliers_command(
                 f"the velocity would change by {exact:.2g} of its largest value, more than "
                 f"{LARGEST_DIFFERENCE:g}: take a smaller factor than {factor:g}"
             )
-        write_injected(model, transformer, out)
+        write_with_transformer(model, transformer, out)
         fingerprint = model_fingerprint(out)
     typer.echo(
         f"wrote {out}: {count} channels of blocks {', '.join(map(str, chosen))} are {factor:g} "

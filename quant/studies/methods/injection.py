@@ -9,12 +9,8 @@ homogeneous, and between q and k stands no quantized linear.
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +21,6 @@ from quant.numerics.scaling import is_power_of_two
 from quant.studies.block_stream import BlockStream
 from quant.studies.points import Point
 from quant.studies.protection.block_sets import middle_set, paper_sets
-from quant.weights.model_folder import COMPONENTS
-from quant.weights.new_folder import check_new_folder, new_folder, sync
 
 LARGEST_DIFFERENCE = 1e-5
 """How much the velocity may change, as a share of its largest value, in float32."""
@@ -112,39 +106,3 @@ def difference(found: Tensor, reference: Tensor) -> float:
     """Return the largest difference as a share of the reference's largest magnitude."""
     change = (found.float() - reference.float()).abs().amax()
     return float(change / reference.float().abs().amax())
-
-
-def write_injected(model: Path, transformer: Any, out: Path) -> None:
-    """Write a pipeline's folder with another transformer; the other components are linked.
-
-    Raises:
-        StudyError: the folder cannot be written.
-        WeightsError: it exists already.
-    """
-    check_new_folder(out)
-    try:
-        with new_folder(out) as folder:
-            shutil.copy2(model / "model_index.json", folder)
-            for component in COMPONENTS:
-                if component != "transformer":
-                    shutil.copytree(
-                        model / component, folder / component, copy_function=_link_or_copy
-                    )
-            transformer.save_pretrained(folder / "transformer")
-            _sync_all([folder / "model_index.json", *(folder / "transformer").iterdir()])
-    except OSError as error:
-        raise StudyError(f"cannot write {out}: {error.strerror or error}") from error
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """Link a file; copy it where the folders are on different disks."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-        sync(Path(target))
-
-
-def _sync_all(files: Sequence[Path]) -> None:
-    for file in files:
-        sync(file)
