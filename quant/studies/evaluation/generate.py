@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.sampling import run_prompt
+from quant.calibration.sampling import run_prompts
 from quant.studies.evaluation.video_files import Frames, Video
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
@@ -25,11 +25,13 @@ class Plan:
 
     Attributes:
         draws: how many videos of each prompt, each with noise of its own.
+        batch: how many videos are denoised together.
     """
 
     prompts: PromptSet
     sampler: SamplerSettings
     draws: int
+    batch: int = 1
 
     @property
     def videos(self) -> int:
@@ -84,15 +86,23 @@ def generate_videos(
     try:
         for name, build in builders.items():
             videos = plan.of_candidate(folder.path, name)
-            missing = [each for each in videos if folder.unit(video_unit(name, each)) is None]
-            progress.skip(plan.passes * (len(videos) - len(missing)))
+            batches = [videos[n : n + plan.batch] for n in range(0, len(videos), plan.batch)]
+            missing = [
+                each
+                for each in batches
+                if any(folder.unit(video_unit(name, video)) is None for video in each)
+            ]
+            progress.skip(plan.passes * (len(videos) - sum(map(len, missing))))
             if missing:
                 pipe.transformer = build(source)
-            for video in missing:
-                progress.describe(f"{name}, video {videos.index(video) + 1} of {len(videos)}")
-                latents = _latents(pipe, plan, video, progress)
-                video.write(latents, decoded(pipe.vae, latents))
-                folder.keep(video_unit(name, video), {"sha256": video.digest()})
+            for batch in missing:
+                last = videos.index(batch[-1]) + 1
+                progress.describe(f"{name}, video {last} of {len(videos)}")
+                latents = _latents(pipe, plan, batch, progress)
+                for video, own in zip(batch, latents.split(1), strict=True):
+                    if folder.unit(video_unit(name, video)) is None:
+                        video.write(own, decoded(pipe.vae, own))
+                        folder.keep(video_unit(name, video), {"sha256": video.digest()})
             pipe.transformer = source
     finally:
         pipe.transformer = source
@@ -112,8 +122,13 @@ def decoded(vae: Any, latents: Tensor) -> Frames:
     return frames
 
 
-def _latents(pipe: Any, plan: Plan, video: Video, progress: StudyProgress) -> Tensor:
-    index = plan.prompts.prompts.index(video.prompt)
-    each = plan.passes // plan.sampler.num_inference_steps
-    settings = replace(plan.sampler, seed=video.seed - index)  # it adds the prompt's number
-    return run_prompt(pipe, plan.prompts, settings, index, lambda _step: progress.advance(each))
+def _latents(pipe: Any, plan: Plan, videos: Sequence[Video], progress: StudyProgress) -> Tensor:
+    """Denoise videos together; a batch that was kept in part runs again as a whole."""
+    each = plan.passes // plan.sampler.num_inference_steps * len(videos)
+    return run_prompts(
+        pipe,
+        [video.prompt for video in videos],
+        [video.seed for video in videos],
+        plan.sampler,
+        lambda _step: progress.advance(each),
+    )

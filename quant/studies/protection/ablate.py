@@ -62,10 +62,15 @@ def all_protections(
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Points of prompts that chose nothing, so many of each."""
+    """Points of prompts that chose nothing, so many of each.
+
+    Attributes:
+        batch: how many points run together, at most, but all of a prompt at least.
+    """
 
     points: PointsFolder
     per_prompt: int
+    batch: int = 1
 
     @property
     def count(self) -> int:
@@ -78,6 +83,13 @@ class HeldOut:
         chosen = chosen_points(self.points, self.per_prompt)
         return [every[number] for of, number in chosen if of == prompt]
 
+    @property
+    def batches(self) -> list[range]:
+        """Return the prompts whose points run together, batch by batch."""
+        prompts = len(self.points.info.prompts)
+        each = max(1, self.batch * prompts // self.count)
+        return [range(first, min(first + each, prompts)) for first in range(0, prompts, each)]
+
 
 def measure_protections(
     subject: Subject,
@@ -87,24 +99,33 @@ def measure_protections(
     folder: StudyFolder,
     progress: StudyProgress,
 ) -> None:
-    """Keep the error energies of every protection, a unit for each prompt."""
+    """Keep the error energies of every protection, a unit for each prompt.
+
+    Samples that run together may differ in their last bits from those that run alone, so a batch
+    of which an interrupted run kept a part runs again as a whole.
+    """
     prompts = len(held_out.points.info.prompts)
-    for prompt in range(prompts):
-        unit = f"prompt/{prompt}"
-        picked = held_out.of_prompt(prompt)
+    for batch in held_out.batches:
+        points = [held_out.of_prompt(prompt) for prompt in batch]
+        picked = [point for each in points for point in each]
         cost = subject.exact.blocks * len(picked)
-        if folder.unit(unit) is not None:
+        missing = [prompt for prompt in batch if folder.unit(f"prompt/{prompt}") is None]
+        if not missing:
             progress.skip(cost * (1 + len(protections)))
             continue
-        progress.describe(f"prompt {prompt + 1} of {prompts}")
+        progress.describe(f"prompt {batch[-1] + 1} of {prompts}")
         reference = subject.exact.velocity(picked)
         progress.advance(cost)
-        value = {}
+        found = {}
         for name, protection in protections.items():
             names = _quantized(subject, protection)
-            value[name] = set_energies(subject.exact, picked, reference, quantizer, names)
+            found[name] = set_energies(subject.exact, picked, reference, quantizer, names)
             progress.advance(cost)
-        folder.keep(unit, value)
+        values = {name: iter(each) for name, each in found.items()}
+        for prompt, own in zip(batch, points, strict=True):
+            value = {name: [next(each) for _ in own] for name, each in values.items()}
+            if prompt in missing:
+                folder.keep(f"prompt/{prompt}", value)
 
 
 def report(
