@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from quant.calibration.sampling import run_prompts
 from quant.studies.evaluation.video_files import Frames, Video
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
+
+_WRITERS = 8
+"""Videos of a batch that are encoded at the same time, each by one thread of another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,7 @@ def generate_videos(
             videos = plan.of_candidate(folder.path, name)
             batches = [videos[n : n + plan.batch] for n in range(0, len(videos), plan.batch)]
             missing = [
-                each
-                for each in batches
-                if any(folder.unit(video_unit(name, video)) is None for video in each)
+                each for each in batches if not all(_is_kept(folder, name, video) for video in each)
             ]
             progress.skip(plan.passes * (len(videos) - sum(map(len, missing))))
             if missing:
@@ -99,27 +101,36 @@ def generate_videos(
                 last = videos.index(batch[-1]) + 1
                 progress.describe(f"{name}, video {last} of {len(videos)}")
                 latents = _latents(pipe, plan, batch, progress)
-                for video, own in zip(batch, latents.split(1), strict=True):
-                    if folder.unit(video_unit(name, video)) is None:
-                        video.write(own, decoded(pipe.vae, own))
-                        folder.keep(video_unit(name, video), {"sha256": video.digest()})
+                made = zip(batch, latents.split(1), decoded(pipe.vae, latents), strict=True)
+                _keep([each for each in made if not _is_kept(folder, name, each[0])], name, folder)
             pipe.transformer = source
     finally:
         pipe.transformer = source
 
 
+def _is_kept(folder: StudyFolder, name: str, video: Video) -> bool:
+    return folder.unit(video_unit(name, video)) is not None
+
+
+def _keep(made: Sequence[tuple[Video, Tensor, Frames]], name: str, folder: StudyFolder) -> None:
+    """Write videos, several at the same time, and keep a unit for each."""
+    with ThreadPoolExecutor(_WRITERS, "video") as pool:
+        written = pool.map(lambda each: Video.write(*each), made)
+        for (video, _, _), _ in zip(made, written, strict=True):
+            folder.keep(video_unit(name, video), {"sha256": video.digest()})
+
+
 @torch.no_grad()
-def decoded(vae: Any, latents: Tensor) -> Frames:
-    """Decode normalized latents [1, C, F, H, W]: [F, H, W, 3] in 8 bits."""
+def decoded(vae: Any, latents: Tensor) -> list[Frames]:
+    """Decode normalized latents [B, C, F, H, W]: B times [F, H, W, 3] in 8 bits."""
     shape = (1, latents.shape[1], 1, 1, 1)
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=torch.float32).view(shape)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    video = vae.decode(latents.float() * std + mean).sample[0].float()
-    pixels = (video.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 3, 0) * 255
-    frames: Frames = pixels.round().cpu().numpy().astype(np.uint8)
-    return frames
+    videos = vae.decode(latents.float() * std + mean).sample.float()
+    pixels = (videos.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 4, 1) * 255
+    return list(pixels.round().cpu().numpy().astype(np.uint8))
 
 
 def _latents(pipe: Any, plan: Plan, videos: Sequence[Video], progress: StudyProgress) -> Tensor:
