@@ -116,7 +116,7 @@ class BlockStream:
         frames, height, width = (size // patch for size, patch in sizes)
         rope = self._rope(latents)
         # torch would convolve float32 with 10 bits of mantissa on a GPU.
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             patches = self._patch(latents)
         stream = patches.flatten(2).transpose(1, 2).contiguous()
         time, timestep, text, _ = self._embedder(timesteps, texts, None)

@@ -179,6 +179,16 @@ def test_an_ablation_goes_on_and_gives_the_same(
 def test_an_ablation_compares_sets_on_prompts_that_chose_nothing(ablation: Path) -> None:
     results = read_results(ablation, "ablate")
     sets = results["sets"]
+    assert not any("attention" in name for name in sets)
+    for name in ("none", "both ends", "auto", "middle"):
+        found = results["attention"][name]
+        assert found["linears"]["mean"] == sets[name]["mean"]
+        assert found["both"]["mean"] > max(found[kind]["mean"] for kind in ("linears", "attention"))
+        gap = found["both"]["mean"] - found["linears"]["mean"] - found["attention"]["mean"]
+        assert found["both_minus_sum"]["mean"] == pytest.approx(gap, rel=1e-6, abs=1e-12)
+    whole, ends = (results["attention"][name]["attention"] for name in ("none", "both ends"))
+    assert ends["mean"] < whole["mean"]
+    assert (ablation / "tables" / "attention.csv").read_text().count("\n") == 5
     assert {"none", "entry only", "exit only", "both ends", "auto", "middle"} <= sets.keys()
     assert sum(name.startswith("random") for name in sets) == results["random_sets"] == 3
     assert sets["none"]["mean"] == max(each["mean"] for each in sets.values())
