@@ -146,6 +146,7 @@ class _Batch:
 
     @classmethod
     def of(cls, held_out: HeldOut, prompts: range) -> _Batch:
+        """Read the points of some prompts."""
         found = [held_out.of_prompt(prompt) for prompt in prompts]
         return cls(prompts, [point for each in found for point in each], [*map(len, found)])
 
