@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +39,9 @@ from benchmarks.report import Row
 from benchmarks.timing import device_name
 from mini.world.scenes import Split, captions_of
 from quant.calibration.prompts import MIN_PROMPTS
+
+Words = tuple[object, ...]
+"""Of a command line."""
 
 GIB = 2**30
 STEPS = 4
@@ -145,7 +148,13 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     size = size or ("832x480" if is_whole else "256x256")
     frames = frames or (49 if is_whole else 9)
     layers = layers or (40 if is_whole else 4)
-    settings = {"part": part, "shape": shape, "layers": layers, "size": size, "frames": frames}
+    settings: dict[str, object] = {
+        "part": part,
+        "shape": shape,
+        "layers": layers,
+        "size": size,
+        "frames": frames,
+    }
     settings |= {"steps": STEPS, "prompts": MIN_PROMPTS, "device_gb": device_gb}
     bench = Bench(work, device, device_gb, settings)
     model = work / part
@@ -154,8 +163,8 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
         captions = captions_of(Split.TRAIN, 2 * MIN_PROMPTS)[first : first + MIN_PROMPTS]
         (work / f"{name}.txt").write_text("\n".join(captions))
     # Without guidance a step is one pass.
-    sampling = ("--steps", STEPS, "--size", size, "--frames", frames, "--guidance-scale", 1)
-    sampling += ("--text-tokens", 512)
+    sampling: Words = ("--steps", STEPS, "--size", size, "--frames", frames)
+    sampling = (*sampling, "--guidance-scale", 1, "--text-tokens", 512)
     if is_whole:
         whole(bench, model, sampling, analyze_s)
     else:
@@ -175,13 +184,13 @@ def fabricate(bench: Bench, model: Path, shape: Size, layers: int) -> None:
     bench.keep(Row("fabricate: seconds", round(time.perf_counter() - started, 1), "s"))
 
 
-def whole(bench: Bench, model: Path, sampling: Sequence[object], analyze_s: float) -> None:
+def whole(bench: Bench, model: Path, sampling: Words, analyze_s: float) -> None:
     """Calibrate, record, and analyze until time is up."""
     scales, points, analysis = (bench.work / name for name in ("s.safetensors", "points", "study"))
     prompts = ("--model", model, "--prompts", bench.work / "calibration.txt", *sampling)
     bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))
     bench.add("record", bench.run("record", "record", *prompts, "--keep", 1, "--out", points))
-    words = ("analyze", "--model", model, "--points", points, "--out", analysis)
+    words: Words = ("analyze", "--model", model, "--points", points, "--out", analysis)
     words += ("--points-per-prompt", 1, "--linear-points", 1, "--batch", 1)
     end = time.perf_counter() + analyze_s
     run = bench.run("analyze", *words, until=lambda: time.perf_counter() > end)
@@ -201,7 +210,7 @@ def whole(bench: Bench, model: Path, sampling: Sequence[object], analyze_s: floa
     )
 
 
-def short(bench: Bench, model: Path, sampling: Sequence[object]) -> None:
+def short(bench: Bench, model: Path, sampling: Words) -> None:
     """Run every command to its end; three of them once more with a kill in the middle."""
     work = bench.work
     prompts = ("--model", model, "--prompts", work / "calibration.txt", *sampling)
@@ -214,7 +223,7 @@ def short(bench: Bench, model: Path, sampling: Sequence[object]) -> None:
         lambda out: len(list(out.glob("*.safetensors"))) >= MIN_PROMPTS // 2,
     )
     analysis = work / "analysis"
-    words = ("--model", model, "--points", points, "--recipe", "auto-hif8")
+    words: Words = ("--model", model, "--points", points, "--recipe", "auto-hif8")
     words += ("--points-per-prompt", 1, "--linear-points", 2, "--batch", 4)
     half: list[int] = []
 
@@ -228,7 +237,7 @@ def short(bench: Bench, model: Path, sampling: Sequence[object]) -> None:
     killed(bench, "calibrate", words, scales, lambda out: _prompts_done(out) >= MIN_PROMPTS // 2)
     held_out = ("--model", model, "--prompts", work / "held-out.txt", *sampling, "--keep", 2)
     bench.run("held-out", "record", *held_out, "--out", work / "held-out")
-    studies: dict[str, tuple[object, ...]] = {
+    studies: dict[str, Words] = {
         "ablate": (
             *("--points", work / "held-out", "--analysis", analysis, "--recipe", "auto-hif8"),
             *("--random-sets", 1, "--points-per-prompt", 1),
@@ -252,7 +261,7 @@ def short(bench: Bench, model: Path, sampling: Sequence[object]) -> None:
 def killed(
     bench: Bench,
     name: str,
-    words: Sequence[object],
+    words: Words,
     out: Path,
     half_way: Callable[[Path], bool],
 ) -> None:

@@ -55,7 +55,8 @@ def _bytes(field: str) -> int:
 
 def _device_bytes() -> int:
     """Return the most that torch has reserved on the GPU, if the command has used one."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.max_memory_reserved() if used else 0
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def generate_videos(
                 last = videos.index(batch[-1]) + 1
                 progress.describe(f"{name}, video {last} of {len(videos)}")
                 latents = _latents(pipe, plan, batch, progress)
-                made = zip(batch, latents.split(1), decoded(pipe.vae, latents), strict=True)
+                made = zip(batch, torch.split(latents, 1), decoded(pipe.vae, latents), strict=True)
                 _keep([each for each in made if not _is_kept(folder, name, each[0])], name, folder)
             pipe.transformer = source
     finally:

@@ -56,7 +56,7 @@ class Subject:
         recipe: with its blocks all quantized.
         linears: names inside each block of the linears that the recipe quantizes, by block.
         service, exact: passes in the model's dtype and in float32; on a CPU both are in float32.
-        host: where streams of a pass are kept.
+        host: where the streams of many points are kept.
         keep: whether all blocks are kept on the device.
     """
 
@@ -193,7 +193,7 @@ def measure_sensitivity(
     """Keep the error energies of single blocks and linears, a unit for each sweep of a prompt."""
     chosen = chosen_points(points, options.points_per_prompt)
     linear_prompts = {prompt for prompt, _ in _linear_points(options, chosen)}
-    sweep = Sweep(subject.exact, quantizer, options.batch, subject.host, progress.advance)
+    sweep = Sweep(subject.exact, quantizer, options.batch, progress.advance)
     for prompt in range(len(points.info.prompts)):
         progress.describe(f"single blocks, prompt {prompt + 1} of {len(points.info.prompts)}")
         every = list(points.of_prompt(prompt))

@@ -22,7 +22,8 @@ from quant.studies.points import Point
 from quant.studies.protection.variants import BlockQuantizer
 
 _HELD_BYTES = 8 << 30
-"""Streams of one sweep take at most this, or two streams; the host of the 14B has room for it."""
+"""Streams of one sweep take at most this, or two streams. Beside the 14B's blocks and what runs, a
+device of 80 GB has room for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,12 @@ class Sweep:
 
     Attributes:
         batch: how many samples run together.
-        host: where streams are kept between blocks.
         on_passes: called after each block with the number of samples that it took.
     """
 
     stream: BlockStream
     quantizer: BlockQuantizer
     batch: int
-    host: torch.device
     on_passes: Callable[[int], None] = lambda passes: None
 
     @torch.no_grad()
@@ -89,18 +88,18 @@ class Sweep:
         """
         stream = self.stream
         first, conditions = stream.begin(points)
-        held = _HeldStreams(first, conditions, max(1, self.batch // len(points)), self.host)
+        held = _HeldStreams(first, conditions, max(1, self.batch // len(points)))
         by_block: dict[int, list[Variant]] = {}
         for each in variants:
             by_block.setdefault(each.block, []).append(each)
         for index in range(stream.blocks):
             block = stream.block(index)
-            before, begun = held.reference(stream.device), []
+            begun = []
             for each in by_block.get(index, ()):
                 changed = self.quantizer.variant(index, block, each.names)
-                begun.append(_run(changed, before, conditions).to(self.host))
+                begun.append(_run(changed, held.reference, conditions))
                 del changed  # before the next one is made
-            held.run(block, stream.device)
+            held.run(block)
             held.add(begun)
             self.on_passes(held.samples)
         return held.energies(stream, [each.key for each in variants])
@@ -109,19 +108,17 @@ class Sweep:
 class _HeldStreams:
     """The streams of a sweep, in chunks that run together: the reference, then the variants."""
 
-    def __init__(
-        self, first: Tensor, conditions: Conditions, per_chunk: int, host: torch.device
-    ) -> None:
+    def __init__(self, first: Tensor, conditions: Conditions, per_chunk: int) -> None:
         self._points = len(first)
         self._per_chunk = per_chunk
-        self._host = host
         self._conditions = conditions
         self._tiled: dict[int, Conditions] = {}
-        self._chunks = [first.to(host)]
+        self._chunks = [first]
 
-    def reference(self, device: torch.device) -> Tensor:
+    @property
+    def reference(self) -> Tensor:
         """Return the exact stream, [points, S, K]."""
-        return self._chunks[0][: self._points].to(device)
+        return self._chunks[0][: self._points]
 
     @property
     def samples(self) -> int:
@@ -137,19 +134,18 @@ class _HeldStreams:
             else:
                 self._chunks.append(stream)
 
-    def run(self, block: nn.Module, device: torch.device) -> None:
+    def run(self, block: nn.Module) -> None:
         """Take every stream through an exact block."""
         for place, chunk in enumerate(self._chunks):
-            after = _run(block, chunk.to(device), self._conditions_of(chunk))
-            self._chunks[place] = after.to(self._host)
+            self._chunks[place] = _run(block, chunk, self._conditions_of(chunk))
 
     def energies(self, stream: BlockStream, keys: Sequence[str]) -> dict[str, list[float]]:
         """Return the energies of the variants, named `keys` in the order they were added in."""
         found: list[list[float]] = []
         reference: Tensor | None = None
         for chunk in self._chunks:
-            velocity = stream.end(chunk.to(stream.device), self._conditions_of(chunk))
-            parts = velocity.split(self._points)
+            velocity = stream.end(chunk, self._conditions_of(chunk))
+            parts = torch.split(velocity, self._points)
             if reference is None:
                 reference, *parts = parts
             found += [energies(each, reference) for each in parts]

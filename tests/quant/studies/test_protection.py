@@ -79,7 +79,7 @@ def test_a_variant_s_energy_is_that_of_a_pass_with_only_its_linears_quantized(
     variants = [*subject.single_blocks(), Variant("a linear", 2, one)]
     variants.sort(key=lambda each: each.block)
     passes: list[int] = []
-    sweep = Sweep(subject.exact, quantizer, 7, torch.device("cpu"), passes.append)
+    sweep = Sweep(subject.exact, quantizer, 7, passes.append)
     found = sweep.energies(points, variants)
     assert sum(passes) == sweep_cost(BLOCKS, variants, len(points))
     assert sweep.energies(points, variants[1:3]) == {
