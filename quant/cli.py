@@ -48,6 +48,7 @@ from quant.packed.convert import convert
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.studies import cli as studies
+from quant.studies.protection.proposal import resolve_recipe
 from quant.transformer.import_original import import_original
 from quant.transformer.meta_model import shared_meta_model
 from quant.transformer.pipeline_weights import check_pipeline_weights
@@ -79,6 +80,10 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         typer.Option(help="Text file, one prompt per line, UTF-8; an INT8 recipe needs none."),
     ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
+    analysis: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `analyze`, for a recipe with protect = 'auto'."),
+    ] = None,
     config: options.Config = None,
     steps: options.Steps = None,
     size: options.Size = None,
@@ -104,17 +109,19 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     that was not finished. A preview map is written as well, unless there is one beside OUT.
 
     A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
-    them nothing is run: its scales come from the weights.
+    them nothing is run: its scales come from the weights. A recipe with protect = "auto", such as
+    auto-hif8, protects what ANALYSIS proposes; OUT keeps its evidence, and `inspect` shows it.
     """
     with errors_as_sentences():
         _check_out(out, ScalesError)
         checkpoint = Checkpoint.beside(out)
         check_model_kind(model)
-        loaded = QuantRecipe.load(recipe)
         fingerprint = model_fingerprint(model)
+        loaded, evidence = resolve_recipe(QuantRecipe.load(recipe), analysis, out, fingerprint)
         check_replaceable(out, fingerprint, loaded)
         if prompts is None:
-            save_scales(scales_of_weights(model, loaded, usable_device(device)), out)
+            found = scales_of_weights(model, loaded, usable_device(device))
+            save_scales(replace(found, protection=evidence), out)
             typer.echo(f"wrote {out}: the scales of the weights, no prompts were needed")
             return
         sampler = sampler_of(
@@ -143,7 +150,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         pipe = load_pipeline(model, device)
         latents: deque[Tensor] = deque(maxlen=_MAP_VIDEOS)
         scales = _calibrate(pipe, plan, checkpoint, latents)
-        save_scales(scales, out)
+        save_scales(replace(scales, protection=evidence), out)
         checkpoint.delete()
         _fit_beside(out, model, pipe, latents)
     typer.echo(f"wrote {out}: {len(scales.linears)} linears, {scales.num_prompts} prompts")

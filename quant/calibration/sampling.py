@@ -92,6 +92,25 @@ def run_prompt(
         index: number of the prompt in its set, which also determines the seed.
         after_step: called after each denoising step with its number.
     """
+    text, seed = prompts.prompts[index], sampler.seed + index
+    return run_prompts(pipe, [text], [seed], sampler, after_step)
+
+
+def run_prompts(
+    pipe: Any,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: SamplerSettings,
+    after_step: Callable[[int], None],
+) -> Tensor:
+    """Run prompts together; return the latents of their videos, [prompts, C, F, H, W] normalized.
+
+    A prompt's noise is the same in any company; its latents may differ in their last bits.
+
+    Args:
+        seeds: of each prompt's noise; the sampler's own is not used.
+        after_step: called after each denoising step with its number.
+    """
 
     def on_step_end(
         _pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]
@@ -102,7 +121,7 @@ def run_prompt(
     width, height = sampler.size
     with _shifted(pipe, sampler.flow_shift):
         latents: Tensor = pipe(
-            prompt=prompts.prompts[index],
+            prompt=list(texts),
             negative_prompt=sampler.negative_prompt,
             width=width,
             height=height,
@@ -110,7 +129,7 @@ def run_prompt(
             num_inference_steps=sampler.num_inference_steps,
             guidance_scale=sampler.guidance_scale,
             max_sequence_length=sampler.text_tokens,
-            generator=torch.Generator("cpu").manual_seed(sampler.seed + index),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="latent",
             callback_on_step_end=on_step_end,
         ).frames

@@ -25,6 +25,7 @@ from torch import Tensor
 from quant.calibration.sampler import SamplerSettings
 from quant.device import available_accelerator
 from quant.errors import CalibrationError, RecipeError, ScalesError, ScalesMismatch
+from quant.recipe.evidence import ProtectionEvidence
 from quant.recipe.recipe import QuantRecipe, shipped_recipes
 from quant.weights.writer import to_bytes, write_whole
 
@@ -54,6 +55,7 @@ class Scales:
         attention_amax: [A, G, P] float32; of queries and keys, of the lengths of rotary pairs.
         attention_mean_square: [A, G, P] float32.
         attention_binades: [A, G, NUM_BINADES] float32.
+        protection: why the recipe's blocks are protected, if an analysis has chosen them.
     """
 
     model_fingerprint: str
@@ -73,6 +75,7 @@ class Scales:
     attention_amax: Tensor
     attention_mean_square: Tensor
     attention_binades: Tensor
+    protection: ProtectionEvidence | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -105,6 +108,8 @@ def save_scales(scales: Scales, path: Path) -> None:
         "tool_version": scales.tool_version,
         "linears": json.dumps(scales.linears),
     }
+    if scales.protection is not None:
+        metadata["protection"] = scales.protection.to_json()
     try:
         write_whole(path, to_bytes(tensors, metadata))
     except OSError as error:
@@ -155,7 +160,7 @@ def load_scales(
         CalibrationError,
     ) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
-    if recipe is not None and recipe.attention_inputs and not scales.attention_scale:
+    if recipe is not None and (recipe.attention, scales.recipe.attention) == ("fp8", "bf16"):
         command = calibrate_command(
             free_path(path), model_folder, prompts=scales.prompts_file, recipe=recipe
         )
@@ -173,12 +178,15 @@ def check_scales(
     recipe: QuantRecipe,
     path: Path | None = None,
     model_folder: Path | None = None,
-) -> None:
+) -> QuantRecipe:
     """Check that scales were made for a model and a recipe.
 
     Args:
         path: the scales file.
         model_folder: the model's folder. Both appear in the command that an error recommends.
+
+    Returns:
+        The recipe; one with `protect = "auto"` gets the blocks that the scales were made with.
 
     Raises:
         ScalesMismatch: they are for another model or recipe; the message ends with the command to
@@ -190,14 +198,11 @@ def check_scales(
             f"this model is {model_fingerprint}"
         )
         arguments, remedy = [], "make"  # another model's sampler settings do not apply to this one
-    elif scales.recipe.fingerprint != recipe.fingerprint:
-        problem = (
-            f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
-            f"this is {recipe.name!r} ({recipe.fingerprint})"
-        )
-        arguments, remedy = _arguments(scales), "ask for their recipe, or make"
     else:
-        return
+        found, problem = _resolve(recipe, scales)
+        if not problem:
+            return found
+        arguments, remedy = _arguments(scales), "ask for their recipe, or make"
     command = calibrate_command(
         None if path is None else free_path(path),
         model_folder,
@@ -206,6 +211,26 @@ def check_scales(
     )
     raise ScalesMismatch(
         f"{problem}; {remedy} fitting ones with: {' '.join([command, *arguments])}"
+    )
+
+
+def _resolve(recipe: QuantRecipe, scales: Scales) -> tuple[QuantRecipe, str]:
+    """Return a recipe with its blocks, and what it differs from the scales in, or ""."""
+    if recipe.is_auto and scales.protection is None:
+        return recipe, (
+            f"recipe {recipe.name!r} has protect = 'auto', and the scales, for recipe "
+            f"{scales.recipe.name!r}, hold no analysis that has chosen their blocks"
+        )
+    if scales.protection is not None:
+        try:
+            recipe = scales.protection.resolve(recipe)
+        except RecipeError as error:
+            return recipe, f"the scales do not fit: {error}"
+    if scales.recipe.fingerprint == recipe.fingerprint:
+        return recipe, ""
+    return recipe, (
+        f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "
+        f"this is {recipe.name!r} ({recipe.fingerprint})"
     )
 
 
@@ -262,6 +287,7 @@ def calibrate_command(
     if recipe:
         known = recipe.name if recipe.name in shipped_recipes() else "RECIPE_FILE"
         arguments += ["--recipe", recipe.source or known]
+        arguments += ["--analysis", "ANALYSIS_FOLDER"] if recipe.is_auto else []
     if (device := available_accelerator()) is not None:
         arguments += ["--device", device]
     return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])
@@ -301,6 +327,14 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
     if missing:
         raise ValueError(f"it has no attention_scale for {min(missing)}")
     sampler: dict[str, Any] | None = json.loads(metadata["sampler"])
+    protection = None  # files older than `protect` do not have it
+    if "protection" in metadata:
+        protection = ProtectionEvidence.from_json(metadata["protection"])
+        if protection.blocks != recipe.protected_blocks:
+            raise ValueError(
+                f"its recipe protects blocks {list(recipe.protected_blocks)}, the analysis in it "
+                f"has chosen {list(protection.blocks)}"
+            )
     return Scales(
         model_fingerprint=metadata["model_fingerprint"],
         recipe=recipe,
@@ -312,6 +346,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
         weight_scale=by_kind["weight_scale"],
         act_scale=by_kind["act_scale"],
         attention_scale=by_kind["attention_scale"],
+        protection=protection,
         **statistics,
     )
 

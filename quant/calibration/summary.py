@@ -11,6 +11,9 @@ from quant.calibration.scales import FORMAT_VERSION, Scales
 from quant.errors import CalibrationError
 from quant.tables import align, span
 
+_RANKED = 10
+"""How many blocks of an analysis' ranking are shown."""
+
 
 def describe_scales(scales: Scales, path: Path) -> str:
     """Return a header with one fact per line, then tables: convergence, and kinds of linears."""
@@ -23,6 +26,7 @@ def describe_scales(scales: Scales, path: Path) -> str:
         f"{recipe.total_blocks} blocks to {recipe.format}",
         "keeps in BF16": f"blocks {', '.join(map(str, recipe.protected_blocks)) or 'none'}; "
         f"linears {', '.join(recipe.kept_linears) or 'none'}",
+        **_protection(scales),
         "weights": f"{recipe.weight_granularity.name}, {recipe.weight_policy.summary}",
         "activations": f"{recipe.act_granularity.name}, {recipe.act_policy.summary}",
         "attention": _attention(scales),
@@ -44,6 +48,27 @@ def convergence_of(scales: Scales) -> Convergence | None:
         return None
     amax = torch.cat([scales.act_amax, scales.attention_amax])
     return Convergence.of(scales.recipe, amax) if scales.num_prompts else None
+
+
+def _protection(scales: Scales) -> dict[str, str]:
+    """Say which analysis has chosen the blocks in BF16, and by what."""
+    evidence = scales.protection
+    if evidence is None:
+        return {}
+    total = sum(each.mean for each in evidence.energy) or 1.0
+    ranking = ", ".join(
+        f"{block} ({evidence.energy[block].mean / total:.1%})"
+        for block in evidence.ranking[: max(_RANKED, len(evidence.blocks))]
+    )
+    budget = ", ".join(f"{name} {value:g}" for name, value in evidence.budget.items())
+    return {
+        "chosen by": f"analysis sha256:{evidence.analysis_sha256} on {evidence.points} points of "
+        f"{evidence.prompts} prompts of {evidence.prompts_file} (sha256:{evidence.prompts_sha256})",
+        "its points": f"sha256:{evidence.points_sha256}",
+        "its budget": f"{budget}; these blocks have {evidence.removed:.1%} of the error energy of "
+        f"all {len(evidence.energy)}",
+        "its ranking": f"{ranking}, by the error energy of each block quantized alone",
+    }
 
 
 def _origin(scales: Scales) -> dict[str, str]:

@@ -88,7 +88,7 @@ def convert(  # noqa: PLR0913 (input, output, and settings)
     check_model_kind(model_folder)
     fingerprint = model_fingerprint(model_folder)
     scales = load_scales(scales_file, model_folder=model_folder, recipe=recipe)
-    check_scales(
+    recipe = check_scales(
         scales,
         model_fingerprint=fingerprint,
         recipe=recipe,

@@ -115,8 +115,11 @@ def check_packed(
     model_fingerprint: str,
     recipe: QuantRecipe,
     model_folder: Path | None = None,
-) -> None:
+) -> QuantRecipe:
     """Check that a packed checkpoint was made for a model and a recipe, and that its tensors fit.
+
+    Returns:
+        The recipe; one with `protect = "auto"` gets the blocks that the checkpoint was made with.
 
     Raises:
         PackedMismatch: it is for another model or recipe; the message ends with the command to run.
@@ -125,16 +128,16 @@ def check_packed(
         ConversionError: its recipe does not fit its transformer.
     """
     info, name = packed.info, packed.folder
-    problem = None
+    found, problem = _resolved(recipe, packed.scales), None
     if info.model_fingerprint != model_fingerprint:
         problem = (
             f"the packed checkpoint {name} was made of model {info.model_fingerprint}, "
             f"this model is {model_fingerprint}"
         )
-    elif info.recipe.fingerprint != recipe.fingerprint:
+    elif info.recipe.fingerprint != found.fingerprint:
         problem = (
             f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
-            f"({info.recipe.fingerprint}), this is {recipe.name!r} ({recipe.fingerprint})"
+            f"({info.recipe.fingerprint}), this is {found.name!r} ({found.fingerprint})"
         )
     if problem:
         command = convert_command(name, model_folder, recipe)
@@ -142,6 +145,17 @@ def check_packed(
     meta_model = shared_quantized_meta_model(info.transformer_config, info.recipe)
     check_stored(meta_model.state_dict(), packed.stored, source=str(name), exact=True)
     _check_own_scales(packed, convert_command(name, model_folder, recipe))
+    return found
+
+
+def _resolved(recipe: QuantRecipe, scales: Scales) -> QuantRecipe:
+    """Return the recipe with the blocks of the scales' analysis; as it is if that does not fit."""
+    if scales.protection is None:
+        return recipe
+    try:
+        return scales.protection.resolve(recipe)
+    except RecipeError:
+        return recipe
 
 
 def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:

@@ -30,6 +30,7 @@ from quant.numerics.scaling import POLICIES, ScalePolicy, scale_policy
 
 FORMAT_VERSION = 1
 DEFAULT_RECIPE = "boundary-hif8"
+AUTO = "auto"
 _FORMATS = ("hif8", "int8")
 _ATTENTIONS = ("bf16", "fp8")
 
@@ -42,8 +43,10 @@ class QuantRecipe:
         name: a name for people; like `description`, it is not part of the fingerprint.
         format: the 8-bit number format: "hif8", or "int8", which always has a scale for each output
             channel and each token.
-        total_blocks: how many blocks the transformer must have.
+        total_blocks: how many blocks the transformer must have; 0 where `protect` leaves it open.
         protected_blocks: blocks that stay in BF16, ascending.
+        protect: "auto" if an analysis chooses the protected blocks, and none are listed; such a
+            recipe is `resolved` before it is used. Otherwise "".
         linears_per_block: how many linears the patterns must match in each quantized block.
         linears: name patterns (shell wildcards) inside a block.
         kept_linears: full names or patterns of linears that stay in BF16 despite `linears`.
@@ -66,6 +69,7 @@ class QuantRecipe:
     format: str = "hif8"
     attention: str = "bf16"
     rotate_qk: bool = True
+    protect: str = ""
     description: str = ""
     source: str = field(default="", compare=False)
 
@@ -77,7 +81,9 @@ class QuantRecipe:
         """
         if self.format not in _FORMATS:
             raise RecipeError(f"format {self.format!r} is not one of {', '.join(_FORMATS)}")
-        if self.total_blocks < 1 or self.linears_per_block < 1 or not self.linears:
+        self._check_protect()
+        least_blocks = 0 if self.is_auto else 1
+        if self.total_blocks < least_blocks or self.linears_per_block < 1 or not self.linears:
             raise RecipeError(
                 "a recipe needs at least one block, one linear per block and one pattern in "
                 f"`linears`, not {self.total_blocks}, {self.linears_per_block} and {self.linears}"
@@ -140,6 +146,12 @@ class QuantRecipe:
             )
         known = (*_SCALARS, *_LISTS)
         values: dict[str, Any] = {key: _typed(key, data.pop(key)) for key in known if key in data}
+        if "protect" in values:
+            if "protected_blocks" in values:
+                raise RecipeError(
+                    "a recipe has either protected_blocks or protect = 'auto', not both"
+                )
+            values = {"total_blocks": 0, "protected_blocks": ()} | values
         granularity, policy = _scale_table(data, "weight")
         values["weight_granularity"] = weight_granularity(granularity)
         values["weight_policy"] = scale_policy(policy)
@@ -190,8 +202,46 @@ class QuantRecipe:
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
     @property
+    def is_auto(self) -> bool:
+        """Return whether it is still open which blocks are protected."""
+        return self.protect == AUTO
+
+    def resolved(self, total_blocks: int, protected_blocks: tuple[int, ...]) -> Self:
+        """Return the same recipe with the blocks that an analysis has chosen.
+
+        Raises:
+            RecipeError: the recipe is for another number of blocks, or a block is outside.
+        """
+        if self.total_blocks not in (0, total_blocks):
+            raise RecipeError(
+                f"recipe {self.name!r} is for {self.total_blocks} blocks, the analysis is of a "
+                f"model with {total_blocks}: leave total_blocks out, or analyze that model"
+            )
+        return replace(
+            self, protect="", total_blocks=total_blocks, protected_blocks=protected_blocks
+        )
+
+    def check_resolved(self) -> None:
+        """Refuse a recipe whose protected blocks are not known yet.
+
+        Raises:
+            RecipeError: says how they become known.
+        """
+        if self.is_auto:
+            raise RecipeError(
+                f"recipe {self.name!r} has protect = 'auto', so that only an analysis, or a scales "
+                "file that was calibrated with one, says which blocks it protects: run "
+                "`python -m quant analyze` and `python -m quant calibrate --analysis FOLDER`"
+            )
+
+    @property
     def quantized_blocks(self) -> tuple[int, ...]:
-        """Return the blocks that are not protected, ascending."""
+        """Return the blocks that are not protected, ascending.
+
+        Raises:
+            RecipeError: they are not known yet (`check_resolved`).
+        """
+        self.check_resolved()
         return tuple(b for b in range(self.total_blocks) if b not in self.protected_blocks)
 
     @property
@@ -208,7 +258,7 @@ class QuantRecipe:
     @property
     def needs_prompts(self) -> bool:
         """Return whether a scale is chosen from activations, which only prompts give."""
-        return not isinstance(self.act_granularity, PerToken) or bool(self.attention_inputs)
+        return not isinstance(self.act_granularity, PerToken) or self.attention != "bf16"
 
     @property
     def attention_inputs(self) -> tuple[str, ...]:
@@ -224,6 +274,14 @@ class QuantRecipe:
     def keeps(self, linear_name: str) -> bool:
         """Return whether `kept_linears` matches a full name such as `blocks.2.ffn.net.2`."""
         return any(fnmatchcase(linear_name, pattern) for pattern in self.kept_linears)
+
+    def _check_protect(self) -> None:
+        if self.protect not in ("", AUTO):
+            raise RecipeError(
+                f"protect {self.protect!r} is not 'auto': list blocks as protected_blocks instead"
+            )
+        if self.is_auto and self.protected_blocks:
+            raise RecipeError("protect = 'auto' and a list of protected_blocks exclude each other")
 
     def _check_format(self) -> None:
         """Refuse policies and granularities that do not go with the number format."""
@@ -274,11 +332,15 @@ class QuantRecipe:
         )
         if not self.rotate_qk:
             attention["rotate_qk"] = self.rotate_qk
+        blocks: dict[str, Any] = {"total_blocks": self.total_blocks} if self.total_blocks else {}
+        if self.is_auto:
+            blocks["protect"] = self.protect
+        else:
+            blocks["protected_blocks"] = list(self.protected_blocks)
         return {
             "format": self.format,
             **attention,
-            "total_blocks": self.total_blocks,
-            "protected_blocks": list(self.protected_blocks),
+            **blocks,
             "linears_per_block": self.linears_per_block,
             "linears": list(self.linears),
             "kept_linears": list(self.kept_linears),
@@ -302,6 +364,7 @@ _SCALARS: dict[str, type] = {
     "format": str,
     "attention": str,
     "rotate_qk": bool,
+    "protect": str,
     "total_blocks": int,
     "linears_per_block": int,
 }

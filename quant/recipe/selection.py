@@ -20,8 +20,10 @@ def select_linears(transformer: nn.Module, recipe: QuantRecipe) -> dict[str, nn.
     Raises:
         ConversionError: the number of blocks or of linears differs from the recipe's, or a pattern
             matches nothing.
+        RecipeError: the recipe's protected blocks are not known yet.
     """
     blocks = _blocks(transformer)
+    recipe.check_resolved()
     if len(blocks) != recipe.total_blocks:
         raise ConversionError(
             f"recipe {recipe.name!r} is for a transformer of {recipe.total_blocks} blocks "

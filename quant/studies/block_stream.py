@@ -9,6 +9,7 @@ block, from the residual stream that an earlier pass had there.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.studies.points import Point
+
+SMALL_BYTES = 2 << 30
+"""A transformer of fewer bytes may be in memory several times, in other dtypes or quantized."""
 
 Change = Callable[[int, nn.Module], nn.Module]
 """Called with a block's number and its copy on the device; returns the block to run.
@@ -43,10 +47,11 @@ class Conditions:
     time: Tensor
     grid: tuple[int, int, int]
 
-    def repeated(self, times: int) -> Conditions:
-        """Return the conditions of a batch that holds each sample `times` times in a row."""
+    def tiled(self, times: int) -> Conditions:
+        """Return the conditions of a batch that holds all samples in their order, `times` times."""
         text, timestep, time = (
-            each.repeat_interleave(times, 0) for each in (self.text, self.timestep, self.time)
+            each.repeat(times, *(1,) * (each.dim() - 1))
+            for each in (self.text, self.timestep, self.time)
         )
         return Conditions(text, timestep, self.rope, time, self.grid)
 
@@ -85,6 +90,12 @@ class BlockStream:
         """How many blocks there are."""
         return len(self.transformer.blocks)
 
+    def stream_bytes(self, latents: Tensor) -> int:
+        """Return the bytes of the float32 stream of latents [B, C, F, H, W]."""
+        config = self.transformer.config
+        tokens = latents[:, 0].numel() // math.prod(config.patch_size)
+        return int(4 * tokens * config.num_attention_heads * config.attention_head_dim)
+
     def block(self, index: int) -> nn.Module:
         """Return a copy of a block on the device."""
         if self._kept is not None and index in self._kept:
@@ -104,7 +115,10 @@ class BlockStream:
         sizes = zip(latents.shape[2:], self.transformer.config.patch_size, strict=True)
         frames, height, width = (size // patch for size, patch in sizes)
         rope = self._rope(latents)
-        stream = self._patch(latents).flatten(2).transpose(1, 2).contiguous()
+        # torch would convolve float32 with 10 bits of mantissa on a GPU.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            patches = self._patch(latents)
+        stream = patches.flatten(2).transpose(1, 2).contiguous()
         time, timestep, text, _ = self._embedder(timesteps, texts, None)
         conditions = Conditions(
             text, timestep.unflatten(1, (6, -1)), rope, time, (frames, height, width)
@@ -161,6 +175,7 @@ class BlockStream:
 
     def _moved(self, tensor: Tensor, dtype: torch.dtype | None) -> Any:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        moved = tensor.detach().to(self.device, wanted)
+        # First moved and then converted: torch would convert on the host, and copy more bytes.
+        moved = tensor.detach().to(self.device).to(wanted)
         is_parameter = isinstance(tensor, nn.Parameter)
         return nn.Parameter(moved, requires_grad=False) if is_parameter else moved

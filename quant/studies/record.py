@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.sampling import OnStep, check_pipeline, run_prompt
+from quant.calibration.sampling import OnStep, check_pipeline, run_prompts
 from quant.errors import StudyError
 from quant.studies.points import PointsFolder
 
@@ -26,7 +26,12 @@ def spread_steps(count: int, steps: int) -> tuple[int, ...]:
 
 
 def record_points(
-    pipe: Any, prompts: PromptSet, sampler: SamplerSettings, folder: PointsFolder, on_step: OnStep
+    pipe: Any,
+    prompts: PromptSet,
+    sampler: SamplerSettings,
+    folder: PointsFolder,
+    on_step: OnStep,
+    batch: int = 1,
 ) -> None:
     """Run the prompts that the folder lacks through a `WanPipeline` in BF16, and keep their points.
 
@@ -34,6 +39,8 @@ def record_points(
         folder: made for these prompts and settings.
         on_step: called after each denoising step with (done, total), counted over all prompts;
             before the first one, too.
+        batch: how many prompts run together. Those of a batch that an interrupted run has kept in
+            part run again together, because the last bits may depend on the company.
 
     Raises:
         CalibrationError: as `check_pipeline`.
@@ -41,29 +48,37 @@ def record_points(
     """
     check_pipeline(pipe, prompts.prompts, sampler)
     pipe.set_progress_bar_config(disable=True)
-    steps, total = sampler.num_inference_steps, sampler.num_inference_steps * len(prompts.prompts)
-    missing = [index for index in range(len(prompts.prompts)) if not folder.has(index)]
-    done = total - steps * len(missing)
+    count, steps = len(prompts.prompts), sampler.num_inference_steps
+    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+    missing = [each for each in batches if not all(folder.has(index) for index in each)]
+    total = steps * count
+    done = total - steps * sum(map(len, missing))
     on_step(done, total)
-    for index in missing:
+    for each in missing:
         inputs = _Inputs(folder.info.steps)
 
-        def after_step(step: int, inputs: _Inputs = inputs, before: int = done) -> None:
+        def after_step(
+            step: int, inputs: _Inputs = inputs, before: int = done, size: int = len(each)
+        ) -> None:
             inputs.step = step + 1
-            on_step(before + step + 1, total)
+            on_step(before + size * (step + 1), total)
 
+        texts = [prompts.prompts[index] for index in each]
+        seeds = [sampler.seed + index for index in each]
         handle = pipe.transformer.register_forward_pre_hook(inputs.take, with_kwargs=True)
         try:
             with torch.no_grad():
-                run_prompt(pipe, prompts, sampler, index, after_step)
+                run_prompts(pipe, texts, seeds, sampler, after_step)
         finally:
             handle.remove()
-        folder.write(index, inputs.tensors())
-        done += steps
+        for place, index in enumerate(each):
+            if not folder.has(index):
+                folder.write(index, inputs.tensors(place))
+        done += steps * len(each)
 
 
 class _Inputs:
-    """Collects what the transformer is given in the wanted steps of one prompt."""
+    """Collects what the transformer is given in the wanted steps of some prompts."""
 
     def __init__(self, wanted: tuple[int, ...]) -> None:
         self.step = 0
@@ -73,20 +88,20 @@ class _Inputs:
         self._texts: list[Tensor] = []
 
     def take(self, _module: Any, _args: Any, given: dict[str, Any]) -> None:
-        """Keep the inputs of a pass: the first of a step is the prompt's, the second negative."""
-        text = given["encoder_hidden_states"][0]
+        """Keep the inputs of a pass: the first of a step is the prompts', the second negative."""
         if self.step == 0 and len(self._texts) < 2:
-            self._texts.append(text.detach().cpu())
+            self._texts.append(given["encoder_hidden_states"].detach().cpu())
         if self.step in self._wanted:
             self._latents[self.step] = given["hidden_states"].detach().float().cpu()
             self._timesteps[self.step] = given["timestep"].detach().float().cpu()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors as `PointsFolder.write` takes them."""
+    def tensors(self, place: int) -> dict[str, Tensor]:
+        """Return the tensors of one of the prompts as `PointsFolder.write` takes them."""
         order = sorted(self._latents)
-        texts = dict(zip(("prompt", "negative"), self._texts, strict=False))
+        own = [each[place].clone() for each in self._texts]
+        texts = dict(zip(("prompt", "negative"), own, strict=False))
         return {
-            "latents": torch.cat([self._latents[step] for step in order]),
-            "timesteps": torch.cat([self._timesteps[step] for step in order]),
+            "latents": torch.stack([self._latents[step][place] for step in order]),
+            "timesteps": torch.stack([self._timesteps[step][place] for step in order]),
             **texts,
         }

@@ -102,7 +102,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
         recipe = quant.QuantRecipe.load(mode.recipe)
         if mode.packed is not None:
             packed = quant.open_packed(mode.packed, model_folder=config.model.path, recipe=recipe)
-            quant.check_packed(
+            recipe = quant.check_packed(
                 packed,
                 model_fingerprint=fingerprint,
                 recipe=recipe,
@@ -113,7 +113,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
             continue
         assert mode.scales is not None, "ModeConfig has checked that"
         scales = quant.load_scales(mode.scales, model_folder=config.model.path, recipe=recipe)
-        quant.check_scales(
+        recipe = quant.check_scales(
             scales,
             model_fingerprint=fingerprint,
             recipe=recipe,

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
-from quant import QuantError, QuantRecipe, WeightStorage
+from quant import QuantError, QuantRecipe, WeightStorage, load_scales, open_packed
 from worker.config import ModeConfig, ModelConfig, WorkerConfig, load_config
 from worker.errors import StartError, TooLittleMemory
 from worker.model_loader.memory_need import GIB, gib
@@ -101,12 +101,21 @@ def configured_cases(path: Path) -> Iterator[Case]:
     """
     config = load_config(path)
     shape = read_model_shape(config.model.path)
-    recipes = tuple(
-        None if mode.recipe is None else QuantRecipe.load(mode.recipe) for mode in config.modes
-    )
+    recipes = tuple(None if mode.recipe is None else _recipe(mode) for mode in config.modes)
     for size in config.model.sizes:
         model = config.model.model_copy(update={"sizes": (size,), "default_size": size})
         yield Case(config.model_copy(update={"model": model}), shape, recipes)
+
+
+def _recipe(mode: ModeConfig) -> QuantRecipe:
+    """Return a mode's recipe; only its scales say which blocks `protect = "auto"` protects."""
+    recipe = QuantRecipe.load(str(mode.recipe))
+    if not recipe.is_auto:
+        return recipe
+    if mode.packed is not None:
+        return open_packed(mode.packed).info.recipe
+    assert mode.scales is not None, "ModeConfig has checked that"
+    return load_scales(mode.scales).recipe
 
 
 def needs_table(cases: Iterable[Case]) -> str:

@@ -13,6 +13,7 @@ from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
+    Batch,
     Device,
     Model,
     Out,
@@ -41,6 +42,7 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     ] = 50,
     points_per_prompt: Annotated[int, typer.Option(min=1, help="Points of each prompt.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
+    batch: Batch = 8,
     device: Device = "cpu",
 ) -> None:
     """Measure sets of protected blocks on POINTS of prompts that the analysis has not seen.
@@ -73,10 +75,11 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
                     {name: asdict(each) for name, each in protections.items()}
                 ),
                 "number of points per prompt": str(points_per_prompt),
+                "number of points in a batch": str(batch),
                 "device": device,
             },
         )
-        held_out = HeldOut(recorded, points_per_prompt)
+        held_out = HeldOut(recorded, points_per_prompt, batch)
         cost = held_out.count * blocks * (len(protections) + 1)
         words = f"{cost:,} passes of one block: {held_out.count} points, {len(protections)} sets"
         quantizer = quantizer_of(subject, proposal.folder, len(proposal.prompts))

@@ -12,6 +12,7 @@ from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
+    Batch,
     Device,
     Model,
     Out,
@@ -60,7 +61,7 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
     linear_points: Annotated[
         int, typer.Option(min=1, help="Points at which linears are, of different prompts.")
     ] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 8,
+    batch: Batch = 8,
     device: Device = "cpu",
 ) -> None:
     """Find the blocks and linears of MODEL that suffer from quantization, and propose a recipe.
@@ -98,7 +99,7 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
             f"{subject.exact.blocks} blocks"
         )
         with resumable(), study_progress(words, cost) as progress:
-            measure_activations(subject, recorded, folder, progress)
+            measure_activations(subject, recorded, batch, folder, progress)
             quantizer = quantizer_of(subject, folder, len(info.prompts))
             measure_sensitivity(subject, recorded, quantizer, options, folder, progress)
             measure_additivity(subject, recorded, quantizer, options, folder, progress)

@@ -11,7 +11,14 @@ import typer
 
 from quant.console import errors_as_sentences, resumable
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
-from quant.studies.commands.options import Device, Model, Out, load_transformer, study_device
+from quant.studies.commands.options import (
+    Batch,
+    Device,
+    Model,
+    Out,
+    load_transformer,
+    study_device,
+)
 from quant.studies.methods.calibration import calibrate
 from quant.studies.methods.compare import Calibrated, comparison_cost, measure_methods
 from quant.studies.methods.methods_report import NONE, Comparison, report
@@ -40,6 +47,7 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
     calibration_points_per_prompt: Annotated[
         int, typer.Option(min=1, help="Points of each prompt of CALIBRATION.")
     ] = 4,
+    batch: Batch = 8,
     device: Device = "cpu",
 ) -> None:
     """Measure what ways to quantize do to MODEL's velocity, on POINTS, against float32.
@@ -75,10 +83,11 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
                 "set of protections": json.dumps(protections),
                 "number of points per prompt": f"{points_per_prompt}",
                 "number of calibration points per prompt": f"{calibration_points_per_prompt}",
+                "number of points in a batch": f"{batch}",
                 "device": device,
             },
         )
-        held_out = HeldOut(recorded, points_per_prompt)
+        held_out = HeldOut(recorded, points_per_prompt, batch)
         calibrating = HeldOut(seen, calibration_points_per_prompt)
         measured_on = [
             point
@@ -92,7 +101,7 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
             f"{len(protections)} protections, {len(measured_on)} points to calibrate on"
         )
         with resumable(), study_progress(words, cost) as progress:
-            known = calibrate(subject, measured_on, chosen, folder, progress)
+            known = calibrate(subject, measured_on, chosen, batch, folder, progress)
             calibrated = Calibrated(subject, known, keep)
             measure_methods(calibrated, held_out, chosen, protections, folder, progress)
         found = Comparison(subject, folder, recorded.info.prompts, chosen, protections)

@@ -66,6 +66,7 @@ class _Study:
                 "set of prompts": json.dumps(self.plan.prompts.prompts),
                 "sampler": json.dumps(asdict(self.plan.sampler), sort_keys=True),
                 "number of videos per prompt": str(self.plan.draws),
+                "number of videos in a batch": str(self.plan.batch),
                 "set of points": recorded or "none",
                 "device": device,
             },
@@ -118,6 +119,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
     out: Out,
     seeds: Annotated[int, typer.Option(min=1, help="Videos of each prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Videos that are denoised together.")] = 1,
     judge: Annotated[
         list[str],
         typer.Option(
@@ -174,7 +176,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
             seed=seed,
             timestep_groups=1,  # of calibration; it says nothing here
         )
-        plan = Plan(PromptSet.read(prompts), sampler, seeds)
+        plan = Plan(PromptSet.read(prompts), sampler, seeds, batch)
         check_prompt_lengths(load_tokenizer(model), plan.prompts.prompts, sampler)
         candidates = read_candidates(candidate, model, fingerprint)
         check_unseen(plan.prompts, candidates, model, calibration_prompts, analysis)

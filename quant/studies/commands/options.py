@@ -10,6 +10,7 @@ import typer
 
 from quant.device import backend, usable_device
 from quant.errors import StudyError
+from quant.studies.block_stream import SMALL_BYTES
 from quant.weights.model_folder import check_model_kind
 
 Model = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
@@ -17,8 +18,7 @@ Device = Annotated[Literal["cpu", "cuda", "npu"], typer.Option(help="Where to ru
 Points = Annotated[Path, typer.Option(help="Folder of points, made by `record`.")]
 Out = Annotated[Path, typer.Option(help="Folder to make, or to go on with.")]
 
-_SMALL_BYTES = 2 << 30
-"""A transformer of fewer bytes is kept in memory twice on a CPU."""
+Batch = Annotated[int, typer.Option(min=1, help="Points that run together; 1 for the 14B.")]
 
 
 def load_transformer(model: Path) -> Any:
@@ -50,6 +50,6 @@ def study_device(name: str, transformer: Any) -> tuple[torch.device, bool]:
     device = usable_device(name)
     size = sum(each.nbytes for each in transformer.parameters())
     if device.type == "cpu":
-        return device, size < _SMALL_BYTES
+        return device, size < SMALL_BYTES
     free, _ = backend(device.type).mem_get_info()  # type: ignore[arg-type]
     return device, 3 * size < 0.5 * free

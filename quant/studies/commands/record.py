@@ -27,6 +27,7 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt per line, UTF-8.")],
     out: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
     keep: Annotated[int, typer.Option(min=1, help="How many steps of each prompt to keep.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 1,
     config: options.Config = None,
     steps: options.Steps = None,
     size: options.Size = None,
@@ -71,5 +72,5 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         pipe = load_pipeline(model, device)
         progress = CalibrationProgress(len(prompt_set.prompts))
         with resumable(), closing(progress):
-            record_points(pipe, prompt_set, sampler, folder, progress)
+            record_points(pipe, prompt_set, sampler, folder, progress, batch)
     typer.echo(f"wrote {out}: {info.points} points of {len(info.prompts)} prompts")

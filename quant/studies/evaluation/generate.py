@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
-from quant.calibration.sampling import run_prompt
+from quant.calibration.sampling import run_prompts
 from quant.studies.evaluation.video_files import Frames, Video
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
+
+_WRITERS = 8
+"""Videos of a batch that are encoded at the same time, each by one thread of another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +29,13 @@ class Plan:
 
     Attributes:
         draws: how many videos of each prompt, each with noise of its own.
+        batch: how many videos are denoised together.
     """
 
     prompts: PromptSet
     sampler: SamplerSettings
     draws: int
+    batch: int = 1
 
     @property
     def videos(self) -> int:
@@ -84,36 +90,56 @@ def generate_videos(
     try:
         for name, build in builders.items():
             videos = plan.of_candidate(folder.path, name)
-            missing = [each for each in videos if folder.unit(video_unit(name, each)) is None]
-            progress.skip(plan.passes * (len(videos) - len(missing)))
+            batches = [videos[n : n + plan.batch] for n in range(0, len(videos), plan.batch)]
+            missing = [
+                each for each in batches if not all(_is_kept(folder, name, video) for video in each)
+            ]
+            progress.skip(plan.passes * (len(videos) - sum(map(len, missing))))
             if missing:
                 pipe.transformer = build(source)
-            for video in missing:
-                progress.describe(f"{name}, video {videos.index(video) + 1} of {len(videos)}")
-                latents = _latents(pipe, plan, video, progress)
-                video.write(latents, decoded(pipe.vae, latents))
-                folder.keep(video_unit(name, video), {"sha256": video.digest()})
+            for batch in missing:
+                last = videos.index(batch[-1]) + 1
+                progress.describe(f"{name}, video {last} of {len(videos)}")
+                latents = _latents(pipe, plan, batch, progress)
+                made = zip(batch, torch.split(latents, 1), decoded(pipe.vae, latents), strict=True)
+                _keep([each for each in made if not _is_kept(folder, name, each[0])], name, folder)
             pipe.transformer = source
     finally:
         pipe.transformer = source
 
 
+def _is_kept(folder: StudyFolder, name: str, video: Video) -> bool:
+    return folder.unit(video_unit(name, video)) is not None
+
+
+def _keep(made: Sequence[tuple[Video, Tensor, Frames]], name: str, folder: StudyFolder) -> None:
+    """Write videos, several at the same time, and keep a unit for each."""
+    with ThreadPoolExecutor(_WRITERS, "video") as pool:
+        written = pool.map(lambda each: Video.write(*each), made)
+        for (video, _, _), _ in zip(made, written, strict=True):
+            folder.keep(video_unit(name, video), {"sha256": video.digest()})
+
+
 @torch.no_grad()
-def decoded(vae: Any, latents: Tensor) -> Frames:
-    """Decode normalized latents [1, C, F, H, W]: [F, H, W, 3] in 8 bits."""
+def decoded(vae: Any, latents: Tensor) -> list[Frames]:
+    """Decode normalized latents [B, C, F, H, W]: B times [F, H, W, 3] in 8 bits."""
     shape = (1, latents.shape[1], 1, 1, 1)
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=torch.float32).view(shape)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    video = vae.decode(latents.float() * std + mean).sample[0].float()
-    pixels = (video.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 3, 0) * 255
-    frames: Frames = pixels.round().cpu().numpy().astype(np.uint8)
-    return frames
+    videos = vae.decode(latents.float() * std + mean).sample.float()
+    pixels = (videos.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 4, 1) * 255
+    return list(pixels.round().cpu().numpy().astype(np.uint8))
 
 
-def _latents(pipe: Any, plan: Plan, video: Video, progress: StudyProgress) -> Tensor:
-    index = plan.prompts.prompts.index(video.prompt)
-    each = plan.passes // plan.sampler.num_inference_steps
-    settings = replace(plan.sampler, seed=video.seed - index)  # it adds the prompt's number
-    return run_prompt(pipe, plan.prompts, settings, index, lambda _step: progress.advance(each))
+def _latents(pipe: Any, plan: Plan, videos: Sequence[Video], progress: StudyProgress) -> Tensor:
+    """Denoise videos together; a batch that was kept in part runs again as a whole."""
+    each = plan.passes // plan.sampler.num_inference_steps * len(videos)
+    return run_prompts(
+        pipe,
+        [video.prompt for video in videos],
+        [video.seed for video in videos],
+        plan.sampler,
+        lambda _step: progress.advance(each),
+    )

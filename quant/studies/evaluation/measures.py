@@ -10,7 +10,7 @@ import torch
 
 from quant.errors import StudyError
 from quant.recipe.selection import select_linears
-from quant.studies.block_stream import BlockStream
+from quant.studies.block_stream import SMALL_BYTES, BlockStream
 from quant.studies.evaluation.candidates import BF16, Candidate
 from quant.studies.evaluation.generate import Plan
 from quant.studies.evaluation.judges.interface import Judge, Needs
@@ -99,13 +99,16 @@ def measure_velocity(
         transformer: in BF16 on its device.
     """
     device = next(transformer.parameters()).device
-    keep = device.type == "cpu"
+    keep = sum(each.nbytes for each in transformer.parameters()) < SMALL_BYTES
     exact = BlockStream(transformer, device, torch.float32, keep=keep)
     service = BlockStream(transformer, device, None, keep=keep)
     prompts: list[str] = []
     values: dict[str, list[float]] = {name: [] for name in (BF16, *(c.name for c in candidates))}
     quantizers = {
-        each.name: (BlockQuantizer(each.recipe, each.scales.act_scale), _linears(transformer, each))
+        each.name: (
+            BlockQuantizer(each.recipe, each.scales.act_scale, {} if keep else None),
+            _linears(transformer, each),
+        )
         for each in candidates
     }
     for number, text in enumerate(points.info.prompts):

@@ -88,12 +88,14 @@ def calibrate(
     subject: Subject,
     points: Sequence[Point],
     methods: Sequence[Method],
+    batch: int,
     folder: StudyFolder,
     progress: StudyProgress,
 ) -> Calibration:
     """Measure inputs at points and round weights, a unit for each block.
 
-    The streams of all points stay on the host while their blocks run.
+    The streams of all points stay on the host while their blocks run; `batch` points of one step
+    run together.
 
     Raises:
         StudyError: a value is not finite, or the disk cannot take a file.
@@ -105,7 +107,8 @@ def calibrate(
     if all(folder.unit(f"calibration/{index}") is not None for index in range(blocks)):
         progress.skip(blocks * len(points))
         return calibration
-    begun = [subject.exact.begin([point]) for point in points]
+    groups = _of_one_step(points, batch)
+    begun = [subject.exact.begin(group) for group in groups]
     streams = [stream.to(subject.host) for stream, _ in begun]
     rounding = [method for method in methods if method.rounding.needs_hessian]
     for index in range(blocks):
@@ -117,10 +120,10 @@ def calibrate(
         meter = _Meter(calibration.steps, with_hessian=bool(rounding))
         with meter.watching(block, names):
             for place, (_, conditions) in enumerate(begun):
-                meter.step = points[place].step
+                meter.step = groups[place][0].step
                 before = streams[place].to(subject.exact.device)
                 streams[place] = _run(block, before, conditions).to(subject.host)
-                progress.advance()
+                progress.advance(len(groups[place]))
         if names:
             measured = time.monotonic() - start
             _write(calibration.file(index), meter.tensors())
@@ -132,6 +135,15 @@ def calibrate(
                 _write(calibration.file(index, method), codes)
             folder.keep(unit, {"measuring_s": measured, "rounding_s": seconds})
     return calibration
+
+
+def _of_one_step(points: Sequence[Point], batch: int) -> list[list[Point]]:
+    """Divide points into groups of at most `batch` of one denoising step."""
+    groups: list[list[Point]] = []
+    for step in sorted({each.step for each in points}):
+        same = [each for each in points if each.step == step]
+        groups += [same[start : start + batch] for start in range(0, len(same), batch)]
+    return groups
 
 
 class _Meter:

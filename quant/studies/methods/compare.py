@@ -13,6 +13,7 @@ from quant.studies.methods.attention import RoundedAttention
 from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.method import Method, PreparedLinear
 from quant.studies.output.study_folder import StudyFolder
+from quant.studies.points import Point
 from quant.studies.progress import StudyProgress
 from quant.studies.protection.ablate import HeldOut
 from quant.studies.protection.analyze import Subject
@@ -99,32 +100,59 @@ def measure_methods(
 ) -> None:
     """Keep the error energies of every method, a unit for each method and prompt."""
     exact = model.subject.exact
-    prompts = range(len(held_out.points.info.prompts))
-    points = {prompt: held_out.of_prompt(prompt) for prompt in prompts}
-    references: dict[int, Tensor] = {}
-    for prompt in prompts:
-        cost = exact.blocks * len(points[prompt])
-        if all(folder.unit(_unit(method, prompt)) is not None for method in methods):
+    batches = [_Batch.of(held_out, prompts) for prompts in held_out.batches]
+    references: list[Tensor | None] = []
+    for batch in batches:
+        cost = exact.blocks * len(batch.points)
+        if not any(batch.missing(folder, method) for method in methods):
+            references.append(None)
             progress.skip(cost)
             continue
-        progress.describe(f"float32, prompt {prompt + 1} of {len(prompts)}")
-        references[prompt] = exact.velocity(points[prompt]).cpu()
+        progress.describe(f"float32, up to prompt {batch.prompts[-1] + 1}")
+        references.append(exact.velocity(batch.points).cpu())
         progress.advance(cost)
     for method in methods:
         quantizer = MethodQuantizer(method, model)
-        for prompt in prompts:
-            cost = exact.blocks * len(points[prompt])
-            if folder.unit(_unit(method, prompt)) is not None:
+        for batch, reference in zip(batches, references, strict=True):
+            cost = exact.blocks * len(batch.points)
+            missing = batch.missing(folder, method)
+            if reference is None or not missing:
                 progress.skip(cost * len(protections))
                 continue
-            progress.describe(f"{method.name}, prompt {prompt + 1} of {len(prompts)}")
-            steps = tuple(point.step for point in points[prompt])
-            value = {}
+            progress.describe(f"{method.name}, up to prompt {batch.prompts[-1] + 1}")
+            steps = tuple(point.step for point in batch.points)
+            found = {}
             for name, protected in protections.items():
-                velocity = exact.velocity(points[prompt], quantizer.change(protected, steps))
-                value[name] = energies(velocity.cpu(), references[prompt])
+                velocity = exact.velocity(batch.points, quantizer.change(protected, steps))
+                found[name] = iter(energies(velocity.cpu(), reference))
                 progress.advance(cost)
-            folder.keep(_unit(method, prompt), value)
+            for prompt, count in zip(batch.prompts, batch.counts, strict=True):
+                value = {name: [next(each) for _ in range(count)] for name, each in found.items()}
+                if prompt in missing:
+                    folder.keep(_unit(method, prompt), value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Points of some prompts that run together; it runs again as a whole if one lacks a unit.
+
+    Attributes:
+        counts: how many points each prompt has.
+    """
+
+    prompts: range
+    points: list[Point]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, held_out: HeldOut, prompts: range) -> _Batch:
+        """Read the points of some prompts."""
+        found = [held_out.of_prompt(prompt) for prompt in prompts]
+        return cls(prompts, [point for each in found for point in each], [*map(len, found)])
+
+    def missing(self, folder: StudyFolder, method: Method) -> list[int]:
+        """Return the prompts whose errors with a method no earlier run has kept."""
+        return [prompt for prompt in self.prompts if folder.unit(_unit(method, prompt)) is None]
 
 
 def measured(

@@ -182,6 +182,7 @@ def read_state(path: Path) -> Json:
         known = json.loads((path / _STUDY).read_text(encoding="utf-8"))
         version = known["format_version"]
         state: Json = {name: known[name] for name in ("command", "identity", "state")}
+        state["tool_version"] = str(known.get("tool_version", "not known"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{path} is not the folder of a study: name another one") from error
     if version != FORMAT_VERSION:

@@ -16,23 +16,18 @@ from quant.studies.points import Point, PointsFolder
 from quant.studies.progress import StudyProgress
 from quant.studies.protection.analyze import Subject, chosen_points
 from quant.studies.protection.block_sets import middle_set, paper_sets, random_sets
-from quant.studies.protection.sensitivity import set_energies
+from quant.studies.protection.interaction import (
+    Protection,
+    change_of,
+    interactions,
+    is_of_attention,
+    with_attention,
+)
+from quant.studies.protection.sensitivity import energies
 from quant.studies.protection.variants import BlockQuantizer
 from quant.studies.statistics import estimate, holm, paired_difference, percentile_of
 
 PAPER, AUTO = "both ends", "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Protection:
-    """What stays in BF16: whole blocks, and linears by the end of their name.
-
-    Attributes:
-        kept: such as "ffn.net.2", in every block.
-    """
-
-    blocks: tuple[int, ...]
-    kept: str = ""
 
 
 def named_protections(blocks: int, proposed: Sequence[int]) -> dict[str, Protection]:
@@ -52,20 +47,31 @@ def named_protections(blocks: int, proposed: Sequence[int]) -> dict[str, Protect
 def all_protections(
     blocks: int, proposed: Sequence[int], sets: int, seed: int
 ) -> dict[str, Protection]:
-    """Return the named protections, then `sets` random ones of as many blocks as the paper's."""
+    """Return all that is measured.
+
+    These are the named protections, some of them once more with attention in 8 bits, and `sets`
+    random ones of as many blocks as the paper's.
+    """
     named = named_protections(blocks, proposed)
     ends = named[PAPER].blocks
     taken = [each.blocks for each in named.values() if not each.kept]
     drawn = random_sets(blocks, len(ends), sets, seed, taken)
-    return named | {f"random {number}": Protection(each) for number, each in enumerate(drawn)}
+    attention = with_attention({name: named[name] for name in ("none", PAPER, AUTO, "middle")})
+    chance = {f"random {number}": Protection(each) for number, each in enumerate(drawn)}
+    return named | attention | chance
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Points of prompts that chose nothing, so many of each."""
+    """Points of prompts that chose nothing, so many of each.
+
+    Attributes:
+        batch: how many points run together, at most, but all of a prompt at least.
+    """
 
     points: PointsFolder
     per_prompt: int
+    batch: int = 1
 
     @property
     def count(self) -> int:
@@ -78,6 +84,13 @@ class HeldOut:
         chosen = chosen_points(self.points, self.per_prompt)
         return [every[number] for of, number in chosen if of == prompt]
 
+    @property
+    def batches(self) -> list[range]:
+        """Return the prompts whose points run together, batch by batch."""
+        prompts = len(self.points.info.prompts)
+        each = max(1, self.batch * prompts // self.count)
+        return [range(first, min(first + each, prompts)) for first in range(0, prompts, each)]
+
 
 def measure_protections(
     subject: Subject,
@@ -87,24 +100,33 @@ def measure_protections(
     folder: StudyFolder,
     progress: StudyProgress,
 ) -> None:
-    """Keep the error energies of every protection, a unit for each prompt."""
+    """Keep the error energies of every protection, a unit for each prompt.
+
+    Samples that run together may differ in their last bits from those that run alone, so a batch
+    of which an interrupted run kept a part runs again as a whole.
+    """
     prompts = len(held_out.points.info.prompts)
-    for prompt in range(prompts):
-        unit = f"prompt/{prompt}"
-        picked = held_out.of_prompt(prompt)
+    for batch in held_out.batches:
+        points = [held_out.of_prompt(prompt) for prompt in batch]
+        picked = [point for each in points for point in each]
         cost = subject.exact.blocks * len(picked)
-        if folder.unit(unit) is not None:
+        missing = [prompt for prompt in batch if folder.unit(f"prompt/{prompt}") is None]
+        if not missing:
             progress.skip(cost * (1 + len(protections)))
             continue
-        progress.describe(f"prompt {prompt + 1} of {prompts}")
+        progress.describe(f"prompt {batch[-1] + 1} of {prompts}")
         reference = subject.exact.velocity(picked)
         progress.advance(cost)
-        value = {}
+        found = {}
         for name, protection in protections.items():
-            names = _quantized(subject, protection)
-            value[name] = set_energies(subject.exact, picked, reference, quantizer, names)
+            change = change_of(subject, quantizer, protection)
+            found[name] = energies(subject.exact.velocity(picked, change), reference)
             progress.advance(cost)
-        folder.keep(unit, value)
+        values = {name: iter(each) for name, each in found.items()}
+        for prompt, own in zip(batch, points, strict=True):
+            value = {name: [next(each) for _ in own] for name, each in values.items()}
+            if prompt in missing:
+                folder.keep(f"prompt/{prompt}", value)
 
 
 def report(
@@ -118,12 +140,14 @@ def report(
     owners = [text for text, unit in zip(prompts, units, strict=True) for _ in unit[PAPER]]  # type: ignore[index]
     energy = {name: [each for unit in units for each in unit[name]] for name in protections}  # type: ignore[index]
     estimates = {name: estimate(values, owners) for name, values in energy.items()}
-    named = [name for name in protections if not name.startswith("random ")]
-    drawn = [estimates[name].mean for name in protections if name not in named]
+    chance = [name for name in protections if name.startswith("random ")]
+    named = [name for name in protections if name not in chance and not is_of_attention(name)]
+    drawn = [estimates[name].mean for name in chance]
     others = [name for name in named if name != PAPER]
     differences = {name: paired_difference(energy[name], energy[PAPER], owners) for name in others}
     adjusted = holm({name: each.permutation_p for name, each in differences.items()})
     unprotected = estimates["none"].mean
+    attention, table = interactions(energy, owners)
     results: Json = {
         "sets": {
             name: {
@@ -133,8 +157,9 @@ def report(
                 "gain_db": float(10 * np.log10(unprotected / estimates[name].mean)),
                 "percentile": 100 - percentile_of(estimates[name].mean, drawn) if drawn else None,
             }
-            for name in protections
+            for name in (*named, *chance)
         },
+        "attention": attention,
         "against_paper": {
             name: {**asdict(each), "holm_p": adjusted[name], "real": each.is_real}
             for name, each in differences.items()
@@ -144,20 +169,10 @@ def report(
         "points": len(owners),
     }
     tables = {"named": _named_table(results, named), "random": _random_table(results, named)}
+    if table is not None:
+        tables["attention"] = table
     figures = {"sets": _figure(results, named, drawn)}
     return results, tables, figures, _page(results, tables, figures, named, recipe_name)
-
-
-def _quantized(subject: Subject, protection: Protection) -> dict[int, list[str]]:
-    return {
-        block: [
-            name
-            for name in subject.full_names(block)
-            if not (protection.kept and name.endswith(protection.kept))
-        ]
-        for block in subject.linears
-        if block not in protection.blocks
-    }
 
 
 def _named_table(results: Json, named: Sequence[str]) -> Table:
@@ -267,6 +282,13 @@ def _page(
     page.table(tables["named"])
     real = [name for name in named if results["against_paper"].get(name, {}).get("real")]
     page.text(f"Different from both ends by their intervals: {', '.join(real) or 'none'}.")
+    if "attention" in tables:
+        page.heading("With self-attention in 8 bits")
+        page.text(
+            "Queries, keys and values are rounded to HiFloat8 in the blocks that are not "
+            "protected: alone, and together with their linears."
+        )
+        page.table(tables["attention"])
     page.heading("Random sets")
     page.table(tables["random"])
     return page

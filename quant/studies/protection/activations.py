@@ -48,21 +48,17 @@ class Activation:
     outlier_channels: int
 
     @classmethod
-    def of(cls, x: Tensor) -> Activation:
-        """Measure x [..., K]."""
-        magnitude = x.detach().abs().float().reshape(-1, x.shape[-1])
-        channels = magnitude.amax(0)
-        flat = magnitude.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().numpy()
-        p50, p99, p999 = np.quantile(sample, (0.5, 0.99, 0.999)).tolist()  # torch's sorts
+    def measure(cls, x: Tensor) -> Tensor:
+        """Measure each sample of x [B, ..., K]: [B, values] float32, in the order of `names`."""
+        magnitude = x.detach().abs().float().reshape(len(x), -1, x.shape[-1])
+        channels = magnitude.amax(1)
+        flat = magnitude.flatten(1)
+        sample = flat[:, :: max(1, flat.shape[1] // _SAMPLES)][:, :_SAMPLES]
         square = flat.square()
-        kurtosis = square.square().mean() / square.mean().square().clamp(min=1e-30)
-        outliers = (channels > OUTLIER_FACTOR * channels.median()).sum()
-        return cls(channels.amax().item(), p50, p99, p999, kurtosis.item(), int(outliers))
-
-    def as_list(self) -> list[float]:
-        """Return the values in the order of `names`."""
-        return [getattr(self, name) for name in self.names()]
+        kurtosis = square.square().mean(1) / square.mean(1).square().clamp(min=1e-30)
+        outliers = (channels > OUTLIER_FACTOR * channels.median(1, keepdim=True).values).sum(1)
+        values = (channels.amax(1), *_quantiles(sample), kurtosis, outliers.float())
+        return torch.stack(values, 1)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -70,43 +66,63 @@ class Activation:
         return tuple(each.name for each in fields(cls))
 
 
+def _quantiles(sample: Tensor) -> Iterator[Tensor]:
+    """Return percentiles 50, 99 and 99.9 of each row of [B, N], interpolated: three of [B]."""
+    shares = (0.5, 0.99, 0.999)
+    if sample.device.type == "cpu":  # numpy divides where torch sorts
+        found = torch.from_numpy(np.quantile(sample.numpy(), shares, axis=1))
+        yield from found.to(sample.dtype)
+        return
+    ordered = sample.sort(1).values
+    for share in shares:
+        place = share * (sample.shape[1] - 1)
+        low = int(place)
+        high = min(low + 1, sample.shape[1] - 1)
+        yield torch.lerp(ordered[:, low], ordered[:, high], place - low)
+
+
 @dataclass(slots=True)
-class PointActivations:
-    """What one pass at one point shows.
+class Measured:
+    """What one pass over B points shows.
 
     Attributes:
-        linears: statistics of each linear's input, by its full name.
-        binades: histogram of each linear's input, [NUM_BINADES] by its full name.
-        stream: statistics of the stream after each block.
-        update: |what the block adds| / |the stream before it|, for each block.
+        linears: statistics of each linear's input, [B, values] by its full name.
+        binades: histogram of each linear's input over all points, [NUM_BINADES] by its full name.
+        stream: statistics of the stream after each block, [B, values] each.
+        update: |what the block adds| / |the stream before it|, [B] for each block.
     """
 
-    linears: dict[str, Activation]
+    linears: dict[str, Tensor]
     binades: dict[str, Tensor]
-    stream: list[Activation]
-    update: list[float]
+    stream: list[Tensor]
+    update: list[Tensor]
 
 
-def measure_point(
-    stream: BlockStream, point: Point, linears: Mapping[int, Sequence[str]]
-) -> PointActivations:
-    """Run one pass and measure it.
+def measure_points(
+    stream: BlockStream, points: Sequence[Point], linears: Mapping[int, Sequence[str]]
+) -> Measured:
+    """Run one pass over points and measure it; the results are on the host.
 
     Args:
         linears: names of the linears to measure inside each block, by the block's number.
     """
-    found = PointActivations({}, {}, [], [])
-    before, conditions = stream.begin([point])
+    found = Measured({}, {}, [], [])
+    before, conditions = stream.begin(points)
     for index in range(stream.blocks):
         block = stream.block(index)
         names = linears.get(index, ())
         with _watching(block, f"blocks.{index}", names, found), torch.no_grad():
             after = block(before, conditions.text, conditions.timestep, conditions.rope)
-        found.stream.append(Activation.of(after))
-        change = (after.float() - before.float()).square().sum()
-        found.update.append(float((change / before.float().square().sum()).sqrt()))
+        found.stream.append(Activation.measure(after))
+        change = (after.float() - before.float()).square().sum((1, 2))
+        found.update.append((change / before.float().square().sum((1, 2))).sqrt())
         before = after
-    return found
+    return Measured(
+        {name: each.cpu() for name, each in found.linears.items()},
+        {name: each.cpu() for name, each in found.binades.items()},
+        [each.cpu() for each in found.stream],
+        [each.cpu() for each in found.update],
+    )
 
 
 def share_beyond_band(binades: Sequence[float], scale: float) -> float:
@@ -126,12 +142,19 @@ def share_beyond_band(binades: Sequence[float], scale: float) -> float:
 
 @contextmanager
 def _watching(
-    block: nn.Module, prefix: str, names: Sequence[str], found: PointActivations
+    block: nn.Module, prefix: str, names: Sequence[str], found: Measured
 ) -> Iterator[None]:
+    last: list[tuple[Tensor, str]] = []
+
     def record(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
-        found.linears[name] = Activation.of(x)
-        found.binades[name] = binade_histogram(x.reshape(1, -1))[0].cpu()
+        if last and last[0][0] is x:  # queries, keys and values have one input
+            of = last[0][1]
+            found.linears[name], found.binades[name] = found.linears[of], found.binades[of]
+            return
+        last[:] = [(x, name)]
+        found.linears[name] = Activation.measure(x)
+        found.binades[name] = binade_histogram(x.reshape(1, -1))[0]
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(partial(record, f"{prefix}.{name}"))
@@ -140,5 +163,6 @@ def _watching(
     try:
         yield
     finally:
+        last.clear()
         for handle in handles:
             handle.remove()

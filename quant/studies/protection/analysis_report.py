@@ -14,7 +14,7 @@ from quant.studies.output.plots import INK, SERIES, drawing
 from quant.studies.output.study_folder import Json, StudyFolder
 from quant.studies.output.table import Column, Table
 from quant.studies.protection.activations import Activation, share_beyond_band
-from quant.studies.protection.analyze import Subject
+from quant.studies.protection.analyze import Subject, sensitivity_unit
 from quant.studies.protection.block_sets import greedy_set, paper_sets
 from quant.studies.protection.variants import BlockQuantizer
 from quant.studies.statistics import Estimate, estimate, rank_correlation
@@ -31,8 +31,21 @@ class Analysis:
         self.blocks = subject.exact.blocks
         numbers = range(len(prompts))
         self._activations = [_unit(folder, f"activations/{number}") for number in numbers]
-        self._sensitivity = [_unit(folder, f"sensitivity/{number}") for number in numbers]
+        self._sensitivity = [self._single(folder, number) for number in numbers]
         self._sets = {number: folder.unit(f"sets/{number}") for number in numbers}
+
+    def _single(self, folder: StudyFolder, prompt: int) -> Json:
+        """Gather what the sweeps of a prompt have measured of single blocks and linears."""
+        found: Json = {"blocks": {}, "linears": {}}
+        variants = (self.subject.single_blocks(), self.subject.single_linears())
+        for kind, each in zip(("blocks", "linears"), variants, strict=True):
+            units = [folder.unit(sensitivity_unit(prompt, variant.key)) for variant in each]
+            for unit in filter(None, units):
+                found[kind] |= unit["energy"]
+                found.setdefault("points", unit["points"])
+        if len(found["blocks"]) != self.blocks:
+            raise StudyError("the analysis is not complete: run the same command again")
+        return found
 
     def block_energy(self) -> dict[int, Estimate]:
         """Return the error energy of each block quantized alone, as a share of the velocity's."""

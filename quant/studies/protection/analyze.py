@@ -7,22 +7,29 @@ set, which is optimal as far as they add.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant.recipe.evidence import measured_recipe
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
 from quant.studies.block_stream import BlockStream
 from quant.studies.output.study_folder import Json, StudyFolder
 from quant.studies.points import Point, PointsFolder
 from quant.studies.progress import StudyProgress
-from quant.studies.protection.activations import Activation, measure_point
+from quant.studies.protection.activations import Activation, measure_points
 from quant.studies.protection.block_sets import middle_set, paper_sets
-from quant.studies.protection.sensitivity import reference_pass, set_energies, variant_energies
+from quant.studies.protection.sensitivity import (
+    Sweep,
+    Variant,
+    set_energies,
+    sweep_cost,
+    sweeps,
+)
 from quant.studies.protection.variants import BlockQuantizer, act_scales
 
 
@@ -32,7 +39,7 @@ class AnalysisOptions:
 
     Attributes:
         points_per_prompt: points of each prompt at which blocks are quantized one at a time.
-        linear_points: points, of different prompts, at which linears are.
+        linear_points: points, of different prompts, at which linears are, and whole sets.
         batch: how many samples run together.
     """
 
@@ -49,7 +56,8 @@ class Subject:
         recipe: with its blocks all quantized.
         linears: names inside each block of the linears that the recipe quantizes, by block.
         service, exact: passes in the model's dtype and in float32; on a CPU both are in float32.
-        host: where streams of a pass are kept.
+        host: where the streams of many points are kept.
+        keep: whether all blocks are kept on the device.
     """
 
     recipe: QuantRecipe
@@ -57,6 +65,7 @@ class Subject:
     service: BlockStream
     exact: BlockStream
     host: torch.device
+    keep: bool
 
     @classmethod
     def of(
@@ -70,9 +79,7 @@ class Subject:
         Raises:
             ConversionError: the recipe's patterns do not fit the transformer's blocks.
         """
-        everywhere = replace(
-            recipe, total_blocks=len(transformer.blocks), protected_blocks=(), kept_linears=()
-        )
+        everywhere = measured_recipe(recipe, len(transformer.blocks))
         found: dict[int, list[str]] = {}
         for name in select_linears(transformer, everywhere):
             _, block, inner = name.split(".", 2)
@@ -86,11 +93,24 @@ class Subject:
             exact if on_cpu else BlockStream(transformer, device, None, keep=keep),
             exact,
             device if keep else torch.device("cpu"),
+            keep,
         )
 
     def full_names(self, block: int) -> tuple[str, ...]:
         """Return the full names of a block's linears."""
         return tuple(f"blocks.{block}.{name}" for name in self.linears[block])
+
+    def single_blocks(self) -> list[Variant]:
+        """Return the variants with one block quantized."""
+        return [Variant(str(block), block, self.full_names(block)) for block in self.linears]
+
+    def single_linears(self) -> list[Variant]:
+        """Return the variants with one linear quantized."""
+        return [
+            Variant(name, block, (name,))
+            for block in self.linears
+            for name in self.full_names(block)
+        ]
 
 
 def chosen_points(points: PointsFolder, per_prompt: int) -> list[tuple[int, int]]:
@@ -110,25 +130,36 @@ def analysis_cost(subject: Subject, points: PointsFolder, options: AnalysisOptio
     blocks = subject.exact.blocks
     chosen = chosen_points(points, options.points_per_prompt)
     checked = _linear_points(options, chosen)
-    linear_prompts = {prompt for prompt, _ in checked}
-    prompts = range(len(points.info.prompts))
-    per_prompt = [sum(of == prompt for of, _ in chosen) for prompt in prompts]
-    single = sum(
-        _single_cost(subject, per_prompt[prompt], prompt in linear_prompts) for prompt in prompts
-    )
+    latents = next(points.of_prompt(0)).latents
+    each = len(chosen) // len(points.info.prompts)
+    single = len(points.info.prompts) * _cost(subject, subject.single_blocks(), latents, each)
+    single += len(checked) * _cost(subject, subject.single_linears(), latents, 1)
     sets = (len(_checked_sets(blocks)) + 1) * blocks * len(checked)
     return points.info.points * blocks + single + sets
 
 
+def _cost(subject: Subject, variants: Sequence[Variant], latents: Tensor, points: int) -> int:
+    """Return how many passes of one block the sweeps of one prompt take."""
+    size = points * subject.exact.stream_bytes(latents)
+    blocks = subject.exact.blocks
+    return sum(sweep_cost(blocks, part, points) for part in sweeps(variants, size))
+
+
 def measure_activations(
-    subject: Subject, points: PointsFolder, folder: StudyFolder, progress: StudyProgress
+    subject: Subject,
+    points: PointsFolder,
+    batch: int,
+    folder: StudyFolder,
+    progress: StudyProgress,
 ) -> None:
-    """Keep a unit of statistics for each prompt."""
+    """Keep a unit of statistics for each prompt, of whose points `batch` run together."""
     for prompt, text in enumerate(points.info.prompts):
         unit = f"activations/{prompt}"
         if folder.unit(unit) is None:
             progress.describe(f"activations, prompt {prompt + 1} of {len(points.info.prompts)}")
-            folder.keep(unit, _measured(subject, points.of_prompt(prompt), text, progress))
+            picked = list(points.of_prompt(prompt))
+            parts = [picked[start : start + batch] for start in range(0, len(picked), batch)]
+            folder.keep(unit, _measured(subject, parts, text, progress))
         else:
             progress.skip(points.info.points // len(points.info.prompts) * subject.service.blocks)
 
@@ -146,7 +177,9 @@ def quantizer_of(subject: Subject, folder: StudyFolder, prompts: int) -> BlockQu
             for name, values in point["linears"].items():
                 amax[name] = max(amax.get(name, 0.0), values[0])
     lists = {name: counts.tolist() for name, counts in binades.items()}
-    return BlockQuantizer(subject.recipe, act_scales(subject.recipe, amax, lists))
+    return BlockQuantizer(
+        subject.recipe, act_scales(subject.recipe, amax, lists), {} if subject.keep else None
+    )
 
 
 def measure_sensitivity(
@@ -157,25 +190,31 @@ def measure_sensitivity(
     folder: StudyFolder,
     progress: StudyProgress,
 ) -> None:
-    """Keep the error energies of single blocks and linears, a unit for each prompt."""
+    """Keep the error energies of single blocks and linears, a unit for each sweep of a prompt."""
     chosen = chosen_points(points, options.points_per_prompt)
     linear_prompts = {prompt for prompt, _ in _linear_points(options, chosen)}
+    sweep = Sweep(subject.exact, quantizer, options.batch, progress.advance)
     for prompt in range(len(points.info.prompts)):
-        unit = f"sensitivity/{prompt}"
-        numbers = [number for of, number in chosen if of == prompt]
-        if folder.unit(unit) is not None:
-            progress.skip(_single_cost(subject, len(numbers), prompt in linear_prompts))
-            continue
         progress.describe(f"single blocks, prompt {prompt + 1} of {len(points.info.prompts)}")
         every = list(points.of_prompt(prompt))
-        picked = [every[number] for number in numbers]
-        value: Json = {"points": [each.name for each in picked]}
-        value["blocks"] = _single(subject, picked, quantizer, options.batch, progress)
+        picked = [every[number] for of, number in chosen if of == prompt]
+        work = [(picked, subject.single_blocks())]
         if prompt in linear_prompts:
-            value["linears"] = _single(
-                subject, picked[:1], quantizer, options.batch, progress, linears=True
-            )
-        folder.keep(unit, value)
+            work.append((picked[:1], subject.single_linears()))
+        for some, variants in work:
+            size = len(some) * subject.exact.stream_bytes(some[0].latents)
+            for part in sweeps(variants, size):
+                unit = sensitivity_unit(prompt, part[0].key)
+                if folder.unit(unit) is not None:
+                    progress.skip(sweep_cost(subject.exact.blocks, part, len(some)))
+                    continue
+                energy = sweep.energies(some, part)
+                folder.keep(unit, {"points": [each.name for each in some], "energy": energy})
+
+
+def sensitivity_unit(prompt: int, first: str) -> str:
+    """Return the name of the unit of a sweep whose first variant is `first`."""
+    return f"sensitivity/{prompt}/{first}"
 
 
 def measure_additivity(
@@ -188,81 +227,60 @@ def measure_additivity(
 ) -> None:
     """Keep the error energies of whole sets at the points of the linears: do single ones add?"""
     blocks = subject.exact.blocks
-    chosen = chosen_points(points, options.points_per_prompt)
-    for prompt, number in _linear_points(options, chosen):
-        unit = f"sets/{prompt}"
-        if folder.unit(unit) is not None:
-            progress.skip(blocks * (len(_checked_sets(blocks)) + 1))
+    checked = _checked_sets(blocks)
+    chosen = _linear_points(options, chosen_points(points, options.points_per_prompt))
+    for start in range(0, len(chosen), options.batch):
+        part = chosen[start : start + options.batch]
+        cost = blocks * len(part)
+        if all(folder.unit(f"sets/{prompt}") is not None for prompt, _ in part):
+            progress.skip(cost * (len(checked) + 1))
             continue
-        progress.describe(f"sets of blocks, prompt {prompt + 1}")
-        point = list(points.of_prompt(prompt))[number]
-        reference = subject.exact.velocity([point])
-        progress.advance(blocks)
-        checked = _checked_sets(blocks)
-        value: Json = {"point": point.name, "protected": checked, "measured": {}}
+        progress.describe(f"sets of blocks, {start + len(part)} of {len(chosen)} points")
+        picked = [list(points.of_prompt(prompt))[number] for prompt, number in part]
+        reference = subject.exact.velocity(picked)
+        progress.advance(cost)
+        measured: dict[str, list[float]] = {}
         for name, protected in checked.items():
             names = {
                 block: subject.full_names(block)
                 for block in range(blocks)
                 if block not in protected
             }
-            found = set_energies(subject.exact, [point], reference, quantizer, names)
-            value["measured"][name] = found[0]
-            progress.advance(blocks)
-        folder.keep(unit, value)
+            measured[name] = set_energies(subject.exact, picked, reference, quantizer, names)
+            progress.advance(cost)
+        for place, (prompt, _) in enumerate(part):
+            value: Json = {"point": picked[place].name, "protected": checked}
+            value["measured"] = {name: found[place] for name, found in measured.items()}
+            if folder.unit(f"sets/{prompt}") is None:
+                folder.keep(f"sets/{prompt}", value)
 
 
 def _measured(
-    subject: Subject, points: Iterator[Point], text: str, progress: StudyProgress
+    subject: Subject, parts: Sequence[Sequence[Point]], text: str, progress: StudyProgress
 ) -> Json:
     totals: dict[str, Tensor] = {}
     found = []
-    for point in points:
-        measured = measure_point(subject.service, point, subject.linears)
+    for part in parts:
+        measured = measure_points(subject.service, part, subject.linears)
         for name, counts in measured.binades.items():
             totals[name] = totals.get(name, torch.zeros_like(counts)) + counts
-        found.append(
+        found += [
             {
                 "step": point.step,
                 "branch": point.branch,
-                "linears": {name: each.as_list() for name, each in measured.linears.items()},
-                "stream": [each.as_list() for each in measured.stream],
-                "update": measured.update,
+                "linears": {name: each[n].tolist() for name, each in measured.linears.items()},
+                "stream": [each[n].tolist() for each in measured.stream],
+                "update": [float(each[n]) for each in measured.update],
             }
-        )
-        progress.advance(subject.service.blocks)
+            for n, point in enumerate(part)
+        ]
+        progress.advance(subject.service.blocks * len(part))
     return {
         "prompt": text,
         "values": list(Activation.names()),
         "points": found,
         "binades": {name: counts.int().tolist() for name, counts in totals.items()},
     }
-
-
-def _single(
-    subject: Subject,
-    points: Sequence[Point],
-    quantizer: BlockQuantizer,
-    batch: int,
-    progress: StudyProgress,
-    *,
-    linears: bool = False,
-) -> dict[str, list[float]]:
-    """Return the error energies at points of each block, or of each linear, by its name."""
-    found: dict[str, list[float]] = {}
-    blocks = subject.exact.blocks
-    reference = reference_pass(subject.exact, points, subject.host)
-    if not linears:
-        progress.advance(blocks * len(points))
-    for block in range(blocks):
-        names = subject.full_names(block)
-        variants = [(name,) for name in names] if linears else [names]
-        keys = names if linears else (str(block),)
-        energies = variant_energies(subject.exact, reference, quantizer, block, variants, batch)
-        for key, each in zip(keys, energies, strict=True):
-            found[key] = each
-        progress.advance((blocks - block) * len(variants) * len(points))
-    return found
 
 
 def _checked_sets(blocks: int) -> dict[str, tuple[int, ...]]:
@@ -280,12 +298,3 @@ def _linear_points(
     firsts = list({prompt: (prompt, number) for prompt, number in reversed(chosen)}.values())[::-1]
     count = max(1, min(options.linear_points, len(firsts)))
     return [firsts[part * len(firsts) // count] for part in range(count)]
-
-
-def _single_cost(subject: Subject, points: int, with_linears: bool) -> int:
-    """Return the passes of one block that `_single` takes for one prompt."""
-    blocks = subject.exact.blocks
-    cost = points * (blocks + blocks * (blocks + 1) // 2)
-    if with_linears:
-        cost += sum(len(names) * (blocks - block) for block, names in subject.linears.items())
-    return cost

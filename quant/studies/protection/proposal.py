@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quant.errors import StudyError
+from quant.calibration.scales import load_scales
+from quant.errors import RecipeError, StudyError
+from quant.recipe.evidence import BlockEnergy, ProtectionEvidence, measured_recipe
 from quant.recipe.recipe import QuantRecipe
-from quant.studies.output.study_folder import StudyFolder, read_results
+from quant.studies.output.study_folder import StudyFolder, read_results, read_state
 from quant.studies.points import PointsFolder
 from quant.weights.writer import write_whole
 
@@ -43,6 +46,74 @@ def read_proposal(path: Path, fingerprint: str, held_out: PointsFolder) -> Propo
     return Proposal(folder, tuple(read_results(path, "analyze")["proposed"]), tuple(prompts))
 
 
+def read_evidence(path: Path, fingerprint: str) -> ProtectionEvidence:
+    """Read what a finished analysis of the model `fingerprint` has measured of its blocks.
+
+    Raises:
+        StudyError: it is not finished, of another model, or damaged.
+    """
+    results, state = read_results(path, "analyze"), read_state(path)
+    identity = state["identity"]
+    if identity["model"] != fingerprint:
+        raise StudyError(f"{path} is of another model: analyze this one first")
+    points = json.loads(identity["set of points"])
+    try:
+        energy = [results["blocks"][str(block)] for block in range(len(results["blocks"]))]
+        recipe = measured_recipe(QuantRecipe.load(path / "recipe.toml"), len(energy))
+        return ProtectionEvidence(
+            model_fingerprint=fingerprint,
+            recipe=recipe.fingerprint,
+            blocks=tuple(results["proposed"]),
+            energy=tuple(
+                BlockEnergy(*(each[n] for n in ("mean", "low", "high"))) for each in energy
+            ),
+            budget=results["budget"],
+            prompts=results["prompts"],
+            points=energy[0]["values"],
+            prompts_file=points["prompts_file"],
+            prompts_sha256=points["prompts_sha256"],
+            points_sha256=hashlib.sha256(identity["set of points"].encode()).hexdigest(),
+            analysis_sha256=hashlib.sha256((path / "results.json").read_bytes()).hexdigest(),
+            options=json.loads(identity["set of options"]) | {"device": identity["device"]},
+            tool_version=state["tool_version"],
+        )
+    except (OSError, LookupError, TypeError, ValueError, RecipeError) as error:
+        raise StudyError(f"{path} is damaged: analyze again into another folder") from error
+
+
+def resolve_recipe(
+    recipe: QuantRecipe, analysis: Path | None, scales_file: Path, fingerprint: str
+) -> tuple[QuantRecipe, ProtectionEvidence | None]:
+    """Return a recipe with its blocks, and the evidence if an analysis chooses them.
+
+    Args:
+        analysis: folder of `analyze`, if one was given.
+        scales_file: what is to be written; scales that are there hold evidence, perhaps.
+        fingerprint: of the model.
+
+    Raises:
+        StudyError: the analysis does not fit, or is given for a recipe that lists its blocks.
+        RecipeError: the analysis is of another recipe; or the recipe has `protect = "auto"`, and
+            there is neither an analysis nor evidence.
+    """
+    if not recipe.is_auto:
+        if analysis is not None:
+            raise StudyError(
+                f"recipe {recipe.name!r} lists its protected blocks, so --analysis would change "
+                "nothing: leave it out, or take a recipe with protect = 'auto'"
+            )
+        return recipe, None
+    if analysis is not None:
+        evidence = read_evidence(analysis, fingerprint)
+        return evidence.resolve(recipe), evidence
+    if scales_file.exists():
+        stored = load_scales(scales_file)
+        if stored.protection is not None and stored.model_fingerprint == fingerprint:
+            return stored.protection.resolve(recipe), stored.protection
+    recipe.check_resolved()
+    raise AssertionError("a recipe that is still open is refused")
+
+
 def write_recipe(path: Path, base: QuantRecipe, blocks: int, protected: Sequence[int]) -> None:
     """Write `base` with other protected blocks as TOML.
 
@@ -52,12 +123,15 @@ def write_recipe(path: Path, base: QuantRecipe, blocks: int, protected: Sequence
     Raises:
         StudyError: the file cannot be written.
     """
-    values = base.to_dict() | {
-        "name": f"{base.name}-auto",
-        "description": f"{base.name} with the blocks protected that an analysis proposes",
-        "total_blocks": blocks,
-        "protected_blocks": list(protected),
-    }
+    chosen = replace(
+        base,
+        name=base.name if base.is_auto else f"{base.name}-auto",
+        description=f"{base.name} with the blocks protected that an analysis proposes",
+        protect="",
+        total_blocks=blocks,
+        protected_blocks=tuple(protected),
+    )
+    values = chosen.to_dict()
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [f"{key} = {json.dumps(values[key])}" for key in values if key not in tables]
     for key, table in tables.items():

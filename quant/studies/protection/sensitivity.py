@@ -4,11 +4,14 @@ The reference is the same model in float32. A variant runs from the reference's 
 and all later blocks are exact: a block's error is what the velocity loses by that block alone, as a
 share of the velocity's energy. Teacher-forced: every point has the input that the BF16 model had
 there, so no error of earlier steps is in it.
+
+Variants run together: one sweep over the blocks takes the reference and every variant that has
+begun through each block, so that a block is brought to the device once for many variants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,79 +21,143 @@ from quant.studies.block_stream import BlockStream, Conditions
 from quant.studies.points import Point
 from quant.studies.protection.variants import BlockQuantizer
 
+_HELD_BYTES = 8 << 30
+"""Streams of one sweep take at most this, or two streams. Beside the 14B's blocks and what runs, a
+device of 80 GB has room for it."""
+
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A float32 pass at some points.
+class Variant:
+    """A model in which only some linears of one block are quantized.
 
     Attributes:
-        streams: before each block, and after the last one; on the host where `BlockStream` streams.
-        velocity: [B, C, F, H, W].
+        key: its name in results.
+        names: full names of the linears.
     """
 
-    streams: list[Tensor]
-    conditions: Conditions
-    velocity: Tensor
+    key: str
+    block: int
+    names: tuple[str, ...]
 
 
-def reference_pass(
-    stream: BlockStream, points: Sequence[Point], keep_on: torch.device
-) -> Reference:
-    """Run the exact model.
+def sweeps(variants: Sequence[Variant], stream_bytes: int) -> list[Sequence[Variant]]:
+    """Divide variants, ordered by block, into those of one sweep each.
 
     Args:
-        keep_on: where the streams are kept.
+        stream_bytes: of the points' residual stream in float32.
     """
-    first, conditions = stream.begin(points)
-    kept, last = [first.to(keep_on)], first
-    for after in stream.passes(first, conditions):
-        kept.append(after.to(keep_on))
-        last = after
-    return Reference(kept, conditions, stream.end(last, conditions))
+    held = max(1, _HELD_BYTES // stream_bytes - 1)  # the reference is held, too
+    return [variants[start : start + held] for start in range(0, len(variants), held)]
+
+
+def sweep_cost(blocks: int, variants: Sequence[Variant], points: int) -> int:
+    """Return how many passes of one block a sweep takes."""
+    return points * (blocks + sum(blocks - each.block for each in variants))
 
 
 def energies(found: Tensor, reference: Tensor) -> list[float]:
     """Return |found − reference|² / |reference|² of each sample of [B, ...]."""
     dims = tuple(range(1, found.dim()))
     error = (found.double() - reference.double()).square().sum(dims)
-    return [float(each) for each in error / reference.double().square().sum(dims)]
+    shares: list[float] = (error / reference.double().square().sum(dims)).tolist()
+    return shares
 
 
-def variant_energies(
-    stream: BlockStream,
-    reference: Reference,
-    quantizer: BlockQuantizer,
-    index: int,
-    variants: Sequence[Sequence[str]],
-    batch: int,
-) -> Iterator[list[float]]:
-    """Yield the error energies at each point for each variant of block `index`.
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Measures variants at points in sweeps over the blocks.
 
-    Args:
-        variants: the full names of the linears that each variant quantizes.
+    Attributes:
         batch: how many samples run together.
+        on_passes: called after each block with the number of samples that it took.
     """
-    before = reference.streams[index].to(stream.device)
-    conditions = reference.conditions
-    block = stream.block(index)
-    points = len(before)
-    at_once = max(1, batch // points)
-    for start in range(0, len(variants), at_once):
-        part = variants[start : start + at_once]
-        after = [_run(quantizer.variant(index, block, names), before, conditions) for names in part]
-        # [variants, points, S, K] → samples of one point in a row, as `repeated` has them.
-        together = torch.stack(after, 1).flatten(0, 1)
-        repeated = conditions.repeated(len(part))
-        for last in stream.passes(together, repeated, first=index + 1):
-            together = last
-        velocity = stream.end(together, repeated)
-        expected = reference.velocity.repeat_interleave(len(part), 0)
-        found = energies(velocity, expected)
-        for number in range(len(part)):
-            yield found[number :: len(part)]
+
+    stream: BlockStream
+    quantizer: BlockQuantizer
+    batch: int
+    on_passes: Callable[[int], None] = lambda passes: None
+
+    @torch.no_grad()
+    def energies(
+        self, points: Sequence[Point], variants: Sequence[Variant]
+    ) -> dict[str, list[float]]:
+        """Return the error energies at each point for each variant, by its key.
+
+        Args:
+            variants: ordered by block.
+        """
+        stream = self.stream
+        first, conditions = stream.begin(points)
+        held = _HeldStreams(first, conditions, max(1, self.batch // len(points)))
+        by_block: dict[int, list[Variant]] = {}
+        for each in variants:
+            by_block.setdefault(each.block, []).append(each)
+        for index in range(stream.blocks):
+            block = stream.block(index)
+            begun = []
+            for each in by_block.get(index, ()):
+                changed = self.quantizer.variant(index, block, each.names)
+                begun.append(_run(changed, held.reference, conditions))
+                del changed  # before the next one is made
+            held.run(block)
+            held.add(begun)
+            self.on_passes(held.samples)
+        return held.energies(stream, [each.key for each in variants])
 
 
-@torch.no_grad()
+class _HeldStreams:
+    """The streams of a sweep, in chunks that run together: the reference, then the variants."""
+
+    def __init__(self, first: Tensor, conditions: Conditions, per_chunk: int) -> None:
+        self._points = len(first)
+        self._per_chunk = per_chunk
+        self._conditions = conditions
+        self._tiled: dict[int, Conditions] = {}
+        self._chunks = [first]
+
+    @property
+    def reference(self) -> Tensor:
+        """Return the exact stream, [points, S, K]."""
+        return self._chunks[0][: self._points]
+
+    @property
+    def samples(self) -> int:
+        """Return how many streams are held."""
+        return sum(map(len, self._chunks))
+
+    def add(self, streams: Sequence[Tensor]) -> None:
+        """Append the streams of variants that have begun."""
+        for stream in streams:
+            last = self._chunks[-1]
+            if len(last) < self._per_chunk * self._points:
+                self._chunks[-1] = torch.cat((last, stream))
+            else:
+                self._chunks.append(stream)
+
+    def run(self, block: nn.Module) -> None:
+        """Take every stream through an exact block."""
+        for place, chunk in enumerate(self._chunks):
+            self._chunks[place] = _run(block, chunk, self._conditions_of(chunk))
+
+    def energies(self, stream: BlockStream, keys: Sequence[str]) -> dict[str, list[float]]:
+        """Return the energies of the variants, named `keys` in the order they were added in."""
+        found: list[list[float]] = []
+        reference: Tensor | None = None
+        for chunk in self._chunks:
+            velocity = stream.end(chunk, self._conditions_of(chunk))
+            parts = torch.split(velocity, self._points)
+            if reference is None:
+                reference, *parts = parts
+            found += [energies(each, reference) for each in parts]
+        return dict(zip(keys, found, strict=True))
+
+    def _conditions_of(self, chunk: Tensor) -> Conditions:
+        times = len(chunk) // self._points
+        if times not in self._tiled:
+            self._tiled[times] = self._conditions.tiled(times)
+        return self._tiled[times]
+
+
 def _run(block: nn.Module, stream: Tensor, conditions: Conditions) -> Tensor:
     after: Tensor = block(stream, conditions.text, conditions.timestep, conditions.rope)
     return after

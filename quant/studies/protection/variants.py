@@ -26,14 +26,24 @@ class BlockQuantizer:
 
     Attributes:
         act_scale: the static scale of each linear's input, [] float32 by its full name.
+        kept: whole blocks as they were quantized, where memory holds them all; None keeps none.
     """
 
     recipe: QuantRecipe
     act_scale: Mapping[str, Tensor]
+    kept: dict[tuple[int, tuple[str, ...]], nn.Module] | None = None
 
     def variant(self, index: int, block: nn.Module, names: Collection[str]) -> nn.Module:
         """Return block `index` with the linears `names`, full names, quantized."""
+        key = index, tuple(names)
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
+        variant = self._make(index, block, names)
+        if self.kept is not None and len(names) > 1:
+            self.kept[key] = variant
+        return variant
 
+    def _make(self, index: int, block: nn.Module, names: Collection[str]) -> nn.Module:
         def convert(name: str, module: nn.Module) -> nn.Module | None:
             full_name = f"blocks.{index}.{name}"
             if full_name not in names:

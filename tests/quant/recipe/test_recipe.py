@@ -199,7 +199,7 @@ def test_missing_keys_are_named(recipe_dict):
 
 
 def test_unknown_names_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"no recipe 'nope'.*one of boundary-hif8"):
+    with pytest.raises(RecipeError, match=r"no recipe 'nope'.*one of auto-hif8, boundary-hif8"):
         QuantRecipe.load("nope")
     with pytest.raises(RecipeError, match="no recipe"):
         QuantRecipe.load(tmp_path / "absent.toml")

@@ -55,9 +55,10 @@ def test_points_run_together() -> None:
     alone = torch.cat([stream.velocity([each]) for each in points])
     assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
     first, conditions = stream.begin(points[:2])
-    *_, last = stream.passes(first.repeat_interleave(2, 0), conditions.repeated(2))
-    found = stream.end(last, conditions.repeated(2))
-    assert torch.allclose(found[[0, 2]], alone[:2], rtol=1e-4, atol=1e-5)
+    *_, last = stream.passes(first.repeat(2, 1, 1), conditions.tiled(2))
+    found = stream.end(last, conditions.tiled(2))
+    assert torch.allclose(found, alone[[0, 1, 0, 1]], rtol=1e-4, atol=1e-5)
+    assert stream.stream_bytes(points[0].latents) == first[:1].nbytes
 
 
 class Unchanged(torch.nn.Module):

@@ -15,12 +15,12 @@ from quant.recipe.recipe import QuantRecipe
 from quant.studies.block_stream import BlockStream
 from quant.studies.output.study_folder import StudyFolder, read_results
 from quant.studies.points import open_points
-from quant.studies.protection.activations import Activation, share_beyond_band
+from quant.studies.protection.activations import Activation, measure_points, share_beyond_band
 from quant.studies.protection.analyze import Subject, quantizer_of
 from quant.studies.protection.block_sets import greedy_set, middle_set, paper_sets, random_sets
-from quant.studies.protection.sensitivity import energies, reference_pass, variant_energies
+from quant.studies.protection.sensitivity import Sweep, Variant, energies, sweep_cost, sweeps
 from quant.transformer.quantized_linear import QuantizedLinear
-from tests.quant.conftest import BLOCKS
+from tests.quant.conftest import BLOCKS, tiny_recipe_dict
 from tests.quant.studies.conftest import CALIBRATION, load_transformer, run
 
 BOUNDS = ("low", "high")
@@ -66,7 +66,7 @@ def test_energies_add_nearly(analysis: Path) -> None:
         assert each["measured"] == pytest.approx(each["predicted"], rel=0.5), name
 
 
-def test_a_single_block_s_energy_is_that_of_a_pass_with_only_it_quantized(
+def test_a_variant_s_energy_is_that_of_a_pass_with_only_its_linears_quantized(
     tiny_model: Path, recorded: dict[str, Path], analysis: Path
 ) -> None:
     transformer = load_transformer(tiny_model)
@@ -75,24 +75,58 @@ def test_a_single_block_s_energy_is_that_of_a_pass_with_only_it_quantized(
     folder = StudyFolder.finished(analysis, "analyze")
     quantizer = quantizer_of(subject, folder, len(CALIBRATION))
     points = list(open_points(recorded["calibration"]))[:3]
-    reference = reference_pass(subject.exact, points, torch.device("cpu"))
-    variants = [subject.full_names(2), ("blocks.2.ffn.net.2",)]
-    found = list(variant_energies(subject.exact, reference, quantizer, 2, variants, batch=4))
+    one = ("blocks.2.ffn.net.2",)
+    variants = [*subject.single_blocks(), Variant("a linear", 2, one)]
+    variants.sort(key=lambda each: each.block)
+    passes: list[int] = []
+    sweep = Sweep(subject.exact, quantizer, 7, passes.append)
+    found = sweep.energies(points, variants)
+    assert sum(passes) == sweep_cost(BLOCKS, variants, len(points))
+    assert sweep.energies(points, variants[1:3]) == {
+        each.key: pytest.approx(found[each.key], rel=1e-4) for each in variants[1:3]
+    }
 
     whole = load_transformer(tiny_model).float()
     for place, point in enumerate(points):
         text = point.text.float()
         with torch.no_grad():
             exact = whole(point.latents, point.timestep, text).sample
-            for number, names in enumerate(variants):
-                block = whole.blocks[2]
-                whole.blocks[2] = quantizer.variant(2, block, names)
+            for each in variants:
+                block = whole.blocks[each.block]
+                whole.blocks[each.block] = quantizer.variant(each.block, block, each.names)
                 rounded = whole(point.latents, point.timestep, text).sample
-                whole.blocks[2] = block
+                whole.blocks[each.block] = block
                 expected = float((rounded - exact).square().sum() / exact.square().sum())
-                assert found[number][place] == pytest.approx(expected, rel=1e-3)
-    quantized = quantizer.variant(2, subject.exact.block(2), variants[0])
+                assert found[each.key][place] == pytest.approx(expected, rel=1e-3)
+    quantized = quantizer.variant(2, subject.exact.block(2), subject.full_names(2))
     assert sum(isinstance(each, QuantizedLinear) for each in quantized.modules()) == 10
+
+
+def test_a_sweep_holds_no_more_streams_than_there_is_memory_for() -> None:
+    """A 14B's stream takes 415 MB at 832x480 and 49 frames: 18 and the reference are held."""
+    variants = [Variant(str(block), block, ()) for block in range(40)]
+    found = sweeps(variants, 415_334_400)
+    assert [len(each) for each in found] == [19, 19, 2]
+    assert [each for part in found for each in part] == variants
+    assert [len(each) for each in sweeps(variants, 20 << 30)] == [1] * 40
+    assert sweep_cost(40, variants, 2) == 2 * (40 + 820)
+
+
+def test_points_that_run_together_have_their_own_statistics(
+    tiny_model: Path, recorded: dict[str, Path]
+) -> None:
+    recipe = QuantRecipe.from_dict(tiny_recipe_dict())
+    subject = Subject.of(load_transformer(tiny_model), recipe, torch.device("cpu"), keep=True)
+    points = list(open_points(recorded["calibration"]))[:3]
+    together = measure_points(subject.exact, points, subject.linears)
+    alone = [measure_points(subject.exact, [each], subject.linears) for each in points]
+    for name, values in together.linears.items():
+        expected = torch.cat([each.linears[name] for each in alone])
+        assert torch.allclose(values, expected, rtol=1e-3, atol=1e-5), name
+        counts = torch.stack([each.binades[name] for each in alone]).sum(0)
+        assert (together.binades[name] - counts).abs().sum() <= 0.01 * counts.sum()
+    expected = torch.stack([torch.cat(each.update) for each in alone], 1)
+    assert torch.allclose(torch.stack(together.update), expected, rtol=1e-3)
 
 
 def test_an_analysis_goes_on_and_gives_the_same(
@@ -103,7 +137,7 @@ def test_an_analysis_goes_on_and_gives_the_same(
     state = json.loads((analysis / "study.json").read_text())
     (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
     lines = (analysis / "units.jsonl").read_text().splitlines(keepends=True)
-    (again / "units.jsonl").write_text("".join(lines[:11]))
+    (again / "units.jsonl").write_text("".join(lines[:11]))  # 8 activations, 3 sweeps
     result = analyze(tiny_model, recorded["calibration"], again, "--blocks", "2")
     assert result.exit_code == 0, result.output
     assert (again / "results.json").read_bytes() == (analysis / "results.json").read_bytes()
@@ -116,15 +150,45 @@ def ablation(tiny_model: Path, recorded: dict[str, Path], analysis: Path) -> Pat
     result = run(
         *("ablate", "--model", tiny_model, "--points", recorded["held-out"], "--out", out),
         *("--analysis", analysis, "--recipe", analysis.parent / "tiny.toml"),
-        *("--random-sets", "3", "--points-per-prompt", "1"),
+        *("--random-sets", "3", "--points-per-prompt", "1", "--batch", "3"),
     )
     assert result.exit_code == 0, result.output
     return out
 
 
+def test_an_ablation_goes_on_and_gives_the_same(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path, ablation: Path, tmp_path: Path
+) -> None:
+    """The kill came within a batch of three prompts, which then run together again."""
+    again = tmp_path / "again"
+    again.mkdir()
+    state = json.loads((ablation / "study.json").read_text())
+    (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    lines = (ablation / "units.jsonl").read_text().splitlines(keepends=True)
+    (again / "units.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    result = run(
+        *("ablate", "--model", tiny_model, "--points", recorded["held-out"], "--out", again),
+        *("--analysis", analysis, "--recipe", analysis.parent / "tiny.toml"),
+        *("--random-sets", "3", "--points-per-prompt", "1", "--batch", "3"),
+    )
+    assert result.exit_code == 0, result.output
+    assert (again / "units.jsonl").read_bytes() == (ablation / "units.jsonl").read_bytes()
+    assert (again / "results.json").read_bytes() == (ablation / "results.json").read_bytes()
+
+
 def test_an_ablation_compares_sets_on_prompts_that_chose_nothing(ablation: Path) -> None:
     results = read_results(ablation, "ablate")
     sets = results["sets"]
+    assert not any("attention" in name for name in sets)
+    for name in ("none", "both ends", "auto", "middle"):
+        found = results["attention"][name]
+        assert found["linears"]["mean"] == sets[name]["mean"]
+        assert found["both"]["mean"] > max(found[kind]["mean"] for kind in ("linears", "attention"))
+        gap = found["both"]["mean"] - found["linears"]["mean"] - found["attention"]["mean"]
+        assert found["both_minus_sum"]["mean"] == pytest.approx(gap, rel=1e-6, abs=1e-12)
+    whole, ends = (results["attention"][name]["attention"] for name in ("none", "both ends"))
+    assert ends["mean"] < whole["mean"]
+    assert (ablation / "tables" / "attention.csv").read_text().count("\n") == 5
     assert {"none", "entry only", "exit only", "both ends", "auto", "middle"} <= sets.keys()
     assert sum(name.startswith("random") for name in sets) == results["random_sets"] == 3
     assert sets["none"]["mean"] == max(each["mean"] for each in sets.values())
@@ -167,7 +231,11 @@ def test_prompts_that_chose_are_refused(
 def test_statistics_of_an_activation() -> None:
     x = torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(1))
     x[..., 5] *= 40
-    found = Activation.of(x)
+    whole = Activation(*Activation.measure(x.reshape(1, -1, 64))[0].tolist())
+    found = [Activation(*each) for each in Activation.measure(x).tolist()]
+    assert [each.outlier_channels for each in found] == [1, 1]
+    assert max(each.amax for each in found) == whole.amax
+    found = whole
     magnitude = x.abs().numpy().ravel()
     assert found.outlier_channels == 1
     assert found.amax == pytest.approx(magnitude.max())

@@ -53,6 +53,25 @@ def test_recording_goes_on_with_equal_bytes(tiny_model: Path, recorded: Path) ->
     assert file.read_bytes() == before
 
 
+def test_prompts_that_run_together_are_those_that_run_alone(
+    tiny_model: Path, recorded: Path, tmp_path: Path
+) -> None:
+    """But for their last bits; and a batch of which a part was kept runs again as a whole."""
+    out = tmp_path / "together"
+    assert record(tiny_model, out, "--batch", "3").exit_code == 0
+    for ours, alone in zip(open_points(out), open_points(recorded), strict=True):
+        assert (ours.name, ours.prompt) == (alone.name, alone.prompt)
+        assert torch.equal(ours.timestep, alone.timestep)
+        assert torch.allclose(ours.latents, alone.latents, rtol=0.02, atol=0.02)
+        assert torch.allclose(ours.text.float(), alone.text.float(), rtol=0.02, atol=0.02)
+    before = {
+        name: (out / name).read_bytes() for name in ("00003.safetensors", "00004.safetensors")
+    }
+    (out / "00004.safetensors").unlink()
+    assert record(tiny_model, out, "--batch", "3").exit_code == 0
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
 def test_other_settings_do_not_mix(tiny_model: Path, recorded: Path) -> None:
     result = record(tiny_model, recorded, "--seed", "5")
     assert result.exit_code == 1

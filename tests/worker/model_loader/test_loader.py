@@ -21,6 +21,7 @@ from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.kernels.selection import KernelChoice
 from quant.numerics.scaling import POLICIES
+from quant.recipe.evidence import BlockEnergy, ProtectionEvidence, measured_recipe
 from quant.weights.reader import ReadRequest
 from worker.config import FirstBlockCache, WorkerConfig
 from worker.device import Device
@@ -34,6 +35,7 @@ from worker.model_loader.mode_plan import (
     fingerprint_model,
     plan_modes,
 )
+from worker.model_loader.plan_table import configured_cases
 from worker.startup import load_engine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,6 +99,38 @@ def test_scales_of_another_recipe_are_refused_with_the_command(
     save_scales(replace(scales, recipe=recipe), path)
     with pytest.raises(ScalesMismatch, match=r"'other'.*-m quant calibrate"):
         plan_modes(with_scales(config, path), scales.model_fingerprint)
+
+
+def test_an_open_recipe_runs_with_the_blocks_that_its_scales_say(
+    config_file: Path, config: WorkerConfig, scales: Scales, tmp_path: Path
+) -> None:
+    """The mode's fingerprint is that of the recipe with its blocks; without evidence it fails."""
+    auto = QuantRecipe.load("auto-hif8")
+    modes = tuple(
+        mode.model_copy(update={"recipe": "auto-hif8"}) if mode.recipe else mode
+        for mode in config.modes
+    )
+    with pytest.raises(ScalesMismatch, match="hold no analysis that has chosen their blocks"):
+        plan_modes(config.model_copy(update={"modes": modes}), scales.model_fingerprint)
+    energy = tuple(
+        BlockEnergy(*(3 * [1.0 + (block in scales.recipe.protected_blocks)])) for block in range(40)
+    )
+    evidence = ProtectionEvidence(
+        *(scales.model_fingerprint, measured_recipe(auto, 40).fingerprint),
+        *(scales.recipe.protected_blocks, energy, {"count": 5}, 8, 16),
+        *("prompts.txt", "", "", "", {}, "1"),
+    )
+    path = tmp_path / "auto.safetensors"
+    save_scales(replace(scales, protection=evidence), path)
+    changed = with_scales(config.model_copy(update={"modes": modes}), path)
+    _, plan = plan_modes(changed, scales.model_fingerprint)
+    assert plan.recipe is not None
+    assert plan.recipe.fingerprint == scales.recipe.fingerprint
+    assert plan.recipe.name == "auto-hif8"
+    text = config_file.read_text().replace('recipe = "boundary-hif8"', 'recipe = "auto-hif8"')
+    (tmp_path / "worker.toml").write_text(text.replace("scales.safetensors", "auto.safetensors"))
+    case = next(configured_cases(tmp_path / "worker.toml"))
+    assert case.recipes[1] == scales.recipe
 
 
 def test_scales_of_another_format_are_refused_with_the_command(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import Literal, Protocol, TypeGuard, get_args
+from typing import ClassVar, Literal, Protocol, TypeGuard, get_args
 
 from quant.errors import StudyError
 from quant.studies.evaluation.video_files import Video
@@ -51,7 +52,13 @@ class Judge(Protocol):
 
 
 class EachVideo:
-    """The part of a judge that looks at one video after the other."""
+    """The part of a judge that looks at one video after the other.
+
+    Attributes:
+        threads: how many videos it looks at, at most, at the same time.
+    """
+
+    threads: ClassVar[int] = 1
 
     @abstractmethod
     def score(self, video: Video, reference: Video) -> float:
@@ -59,8 +66,12 @@ class EachVideo:
 
     def scores(self, videos: Sequence[Video], references: Sequence[Video]) -> Iterator[float]:
         """Yield the number of each video."""
-        for video, reference in zip(videos, references, strict=True):
-            yield self.score(video, reference)
+        pairs = list(zip(videos, references, strict=True))
+        with ThreadPoolExecutor(self.threads, "judge") as pool:
+            try:
+                yield from pool.map(lambda pair: self.score(*pair), pairs)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def plug_in(text: str) -> Judge:

@@ -13,12 +13,16 @@ from quant.studies.evaluation.video_files import Video
 MOST_DB = 100.0
 """What two equal videos get, whose ratio would be infinite."""
 
+_THREADS = 8
+"""Most of a score's time is another process', which decodes the frames."""
+
 
 class LatentSqnr(EachVideo):
     """Signal to noise of the latents against those of BF16: the whole trajectory's deviation."""
 
     name, unit, higher_is_better = "latent-sqnr", "dB", True
     needs: Needs = "pair"
+    threads = _THREADS
 
     def score(self, video: Video, reference: Video) -> float:
         """Return 10 log10(|reference|² / |video − reference|²)."""
@@ -32,6 +36,7 @@ class Psnr(EachVideo):
 
     name, unit, higher_is_better = "psnr", "dB", True
     needs: Needs = "pair"
+    threads = _THREADS
 
     def score(self, video: Video, reference: Video) -> float:
         """Return 10 log10(255² / mean squared difference)."""
@@ -47,6 +52,7 @@ class TemporalFlickering(EachVideo):
 
     name, unit, higher_is_better = "temporal-flickering", "", True
     needs: Needs = "video"
+    threads = _THREADS
 
     def score(self, video: Video, reference: Video) -> float:
         """Return (255 − mean absolute difference of neighbouring frames) / 255."""

@@ -1,0 +1,319 @@
+"""Measure the studies on a model of the 14B's shape: seconds, memory, and a kill in the middle.
+
+`python -m benchmarks.speed.studies_14b --work FOLDER --part whole` and `--part short`
+
+Random weights are fabricated in FOLDER. Each command runs in a process of its own, which may
+allocate 80 GB of the device; how much of it and of the host's memory it takes is measured.
+
+- `whole` has all blocks, at 832x480 and 49 frames: `record`, `analyze` for as many seconds as
+  `--analyze-s` says, which end with a kill and a second start that goes on, and `calibrate`. To
+  finish the analysis would take hours on one card; its command says how long.
+- `short` has the same width and few blocks, at a small size, so that everything finishes. `record`,
+  `calibrate` and `analyze` run once undisturbed, and once with a kill -9 about half-way and a
+  second start; their files are compared byte by byte. Then `ablate`, `compare-methods` and
+  `evaluate` run.
+
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/ after
+each command, so that a run that is cut off has its results so far.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from benchmarks import report
+from benchmarks.fixtures.fabricate import Size
+from benchmarks.report import Row
+from benchmarks.timing import device_name
+from mini.world.scenes import Split, captions_of
+from quant.calibration.prompts import MIN_PROMPTS
+
+Words = tuple[object, ...]
+"""Of a command line."""
+
+GIB = 2**30
+STEPS = 4
+"""As many as calibration has timestep groups: it takes no fewer."""
+_COUNT = re.compile(r"(\d+)/\d+ \[")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A command that has run, or was killed.
+
+    Attributes:
+        log: what it wrote.
+    """
+
+    seconds: float
+    host_bytes: int
+    host_anonymous_bytes: int
+    device_bytes: int
+    log: str
+
+    @property
+    def passes(self) -> int:
+        """Return how many passes its progress bar showed last."""
+        found = _COUNT.findall(self.log)
+        return int(found[-1]) if found else 0
+
+
+@dataclass(slots=True)
+class Bench:
+    """Where and how the commands run, and what was measured so far."""
+
+    work: Path
+    device: str
+    device_gb: float
+    settings: dict[str, object]
+    rows: list[Row] = field(default_factory=list)
+
+    def run(self, name: str, *words: object, until: Callable[[], bool] | None = None) -> Run:
+        """Run a command of the toolkit; kill it once `until` is true, if that is given.
+
+        Raises:
+            SystemExit: it fails, or ends before it could be killed.
+        """
+        peaks, log = self.work / f"{name}.json", self.work / f"{name}.log"
+        peaks.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.speed.study_case", peaks, self.device_gb]
+        command += [*words, "--device", self.device]
+        started = time.perf_counter()
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [*map(str, command)], cwd=report.ROOT, stdout=file, stderr=subprocess.STDOUT
+            )
+            try:
+                while until is not None and process.poll() is None and not until():
+                    time.sleep(0.01)
+                if until is not None:
+                    process.send_signal(signal.SIGKILL)
+                code = process.wait()
+            finally:
+                process.kill()
+                process.wait()
+        seconds = time.perf_counter() - started
+        text = log.read_text(errors="replace")
+        if code != (0 if until is None else -signal.SIGKILL):
+            sys.exit(f"{name} ended with {code}:\n{text[-4000:]}")
+        return Run(seconds, **json.loads(peaks.read_text()), log=text)
+
+    def add(self, name: str, run: Run) -> None:
+        """Keep a command's seconds and memory."""
+        self.keep(
+            Row(f"{name}: seconds", round(run.seconds, 1), "s"),
+            Row(f"{name}: device memory reserved at most", _gib(run.device_bytes), "GiB"),
+            Row(f"{name}: host memory resident at most", _gib(run.host_bytes), "GiB"),
+            Row(f"{name}: of it not backed by files", _gib(run.host_anonymous_bytes), "GiB"),
+        )
+
+    def keep(self, *rows: Row) -> None:
+        """Keep rows, and write all that there are."""
+        self.rows += report.log_rows(rows)
+        report.save(self.document)
+
+    @property
+    def document(self) -> dict[str, object]:
+        """Return the result so far."""
+        name = device_name(torch.device(self.device))
+        return report.result(f"studies-14b-{self.settings['part']}", name, self.settings, self.rows)
+
+
+def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)
+    work: Annotated[Path, typer.Option(help="Folder for models, points and studies.")],
+    part: Annotated[Literal["whole", "short"], typer.Option(help="See above.")],
+    shape: Annotated[Size, typer.Option(help="Whose shape the model has.")] = "14b",
+    layers: Annotated[int | None, typer.Option(help="Blocks; default 40, or 4 if short.")] = None,
+    size: Annotated[str | None, typer.Option(help="Default 832x480; short: 256x256.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Default 49, or 9 if short.")] = None,
+    analyze_s: Annotated[float, typer.Option(help="Seconds after which it is killed.")] = 150,
+    device: Literal["cuda", "cpu"] = "cuda",
+    device_gb: Annotated[float, typer.Option(help="GB of the device that may be used.")] = 80,
+) -> None:
+    """Fabricate the model and run the part's commands."""
+    work.mkdir(parents=True, exist_ok=True)
+    is_whole = part == "whole"
+    size = size or ("832x480" if is_whole else "256x256")
+    frames = frames or (49 if is_whole else 9)
+    layers = layers or (40 if is_whole else 4)
+    settings: dict[str, object] = {
+        "part": part,
+        "shape": shape,
+        "layers": layers,
+        "size": size,
+        "frames": frames,
+    }
+    settings |= {"steps": STEPS, "prompts": MIN_PROMPTS, "device_gb": device_gb}
+    bench = Bench(work, device, device_gb, settings)
+    model = work / part
+    fabricate(bench, model, shape, layers)
+    for name, first in (("calibration", 0), ("held-out", MIN_PROMPTS)):
+        captions = captions_of(Split.TRAIN, 2 * MIN_PROMPTS)[first : first + MIN_PROMPTS]
+        (work / f"{name}.txt").write_text("\n".join(captions))
+    # Without guidance a step is one pass.
+    sampling: Words = ("--steps", STEPS, "--size", size, "--frames", frames)
+    sampling = (*sampling, "--guidance-scale", 1, "--text-tokens", 512)
+    if is_whole:
+        whole(bench, model, sampling, analyze_s)
+    else:
+        short(bench, model, sampling)
+    report.print_table(bench.rows)
+    print(json.dumps(bench.document))
+
+
+def fabricate(bench: Bench, model: Path, shape: Size, layers: int) -> None:
+    """Write a model with random weights, unless an earlier run has."""
+    if model.exists():
+        return
+    command = [sys.executable, "-m", "benchmarks.fixtures.fabricate", "--out", model]
+    command += ["--size", shape, "--layers", layers, "--device", bench.device]
+    started = time.perf_counter()
+    subprocess.run([*map(str, command)], cwd=report.ROOT, check=True, stdout=sys.stderr)
+    bench.keep(Row("fabricate: seconds", round(time.perf_counter() - started, 1), "s"))
+
+
+def whole(bench: Bench, model: Path, sampling: Words, analyze_s: float) -> None:
+    """Record, analyze until time is up, and calibrate."""
+    scales, points, analysis = (bench.work / name for name in ("s.safetensors", "points", "study"))
+    prompts = ("--model", model, "--prompts", bench.work / "calibration.txt", *sampling)
+    bench.add("record", bench.run("record", "record", *prompts, "--keep", 1, "--out", points))
+    words: Words = ("analyze", "--model", model, "--points", points, "--out", analysis)
+    words += ("--points-per-prompt", 1, "--linear-points", 1, "--batch", 1)
+    end = time.perf_counter() + analyze_s
+    run = bench.run("analyze", *words, until=lambda: time.perf_counter() > end)
+    units = _lines(analysis / "units.jsonl")
+    bench.add("analyze, until kill -9", run)
+    bench.keep(
+        Row("analyze: units kept", len(units), "units"),
+        Row("analyze: passes of a block on its bar", run.passes, "passes"),
+    )
+    end = time.perf_counter() + analyze_s / 3
+    run = bench.run("analyze-again", *words, until=lambda: time.perf_counter() > end)
+    again = _lines(analysis / "units.jsonl")
+    goes_on = bool(units) and again[: len(units)] == units
+    bench.keep(
+        Row("analyze, again: units, of which the first are those kept", len(again), "units"),
+        Row("analyze, again: they are", goes_on, "1 is yes"),
+        Row("analyze, again: passes of a block on its bar", run.passes, "passes"),
+    )
+    bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))
+
+
+def short(bench: Bench, model: Path, sampling: Words) -> None:
+    """Run every command to its end; three of them once more with a kill in the middle."""
+    work = bench.work
+    prompts = ("--model", model, "--prompts", work / "calibration.txt", *sampling)
+    points = work / "points"
+    killed(
+        bench,
+        "record",
+        (*prompts, "--keep", 2),
+        points,
+        lambda out: len(list(out.glob("*.safetensors"))) >= MIN_PROMPTS // 2,
+    )
+    analysis = work / "analysis"
+    words: Words = ("--model", model, "--points", points, "--recipe", "auto-hif8")
+    words += ("--points-per-prompt", 1, "--linear-points", 2, "--batch", 4)
+    half: list[int] = []
+
+    def half_way(out: Path) -> bool:
+        half[:] = half or [len(_lines(analysis / "units.jsonl")) // 2]
+        return len(_lines(out / "units.jsonl")) >= half[0]
+
+    killed(bench, "analyze", words, analysis, half_way)
+    scales = work / "scales.safetensors"
+    words = (*prompts, "--recipe", "auto-hif8", "--analysis", analysis)
+    killed(bench, "calibrate", words, scales, lambda out: _prompts_done(out) >= MIN_PROMPTS // 2)
+    held_out = ("--model", model, "--prompts", work / "held-out.txt", *sampling, "--keep", 2)
+    bench.run("held-out", "record", *held_out, "--out", work / "held-out")
+    studies: dict[str, Words] = {
+        "ablate": (
+            *("--points", work / "held-out", "--analysis", analysis, "--recipe", "auto-hif8"),
+            *("--random-sets", 1, "--points-per-prompt", 1),
+        ),
+        "compare-methods": (
+            *("--points", work / "held-out", "--calibration", points, "--recipe", "auto-hif8"),
+            *("--methods", "hif8,hif8-gptq,int8-outliers,hif8-attention-hif8"),
+            *("--points-per-prompt", 1, "--calibration-points-per-prompt", 1),
+        ),
+        "evaluate": (
+            *("--candidate", f"auto={scales}", "--prompts", work / "held-out.txt", *sampling),
+            *("--calibration-prompts", work / "calibration.txt", "--points", work / "held-out"),
+            *("--judge", "latent-sqnr", "--judge", "psnr", "--batch", 2),
+        ),
+    }
+    for name, words in studies.items():
+        out = work / f"study-{name}"
+        bench.add(name, bench.run(name, name, "--model", model, "--out", out, *words))
+
+
+def killed(
+    bench: Bench,
+    name: str,
+    words: Words,
+    out: Path,
+    half_way: Callable[[Path], bool],
+) -> None:
+    """Run a command undisturbed, and killed and started again, and compare what they write.
+
+    Args:
+        half_way: says of the second run's output whether it is time for the kill.
+
+    Raises:
+        SystemExit: the two differ.
+    """
+    bench.add(name, bench.run(name, name, *words, "--out", out))
+    again = out.with_name(f"again-{out.name}")
+    first = bench.run(f"{name}-killed", name, *words, "--out", again, until=lambda: half_way(again))
+    second = bench.run(f"{name}-again", name, *words, "--out", again)
+    files = {file.relative_to(out): file for file in sorted(out.rglob("*")) if file.is_file()}
+    if out.is_file():
+        files = {Path(): out}
+    else:
+        others = {file.relative_to(again) for file in again.rglob("*") if file.is_file()}
+        assert files.keys() == others, f"{name} wrote other files after a kill"
+    for place, file in files.items():
+        if (again / place if place.parts else again).read_bytes() != file.read_bytes():
+            sys.exit(f"{name}: {file} has other bytes after a kill and a second start")
+    bench.keep(
+        Row(f"{name}: seconds until kill -9", round(first.seconds, 1), "s"),
+        Row(f"{name}: seconds of the second start", round(second.seconds, 1), "s"),
+        Row(f"{name}: files with the same bytes as undisturbed", len(files), "files"),
+    )
+
+
+def _prompts_done(scales: Path) -> int:
+    """Return how many prompts an unfinished calibration has kept."""
+    partial = scales.with_name(f"{scales.name}.partial")
+    try:
+        with partial.open("rb") as file:
+            head = file.read(1 << 16)
+    except OSError:
+        return 0
+    found = re.search(rb'prompts_done\\+": (\d+)', head)
+    return int(found[1]) if found else 0
+
+
+def _lines(file: Path) -> list[bytes]:
+    """Return a file's whole lines; none if it does not exist yet."""
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
+def _gib(count: int) -> float:
+    return round(count / GIB, 2)
+
+
+if __name__ == "__main__":
+    typer.run(main)
