@@ -252,6 +252,7 @@ def test_without_peft_adapters_are_refused_with_the_remedy(
     result = qat(tiny_model, recorded, tmp_path / "out", *options)
     assert result.exit_code == 1
     assert "pip install 'wan-hif8[studies]'" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_unfit_input_is_refused(
