@@ -71,8 +71,8 @@ def _verdict(results: Json, measure: str, method: str) -> str:
     counts = counted(cells, measure)
     noun, before = _NOUNS[measure], results["ptq"][method][measure]["mean"]
     text = (
-        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} trainings, "
-        f"{counts[BETTER]} have less, {counts[WORSE]} more, {counts[UNSURE]} are not told apart"
+        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} trainings "
+        f"{counts[BETTER]} with less, {counts[WORSE]} with more, {counts[UNSURE]} not told apart"
     )
     text += f", and {counts[DIVERGED]} diverged. " if counts[DIVERGED] else ". "
     best = best_cell(cells, measure)

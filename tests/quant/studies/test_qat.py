@@ -67,7 +67,7 @@ def test_training_through_the_rounding_lowers_the_error_of_four_bits(study: Path
     assert last["velocity"]["against_ptq"]["outcome"] == "better"
     assert last["velocity"]["gain_db"] > 0.7
     assert last["training_loss"] < first["training_loss"]
-    assert "Of 2 trainings, " in results["findings"][0]
+    assert "Of 2 trainings " in results["findings"][0]
     assert "so it is training through the rounding that helps" in results["findings"][0]
     for name in ("velocity-cells", "velocity-controls", "velocity-when"):
         assert (study / "tables" / f"{name}.csv").read_text().count("\n") >= 3
