@@ -67,6 +67,7 @@ def clips(
 ) -> None:
     """Render scenes of one split as lossless MP4s with captions.txt, for `quant encode-clips`."""
     if out.exists():
-        raise typer.BadParameter(f"{out} exists already", param_hint="--out")
+        typer.echo(f"error: {out} exists already: name another folder, or remove it", err=True)
+        raise typer.Exit(1)
     write_clips(out, split, count, seed)
     print(f"wrote {out}: {count} clips")

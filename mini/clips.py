@@ -30,6 +30,7 @@ def write_clips(out: Path, split: Split, count: int, seed: int) -> None:
             str(out / f"{number:05d}.mp4"),
             (WIDTH_PX, HEIGHT_PX),
             fps=FPS,
+            quality=None,
             codec="libx264rgb",
             pix_fmt_out="rgb24",
             output_params=["-qp", "0"],

@@ -23,5 +23,5 @@ def test_clips_are_the_rendered_scenes_to_the_last_bit(tmp_path: Path) -> None:
         expected = render_scene(parse_caption(caption), rng).numpy()
         assert np.array_equal(Video("", 0, out / f"{number:05d}").frames(), expected)
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 2
-    assert "exists already" in again.output
+    assert again.exit_code == 1
+    assert "exists already: name another folder" in again.output

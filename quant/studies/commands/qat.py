@@ -36,6 +36,7 @@ from quant.studies.qat.setup import (
     protected_blocks,
     training_points,
 )
+from quant.studies.qat.student import check_adapters
 from quant.weights.fingerprint import model_fingerprint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,6 +116,8 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
             "steps": steps,
         }
         _check_clips(loss, clips, held_out_clips)
+        if adapter == "lora":
+            check_adapters()
         fingerprint = model_fingerprint(model)
         seen = open_points(training)
         material = Material(

@@ -71,8 +71,8 @@ def _verdict(results: Json, measure: str, method: str) -> str:
     counts = counted(cells, measure)
     noun, before = _NOUNS[measure], results["ptq"][method][measure]["mean"]
     text = (
-        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} trainings, "
-        f"{counts[BETTER]} have less, {counts[WORSE]} more, {counts[UNSURE]} are not told apart"
+        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} trainings "
+        f"{counts[BETTER]} with less, {counts[WORSE]} with more, {counts[UNSURE]} not told apart"
     )
     text += f", and {counts[DIVERGED]} diverged. " if counts[DIVERGED] else ". "
     best = best_cell(cells, measure)
@@ -140,11 +140,20 @@ def _shown(measure: str, value: float) -> str:
     return f"{factor * value:.3g}{f' {unit}' if unit else ''}"
 
 
+def _varied(results: Json) -> tuple[str, ...]:
+    """Return the options that differ between trainings; the others are facts of the study."""
+    return tuple(
+        factor
+        for factor in FACTORS
+        if factor == "step" or len({cell[factor] for cell in results["cells"]}) > 1
+    )
+
+
 def _cell_table(results: Json, measure: str) -> Table:
-    unit = _UNITS[measure][1] or "loss"
+    unit, varied = _UNITS[measure][1] or "loss", _varied(results)
     columns = (
         Column("method"),
-        *(Column(_WORDS[factor]) for factor in FACTORS),
+        *(Column(_WORDS[factor]) for factor in varied),
         Column("training loss", significant=3),
         Column(unit, significant=4),
         Column("95 % from", significant=4),
@@ -165,7 +174,7 @@ def _cell_table(results: Json, measure: str) -> Table:
         rows.append(
             (
                 cell["method"],
-                *(cell[factor] for factor in FACTORS),
+                *(cell[factor] for factor in varied),
                 *_values(cell, measure),
             )
         )
@@ -192,14 +201,14 @@ def _values(cell: Json, measure: str) -> tuple[Cell, ...]:
 
 
 def _control_table(results: Json, measure: str) -> Table:
-    methods = (CONTROL, *results["methods"])
+    methods, varied = (CONTROL, *results["methods"]), _varied(results)
     unit = _UNITS[measure][1]
     columns = (
-        *(Column(_WORDS[factor]) for factor in FACTORS),
+        *(Column(_WORDS[factor]) for factor in varied),
         *(Column(f"{method}{f', {unit}' if unit else ''}", significant=4) for method in methods),
     )
     factor = _UNITS[measure][0]
-    first = (None, 0, None, None, None)
+    first = (0 if name == "step" else None for name in varied)
     rows: list[Sequence[Cell]] = [
         (*first, *(factor * results["ptq"][method][measure]["mean"] for method in methods))
     ]
@@ -209,7 +218,7 @@ def _control_table(results: Json, measure: str) -> Table:
             if control["diverged"]
             else [factor * control[measure][method]["mean"] for method in methods]
         )
-        rows.append((*(control[name] for name in FACTORS), *values))
+        rows.append((*(control[name] for name in varied), *values))
     return Table(columns, rows, frozenset({0}))
 
 
@@ -229,7 +238,7 @@ def _when_table(results: Json, measure: str) -> Table:
     rows: list[Sequence[Cell]] = []
     for method in results["methods"]:
         cells = [cell for cell in results["cells"] if cell["method"] == method]
-        for factor in FACTORS:
+        for factor in _varied(results):
             for value in sorted({cell[factor] for cell in cells}):
                 part = [cell for cell in cells if cell[factor] == value]
                 counts, best = counted(part, measure), best_cell(part, measure)
@@ -292,6 +301,8 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
     )
     for sentence in results["findings"]:
         page.finding(sentence)
+    fixed = [factor for factor in FACTORS if factor not in _varied(results)]
+    page.facts({_WORDS[factor]: f"{results['cells'][0][factor]:g}" for factor in fixed})
     for measure in results["measures"]:
         noun = _NOUNS[measure]
         page.heading(f"Over the steps: {noun}")

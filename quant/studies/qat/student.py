@@ -62,9 +62,6 @@ class Student:
                 adapters are.
             rank: of LoRA adapters on the rounded linears; None trains all weights.
             seed: of the adapters' first weights.
-
-        Raises:
-            StudyError: adapters are asked for and `peft` is not installed.
         """
         original, device = subject.exact.transformer, subject.exact.device
         model = nn.Module.to(copy.deepcopy(original), device, torch.float32)  # all, norms too
@@ -187,6 +184,21 @@ class Student:
         return found
 
 
+def check_adapters() -> None:
+    """Refuse adapters where the package that makes them is missing.
+
+    Raises:
+        StudyError: names the remedy.
+    """
+    try:
+        import peft  # noqa: F401, PLC0415 (an extra)
+    except ImportError as error:
+        raise StudyError(
+            f"adapters need the package peft ({error}): install it with "
+            "`pip install 'wan-hif8[studies]'`, or train all weights with --adapter none"
+        ) from error
+
+
 def trained_weights(subject: Subject, protected: Sequence[int], rank: int | None) -> int:
     """Return how many weights a student would train."""
     transformer = subject.exact.transformer
@@ -214,13 +226,8 @@ def _prepare(model: nn.Module, name: str) -> TrainedLinear:
 
 def _add_adapters(model: nn.Module, names: Sequence[str], rank: int, seed: int) -> None:
     """Put LoRA layers around linears: delta = B @ A, B zero at first; alpha equals the rank."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise StudyError(
-            f"adapters need the package peft ({error}): install it with "
-            "`pip install 'wan-hif8[studies]'`, or train all weights with --adapter none"
-        ) from error
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 (an extra)
+
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

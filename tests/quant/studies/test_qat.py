@@ -14,6 +14,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from quant.calibration.scales import load_scales
 from quant.recipe.recipe import QuantRecipe
 from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
@@ -27,6 +28,7 @@ from quant.weights.fingerprint import model_fingerprint
 from tests.quant.conftest import tiny_recipe_dict
 from tests.quant.studies.conftest import load_transformer, run
 
+PROMPTS = "calibration.txt"
 SMALL = ("--learning-rates", "3e-5", "--batches", "4", "--training-points-per-prompt", "4")
 
 
@@ -65,7 +67,7 @@ def test_training_through_the_rounding_lowers_the_error_of_four_bits(study: Path
     assert last["velocity"]["against_ptq"]["outcome"] == "better"
     assert last["velocity"]["gain_db"] > 0.7
     assert last["training_loss"] < first["training_loss"]
-    assert "Of 2 trainings, " in results["findings"][0]
+    assert "Of 2 trainings " in results["findings"][0]
     assert "so it is training through the rounding that helps" in results["findings"][0]
     for name in ("velocity-cells", "velocity-controls", "velocity-when"):
         assert (study / "tables" / f"{name}.csv").read_text().count("\n") >= 3
@@ -107,7 +109,7 @@ def test_ptq_is_what_compare_methods_measures(
 
 
 def test_the_trained_pipeline_is_what_was_measured(
-    tiny_model: Path, recorded: dict[str, Path], study: Path
+    tiny_model: Path, recorded: dict[str, Path], study: Path, tmp_path: Path
 ) -> None:
     model = study / "model"
     check_pipeline_weights(model)
@@ -126,6 +128,16 @@ def test_the_trained_pipeline_is_what_was_measured(
     name = "int4-per-token/lr3e-05/batch4/data8/seed0/30"
     measured = units_of(study)[name]["measured"]["int4-per-token"]["velocity"][:2]
     assert measured == pytest.approx(expected, rel=1e-3)
+
+    (tmp_path / "recipe.json").write_text(json.dumps(tiny_recipe_dict()))
+    scales = tmp_path / "scales.safetensors"
+    result = run(
+        *("calibrate", "--model", model, "--prompts", recorded["calibration"].parent / PROMPTS),
+        *("--recipe", tmp_path / "recipe.json", "--out", scales, "--text-tokens", "16"),
+        *("--steps", "4", "--frames", "1", "--size", "32x32"),
+    )
+    assert result.exit_code == 0, result.output
+    assert load_scales(scales).model_fingerprint == model_fingerprint(model)
 
 
 def test_a_killed_study_goes_on_and_gives_the_same_bytes(
@@ -240,6 +252,7 @@ def test_without_peft_adapters_are_refused_with_the_remedy(
     result = qat(tiny_model, recorded, tmp_path / "out", *options)
     assert result.exit_code == 1
     assert "pip install 'wan-hif8[studies]'" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_unfit_input_is_refused(
