@@ -205,7 +205,7 @@ def whole(bench: Bench, model: Path, sampling: Words, analyze_s: float) -> None:
     goes_on = bool(units) and again[: len(units)] == units
     bench.keep(
         Row("analyze, again: units, of which the first are those kept", len(again), "units"),
-        Row("analyze, again: they are", goes_on, "1 is yes"),
+        Row("analyze, again: they are", int(goes_on), "1 is yes"),
         Row("analyze, again: passes of a block on its bar", run.passes, "passes"),
     )
     bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))

@@ -145,9 +145,9 @@ class _HeldStreams:
         reference: Tensor | None = None
         for chunk in self._chunks:
             velocity = stream.end(chunk, self._conditions_of(chunk))
-            parts = torch.split(velocity, self._points)
+            parts = list(torch.split(velocity, self._points))
             if reference is None:
-                reference, *parts = parts
+                reference = parts.pop(0)
             found += [energies(each, reference) for each in parts]
         return dict(zip(keys, found, strict=True))
 

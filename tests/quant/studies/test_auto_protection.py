@@ -119,8 +119,10 @@ def test_convert_and_evaluate_take_the_blocks_of_the_scales(
     assert used.protected_blocks == scales.recipe.protected_blocks
     for name, prompts in (("held-out", HELD_OUT), ("choosing", CALIBRATION)):
         (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
-    words = ("evaluate", "--model", tiny_model, "--candidate", f"auto={scales_file}")
+    words: tuple[str | Path, ...] = ("evaluate", "--model", tiny_model)
+    words += ("--candidate", f"auto={scales_file}")
     words += ("--judge", "latent-sqnr", "--steps", "1", *SMALL[2:], "--out", tmp_path / "out")
+    given: tuple[str | Path, ...]
     given = ("--calibration-prompts", scales_file.parent / "prompts.txt")
     refused = run(*words, *given, "--prompts", tmp_path / "choosing.txt")
     assert "the very prompts that chose the protected blocks of auto" in refused.output

@@ -231,11 +231,10 @@ def test_prompts_that_chose_are_refused(
 def test_statistics_of_an_activation() -> None:
     x = torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(1))
     x[..., 5] *= 40
-    whole = Activation(*Activation.measure(x.reshape(1, -1, 64))[0].tolist())
-    found = [Activation(*each) for each in Activation.measure(x).tolist()]
-    assert [each.outlier_channels for each in found] == [1, 1]
-    assert max(each.amax for each in found) == whole.amax
-    found = whole
+    found = Activation(*Activation.measure(x.reshape(1, -1, 64))[0].tolist())
+    each = [Activation(*values) for values in Activation.measure(x).tolist()]
+    assert [one.outlier_channels for one in each] == [1, 1]
+    assert max(one.amax for one in each) == found.amax
     magnitude = x.abs().numpy().ravel()
     assert found.outlier_channels == 1
     assert found.amax == pytest.approx(magnitude.max())

@@ -116,9 +116,19 @@ def test_an_open_recipe_runs_with_the_blocks_that_its_scales_say(
         BlockEnergy(*(3 * [1.0 + (block in scales.recipe.protected_blocks)])) for block in range(40)
     )
     evidence = ProtectionEvidence(
-        *(scales.model_fingerprint, measured_recipe(auto, 40).fingerprint),
-        *(scales.recipe.protected_blocks, energy, {"count": 5}, 8, 16),
-        *("prompts.txt", "", "", "", {}, "1"),
+        model_fingerprint=scales.model_fingerprint,
+        recipe=measured_recipe(auto, 40).fingerprint,
+        blocks=scales.recipe.protected_blocks,
+        energy=energy,
+        budget={"count": 5},
+        prompts=8,
+        points=16,
+        prompts_file="prompts.txt",
+        prompts_sha256="",
+        points_sha256="",
+        analysis_sha256="",
+        options={},
+        tool_version="1",
     )
     path = tmp_path / "auto.safetensors"
     save_scales(replace(scales, protection=evidence), path)
