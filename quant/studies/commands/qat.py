@@ -24,6 +24,7 @@ from quant.studies.protection.analyze import Subject
 from quant.studies.qat.clips import open_clips
 from quant.studies.qat.cost import Cost
 from quant.studies.qat.grid import CONTROL, Grid, grid_of, parse_list, read_grid
+from quant.studies.qat.measure import MEASURED_TOGETHER
 from quant.studies.qat.outcomes import Outcome
 from quant.studies.qat.qat_report import report
 from quant.studies.qat.session import Session
@@ -162,7 +163,9 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
         of_each = 2 if loss == "teacher" else 1  # statistics, and the velocity to be learned
         before = cost.blocks * (of_each * len(seen_points) + material.held_out.count)
         with resumable(), study_progress(_words(cost, before, needed), cost.total + before) as bar:
-            calibration = calibrate(subject, seen_points, [METHODS[CONTROL]], folder, bar)
+            calibration = calibrate(
+                subject, seen_points, [METHODS[CONTROL]], MEASURED_TOGETHER, folder, bar
+            )
             built = build(subject, material, calibration, plan, options, bar)
             student, trainer, ruler, owners = built
             session = Session(student, trainer, ruler, cost, folder, model, single, checkpoint_s)

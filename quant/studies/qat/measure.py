@@ -18,7 +18,8 @@ Measured = dict[str, list[float]]
 """Values by measure: "velocity", the error energy of each point; "flow", the loss of each clip at
 each noise level."""
 
-_BATCH = 16
+MEASURED_TOGETHER = 16
+"""Points or clips that are measured together."""
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class Ruler:
     def _values(self, measure: str, method: str) -> list[float]:
         every = self.samples[measure]
         count = len(every.timestep)
-        size = min(_BATCH, count)
+        size = min(MEASURED_TOGETHER, count)
         if measure not in self._buffers:
             self._buffers[measure] = every.rows(range(size)).to(self.student.device)
         buffer, run = self._buffers[measure], self._pass(measure, method)
