@@ -14,11 +14,12 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.error import URLError
 
 import httpx
 from redis import Redis
+from redis.sentinel import SentinelConnectionPool
 
 from benchmarks.cluster.namespaces import NETWORK, Network
 from benchmarks.cluster.supervisor import Supervisor
@@ -86,7 +87,8 @@ class Deployment:
 
     def primary(self) -> str:
         """Return the name of the server that is the primary now."""
-        address = str(self.redis.connection_pool.get_master_address()[0])
+        pool = cast("SentinelConnectionPool", self.redis.connection_pool)
+        address = str(pool.get_master_address()[0])  # type: ignore[no-untyped-call]
         return next(name for name in SERVERS if self._address(name) == address)
 
     def worker_of(self, worker_id: str | None) -> str | None:
@@ -176,7 +178,7 @@ class Deployment:
 
     def _redis_is_settled(self) -> bool:
         try:
-            pool = self.redis.connection_pool
+            pool = cast("SentinelConnectionPool", self.redis.connection_pool)
             states = [each.sentinel_masters()[PRIMARY] for each in pool.sentinel_manager.sentinels]
             known = {(int(s["num-other-sentinels"]), int(s["num-slaves"])) for s in states}
             self.redis.set("settled", "1")
@@ -217,6 +219,7 @@ class Deployment:
             "SERVICE_STATE_DIR": str(self._folder / f"{name}-state"),
             "FORWARDED_ALLOW_IPS": self._address("proxy"),
             "REDIS_WAIT_REPLICAS": "1",
+            "SERVICE_RATE": "100000/minute",  # all that one caller asks while it waits
         }
 
     def _start_product(self, name: str, package: str) -> None:

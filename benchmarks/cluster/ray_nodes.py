@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 
 import httpx
 import typer
@@ -67,6 +67,8 @@ class RayDeployment:
             "WORKER_THREADS": "1",
             "RAY_ADDRESS": f"{network.hosts[NODES[0]].address}:{RAY_PORT}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "OMP_WAIT_POLICY": "passive",
         }
@@ -142,7 +144,7 @@ class RayDeployment:
         """Return the worker ids by the ids of the jobs that run."""
         found = {}
         for job_id in job_ids:
-            state, worker = self.redis.hmget(f"wan:job:{job_id}", "state", "worker")
+            state, worker = cast("Any", self.redis).hmget(f"wan:job:{job_id}", "state", "worker")
             if state == b"running":
                 found[job_id] = worker.decode()
         return found

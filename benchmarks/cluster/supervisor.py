@@ -14,7 +14,7 @@ from deploy.local.stack import ROOT
 
 
 class Supervisor:
-    """A context manager; the processes that were started last are stopped first."""
+    """A context manager; at its end all processes are killed, the last one started first."""
 
     def __init__(self, folder: Path) -> None:
         self._logs = folder / "logs"
@@ -36,9 +36,7 @@ class Supervisor:
         self._ending.set()
         self._thread.join()
         for child in reversed(self._children.values()):
-            child.terminate()
-        for child in reversed(self._children.values()):
-            child.stop(10, lambda: False)
+            child.stop(0, lambda: True)
 
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None

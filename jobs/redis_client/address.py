@@ -222,7 +222,7 @@ def _with_sentinels(parts: SplitResult, options: dict[str, str]) -> RedisAddress
         raise ValueError(
             f"it does not say by which name the sentinels know the primary; write {_SENTINEL_FORM}"
         )
-    sentinel_options = {
+    sentinel_options: dict[str, Any] = {
         name.removeprefix("sentinel_"): options.pop(name)
         for name in _SENTINEL_OPTIONS & options.keys()
     }

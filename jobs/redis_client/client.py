@@ -75,12 +75,14 @@ def connect(url: str, limits: Limits = DEFAULT) -> Redis:
     }
     if not address.sentinels:
         return Redis.from_url(address.url, **options)
-    sentinels = Sentinels(
+    sentinels = Sentinels(  # type: ignore[no-untyped-call]
         address.sentinels,
         sentinel_kwargs={**address.sentinel_options, **limits.of_sentinels},
         **address.server_options(),
     )
-    client: Redis = sentinels.master_for(address.primary, **options)
+    client: Redis = sentinels.master_for(  # type: ignore[no-untyped-call]
+        address.primary, **options
+    )
     return client
 
 
@@ -103,7 +105,7 @@ def connect_async(url: str, max_connections: int) -> redis.asyncio.Redis:
     if not address.sentinels:
         pool = redis.asyncio.BlockingConnectionPool.from_url(address.url, **options)
         return redis.asyncio.Redis.from_pool(pool)
-    sentinels = AsyncSentinels(
+    sentinels = AsyncSentinels(  # type: ignore[no-untyped-call]
         address.sentinels,
         sentinel_kwargs={
             **address.sentinel_options,

@@ -38,7 +38,7 @@ class Sentinels(Sentinel):
         asked = list(self.sentinels)
         for sentinel in asked:
             try:
-                primaries = sentinel.sentinel_masters()  # type: ignore[no-untyped-call]
+                primaries = cast("dict[str, Any]", sentinel.sentinel_masters())
             except RedisError as error:
                 search.note_failure(sentinel, error)
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ class RayCluster:
             "REDIS_URL": redis_url,
             "ARTIFACTS_URL": (folder / "artifacts").as_uri(),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or Ray writes one into the home
             "WORKER_THREADS": "1",
             "TMPDIR": str(folder),
         }
