@@ -22,7 +22,6 @@ from jobs.redis_client.sentinel import AsyncSentinels, BlockingSentinelPool, Sen
 
 HEALTH_CHECK_S = 30
 
-
 SENTINEL_S: Final = 1.0
 """The longest wait for a connection to one sentinel, and for its answer."""
 
