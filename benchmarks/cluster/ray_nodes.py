@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
@@ -184,10 +183,6 @@ def main(
     """Run workers on two Ray nodes, kill one node, and check every job."""
     rows: list[Row] = []
 
-    def measure(what: str, condition: Callable[[], object], limit_s: float = 120) -> None:
-        seconds = wait_until(condition, limit_s, what, supervisor.logs, every_s=0.1)
-        note(what, seconds)
-
     def note(what: str, seconds: float) -> None:
         rows.append(Row(what, round(seconds, 2), "s"))
         print(f"{what}: {seconds:.2f} s", file=sys.stderr, flush=True)
@@ -215,9 +210,20 @@ def main(
             away = time.monotonic()
             rows.append(Row("processes killed with the node", float(killed), ""))
             assert victim in deployment.running([victim]), "its job ended in the last moment"
-            measure(
-                "node killed: until its job is begun again", lambda: deployment.attempts(victim) > 1
+            wait_until(
+                lambda: deployment.attempts(victim) > 1 or not deployment.running([victim]),
+                180,
+                "the job is given back",
+                supervisor.logs,
             )
+            note("node killed: until its job is back in the queue", time.monotonic() - away)
+            wait_until(
+                lambda: deployment.attempts(victim) > 1,
+                180,
+                "the job is begun again",
+                supervisor.logs,
+            )
+            note("its job: until it is begun again", time.monotonic() - away)
             wait_until(
                 lambda: deployment.live_workers() == 2 and both_on(deployment, NODES[0]),
                 180,

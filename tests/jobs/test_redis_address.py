@@ -76,6 +76,7 @@ def test_the_options_of_tls_hold_for_server_and_sentinels(tmp_path: Path) -> Non
         ("redis://:s3c?ret@a:6379/0", "write what is special in a password"),
         ("redis://:12?s3cret@a:6379/0", "write what is special in a password"),
         ("redis://:s3c#ret@a:6379/0", "write what is special in a password"),
+        ("redis://:12#s3cret@a:6379/0", "write what is special in a password"),
         ("redis://a:s3cret", "cannot be read as redis://"),
         ("redis://[s3cret", "cannot be read as redis://"),
         ("redis://a/s3cret", "cannot be read as redis://"),
