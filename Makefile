@@ -64,7 +64,7 @@ test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 ## whole job
 
 # Apart from make test: Ray is 79 MB, and its two clusters start and stop slowly.
 test-ray: $(VENV)/.dev $(VENV)/.ray-2.60 ## workers on a Ray cluster of this machine  [ARGS=]
-	@OMP_WAIT_POLICY=passive PYTHONPATH="$(VENV)/ray-2.60" $(BIN)/python -m pytest -s -m ray tests/deploy/ray $(ARGS)
+	@OMP_WAIT_POLICY=passive PYTHONPATH="$(abspath $(VENV))/ray-2.60" $(BIN)/python -m pytest -s -m ray tests/deploy/ray $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
 	$(BIN)/ruff check .
