@@ -24,7 +24,7 @@ FILM   ?= var/comparison.mp4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test test-all test-npu lint fuzz fix bench screenshots film
+.PHONY: help install demo generate test test-all test-npu test-ray lint fuzz fix bench screenshots film
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -52,15 +52,19 @@ generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SE
 
 # Each process runs whole files. Most tests wait more than they compute, so there are more processes than cores. What is
 # slow would be disturbed by the others: it runs first, in two processes, as each kills and restarts its own.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## tests that need no accelerator, without the slow ones  [ARGS= PROCESSES=]
+test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm $(VENV)/.redis ## tests that need no accelerator, without the slow ones  [ARGS= PROCESSES=]
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm ## the slow ones first (faults of every process, fuzzing), then those of make test
+test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm $(VENV)/.redis ## the slow ones first (faults of every process, fuzzing), then those of make test
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not cuda and not npu and not weights"
 	@$(MAKE) --no-print-directory test
 
 test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 ## whole jobs on a simulated Ascend card, and every torch_npu call; part of make test  [ARGS=]
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -s tests/npu $(ARGS)
+
+# Apart from make test: Ray is 79 MB, and its two clusters start and stop slowly.
+test-ray: $(VENV)/.dev $(VENV)/.ray-2.60 ## workers on a Ray cluster of this machine  [ARGS=]
+	@OMP_WAIT_POLICY=passive PYTHONPATH="$(abspath $(VENV))/ray-2.60" $(BIN)/python -m pytest -s -m ray tests/deploy/ray $(ARGS)
 
 lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
 	$(BIN)/ruff check .
@@ -108,6 +112,10 @@ $(VENV)/.npm: requirements/npm/package.json requirements/npm/package-lock.json d
 	@sh deploy/install/npm.sh "$(VENV)"
 	@touch $@
 
+$(VENV)/.redis: deploy/install/redis.sh | $(VENV)/.venv
+	@sh deploy/install/redis.sh "$(VENV)"
+	@touch $@
+
 # An older client of OpenAI's, beside the current one that .dev brings: the two send requests differently.
 # What it needs besides distro is there already.
 $(VENV)/.openai-2.8.0: | $(VENV)/.dev
@@ -124,3 +132,8 @@ $(VENV)/.npu-2.13: deploy/install/torch_npu.sh | $(VENV)/.dev
 # Without a wheel there is no stamp, and `make test` goes on without these tests.
 $(VENV)/.triton-ascend-3.2: deploy/install/triton_ascend.sh | $(VENV)/.dev
 	@sh deploy/install/triton_ascend.sh "$(VENV)"
+
+# Ray, for processes of their own: nothing else needs it.
+$(VENV)/.ray-2.60: deploy/install/ray.sh constraints.txt | $(VENV)/.dev
+	@sh deploy/install/ray.sh "$(VENV)"
+	@touch $@

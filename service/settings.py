@@ -43,7 +43,8 @@
 - `SERVICE_CATALOG_KEPT_S`: for how many seconds the catalog of what workers offer is cached, by
   default 1.
 - `LOG_FORMAT`: `text`, the default, or `json`: one object per line.
-- `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0.
+- `REDIS_URL`: the Redis or Valkey that holds jobs and queues, by default redis://127.0.0.1:6379/0;
+  `jobs/redis_client/address.py` has the forms, with TLS and with sentinels.
 - `REDIS_WAIT_REPLICAS`: how many replicas of Redis must have a new job before it is answered, by
   default 0.
 - `REDIS_WAIT_AOF`: whether it must be in Redis' append-only file on disk, by default false.
@@ -65,9 +66,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from redis.connection import parse_url
 
 from jobs.logs import LogFormat
+from jobs.redis_client import parse_address
 from jobs.redis_keys import RECORD_TTL_S
 from jobs.store.durability import LONGEST_WAIT_MS, Durability
 from service.auth.key_memory import KeyMemory, KeyPolicy
@@ -94,19 +95,7 @@ class RedisSettings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _is_redis_address(cls, url: SecretStr) -> SecretStr:
-        # The value may contain a password, so the messages do not repeat it.
-        text = url.get_secret_value()
-        if not text.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("it does not start with redis://, rediss:// or unix://")
-        try:
-            parse_url(text)  # type: ignore[no-untyped-call]
-        except ValueError:
-            # A new message without the value: the original one may quote a part of the password
-            # that was parsed as the port.
-            raise ValueError(
-                "it cannot be read as redis://:password@host:port/number; write what is special in "
-                "a password, like / or @, as %2F or %40"
-            ) from None
+        parse_address(url.get_secret_value())  # its errors repeat no part of the value
         return url
 
 

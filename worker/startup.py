@@ -189,7 +189,7 @@ def open_redis(url: str) -> Redis:
     try:
         redis = connect(url)
     except ValueError as error:
-        raise StartError(f"Redis cannot be reached: {error}. Check REDIS_URL.") from error
+        raise StartError(f"REDIS_URL cannot be used: {error}.") from None
     try:
         redis.ping()
     except RedisError as error:

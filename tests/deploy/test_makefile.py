@@ -99,6 +99,7 @@ def test_help_lists_every_target(project: Path) -> None:
         "test",
         "test-all",
         "test-npu",
+        "test-ray",
         "lint",
         "fuzz",
         "fix",

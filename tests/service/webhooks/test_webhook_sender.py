@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fixtures.certificates import Authority
 from service.webhooks.sender import Answer, Sender, TimeLimits, tls_context
 from service.webhooks.url_rules import HostRule, Resolve, Target, WebhookRules
 from tests.conftest import free_port
-from tests.support.certificates import Authority
 from tests.support.webhook_receiver import Receiver, hold, status
 
 NAME = "hooks.example.com"

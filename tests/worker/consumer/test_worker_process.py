@@ -134,7 +134,11 @@ FAULTS = {
         None,
         "Redis cannot be reached: .*127.0.0.1:1.* REDIS_URL",
     ),
-    "not a Redis": ({"REDIS_URL": "http://127.0.0.1"}, None, "Redis URL must specify"),
+    "not a Redis": (
+        {"REDIS_URL": "http://127.0.0.1"},
+        None,
+        "REDIS_URL cannot be used: it does not start with",
+    ),
     "no artifacts": ({"ARTIFACTS_URL": ""}, None, "ARTIFACTS_URL: Field required"),
     "a file": ({"ARTIFACTS_URL": "file:///dev/null"}, None, "ARTIFACTS_URL .* cannot be used"),
     "a web page": ({"ARTIFACTS_URL": "https://a"}, None, "ARTIFACTS_URL is 'https://a'"),

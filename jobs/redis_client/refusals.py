@@ -1,9 +1,4 @@
-"""Connect to Redis with timeouts and one quick retry, and say which errors may go away.
-
-A call to a dead server fails after about ten seconds instead of blocking a request forever. A
-command that a server refuses because it has become a replica is sent once more over a new
-connection, which reaches the new primary where the address points to it. Repeating a call is safe:
-every script in `jobs/store/scripts.py` recognises a repeated call by its token or its id.
+"""Tell the refusals of Redis that end by themselves from those that do not, and explain the latter.
 
 `is_transient` is the one place that tells "not now" from "never". redis-py turns some codes of the
 server into classes, and strips them from the text; others it leaves in the text, behind the number
@@ -11,13 +6,8 @@ of the command if a pipeline sent it.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import redis.asyncio
-from redis import Redis
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -31,9 +21,6 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
-
-HEALTH_CHECK_S = 30
 
 _FOR_NOW_CLASSES: Final = (
     RedisConnectionError,  # also LOADING, and too many clients
@@ -81,55 +68,6 @@ _REMEDIES: Final = {
 _SAME_REMEDY: Final = {"ASK": "MOVED", "CROSSSLOT": "MOVED"}
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The timeouts of connections and responses, and the number of retries."""
-
-    connect_s: float
-    response_s: float
-    retries: int
-
-    @property
-    def timeouts(self) -> dict[str, Any]:
-        """The timeouts as keyword arguments of redis-py."""
-        return {"socket_connect_timeout": self.connect_s, "socket_timeout": self.response_s}
-
-
-DEFAULT: Final = Limits(connect_s=2.0, response_s=5.0, retries=1)
-BRIEF: Final = Limits(connect_s=0.5, response_s=1.0, retries=0)
-"""For calls such as health checks, whose response is useless when it is late."""
-
-
-def connect(url: str, limits: Limits = DEFAULT) -> Redis:
-    """Return a client for `url`; nothing is sent until the first command.
-
-    Responses are bytes, as RQ requires. The client is safe to share between threads.
-    """
-    return Redis.from_url(
-        url,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), limits.retries),
-        retry_on_error=[ReadOnlyError],
-        health_check_interval=HEALTH_CHECK_S,
-        **limits.timeouts,
-    )
-
-
-def connect_async(url: str, max_connections: int) -> redis.asyncio.Redis:
-    """Return an asynchronous client for `url` with a pool of connections and no retries.
-
-    A call waits while all connections of the pool are in use. Nothing is retried, because a broken
-    subscription has missed messages: its owner must see the error.
-    """
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
-        url,
-        max_connections=max_connections,
-        timeout=DEFAULT.response_s,
-        retry=AsyncRetry(NoBackoff(), 0),
-        **DEFAULT.timeouts,
-    )
-    return redis.asyncio.Redis.from_pool(pool)
-
-
 def is_transient(error: RedisError) -> bool:
     """Return whether the same call may succeed later: Redis is away, or refuses it for now.
 
@@ -160,9 +98,3 @@ def _code(error: RedisError) -> str:
         return within[1]
     code = error.status_code or text.partition(" ")[0]
     return code if code.isupper() else ""
-
-
-def server_time_s(redis: Redis) -> float:
-    """Return Redis' time, by which hosts agree whose own clocks may be hours ahead."""
-    second, microsecond = redis.time()
-    return float(second + microsecond / 1e6)
