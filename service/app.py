@@ -18,6 +18,7 @@ from jobs.redis_client import connect
 from jobs.store.job_store import JobStore
 from jobs.store.queue_positions import QueuePositions
 from jobs.store.webhook_outbox import Outbox
+from jobs.telemetry import tracing
 from service.api import openapi
 from service.api.deps import AppState
 from service.api.downloads import Downloads
@@ -64,6 +65,7 @@ from service.monitoring.access import MetricsAccess
 from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
 from service.monitoring.readiness import Readiness
+from service.monitoring.tracing import telemetry
 from service.pages import api_docs, page_routes, static_files
 from service.schemas.keys import KeyBody, KeyChangesBody, RotateBody
 from service.schemas.rating import JoinBody, RaterBody, SkipBody, VoteBody
@@ -127,6 +129,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         lifespan=_lifespan,
         docs_url=None,  # `service/pages/api_docs.py` serves it
         redoc_url=None,
+        telemetry=telemetry(),
     )
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=app_state.exposition.http)
@@ -205,6 +208,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # In a thread: this waits for rounds under way.
     await run_in_threadpool(scheduler.stop)
     app_state.redis.close()
+    # Here, because uvicorn may end the process by the signal that it got.
+    await run_in_threadpool(tracing.stop)
 
 
 def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:

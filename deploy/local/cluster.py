@@ -42,12 +42,15 @@ class Cluster:
         worker: Sequence[str] = WORKER,
         environment: Mapping[str, str] | None = None,
         own_environments: Mapping[str, Mapping[str, str]] | None = None,
+        trees: Mapping[str, Path] | None = None,
     ) -> None:
         """Prepare the processes.
 
         Args:
             environment: what all processes get besides the addresses.
             own_environments: what single processes get besides that, by their names.
+            trees: the folders with the code that single processes run, by their names, if that
+                is not this code.
         """
         self.folder = folder
         self.mark = uuid.uuid4().hex
@@ -70,6 +73,7 @@ class Cluster:
             | dict(environment or {})
         )
         self._own_environments = own_environments or {}
+        self._trees = dict(trees or {})
         self._commands: dict[str, Sequence[str]] = {
             "valkey": valkey.server_command(folder / "valkey", self.valkey_port)
         }
@@ -137,6 +141,10 @@ class Cluster:
     def add_options(self, name: str, *options: str) -> None:
         """Add options to the command of a process, from its next start on."""
         self._commands[name] = [*self._commands[name], *options]
+
+    def set_tree(self, name: str, tree: Path) -> None:
+        """Let a process run the code in this folder, from its next start on."""
+        self._trees[name] = tree
 
     def pause_restarts(self, *names: str) -> None:
         """Do not restart these processes until `resume_restarts`."""
@@ -256,7 +264,7 @@ class Cluster:
             name,
             self._commands[name],
             log=self.folder / "logs" / f"{name}.log",
-            cwd=ROOT,
+            cwd=self._trees.get(name, ROOT),
             env=self.environment | own,
         )
 
