@@ -69,10 +69,10 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.connection import parse_url
 
-from jobs.telemetry.logs import LogFormat
-from jobs.telemetry.settings import TracingSettings
 from jobs.redis_keys import RECORD_TTL_S
 from jobs.store.durability import LONGEST_WAIT_MS, Durability
+from jobs.telemetry.logs import LogFormat
+from jobs.telemetry.settings import TracingSettings
 from service.auth.key_memory import KeyMemory, KeyPolicy
 from service.auth.rate_limit import check_rate
 from service.schemas.expiry import RetentionPeriods

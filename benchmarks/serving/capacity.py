@@ -132,10 +132,7 @@ class Load:
         # Together the quotas are a little more than the queue is to hold.
         quota = math.ceil(jobs / USERS) + WORKERS
         names = [f"user-{number}" for number in range(USERS)]
-        self._users = [
-            User(name, keys.add(name, Role.USER, quota)[1], quota)
-            for name in names
-        ]
+        self._users = [User(name, keys.add(name, Role.USER, quota)[1], quota) for name in names]
         self._full = User("full", keys.add("full", Role.USER, 1)[1], 1)
         self._account = Account()
         self._turn = itertools.cycle(self._users)
@@ -163,7 +160,9 @@ class Load:
             Row("most jobs of a user over the quota (bound 0)", self._most_over_quota(), "1"),
         ]
         statuses = {name: dict(found) for name, found in full.statuses.items()}
-        curves = {name: found[:: max(1, len(found) // 60)] for name, found in full.memory_mb.items()}
+        curves = {
+            name: found[:: max(1, len(found) // 60)] for name, found in full.memory_mb.items()
+        }
         return rows, {"statuses": statuses, "memory_mb": curves}
 
     async def _fill(self, jobs: int) -> None:

@@ -25,7 +25,7 @@ def dump(redis: Redis) -> dict[str, Any]:
             "list": lambda k: client.lrange(k, 0, -1),
             "set": client.smembers,
             "zset": lambda k: client.zrange(k, 0, -1, withscores=True),
-            "stream": lambda k: client.xrange(k),
+            "stream": client.xrange,
         }[kind]
         found[name] = {"type": kind, "value": _to_text(read(key))}
     return found
@@ -46,7 +46,7 @@ def restore(redis: Redis, keys: Mapping[str, Any]) -> None:
             case "set":
                 client.sadd(name, *value)
             case "zset":
-                client.zadd(name, {member: score for member, score in value})
+                client.zadd(name, dict(value))
             case "stream":
                 for entry, fields in value:
                     client.xadd(name, dict(fields), id=entry)

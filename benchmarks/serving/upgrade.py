@@ -82,7 +82,6 @@ class Upgrade:
     def __init__(self, folder: Path, older: Path) -> None:
         self._older = older
         self._hook_port = find_free_port()
-        names = ("api-0", "api-1", "worker-0", "worker-1")
         environment = {
             "PYTHONPATH": "",
             "SERVICE_MAX_WAITING": "100",
@@ -96,11 +95,9 @@ class Upgrade:
         # With traces, so that records hold what only this revision writes. Nobody receives them.
         tracing = {"OTEL_TRACES_EXPORTER": "otlp"}
         TracingSettings.model_validate(tracing)
-        self.cluster = Cluster(
-            folder,
-            environment=environment | tracing,
-            trees=dict.fromkeys(names, older),
-        )
+        self.cluster = Cluster(folder, environment=environment | tracing)
+        for name in ("api-0", "api-1", "worker-0", "worker-1"):
+            self.cluster.set_tree(name, older)
         self._key = ""
         self._jobs: list[str] = []
         self._comparison = ""

@@ -42,15 +42,12 @@ class Cluster:
         worker: Sequence[str] = WORKER,
         environment: Mapping[str, str] | None = None,
         own_environments: Mapping[str, Mapping[str, str]] | None = None,
-        trees: Mapping[str, Path] | None = None,
     ) -> None:
         """Prepare the processes.
 
         Args:
             environment: what all processes get besides the addresses.
             own_environments: what single processes get besides that, by their names.
-            trees: the folders with the code that single processes run, by their names, if that
-                is not this code.
         """
         self.folder = folder
         self.mark = uuid.uuid4().hex
@@ -73,7 +70,7 @@ class Cluster:
             | dict(environment or {})
         )
         self._own_environments = own_environments or {}
-        self._trees = dict(trees or {})
+        self._trees: dict[str, Path] = {}
         self._commands: dict[str, Sequence[str]] = {
             "valkey": valkey.server_command(folder / "valkey", self.valkey_port)
         }
@@ -143,7 +140,7 @@ class Cluster:
         self._commands[name] = [*self._commands[name], *options]
 
     def set_tree(self, name: str, tree: Path) -> None:
-        """Let a process run the code in this folder, from its next start on."""
+        """Let a process run the code in this folder and not this one, from its next start on."""
         self._trees[name] = tree
 
     def pause_restarts(self, *names: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from jobs.telemetry import tracing
-from jobs.telemetry.tracing import Attributes, Kind, Span, SpanIds, TraceContext
+from jobs.telemetry.tracing import Attributes, Chosen, Kind, Span, TraceContext
 
 SYSTEM: Final = "rq"
 
@@ -64,9 +64,8 @@ class TracedAttempt:
             },
             kind=Kind.CONSUMER,
             parent=self.context or _NO_PARENT,
-            ids=SpanIds(_number(self.job_id, 16), self._span_id(self.number)),
             link=before,
-            begun_ns=begun_ns,
+            chosen=Chosen(_number(self.job_id, 16), self._span_id(self.number), begun_ns),
         )
 
     def _span_id(self, number: int) -> int:

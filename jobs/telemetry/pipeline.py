@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanLimits, SpanProcesso
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
-from jobs.telemetry.tracing import SpanIds
+from jobs.telemetry.tracing import Chosen
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ LONGEST_REASON: Final = 300
 
 _QUERY: Final = "url.query"
 
-_CHOSEN: ContextVar[SpanIds | None] = ContextVar("chosen_ids", default=None)
+_CHOSEN: ContextVar[Chosen | None] = ContextVar("chosen_ids", default=None)
 
 
 class Pipeline:
@@ -55,9 +55,9 @@ class Pipeline:
         self.tracer = self.provider.get_tracer("wan-hif8", version("wan-hif8"))
 
     @contextmanager
-    def chosen_ids(self, ids: SpanIds | None) -> Iterator[None]:
+    def chosen_ids(self, chosen: Chosen | None) -> Iterator[None]:
         """Give the span that begins in the block these ids; None for random ones."""
-        token = _CHOSEN.set(ids)
+        token = _CHOSEN.set(chosen)
         try:
             yield
         finally:
@@ -95,7 +95,7 @@ class _ChosenIds(RandomIdGenerator):
 
 class _WithoutQuery(SpanProcessor):
     """Replaces the query of every request: a signature in it would open a video to whoever reads
-    the trace. An attribute cannot be removed.
+    the trace. An attribute can be replaced only.
     """
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
@@ -119,8 +119,8 @@ class _Exporter(SpanExporter):
         if result is not SpanExportResult.SUCCESS:
             if not self._lost:
                 logger.warning(
-                    "Traces cannot be sent, and are dropped until they can: %s. Check the collector "
-                    "and OTEL_EXPORTER_OTLP_ENDPOINT, or set OTEL_SDK_DISABLED=true.",
+                    "Traces cannot be sent, and are dropped until they can: %s. Check the "
+                    "collector and OTEL_EXPORTER_OTLP_ENDPOINT, or set OTEL_SDK_DISABLED=true.",
                     self._notices.first[:LONGEST_REASON].rstrip("."),
                 )
             self._lost += len(spans)

@@ -10,7 +10,6 @@ No span holds a prompt, a key, or the text of an error, which may quote one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,14 +48,17 @@ class TraceContext:
 
 
 @dataclass(frozen=True, slots=True)
-class SpanIds:
-    """Ids that are chosen, not drawn, so that another process can find them.
+class Chosen:
+    """What is chosen for a span, so that another process can do the same.
 
-    `trace_id` is used only if a span has no parent.
+    Attributes:
+        trace_id: used only if the span has no parent.
+        begun_ns: when it began, in ns since 1970; None for now.
     """
 
     trace_id: int
     span_id: int
+    begun_ns: int | None = None
 
 
 class Span:
@@ -150,24 +152,25 @@ def begin(
     *,
     kind: Kind = Kind.INTERNAL,
     parent: TraceContext | None = None,
-    ids: SpanIds | None = None,
     link: TraceContext | None = None,
-    begun_ns: int | None = None,
+    chosen: Chosen | None = None,
 ) -> Span:
     """Begin a span, which somebody must `end`; it does not become the current one.
 
     Args:
         parent: the parent, in this process or another; by default the current span.
         link: another span that has to do with this one.
-        begun_ns: when it began, in ns since 1970; by default now.
+        chosen: its ids and its begin; by default random ones, and now.
     """
     pipeline = _Process.pipeline
     if pipeline is None:
         return OFF
     from opentelemetry import trace  # noqa: PLC0415
 
-    links = [] if link is None else [trace.Link(trace.get_current_span(_read(link)).get_span_context())]
-    with pipeline.chosen_ids(ids):
+    links = (
+        [] if link is None else [trace.Link(trace.get_current_span(_read(link)).get_span_context())]
+    )
+    with pipeline.chosen_ids(chosen):
         return Span(
             pipeline.tracer.start_span(
                 name,
@@ -175,7 +178,7 @@ def begin(
                 kind=trace.SpanKind[kind.value],
                 attributes=attributes,
                 links=links,
-                start_time=begun_ns or time.time_ns(),
+                start_time=None if chosen is None else chosen.begun_ns,
             )
         )
 

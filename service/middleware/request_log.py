@@ -1,8 +1,8 @@
 """Log requests, and add the ids of the request and its job to every line of the log.
 
-The lines have the format of `jobs/telemetry/logs.py`. A path is logged without its query, because anybody who
-reads a signed link in the log could open the video. Bodies, which hold the prompts, are not logged
-at all.
+The lines have the format of `jobs/telemetry/logs.py`. A path is logged without its query, because
+anybody who reads a signed link in the log could open the video. Bodies, which hold the prompts, are
+not logged at all.
 """
 
 import logging
@@ -17,8 +17,8 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.telemetry import logs, tracing
 from jobs.ids import is_id
+from jobs.telemetry import logs, tracing
 from jobs.telemetry.logs import LogFormat
 from jobs.violations import shown
 from service.middleware.log_throttle import throttle_noisy_loggers

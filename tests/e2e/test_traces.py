@@ -4,6 +4,7 @@ A service and two workers are real processes, and the spans come by OTLP over HT
 trace of its own, which goes on.
 """
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,20 @@ import pytest
 from redis import Redis
 
 from deploy.local.waiting import wait_until
+from jobs import redis_keys
 from jobs.store.job_store import JobStore
 from tests.jobs.telemetry.otlp_receiver import Collector, Seen, collector
 from tests.support.http_service import address, service
 from tests.support.webhook_receiver import Receiver
-from tests.support.worker_processes import WorkerProcesses, has_ended, is_denoising, wait_for
+from tests.support.worker_processes import (
+    QUEUE,
+    REQUEST,
+    WorkerProcesses,
+    has_ended,
+    is_denoising,
+    wait_for,
+)
+from worker.errors import EXIT_HUNG
 
 PROMPT = "xyzzy-nobody-may-read-this"
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -75,7 +85,8 @@ def test_a_job_that_is_tried_again_is_one_trace(
             wait_for(store, job_id, is_denoising)
             tracing.wait_for("text_encoder")
             first.kill()
-            # At once: nobody but the two processes may end the attempt.
+            first.wait()
+            redis.hset(redis_keys.record(job_id), "lease_ms", 1)  # as it will be soon
             second = workers.start(0.01, LOG_FORMAT="json")
             job = wait_for(store, job_id, has_ended)
             assert (job.state, job.attempts, job.lost) == ("succeeded", 2, 1)
@@ -84,7 +95,34 @@ def test_a_job_that_is_tried_again_is_one_trace(
             assert second.wait(20) == 0
             front.send_signal(signal.SIGTERM)
             assert front.wait(20) in (0, -signal.SIGTERM)
+    check_trace(tracing, receiver, job_id)
+    # The job's lines in the log are found by its trace.
+    lines = [json.loads(line) for line in workers.log_text().splitlines()]
+    assert {each["trace_id"] for each in lines if each.get("trace_id")} == {TRACE_ID}
 
+
+def test_a_hung_worker_sends_the_span_of_its_attempt(
+    tracing: Collector, workers: WorkerProcesses, redis: Redis
+) -> None:
+    """There is no context in the record: the service does not trace."""
+    store = JobStore(redis)
+    job_id = store.create(REQUEST, QUEUE).job.id
+    first = workers.start(0.01, "hang", WORKER_STALL_FLOOR_S="1")
+    assert first.wait(30) == EXIT_HUNG
+    (hung,) = tracing.named("process")
+    assert hung.failed
+    assert (hung.attributes["wan.outcome"], hung.attributes["wan.attempt"]) == ("hung", 1)
+    second = workers.start(0.01)
+    wait_for(store, job_id, has_ended)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(20) == 0
+    _, done = tracing.named("process")
+    assert done.links == ((hung.trace_id, hung.span_id),)
+    assert {span.trace_id for span in tracing.spans} == {hung.trace_id}
+    assert [span.name for span in tracing.children("")] == [hung.name, done.name]
+
+
+def check_trace(tracing: Collector, receiver: Receiver, job_id: str) -> None:
     spans = [span for span in tracing.spans if span.trace_id == TRACE_ID]
     assert len({span.span_id for span in spans}) == len(spans), tracing.tree()
     refused, request = tracing.children(CALLER_SPAN)
@@ -99,21 +137,21 @@ def test_a_job_that_is_tried_again_is_one_trace(
     check_attempts(lost, done)
     assert [each.name for each in tracing.children(lost.span_id)] == ["text_encoder"]
     stages = tracing.children(done.span_id)
-    assert [each.name for each in stages] == ["text_encoder", "denoise", "encode", "vae", "upload"]
+    assert [each.name for each in stages] == ["text_encoder", "denoise", "encode", "upload"]
+    stages += tracing.children(stages[2].span_id)
+    assert stages[-1].name == "vae"
     assert all(each.service == "wan-worker" for each in stages)
     assert not any(each.failed for each in (request, sent, done, webhook, *stages))
     assert stages[1].events == ("step",) * STEPS
     assert stages[1].attributes["wan.steps"] == STEPS
     assert webhook.attributes["http.response.status_code"] == 204
     (call,) = receiver.calls
-    assert call.headers["Traceparent"] == f"00-{TRACE_ID}-{webhook.span_id}-01"
-    assert call.headers["Tracestate"] == "congo=t61rcWkgMzE"
+    assert call.headers["traceparent"] == f"00-{TRACE_ID}-{webhook.span_id}-01"
+    assert call.headers["tracestate"] == "congo=t61rcWkgMzE"
     # 6 of both attempts, and the two of the service with the webhook, and the refused request.
     assert len(spans) == 1 + 2 + 1 + 2 + 6, tracing.tree(CALLER_SPAN)
     assert not [span.name for span in tracing.spans if span not in spans], "polls are left out"
     assert not any(PROMPT.encode() in body for body in tracing.bodies)
-    # Both find the job's lines by its trace.
-    assert f'"trace_id": "{TRACE_ID}"' in workers.log_text()
 
 
 def check_attempts(lost: Seen, done: Seen) -> None:

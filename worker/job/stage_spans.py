@@ -2,7 +2,7 @@
 
 The engine knows nothing of traces: text encoding, denoising and decoding are told apart by what it
 reports (`worker/job/progress.py`). Encoding and storing are blocks in `worker/job/generation.py`.
-Decoding and encoding overlap, as the frames of the one go into the other.
+Decoding is inside encoding, which takes its frames as they come.
 """
 
 from __future__ import annotations

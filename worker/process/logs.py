@@ -1,4 +1,4 @@
-"""Configure the worker's log: lines as in `jobs/telemetry/logs.py`, plus the ids of worker and job."""
+"""Configure the worker's log: lines as in `jobs/telemetry/logs.py`, with ids of worker and job."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 
 from redis.exceptions import RedisError
 
-from jobs.telemetry import logs
+from jobs.telemetry import logs, tracing
 from jobs.telemetry.logs import LogFormat
-from jobs.telemetry import tracing
 from worker.interface import JOB_ID
 
 

@@ -72,9 +72,7 @@ class Collector:
 
     def wait_for(self, name: str, count: int = 1, limit_s: float = 10) -> list[Seen]:
         """Wait for so many spans whose names begin so."""
-        wait_until(
-            lambda: len(self.named(name)) >= count, limit_s, f"{count} of {name}", self.tree
-        )
+        wait_until(lambda: len(self.named(name)) >= count, limit_s, f"{count} of {name}", self.tree)
         return self.named(name)
 
     def named(self, name: str) -> list[Seen]:
