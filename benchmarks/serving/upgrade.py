@@ -134,10 +134,10 @@ class Upgrade:
         self._finish(cancelled, "cancelled")
         for body in (LONG, SHORT | {"count": 2}):
             self._submit(body)
-        for each in self._jobs:
+        for each in self._jobs[-3:]:
             self._finish(each)
         prompts = {"prompts": [SHORT["prompt"]], "seeds": 1, "title": "upgrade"}
-        shared = {"num_frames": 5, "num_inference_steps": 2}
+        shared = {"settings": {"num_frames": 5, "num_inference_steps": 2}}
         modes = {"reference": {"mode": "bf16"}, "candidate": {"mode": "w8a8"}}
         made = self._call("POST", "/comparisons", json=prompts | modes | shared)
         self._comparison = str(made.json()["id"])

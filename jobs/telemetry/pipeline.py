@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,9 @@ from jobs.telemetry.tracing import Chosen
 logger = logging.getLogger(__name__)
 
 CLOSE_S: Final = 5.0
-"""How long the end of a process waits until its last spans are sent."""
+CLOSE_WHILE_LOST_S: Final = 0.5
+"""How long the end of a process waits until its last spans are sent; less if the ones before were
+not."""
 
 LONGEST_ATTRIBUTE: Final = 1024
 """Characters of an attribute: callers choose paths, and thousands of spans may wait to be sent."""
@@ -35,6 +38,9 @@ LONGEST_ATTRIBUTE: Final = 1024
 LONGEST_REASON: Final = 300
 
 _QUERY: Final = "url.query"
+
+_WHY: Final = re.compile(r"Transient error (.*) encountered while exporting", re.DOTALL)
+"""What a message of the library says about the cause, without what it does about it."""
 
 _CHOSEN: ContextVar[Chosen | None] = ContextVar("chosen_ids", default=None)
 
@@ -68,7 +74,7 @@ class Pipeline:
         # In a thread: the library may wait for half a minute, and lets nobody choose.
         thread = threading.Thread(target=self.provider.shutdown, name="last-spans", daemon=True)
         thread.start()
-        thread.join(CLOSE_S)
+        thread.join(CLOSE_WHILE_LOST_S if self._exporter.is_failing else CLOSE_S)
 
 
 def _resource(service: str) -> Resource:
@@ -114,6 +120,11 @@ class _Exporter(SpanExporter):
         library.handlers[:] = [self._notices]
         library.propagate = False
 
+    @property
+    def is_failing(self) -> bool:
+        """Whether the latest batch could not be sent."""
+        return self._lost > 0
+
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = self._exporter.export(spans)
         if result is not SpanExportResult.SUCCESS:
@@ -148,4 +159,7 @@ class _FirstNotice(logging.Handler):
         self.first = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.first = self.first or record.getMessage()
+        if not self.first:
+            said = record.getMessage()
+            found = _WHY.match(said)
+            self.first = said if found is None else found[1]
