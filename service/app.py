@@ -64,6 +64,7 @@ from service.middleware.security_headers import SecurityHeaders
 from service.monitoring.access import MetricsAccess
 from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
+from service.monitoring.fleet_details import WaitingShapes
 from service.monitoring.readiness import Readiness
 from service.monitoring.tracing import telemetry
 from service.pages import api_docs, page_routes, static_files
@@ -180,6 +181,7 @@ def _app_state(settings: ServiceSettings) -> AppState:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
         raters=raters,
+        waiting_shapes=WaitingShapes(),
         desk=RatingDesk(redis),
         reports=Reports(redis),
     )

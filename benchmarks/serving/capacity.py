@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,8 @@ from benchmarks.report import Row
 from benchmarks.serving.capacity_account import Account, check_jobs
 from benchmarks.serving.load_generator import connection, read_whole, request_bytes
 from deploy.local.cluster import Cluster
+from jobs import redis_keys
+from jobs.state import JobState
 from service.auth.api_keys import KeyStore, Role
 
 USERS = 20
@@ -73,13 +76,16 @@ class User:
 
 @dataclass(slots=True)
 class Measured:
-    """One stretch: latencies in seconds by endpoint, and each process' memory over time."""
+    """One stretch: latencies in seconds by endpoint; of each process its memory over time, and the
+    share of a core that it used.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: dict[str, dict[int, int]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(int))
     )
     memory_mb: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cores: dict[str, float] = field(default_factory=dict)
 
 
 def main(
@@ -149,7 +155,7 @@ class Load:
         filled_s = time.perf_counter() - started
         full = await self._stretch(seconds)
         check = check_jobs(self._cluster.redis, self._account)
-        rows = [*latencies(few, full), *memory(few, full)]
+        rows = [*latencies(few, full), *processes(few, full)]
         rows += [
             Row("jobs accepted a second while the queue was filled", self._jobs / filled_s, "1/s"),
             Row("jobs accepted", check.accepted, "1"),
@@ -166,9 +172,8 @@ class Load:
         return rows, {"statuses": statuses, "memory_mb": curves}
 
     async def _fill(self, jobs: int) -> None:
-        """Ask for jobs, several requests at a time, until so many wait."""
-        missing = jobs - self._waiting()
-        shares = [missing // USERS + (n < missing % USERS) for n in range(USERS)]
+        """Ask for jobs, several requests at a time, until so many wait, as many of each user."""
+        shares = [jobs // USERS - self._active(user) for user in self._users]
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def ask(user: User, count: int) -> None:
@@ -186,7 +191,10 @@ class Load:
 
     async def _stretch(self, seconds: float) -> Measured:
         self._measured = Measured()
-        ends = time.perf_counter() + seconds
+        children = self._cluster.children
+        before = {name: cpu_seconds(child.pid) for name, child in children.items()}
+        started = time.perf_counter()
+        ends = started + seconds
         async with self._streams():
             kinds: dict[str, Callable[[], Any]] = {
                 "GET /jobs/{id}": self._read_job,
@@ -198,11 +206,14 @@ class Load:
             }
             paths = {name.split()[1] for name in RATES_PER_S} - {n.split()[1] for n in kinds}
             for path in paths:
-                kinds[f"GET {path}"] = lambda path=path: self._operate(path)
+                kinds[f"GET {path}"] = partial(self._operate, path)
             await asyncio.gather(
                 self._sample_memory(ends),
                 *(self._repeat(kinds[name], rate, ends) for name, rate in RATES_PER_S.items()),
             )
+        took_s = time.perf_counter() - started
+        for name, child in children.items():
+            self._measured.cores[name] = (cpu_seconds(child.pid) - before[name]) / took_s
         return self._measured
 
     async def _repeat(self, send: Callable[[], Any], per_second: float, ends: float) -> None:
@@ -242,10 +253,10 @@ class Load:
         await self._send("DELETE /jobs/{id}", user.key, "DELETE", f"/jobs/{job_id}")
 
     async def _fetch_video(self) -> None:
-        found = self._cluster.redis.zrevrange("wan:jobs:succeeded", 0, 50)
+        found: Any = self._cluster.redis.zrevrange(redis_keys.index(JobState.SUCCEEDED), 0, 50)
         if not found:
             return
-        job_id = random.choice(found).decode()  # type: ignore[union-attr,arg-type]
+        job_id = random.choice(found).decode()
         await self._send("GET /jobs/{id}/video.mp4", self._ops, "GET", f"/jobs/{job_id}/video.mp4")
 
     async def _operate(self, path: str) -> None:
@@ -314,17 +325,16 @@ class Load:
                 self._measured.memory_mb[name].append(resident_mb(child.pid))
             await asyncio.sleep(min(SAMPLE_EVERY_S, max(0.1, ends - now)))
 
-    def _waiting(self) -> int:
-        return int(self._cluster.redis.zcard("wan:jobs:queued"))  # type: ignore[arg-type]
+    def _active(self, user: User) -> int:
+        """Count a user's jobs that wait or run."""
+        redis: Any = self._cluster.redis
+        states = (
+            redis_keys.index(state, user.name) for state in (JobState.QUEUED, JobState.RUNNING)
+        )
+        return sum(redis.zcard(index) for index in states)
 
     def _most_over_quota(self) -> int:
-        redis: Any = self._cluster.redis
-        return max(
-            redis.zcard(f"wan:jobs:owner:{user.name}:queued")
-            + redis.zcard(f"wan:jobs:owner:{user.name}:running")
-            - user.quota
-            for user in self._users
-        )
+        return max(0, *(self._active(user) - user.quota for user in (*self._users, self._full)))
 
 
 def latencies(few: Measured, full: Measured) -> list[Row]:
@@ -342,8 +352,8 @@ def latencies(few: Measured, full: Measured) -> list[Row]:
     ]
 
 
-def memory(few: Measured, full: Measured) -> list[Row]:
-    """Return each process' memory: at the end of the stretch, and its growth in the second half."""
+def processes(few: Measured, full: Measured) -> list[Row]:
+    """Return each process' memory at the end, its growth in the second half, and its computing."""
     rows = []
     for name, found in full.memory_mb.items():
         half = found[len(found) // 2 :]
@@ -351,6 +361,12 @@ def memory(few: Measured, full: Measured) -> list[Row]:
         rows += [
             Row(f"memory of {name}, at the end", found[-1], "MB", baseline=before),
             Row(f"memory of {name}, growth in the second half", half[-1] - half[0], "MB"),
+            Row(
+                f"cores that {name} used",
+                round(full.cores[name], 3),
+                "1",
+                baseline=round(few.cores[name], 3),
+            ),
         ]
     return rows
 
@@ -366,6 +382,12 @@ def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     found = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
     return round(int(found.split()[1]) / 1024, 1)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Read the CPU seconds of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

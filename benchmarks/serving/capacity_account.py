@@ -1,6 +1,7 @@
 """Keep account of the jobs that a load has had accepted, and compare it with Redis at the end."""
 
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from jobs import redis_keys
 from jobs.state import JobState
 
 BATCH = 1000
+LOOKS_AGAIN = 3
+PAUSE_S = 1.0
 
 
 class Account:
@@ -55,19 +58,26 @@ class Check:
 
 
 def check_jobs(redis: Redis, account: Account) -> Check:
-    """Look for every accepted job."""
+    """Look for every accepted job, while workers go on."""
     accepted = account.all()
     states = _states(redis, accepted)
     in_queues = _in_queues(redis)
-    ends = _ends(redis, [job_id for job_id, state in states.items() if _has_ended(state)])
-    lost = doubled = 0
-    for job_id, state in states.items():
-        if state is None or (state == JobState.QUEUED and not in_queues[job_id]):
-            lost += 1
-        if in_queues[job_id] > 1 or ends.get(job_id, 1) != 1:
-            doubled += 1
-    ended = sum(_has_ended(state) for state in states.values())
-    return Check(len(accepted), ended, len(accepted) - ended - lost, lost, doubled)
+    ended = [job_id for job_id, state in states.items() if _has_ended(state)]
+    ends = _ends(redis, ended)
+    doubled = {job_id for job_id, number in in_queues.items() if number > 1 and job_id in states}
+    doubled |= {job_id for job_id, number in ends.items() if number != 1}
+    lost = {job_id for job_id in accepted if _is_missing(states[job_id], in_queues[job_id])}
+    for _ in range(LOOKS_AGAIN):
+        # A worker has taken some of them between the two looks, or is about to claim them.
+        time.sleep(PAUSE_S)
+        in_queues, again = _in_queues(redis), _states(redis, list(lost))
+        lost = {job_id for job_id in lost if _is_missing(again[job_id], in_queues[job_id])}
+    waiting = len(accepted) - len(ended) - len(lost)
+    return Check(len(accepted), len(ended), waiting, len(lost), len(doubled))
+
+
+def _is_missing(state: str | None, in_queues: int) -> bool:
+    return state is None or (state == JobState.QUEUED and not in_queues)
 
 
 def _has_ended(state: str | None) -> bool:

@@ -179,7 +179,7 @@ class Recovery:
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.zcard(redis_keys.index(JobState.QUEUED))
             for key in queues:
-                pipe.llen(key)  # type: ignore[arg-type]  # a key may be bytes
+                pipe.llen(key)
             queued, *lengths = pipe.execute()
         return bool(queued == sum(lengths))
 

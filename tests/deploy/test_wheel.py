@@ -43,6 +43,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
     assert packed - expected == set()
 
 
+@pytest.mark.slow
 def test_it_makes_a_video_away_from_the_repository(
     programs: Path, redis_url: str, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_it_makes_a_video_away_from_the_repository(
     assert hashlib.sha256(video).hexdigest() == job["video"]["sha256"]
 
 
+@pytest.mark.slow
 def test_the_toolkit_is_installed_as_a_program(programs: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [programs / "wan-quant", "codes", "--help"],
