@@ -79,7 +79,8 @@ class TracingSettings(BaseSettings):
         if missing:
             raise ValueError(
                 f"OTEL_TRACES_EXPORTER or an endpoint asks for traces, and {missing[0]} is not "
-                f"installed; run `pip install 'wan-hif8[tracing]'`, or set OTEL_SDK_DISABLED=true"
+                f"installed; install the extra `tracing` (docs/operations.md#traces), or set "
+                f"OTEL_SDK_DISABLED=true"
             )
         return self
 

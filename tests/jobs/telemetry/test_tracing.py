@@ -137,7 +137,7 @@ def test_a_missing_library_is_named_at_the_start(
     monkeypatch.delitem(sys.modules, "opentelemetry.sdk.trace", raising=False)
     monkeypatch.setenv("ARTIFACTS_URL", "file:///videos")
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
-    with pytest.raises(ValidationError, match="pip install 'wan-hif8") as refused:
+    with pytest.raises(ValidationError, match="install the extra `tracing`") as refused:
         kind()
     (error,) = refused.value.errors()
     assert "opentelemetry.sdk.trace is not installed" in error["msg"]
