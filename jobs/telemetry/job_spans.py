@@ -14,7 +14,7 @@ id of its trace from its own id.
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,14 +24,12 @@ from jobs.telemetry.tracing import Attributes, Chosen, Kind, Span, TraceContext
 SYSTEM: Final = "rq"
 
 
-@contextmanager
-def sending(queue: str, jobs: int) -> Iterator[Span]:
+def sending(queue: str, jobs: int) -> AbstractContextManager[Span]:
     """Make the block, which queues so many jobs, a span."""
     attributes: dict[str, str | int | float | bool] = _messaging(queue, "send")
     if jobs > 1:
         attributes["messaging.batch.message_count"] = jobs
-    with tracing.span(f"send {queue}", attributes, kind=Kind.PRODUCER) as span:
-        yield span
+    return tracing.span(f"send {queue}", attributes, kind=Kind.PRODUCER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +107,9 @@ def lost(traced: TracedAttempt, begun_ns: int, details: Attributes) -> None:
     span.end()
 
 
-@contextmanager
 def webhook_call(
     job_id: str, context: TraceContext | None, host: str, tries_before: int
-) -> Iterator[Span]:
+) -> AbstractContextManager[Span]:
     """Make the block, which calls a webhook once, a span; of its URL it tells the host only."""
     attributes: dict[str, str | int | float | bool] = {
         "http.request.method": "POST",
@@ -120,10 +117,7 @@ def webhook_call(
         "server.address": host,
         "wan.job": job_id,
     }
-    with tracing.span(
-        "POST webhook", attributes, kind=Kind.CLIENT, parent=context or _NO_PARENT
-    ) as span:
-        yield span
+    return tracing.span("POST webhook", attributes, kind=Kind.CLIENT, parent=context or _NO_PARENT)
 
 
 def _messaging(queue: str, operation: str) -> dict[str, str | int | float | bool]:

@@ -11,7 +11,7 @@ No span holds a prompt, a key, or the text of an error, which may quote one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -183,7 +183,6 @@ def begin(
         )
 
 
-@contextmanager
 def span(
     name: str,
     attributes: Attributes = NO_ATTRIBUTES,
@@ -191,7 +190,7 @@ def span(
     kind: Kind = Kind.INTERNAL,
     parent: TraceContext | None = None,
     stops: tuple[type[Exception], ...] = (),
-) -> Iterator[Span]:
+) -> AbstractContextManager[Span]:
     """Make the block a span, and the current one meanwhile.
 
     Args:
@@ -199,9 +198,12 @@ def span(
         stops: exceptions that end the block and are no failures.
     """
     if _Process.pipeline is None:
-        yield OFF
-        return
-    made = begin(name, attributes, kind=kind, parent=parent)
+        return nullcontext(OFF)
+    return _running(begin(name, attributes, kind=kind, parent=parent), stops)
+
+
+@contextmanager
+def _running(made: Span, stops: tuple[type[Exception], ...]) -> Iterator[Span]:
     try:
         with made.current():
             yield made

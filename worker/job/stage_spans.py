@@ -8,7 +8,7 @@ Decoding is inside encoding, which takes its frames as they come.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from jobs.errors import GenerationCancelled, StaleAttempt
@@ -78,8 +78,6 @@ def stage_spans() -> Iterator[StageSpans | None]:
     spans.end()
 
 
-@contextmanager
-def stage_span(name: str) -> Iterator[Span]:
+def stage_span(name: str) -> AbstractContextManager[Span]:
     """Make the block a span of the attempt."""
-    with tracing.span(name, stops=STOPS) as span:
-        yield span
+    return tracing.span(name, stops=STOPS)
