@@ -55,10 +55,11 @@ class Seen:
 
 @dataclass
 class Collector:
-    """What was received; `status` is what it answers."""
+    """What was received; `status` is what it answers, and `asked` how often it was asked."""
 
     url: str = ""
     status: int = 200
+    asked: int = 0
     spans: list[Seen] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
 
@@ -109,6 +110,7 @@ def collector(port: int = 0) -> Iterator[Collector]:
             self.send_response(found.status)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            found.asked += 1
 
         def log_message(self, *_: object) -> None:
             pass

@@ -242,27 +242,40 @@ def test_a_query_is_not_sent(spans: Collector) -> None:
     assert spans.spans[0].attributes == {"url.query": "REDACTED"}
 
 
-def test_a_collector_that_is_away_costs_one_line(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, unused_port: int
-) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+def test_a_collector_that_takes_nothing_costs_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    tracing.start(settings(f"http://127.0.0.1:{unused_port}"), "tests")
     lines = lambda: [each.getMessage() for each in caplog.records]  # noqa: E731
-    for _ in range(2):
-        with tracing.span("lost"):
-            pass
-        wait_until(lambda: len(lines()) > 0, 20)
-        time.sleep(0.3)
-    assert len(lines()) == 1
-    assert lines()[0].startswith("Traces cannot be sent, and are dropped until they can: ")
-    with collector(unused_port) as found:
+    with collector() as found:
+        found.status = 400
+        tracing.start(settings(found.url), "tests")
+        for number in range(3):
+            with tracing.span("lost"):
+                pass
+            wait_until(lambda asked=number: found.asked > asked)
+        found.status = 200
         with tracing.span("kept"):
             pass
         found.wait_for("kept")
         tracing.stop()
-    assert len(lines()) == 2
-    assert "traces are sent again" in lines()[1]
+    refused, again = lines()
+    assert refused.startswith("Traces cannot be sent, and are dropped until they can: ")
+    assert "400" in refused
+    assert again == "traces are sent again; 3 spans were dropped"
+    assert not found.named("lost")
+
+
+def test_a_collector_that_is_away_is_named_by_its_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, unused_port: int
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3")
+    tracing.start(settings(f"http://127.0.0.1:{unused_port}"), "tests")
+    with tracing.span("lost"):
+        pass
+    wait_until(lambda: bool(caplog.records), 20)
+    (line,) = (each.getMessage() for each in caplog.records)
+    assert "Connection refused" in line
+    assert "retrying" not in line
+    tracing.stop()
 
 
 def test_the_end_does_not_wait_for_a_collector_that_is_away(
