@@ -31,6 +31,12 @@ def dump(redis: Redis) -> dict[str, Any]:
     return found
 
 
+def as_text(commit: str, keys: Mapping[str, Any]) -> str:
+    """Return a dump and the commit that wrote it as JSON, with a line for each key."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(keys[name])}" for name in sorted(keys))
+    return f'{{"commit": {json.dumps(commit)}, "keys": {{\n{lines}\n}}}}\n'
+
+
 def restore(redis: Redis, keys: Mapping[str, Any]) -> None:
     """Write the keys of a `dump`; those that expired by then do not expire."""
     client: Any = redis

@@ -32,7 +32,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.report import ROOT, Row
-from benchmarks.serving.redis_dump import dump
+from benchmarks.serving.redis_dump import as_text, dump
 from deploy.local.cluster import Cluster
 from deploy.local.ports import find_free_port
 from deploy.local.waiting import wait_until
@@ -64,11 +64,7 @@ def main(
         with Upgrade(Path(folder) / "run", older) as upgrade:
             upgrade.write()
             if dump_to is not None:
-                dump_to.write_text(
-                    json.dumps({"commit": commit, "keys": dump(upgrade.cluster.redis)}, indent=1)
-                    + "\n",
-                    encoding="utf-8",
-                )
+                dump_to.write_text(as_text(commit, dump(upgrade.cluster.redis)), encoding="utf-8")
                 return
             rows = list(report.log_rows(upgrade.rows()))
     document = report.result("upgrade", "cpu", {"from": commit}, rows)
