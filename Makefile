@@ -24,7 +24,7 @@ FILM   ?= var/comparison.mp4
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test test-all test-npu test-ray lint fuzz fix bench screenshots film
+.PHONY: help install demo generate test test-all test-npu test-ray lint fuzz fix bench check-wheel screenshots film
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -82,6 +82,9 @@ fix: $(VENV)/.dev ## let ruff repair and format
 
 bench: $(VENV)/.demo ## seconds per stage of a job, bf16 beside w8a8
 	@$(BIN)/python -m benchmarks.serving.job_latency
+
+check-wheel: $(VENV)/.dev ## build the wheel, install it into an empty environment, make a video there
+	@$(BIN)/python -m tests.deploy.wheel_install
 
 screenshots: $(VENV)/.dev $(VENV)/.chromium ## every page and state in light and dark, on a desktop and a phone  [FOLDER=]
 	@$(BIN)/python -m tests.pages.pictures.screenshots "$(FOLDER)"

@@ -29,8 +29,8 @@ from rq import Queue
 
 from jobs import redis_keys
 from jobs.geometry import is_frame_count
-from jobs.logs import warn_once
 from jobs.redis_client import server_time_s
+from jobs.telemetry.logs import warn_once
 
 logger = logging.getLogger(__name__)
 

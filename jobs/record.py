@@ -24,6 +24,7 @@ from jobs import durations, redis_keys
 from jobs.errors import RecordUnreadable
 from jobs.spec import GenerationRequest
 from jobs.state import JobState
+from jobs.telemetry.tracing import TraceContext
 
 
 class Stage(StrEnum):
@@ -131,6 +132,7 @@ class JobRecord(_Part):
         lost: how many of these attempts were lost with their worker.
         preview: the number of the running attempt's newest preview; None while there is none.
         video_deleted_at: when the video was deleted by retention; `video` still describes it.
+        traceparent, tracestate: the span that created the job, for a service that traces.
     """
 
     id: str
@@ -156,6 +158,15 @@ class JobRecord(_Part):
     video: Video | None = None
     video_deleted_at: AwareDatetime | None = None
     timings: StageTimings | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+
+    @property
+    def trace(self) -> TraceContext | None:
+        """The span that created the job, to continue its trace."""
+        if self.traceparent is None:
+            return None
+        return TraceContext(self.traceparent, self.tracestate or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +218,10 @@ def encode_new(record: JobRecord) -> dict[str, str]:
         fields["metadata"] = json.dumps(record.metadata)
     if record.group is not None:
         fields["group"] = record.group
+    if record.traceparent is not None:
+        fields["traceparent"] = record.traceparent
+    if record.tracestate:
+        fields["tracestate"] = record.tracestate
     return fields
 
 

@@ -13,7 +13,13 @@ sys.modules["torch_npu"] = None  # type: ignore[assignment]
 
 from quant.cli import app  # noqa: E402
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Run the toolkit's command line."""
     # Exit by an exception, as with Ctrl-C, so that half-written files are removed.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     app(prog_name="python -m quant")
+
+
+if __name__ == "__main__":
+    run()

@@ -18,6 +18,7 @@ from jobs.redis_client import connect
 from jobs.store.job_store import JobStore
 from jobs.store.queue_positions import QueuePositions
 from jobs.store.webhook_outbox import Outbox
+from jobs.telemetry import tracing
 from service.api import openapi
 from service.api.deps import AppState
 from service.api.downloads import Downloads
@@ -63,7 +64,9 @@ from service.middleware.security_headers import SecurityHeaders
 from service.monitoring.access import MetricsAccess
 from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
+from service.monitoring.fleet_details import WaitingShapes
 from service.monitoring.readiness import Readiness
+from service.monitoring.tracing import telemetry
 from service.pages import api_docs, page_routes, static_files
 from service.schemas.keys import KeyBody, KeyChangesBody, RotateBody
 from service.schemas.rating import JoinBody, RaterBody, SkipBody, VoteBody
@@ -127,6 +130,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         lifespan=_lifespan,
         docs_url=None,  # `service/pages/api_docs.py` serves it
         redoc_url=None,
+        telemetry=telemetry(),
     )
     _add_middleware(app, settings)
     app.add_middleware(RequestLog, metrics=app_state.exposition.http)
@@ -177,6 +181,7 @@ def _app_state(settings: ServiceSettings) -> AppState:
         metrics_access=MetricsAccess(gate),
         link_signer=LinkSigner(redis, settings.url_secret, settings.url_ttl_s),
         raters=raters,
+        waiting_shapes=WaitingShapes(),
         desk=RatingDesk(redis),
         reports=Reports(redis),
     )
@@ -205,6 +210,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # In a thread: this waits for rounds under way.
     await run_in_threadpool(scheduler.stop)
     app_state.redis.close()
+    # Here, because uvicorn may end the process by the signal that it got.
+    await run_in_threadpool(tracing.stop)
 
 
 def _add_middleware(app: FastAPI, settings: ServiceSettings) -> None:

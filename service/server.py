@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from jobs.errors import ArtifactRefused
 from jobs.redis_client import BRIEF, connect
+from jobs.telemetry import tracing
 from service.api.events.hub import EventHub
 from service.app import create_app
 from service.auth.api_keys import KeyStore
@@ -45,6 +46,7 @@ def start() -> None:
     """Run the service until it gets a signal to end."""
     try:
         settings = ServiceSettings()
+        tracing.start(settings, "wan-service")
         app = create_app(settings)
     except ValidationError as error:
         sys.exit(describe_errors(error))

@@ -53,6 +53,8 @@
 - `ARTIFACTS_URL`: where finished videos are, the same for service and workers: `file:///folder`, or
   `s3://bucket/prefix?endpoint=https://host:port&region=name` with credentials in AWS_ACCESS_KEY_ID
   and AWS_SECRET_ACCESS_KEY. Required.
+- `OTEL_TRACES_EXPORTER`, `OTEL_EXPORTER_OTLP_ENDPOINT` and other settings of traces: see
+  `jobs/telemetry/settings.py`.
 
 An empty variable counts as absent, as it does for the worker.
 """
@@ -67,10 +69,11 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from jobs.logs import LogFormat
 from jobs.redis_client import parse_address
 from jobs.redis_keys import RECORD_TTL_S
 from jobs.store.durability import LONGEST_WAIT_MS, Durability
+from jobs.telemetry.logs import LogFormat
+from jobs.telemetry.settings import TracingSettings
 from service.auth.key_memory import KeyMemory, KeyPolicy
 from service.auth.rate_limit import check_rate
 from service.schemas.expiry import RetentionPeriods
@@ -99,7 +102,7 @@ class RedisSettings(BaseSettings):
         return url
 
 
-class ServiceSettings(WebhookSettings, RedisSettings):
+class ServiceSettings(WebhookSettings, RedisSettings, TracingSettings):
     """All settings. Fields have the code's names; aliases are the environment variables."""
 
     host: str = Field(default="127.0.0.1", validation_alias="SERVICE_HOST")

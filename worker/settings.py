@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
-from jobs.logs import LogFormat
+from jobs.telemetry.logs import LogFormat
+from jobs.telemetry.settings import TracingSettings
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 DrainChoice = Literal["finish", "requeue"]
@@ -29,7 +30,7 @@ class StallLimits:
     first_step_s: float = 600.0
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(TracingSettings):
     """The settings of a worker. The aliases are the environment variables."""
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, populate_by_name=True)

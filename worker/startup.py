@@ -31,6 +31,7 @@ from jobs.artifacts.known_store import KnownArtifactStore, open_known_artifacts
 from jobs.errors import AppError
 from jobs.redis_client import connect
 from jobs.store.durability import read_risks
+from jobs.telemetry import tracing
 from quant import QuantError
 from worker.config import WorkerConfig, load_config
 from worker.consumer.serve import ServeContext, serve
@@ -77,8 +78,12 @@ def main(
                 ids.worker_id = f"rank-{settings.rank}"
                 status = start_follower(settings, config, opened)
             else:
+                # Followers make no spans: the leader has the job.
+                tracing.start(settings, "wan-worker")
+                opened.callback(tracing.stop)
                 context = start(settings, config, opened)
                 status = serve(context, settings, ids)
+            tracing.stop()
             if status:
                 logger.critical("the process ends with status %d, to be started afresh", status)
                 logging.shutdown()

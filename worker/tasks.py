@@ -13,6 +13,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Final, TypeVar
 
+from jobs import durations
 from jobs.errors import (
     ArtifactsUnavailable,
     JobAlreadyFinished,
@@ -20,9 +21,14 @@ from jobs.errors import (
     JobNotFound,
     RecordUnreadable,
     StaleAttempt,
+    WorkerLost,
+    WorkerUnfit,
 )
 from jobs.record import Attempt, Failure, JobRecord
 from jobs.store.job_store import new_token
+from jobs.telemetry import job_spans
+from jobs.telemetry.job_spans import TracedAttempt
+from jobs.telemetry.tracing import Span
 from worker.job.attempt import Cancelled, Outcome, Released, Unfit, run_attempt
 from worker.job.context import JobContext
 from worker.job.generation import Success, record_durations
@@ -78,7 +84,41 @@ def _run(context: JobContext, attempt: Attempt, lease: LeaseKeeper) -> None:
         failure = Failure(code=error.code, detail=error.detail)
         _retry(context, lambda: context.store.fail(attempt, failure))
         return
-    _write(context, attempt, record, run_attempt(context, attempt, record, lease))
+    with job_spans.attempt(_traced(context, attempt, record)) as span:
+        outcome = run_attempt(context, attempt, record, lease)
+        _describe(outcome, span)
+        _write(context, attempt, record, outcome)
+
+
+def _traced(context: JobContext, attempt: Attempt, record: JobRecord) -> TracedAttempt:
+    return TracedAttempt(
+        job_id=attempt.job_id,
+        number=attempt.number,
+        queue=record.queue,
+        worker=context.worker,
+        shape=durations.shape(record.request),
+        context=record.trace,
+    )
+
+
+def _describe(outcome: Outcome, span: Span) -> None:
+    """Say on the span of an attempt how it ended."""
+    match outcome:
+        case Success():
+            name, code = "succeeded", None
+        case Failure():
+            name, code = "failed", outcome.code
+        case Cancelled():
+            name, code = "cancelled", None
+        case Released():
+            name, code = "released", None
+        case Unfit():
+            name, code = "unfit", WorkerUnfit.code
+        case _:
+            name, code = "device_lost", WorkerLost.code
+    span.set({"wan.outcome": name})
+    if code is not None:
+        span.fail(code)
 
 
 def _retry(context: JobContext, call: Callable[[], T], timeout_s: float | None = None) -> T:

@@ -10,6 +10,7 @@ from contextlib import closing
 
 from jobs.artifacts.known_store import open_known_artifacts
 from jobs.redis_client import connect
+from jobs.telemetry import tracing
 from worker.consumer.serve import ServeContext, serve
 from worker.engine.fake_engine import FakeEngine
 from worker.process.logs import configure_logging
@@ -21,11 +22,13 @@ def main() -> None:
     step_s = float(sys.argv[1])
     settings = WorkerSettings()
     ids = configure_logging(settings.log_format)
+    tracing.start(settings, "wan-worker")
     engine = FakeEngine(lambda _: time.sleep(step_s))
     with closing(connect(settings.redis_url.get_secret_value())) as redis:
         artifacts = open_known_artifacts(settings.artifacts_url, redis)
         artifacts.probe()
         status = serve(ServeContext(engine, redis, artifacts), settings, ids)
+    tracing.stop()
     sys.exit(status)
 
 

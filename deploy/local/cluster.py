@@ -70,6 +70,7 @@ class Cluster:
             | dict(environment or {})
         )
         self._own_environments = own_environments or {}
+        self._trees: dict[str, Path] = {}
         self._commands: dict[str, Sequence[str]] = {
             "valkey": valkey.server_command(folder / "valkey", self.valkey_port)
         }
@@ -137,6 +138,10 @@ class Cluster:
     def add_options(self, name: str, *options: str) -> None:
         """Add options to the command of a process, from its next start on."""
         self._commands[name] = [*self._commands[name], *options]
+
+    def set_tree(self, name: str, tree: Path) -> None:
+        """Let a process run the code in this folder and not this one, from its next start on."""
+        self._trees[name] = tree
 
     def pause_restarts(self, *names: str) -> None:
         """Do not restart these processes until `resume_restarts`."""
@@ -256,7 +261,7 @@ class Cluster:
             name,
             self._commands[name],
             log=self.folder / "logs" / f"{name}.log",
-            cwd=ROOT,
+            cwd=self._trees.get(name, ROOT),
             env=self.environment | own,
         )
 

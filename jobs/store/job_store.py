@@ -31,6 +31,7 @@ from jobs.store import recovery, rq_entry, scripts
 from jobs.store.durability import Durability
 from jobs.store.listing import JobPage, Listing, Wanted
 from jobs.store.submission import Idempotency, Submission, conflict
+from jobs.telemetry import job_spans, tracing
 
 LEASE_S: Final = redis_keys.LEASE_S
 
@@ -96,21 +97,24 @@ class JobStore:
     def _create_or_find(
         self, requests: Sequence[GenerationRequest], queue: str, submission: Submission
     ) -> Created:
-        jobs = self._new_jobs(requests, queue, submission)
-        key = submission.idempotency
-        answer, detail, position = self._create(
-            len(jobs),
-            record.now().isoformat(),
-            submission.owner,
-            int(submission.priority),
-            queue,
-            "" if submission.queue_limit is None else submission.queue_limit,
-            "" if submission.owner_limit is None else submission.owner_limit,
-            "" if key is None else redis_keys.idempotency(submission.owner, key.key),
-            "" if key is None else key.body_sha256,
-            ids.id_prefix(jobs[0].created_at.timestamp() - redis_keys.RECORD_TTL_S),
-            *(text for job in jobs for text in _hashes(job)),
-        )
+        with job_spans.sending(queue, len(requests)) as span:
+            jobs = self._new_jobs(requests, queue, submission)
+            key = submission.idempotency
+            answer, detail, position = self._create(
+                len(jobs),
+                record.now().isoformat(),
+                submission.owner,
+                int(submission.priority),
+                queue,
+                "" if submission.queue_limit is None else submission.queue_limit,
+                "" if submission.owner_limit is None else submission.owner_limit,
+                "" if key is None else redis_keys.idempotency(submission.owner, key.key),
+                "" if key is None else key.body_sha256,
+                ids.id_prefix(jobs[0].created_at.timestamp() - redis_keys.RECORD_TTL_S),
+                *(text for job in jobs for text in rq_entry.both_hashes(job)),
+            )
+            made = {"messaging.message.id": jobs[0].id} if answer == b"created" else {}
+            span.set({"wan.outcome": answer.decode(), **made})
         match answer:
             case b"created":
                 self._durability.confirm(self._redis, jobs[0].id)
@@ -130,6 +134,7 @@ class JobStore:
     ) -> tuple[JobRecord, ...]:
         """Make the records of new jobs, in the order of the requests and of their ids."""
         made = sorted(ids.new_id() for _ in requests)
+        trace = tracing.current_fields()
         return tuple(
             JobRecord(
                 id=job_id,
@@ -143,6 +148,7 @@ class JobStore:
                 group=made[0][0] if submission.is_group else None,
                 deadline_s=timeout_s(request, self._durations.of(request)),
                 created_at=created_at,
+                **trace,
             )
             for request, (job_id, created_at) in zip(requests, made, strict=True)
         )
@@ -376,13 +382,6 @@ class JobStore:
 def new_token() -> str:
     """Make a token, which proves that an attempt owns its job."""
     return secrets.token_hex(16)
-
-
-def _hashes(job: JobRecord) -> list[str | bytes]:
-    """Return the id of a new job, and the fields of its record and of RQ's, with their numbers."""
-    fields = [text for field in record.encode_new(job).items() for text in field]
-    rq_fields = rq_entry.rq_fields(job.id, job.queue, job.deadline_s)
-    return [job.id, str(len(fields)), *fields, str(len(rq_fields)), *rq_fields]
 
 
 def _id_and_now(job_id: str) -> tuple[str, str]:

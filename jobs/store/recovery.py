@@ -7,8 +7,10 @@ service process looks for such jobs every few seconds. The scripts decide atomic
 of processes may do so at the same time.
 """
 
+import json
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, cast
 
 from redis import Redis
@@ -22,6 +24,9 @@ from jobs.redis_client import is_transient
 from jobs.state import JobState
 from jobs.store import rq_entry, scripts
 from jobs.store.rq_entry import RqFields
+from jobs.telemetry import job_spans
+from jobs.telemetry.job_spans import TracedAttempt
+from jobs.telemetry.tracing import Attributes, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,10 @@ MISSING_S: Final = 6.0
 A worker needs some milliseconds to claim what it took. A worker that was stopped for longer finds
 the job held by another one, and leaves it.
 """
+
+SCAN_EVERY_S: Final = 60.0
+"""How often a process compares all queued jobs with the queues, though there are as many of the one
+as of the other. With 10,000 jobs that takes a tenth of a second of its time."""
 
 GAP_S: Final = 9.0
 """If no process has looked for this long, Redis was unreachable, also for the holders of leases."""
@@ -64,12 +73,14 @@ class Recovery:
     skipped.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, scan_every_s: float = SCAN_EVERY_S) -> None:
         self._redis = redis
         self._look = scripts.load(redis, "look")
         self._put_back = scripts.load(redis, "put_back")
         self._redeliver = scripts.load(redis, "redeliver")
         self._unrecoverable: set[str] = set()
+        self._scan_every_s = scan_every_s
+        self._scan_at = -float("inf")
 
     def run(self) -> dict[str, str]:
         """Look once; return the new state of each job that was put back or ended, by its id."""
@@ -102,7 +113,7 @@ class Recovery:
             new_states[job_id] = state
 
     def _end_attempt(self, job_id: str, rq_fields: RqFields) -> str | None:
-        worker = cast("bytes | None", self._redis.hget(redis_keys.record(job_id), "worker")) or b"?"
+        lost = self._attempt_of(job_id)
         answer: bytes = self._put_back(
             job_id, record.now().isoformat(), "", *lost_attempt_args(), *rq_fields
         )
@@ -112,10 +123,17 @@ class Recovery:
         logger.warning(
             "job %s was abandoned by %s and is now %s",
             job_id,
-            worker.decode(errors="replace"),
+            lost.get("worker", "?"),
             state,
         )
+        _send_span(job_id, lost)
         return state
+
+    def _attempt_of(self, job_id: str) -> dict[str, str]:
+        """Read what the record says of the running attempt; its end removes most of it."""
+        values = self._redis.hmget(redis_keys.record(job_id), _OF_ATTEMPT)
+        known = zip(_OF_ATTEMPT, cast("list[bytes | None]", values), strict=True)
+        return {name: text.decode(errors="replace") for name, text in known if text is not None}
 
     def _redeliver_missing(self, job_id: str, rq_fields: RqFields) -> str | None:
         if not self._redeliver(job_id, int(MISSING_S * 1000), *rq_fields):
@@ -134,7 +152,14 @@ class Recovery:
         return [name for name, ms in leases.items() if ms is not None and _has_passed(ms, clock_ms)]
 
     def _missing(self) -> Iterable[str]:
-        """Find the queued jobs that are in no queue at this moment."""
+        """Find the queued jobs that are in no queue at this moment.
+
+        As many ids in the queues as jobs that are queued mean that there is none, but for an id
+        that is in a queue by mistake and hides one; so now and then all are looked at.
+        """
+        if time.monotonic() < self._scan_at and self._counts_agree():
+            return []
+        self._scan_at = time.monotonic() + self._scan_every_s
         waiting = self._fields(self._ids(JobState.QUEUED), "queue")
         in_queues: set[str] = set()
         for queue in {
@@ -147,6 +172,16 @@ class Recovery:
         return [
             name for name, queue in waiting.items() if queue is not None and name not in in_queues
         ]
+
+    def _counts_agree(self) -> bool:
+        """Return whether as many jobs are queued as the queues have ids."""
+        queues = cast("set[bytes]", self._redis.smembers(Queue.redis_queues_keys))
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.zcard(redis_keys.index(JobState.QUEUED))
+            for key in queues:
+                pipe.llen(key)
+            queued, *lengths = pipe.execute()
+        return bool(queued == sum(lengths))
 
     def _fields(self, job_ids: list[str], field: str) -> dict[str, bytes | None]:
         """Read one field of many records, in one round trip."""
@@ -167,6 +202,39 @@ def _has_passed(lease_ms: bytes, clock_ms: int) -> bool:
     would have renewed it.
     """
     return not lease_ms.isdigit() or not 0 < int(lease_ms) - clock_ms <= redis_keys.LEASE_S * 1000
+
+
+_OF_ATTEMPT: Final = [
+    *("worker", "attempts", "started_ms", "progress"),
+    *("queue", "shape", "traceparent", "tracestate"),
+]
+
+
+def _send_span(job_id: str, lost: Mapping[str, str]) -> None:
+    """Send the span of an attempt that was lost, which its worker cannot do."""
+    number, started_ms = lost.get("attempts", ""), lost.get("started_ms", "")
+    if not (number.isdigit() and started_ms.isdigit()):
+        return
+    traceparent = lost.get("traceparent")
+    context = traceparent and TraceContext(traceparent, lost.get("tracestate", ""))
+    traced = TracedAttempt(
+        job_id=job_id,
+        number=int(number),
+        queue=lost.get("queue", "?"),
+        worker=lost.get("worker", "?"),
+        shape=lost.get("shape", "?"),
+        context=context or None,
+    )
+    job_spans.lost(traced, int(started_ms) * 1_000_000, _progress(lost.get("progress")))
+
+
+def _progress(written: str | None) -> Attributes:
+    """Return how far an attempt had come, as attributes of its span."""
+    try:
+        progress = json.loads(written or "{}")
+        return {f"wan.last_{name}": progress[name] for name in ("stage", "step", "steps")}
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 AttemptArgs = tuple[str, int, str, str]

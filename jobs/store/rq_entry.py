@@ -14,7 +14,8 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat
 
-from jobs import redis_keys
+from jobs import record, redis_keys
+from jobs.record import JobRecord
 
 TASK = "worker.tasks.generate"
 """The function that RQ calls; queued jobs contain this name, so it must not change."""
@@ -23,6 +24,13 @@ UNKNOWN_DEADLINE_S: Final = 3600
 """Used if a record's deadline cannot be read. RQ requires a timeout, but it ends no job here."""
 
 RqFields = list[str | bytes]
+
+
+def both_hashes(job: JobRecord) -> RqFields:
+    """Return the id of a new job, and the fields of its record and of RQ's, with their numbers."""
+    fields = [text for field in record.encode_new(job).items() for text in field]
+    of_rq = rq_fields(job.id, job.queue, job.deadline_s)
+    return [job.id, str(len(fields)), *fields, str(len(of_rq)), *of_rq]
 
 
 def rq_fields(job_id: str, queue: str, deadline_s: int) -> RqFields:

@@ -34,6 +34,7 @@ from service.middleware.credentials import sent_credential, sent_key
 from service.monitoring.access import MetricsAccess
 from service.monitoring.checks import Checks
 from service.monitoring.exposition import Exposition
+from service.monitoring.fleet_details import WaitingShapes
 from service.monitoring.readiness import Readiness
 from service.schemas.jobs import JobViews
 from service.schemas.video_url import LinkSigner, VideoFile, VideoLinks, video_path
@@ -63,6 +64,7 @@ class AppState:
     metrics_access: MetricsAccess
     link_signer: LinkSigner
     raters: RaterStore
+    waiting_shapes: WaitingShapes
     desk: RatingDesk
     reports: Reports
 

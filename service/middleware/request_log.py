@@ -1,8 +1,8 @@
 """Log requests, and add the ids of the request and its job to every line of the log.
 
-The lines have the format of `jobs/logs.py`. A path is logged without its query, because anybody who
-reads a signed link in the log could open the video. Bodies, which hold the prompts, are not logged
-at all.
+The lines have the format of `jobs/telemetry/logs.py`. A path is logged without its query, because
+anybody who reads a signed link in the log could open the video. Bodies, which hold the prompts, are
+not logged at all.
 """
 
 import logging
@@ -17,9 +17,9 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs import logs
 from jobs.ids import is_id
-from jobs.logs import LogFormat
+from jobs.telemetry import logs, tracing
+from jobs.telemetry.logs import LogFormat
 from jobs.violations import shown
 from service.middleware.log_throttle import throttle_noisy_loggers
 from service.monitoring.http_metrics import HttpMetrics
@@ -110,9 +110,10 @@ def configure_logging(log_format: LogFormat) -> None:
 def _ids() -> dict[str, str]:
     facts = _CURRENT.get()
     if facts is None:
-        return {}
+        return tracing.log_ids()
     job_id = facts.job_id()
-    return {"request_id": facts.id} | ({} if job_id is None else {"job_id": job_id})
+    ids = {"request_id": facts.id} | ({} if job_id is None else {"job_id": job_id})
+    return ids | tracing.log_ids()
 
 
 CALLER_LEFT: Final = 499

@@ -21,6 +21,8 @@ from jobs.errors import JobNotFound, RecordUnreadable
 from jobs.record import JobRecord
 from jobs.store.job_store import JobStore
 from jobs.store.webhook_outbox import Lease, Outbox, Outcome, WebhookStatus
+from jobs.telemetry import job_spans, tracing
+from jobs.telemetry.tracing import TraceContext
 from service.schemas.jobs import JobView
 from service.webhooks.message import Signer, WebhookMessage
 from service.webhooks.sender import Answer, Sender
@@ -93,6 +95,7 @@ class _Call:
     target: Target
     body: bytes
     tries_before: int
+    trace: TraceContext | None
 
 
 class Deliveries:
@@ -141,7 +144,7 @@ class Deliveries:
             return None
         target = context.rules.target(job.webhook_url)
         message = WebhookMessage.about(context.make_view(job, status))
-        return _Call(target, message.model_dump_json().encode(), status.tries)
+        return _Call(target, message.model_dump_json().encode(), status.tries, job.trace)
 
     async def _send(self, lease: Lease, call: _Call) -> None:
         host = call.target.host
@@ -150,11 +153,25 @@ class Deliveries:
             return
         self._under_way[host] += 1
         try:
-            headers = self._context.signer.headers(lease.job_id, call.body)
-            answer = await self._context.sender.post(call.target, headers, call.body)
+            answer = await self._post(lease, call)
         finally:
             self._under_way[host] -= 1
         await self._settle(lease, self._context.schedule.outcome(answer, call.tries_before))
+
+    async def _post(self, lease: Lease, call: _Call) -> Answer:
+        host, tries = call.target.host, call.tries_before
+        with job_spans.webhook_call(lease.job_id, call.trace, host, tries) as span:
+            headers = dict(self._context.signer.headers(lease.job_id, call.body))
+            # The receiver may go on with the trace.
+            headers |= tracing.current_fields()
+            answer = await self._context.sender.post(call.target, headers, call.body)
+            if answer.status is None:
+                span.fail("no_answer")
+            else:
+                span.set({"http.response.status_code": answer.status})
+                if answer.status >= 300:
+                    span.fail(str(answer.status))
+        return answer
 
     async def _postpone(self, lease: Lease, seconds: float) -> None:
         await asyncio.to_thread(self._context.outbox.postpone, lease, seconds)

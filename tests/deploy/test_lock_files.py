@@ -9,7 +9,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = {"service": (), "worker": ("worker", "cuda")}
+EXTRAS = {"service": (), "worker": ("worker", "cuda"), "tracing": ("tracing",)}
+BESIDE = {"tracing"}
+"""Files that are installed together with another, which has what the project itself needs."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -32,7 +34,7 @@ def test_every_version_is_the_tested_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXTRAS)
 def test_everything_that_is_needed_is_locked(name: str) -> None:
-    needed = list(PROJECT["dependencies"])
+    needed = [] if name in BESIDE else list(PROJECT["dependencies"])
     for extra in EXTRAS[name]:
         needed += PROJECT["optional-dependencies"][extra]
     locked = pinned(ROOT / "requirements" / f"{name}.txt")

@@ -104,6 +104,7 @@ def test_help_lists_every_target(project: Path) -> None:
         "fuzz",
         "fix",
         "bench",
+        "check-wheel",
         "screenshots",
         "film",
     ]

@@ -19,6 +19,7 @@ from rq.job import Job
 
 from jobs.artifacts.known_store import open_known_artifacts
 from jobs.redis_client import connect
+from jobs.telemetry import tracing
 from worker.consumer import serve
 from worker.consumer.rq_worker import ResidentWorker
 from worker.engine.fake_engine import FakeEngine
@@ -63,11 +64,13 @@ def main() -> None:
 
     settings = WorkerSettings(artifacts_url=Path(artifacts).resolve().as_uri())
     ids = configure_logging(settings.log_format)
+    tracing.start(settings, "wan-worker")
     engine = FakeEngine(on_step)
     with closing(connect(redis_url)) as redis:
         store = open_known_artifacts(settings.artifacts_url, redis)
         store.probe()  # as at a real start, after which a job no longer waits for Redis
         status = serve.serve(serve.ServeContext(engine, redis, store), settings, ids)
+    tracing.stop()
     sys.exit(status)
 
 

@@ -25,6 +25,7 @@ from jobs.errors import (
 )
 from jobs.record import Attempt, Failure, JobRecord
 from jobs.store.live.previews import PreviewWriter
+from jobs.telemetry import tracing
 from worker.job.context import JobContext
 from worker.job.fitness import refused_by_system
 from worker.job.generation import Success, make_video
@@ -171,8 +172,14 @@ def _watchdog(context: JobContext, attempt: Attempt) -> Watchdog:
         with suppress(RedisError, StaleAttempt):
             state = context.store.give_up(attempt)
             logger.critical("the job was given up and is %s", state)
+            # This thread has the job's span, whose own thread hangs: nobody else would send it.
+            span = tracing.current_span()
+            span.set({"wan.outcome": "hung"})
+            span.fail("hung")
+            span.end()
         with suppress(RedisError):  # also if the job is no longer this attempt's
             catalog.withdraw(context.redis, context.worker)
+        tracing.stop()
 
     # The watchdog's thread has none of the job's context variables (its id in log lines).
     job_variables = contextvars.copy_context()

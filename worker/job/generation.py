@@ -32,6 +32,7 @@ from worker.job.context import JobContext
 from worker.job.mp4_encoder import VideoFormat, encode_mp4
 from worker.job.pictures import EncodedPictures, PictureCollector
 from worker.job.progress import JobClock, JobProgress, JobThreads
+from worker.job.stage_spans import stage_span, stage_spans
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ def make_video(
     request, stats = record.request, context.stats
     clock = JobClock(request, _read_durations(context, record), stats.step_times, context.limits)
     stop_sources = (context.drain, context.job)
-    control = JobProgress(threads, clock, stop_sources, record.deadline_s)
-    clip = context.engine.generate(request, control, record.owner)
-    stats.record_steps(request.mode, clock.step_seconds, clip.act_shares)
-    video, mp4_s = _encode_and_store(context, attempt, record, clip, control)
+    with stage_spans() as spans:
+        control = JobProgress(threads, clock, stop_sources, record.deadline_s, spans)
+        clip = context.engine.generate(request, control, record.owner)
+        stats.record_steps(request.mode, clock.step_seconds, clip.act_shares)
+        video, mp4_s = _encode_and_store(context, attempt, record, clip, control)
     timings = StageTimings(
         queue_s=queue_s,
         text_encoder_s=clip.seconds.text_encoder_s,
@@ -96,19 +98,23 @@ def _encode_and_store(
     target = VideoFormat(request.width, request.height, clip.num_frames, context.engine.model.fps)
     collector = PictureCollector(target)
     with tempfile.TemporaryDirectory(dir=context.scratch) as folder, closing(clip.frames):
-        encoded = encode_mp4(
-            collector.watch(_report_last_frame(clip.frames, control)),
-            Path(folder) / "video.mp4",
-            target,
-            title=f"{request.model} {request.mode} seed {request.seed}",
-            metadata=video_metadata(context.engine, record),
-            check=control.check,
-        )
-        pictures = collector.encode(Path(folder))
+        with stage_span("encode") as span:
+            encoded = encode_mp4(
+                collector.watch(_report_last_frame(clip.frames, control)),
+                Path(folder) / "video.mp4",
+                target,
+                title=f"{request.model} {request.mode} seed {request.seed}",
+                metadata=video_metadata(context.engine, record),
+                check=control.check,
+            )
+            pictures = collector.encode(Path(folder))
+            span.set({"wan.vae_s": clip.seconds.vae_s, "wan.encoder_waited_s": encoded.waited_s})
         control.progress(Stage.MP4, 1, 1)
         key = artifact_key(attempt.job_id, attempt.label)
-        context.artifacts.put(key, encoded.path, control.check)
-        thumbnail, spritesheet = _store_pictures(context, attempt, pictures, control)
+        with stage_span("upload") as span:
+            span.set({"wan.bytes": encoded.bytes})
+            context.artifacts.put(key, encoded.path, control.check)
+            thumbnail, spritesheet = _store_pictures(context, attempt, pictures, control)
     video = Video(
         key=key,
         bytes=encoded.bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from jobs import durations
 from jobs.durations import Durations
@@ -21,6 +21,9 @@ from worker.job.watchdog import Watchdog
 from worker.process.drain import CurrentJob, Drain
 from worker.process.stats import StepTimes
 from worker.settings import StallLimits
+
+if TYPE_CHECKING:
+    from worker.job.stage_spans import StageSpans
 
 STALL_MEDIANS: Final = 10
 """A step counts as hanging once it takes this many times the median."""
@@ -150,8 +153,9 @@ class JobProgress:
         clock: JobClock,
         stop_sources: tuple[Drain, CurrentJob],
         deadline_s: float,
+        spans: StageSpans | None = None,
     ) -> None:
-        """Report to the threads of one attempt.
+        """Report to the threads of one attempt, and to the spans of its stages.
 
         Args:
             stop_sources: what may ask the job to stop besides the lease.
@@ -161,6 +165,7 @@ class JobProgress:
         self._watchdog = threads.watchdog
         self._previews = threads.previews
         self._clock = clock
+        self._spans = spans
         self._drain, self._job = stop_sources
         self._deadline_s = deadline_s
         self._deadline = time.monotonic() + deadline_s
@@ -190,6 +195,8 @@ class JobProgress:
     def progress(self, stage: Stage, step: int, steps: int) -> None:
         """Record and publish how far the job is; raises what `check` raises."""
         self._clock.update(stage, step, steps)
+        if self._spans is not None:
+            self._spans.report(stage, step, steps)
         self._watchdog.set_limit(self._clock.allowed_silence_s())
         self.check()
         left_s = self._clock.seconds_left()

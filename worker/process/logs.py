@@ -1,4 +1,4 @@
-"""Configure the worker's log: lines as in `jobs/logs.py`, plus the ids of worker and job."""
+"""Configure the worker's log: lines as in `jobs/telemetry/logs.py`, with ids of worker and job."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 
 from redis.exceptions import RedisError
 
-from jobs import logs
-from jobs.logs import LogFormat
+from jobs.telemetry import logs, tracing
+from jobs.telemetry.logs import LogFormat
 from worker.interface import JOB_ID
 
 
@@ -19,7 +19,8 @@ class WorkerIds:
 
     def __call__(self) -> dict[str, str]:
         ids = {"worker_id": self.worker_id, "job_id": JOB_ID.get()}
-        return {name: text for name, text in ids.items() if text is not None}
+        found = {name: text for name, text in ids.items() if text is not None}
+        return found | tracing.log_ids()
 
 
 def configure_logging(log_format: LogFormat) -> WorkerIds:

@@ -73,7 +73,7 @@ async def read_metrics(request: Request, app_state: AppStateDep, _bearer: Bearer
 def read_fleet(principal: OpsDep, app_state: AppStateDep) -> FleetView:
     """Show the state of each live worker, and what waits in each queue, to ops."""
     fleet = snapshot(app_state.redis)
-    return FleetView.of(fleet, read_details(app_state.redis, fleet))
+    return FleetView.of(fleet, read_details(app_state.redis, fleet, app_state.waiting_shapes))
 
 
 _NO_WORKER = WorkerNotFound(
@@ -123,7 +123,10 @@ def _order(
         if worker.id == worker_id:
             job_id = worker.status and worker.status.job_id
             return WorkerStateView.of(
-                worker, read_details(app_state.redis, fleet).running.get(job_id or "")
+                worker,
+                read_details(app_state.redis, fleet, app_state.waiting_shapes).running.get(
+                    job_id or ""
+                ),
             )
     raise workers.not_found(worker_id)  # it ended meanwhile
 

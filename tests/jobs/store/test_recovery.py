@@ -201,6 +201,41 @@ def test_a_job_taken_and_never_claimed_is_delivered_again(
     assert (job.attempts, job.lost) == (0, 0)
 
 
+def commands(redis: Redis) -> int:
+    """Count the commands that Redis was sent, with those of pipelines."""
+    return sum(stats["calls"] for stats in redis.info("commandstats").values())
+
+
+def test_a_look_costs_the_same_however_many_jobs_wait(
+    redis: Redis, store: JobStore, recovery: Recovery, request_for_video: GenerationRequest
+) -> None:
+    store.create(request_for_video, QUEUE)
+    recovery.run()  # the first compares all jobs with the queues
+    costs = []
+    for more in (0, 50):
+        for _ in range(more):
+            store.create(request_for_video, QUEUE)
+        before = commands(redis)
+        recovery.run()
+        costs.append(commands(redis) - before)
+    assert costs[0] == costs[1] < 15
+
+
+def test_an_id_that_is_in_a_queue_by_mistake_hides_no_missing_job_for_long(
+    redis: Redis, store: JobStore, job_id: str
+) -> None:
+    quick, seldom = Recovery(redis, scan_every_s=0), Recovery(redis)
+    assert seldom.run() == quick.run() == {}
+    key = Queue(QUEUE, connection=redis).key
+    redis.lrem(key, 1, job_id)
+    redis.rpush(key, "no-job")
+    seldom.run()
+    assert redis.hget(redis_keys.record(job_id), "missing_ms") is None
+    quick.run()
+    redis.hset(redis_keys.record(job_id), "missing_ms", 1)
+    assert quick.run() == {job_id: "queued"}
+
+
 def test_a_job_that_was_missing_once_is_not_missing_at_once_again(
     redis: Redis, store: JobStore, recovery: Recovery, job_id: str
 ) -> None:

@@ -94,6 +94,30 @@ def test_queues_are_shown_also_those_that_nobody_serves(
     }
 
 
+def test_a_waiting_job_is_looked_up_once(
+    client: TestClient, redis: Redis, store: JobStore, request_for_video: GenerationRequest
+) -> None:
+    """`/ops` asks every few seconds, and 10,000 jobs may wait."""
+    queue = "gone.0123456789ab"
+    for _ in range(20):
+        store.create(request_for_video, queue)
+
+    def look() -> tuple[int, int]:
+        """Return how many jobs wait, and how many fields were read of single records."""
+        before = redis.info("commandstats").get("cmdstat_hget", {"calls": 0})["calls"]
+        (gone,) = client.get("/workers").json()["queues"]
+        read = redis.info("commandstats").get("cmdstat_hget", {"calls": 0})["calls"] - before
+        return sum(each["waiting"] for each in gone["shapes"]), read
+
+    first, again = look(), look()
+    assert first[0] == again[0] == 20
+    assert first[1] - again[1] == 20
+    other = request_for_video.model_copy(update={"mode": "w8a8"})
+    store.create(other, queue)
+    (gone,) = client.get("/workers").json()["queues"]
+    assert {each["mode"]: each["waiting"] for each in gone["shapes"]} == {"bf16": 20, "w8a8": 1}
+
+
 def test_a_worker_that_ends_its_last_job_is_still_shown(
     client: TestClient, redis: Redis, live_worker: WorkerOffer
 ) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.logs import LogFormat
+from jobs.telemetry.logs import LogFormat
 
 PROGRAM = """
 import logging, sys
-from jobs.logs import LogFormat, configure
+from jobs.telemetry.logs import LogFormat, configure
 
 ids = {"worker_id": "w-1", "job_id": "01a2"}
 configure(LogFormat(sys.argv[1]), lambda: ids, quiet=("noisy",))
@@ -92,7 +92,7 @@ FORGED = "203.0.113.9\n2026-11-30 00:00:00 INFO forged\r\x1b[2J\x7f\x85\u2028\u2
 def test_values_from_outside_cannot_break_a_line_or_move_a_cursor(log_format: LogFormat) -> None:
     program = f"""
 import logging, sys
-from jobs.logs import LogFormat, configure
+from jobs.telemetry.logs import LogFormat, configure
 configure(LogFormat(sys.argv[1]), dict)
 logging.getLogger("a").warning("from %s, %(x)s".replace("%(x)s", "%r"), {FORGED!r}, {FORGED!r})
 logging.getLogger("a").warning("from %(who)s", {{"who": {FORGED!r}}})
