@@ -56,6 +56,7 @@ from worker.model_loader.scheduler import check_scheduler
 from worker.model_loader.settings_check import check_settings, check_vocabulary
 from worker.model_loader.tokenizer import read_tokenizer
 from worker.process.logs import configure_logging
+from worker.process.systemd import SystemdNotifier
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -78,7 +79,8 @@ def main(
                 status = start_follower(settings, config, opened)
             else:
                 context = start(settings, config, opened)
-                status = serve(context, settings, ids)
+                with SystemdNotifier():
+                    status = serve(context, settings, ids)
             if status:
                 logger.critical("the process ends with status %d, to be started afresh", status)
                 logging.shutdown()
