@@ -34,8 +34,7 @@ RUN /opt/wan/bin/python -m pip install --no-cache-dir --no-deps --no-build-isola
 FROM ${BASE}
 # The base may leave another user. tini: as process 1 a worker that still loads would ignore SIGTERM.
 # A new volume at /artifacts gets this folder's owner.
-# hadolint ignore=DL3002
-USER root
+USER 0
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini \

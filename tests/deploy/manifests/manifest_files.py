@@ -54,7 +54,7 @@ def interpolate(text: str, values: Mapping[str, str]) -> str:
         name, operator, rest = found["name"], found["operator"], found["rest"]
         if found[0] == "$$":
             return "$"
-        value = values.get(name, "")
+        value = values.get(name) or ""
         if value or operator is None:
             return value
         assert operator == ":-", f"{name} is required: {rest}"
@@ -72,7 +72,8 @@ def documents(path: Path) -> list[dict[str, Any]]:
 def base_objects() -> list[dict[str, Any]]:
     """Read the objects of the base, before any overlay."""
     names = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())["resources"]
-    return [each for name in names for each in documents(K8S / "base" / name)]
+    files = (K8S / "base" / name for name in names if name.endswith(".yaml"))
+    return [each for path in files for each in documents(path)]
 
 
 def pod_spec(document: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -142,7 +143,8 @@ def processes() -> Iterator[Process]:
         image = str(each["image"])
         if image.startswith("wan-"):
             kind = "service" if image.startswith("wan-service") else "worker"
-            set_here = {key: str(value) for key, value in each["environment"].items()}
+            # YAML's null is an empty variable.
+            set_here = {key: str(value or "") for key, value in each["environment"].items()}
             yield Process(f"compose {name}", kind, set_here)
     for document in base_objects():
         for container in (pod_spec(document) or {}).get("containers", ()):

@@ -88,6 +88,7 @@ def test_no_secret_is_written_down() -> None:
     for path in DEPLOY.rglob("*"):
         if path.suffix in (".yaml", ".yml", ".service", ".conf", ".example"):
             for line in path.read_text(encoding="utf-8").splitlines():
-                found = re.search(r"(?i)(password|secret_key|access_key\w*)[:=] *(\S+)", line)
+                found = re.search(r"(?i)(password|secret|access_key|secret_key)(: |=)(\S+)", line)
                 if found and not line.lstrip().startswith("#"):
-                    assert re.match(r"\$|PASSWORD|\{|valkey", found[2]), f"{path.name}: {line}"
+                    # A variable, a reference, or where the caller puts one in.
+                    assert re.match(r"\$|\{|\[|\./", found[3]), f"{path.name}: {line}"
