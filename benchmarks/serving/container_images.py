@@ -48,7 +48,9 @@ class Builder:
         self._policy.write_text(json.dumps(POLICY))
 
     def base(self) -> None:
-        """Make the base: what the official image of Python is in a registry."""
+        """Make the base, if it is not there: what Python's official image is in a registry."""
+        if self.run("images", "--quiet", "--filter", f"reference={BASE}"):
+            return
         archive = self._folder / "base.tar"
         if not archive.exists():
             release = dict(
