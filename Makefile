@@ -98,7 +98,7 @@ images: ## container images with docker, podman or buildah  [IMAGES="service cpu
 sbom: $(VENV)/.deploy-checks ## bills of materials of the images' packages, CycloneDX  [SBOM=]
 	@mkdir -p "$(SBOM)"
 	@for name in service worker worker-without-torch; do \
-	    $(VENV)/deploy-checks/bin/cyclonedx-py requirements "requirements/$$name.txt" --pyproject pyproject.toml \
+	    PYTHONWARNINGS=ignore $(VENV)/deploy-checks/bin/cyclonedx-py requirements "requirements/$$name.txt" --pyproject pyproject.toml \
 	        --output-reproducible -o "$(SBOM)/$$name.cdx.json" || exit 1; \
 	    echo "$(SBOM)/$$name.cdx.json"; \
 	done

@@ -169,11 +169,11 @@ def root_of(
         mount("-t", "proc", "proc", target / "proc")
         mount("--rbind", "/dev", target / "dev")
         subprocess.run(["mount", "--make-rslave", target / "dev"], check=True)
-        for outside, option in mounts.items():
-            place = target / option.partition(":")[0].strip("/")
-            mount("--bind", outside, place)
-            if option.endswith(":ro"):
-                subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        for outside, inside in mounts.items():
+            at = target / inside.partition(":")[0].strip("/")
+            mount("--bind", outside, at)
+            if inside.endswith(":ro"):
+                subprocess.run(["mount", "-o", "remount,bind,ro", at], check=True)
         yield Root(target, config)
 
 

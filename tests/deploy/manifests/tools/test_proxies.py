@@ -87,7 +87,7 @@ def proxy(request: pytest.FixtureRequest, site: Cluster, tmp_path: Path) -> Iter
 
 def test_caddy_accepts_its_file(site: Cluster) -> None:
     environment = caddy_environment(site, "https://videos.example.com")
-    command = ["caddy", "validate", "--adapter", "caddyfile", "--config", CADDYFILE]
+    command = ["caddy", "validate", "--adapter", "caddyfile", "--config", str(CADDYFILE)]
     answer = run(command, environment=environment)
     assert answer.returncode == 0, answer.stderr
     assert "Valid configuration" in answer.stdout + answer.stderr
