@@ -286,7 +286,7 @@ def main(
     print_table(rows)
     save(
         result(
-            "container-images", "cpu", {"isolation": "chroot", "base": "mmdebstrap minbase"}, rows
+            "container_images", "cpu", {"isolation": "chroot", "base": "mmdebstrap minbase"}, rows
         )
     )
 

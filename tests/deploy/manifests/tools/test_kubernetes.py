@@ -1,6 +1,8 @@
 """Test what kustomize makes of each overlay: valid, locked in, and replaced without a gap."""
 
 import json
+import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.manifests.manifest_files import K8S, OVERLAYS, pod_spec
+from tests.deploy.manifests.manifest_files import K8S, OVERLAYS, ROOT, VERSION, pod_spec
 from tests.deploy.manifests.tools.installed_tools import run
 
 pytestmark = pytest.mark.deploy
@@ -265,3 +267,20 @@ def test_each_worker_has_one_card(overlay: str) -> None:
     enforced = namespace["pod-security.kubernetes.io/enforce"]
     assert enforced == ("privileged" if hosts else "restricted")
     assert bool(hosts) == (overlay == "ascend910b-cce")
+
+
+def test_the_documented_overlay_is_built_as_it_says(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S)
+    (tmp_path / "wan-hif8" / "deploy").mkdir(parents=True)
+    for name in ("k8s", "valkey"):
+        shutil.copytree(K8S.parent / name, tmp_path / "wan-hif8" / "deploy" / name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kustomization.yaml").write_text(block, encoding="utf-8")
+    answer = run(["kubectl", "kustomize", tmp_path / "mine"])
+    assert answer.returncode == 0, answer.stderr
+    assert "videos.example.com" not in answer.stdout
+    assert answer.stdout.count("films.example.org") == 3
+    assert f"image: registry.example.com/wan-worker:{VERSION}-cuda" in answer.stdout
+    assert "ARTIFACTS_URL: s3://films/wan?endpoint=https://s3.example.org" in answer.stdout
+    assert "wan-artifacts" not in answer.stdout
