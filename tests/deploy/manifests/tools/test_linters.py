@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from tests.deploy.manifests.manifest_files import (
-    COMPOSE,
     DEPLOY,
     ENV_EXAMPLE,
     ROOT,
@@ -34,14 +33,15 @@ def test_hadolint_would_say_something(tmp_path: Path) -> None:
     assert run(["hadolint", path]).returncode == 1
 
 
-def test_compose_fits_its_schema(tmp_path: Path) -> None:
-    path = tmp_path / "compose.yaml"
-    text = interpolate(COMPOSE.read_text(encoding="utf-8"), ENV_EXAMPLE)
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.tls.yaml"])
+def test_compose_fits_its_schema(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    text = interpolate((DEPLOY / name).read_text(encoding="utf-8"), ENV_EXAMPLE)
     path.write_text(text, encoding="utf-8")
     check = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec"]
     answer = run([*check, path])
     assert answer.returncode == 0, answer.stdout
-    path.write_text(text.replace("read_only:", "readonly:", 1), encoding="utf-8")
+    path.write_text(text.replace("    command:", "    comand:", 1), encoding="utf-8")
     assert run([*check, path]).returncode == 1
 
 
