@@ -38,7 +38,7 @@ def test_clients_that_know_the_authority_reach_it_and_no_others(
     sh = shutil.which("sh") or ""
     script = DEPLOY / "valkey" / "certificates.sh"
     for folder in ("certificates", "others"):
-        command = [sh, script, tmp_path / folder, "valkey", "localhost"]
+        command = [sh, str(script), str(tmp_path / folder), "valkey", "localhost"]
         subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "certificates" / "authority.key").stat().st_mode & 0o777 == 0o600
     for name in ("valkey.conf", "tls.conf", "start.sh"):
