@@ -21,10 +21,15 @@ PROCESSES ?= 3
 # Where `make screenshots` and `make film` leave their pictures.
 FOLDER ?= var/screenshots
 FILM   ?= var/comparison.mp4
+# What `make images` builds: service, cpu, cuda, npu.
+IMAGES ?= service cpu
+# Where `make sbom` leaves the bills of materials.
+SBOM   ?= var/sbom
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo generate test test-all test-npu test-ray lint fuzz fix bench check-wheel screenshots film
+.PHONY: help install demo generate test test-all test-npu test-ray check-deploy lint fuzz fix bench check-wheel screenshots film
+.PHONY: images sbom locks
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -66,6 +71,9 @@ test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 ## whole job
 test-ray: $(VENV)/.dev $(VENV)/.ray-2.60 ## workers on a Ray cluster of this machine  [ARGS=]
 	@OMP_WAIT_POLICY=passive PYTHONPATH="$(abspath $(VENV))/ray-2.60" $(BIN)/python -m pytest -s -m ray tests/deploy/ray $(ARGS)
 
+check-deploy: $(VENV)/.dev $(VENV)/.deploy-checks ## images, compose, Kubernetes, systemd, proxies, alerts and dashboard, by their own tools  [ARGS=]
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m deploy tests/deploy/manifests/tools $(ARGS)
+
 lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -92,6 +100,20 @@ screenshots: $(VENV)/.dev $(VENV)/.chromium ## every page and state in light and
 film: $(VENV)/.dev $(VENV)/.chromium ## a minute of a comparison at work  [FILM=]
 	@$(BIN)/python -m tests.pages.pictures.film "$(FILM)"
 
+images: ## container images with docker, podman or buildah  [IMAGES="service cpu" ENGINE= OPTIONS= TAG=]
+	@sh docker/build.sh $(IMAGES)
+
+sbom: $(VENV)/.deploy-checks ## bills of materials of the images' packages, CycloneDX  [SBOM=]
+	@mkdir -p "$(SBOM)"
+	@for name in service worker worker-without-torch; do \
+	    PYTHONWARNINGS=ignore $(VENV)/deploy-checks/bin/cyclonedx-py requirements "requirements/$$name.txt" --pyproject pyproject.toml \
+	        --output-reproducible -o "$(SBOM)/$$name.cdx.json" || exit 1; \
+	    echo "$(SBOM)/$$name.cdx.json"; \
+	done
+
+locks: $(VENV)/.deploy-checks ## write the files with hashes in requirements/ from constraints.txt
+	@sh deploy/install/locks.sh "$(abspath $(VENV))/deploy-checks/bin/uv"
+
 $(VENV)/.venv:
 	@sh deploy/install/venv.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
@@ -106,6 +128,10 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@sh deploy/install/compiler.sh "$(VENV)"
 	@$(PIP) -e '.[dev]' -c constraints.txt
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.deploy-checks: requirements/deploy-checks.txt deploy/install/deploy_checks.sh | $(VENV)/.venv
+	@echo "fetching what checks images and manifests (once)"
+	@sh deploy/install/deploy_checks.sh "$(VENV)"
 
 $(VENV)/.chromium: | $(VENV)/.venv
 	@sh deploy/install/chromium.sh

@@ -22,6 +22,7 @@ from service.app import create_app
 from service.auth.api_keys import KeyStore
 from service.middleware.connections import PARTS, Connections, Deadlines
 from service.middleware.request_log import configure_logging
+from service.monitoring.systemd import SystemdNotifier
 from service.settings import ServiceSettings
 
 logger = logging.getLogger("service")
@@ -83,7 +84,7 @@ def http_server(app: FastAPI, settings: ServiceSettings, most_connections: int) 
 class Server(uvicorn.Server):
     """A uvicorn server that ends the event streams when it shuts down; it would wait for them.
 
-    It also closes the connections that are past their deadlines.
+    It also closes the connections that are past their deadlines, and tells systemd how it is.
     """
 
     def __init__(
@@ -92,21 +93,25 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._hub = hub
         self._connections = connections
+        self._systemd = SystemdNotifier()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, with a longer queue of connections that wait to be accepted."""
         await super().startup(sockets)
         for each in sockets or []:
             each.listen(WAITING_CONNECTIONS)
+        self._systemd.ready()
 
     async def on_tick(self, counter: int) -> bool:
         """Do what is due; uvicorn calls this every 0.1 s, and asks whether to end."""
         if self._connections is not None:
             self._connections.sweep(counter % PARTS)
+        self._systemd.alive()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the event streams, then shut down as uvicorn does."""
+        self._systemd.stopping()
         self._hub.end_streams()
         await super().shutdown(sockets)
 

@@ -57,6 +57,7 @@ from worker.model_loader.scheduler import check_scheduler
 from worker.model_loader.settings_check import check_settings, check_vocabulary
 from worker.model_loader.tokenizer import read_tokenizer
 from worker.process.logs import configure_logging
+from worker.process.systemd import SystemdNotifier
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -82,7 +83,8 @@ def main(
                 tracing.start(settings, "wan-worker")
                 opened.callback(tracing.stop)
                 context = start(settings, config, opened)
-                status = serve(context, settings, ids)
+                with SystemdNotifier():
+                    status = serve(context, settings, ids)
             tracing.stop()
             if status:
                 logger.critical("the process ends with status %d, to be started afresh", status)

@@ -9,9 +9,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = {"service": (), "worker": ("worker", "cuda"), "tracing": ("tracing",)}
+EXTRAS = {
+    "service": (),
+    "worker": ("worker", "cuda"),
+    "worker-without-torch": ("worker",),
+    "tracing": ("tracing",),
+}
 BESIDE = {"tracing"}
 """Files that are installed together with another, which has what the project itself needs."""
+# From another index: its files have other hashes (docker/install-torch.sh).
+LEFT_OUT = {"worker-without-torch": {"torch"}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -39,12 +46,28 @@ def test_everything_that_is_needed_is_locked(name: str) -> None:
         needed += PROJECT["optional-dependencies"][extra]
     locked = pinned(ROOT / "requirements" / f"{name}.txt")
     for requirement in map(Requirement, needed):
+        if requirement.name in LEFT_OUT.get(name, ()):
+            assert requirement.name not in locked
+            continue
         version = locked.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is missing; renew the file as it says"
         assert requirement.specifier.contains(version), requirement
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+def test_a_worker_without_torch_has_nothing_for_gpus() -> None:
+    locked = pinned(ROOT / "requirements" / "worker-without-torch.txt")
+    assert not {each for each in locked if each.startswith(("nvidia-", "cuda-", "triton"))}
+    everything = pinned(ROOT / "requirements" / "worker.txt")
+    assert {each: everything[each] for each in locked} == locked
+
+
+def test_the_checks_of_manifests_have_hashes_of_what_is_asked_for() -> None:
+    asked = pinned(ROOT / "requirements" / "deploy-checks.in")
+    locked = pinned(ROOT / "requirements" / "deploy-checks.txt")
+    assert asked.items() <= locked.items()
+
+
+@pytest.mark.parametrize("name", [*EXTRAS, "deploy-checks"])
 def test_everything_has_hashes(name: str) -> None:
     """pip refuses a file in which one requirement has none, if others have some."""
     text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")

@@ -100,6 +100,7 @@ def test_help_lists_every_target(project: Path) -> None:
         "test-all",
         "test-npu",
         "test-ray",
+        "check-deploy",
         "lint",
         "fuzz",
         "fix",
@@ -107,4 +108,7 @@ def test_help_lists_every_target(project: Path) -> None:
         "check-wheel",
         "screenshots",
         "film",
+        "images",
+        "sbom",
+        "locks",
     ]

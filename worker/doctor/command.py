@@ -12,12 +12,22 @@ import typer
 
 from worker.process.ready_file import why_not_ready
 
+_FILES_FIT = "The files fit. Device, Redis and artifact store were not looked at."
+
 
 def doctor(
     config: Annotated[
         Path | None, typer.Option(help="The worker's TOML file; overrides WORKER_CONFIG.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    files: Annotated[
+        bool,
+        typer.Option(
+            "--files",
+            help="Only check configuration, model folder, scales and packed checkpoints: for what "
+            "runs before a worker. It takes no device, and asks neither Redis nor the store.",
+        ),
+    ] = False,
     ready: Annotated[
         bool,
         typer.Option(
@@ -40,13 +50,17 @@ def doctor(
         typer.echo("ready" if problem is None else f"not ready: {problem}", err=problem is not None)
         raise typer.Exit(int(problem is not None))
     # Only here, because they import torch.
-    from worker.doctor.examination import examine  # noqa: PLC0415
+    from worker.doctor.examination import examine, examine_files  # noqa: PLC0415
     from worker.doctor.report import Report  # noqa: PLC0415
 
     report = Report((lambda _line: None) if json else typer.echo)
     with ExitStack() as opened:
-        examine(report, config, opened)
-    typer.echo(report.to_json() if json else report.summary())
+        if files:
+            examine_files(report, config, opened)
+        else:
+            examine(report, config, opened)
+    summary = report.summary(_FILES_FIT) if files else report.summary()
+    typer.echo(report.to_json() if json else summary)
     if report.device_lost:
         sys.stdout.flush()
         os._exit(1)  # a lost device may block a normal exit

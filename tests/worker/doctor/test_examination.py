@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner, Result
 
 from worker.device import Device
 from worker.doctor import card, system
+from worker.doctor.command import doctor
 from worker.doctor.examination import examine
 from worker.doctor.report import Check, Fault, Finding, Report
 
@@ -247,6 +250,39 @@ def test_versions_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # ---------------------------------------------------------------------- the command
+
+
+def files_checked(config: Path, *options: str) -> Result:
+    alone = typer.Typer()
+    alone.command()(doctor)
+    return CliRunner().invoke(alone, ["--files", "--config", str(config), *options])
+
+
+def test_files_alone_are_checked_without_redis_store_and_device(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://nowhere.invalid")
+    monkeypatch.setenv("WORKER_DEVICE", "cuda")
+    monkeypatch.delenv("ARTIFACTS_URL")
+    done = files_checked(config_file)
+    assert done.exit_code == 0, done.output
+    *lines, last = done.output.splitlines()
+    assert [line.partition(":")[0].split(maxsplit=1) for line in lines] == [
+        ["ok", "configuration"],
+        ["ok", "model folder"],
+        ["ok", "scales"],
+    ]
+    assert last == "The files fit. Device, Redis and artifact store were not looked at."
+
+
+def test_scales_that_do_not_fit_fail_the_check_of_files(config_file: Path) -> None:
+    edit(config_file, "boundary-hif8.safetensors", "boundary-int8.safetensors")
+    done = files_checked(config_file)
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1] == "This worker cannot serve: scales failed."
+    report = json.loads(files_checked(config_file, "--json").output)
+    assert [check["status"] for check in report["checks"]] == ["ok", "ok", "failed"]
+    assert not report["sound"]
 
 
 def test_the_command_prints_json_and_fails(config_file: Path, unused_port: int) -> None:
