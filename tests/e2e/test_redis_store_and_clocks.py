@@ -27,7 +27,7 @@ from deploy.local.stack import ROOT
 from deploy.local.waiting import wait_until
 from jobs import redis_keys
 from tests.e2e.two_workers import TwoWorkers
-from tests.jobs.refusing_valkey import FAULTS, Server, forget_scripts
+from tests.jobs.redis_client.refusing_valkey import FAULTS, Server, forget_scripts
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from jobs.record import Attempt, StageTimings, Video
 from jobs.redis_client import connect
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
-from tests.jobs.refusing_valkey import FAULTS, forget_scripts, running_server
+from tests.jobs.redis_client.refusing_valkey import FAULTS, forget_scripts, running_server
 from tests.support.worker_processes import QUEUE, REQUEST
 from worker.consumer.rq_worker import ResidentWorker
 from worker.engine.fake_engine import FakeEngine

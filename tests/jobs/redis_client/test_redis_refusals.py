@@ -26,7 +26,13 @@ from jobs.redis_client import connect, explain, is_transient
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from jobs.store.recovery import Recovery
-from tests.jobs.refusing_valkey import FAULTS, Server, demote, forget_scripts, running_server
+from tests.jobs.redis_client.refusing_valkey import (
+    FAULTS,
+    Server,
+    demote,
+    forget_scripts,
+    running_server,
+)
 from tests.support.requests import generation_request
 from worker.process.redis_retry import RedisOutage, retry_until_answered
 

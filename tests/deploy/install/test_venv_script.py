@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "venv.sh"
+SCRIPT = Path(__file__).resolve().parents[3] / "deploy" / "install" / "venv.sh"
 
 # A Debian python3: 3.11, without ensurepip until the package is installed.
 DEBIAN_PYTHON = """#!/bin/sh

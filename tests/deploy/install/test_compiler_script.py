@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "compiler.sh"
+SCRIPT = Path(__file__).resolve().parents[3] / "deploy" / "install" / "compiler.sh"
 
 # A Python in which exactly the facts in FACTS are true.
 PYTHON = """#!/bin/sh

@@ -16,7 +16,7 @@ from deploy.local.child_process import Child
 from deploy.local.stack import StackConfig
 from deploy.local.waiting import wait_until
 
-OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
+OPERATIONS = Path(__file__).resolve().parents[3] / "docs" / "operations.md"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "chromium.sh"
+SCRIPT = Path(__file__).resolve().parents[3] / "deploy" / "install" / "chromium.sh"
 
 
 def run(tmp_path: Path, *browsers: str, **environment: str) -> subprocess.CompletedProcess[str]:

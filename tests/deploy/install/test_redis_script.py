@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "install" / "redis.sh"
+SCRIPT = Path(__file__).resolve().parents[3] / "deploy" / "install" / "redis.sh"
 SERVER = 'echo "$0 $*"'
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.local.child_process import Child, last_line
 from deploy.local.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # Ignores SIGTERM and has a child of its own; prints both pids.
 STUBBORN = """
