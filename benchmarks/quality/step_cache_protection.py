@@ -5,8 +5,8 @@
 The miniature denoises unseen captions in BF16 and by every candidate, a scales file of its own:
 without a cache, with diffusers' first-block cache and with its MagCache. Two errors are measured at
 the end of each trajectory, as the SQNR of the latents: that beside BF16 with the same cache, which
-is what quantization costs there, and that beside BF16 without a cache, which is what both cost. The
-first candidate is compared with the others in pairs, caption by caption.
+is what quantization costs there, and that beside BF16 without a cache, which is what both cost.
+Every two candidates are compared, caption by caption.
 
 It prints a table and saves the result in benchmarks/results/.
 """

@@ -13,6 +13,11 @@ allocate 80 GB of the device; how much of it and of the host's memory it takes i
   second start; their files are compared byte by byte. Then `ablate`, `compare-methods` and
   `evaluate` run.
 
+FOLDER may hold a model that an earlier run has fabricated with the same shape and blocks, and
+nothing else: what an older run has recorded or analyzed would be taken for work of this one. It
+ends with an error if a second start does not go on from what the kill has left, or gives other
+bytes.
+
 It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/ after
 each command, so that a run that is cut off has its results so far.
 """
@@ -25,23 +30,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import typer
 
 from benchmarks import report
-from benchmarks.fixtures.fabricate import Size
+from benchmarks.fixtures.fabricate import SHAPES, Size
 from benchmarks.report import Row
 from benchmarks.timing import device_name
 from mini.world.scenes import Split, captions_of
 from quant.calibration.prompts import MIN_PROMPTS
+from quant.errors import QuantError
+from quant.transformer.pipeline_weights import check_pipeline_weights
+from quant.weights.fingerprint import read_transformer_config
 
 Words = tuple[object, ...]
 """Of a command line."""
+
+Part = Literal["whole", "short"]
+"""A model's folder has its part's name."""
 
 GIB = 2**30
 STEPS = 4
@@ -133,7 +144,7 @@ class Bench:
 
 def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)
     work: Annotated[Path, typer.Option(help="Folder for models, points and studies.")],
-    part: Annotated[Literal["whole", "short"], typer.Option(help="See above.")],
+    part: Annotated[Part, typer.Option(help="See above.")],
     shape: Annotated[Size, typer.Option(help="Whose shape the model has.")] = "14b",
     layers: Annotated[int | None, typer.Option(help="Blocks; default 40, or 4 if short.")] = None,
     size: Annotated[str | None, typer.Option(help="Default 832x480; short: 256x256.")] = None,
@@ -144,6 +155,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
 ) -> None:
     """Fabricate the model and run the part's commands."""
     work.mkdir(parents=True, exist_ok=True)
+    check_fresh(work)
     is_whole = part == "whole"
     size = size or ("832x480" if is_whole else "256x256")
     frames = frames or (49 if is_whole else 9)
@@ -173,9 +185,67 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     print(json.dumps(bench.document))
 
 
+def check_fresh(work: Path) -> None:
+    """Refuse a folder that holds anything but models.
+
+    Raises:
+        SystemExit: names what it holds.
+    """
+    others = sorted(each.name for each in work.iterdir() if each.name not in get_args(Part))
+    if others:
+        sys.exit(
+            f"{work} holds {others[0]} of an earlier run, which would be taken for work of this "
+            f"one: remove it and what else is there but {' and '.join(get_args(Part))}, or name "
+            "another folder"
+        )
+
+
+def check_model(model: Path, shape: Size, layers: int) -> None:
+    """Refuse a model of another shape than the settings say, or one that is not whole.
+
+    Raises:
+        SystemExit: names the first difference.
+    """
+    wanted = SHAPES[shape].transformer | {"num_layers": layers}
+    try:
+        found = read_transformer_config(model)
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                sys.exit(
+                    f"{model} has {name} {found.get(name)}, and this run is for {value}: remove "
+                    "it, or name another folder"
+                )
+        check_pipeline_weights(model)
+    except QuantError as error:
+        sys.exit(f"{model} is not a whole model: remove it, and it is made anew ({error})")
+
+
+def check_goes_on(kept: Sequence[bytes], again: Sequence[bytes]) -> None:
+    """Check that a second start has kept what the killed one had finished.
+
+    Args:
+        kept, again: units of the killed run and of the next, in their order.
+
+    Raises:
+        SystemExit: it has not, or nothing was finished.
+    """
+    if not kept:
+        sys.exit("analyze had finished nothing when it was killed: give more seconds (--analyze-s)")
+    if list(again[: len(kept)]) != list(kept):
+        sys.exit(
+            f"analyze did not go on after the kill: of {len(kept)} units that were finished the "
+            f"second start left {sum(a == b for a, b in zip(kept, again, strict=False))}"
+        )
+
+
 def fabricate(bench: Bench, model: Path, shape: Size, layers: int) -> None:
-    """Write a model with random weights, unless an earlier run has."""
+    """Write a model with random weights, unless an earlier run has.
+
+    Raises:
+        SystemExit: there is one with another shape, or an incomplete one.
+    """
     if model.exists():
+        check_model(model, shape, layers)
         return
     command = [sys.executable, "-m", "benchmarks.fixtures.fabricate", "--out", model]
     command += ["--size", shape, "--layers", layers, "--device", bench.device]
@@ -202,10 +272,9 @@ def whole(bench: Bench, model: Path, sampling: Words, analyze_s: float) -> None:
     end = time.perf_counter() + analyze_s / 3
     run = bench.run("analyze-again", *words, until=lambda: time.perf_counter() > end)
     again = _lines(analysis / "units.jsonl")
-    goes_on = bool(units) and again[: len(units)] == units
+    check_goes_on(units, again)
     bench.keep(
         Row("analyze, again: units, of which the first are those kept", len(again), "units"),
-        Row("analyze, again: they are", int(goes_on), "1 is yes"),
         Row("analyze, again: passes of a block on its bar", run.passes, "passes"),
     )
     bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))
@@ -283,7 +352,8 @@ def killed(
         files = {Path(): out}
     else:
         others = {file.relative_to(again) for file in again.rglob("*") if file.is_file()}
-        assert files.keys() == others, f"{name} wrote other files after a kill"
+        if files.keys() != others:
+            sys.exit(f"{name} wrote other files after a kill: {sorted(files.keys() ^ others)}")
     for place, file in files.items():
         if (again / place if place.parts else again).read_bytes() != file.read_bytes():
             sys.exit(f"{name}: {file} has other bytes after a kill and a second start")

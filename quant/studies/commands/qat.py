@@ -27,7 +27,7 @@ from quant.studies.qat.grid import CONTROL, Grid, grid_of, parse_list, read_grid
 from quant.studies.qat.measure import MEASURED_TOGETHER
 from quant.studies.qat.outcomes import Outcome
 from quant.studies.qat.qat_report import report
-from quant.studies.qat.session import Session
+from quant.studies.qat.session import Session, measured_run
 from quant.studies.qat.setup import (
     Material,
     Options,
@@ -103,8 +103,9 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
     """Fine-tune MODEL through its rounding, and measure where that beats rounding alone.
 
     Every combination of the options is trained, beside a control in BF16, and measured on POINTS
-    against the original in float32. With one combination, OUT/model is the trained pipeline. After
-    Ctrl-C or a fault the same command goes on.
+    against the original in float32. With one combination, OUT/model is the trained pipeline; if
+    that diverges there is none, and the command ends with 1. After Ctrl-C or a fault the same
+    command goes on.
     """
     with errors_as_sentences():
         base = QuantRecipe.load(recipe)
@@ -142,7 +143,7 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
         where, keep = study_device(device, transformer)
         if device == "cuda":  # float32 means float32, in convolutions as well
             torch.backends.cudnn.allow_tf32 = False
-        subject = Subject.of(transformer, base, where, keep=keep)
+        subject = Subject.of(transformer, base, where, keep=keep).without_kept(base)
         needed = check_memory(subject, options)
         folder = StudyFolder.open(
             out,
@@ -154,6 +155,7 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
                 "loss": loss,
                 **material.identity(),
                 **options.identity(),
+                **({"kept linears": ",".join(base.kept_linears)} if base.kept_linears else {}),
                 "device": device,
             },
         )
@@ -171,9 +173,14 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
             session = Session(student, trainer, ruler, cost, folder, model, single, checkpoint_s)
             session.run(bar)
         folder.finish(*report(Outcome(folder, plan, owners, loss)))
-    typer.echo(f"wrote {out}: see {out / 'index.html'}")
-    if single is not None:
-        typer.echo(f"the trained pipeline is {out / 'model'}: calibrate it to serve it")
+        typer.echo(f"wrote {out}: see {out / 'index.html'}")
+        if single is not None:
+            if measured_run(folder, single, plan.steps[-1]) is None:
+                raise StudyError(
+                    f"the training diverged, so there is no trained pipeline in {out}: train anew "
+                    f"in another folder, with a --learning-rates below {single.learning_rate:g}"
+                )
+            typer.echo(f"the trained pipeline is {out / 'model'}: calibrate it to serve it")
 
 
 def _check_clips(loss: str, clips: Path | None, held_out_clips: Path | None) -> None:

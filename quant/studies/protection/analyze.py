@@ -8,7 +8,7 @@ set, which is optimal as far as they add.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,20 @@ class Subject:
             device if keep else torch.device("cpu"),
             keep,
         )
+
+    def without_kept(self, recipe: QuantRecipe) -> Subject:
+        """Return the subject without the linears that a recipe keeps in BF16 by `kept_linears`.
+
+        Raises:
+            ConversionError: one of its patterns matches no linear.
+        """
+        kept = replace(self.recipe, kept_linears=recipe.kept_linears)
+        left = select_linears(self.exact.transformer, kept)
+        linears = {
+            block: tuple(name for name in names if f"blocks.{block}.{name}" in left)
+            for block, names in self.linears.items()
+        }
+        return replace(self, linears=linears)
 
     def full_names(self, block: int) -> tuple[str, ...]:
         """Return the full names of a block's linears."""

@@ -36,7 +36,8 @@ def greedy_set(
 ) -> tuple[int, ...]:
     """Choose blocks by their single error energies, the largest first, until a budget is met.
 
-    Energies add (the analysis checks how well), so no other set of this size removes more.
+    Where energies add, no other set of this size removes more. The analysis compares sums with
+    errors measured together, for a few sets; that makes it likely and no more.
 
     Args:
         energy: error energy of each block that could be protected.

@@ -114,7 +114,7 @@ class Grid:
 
 
 def grid_of(options: Mapping[str, Sequence[Any]], steps: Sequence[int]) -> Grid:
-    """Combine all values of all options.
+    """Combine all values of all options; a combination that is there twice is trained once.
 
     Args:
         options: by the names that a file has them under.
@@ -122,7 +122,7 @@ def grid_of(options: Mapping[str, Sequence[Any]], steps: Sequence[int]) -> Grid:
     Raises:
         StudyError: a value is out of bounds.
     """
-    return Grid(tuple(_product(options)), _checked_steps(steps))
+    return Grid(tuple(dict.fromkeys(_product(options))), _checked_steps(steps))
 
 
 def read_grid(path: Path) -> Grid:

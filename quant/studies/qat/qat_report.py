@@ -297,7 +297,8 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
         f"Straight-through fine-tuning with the {results['loss']} loss, measured on "
         f"{facts['values']} held-out samples of {facts['prompts']} prompts, beside PTQ (0 steps) "
         "and the same training in BF16. Intervals and tests are over prompts, paired; p by Holm "
-        "over each column.",
+        "over each column. Each cell is one training with one seed: what is said of it holds for "
+        "that trained model on other prompts, not for another training with the same options.",
     )
     for sentence in results["findings"]:
         page.finding(sentence)
@@ -313,7 +314,10 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
                 "batches, marks the number of prompts trained on.",
             )
         page.heading(f"When QAT beats PTQ: {noun}")
-        page.text("Each training at each number of steps counts once.")
+        page.text(
+            "Each training at each number of steps counts once. Equal steps are not equal samples: "
+            "a step learns from as many as the batch has."
+        )
         page.table(tables[f"{measure}-when"])
         page.heading(f"All trainings: {noun}")
         page.table(tables[f"{measure}-cells"])

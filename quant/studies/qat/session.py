@@ -73,7 +73,12 @@ class Session:
 
     def _train(self, run: Run, progress: StudyProgress) -> None:
         marks = self.cost.grid.steps
-        if all(self.folder.unit(run_unit(run, mark)) is not None for mark in marks):
+        kept = [self.folder.unit(run_unit(run, mark)) for mark in marks]
+        if any(unit is not None and "diverged" in unit for unit in kept):
+            self._give_up(run)  # a kill may have come between two of its marks
+            progress.skip(self.cost.run(run))
+            return
+        if None not in kept:
             progress.skip(self.cost.run(run))
             return
         state = self.folder.path / _STATE
@@ -100,23 +105,26 @@ class Session:
         earlier = max((mark for mark in self.cost.grid.steps if mark < step), default=0)
         loss = self.trainer.take_loss() / (step - earlier)
         unit = run_unit(run, step)
-        known = self.folder.unit(unit)
-        if known is not None:
-            return "diverged" not in known
+        if self.folder.unit(unit) is not None:
+            return True
         found = (
             self.ruler.measure(measured_methods(self.cost.grid, run))
             if math.isfinite(loss)
             else None
         )
         if found is None:
-            for mark in self.cost.grid.steps:
-                if mark >= step and self.folder.unit(run_unit(run, mark)) is None:
-                    self.folder.keep(run_unit(run, mark), {"diverged": True})
+            self._give_up(run)
             return False
         if run == self.exported_run and step == self.cost.grid.steps[-1]:
             self._export()
         self.folder.keep(unit, {"loss": loss, "measured": found})
         return True
+
+    def _give_up(self, run: Run) -> None:
+        """Keep of all marks that have no unit that the run has diverged."""
+        for mark in self.cost.grid.steps:
+            if self.folder.unit(run_unit(run, mark)) is None:
+                self.folder.keep(run_unit(run, mark), {"diverged": True})
 
     def _export(self) -> None:
         """Write the pipeline with the trained transformer, and the adapters if there are any."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
+from quant.calibration.summary import describe_scales
 from quant.errors import QuantError, RecipeError, ScalesError, ScalesMismatch
 from quant.packed.load import check_packed, open_packed
 from quant.recipe.evidence import BlockEnergy, ProtectionEvidence, measured_recipe
@@ -92,6 +93,17 @@ def test_inspect_shows_the_evidence_and_that_the_open_recipe_fits(
     assert "fits recipe auto-hif8" in told
     first = told.partition("its ranking")[2].split()[0]
     assert first == str(evidence.ranking[0])
+
+
+def test_inspect_says_that_kept_linears_were_quantized_in_the_analysis(scales_file: Path) -> None:
+    scales = load_scales(scales_file)
+    assert "quantized alone\n" in describe_scales(scales, scales_file)
+    kept = replace(scales.recipe, kept_linears=("blocks.*.ffn.net.2",))
+    told = describe_scales(replace(scales, recipe=kept), scales_file)
+    assert (
+        "by the error energy of each block quantized alone, with blocks.*.ffn.net.2 quantized too, "
+        "which this recipe keeps in BF16\n" in told
+    )
 
 
 def test_a_file_that_holds_evidence_can_be_made_again_without_the_analysis(

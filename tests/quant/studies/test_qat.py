@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from quant.calibration.scales import load_scales
+from quant.errors import ConversionError
 from quant.recipe.recipe import QuantRecipe
 from quant.studies.methods.calibration import Calibration
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
@@ -69,6 +71,9 @@ def test_training_through_the_rounding_lowers_the_error_of_four_bits(study: Path
     assert last["training_loss"] < first["training_loss"]
     assert "Of 2 trainings " in results["findings"][0]
     assert "so it is training through the rounding that helps" in results["findings"][0]
+    page = (study / "index.html").read_text()
+    assert "one training with one seed: what is said of it holds for that trained model" in page
+    assert "Equal steps are not equal samples" in page
     for name in ("velocity-cells", "velocity-controls", "velocity-when"):
         assert (study / "tables" / f"{name}.csv").read_text().count("\n") >= 3
     assert (study / "figures" / "velocity-int4-per-token.png").stat().st_size > 5_000
@@ -192,6 +197,55 @@ def test_a_grid_shares_one_model_and_names_what_diverges(
     assert sum(cell["diverged"] for cell in results["cells"]) == 2
     assert "and 2 diverged" in results["findings"][1]
     assert "8 prompts are too few for 10 trainings" in " ".join(results["findings"])
+
+
+def test_a_kill_while_a_run_is_given_up_leaves_a_study_that_can_finish(
+    tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--methods", "int8-static", "--learning-rates", "1e30", "--steps", "1,2,3")
+    options += (*SMALL[2:], "--points-per-prompt", "1")
+    result = qat(tiny_model, recorded, out, *options)
+    assert result.exit_code == 1
+    assert f"wrote {out}" in result.output
+    assert "the training diverged, so there is no trained pipeline" in result.output
+    assert "the trained pipeline is" not in result.output
+    assert not (out / "model").exists()
+    # As a kill between two marks leaves it: the last are not kept, and no page is written.
+    finished = (out / "results.json").read_bytes()
+    (out / "results.json").unlink()
+    lines = (out / "units.jsonl").read_text().splitlines(keepends=True)
+    assert sum('"diverged"' in line for line in lines[-3:]) == 3
+    (out / "units.jsonl").write_text("".join(lines[:-2]))
+    state = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    again = qat(tiny_model, recorded, out, *options)
+    assert "the training diverged" in again.output
+    assert (out / "results.json").read_bytes() == finished
+
+
+def test_linears_that_a_recipe_keeps_are_neither_rounded_nor_hidden(
+    tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = QuantRecipe.from_dict(
+        tiny_recipe_dict() | {"name": "kept", "kept_linears": ["blocks.*.ffn.net.2"]}
+    )
+    subject = Subject.of(load_transformer(tiny_model), recipe, torch.device("cpu"), keep=True)
+    assert all("ffn.net.2" in names for names in subject.linears.values())
+    left = subject.without_kept(recipe)
+    for block, names in subject.linears.items():
+        assert left.linears[block] == tuple(each for each in names if each != "ffn.net.2")
+    with pytest.raises(ConversionError, match=r"'blocks\.9\.\*' of recipe 'kept' matches none"):
+        subject.without_kept(replace(recipe, kept_linears=("blocks.9.*",)))
+    found = {}
+    for name, kept in (("plain", []), ("kept", ["blocks.*.ffn.net.2"])):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(tiny_recipe_dict() | {"kept_linears": kept}))
+        options = ("--methods", "int4-per-token", "--steps", "1", *SMALL, "--recipe", file)
+        result = qat(tiny_model, recorded, tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        found[name] = read_results(tmp_path / name, "qat")["ptq"]["int4-per-token"]["velocity"]
+    assert found["kept"]["mean"] < 0.97 * found["plain"]["mean"], "net.2 stays in BF16"
 
 
 def test_adapters_are_trained_quantized_and_read_by_diffusers(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from quant.errors import StudyError
-from quant.studies.methods.formats import HIF8, INT4, INT8
+from quant.studies.methods.formats import HIF4, HIF8, INT4, INT8
 from quant.studies.methods.operand import Operand, PerRow, PerTensor
 from quant.studies.methods.registry import METHODS
 from quant.studies.qat.clips import Clip
@@ -43,6 +43,13 @@ def test_scales_from_the_tensor_itself_let_all_gradients_through() -> None:
     torch.autograd.backward(found.square().sum())
     assert x.grad is not None
     assert torch.equal(x.grad, 2 * found.detach())  # the gradient of the square, at the rounded x
+    # HiF4's scale, 100/7 rounded to 14, lets 100 be 98 at most.
+    group = torch.full((1, 64), 100.0, requires_grad=True)
+    found = round_through(group, Operand(HIF4, PerRow()))
+    assert set(found.flatten().tolist()) == {98.0}
+    torch.autograd.backward(found.sum())
+    assert group.grad is not None
+    assert group.grad.tolist() == [[1.0] * 64]
     saturated = torch.tensor([1e6], requires_grad=True)
     hif8 = Operand(HIF8, PerTensor())
     rounded = round_through(saturated, hif8, StaticScale.of(hif8, torch.tensor(1.0)))
@@ -188,6 +195,8 @@ def test_options_combine_like_a_grid() -> None:
     assert grid_of(options, [3]) == Grid(
         tuple(Run("hif4", batch, 8, 1e-4, seed) for batch in (1, 2) for seed in (0, 1)), (3,)
     )
+    twice = options | {"methods": ["hif4", "hif4"], "batches": [1, 2, 1]}
+    assert grid_of(twice, [3, 3]) == grid_of(options, [3]), "no run is trained twice"
 
 
 def cell(mean: float, outcome: str, against_control: str) -> dict[str, Any]:

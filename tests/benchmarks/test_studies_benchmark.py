@@ -1,0 +1,53 @@
+"""Test that the benchmark of the studies takes nothing of an earlier run as work of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.speed.studies_14b import check_fresh, check_goes_on, check_model
+
+
+def test_what_an_earlier_run_has_left_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "short").mkdir()
+    check_fresh(tmp_path)
+    (tmp_path / "points").mkdir()
+    words = ("--work", tmp_path, "--part", "short", "--shape", "mini", "--device", "cpu")
+    command = [sys.executable, "-m", "benchmarks.speed.studies_14b", *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"{tmp_path} holds points of an earlier run" in result.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["points", "short"]
+
+
+def test_a_model_of_another_shape_is_refused(fabricated: Path, tmp_path: Path) -> None:
+    check_model(fabricated, "mini", 40)
+    with pytest.raises(SystemExit, match=r"has num_layers 40, and this run is for 4: remove it"):
+        check_model(fabricated, "mini", 4)
+    with pytest.raises(SystemExit, match="has num_attention_heads 2, and this run is for 40"):
+        check_model(fabricated, "14b", 40)
+    partial = Path(shutil.copytree(fabricated, tmp_path / "partial"))
+    config = partial / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_dim": 32}))
+    with pytest.raises(SystemExit, match="is not a whole model: remove it"):
+        check_model(partial, "mini", 40)
+    shutil.rmtree(partial / "transformer")
+    with pytest.raises(SystemExit, match="is not a whole model: remove it"):
+        check_model(partial, "mini", 40)
+
+
+def test_a_second_start_that_begins_anew_ends_with_an_error() -> None:
+    kept = [b"one", b"two"]
+    check_goes_on(kept, [*kept, b"three"])
+    for again, words in (
+        ([b"other", b"two"], "of 2 units that were finished the second start left 1"),
+        ([b"one"], "of 2 units that were finished the second start left 1"),
+        ([], "left 0"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            check_goes_on(kept, again)
+    with pytest.raises(SystemExit, match="had finished nothing"):
+        check_goes_on([], [b"one"])
