@@ -2,24 +2,19 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.studies_14b import check_fresh, check_goes_on, check_model
+from benchmarks.speed.studies_14b import check_fresh, check_goes_on, check_model, main
 
 
 def test_what_an_earlier_run_has_left_is_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "short").mkdir()
     check_fresh(tmp_path)
     (tmp_path / "points").mkdir()
-    words = ("--work", tmp_path, "--part", "short", "--shape", "mini", "--device", "cpu")
-    command = [sys.executable, "-m", "benchmarks.speed.studies_14b", *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert f"{tmp_path} holds points of an earlier run" in result.stderr
+    with pytest.raises(SystemExit, match=f"{tmp_path} holds points of an earlier run"):
+        main(tmp_path, "short", "mini", device="cpu")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["points", "short"]
 
 
