@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from quant import ascend
-from worker.device import Device, is_lost, pick_device, usable_cores
+from quant.device import usable_cores
+from worker.device import Device, is_lost, pick_device
 from worker.errors import DeviceUnavailable, RanksLost
 from worker.settings import DeviceChoice
 
