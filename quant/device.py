@@ -7,7 +7,6 @@ import claims the process's accelerator.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Final, Literal
 
@@ -73,10 +72,3 @@ def available_accelerator() -> Accelerator | None:
     """Return the first accelerator that can be used without importing anything, or None."""
     loaded = (kind for kind in ACCELERATORS if hasattr(torch, kind))
     return next((kind for kind in loaded if backend(kind).is_available()), None)
-
-
-def usable_cores() -> int:
-    """Count the cores this process may use; in a container fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from quant import ascend
-from quant.device import ACCELERATORS, backend, configure, unavailable_reason, usable_cores
+from quant.device import ACCELERATORS, backend, configure, unavailable_reason
 from quant.kernels.eager import EagerKernels
 from quant.kernels.selection import KernelChoice, multiplies_codes, pick_kernels
 from quant.kernels.self_test import BlockShape
@@ -248,3 +249,10 @@ def _first_usable() -> DeviceKind:
         # Who installs it has a card. Its model would crawl on the CPU, and nobody would know why.
         logger.warning("the worker runs on the CPU, because %s", reasons["npu"])
     return "cpu"
+
+
+def usable_cores() -> int:
+    """Count the cores this process may use; in a container fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -33,10 +33,9 @@ from jobs.redis_client import connect
 from jobs.store.durability import read_risks
 from jobs.telemetry import tracing
 from quant import QuantError
-from quant.device import usable_cores
 from worker.config import WorkerConfig, load_config
 from worker.consumer.serve import ServeContext, serve
-from worker.device import Device, is_lost, is_out_of_memory, pick_device
+from worker.device import Device, is_lost, is_out_of_memory, pick_device, usable_cores
 from worker.distributed.follower import follow, lead_ranks, load_follower
 from worker.distributed.layout import check_ranks
 from worker.distributed.rank_group import RankGroup, join

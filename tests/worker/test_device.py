@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from quant import ascend
-from quant.device import usable_cores
-from worker.device import Device, is_lost, pick_device
+from worker.device import Device, is_lost, pick_device, usable_cores
 from worker.errors import DeviceUnavailable, RanksLost
 from worker.settings import DeviceChoice
 

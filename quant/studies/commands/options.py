@@ -12,7 +12,7 @@ import typer
 from quant.device import backend, usable_device
 from quant.errors import StudyError
 from quant.studies.block_stream import SMALL_BYTES, stream_bytes
-from quant.studies.memory import available_bytes, check_host, fits
+from quant.studies.host import available_bytes, check_host, fits
 from quant.studies.points import Point
 from quant.weights.model_folder import check_model_kind
 

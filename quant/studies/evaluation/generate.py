@@ -15,8 +15,8 @@ from torch import Tensor
 from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
 from quant.calibration.sampling import run_prompts
-from quant.device import usable_cores
 from quant.studies.evaluation.video_files import Frames, Video
+from quant.studies.host import usable_cores
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
 

@@ -15,7 +15,7 @@ from quant.errors import StudyError
 from quant.recipe.recipe import QuantRecipe
 from quant.studies.block_stream import BlockStream
 from quant.studies.commands.options import study_device
-from quant.studies.memory import available_bytes, check_host, fits
+from quant.studies.host import available_bytes, check_host, fits
 from quant.studies.methods.calibration import Calibration, calibrate
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
 from quant.studies.methods.formats import HIF8

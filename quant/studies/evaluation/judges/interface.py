@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import ClassVar, Literal, Protocol, TypeGuard, get_args
 
-from quant.device import usable_cores
 from quant.errors import StudyError
 from quant.studies.evaluation.video_files import Video
+from quant.studies.host import usable_cores
 
 Needs = Literal["pair", "video"]
 

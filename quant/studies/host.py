@@ -1,4 +1,4 @@
-"""Say whether a study's model and streams fit on a device, or on the host; sizes are in bytes."""
+"""Say what the host has, and whether a study's model and streams fit; sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -36,3 +36,10 @@ def available_bytes() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def usable_cores() -> int:
+    """Count the cores this process may use; in a container fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
