@@ -335,6 +335,11 @@ def _parse(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Scales:
                 f"its recipe protects blocks {list(recipe.protected_blocks)}, the analysis in it "
                 f"has chosen {list(protection.blocks)}"
             )
+        if protection.model_fingerprint != metadata["model_fingerprint"]:
+            raise ValueError(
+                f"it is of model {metadata['model_fingerprint']}, the analysis in it of "
+                f"{protection.model_fingerprint}"
+            )
     return Scales(
         model_fingerprint=metadata["model_fingerprint"],
         recipe=recipe,

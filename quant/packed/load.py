@@ -128,12 +128,14 @@ def check_packed(
         ConversionError: its recipe does not fit its transformer.
     """
     info, name = packed.info, packed.folder
-    found, problem = _resolved(recipe, packed.scales), None
+    (found, reason), problem = _resolved(recipe, packed.scales), None
     if info.model_fingerprint != model_fingerprint:
         problem = (
             f"the packed checkpoint {name} was made of model {info.model_fingerprint}, "
             f"this model is {model_fingerprint}"
         )
+    elif reason:
+        problem = f"the packed checkpoint {name} does not fit: {reason}"
     elif info.recipe.fingerprint != found.fingerprint:
         problem = (
             f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
@@ -148,14 +150,15 @@ def check_packed(
     return found
 
 
-def _resolved(recipe: QuantRecipe, scales: Scales) -> QuantRecipe:
-    """Return the recipe with the blocks of the scales' analysis; as it is if that does not fit."""
+def _resolved(recipe: QuantRecipe, scales: Scales) -> tuple[QuantRecipe, str]:
+    """Return a recipe with the blocks of the scales' analysis, and why these do not fit, or ""."""
     if scales.protection is None:
-        return recipe
+        reason = f"recipe {recipe.name!r} has protect = 'auto', and it holds no analysis"
+        return recipe, reason if recipe.is_auto else ""
     try:
-        return scales.protection.resolve(recipe)
-    except RecipeError:
-        return recipe
+        return scales.protection.resolve(recipe), ""
+    except RecipeError as error:
+        return recipe, str(error)
 
 
 def _check_own_scales(packed: PackedCheckpoint, command: str) -> None:

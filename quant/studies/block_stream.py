@@ -56,6 +56,13 @@ class Conditions:
         return Conditions(text, timestep, self.rope, time, self.grid)
 
 
+def stream_bytes(transformer: Any, latents: Tensor) -> int:
+    """Return the bytes of a `WanTransformer3DModel`'s float32 stream of latents [B, C, F, H, W]."""
+    config = transformer.config
+    tokens = latents[:, 0].numel() // math.prod(config.patch_size)
+    return int(4 * tokens * config.num_attention_heads * config.attention_head_dim)
+
+
 class BlockStream:
     """Runs passes of a transformer on a device, block by block."""
 
@@ -92,9 +99,7 @@ class BlockStream:
 
     def stream_bytes(self, latents: Tensor) -> int:
         """Return the bytes of the float32 stream of latents [B, C, F, H, W]."""
-        config = self.transformer.config
-        tokens = latents[:, 0].numel() // math.prod(config.patch_size)
-        return int(4 * tokens * config.num_attention_heads * config.attention_head_dim)
+        return stream_bytes(self.transformer, latents)
 
     def block(self, index: int) -> nn.Module:
         """Return a copy of a block on the device."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class PointsInfo:
         prompts: the texts, in order; the i-th file holds the points of the i-th.
         prompts_sha256: of the set of prompts (`PromptSet.sha256`).
         steps: numbers of the denoising steps that are kept, ascending.
+        batch: how many prompts ran together.
+        device: on which; "" in a folder of before, which does not say it. Both change last bits.
     """
 
     model: str
@@ -69,12 +71,24 @@ class PointsInfo:
     prompts_file: str
     sampler: SamplerSettings
     steps: tuple[int, ...]
+    batch: int = 1
+    device: str = ""
 
     @property
     def points(self) -> int:
         """How many points there are."""
         branches = 2 if self.sampler.guidance_scale > 1 else 1
         return len(self.prompts) * len(self.steps) * branches
+
+    def differences(self, other: PointsInfo) -> list[str]:
+        """Return the names of what differs; a device that is not known may be any."""
+        names = [each.name for each in fields(self)]
+        known = self.device and other.device
+        return [
+            name
+            for name in names
+            if getattr(self, name) != getattr(other, name) and (known or name != "device")
+        ]
 
 
 class PointsFolder:
@@ -180,8 +194,12 @@ def new_points(path: Path, info: PointsInfo) -> PointsFolder:
     """
     if path.exists():
         found = open_points(path, complete=False)
-        if found.info != info:
-            raise StudyError(f"{path} holds other points: name another folder, or delete it")
+        others = found.info.differences(info)
+        if others:
+            raise StudyError(
+                f"{path} holds other points, of another {' and '.join(others)}: name another "
+                "folder, or delete it"
+            )
         return found
     try:
         path.mkdir()

@@ -31,16 +31,16 @@ def record_points(
     sampler: SamplerSettings,
     folder: PointsFolder,
     on_step: OnStep,
-    batch: int = 1,
 ) -> None:
     """Run the prompts that the folder lacks through a `WanPipeline` in BF16, and keep their points.
+
+    As many prompts run together as the folder was made for. Those of a batch that an interrupted
+    run has kept in part run again together, because the last bits may depend on the company.
 
     Args:
         folder: made for these prompts and settings.
         on_step: called after each denoising step with (done, total), counted over all prompts;
             before the first one, too.
-        batch: how many prompts run together. Those of a batch that an interrupted run has kept in
-            part run again together, because the last bits may depend on the company.
 
     Raises:
         CalibrationError: as `check_pipeline`.
@@ -48,7 +48,7 @@ def record_points(
     """
     check_pipeline(pipe, prompts.prompts, sampler)
     pipe.set_progress_bar_config(disable=True)
-    count, steps = len(prompts.prompts), sampler.num_inference_steps
+    count, steps, batch = len(prompts.prompts), sampler.num_inference_steps, folder.info.batch
     batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
     missing = [each for each in batches if not all(folder.has(index) for index in each)]
     total = steps * count

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from quant.console import errors_as_sentences, resumable
-from quant.errors import StudyError
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
     Batch,
@@ -36,9 +35,12 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     points: Points,
     analysis: Annotated[Path, typer.Option(help="Folder of `analyze`, on other prompts.")],
     out: Out,
-    recipe: Annotated[str, typer.Option(help="That of the analysis.")] = DEFAULT_RECIPE,
+    recipe: Annotated[str, typer.Option(help="What the analysis measured.")] = DEFAULT_RECIPE,
     random_sets: Annotated[
-        int, typer.Option(min=0, help="Random sets of as many blocks as the paper protects.")
+        int,
+        typer.Option(
+            min=0, help="Random sets of the paper's number of blocks, and the proposal's."
+        ),
     ] = 50,
     points_per_prompt: Annotated[int, typer.Option(min=1, help="Points of each prompt.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
@@ -57,9 +59,8 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         fingerprint = model_fingerprint(model)
         recorded.check_model(fingerprint)
         proposal = read_proposal(analysis, fingerprint, recorded)
-        if proposal.folder.identity["recipe"] != base.fingerprint:
-            raise StudyError(f"{analysis} is of another recipe than {recipe!r}: analyze that first")
         transformer = load_transformer(model)
+        proposal.check_recipe(base, len(transformer.blocks))
         where, keep = study_device(device, transformer)
         subject = Subject.of(transformer, base, where, keep=keep)
         blocks = subject.exact.blocks
@@ -69,7 +70,8 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
             "ablate",
             {
                 "model": fingerprint,
-                "recipe": base.fingerprint,
+                "recipe": proposal.recipe,
+                "analysis": proposal.sha256,
                 "set of points": json.dumps(asdict(recorded.info), sort_keys=True),
                 "set of protections": json.dumps(
                     {name: asdict(each) for name, each in protections.items()}

@@ -69,7 +69,13 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
         protections = {NONE: (), "paper": paper_sets(blocks)["both ends"]}
         if analysis is not None:
             protections["proposed"] = read_proposal(analysis, fingerprint, recorded).blocks
-        where, keep = study_device(device, transformer)
+        calibrating = HeldOut(seen, calibration_points_per_prompt)
+        measured_on = [
+            point
+            for prompt in range(len(seen.info.prompts))
+            for point in calibrating.of_prompt(prompt)
+        ]
+        where, keep = study_device(device, transformer, measured_on)
         subject = Subject.of(transformer, base, where, keep=keep)
         folder = StudyFolder.open(
             out,
@@ -88,12 +94,6 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
             },
         )
         held_out = HeldOut(recorded, points_per_prompt, batch)
-        calibrating = HeldOut(seen, calibration_points_per_prompt)
-        measured_on = [
-            point
-            for prompt in range(len(seen.info.prompts))
-            for point in calibrating.of_prompt(prompt)
-        ]
         cost = blocks * len(measured_on)
         cost += comparison_cost(blocks, held_out.count, len(chosen), len(protections))
         words = (

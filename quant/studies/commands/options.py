@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ import typer
 
 from quant.device import backend, usable_device
 from quant.errors import StudyError
-from quant.studies.block_stream import SMALL_BYTES
+from quant.studies.block_stream import SMALL_BYTES, stream_bytes
+from quant.studies.host import available_bytes, check_host, fits
+from quant.studies.points import Point
 from quant.weights.model_folder import check_model_kind
 
 Model = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
@@ -41,15 +44,29 @@ def load_transformer(model: Path) -> Any:
     return transformer.eval().requires_grad_(False)
 
 
-def study_device(name: str, transformer: Any) -> tuple[torch.device, bool]:
-    """Return a usable device, and whether the model fits there in BF16 and in float32 at once.
+def study_device(
+    name: str, transformer: Any, points: Sequence[Point] = ()
+) -> tuple[torch.device, bool]:
+    """Return a usable device, and whether model and streams fit there.
+
+    The model must fit in BF16 and in float32 at once.
+
+    Args:
+        points: those whose streams are kept all at once, on the device or on the host.
 
     Raises:
         QuantError: the device cannot be used.
+        StudyError: neither has memory for the streams.
     """
     device = usable_device(name)
     size = sum(each.nbytes for each in transformer.parameters())
+    streams = sum(stream_bytes(transformer, each.latents) for each in points)
     if device.type == "cpu":
-        return device, size < SMALL_BYTES
-    free, _ = backend(device.type).mem_get_info()  # type: ignore[arg-type]
-    return device, 3 * size < 0.5 * free
+        keep = size < SMALL_BYTES
+    else:
+        free, _ = backend(device.type).mem_get_info()  # type: ignore[arg-type]
+        keep = fits(size, streams, free)
+        if keep:
+            return device, keep
+    check_host(streams, len(points), available_bytes())
+    return device, keep

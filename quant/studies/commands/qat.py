@@ -140,7 +140,7 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
             gradient_checkpointing,
             graphs,
         )
-        where, keep = study_device(device, transformer)
+        where, keep = study_device(device, transformer, training_points(material))
         if device == "cuda":  # float32 means float32, in convolutions as well
             torch.backends.cudnn.allow_tf32 = False
         subject = Subject.of(transformer, base, where, keep=keep).without_kept(base)

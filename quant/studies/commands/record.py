@@ -66,11 +66,13 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
             prompts_file=prompt_set.file,
             sampler=sampler,
             steps=spread_steps(keep, sampler.num_inference_steps),
+            batch=batch,
+            device=device,
         )
         check_pipeline_weights(model)
         folder = new_points(out, info)
         pipe = load_pipeline(model, device)
         progress = CalibrationProgress(len(prompt_set.prompts))
         with resumable(), closing(progress):
-            record_points(pipe, prompt_set, sampler, folder, progress, batch)
+            record_points(pipe, prompt_set, sampler, folder, progress)
     typer.echo(f"wrote {out}: {info.points} points of {len(info.prompts)} prompts")

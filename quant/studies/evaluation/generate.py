@@ -16,11 +16,13 @@ from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler import SamplerSettings
 from quant.calibration.sampling import run_prompts
 from quant.studies.evaluation.video_files import Frames, Video
+from quant.studies.host import usable_cores
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
 
 _WRITERS = 8
-"""Videos of a batch that are encoded at the same time, each by one thread of another process."""
+"""Videos of a batch that are encoded at the same time, at most: each by one thread of another
+process, and no more than there are cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def _is_kept(folder: StudyFolder, name: str, video: Video) -> bool:
 
 def _keep(made: Sequence[tuple[Video, Tensor, Frames]], name: str, folder: StudyFolder) -> None:
     """Write videos, several at the same time, and keep a unit for each."""
-    with ThreadPoolExecutor(_WRITERS, "video") as pool:
+    with ThreadPoolExecutor(min(_WRITERS, usable_cores()), "video") as pool:
         written = pool.map(lambda each: Video.write(*each), made)
         for (video, _, _), _ in zip(made, written, strict=True):
             folder.keep(video_unit(name, video), {"sha256": video.digest()})
@@ -122,15 +124,21 @@ def _keep(made: Sequence[tuple[Video, Tensor, Frames]], name: str, folder: Study
 
 @torch.no_grad()
 def decoded(vae: Any, latents: Tensor) -> list[Frames]:
-    """Decode normalized latents [B, C, F, H, W]: B times [F, H, W, 3] in 8 bits."""
+    """Decode normalized latents [B, C, F, H, W]: B times [F, H, W, 3] in 8 bits.
+
+    One is decoded at a time: what that takes would else grow with the batch.
+    """
     shape = (1, latents.shape[1], 1, 1, 1)
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=torch.float32).view(shape)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    videos = vae.decode(latents.float() * std + mean).sample.float()
-    pixels = (videos.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 4, 1) * 255
-    return list(pixels.round().cpu().numpy().astype(np.uint8))
+    found = []
+    for each in torch.split(latents.float() * std + mean, 1):
+        video = vae.decode(each).sample[0].float()
+        pixels = (video.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 3, 0) * 255
+        found.append(pixels.round().cpu().numpy().astype(np.uint8))
+    return found
 
 
 def _latents(pipe: Any, plan: Plan, videos: Sequence[Video], progress: StudyProgress) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from quant.errors import StudyError
 from quant.numerics.scaling import binade_histogram
+from quant.studies.block_stream import Conditions
 from quant.studies.methods.method import InputStatistics, Method
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.points import Point
@@ -94,8 +95,8 @@ def calibrate(
 ) -> Calibration:
     """Measure inputs at points and round weights, a unit for each block.
 
-    The streams of all points stay on the host while their blocks run; `batch` points of one step
-    run together.
+    The streams of all points stay on `subject.host` while their blocks run; `batch` points of one
+    step run together.
 
     Raises:
         StudyError: a value is not finite, or the disk cannot take a file.
@@ -108,8 +109,7 @@ def calibrate(
         progress.skip(blocks * len(points))
         return calibration
     groups = _of_one_step(points, batch)
-    begun = [subject.exact.begin(group) for group in groups]
-    streams = [stream.to(subject.host) for stream, _ in begun]
+    streams, conditions = _begun(subject, groups)
     rounding = [method for method in methods if method.rounding.needs_hessian]
     for index in range(blocks):
         progress.describe(f"calibration, block {index + 1} of {blocks}")
@@ -119,11 +119,10 @@ def calibrate(
         names = () if folder.unit(unit) is not None else subject.linears[index]
         meter = _Meter(calibration.steps, with_hessian=bool(rounding))
         with meter.watching(block, names):
-            for place, (_, conditions) in enumerate(begun):
-                meter.step = groups[place][0].step
-                before = streams[place].to(subject.exact.device)
-                streams[place] = _run(block, before, conditions).to(subject.host)
-                progress.advance(len(groups[place]))
+            for place, group in enumerate(groups):
+                meter.step = group[0].step
+                streams[place] = _run(subject, block, streams[place], conditions[place])
+                progress.advance(len(group))
         if names:
             measured = time.monotonic() - start
             _write(calibration.file(index), meter.tensors())
@@ -135,6 +134,18 @@ def calibrate(
                 _write(calibration.file(index, method), codes)
             folder.keep(unit, {"measuring_s": measured, "rounding_s": seconds})
     return calibration
+
+
+def _begun(
+    subject: Subject, groups: Sequence[Sequence[Point]]
+) -> tuple[list[Tensor], list[Conditions]]:
+    """Begin a pass over each group; each stream is put where streams stay before the next one."""
+    streams, conditions = [], []
+    for group in groups:
+        stream, each = subject.exact.begin(group)
+        streams.append(stream.to(subject.host))
+        conditions.append(each)
+    return streams, conditions
 
 
 def _of_one_step(points: Sequence[Point], batch: int) -> list[list[Point]]:
@@ -215,9 +226,11 @@ class _Meter:
 
 
 @torch.no_grad()
-def _run(block: nn.Module, stream: Tensor, conditions: Any) -> Tensor:
-    after: Tensor = block(stream, conditions.text, conditions.timestep, conditions.rope)
-    return after
+def _run(subject: Subject, block: nn.Module, stream: Tensor, conditions: Conditions) -> Tensor:
+    """Take a stream from where it stays through a block and back."""
+    before = stream.to(subject.exact.device)
+    after: Tensor = block(before, conditions.text, conditions.timestep, conditions.rope)
+    return after.to(subject.host)
 
 
 def _codes(

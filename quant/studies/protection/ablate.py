@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,13 +50,21 @@ def all_protections(
 ) -> dict[str, Protection]:
     """Return all that is measured.
 
-    These are the named protections, some of them once more with attention in 8 bits, and `sets`
-    random ones of as many blocks as the paper's.
+    These are the named protections, some of them once more with attention in 8 bits, `sets` random
+    ones of as many blocks as the paper's, and, if the proposal has another size, as many of that,
+    or all that there are.
+
+    Raises:
+        StudyError: there are fewer than `sets` of the paper's size.
     """
     named = named_protections(blocks, proposed)
     ends = named[PAPER].blocks
     taken = [each.blocks for each in named.values() if not each.kept]
     drawn = random_sets(blocks, len(ends), sets, seed, taken)
+    if len(proposed) != len(ends):
+        known = len({each for each in taken if len(each) == len(proposed)})
+        count = min(sets, math.comb(blocks, len(proposed)) - known)
+        drawn += random_sets(blocks, len(proposed), count, seed, taken)
     attention = with_attention({name: named[name] for name in ("none", PAPER, AUTO, "middle")})
     chance = {f"random {number}": Protection(each) for number, each in enumerate(drawn)}
     return named | attention | chance
@@ -142,7 +151,7 @@ def report(
     estimates = {name: estimate(values, owners) for name, values in energy.items()}
     chance = [name for name in protections if name.startswith("random ")]
     named = [name for name in protections if name not in chance and not is_of_attention(name)]
-    drawn = [estimates[name].mean for name in chance]
+    drawn = _by_size({protections[name].blocks: estimates[name].mean for name in chance})
     others = [name for name in named if name != PAPER]
     differences = {name: paired_difference(energy[name], energy[PAPER], owners) for name in others}
     adjusted = holm({name: each.permutation_p for name, each in differences.items()})
@@ -155,7 +164,7 @@ def report(
                 "blocks": list(protections[name].blocks),
                 "kept": protections[name].kept,
                 "gain_db": float(10 * np.log10(unprotected / estimates[name].mean)),
-                "percentile": 100 - percentile_of(estimates[name].mean, drawn) if drawn else None,
+                **_beside_random(protections[name], estimates[name].mean, drawn),
             }
             for name in (*named, *chance)
         },
@@ -164,15 +173,42 @@ def report(
             name: {**asdict(each), "holm_p": adjusted[name], "real": each.is_real}
             for name, each in differences.items()
         },
-        "random_sets": len(drawn),
+        "random_sets": len(drawn.get(len(protections[PAPER].blocks), ())),
         "prompts": len(prompts),
         "points": len(owners),
     }
     tables = {"named": _named_table(results, named), "random": _random_table(results, named)}
     if table is not None:
         tables["attention"] = table
-    figures = {"sets": _figure(results, named, drawn)}
+    of_paper = drawn.get(len(protections[PAPER].blocks), ())
+    figures = {"sets": _figure(results, named, of_paper)}
     return results, tables, figures, _page(results, tables, figures, named, recipe_name)
+
+
+def _by_size(means: Mapping[tuple[int, ...], float]) -> dict[int, list[float]]:
+    """Group the errors of random sets by their number of blocks."""
+    found: dict[int, list[float]] = {}
+    for blocks, mean in means.items():
+        found.setdefault(len(blocks), []).append(mean)
+    return found
+
+
+def _beside_random(
+    protection: Protection, mean: float, drawn: Mapping[int, Sequence[float]]
+) -> Json:
+    """Rank a set among random ones that keep as much of the model in BF16; others say nothing."""
+    same = [] if protection.kept else drawn.get(len(protection.blocks), [])
+    return {
+        "percentile": 100 - percentile_of(mean, same) if same else None,
+        "random_sets": len(same),
+        "worse_random_sets": sum(each > mean for each in same),
+    }
+
+
+def _beaten(found: Json) -> str | None:
+    """Say how many random sets of as many blocks are worse; None if none were drawn."""
+    total = found["random_sets"]
+    return f"{found['worse_random_sets']} of {total}" if total else None
 
 
 def _named_table(results: Json, named: Sequence[str]) -> Table:
@@ -183,7 +219,7 @@ def _named_table(results: Json, named: Sequence[str]) -> Table:
         Column("95 % from", 4),
         Column("to", 4),
         Column("gain over none, dB", 2),
-        Column("better than random sets, %", 0),
+        Column("better than random sets of its size"),
         Column("minus both ends, %", 4),
         Column("from", 4),
         Column("to ", 4),
@@ -201,7 +237,7 @@ def _named_table(results: Json, named: Sequence[str]) -> Table:
                 100 * each["low"],
                 100 * each["high"],
                 each["gain_db"],
-                each["percentile"],
+                _beaten(each),
                 *(
                     (None,) * 5
                     if other is None
@@ -221,12 +257,16 @@ def _named_table(results: Json, named: Sequence[str]) -> Table:
 def _random_table(results: Json, named: Sequence[str]) -> Table:
     columns = (Column("set"), Column("blocks"), Column("error energy, %", 4))
     drawn = [name for name in results["sets"] if name not in named]
-    drawn.sort(key=lambda name: float(results["sets"][name]["mean"]))
+    drawn.sort(key=lambda name: _order(results["sets"][name]))
     rows = []
     for name in drawn:
         each = results["sets"][name]
         rows.append((name, ", ".join(map(str, each["blocks"])), 100 * each["mean"]))
     return Table(columns, rows)
+
+
+def _order(found: Json) -> tuple[int, float]:
+    return len(found["blocks"]), float(found["mean"])
 
 
 def _figure(results: Json, named: Sequence[str], drawn: Sequence[float]) -> bytes:
@@ -262,12 +302,11 @@ def _page(
         "prompts, teacher-forced, error of the velocity against float32. Intervals and tests are "
         "over prompts.",
     )
-    if results["random_sets"]:
-        page.finding(
-            f"The paper's blocks are better than {paper['percentile']:.0f} % of "
-            f"{results['random_sets']} random sets of the same size, the proposed ones than "
-            f"{auto['percentile']:.0f} %."
-        )
+    for whose, found in (("The paper's", paper), ("The proposed", auto)):
+        if (count := _beaten(found)) is not None:
+            page.finding(
+                f"{whose} blocks are better than {count} random sets of {len(found['blocks'])}."
+            )
     difference = results["against_paper"][AUTO]
     page.finding(
         f"The proposed set leaves {100 * auto['mean']:.3f} % error, the paper's "
@@ -277,7 +316,8 @@ def _page(
     )
     page.figure(
         figures["sets"],
-        "Mean error with 95 % intervals. Shaded: the middle 90 % of random sets of equal size.",
+        "Mean error with 95 % intervals. Shaded: the middle 90 % of random sets of as many blocks "
+        "as both ends.",
     )
     page.table(tables["named"])
     real = [name for name in named if results["against_paper"].get(name, {}).get("real")]

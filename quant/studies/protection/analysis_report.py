@@ -145,6 +145,7 @@ def report(
         "paper": sum(means[block] for block in paper) / total,
     }
     results: Json = {
+        "measured_recipe": analysis.subject.recipe.fingerprint,
         "blocks": {str(block): asdict(each) for block, each in energy.items()},
         "linears": {name: asdict(each) for name, each in linears.items()},
         "total_energy": total,

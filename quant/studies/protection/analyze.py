@@ -74,7 +74,8 @@ class Subject:
         """Prepare a transformer on the host.
 
         Args:
-            keep: keep all blocks and streams on the device, which is faster where they fit.
+            keep: keep all blocks on the device, and the streams of many points, which is faster
+                where they fit (`study_device`).
 
         Raises:
             ConversionError: the recipe's patterns do not fit the transformer's blocks.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quant.calibration.scales import load_scales
-from quant.errors import RecipeError, StudyError
+from quant.errors import StudyError
 from quant.recipe.evidence import BlockEnergy, ProtectionEvidence, measured_recipe
 from quant.recipe.recipe import QuantRecipe
 from quant.studies.output.study_folder import StudyFolder, read_results, read_state
@@ -25,11 +25,29 @@ class Proposal:
         folder: of the analysis, with the units that it measured.
         blocks: those to protect.
         prompts: those that the analysis has seen.
+        recipe: fingerprint of what it measured (`measured_recipe`); "" in one of before.
+        sha256: of its results.json.
     """
 
     folder: StudyFolder
     blocks: tuple[int, ...]
     prompts: tuple[str, ...]
+    recipe: str
+    sha256: str
+
+    def check_recipe(self, recipe: QuantRecipe, total_blocks: int) -> None:
+        """Refuse a recipe of another format, other scales or other linears than were measured.
+
+        Raises:
+            StudyError: it is another, or the analysis does not say what it measured.
+        """
+        if not self.recipe:
+            raise StudyError(_older(self.folder.path))
+        if self.recipe != measured_recipe(recipe, total_blocks).fingerprint:
+            raise StudyError(
+                f"{self.folder.path} measured another format, other scales or other linears than "
+                f"those of recipe {recipe.name!r}: analyze that first"
+            )
 
 
 def read_proposal(path: Path, fingerprint: str, held_out: PointsFolder) -> Proposal:
@@ -43,7 +61,14 @@ def read_proposal(path: Path, fingerprint: str, held_out: PointsFolder) -> Propo
         raise StudyError(f"{path} is of another model: analyze this one first")
     prompts = json.loads(folder.identity["set of points"])["prompts"]
     held_out.check_apart(frozenset(prompts), f"the analysis {path}")
-    return Proposal(folder, tuple(read_results(path, "analyze")["proposed"]), tuple(prompts))
+    results = read_results(path, "analyze")
+    return Proposal(
+        folder,
+        tuple(results["proposed"]),
+        tuple(prompts),
+        results.get("measured_recipe", ""),
+        _digest(path),
+    )
 
 
 def read_evidence(path: Path, fingerprint: str) -> ProtectionEvidence:
@@ -56,13 +81,14 @@ def read_evidence(path: Path, fingerprint: str) -> ProtectionEvidence:
     identity = state["identity"]
     if identity["model"] != fingerprint:
         raise StudyError(f"{path} is of another model: analyze this one first")
+    if "measured_recipe" not in results:
+        raise StudyError(_older(path))
     points = json.loads(identity["set of points"])
     try:
         energy = [results["blocks"][str(block)] for block in range(len(results["blocks"]))]
-        recipe = measured_recipe(QuantRecipe.load(path / "recipe.toml"), len(energy))
         return ProtectionEvidence(
             model_fingerprint=fingerprint,
-            recipe=recipe.fingerprint,
+            recipe=results["measured_recipe"],
             blocks=tuple(results["proposed"]),
             energy=tuple(
                 BlockEnergy(*(each[n] for n in ("mean", "low", "high"))) for each in energy
@@ -73,12 +99,23 @@ def read_evidence(path: Path, fingerprint: str) -> ProtectionEvidence:
             prompts_file=points["prompts_file"],
             prompts_sha256=points["prompts_sha256"],
             points_sha256=hashlib.sha256(identity["set of points"].encode()).hexdigest(),
-            analysis_sha256=hashlib.sha256((path / "results.json").read_bytes()).hexdigest(),
+            analysis_sha256=_digest(path),
             options=json.loads(identity["set of options"]) | {"device": identity["device"]},
             tool_version=state["tool_version"],
         )
-    except (OSError, LookupError, TypeError, ValueError, RecipeError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise StudyError(f"{path} is damaged: analyze again into another folder") from error
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256((path / "results.json").read_bytes()).hexdigest()
+
+
+def _older(path: Path) -> str:
+    return (
+        f"{path} was written by an older version, which did not say which format, scales and "
+        "linears it measured: analyze again into another folder"
+    )
 
 
 def resolve_recipe(

@@ -446,6 +446,10 @@ def test_another_recipe_is_refused_with_the_command(made, tiny_model, tiny_recip
     other = replace(tiny_recipe, name="other", protected_blocks=(0,))
     with pytest.raises(PackedMismatch, match=r"'tiny'.*'other'.*-m quant convert"):
         opened(made, tiny_model, other)
+    with pytest.raises(
+        PackedMismatch, match="'auto-hif8' has protect = 'auto', and it holds no an"
+    ):
+        opened(made, tiny_model, QuantRecipe.load("auto-hif8"))
 
 
 def test_another_format_version_is_refused(folder, tiny_model, tiny_recipe):

@@ -10,7 +10,7 @@ import pytest
 
 from quant.calibration.scales import Scales, check_scales, load_scales, save_scales
 from quant.calibration.summary import describe_scales
-from quant.errors import QuantError, RecipeError, ScalesError, ScalesMismatch
+from quant.errors import PackedMismatch, QuantError, RecipeError, ScalesError, ScalesMismatch
 from quant.packed.load import check_packed, open_packed
 from quant.recipe.evidence import BlockEnergy, ProtectionEvidence, measured_recipe
 from quant.recipe.recipe import QuantRecipe
@@ -129,6 +129,9 @@ def test_convert_and_evaluate_take_the_blocks_of_the_scales(
     open_recipe = QuantRecipe.load("auto-hif8")
     used = check_packed(found, model_fingerprint=fingerprint, recipe=open_recipe)
     assert used.protected_blocks == scales.recipe.protected_blocks
+    larger = replace(open_recipe, total_blocks=40)
+    with pytest.raises(PackedMismatch, match="is for 40 blocks, the analysis is of a model with 4"):
+        check_packed(found, model_fingerprint=fingerprint, recipe=larger)
     for name, prompts in (("held-out", HELD_OUT), ("choosing", CALIBRATION)):
         (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
     words: tuple[str | Path, ...] = ("evaluate", "--model", tiny_model)
@@ -179,13 +182,23 @@ def test_an_analysis_that_does_not_fit_is_refused(
     result = calibrate(tiny_model, tmp_path, out, "--analysis", other)
     assert "is of another model: analyze this one first" in result.output
     shutil.copy(analysis / "study.json", other / "study.json")
-    text = (other / "recipe.toml").read_text()
-    (other / "recipe.toml").write_text(text.replace('policy = "pow2"', 'policy = "amax15"'))
-    result = calibrate(tiny_model, tmp_path, out, "--analysis", other)
+    edited = tmp_path / "edited.toml"
+    for before, after in (
+        (other / "recipe.toml", other / "recipe.toml"),  # which does not change what was measured
+        (Path("quant/recipe/presets/auto-hif8.toml"), edited),
+    ):
+        text = before.read_text()
+        assert 'policy = "pow2"' in text
+        after.write_text(text.replace('policy = "pow2"', 'policy = "amax15"'))
+    result = calibrate(tiny_model, tmp_path, out, "--analysis", other, "--recipe", edited)
     assert "measured another format, other scales or other linears" in result.output
-    (other / "recipe.toml").unlink()
-    result = calibrate(tiny_model, tmp_path, out, "--analysis", other)
-    assert f"{other} is damaged: analyze again" in result.output
+    results = json.loads((other / "results.json").read_text())
+    for wrong, message in (
+        (results | {"blocks": {}}, f"{other} is damaged: analyze again"),
+        ({k: each for k, each in results.items() if k != "measured_recipe"}, "by an older version"),
+    ):
+        (other / "results.json").write_text(json.dumps(wrong))
+        assert message in calibrate(tiny_model, tmp_path, out, "--analysis", other).output
     evidence = read_evidence(analysis, fingerprint)
     larger = replace(QuantRecipe.load("auto-hif8"), total_blocks=40)
     with pytest.raises(RecipeError, match="is for 40 blocks, the analysis is of a model with 4"):
@@ -217,6 +230,10 @@ def test_scales_whose_recipe_and_evidence_differ_are_no_scales_file(
     wrong = replace(scales.protection, blocks=(0,))
     save_scales(replace(scales, protection=wrong), tmp_path / "s.safetensors")
     with pytest.raises(ScalesError, match=r"the analysis in it has chosen \[0\]"):
+        load_scales(tmp_path / "s.safetensors")
+    of_another = replace(scales.protection, model_fingerprint="sha256-full-v2:0")
+    save_scales(replace(scales, protection=of_another), tmp_path / "s.safetensors")
+    with pytest.raises(ScalesError, match="the analysis in it of sha256-full-v2:0"):
         load_scales(tmp_path / "s.safetensors")
 
 

@@ -2,14 +2,21 @@
 
 import json
 import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from quant.errors import StudyError
 from quant.recipe.recipe import QuantRecipe
-from quant.studies.methods.calibration import Calibration
+from quant.studies.block_stream import BlockStream
+from quant.studies.commands.options import study_device
+from quant.studies.host import available_bytes, check_host, fits
+from quant.studies.methods.calibration import Calibration, calibrate
 from quant.studies.methods.compare import Calibrated, MethodQuantizer
 from quant.studies.methods.formats import HIF8
 from quant.studies.methods.injection import Outliers, blocks_of, difference, inject, velocity_of
@@ -17,7 +24,8 @@ from quant.studies.methods.methods_report import findings
 from quant.studies.methods.registry import METHODS
 from quant.studies.output.page import Page
 from quant.studies.output.study_folder import StudyFolder, read_results
-from quant.studies.points import open_points
+from quant.studies.points import Point, open_points
+from quant.studies.progress import study_progress
 from quant.studies.protection.analyze import Subject
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
@@ -114,6 +122,57 @@ def test_a_comparison_goes_on_and_gives_the_same(
     assert result.exit_code == 0, result.output
     assert (again / "results.json").read_bytes() == (comparison / "results.json").read_bytes()
     assert (again / "index.html").read_bytes() == (comparison / "index.html").read_bytes()
+
+
+def test_streams_before_the_first_block_are_not_kept(
+    tiny_model: Path,
+    recorded: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 832x480x49 the 14B's take 415 MB for each point."""
+    first: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    begin, block = BlockStream.begin, BlockStream.block
+
+    def watched_begin(self: BlockStream, points: Sequence[Point]) -> Any:
+        found = begin(self, points)
+        first.append(weakref.ref(found[0]))
+        return found
+
+    def watched_block(self: BlockStream, index: int) -> torch.nn.Module:
+        alive.append(sum(each() is not None for each in first))
+        return block(self, index)
+
+    monkeypatch.setattr(BlockStream, "begin", watched_begin)
+    monkeypatch.setattr(BlockStream, "block", watched_block)
+    recipe = QuantRecipe.from_dict(tiny_recipe_dict())
+    cpu = torch.device("cpu")
+    subject = Subject.of(load_transformer(tiny_model), recipe, cpu, keep=False)
+    points = list(open_points(recorded["calibration"]))[:6]
+    folder = StudyFolder.open(tmp_path / "study", "compare-methods", {})
+    with study_progress("calibration", BLOCKS * len(points)) as progress:
+        calibrate(subject, points, [METHODS["hif8"]], 2, folder, progress)
+    assert len(first) == 3  # four points of one step, two of another
+    assert alive == [3, 0, 0, 0]
+
+
+def test_streams_count_and_are_refused_where_they_do_not_fit(
+    tiny_model: Path, recorded: dict[str, Path]
+) -> None:
+    gib = 1 << 30
+    assert fits(3 * gib, 0, 80 * gib)
+    assert not fits(3 * gib, 53 * gib, 80 * gib)
+    check_host(53 * gib, 128, 60 * gib)
+    with pytest.raises(StudyError, match=r"of 128 points .* 53.0 GiB, and the host has 50.0 GiB"):
+        check_host(53 * gib, 128, 50 * gib)
+    assert gib // 64 < available_bytes() < 1 << 50
+    transformer = load_transformer(tiny_model)
+    point = next(iter(open_points(recorded["calibration"])))
+    assert study_device("cpu", transformer, [point]) == (torch.device("cpu"), True)
+    huge = replace(point, latents=point.latents.expand(1 << 40, -1, -1, -1, -1))
+    with pytest.raises(StudyError, match="take fewer points of each prompt, or fewer prompts"):
+        study_device("cpu", transformer, [huge])
 
 
 def test_an_analysis_adds_the_blocks_that_it_proposes(

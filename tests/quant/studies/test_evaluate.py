@@ -137,6 +137,26 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(
     assert "finished" in result.output
 
 
+def test_videos_of_a_batch_are_decoded_one_by_one(
+    tiny_pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory that decoding takes must not grow with the batch."""
+    vae, sizes = tiny_pipe.vae.float(), []
+    decode = vae.decode
+
+    def watched(latents: torch.Tensor) -> Any:
+        sizes.append(len(latents))
+        return decode(latents)
+
+    monkeypatch.setattr(vae, "decode", watched)
+    latents = torch.randn(3, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    together = generate.decoded(vae, latents)
+    assert sizes == [1, 1, 1]
+    assert [each.shape for each in together] == [(5, 32, 32, 3)] * 3
+    for each, alone in zip(together, torch.split(latents, 1), strict=True):
+        assert (each == generate.decoded(vae, alone)[0]).all()
+
+
 @pytest.fixture(scope="module")
 def points(files: dict[str, Path]) -> Path:
     out = files["folder"] / "points"

@@ -3,10 +3,12 @@
 Every judge is run on videos that were really written and read back.
 """
 
+import os
 import random
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -50,6 +52,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Video, Video]:
         written(folder, "noisy", noisy, latents * 1.01),
         written(folder, "exact", exact, latents),
     )
+
+
+def test_no_more_videos_are_judged_at_once_than_there_are_cores(
+    pair: tuple[Video, Video], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+
+    class Watched(Psnr):
+        def score(self, video: Video, reference: Video) -> float:
+            threads.add(threading.get_ident())
+            return super().score(video, reference)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert len(set(Watched().scores([pair[0]] * 4, [pair[1]] * 4))) == 1
+    assert len(threads) == 1
 
 
 def test_a_video_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Test analyze and ablate on a tiny model, by their commands, and what they are made of."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from quant.recipe.recipe import QuantRecipe
 from quant.studies.block_stream import BlockStream
 from quant.studies.output.study_folder import StudyFolder, read_results
 from quant.studies.points import open_points
+from quant.studies.protection.ablate import all_protections, report
 from quant.studies.protection.activations import Activation, measure_points, share_beyond_band
 from quant.studies.protection.analyze import Subject, quantizer_of
 from quant.studies.protection.block_sets import greedy_set, middle_set, paper_sets, random_sets
+from quant.studies.protection.proposal import Proposal
 from quant.studies.protection.sensitivity import Sweep, Variant, energies, sweep_cost, sweeps
 from quant.transformer.quantized_linear import QuantizedLinear
 from tests.quant.conftest import BLOCKS, tiny_recipe_dict
@@ -174,6 +177,78 @@ def test_an_ablation_goes_on_and_gives_the_same(
     assert result.exit_code == 0, result.output
     assert (again / "units.jsonl").read_bytes() == (ablation / "units.jsonl").read_bytes()
     assert (again / "results.json").read_bytes() == (ablation / "results.json").read_bytes()
+
+
+def test_an_ablation_does_not_go_on_with_another_analysis(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path, ablation: Path, tmp_path: Path
+) -> None:
+    """It proposes the same blocks, but its scales, or its prompts, may be others."""
+    again, other = tmp_path / "again", Path(shutil.copytree(analysis, tmp_path / "other"))
+    shutil.copytree(ablation, again)
+    state = json.loads((ablation / "study.json").read_text())
+    (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps(results | {"total_energy": 1.0}))
+    result = run(
+        *("ablate", "--model", tiny_model, "--points", recorded["held-out"], "--out", again),
+        *("--analysis", other, "--recipe", analysis.parent / "tiny.toml"),
+        *("--random-sets", "3", "--points-per-prompt", "1", "--batch", "3"),
+    )
+    assert result.exit_code == 1
+    assert "holds a study of another analysis" in result.output
+
+
+def test_an_ablation_takes_every_recipe_of_what_was_measured(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path, tmp_path: Path
+) -> None:
+    words: tuple[str | Path, ...] = ("ablate", "--model", tiny_model, "--analysis", analysis)
+    words += ("--points", recorded["held-out"], "--out", tmp_path / "out", "--random-sets", "0")
+    text = (analysis / "recipe.toml").read_text()
+    (tmp_path / "amax15.toml").write_text(text.replace('"pow2"', '"amax15"'))
+    refused = run(*words, "--recipe", tmp_path / "amax15.toml")
+    assert refused.exit_code == 1
+    assert "measured another format, other scales or other linears" in refused.output
+    assert not (tmp_path / "out").exists()
+    result = run(*words, "--recipe", "auto-hif8", "--points-per-prompt", "1")
+    assert result.exit_code == 0, result.output
+    before = Proposal(StudyFolder.finished(analysis, "analyze"), (), (), "", "")
+    with pytest.raises(StudyError, match="written by an older version"):
+        before.check_recipe(QuantRecipe.load("auto-hif8"), BLOCKS)
+
+
+def test_random_sets_have_the_size_of_what_they_are_compared_with() -> None:
+    same = all_protections(40, (31, 32, 34, 36, 38), 50, 0)
+    assert sum(name.startswith("random ") for name in same) == 50
+    larger = all_protections(40, (30, 31, 32, 33, 34, 36, 38, 39), 6, 0)
+    drawn = {name: each for name, each in larger.items() if name.startswith("random ")}
+    assert [len(each.blocks) for each in drawn.values()] == [5] * 6 + [8] * 6
+    assert len(set(drawn.values())) == 12
+    single = all_protections(40, (7,), 60, 0)  # one of the 40 sets of this size
+    sizes = [len(each.blocks) for name, each in single.items() if name.startswith("random ")]
+    assert sizes == [5] * 60 + [1] * 39
+    nothing = all_protections(40, (), 3, 0)
+    assert sum(name.startswith("random ") for name in nothing) == 3
+
+
+def test_only_sets_of_one_size_are_ranked_among_each_other(tmp_path: Path) -> None:
+    protections = all_protections(40, (31, 32, 33, 34, 35, 36, 38, 39), 4, 0)
+    worse = dict.fromkeys(protections, 0.5)
+    worse |= {"auto": 0.2, "both ends": 0.4, "random 2": 0.3, "random 5": 0.1, "random 6": 0.2}
+    folder = StudyFolder.open(tmp_path / "ablation", "ablate", {})
+    for prompt in range(2):
+        folder.keep(f"prompt/{prompt}", {name: [each] for name, each in worse.items()})
+    results, tables, _, page = report(folder, ("a", "b"), protections, "boundary-hif8")
+    sets = results["sets"]
+    assert (sets["both ends"]["worse_random_sets"], sets["auto"]["worse_random_sets"]) == (3, 2)
+    assert (sets["both ends"]["percentile"], sets["auto"]["percentile"]) == (75.0, 62.5)
+    place = [column.heading for column in tables["named"].columns].index(
+        "better than random sets of its size"
+    )
+    shown = {row[0]: row[place] for row in tables["named"].rows}
+    assert {name for name, each in shown.items() if each} == {"both ends", "auto", "middle"}
+    assert (shown["both ends"], shown["auto"], shown["middle"]) == ("3 of 4", "2 of 4", "0 of 4")
+    assert "The paper&#x27;s blocks are better than 3 of 4 random sets of 5." in page.html()
+    assert "The proposed blocks are better than 2 of 4 random sets of 8." in page.html()
 
 
 def test_an_ablation_compares_sets_on_prompts_that_chose_nothing(ablation: Path) -> None:

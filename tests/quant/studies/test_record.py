@@ -1,5 +1,7 @@
 """Test that points are what the transformer was really given, and that recording goes on."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,28 @@ def test_prompts_that_run_together_are_those_that_run_alone(
     (out / "00004.safetensors").unlink()
     assert record(tiny_model, out, "--batch", "3").exit_code == 0
     assert {name: (out / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch", 2), ("device", "cuda")])
+def test_points_of_another_batch_or_device_do_not_mix(
+    tiny_model: Path, recorded: Path, tmp_path: Path, option: str, value: object
+) -> None:
+    """A kill, and a second start that would give other last bits."""
+    out = tmp_path / "points"
+    shutil.copytree(recorded, out)
+    (out / "00007.safetensors").unlink()
+    index = json.loads((out / "points.json").read_text())
+    assert (index["batch"], index["device"]) == (1, "cpu")
+    (out / "points.json").write_text(json.dumps(index | {option: value}))
+    result = record(tiny_model, out)
+    assert result.exit_code == 1
+    assert f"holds other points, of another {option}: name another folder" in result.output
+    assert not (out / "00007.safetensors").exists()
+    old = {name: each for name, each in index.items() if name not in {"batch", "device"}}
+    (out / "points.json").write_text(json.dumps(old))
+    assert "of another batch" in record(tiny_model, out, "--batch", "2").output
+    assert open_points(recorded).info.batch == open_points(out, complete=False).info.batch
+    assert record(tiny_model, out).exit_code == 0
 
 
 def test_other_settings_do_not_mix(tiny_model: Path, recorded: Path) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol, TypeGuard, get_args
 
 from quant.errors import StudyError
 from quant.studies.evaluation.video_files import Video
+from quant.studies.host import usable_cores
 
 Needs = Literal["pair", "video"]
 
@@ -55,7 +56,8 @@ class EachVideo:
     """The part of a judge that looks at one video after the other.
 
     Attributes:
-        threads: how many videos it looks at, at most, at the same time.
+        threads: how many videos it looks at, at most, at the same time; never more than there are
+            cores, because each holds its frames.
     """
 
     threads: ClassVar[int] = 1
@@ -67,7 +69,7 @@ class EachVideo:
     def scores(self, videos: Sequence[Video], references: Sequence[Video]) -> Iterator[float]:
         """Yield the number of each video."""
         pairs = list(zip(videos, references, strict=True))
-        with ThreadPoolExecutor(self.threads, "judge") as pool:
+        with ThreadPoolExecutor(min(self.threads, usable_cores()), "judge") as pool:
             try:
                 yield from pool.map(lambda pair: self.score(*pair), pairs)
             finally:
