@@ -106,10 +106,9 @@ def test_shaking_raises_the_path_error_by_its_size(motion: str) -> None:
 
 
 def test_another_motion_is_off_the_path() -> None:
-    for seed, (shown, asked) in enumerate(
-        [("right", "left"), ("still", "up"), ("up", "still"), ("bouncing", "swaying")]
-        + [("circling", "right"), ("down", "circling"), ("swaying", "growing")]
-    ):
+    pairs = [("right", "left"), ("still", "up"), ("up", "still"), ("bouncing", "swaying")]
+    pairs += [("circling", "right"), ("down", "circling"), ("swaying", "growing")]
+    for seed, (shown, asked) in enumerate(pairs):
         frames = rendered(replace(EXAMPLE, motion=shown), seed)
         assert path_error(frames, replace(EXAMPLE, motion=asked)) > 5, (shown, asked)
 
