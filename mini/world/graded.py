@@ -71,12 +71,12 @@ class Sighting:
 
 
 def sharpness(frames: Frames, scene: Scene) -> float:
-    """Return how steep the edges are: 1 as the renderer draws them, 0.5 over twice the distance.
+    """Return how steep the edges are: 1 as the renderer draws them, less if they are blurred.
 
     Each thing is compared with the caption's shape, rendered in the same place with the same area;
-    both are blurred by one pixel first. So a blur of one pixel (standard deviation) gives about
-    0.7, and one of two 0.4. The mean is over frames and the caption's things. A thing that a frame
-    does not show counts as 0.
+    both are blurred by one pixel first, and the widths of their edges divided. So a Gaussian blur
+    of half a pixel gives about 0.92, of one 0.71 and of two 0.47. The mean is over frames and the
+    caption's things. A thing that a frame does not show counts as 0.
 
     Args:
         frames: [F, H, W, 3] uint8.
