@@ -9,6 +9,7 @@ attribute.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -81,7 +82,7 @@ def read(frames: Frames) -> Reading:
     Args:
         frames: [F, H, W, 3] uint8.
     """
-    background, ground = _background(frames)
+    background, ground = read_background(frames)
     blobs = [_blobs(frame.astype(np.float64), ground) for frame in frames]
     tracked = [path for path in _track(blobs) if len(path) >= STEADY * len(frames)]
     motions = [_motion(path, len(frames)) for path in tracked]
@@ -136,8 +137,8 @@ def _assign(
     return max(same_order, reversed_order, key=agreement)
 
 
-def _background(frames: Frames) -> tuple[str | None, Values]:
-    """Return the background's name, if it is steady, and its colour in the video."""
+def read_background(frames: Frames) -> tuple[str | None, Values]:
+    """Return the background's name, if it is steady, and its colour [3] in the video."""
     border = np.concatenate(
         [frames[:, :3].reshape(len(frames), -1, 3), frames[:, -3:].reshape(len(frames), -1, 3)], 1
     ).astype(np.float64)
@@ -155,20 +156,33 @@ def _nearest(
     return name if distances[name] <= within else None
 
 
-def _blobs(frame: Values, ground: Values) -> list[Blob]:
-    """Return the blobs of one frame, largest first."""
+def regions(
+    frame: Values, ground: Values
+) -> Iterator[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
+    """Yield each connected region that is not background: its box, and its pixels in the box.
+
+    Args:
+        frame: [H, W, 3] in 0..255.
+        ground: [3], the background's colour.
+    """
     distance = np.linalg.norm(frame - ground, axis=-1)
     labels, _ = ndimage.label(distance > OBJECT_DISTANCE, structure=np.ones((3, 3)))
-    found = []
     for index, box in enumerate(ndimage.find_objects(labels), start=1):
-        blob = _blob(frame[box], distance[box], labels[box] == index, ground)
+        yield box, labels[box] == index
+
+
+def _blobs(frame: Values, ground: Values) -> list[Blob]:
+    """Return the blobs of one frame, largest first."""
+    found = []
+    for box, inside in regions(frame, ground):
+        blob = _blob(frame[box], inside, ground)
         if blob.area_px >= SMALLEST_BLOB_PX:
             top, left = box[0].start, box[1].start
             found.append(replace(blob, x=blob.x + left, y=blob.y + top))
     return sorted(found, key=lambda blob: -blob.area_px)
 
 
-def _blob(pixels: Values, distance: Values, inside: NDArray[np.bool_], ground: Values) -> Blob:
+def _blob(pixels: Values, inside: NDArray[np.bool_], ground: Values) -> Blob:
     """Build the blob of one region from the part of the frame that contains it.
 
     Its position is relative to that part. Its outline is where a pixel is half object and half
@@ -179,6 +193,7 @@ def _blob(pixels: Values, distance: Values, inside: NDArray[np.bool_], ground: V
     colour = np.median(pixels[core if core.sum() >= 9 else inside], axis=0)
     name = _nearest(colour, COLOURS)
     assert name is not None, "without a distance bound some colour is nearest"
+    distance = np.linalg.norm(pixels - ground, axis=-1)
     solid = inside & (distance > 0.5 * np.linalg.norm(colour - ground))
     rows, columns = np.nonzero(solid if solid.any() else inside)
     area, x, y = float(len(rows)), float(columns.mean()), float(rows.mean())
@@ -207,7 +222,7 @@ def _templates() -> dict[str, NDArray[np.bool_]]:
 
 
 @cache
-def _area_of_unit(shape: str) -> float:
+def area_of_unit(shape: str) -> float:
     """Return the area of a shape of radius 1."""
     axis = torch.linspace(-1.25, 1.25, 1001)
     inside = DISTANCES[shape](axis[None, :], axis[:, None]) < 0
@@ -272,7 +287,7 @@ def _shape(path: dict[int, Blob]) -> str:
 
 def _size(path: dict[int, Blob], shape: str, motion: str | None) -> str:
     """Return the size at the start; for a thing of constant size, the median over all frames."""
-    radii = [(blob.area_px / _area_of_unit(shape)) ** 0.5 for _, blob in sorted(path.items())]
+    radii = [(blob.area_px / area_of_unit(shape)) ** 0.5 for _, blob in sorted(path.items())]
     changing = motion in ("growing", "shrinking")
     radius = float(np.median(radii[:2] if changing else radii))
     return "small" if radius < SIZE_BOUNDARY_PX else "large"

@@ -20,6 +20,9 @@ from mini.world.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing
 
 RADIUS_PX = {"small": (8.5, 10.0), "large": (15.0, 17.0)}
 GROWTH, SHRINKAGE = 1.7, 0.55
+# Pixels from the first to the last frame of one thing that moves straight on, and of two.
+TRAVEL_RANGE_PX, PAIR_TRAVEL_RANGE_PX = (36.0, 46.0), (11.0, 13.0)
+SWING_RANGE_PX = (13.0, 17.0)
 SHAPE_NAMES = tuple(SHAPES)
 
 
@@ -61,11 +64,22 @@ Path = Callable[[float], tuple[float, float, float]]
 
 
 def _path(motion: str, rng: random.Random, pair: bool) -> Path:
-    """Return a function from time 0..1 to displacement (dx, dy) in pixels and radius factor."""
-    travel = rng.uniform(11, 13) if pair else rng.uniform(36, 46)
-    swing = rng.uniform(13, 17)
+    """Draw a path of this motion."""
+    travel = rng.uniform(*(PAIR_TRAVEL_RANGE_PX if pair else TRAVEL_RANGE_PX))
+    swing = rng.uniform(*SWING_RANGE_PX)
     phase = rng.uniform(0, 2 * math.pi)
-    side = rng.choice((-1, 1))
+    return path_of(motion, travel, swing, phase, rng.choice((-1, 1)))
+
+
+def path_of(motion: str, travel: float, swing: float, phase: float = 0, side: int = 1) -> Path:
+    """Return a function from time 0..1 to displacement (dx, dy) in pixels and radius factor.
+
+    Args:
+        travel: pixels from start to end of a straight motion.
+        swing: pixels that the other motions swing by; circling has it as radius.
+        phase: where circling starts, in radians.
+        side: where swaying goes first: 1 is right, -1 left.
+    """
     paths: dict[str, Path] = {
         "still": lambda t: (0.0, 0.0, 1.0),
         "right": lambda t: (travel * (t - 0.5), 0.0, 1.0),
@@ -150,12 +164,19 @@ def render(batch: Tracks) -> Tensor:
                 continue
             centre = batch.position[chosen, thing][..., None, None, :]
             radius = batch.radius[chosen, thing][..., None, None]
-            distance = DISTANCES[name](
-                (xs - centre[..., 0]) / radius, (ys - centre[..., 1]) / radius
-            )
-            coverage[chosen] = (0.5 - distance * radius).clamp(0, 1)
+            coverage[chosen] = coverage_of(name, xs - centre[..., 0], ys - centre[..., 1], radius)
         video = torch.lerp(video, batch.colour[:, thing, :, None, None, None], coverage[:, None])
     return video
+
+
+def coverage_of(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Return how much of each pixel a shape covers, in 0..1.
+
+    Args:
+        x: the pixels' middles relative to the shape's centre, in pixels; broadcastable with `y`.
+        radius: in pixels, broadcastable with both.
+    """
+    return (0.5 - DISTANCES[shape](x / radius, y / radius) * radius).clamp(0, 1)
 
 
 def render_scene(scene: Scene, rng: random.Random) -> Tensor:

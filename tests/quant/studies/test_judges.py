@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from mini.judge import Oracle
+from mini.judge import CaptionJudge
 from mini.world.render import render_scene
 from mini.world.scenes import Split, captions_of, parse_caption
 from quant.errors import StudyError
@@ -153,14 +153,24 @@ def test_flickering_is_what_a_hand_computes(tmp_path: Path) -> None:
         TemporalFlickering().score(still, still)
 
 
-def test_the_oracle_is_a_plug_in(tmp_path: Path) -> None:
-    judge = plug_in("mini.judge:oracle")
-    assert isinstance(judge, Oracle)
+def test_the_miniatures_judges_are_plug_ins(tmp_path: Path) -> None:
     caption = captions_of(Split.EVALUATION, 1)[0]
     frames = render_scene(parse_caption(caption), random.Random(0)).numpy()
-    video = Video(caption, 0, tmp_path / "a")
-    video.write(torch.zeros(1, 1, 1, 1, 1), frames)
-    assert list(judge.scores([video], [video])) == [1.0]
+    video, other = Video(caption, 0, tmp_path / "a"), Video("a cat", 0, tmp_path / "b")
+    for each in (video, other):
+        each.write(torch.zeros(1, 1, 1, 1, 1), frames)
+    exact = {"oracle": 1.0, "sharpness": 1.0, "colour_error": 0.0, "path_error": 0.0}
+    for name, expected in exact.items():
+        judge = plug_in(f"mini.judge:{name}")
+        assert isinstance(judge, CaptionJudge)
+        assert judge.name == name.replace("_", "-")
+        assert judge.higher_is_better == (expected == 1)
+        assert list(judge.scores([video], [video])) == [pytest.approx(expected, abs=0.05)]
+        with pytest.raises(ValueError, match="not a caption"):
+            list(judge.scores([other], [other]))
+
+
+def test_what_is_no_judge_is_refused() -> None:
     for wrong in ("mini.judge:nobody", "no_such_module:judge", "mini.judge:np", "mini.judge"):
         with pytest.raises(StudyError, match="no judge"):
             plug_in(wrong)
