@@ -203,8 +203,10 @@ def test_a_kill_while_a_run_is_given_up_leaves_a_study_that_can_finish(
     tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ("--methods", "int8-static", "--learning-rates", "1e30", "--steps", "1,2,3")
-    options += (*SMALL[2:], "--points-per-prompt", "1")
+    options = (
+        *("--methods", "int8-static", "--learning-rates", "1e30", "--steps", "1,2,3"),
+        *(*SMALL[2:], "--points-per-prompt", "1"),
+    )
     result = qat(tiny_model, recorded, out, *options)
     assert result.exit_code == 1
     assert f"wrote {out}" in result.output
