@@ -103,7 +103,7 @@ film: $(VENV)/.dev $(VENV)/.chromium ## a minute of a comparison at work  [FILM=
 images: ## container images with docker, podman or buildah  [IMAGES="service cpu" ENGINE= OPTIONS= TAG=]
 	@sh docker/build.sh $(IMAGES)
 
-sbom: $(VENV)/.deploy-checks ## bills of materials of the images' packages, CycloneDX  [SBOM=]
+sbom: $(VENV)/.deploy-checks ## what pip installs into the images, CycloneDX; no base, no torch and torch_npu of the CPU's and NPU's  [SBOM=]
 	@mkdir -p "$(SBOM)"
 	@for name in service worker worker-without-torch; do \
 	    PYTHONWARNINGS=ignore $(VENV)/deploy-checks/bin/cyclonedx-py requirements "requirements/$$name.txt" --pyproject pyproject.toml \

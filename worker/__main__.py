@@ -8,9 +8,12 @@ import gc
 import os
 import sys
 
+from worker.distributed.parent_death import end_with_torchrun
+
 
 def run() -> None:
     """Run the worker's command line."""
+    end_with_torchrun()
     # By default OpenMP's threads spin while they wait for each other. If another process (ffmpeg,
     # the service) takes a core, the thread without one delays all others: on two shared cores a
     # pass of the miniature's transformer took over 7 s instead of 0.3 s. The variable is read once,

@@ -18,7 +18,10 @@ from deploy.ray.plan import WorkerPlan
 
 NAMESPACE: Final = "wan-hif8"
 ANSWER_S: Final = 10.0
-"""An actor that does not answer within this has no process now: Ray waits for a node for it."""
+"""An actor that does not answer within this waits for a node, or is busy: Ray says which."""
+
+PENDING: Final = frozenset({"DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING"})
+"""Ray's states of an actor that has no process now."""
 
 _PARENT_DEATH = Path(__file__).parents[1] / "local" / "parent_death.py"
 
@@ -51,18 +54,36 @@ class Fleet:
             **options,
         )
         actor.remote(
-            name, plan.command(), plan.folder, dict(plan.environment), _PARENT_DEATH.read_text()
+            *(self._namespace, name, plan.command(), plan.folder, dict(plan.environment)),
+            _PARENT_DEATH.read_text(),
         )
 
     def status(self, name: str) -> dict[str, Any]:
-        """Return what a worker says about itself; its state is `waiting` if it has no node."""
+        """Return what a worker says about itself.
+
+        Its state is `waiting` if Ray has no process for it yet, and `silent` if there is one that
+        does not answer: its worker may be in the middle of a job.
+        """
         ray = self._ray
+        actor = None
         try:
             actor = ray.get_actor(name, namespace=self._namespace)
             found: dict[str, Any] = ray.get(actor.status.remote(), timeout=ANSWER_S)
         except (ray.exceptions.RayError, ValueError) as error:
-            return {"name": name, "state": "waiting", "why": _first_line(error)}
+            state = "waiting" if actor is None or self._is_pending(actor) else "silent"
+            return {"name": name, "state": state, "why": _first_line(error)}
         return found
+
+    def _is_pending(self, actor: Any) -> bool:
+        """Return whether Ray has yet to start the actor's process.
+
+        Ray says so in public only through its dashboard, which many clusters run without.
+        """
+        try:
+            found = self._ray._private.state.actors(actor._actor_id.hex())
+            return bool(found["State"] in PENDING)
+        except (AttributeError, KeyError, TypeError, RuntimeError):  # of another version
+            return False
 
     def remove(self, names: Sequence[str], grace_s: float) -> Iterator[dict[str, Any]]:
         """Drain workers, all at the same time, and then remove them; yields how each ended."""

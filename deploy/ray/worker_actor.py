@@ -17,11 +17,13 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 SOON_S = 30.0
 """A worker that ends sooner than this is not started again at once: something is set up wrong."""
@@ -33,11 +35,16 @@ LINES = 20
 """How many of the worker's last lines `status` shows; Ray keeps all of them in the actor's log."""
 
 
+MARK = "WAN_RAY_ACTOR"
+"""The variable by which an actor finds each process of its worker, whatever session it leads."""
+
+
 class WorkerActor:
     """One worker process; made by Ray, which calls the public methods in threads."""
 
     def __init__(
         self,
+        namespace: str,
         name: str,
         command: Sequence[str],
         folder: str,
@@ -47,13 +54,17 @@ class WorkerActor:
         """Start the worker.
 
         Args:
+            namespace: where `name` is unique; a node may have workers of several.
             command: its arguments; "python" as the first is the interpreter of this actor.
             folder: its working directory; it has to be on every node.
             environment: what it gets besides the environment of this node's Ray.
             parent_death: the text of deploy/local/parent_death.py, by which it dies with the actor.
         """
         self._name = name
-        self._memory = Path(tempfile.gettempdir()) / "wan-hif8-ray"
+        # Of this user alone, because another one's folder cannot be written to.
+        ours = Path(tempfile.gettempdir()) / f"wan-hif8-ray-{os.getuid()}"
+        self._memory = ours / quote(namespace, safe="")
+        ours.mkdir(mode=0o700, exist_ok=True)
         self._memory.mkdir(exist_ok=True)
         self._ends = self._memory / f"{name}.ends"
         self._ready = self._memory / f"{name}.ready"
@@ -61,7 +72,14 @@ class WorkerActor:
         python = sys.executable if command[0] == "python" else command[0]
         self._command = [python, "-c", parent_death, str(os.getpid()), python, *command[1:]]
         self._folder = folder
-        self._environment = {"WORKER_READY_FILE": str(self._ready), **environment}
+        self._mark = uuid.uuid4().hex
+        self._environment = {
+            **_environment_of_node(),
+            "PYTHONUNBUFFERED": "1",
+            "WORKER_READY_FILE": str(self._ready),
+            **environment,
+            MARK: self._mark,
+        }
         self._lines: deque[str] = deque(maxlen=LINES)
         self._started = time.monotonic()
         self._process: subprocess.Popen[str] | None = None
@@ -128,7 +146,7 @@ class WorkerActor:
             process = self._process = subprocess.Popen(
                 self._command,
                 cwd=self._folder,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -156,8 +174,16 @@ class WorkerActor:
             print(line, end="", flush=True)  # Ray writes it into the actor's log
 
     def _kill(self, process: subprocess.Popen[str]) -> None:
+        """Kill the worker with all its descendants: each rank of torchrun leads its own session."""
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        killed: set[int] = set()
+        # Again, until there is none that one of the others has started meanwhile.
+        while found := _marked_processes(self._mark) - killed:
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed |= found
 
     def _remember(self, how: str) -> None:
         """Note the end in a file of this node, for the actor that Ray makes next."""
@@ -174,6 +200,30 @@ class WorkerActor:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]
+
+
+def _environment_of_node() -> dict[str, str]:
+    """Return the environment of this actor, which is that of the node's Ray.
+
+    Some versions of Ray hide all cards from an actor that asked for none under Ray's own names
+    (CUDA_VISIBLE_DEVICES and the like, empty); a worker with another name for its cards needs them.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if value or not name.endswith("_VISIBLE_DEVICES")
+    }
+
+
+def _marked_processes(mark: str) -> set[int]:
+    """Return the live processes that have inherited a mark, whoever their parent is now."""
+    sought = f"{MARK}={mark}".encode()
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or belongs to another user
+            if sought in (folder / "environ").read_bytes().split(b"\0"):
+                found.add(int(folder.name))
+    return found
 
 
 def _node() -> str:

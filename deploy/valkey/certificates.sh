@@ -1,9 +1,9 @@
 #!/bin/sh
 # Make a certificate for Valkey, and the authority that signs it: certificates.sh FOLDER NAME…
 #
-# NAME is what clients call the server; `valkey` in compose.yaml. authority.key signs further certificates: keep it
-# elsewhere, or delete it. An authority that is there is kept. The certificate is valid for two years; run this again,
-# and restart Valkey.
+# FOLDER is for these files alone: it is closed to everybody but you. NAME is what clients call the server; `valkey` in
+# compose.yaml. authority.key signs further certificates: keep it elsewhere, or delete it. An authority that is there
+# is kept. The certificate is valid for two years; run this again, and restart Valkey.
 set -eu
 umask 077
 [ $# -ge 2 ] || {
@@ -11,6 +11,7 @@ umask 077
     exit 1
 }
 mkdir -p "$1"
+chmod 0700 "$1"
 cd "$1"
 shift
 names=

@@ -29,6 +29,14 @@ Attributes = Mapping[str, str | int | float | bool]
 
 NO_ATTRIBUTES: Final[Attributes] = {}
 
+LONGEST_STATE: Final = 512
+"""Characters of a caller's `tracestate` that are kept and passed on, the number that W3C asks for:
+every job's record holds them for as long as it is kept.
+"""
+
+LONG_ENTRY: Final = 128
+"""Entries of `tracestate` that are longer go first."""
+
 
 class Kind(Enum):
     """The kinds of spans, by OpenTelemetry's names."""
@@ -227,12 +235,23 @@ def current_span() -> Span:
 def current_fields() -> dict[str, str]:
     """Return the current span as `traceparent` and, if it has one, `tracestate`, to pass them on.
 
-    Empty if there is no current span.
+    Empty if there is no current span. `tracestate` has at most LONGEST_STATE characters.
     """
     fields: dict[str, str] = {}
     if _Process.pipeline is not None:
         _propagator().inject(fields)
+    if state := _bounded(fields.pop("tracestate", "")):
+        fields["tracestate"] = state
     return fields
+
+
+def _bounded(state: str) -> str:
+    """Drop entries until the rest is short enough: long ones first, then the last, as W3C asks."""
+    entries = state.split(",")
+    while len(",".join(entries)) > LONGEST_STATE:
+        long = [entry for entry in entries if len(entry) > LONG_ENTRY]
+        entries.remove((long or entries)[-1])
+    return ",".join(entries)
 
 
 def log_ids() -> dict[str, str]:

@@ -79,10 +79,16 @@ class WaitingShapes:
     def of(
         self, waiting: Sequence[str], read: Mapping[str, Shape | None]
     ) -> Mapping[str, Shape | None]:
-        """Return the shapes of all, some of which were just read; forget those of other jobs."""
+        """Return the shapes of these, some of which were just read; forget those of other jobs.
+
+        A job that another thread has forgotten meanwhile is left out, and read the next time.
+        """
         known = self._known
-        # A job that another thread has forgotten meanwhile has none this time.
-        self._known = {job_id: read.get(job_id) or known.get(job_id) for job_id in waiting}
+        self._known = {
+            job_id: (read if job_id in read else known)[job_id]
+            for job_id in waiting
+            if job_id in read or job_id in known
+        }
         return self._known
 
 
@@ -146,7 +152,7 @@ def _grouped(
     """Group the jobs of a queue by shape, the shape with the oldest job first."""
     ages: dict[Shape, list[float]] = defaultdict(list)
     for name in names:
-        shape, made_at = shapes[name], ids.timestamp_of(name)
+        shape, made_at = shapes.get(name), ids.timestamp_of(name)
         if shape is not None:
             ages[shape].append(max(0.0, now_s - (now_s if made_at is None else made_at)))
     groups = [

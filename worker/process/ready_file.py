@@ -48,6 +48,8 @@ class ReadyFile:
             fcntl.flock(held, fcntl.LOCK_EX)
             held.write(f"{worker_id}\n")
             held.flush()
+            # Whoever probes may be another user, and the worker's umask is for its videos.
+            os.fchmod(held.fileno(), 0o644)
             unnamed.rename(self._path)
         except OSError as error:
             if not self._failed:

@@ -8,7 +8,9 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from deploy.local.waiting import wait_until
 from jobs import catalog
 from jobs.state import JobState
 from jobs.store.job_store import JobStore
+from tests.deploy.ray.process_tree import descendants_of, is_gone, parent_of
 from tests.support.requests import generation_request
 from tests.support.worker_processes import has_ended, wait_for
 
@@ -117,6 +120,7 @@ def test_two_ranks_are_one_worker_with_reserved_cards(cluster: RayCluster, redis
     (offer,) = catalog.read(redis).offers
     assert offer.device.startswith("2 x ")
     run_a_job(redis, JobStore(redis))
+    leave_no_rank_behind(cluster)
     single = ["up", "--device", "cpu", "--resource", "card", "--cards", "2"]
     cluster.run(*single, "--workers", "2")  # two more cards than there are
     assert [each["state"] for each in cluster.status()] == ["ready", "waiting"]
@@ -133,3 +137,36 @@ def run_a_job(redis: Redis, store: JobStore) -> str:
     wait_for(store, job.id, has_ended, 120)
     assert store.get(job.id).state is JobState.SUCCEEDED
     return offer.queue
+
+
+def leave_no_rank_behind(cluster: RayCluster) -> None:
+    """Kill the actor of a gang: Ray starts another on the cards, and no old rank is left there."""
+    (before,) = cluster.status()
+    ranks = descendants_of(before["pid"])
+    assert len(ranks) >= 2
+    os.kill(parent_of(before["pid"]), signal.SIGKILL)
+    wait_until(lambda: all(map(is_gone, ranks)), 10)
+
+    def is_back() -> bool:
+        (now,) = cluster.status()
+        return now["state"] == "ready" and now["pid"] != before["pid"]
+
+    wait_until(is_back, 120, "Ray has started the worker again", every_s=1)
+
+
+def test_a_worker_whose_actor_is_silent_ends_its_job_first(cluster: RayCluster) -> None:
+    cluster.run(*["up", "--device", "cpu", "--resource", "card"], "--workers=1", "--wait-s=120")
+    (before,) = cluster.status()
+    actor = parent_of(before["pid"])
+    os.kill(actor, signal.SIGSTOP)
+    # Later than `status`, and than `down` has asked for the state, which takes 10 s each.
+    back = threading.Timer(35, os.kill, (actor, signal.SIGCONT))
+    back.start()
+    try:
+        (silent,) = cluster.status()
+        assert silent["state"] == "silent"
+        assert "ended with status 0" in cluster.run("down", "--grace-s", "60")
+    finally:
+        back.cancel()
+        with suppress(ProcessLookupError):
+            os.kill(actor, signal.SIGCONT)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from deploy.local.waiting import wait_until
+from tests.deploy.ray.process_tree import descendants_of, is_gone
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """
@@ -23,7 +24,7 @@ from deploy.ray import worker_actor
 
 worker_actor.PAUSE_S = 0.2
 actor = worker_actor.WorkerActor(
-    "worker-0", ["python", "-c", sys.argv[1]], sys.argv[2], {"GREETING": "hello"},
+    sys.argv[3], "worker-0", ["python", "-c", sys.argv[1]], sys.argv[2], {"GREETING": "hello"},
     Path("deploy/local/parent_death.py").read_text(),
 )
 for line in sys.stdin:
@@ -39,16 +40,28 @@ while True:
     time.sleep(0.05)
 """
 STUBBORN = SERVING.replace("lambda *_: sys.exit(7)", "signal.SIG_IGN")
+# As torchrun has its ranks: each leads a session of its own, and one starts a program itself.
+GANG = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+rank = "import subprocess as s, sys; s.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+ranks = [subprocess.Popen([sys.executable, "-c", rank], start_new_session=True) for _ in range(2)]
+open(os.environ["WORKER_READY_FILE"], "w").close()
+while True:
+    time.sleep(0.05)
+"""
 
 
 class Holder:
     """A process with one actor, as Ray has it; it is called through pipes."""
 
-    def __init__(self, worker: str, folder: Path) -> None:
+    def __init__(
+        self, worker: str, folder: Path, namespace: str = "ours", **variables: str
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, textwrap.dedent(worker), str(folder)],
+            [sys.executable, "-c", HOLDER, textwrap.dedent(worker), str(folder), namespace],
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(folder)},
+            env={**os.environ, "TMPDIR": str(folder), **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -79,14 +92,6 @@ def held(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     holder = Holder(request.param, tmp_path)
     yield holder
     holder.close()
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return True
-    return state == "Z"
 
 
 @pytest.mark.parametrize("held", [SERVING], indirect=True)
@@ -128,3 +133,43 @@ def test_a_worker_that_ends_takes_the_actor_along_and_the_next_one_knows(tmp_pat
         assert (end["how"], end["line"]) == ("ended with status 83", "no card")
     finally:
         second.close()
+
+
+@pytest.mark.parametrize("held", [GANG], indirect=True)
+@pytest.mark.parametrize("killed_by", ["the actor", "somebody else"])
+def test_no_rank_of_a_killed_worker_stays_on_its_cards(held: Holder, killed_by: str) -> None:
+    torchrun = held.wait_until_ready()["pid"]
+    wait_until(lambda: len(descendants_of(torchrun)) == 4, 20, every_s=0.05)
+    ranks = descendants_of(torchrun)
+    if killed_by == "the actor":
+        assert held.call("drain", 0.3)["state"] == "ended"
+    else:
+        os.kill(torchrun, signal.SIGKILL)
+    wait_until(lambda: all(map(is_gone, ranks)), 10)
+
+
+def test_workers_of_two_namespaces_know_nothing_of_each_other(tmp_path: Path) -> None:
+    ours = Holder(SERVING, tmp_path)
+    # Where it is not escaped, this is the folder of the first.
+    theirs = Holder("import time; time.sleep(60)", tmp_path, namespace="x/../ours")
+    try:
+        ours.wait_until_ready()
+        assert theirs.call("status")["state"] == "starting"
+        (folder,) = (each for each in tmp_path.iterdir() if each.name.startswith("wan-hif8-ray"))
+        assert folder.name.endswith(f"-{os.getuid()}"), "another user has a folder of its own"
+        assert folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def test_a_worker_sees_the_cards_that_ray_hides_with_an_empty_variable(tmp_path: Path) -> None:
+    code = "import os; print({k: v for k, v in os.environ.items() if k.endswith('_DEVICES')})"
+    hidden = {"ASCEND_RT_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "3"}
+    holder = Holder(f"{code}; import time; time.sleep(60)", tmp_path, **hidden)
+    try:
+        wait_until(lambda: holder.call("status")["lines"], 20, every_s=0.05)
+        (line,) = holder.call("status")["lines"]
+        assert line == "{'CUDA_VISIBLE_DEVICES': '3'}"
+    finally:
+        holder.close()

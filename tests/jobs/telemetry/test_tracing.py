@@ -203,6 +203,28 @@ def test_a_record_keeps_the_context_of_its_creation(
 
 
 @pytest.mark.parametrize(
+    ("entries", "kept"),
+    [
+        (["a=1", "b=2"], ["a=1", "b=2"]),
+        # W3C: long entries go first, then the last ones; none is cut.
+        (["a=" + "x" * 200, *(f"k{n}=" + "x" * 96 for n in range(5))], [1, 2, 3, 4, 5]),
+        ([f"k{n}=" + "x" * 100 for n in range(8)], [0, 1, 2, 3]),
+        (["a=" + "x" * 256, "b=" + "x" * 256], [0]),
+    ],
+    ids=["short", "one long", "many", "long only"],
+)
+def test_a_state_of_the_caller_is_kept_up_to_512_characters(
+    spans: Collector, entries: list[str], kept: list[str | int]
+) -> None:
+    sampled = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with tracing.span("request", parent=TraceContext(sampled, ",".join(entries))):
+        state = tracing.current_fields()["tracestate"]
+    assert len(state) <= 512
+    wanted = [entries[each] if isinstance(each, int) else each for each in kept]
+    assert state.split(",") == wanted
+
+
+@pytest.mark.parametrize(
     "context",
     [None, TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")],
     ids=["a job of an older service", "a job with a trace"],

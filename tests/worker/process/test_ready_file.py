@@ -46,6 +46,18 @@ def test_a_worker_is_ready_from_mark_to_clear() -> None:
         assert "the worker does not serve" in str(why_not_ready())
 
 
+def test_a_probe_of_another_user_may_look(tmp_path: Path) -> None:
+    """It has to open the file; systemd's unit starts workers with the umask 0027."""
+    before = os.umask(0o027)
+    try:
+        file = ReadyFile(tmp_path / "ready")
+        file.mark("a worker")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "ready").stat().st_mode & 0o777 == 0o644
+    file.clear()
+
+
 def test_a_file_that_somebody_removed_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "ready"
     file = ReadyFile(path)

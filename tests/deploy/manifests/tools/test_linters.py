@@ -54,7 +54,7 @@ def units(folder: Path) -> list[Path]:
         ) or path.parent != SYSTEMD:
             text = path.read_text(encoding="utf-8")
             text = text.replace("/opt/wan/.venv/bin/python", sys.executable)
-            text = text.replace("/usr/bin/valkey-server", sys.executable)
+            text = re.sub("/usr/bin/(valkey|redis)-server", sys.executable, text)
             target = folder / path.relative_to(SYSTEMD)
             target.parent.mkdir(exist_ok=True)
             target.write_text(text, encoding="utf-8")
