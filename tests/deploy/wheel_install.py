@@ -148,14 +148,14 @@ def make_video(programs: Path, folder: Path, redis_url: str) -> tuple[dict[str, 
             except httpx2.TransportError:
                 return False
 
-        wait_until(lambda: answers("/readyz"), 120, "it is ready", log.read_text)
+        wait_until(lambda: answers("/readyz"), 300, "it is ready", log.read_text)
         page = client.get("/", headers={"accept": "text/html"}).text
         for link in page.split('"')[1::2]:
             if link.startswith("/static/"):
                 assert client.get(link).status_code == 200, link
         path = f"/jobs/{client.post('/generate', json=JOB).json()['id']}"
         ended = ("succeeded", "failed")
-        wait_until(lambda: client.get(path).json()["state"] in ended, 120, "the job ends")
+        wait_until(lambda: client.get(path).json()["state"] in ended, 300, "the job ends")
         job: dict[str, Any] = client.get(path).json()
         return job, client.get(f"{path}/video.mp4").content
 
