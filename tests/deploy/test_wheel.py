@@ -46,6 +46,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_makes_a_video_away_from_the_repository(
     programs: Path, redis_url: str, tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_the_toolkit_is_installed_as_a_program(programs: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_sdist_makes_the_same_wheel_and_a_video(
     wheel: Path, redis_url: str, tmp_path: Path
 ) -> None:
