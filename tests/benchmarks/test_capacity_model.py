@@ -6,6 +6,7 @@ import random
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -56,6 +57,7 @@ def test_jobs_wait_in_the_order_of_the_real_queue(
 ) -> None:
     """Create, take and give back jobs at random, here and there."""
     source, waiting = random.Random(11), WaitingList()
+    client: Any = redis
     key, names = Queue("q", connection=redis).key, {}
     running = []
     for number in range(400):
@@ -66,7 +68,7 @@ def test_jobs_wait_in_the_order_of_the_real_queue(
             names[made.job.id] = number
             waiting.add(number, priority)
         elif choice == "take" and len(waiting):
-            job_id = redis.lpop(key).decode()
+            job_id = client.lpop(key).decode()
             running.append(store.claim(job_id, "worker-1"))
             assert waiting.take() == names[job_id]
         elif choice == "put back" and running:
@@ -74,8 +76,8 @@ def test_jobs_wait_in_the_order_of_the_real_queue(
             store.release(attempt)
             waiting.put_back(names[attempt.job_id])
     while len(waiting):
-        assert waiting.take() == names[redis.lpop(key).decode()]
-    assert redis.llen(key) == 0
+        assert waiting.take() == names[client.lpop(key).decode()]
+    assert client.llen(key) == 0
     assert len(names) > 100
 
 
