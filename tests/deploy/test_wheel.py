@@ -1,4 +1,4 @@
-"""Test that the wheel has all files of its packages, and makes a video away from the repository."""
+"""Test that wheel and sdist have all files of the packages, and make a video away from here."""
 
 import hashlib
 import subprocess
@@ -9,11 +9,13 @@ import pytest
 from tests.deploy.wheel_install import (
     PACKAGES,
     ROOT,
+    build_sdist,
     build_wheel,
     install_beside,
     make_video,
     outside,
     packaged_files,
+    unpack_sdist,
 )
 
 DEVELOPMENT = ("service/pages/tsconfig.json", "service/pages/types/")
@@ -44,6 +46,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_makes_a_video_away_from_the_repository(
     programs: Path, redis_url: str, tmp_path: Path
 ) -> None:
@@ -75,3 +78,19 @@ def test_the_toolkit_is_installed_as_a_program(programs: Path, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_sdist_makes_the_same_wheel_and_a_video(
+    wheel: Path, redis_url: str, tmp_path: Path
+) -> None:
+    sdist = build_sdist(tmp_path)
+    unpacked = unpack_sdist(sdist, tmp_path)
+    (tmp_path / "wheel").mkdir()
+    assert packaged_files(build_wheel(tmp_path / "wheel", unpacked)) == packaged_files(wheel)
+
+    programs = install_beside(sdist, tmp_path / "environment")
+    job, video = make_video(programs, tmp_path / "run", redis_url)
+    assert job["state"] == "succeeded", job["failure"]
+    assert hashlib.sha256(video).hexdigest() == job["video"]["sha256"]

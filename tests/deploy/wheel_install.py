@@ -1,4 +1,4 @@
-"""Build the project's wheel, install it into an environment, and make a video with it there.
+"""Build the project's wheel or sdist, install it into an environment, and make a video there.
 
 `python -m tests.deploy.wheel_install` does so in an empty environment, into which pip fetches all
 that the wheel needs (`make check-wheel`): some minutes and gigabytes. Tests take what is installed
@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
@@ -29,18 +30,41 @@ PACKAGES = ("jobs", "service", "worker", "quant", "mini")
 JOB = {"prompt": "a small red circle", "num_frames": 5, "num_inference_steps": 2, "mode": "w8a8"}
 
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel from a copy of the sources: a build leaves files beside them."""
+def copy_sources(folder: Path) -> Path:
+    """Copy what the distributions are built from, because a build leaves files beside it."""
     sources = folder / "sources"
     for name in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, sources / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, sources)
-    code = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, check=True)
+    return sources
+
+
+def build_wheel(folder: Path, sources: Path | None = None) -> Path:
+    """Build the wheel from `sources`, by default from a copy of this repository's."""
+    _build("wheel", folder, sources or copy_sources(folder))
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def build_sdist(folder: Path) -> Path:
+    """Build the source distribution."""
+    _build("sdist", folder, copy_sources(folder))
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
+
+
+def unpack_sdist(sdist: Path, folder: Path) -> Path:
+    """Unpack a source distribution; return its only folder."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
+
+
+def _build(kind: str, folder: Path, sources: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, check=True)
 
 
 def packaged_files(wheel: Path) -> set[str]:
@@ -49,8 +73,10 @@ def packaged_files(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def install_beside(wheel: Path, folder: Path) -> Path:
-    """Install the wheel alone into a new environment that sees the libraries of this one.
+def install_beside(distribution: Path, folder: Path) -> Path:
+    """Install a wheel or sdist alone into a new environment that sees the libraries of this one.
+
+    An sdist is built there, by this environment's setuptools.
 
     Returns the folder of its programs.
     """
@@ -59,7 +85,7 @@ def install_beside(wheel: Path, folder: Path) -> Path:
     # As a path and not as a site: this project's own entry in there is not followed.
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     (site_packages / "libraries.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
-    _pip(folder, "--no-deps", "--no-index", str(wheel))
+    _pip(folder, "--no-deps", "--no-index", "--no-build-isolation", str(distribution))
     return folder / "bin"
 
 
@@ -122,14 +148,14 @@ def make_video(programs: Path, folder: Path, redis_url: str) -> tuple[dict[str, 
             except httpx2.TransportError:
                 return False
 
-        wait_until(lambda: answers("/readyz"), 120, "it is ready", log.read_text)
+        wait_until(lambda: answers("/readyz"), 300, "it is ready", log.read_text)
         page = client.get("/", headers={"accept": "text/html"}).text
         for link in page.split('"')[1::2]:
             if link.startswith("/static/"):
                 assert client.get(link).status_code == 200, link
         path = f"/jobs/{client.post('/generate', json=JOB).json()['id']}"
         ended = ("succeeded", "failed")
-        wait_until(lambda: client.get(path).json()["state"] in ended, 120, "the job ends")
+        wait_until(lambda: client.get(path).json()["state"] in ended, 300, "the job ends")
         job: dict[str, Any] = client.get(path).json()
         return job, client.get(f"{path}/video.mp4").content
 

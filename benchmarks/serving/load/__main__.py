@@ -1,4 +1,4 @@
-"""Measure a full service for minutes: `python -m benchmarks.serving.capacity --minutes 10`.
+"""Measure a full service for minutes: `python -m benchmarks.serving.load --minutes 10`.
 
 Twenty users, each with a key and a quota, fill the queue with 10,000 jobs and keep it full while
 two workers, whose engine only sleeps, take from it. Ten event streams of each user are open. At
@@ -32,7 +32,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.report import Row
-from benchmarks.serving.capacity_account import Account, check_jobs
+from benchmarks.serving.load.account import Account, check_jobs
 from benchmarks.serving.load_generator import connection, read_whole, request_bytes
 from deploy.local.cluster import Cluster
 from jobs import redis_keys
@@ -119,7 +119,7 @@ def main(
         "cores": os.cpu_count(),
         **details,
     }
-    document = report.result("capacity", "cpu", settings, rows)
+    document = report.result("load", "cpu", settings, rows)
     report.print_table(rows)
     path = report.save(document)
     print(json.dumps(document))
