@@ -103,9 +103,9 @@ film: $(VENV)/.dev $(VENV)/.chromium ## a minute of a comparison at work  [FILM=
 images: ## container images with docker, podman or buildah  [IMAGES="service cpu" ENGINE= OPTIONS= TAG=]
 	@sh docker/build.sh $(IMAGES)
 
-sbom: $(VENV)/.deploy-checks ## bills of materials of the images' packages, CycloneDX  [SBOM=]
+sbom: $(VENV)/.deploy-checks ## bills of materials of the images' packages but torch and the base's, CycloneDX  [SBOM=]
 	@mkdir -p "$(SBOM)"
-	@for name in service worker worker-without-torch; do \
+	@for name in service worker worker-without-torch tracing; do \
 	    PYTHONWARNINGS=ignore $(VENV)/deploy-checks/bin/cyclonedx-py requirements "requirements/$$name.txt" --pyproject pyproject.toml \
 	        --output-reproducible -o "$(SBOM)/$$name.cdx.json" || exit 1; \
 	    echo "$(SBOM)/$$name.cdx.json"; \

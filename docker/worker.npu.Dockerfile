@@ -9,9 +9,9 @@ ARG BASE=quay.io/ascend/cann:${CANN_VERSION}-${CANN_CHIP}-${CANN_SYSTEM}
 
 FROM ${BASE} AS build
 RUN python3 -m venv /opt/wan
-COPY requirements/worker-without-torch.txt /src/requirements/
+COPY requirements/worker-without-torch.txt requirements/tracing.txt /src/requirements/
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary=:all: \
-        -r /src/requirements/worker-without-torch.txt
+        -r /src/requirements/worker-without-torch.txt -r /src/requirements/tracing.txt
 ARG PAIR=torch-2.10-cann-9.1
 ARG TORCH_VERSION=2.10.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -23,6 +23,10 @@ COPY requirements/npu/ /src/requirements/npu/
 # hadolint ignore=DL3013
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --only-binary=:all: \
         torch_npu -c "/src/requirements/npu/${PAIR}.txt"
+# Triton's kernels for the card (docs/ascend.md) are there if this names a version, like 3.2.0.
+ARG TRITON_ASCEND=
+RUN [ -z "${TRITON_ASCEND}" ] || /opt/wan/bin/python -m pip install --no-cache-dir --only-binary=:all: \
+        "triton-ascend==${TRITON_ASCEND}"
 COPY pyproject.toml README.md /src/
 COPY jobs /src/jobs
 COPY worker /src/worker
