@@ -23,10 +23,11 @@ COPY requirements/npu/ /src/requirements/npu/
 # hadolint ignore=DL3013
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --only-binary=:all: \
         torch_npu -c "/src/requirements/npu/${PAIR}.txt"
-# Triton's kernels for the card (docs/ascend.md) are there if this names a version, like 3.2.0.
+# Triton's kernels for the card (docs/ascend.md) are there if this names a version, like 3.2.0. The wheel names nothing
+# that it needs: pybind11 and a C++ compiler for the launcher of each kernel, CANN's compiler for the kernel.
 ARG TRITON_ASCEND=
 RUN [ -z "${TRITON_ASCEND}" ] || /opt/wan/bin/python -m pip install --no-cache-dir --only-binary=:all: \
-        "triton-ascend==${TRITON_ASCEND}"
+        "triton-ascend==${TRITON_ASCEND}" pybind11==3.1.0
 COPY pyproject.toml README.md /src/
 COPY jobs /src/jobs
 COPY worker /src/worker
@@ -39,9 +40,10 @@ FROM ${BASE}
 # The base may leave another user. tini: as process 1 a worker that still loads would ignore SIGTERM.
 # A new volume at /artifacts gets this folder's owner.
 USER 0
-# hadolint ignore=DL3008
+ARG TRITON_ASCEND=
+# hadolint ignore=DL3008,SC2086
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends tini \
+    && apt-get install -y --no-install-recommends tini ${TRITON_ASCEND:+g++} \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin wan \
     && install -d -o 10001 -g 10001 /artifacts /var/cache/wan

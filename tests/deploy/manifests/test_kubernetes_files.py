@@ -1,4 +1,4 @@
-"""Test what the Kubernetes files say before kustomize: names, logs, mounts, pods for the first day."""
+"""Test what the Kubernetes files say before kustomize: names, logs, mounts, the first day."""
 
 import re
 import shutil
