@@ -41,7 +41,7 @@ FROM ${BASE}
 # A new volume at /artifacts gets this folder's owner.
 USER 0
 ARG TRITON_ASCEND=
-# hadolint ignore=DL3008,SC2086
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini ${TRITON_ASCEND:+g++} \
     && rm -rf /var/lib/apt/lists/* \
