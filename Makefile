@@ -105,7 +105,7 @@ images: ## container images with docker, podman or buildah  [IMAGES="service cpu
 
 sbom: $(VENV)/.deploy-checks ## what pip installs into the images, CycloneDX; no base, no torch and torch_npu of the CPU's and NPU's  [SBOM=]
 	@mkdir -p "$(SBOM)"
-	@for name in service worker worker-without-torch; do \
+	@for name in service worker worker-without-torch tracing; do \
 	    PYTHONWARNINGS=ignore $(VENV)/deploy-checks/bin/cyclonedx-py requirements "requirements/$$name.txt" --pyproject pyproject.toml \
 	        --output-reproducible -o "$(SBOM)/$$name.cdx.json" || exit 1; \
 	    echo "$(SBOM)/$$name.cdx.json"; \

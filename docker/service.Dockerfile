@@ -5,9 +5,9 @@ ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
 RUN python3 -m venv /opt/wan
-COPY requirements/service.txt /src/requirements/
+COPY requirements/service.txt requirements/tracing.txt /src/requirements/
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --require-hashes --only-binary=:all: \
-        -r /src/requirements/service.txt
+        -r /src/requirements/service.txt -r /src/requirements/tracing.txt
 COPY pyproject.toml README.md /src/
 COPY jobs /src/jobs
 COPY service /src/service

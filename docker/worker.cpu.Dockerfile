@@ -5,9 +5,9 @@ ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
 RUN python3 -m venv /opt/wan
-COPY requirements/worker-without-torch.txt /src/requirements/
+COPY requirements/worker-without-torch.txt requirements/tracing.txt /src/requirements/
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary=:all: \
-        -r /src/requirements/worker-without-torch.txt
+        -r /src/requirements/worker-without-torch.txt -r /src/requirements/tracing.txt
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH_SHA256=

@@ -6,9 +6,9 @@ ARG BASE=docker.io/library/python:3.12-slim-bookworm
 
 FROM ${BASE} AS build
 RUN python3 -m venv /opt/wan
-COPY requirements/worker.txt /src/requirements/
+COPY requirements/worker.txt requirements/tracing.txt /src/requirements/
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary=:all: \
-        -r /src/requirements/worker.txt
+        -r /src/requirements/worker.txt -r /src/requirements/tracing.txt
 COPY pyproject.toml README.md /src/
 COPY jobs /src/jobs
 COPY worker /src/worker

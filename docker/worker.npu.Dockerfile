@@ -9,9 +9,9 @@ ARG BASE=quay.io/ascend/cann:${CANN_VERSION}-${CANN_CHIP}-${CANN_SYSTEM}
 
 FROM ${BASE} AS build
 RUN python3 -m venv /opt/wan
-COPY requirements/worker-without-torch.txt /src/requirements/
+COPY requirements/worker-without-torch.txt requirements/tracing.txt /src/requirements/
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --require-hashes --no-deps --only-binary=:all: \
-        -r /src/requirements/worker-without-torch.txt
+        -r /src/requirements/worker-without-torch.txt -r /src/requirements/tracing.txt
 ARG PAIR=torch-2.10-cann-9.1
 ARG TORCH_VERSION=2.10.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -23,6 +23,11 @@ COPY requirements/npu/ /src/requirements/npu/
 # hadolint ignore=DL3013
 RUN /opt/wan/bin/python -m pip install --no-cache-dir --only-binary=:all: \
         torch_npu -c "/src/requirements/npu/${PAIR}.txt"
+# Triton's kernels for the card (docs/ascend.md) are there if this names a version, like 3.2.0. The wheel names nothing
+# that it needs: pybind11 and a C++ compiler for the launcher of each kernel, CANN's compiler for the kernel.
+ARG TRITON_ASCEND=
+RUN [ -z "${TRITON_ASCEND}" ] || /opt/wan/bin/python -m pip install --no-cache-dir --only-binary=:all: \
+        "triton-ascend==${TRITON_ASCEND}" pybind11==3.1.0
 COPY pyproject.toml README.md /src/
 COPY jobs /src/jobs
 COPY worker /src/worker
@@ -35,9 +40,10 @@ FROM ${BASE}
 # The base may leave another user. tini: as process 1 a worker that still loads would ignore SIGTERM.
 # A new volume at /artifacts gets this folder's owner.
 USER 0
+ARG TRITON_ASCEND=
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends tini \
+    && apt-get install -y --no-install-recommends tini ${TRITON_ASCEND:+g++} \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin wan \
     && install -d -o 10001 -g 10001 /artifacts /var/cache/wan

@@ -35,6 +35,13 @@ new=$(mktemp)
 checks() {
     "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header "$@"
 }
+sed -n 's/^tracing = //p' pyproject.toml | grep -o '"[^"]*"' | tr -d '"' | checks -c constraints.txt - -o "$new" >/dev/null
+{
+    echo "# Exact versions and hashes of what traces need (the extra \`tracing\`), for every platform: written by uv, from"
+    echo "# constraints.txt. Install it together with another file of these, which has the rest. To renew: make locks"
+    cat "$new"
+} >requirements/tracing.txt
+echo "requirements/tracing.txt: $(grep -c '==' requirements/tracing.txt) packages"
 checks requirements/deploy-checks.in -o "$new" >/dev/null
 {
     echo "# What checks images and manifests, and makes their bills of materials, with hashes: written by uv."

@@ -54,6 +54,16 @@ def test_everything_that_is_needed_is_locked(name: str) -> None:
         assert requirement.specifier.contains(version), requirement
 
 
+@pytest.mark.parametrize("name", [each for each in EXTRAS if each not in BESIDE])
+def test_what_is_installed_together_asks_for_the_same(name: str) -> None:
+    """pip refuses two versions of one package; images install both files at once."""
+    traces = pinned(ROOT / "requirements" / "tracing.txt")
+    others = pinned(ROOT / "requirements" / f"{name}.txt")
+    both = traces.keys() & others.keys()
+    assert "opentelemetry-api" in both
+    assert {each: traces[each] for each in both} == {each: others[each] for each in both}
+
+
 def test_a_worker_without_torch_has_nothing_for_gpus() -> None:
     locked = pinned(ROOT / "requirements" / "worker-without-torch.txt")
     assert not {each for each in locked if each.startswith(("nvidia-", "cuda-", "triton"))}

@@ -40,17 +40,22 @@ class Process:
     environment: Mapping[str, str]
 
 
-def compose() -> dict[str, Any]:
-    """Read compose.yaml as Compose does, with the example's variables put in."""
+def compose(values: Mapping[str, str] = ENV_EXAMPLE) -> dict[str, Any]:
+    """Read compose.yaml as Compose does, with variables put in, by default the example's."""
     text = COMPOSE.read_text(encoding="utf-8")
-    document: dict[str, Any] = yaml.safe_load(interpolate(text, ENV_EXAMPLE))
+    document: dict[str, Any] = yaml.safe_load(interpolate(text, values))
     return document
 
 
 def compose_with_tls() -> dict[str, Any]:
     """Read what compose.tls.yaml puts over compose.yaml."""
-    text = (DEPLOY / "compose.tls.yaml").read_text(encoding="utf-8")
-    document: dict[str, Any] = yaml.safe_load(interpolate(text, ENV_EXAMPLE))
+    return compose_override("tls")
+
+
+def compose_override(name: str, values: Mapping[str, str] = ENV_EXAMPLE) -> dict[str, Any]:
+    """Read what compose.NAME.yaml puts over compose.yaml."""
+    text = (DEPLOY / f"compose.{name}.yaml").read_text(encoding="utf-8")
+    document: dict[str, Any] = yaml.safe_load(interpolate(text, values))
     return document
 
 

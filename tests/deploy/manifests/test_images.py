@@ -68,7 +68,9 @@ def test_what_an_image_takes_is_there_and_is_sent(path: Path) -> None:
 
 
 def test_weights_keys_and_history_are_never_sent() -> None:
-    for name in ("models/wan-mini/x", ".git/config", "deploy/.env", "deploy/metrics-key", "var/x"):
+    for name in ("models/wan-mini/x", ".git/config", "deploy/.env", "deploy/wan.env", "var/x"):
+        assert not is_sent(name), name
+    for name in ("deploy/metrics-key", "deploy/certificates/valkey.key"):
         assert not is_sent(name), name
     assert is_sent("service/app.py")
     assert not is_sent("service/__pycache__/app.pyc")
@@ -87,6 +89,13 @@ def test_an_image_runs_as_a_user_with_a_health_check(path: Path) -> None:
     assert re.search(r"^HEALTHCHECK .*CMD \[", text, re.M)
     assert re.search(r"pip install [^&]*--require-hashes", text)
     assert docker_environment(path)["HOME"] == "/tmp", "the only folder that can be written"
+
+
+@pytest.mark.parametrize("path", dockerfiles(), ids=lambda path: path.name)
+def test_an_image_can_send_traces(path: Path) -> None:
+    """Without these packages a process that is asked for traces does not start."""
+    assert "requirements/tracing.txt" in copied(path)
+    assert re.search(r"pip install [^&]*-r /src/requirements/tracing\.txt", text_of(path))
 
 
 @pytest.mark.parametrize("path", dockerfiles(), ids=lambda path: path.name)
@@ -109,7 +118,8 @@ def test_every_manifest_runs_the_images_of_this_version() -> None:
             if image["name"].startswith("wan-"):
                 assert image["name"] in built
                 assert image["newTag"].partition("-")[0] == VERSION
-    assert f"image: wan-service:{VERSION}\n" in (K8S / "first-key.yaml").read_text()
+    for name in ("first-key.yaml", "fill-models.yaml"):
+        assert f"image: wan-service:{VERSION}\n" in (K8S / name).read_text()
 
 
 def test_every_container_of_ours_has_the_image_s_user() -> None:

@@ -54,7 +54,8 @@ def built_with(overlay: str, component: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(answer.stdout))
 
 
-ALL = [*OVERLAYS, "cuda+bucket", "cuda+no-free-card"]
+COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
+ALL = [*OVERLAYS, *(f"cuda+{name}" for name in COMPONENTS)]
 
 
 def one(overlay: str, kind: str, name: str) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def test_everything_is_valid(tmp_path: Path) -> None:
     manifest = tmp_path / "all.yaml"
     manifest.write_text(yaml.safe_dump_all(ours))
     check = ["kubernetes-validate", "--strict", "-k", KUBERNETES]
-    answer = run([*check, manifest, K8S / "first-key.yaml"])
+    answer = run([*check, manifest, K8S / "first-key.yaml", K8S / "fill-models.yaml"])
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for number, each in enumerate(scaled):
         (tmp_path / f"keda-{number}.json").write_text(json.dumps(each))
@@ -174,9 +175,9 @@ def test_a_worker_is_ready_when_it_says_so_and_may_finish_its_job(overlay: str) 
     assert environment["WORKER_DRAIN"] == "finish"
     (check,) = pod["initContainers"]
     assert check["args"][-1] == "--files"
-    assert {each["name"]: each["value"] for each in check["env"]} == {
-        "WORKER_CONFIG": environment["WORKER_CONFIG"]
-    }
+    checked = {each["name"]: each["value"] for each in check["env"]}
+    assert checked["WORKER_CONFIG"] == environment["WORKER_CONFIG"]
+    assert set(checked) <= {"WORKER_CONFIG", "NVIDIA_VISIBLE_DEVICES"}
 
 
 @pytest.mark.parametrize("overlay", ALL)
@@ -222,11 +223,11 @@ def test_what_selects_pods_finds_them(overlay: str) -> None:
         elif kind == "NetworkPolicy":
             peers = [p for rule in spec.get("ingress", []) for p in rule.get("from", ())]
             peers += [p for rule in spec.get("egress", []) for p in rule.get("to", ())]
-            chosen = [p["podSelector"] for p in peers if "namespaceSelector" not in p]
+            chosen = [p["podSelector"] for p in peers if {"podSelector"} == set(p)]
             for selector in (spec["podSelector"], *chosen):
                 assert finds(selector.get("matchLabels", {})), each["metadata"]["name"]
     budgets = [each for each in built(overlay) if each["kind"] == "PodDisruptionBudget"]
-    assert len(budgets) == len(labels) == 3
+    assert len(budgets) == len(labels) == (2 if overlay.endswith("outside-valkey") else 3)
 
 
 @pytest.mark.parametrize("overlay", ALL)
@@ -240,11 +241,60 @@ def test_nobody_is_reached_who_need_not_be(overlay: str) -> None:
         for name, spec in policies.items()
         if "ingress" in spec
     }
-    assert reached == {
-        "valkey-serves-its-clients": ["redis"],
-        "service-is-reached-by-ingress-and-prometheus": ["http"],
-    }
+    valkey = {} if overlay.endswith("outside-valkey") else {"valkey-serves-its-clients": ["redis"]}
+    assert reached == valkey | {"service-is-reached-by-ingress-and-prometheus": ["http"]}
     assert all(rule["from"] for spec in policies.values() for rule in spec.get("ingress", ()))
+
+
+def test_the_miniature_needs_no_volume_for_many_nodes() -> None:
+    for name in ("wan-models", "wan-artifacts"):
+        assert one("cpu", "PersistentVolumeClaim", name)["spec"]["accessModes"] == ["ReadWriteOnce"]
+        assert one("cuda", "PersistentVolumeClaim", name)["spec"]["accessModes"] == [
+            "ReadWriteMany"
+        ]
+
+
+def test_a_valkey_elsewhere_takes_the_place_of_this_one() -> None:
+    left = [each for each in built("cuda+outside-valkey") if "valkey" in each["metadata"]["name"]]
+    (policy,) = left
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"]["egress"] == [{"ports": [{"port": 6379}, {"port": 6380}]}]
+
+
+def test_traces_are_asked_for_and_let_out() -> None:
+    settings = one("cuda+traces", "ConfigMap", "wan-settings")["data"]
+    port = int(settings["OTEL_EXPORTER_OTLP_ENDPOINT"].rpartition(":")[2])
+    policy = one("cuda+traces", "NetworkPolicy", "service-and-workers-send-traces")["spec"]
+    (rule,) = policy["egress"]
+    assert rule["ports"] == [{"port": port}]
+    for name in ("wan-service", "wan-worker"):
+        template = one("cuda+traces", "Deployment", name)["spec"]["template"]
+        assert (
+            policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        )
+        (container,) = template["spec"]["containers"]
+        assert {"configMapRef": {"name": "wan-settings"}} in container["envFrom"]
+
+
+def test_the_documented_patch_lets_another_port_of_a_bucket_out(tmp_path: Path) -> None:
+    text = (K8S / "components" / "bucket" / "egress.yaml").read_text(encoding="utf-8")
+    patch = "\n".join(re.findall(r"^# {3}(.*)$", text, re.M))
+    folder = tmp_path / "deploy"
+    for name in ("k8s", "valkey"):
+        shutil.copytree(K8S.parent / name, folder / name)
+    (folder / "k8s" / "mine").mkdir()
+    (folder / "k8s" / "mine" / "kustomization.yaml").write_text(
+        f"resources: [../overlays/cuda]\ncomponents: [../components/bucket]\npatches:\n{patch}\n",
+        encoding="utf-8",
+    )
+    answer = run(["kubectl", "kustomize", folder / "k8s" / "mine"])
+    assert answer.returncode == 0, answer.stderr
+    ports = [
+        each["spec"]["egress"][0]["ports"]
+        for each in yaml.safe_load_all(answer.stdout)
+        if each["metadata"]["name"] == "service-and-workers-use-the-bucket"
+    ]
+    assert ports == [[{"port": 9000}]]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -94,6 +94,25 @@ def test_caddy_accepts_its_file(site: Cluster) -> None:
     assert "Valid configuration" in answer.stdout + answer.stderr
 
 
+def test_caddy_s_log_of_errors_has_no_signature(site: Cluster, tmp_path: Path) -> None:
+    port = find_free_port()
+    url = f"http://localhost:{port}"
+    environment = caddy_environment(site, url)
+    environment["UPSTREAMS"] = f"127.0.0.1:{find_free_port()}"
+    text = CADDYFILE.read_text(encoding="utf-8")
+    assert "lb_try_duration 10s" in text
+    (tmp_path / "Caddyfile").write_text(text.replace("lb_try_duration 10s", "lb_try_duration 1s"))
+    command = ["caddy", "run", "--adapter", "caddyfile", "--config", str(tmp_path / "Caddyfile")]
+    with server(command, tmp_path, port, environment):
+        answer = httpx.get(
+            f"{url}/jobs/a/video?signature=secret", headers={"Referer": f"{url}/?signature=secret"}
+        )
+        assert answer.status_code in (502, 503)
+        log = tmp_path / "caddy.log"
+        wait_until(lambda: "/jobs/a/video" in log.read_text(), 10, "the error is in the log")
+        assert "secret" not in log.read_text()
+
+
 def test_nginx_accepts_its_file(site: Cluster, tmp_path: Path) -> None:
     path = nginx_configuration(site, tmp_path, find_free_port())
     answer = run(["nginx", "-t", "-e", "stderr", "-p", tmp_path, "-c", path])
