@@ -107,7 +107,11 @@ def test_a_job_that_is_to_be_cancelled_is_not_returned(
 def test_sigterm_ends_an_idle_worker(workers: WorkerProcesses, redis: Redis) -> None:
     process = workers.start(0)
     wait_until(lambda: catalog.read(redis).offers, 60, "the worker offers its modes")
-    assert [status.state for status in read_statuses(redis)] == ["idle"]
+
+    def states() -> list[str]:
+        return [status.state for status in read_statuses(redis)]
+
+    wait_until(lambda: states() == ["idle"], 60, "the worker says that it is idle")
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert catalog.read(redis).offers == ()
