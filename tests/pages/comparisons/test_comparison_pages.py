@@ -38,6 +38,14 @@ ROOT = Path(__file__).resolve().parents[3]
 SLOW_MS = 60_000
 """Of what several processes do on a busy machine."""
 
+NOTES = """addEventListener("DOMContentLoaded", () => {
+  window.notes = [];
+  const note = document.querySelector("#note");
+  const keep = () => notes.push(note.textContent);
+  new MutationObserver(keep).observe(note, { childList: true, subtree: true });
+})"""
+"""Keeps what the page has said, however shortly."""
+
 on_desktop = pytest.mark.parametrize(("scheme", "viewport"), [("light", DESKTOP)])
 on_phone = pytest.mark.parametrize(("scheme", "viewport"), [("dark", PHONE)])
 Seat = tuple[Comparison, str, str]
@@ -387,11 +395,12 @@ def test_a_video_that_breaks_off_is_loaded_again(
             ruined = body[: len(body) // 2] + b"\xff" * (len(body) - len(body) // 2)
             route.fulfill(status=200, headers={"Content-Type": "video/mp4"}, body=ruined)
 
+        page.add_init_script(NOTES)
         page.route("**/left.mp4", break_off, times=1)
         rater = RaterPage(page)
         rater.start(link, site)
         rater.press("ArrowLeft")
-        expect(rater.note()).to_contain_text("The videos do not play")
+        page.wait_for_function("notes.some((text) => text.includes('The videos do not play'))")
         assert len(broken) == 1
         expect(rater.note()).to_be_empty(timeout=SLOW_MS)
         rater.wait_for_pair()

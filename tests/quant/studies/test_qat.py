@@ -148,7 +148,7 @@ def test_the_trained_pipeline_is_what_was_measured(
 def test_a_killed_study_goes_on_and_gives_the_same_bytes(
     tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
-    options = ("--methods", "hif4", "--steps", "3,24", *SMALL, "--checkpoint-s", "0")
+    options = ("--methods", "hif4", "--steps", "3,60", *SMALL, "--checkpoint-s", "0")
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert qat(tiny_model, recorded, whole, *options).exit_code == 0
     state = again / "training.safetensors"
@@ -164,7 +164,7 @@ def test_a_killed_study_goes_on_and_gives_the_same_bytes(
     stopped = qat(tiny_model, recorded, again, *options)
     assert stopped.exit_code == 130
     assert "the same command goes on from here" in stopped.output
-    assert f"{control}/24" not in units_of(again)
+    assert f"{control}/60" not in units_of(again)
     assert "weight" in str(load_file(state).keys())
     result = qat(tiny_model, recorded, again, *options)
     assert result.exit_code == 0, result.output
