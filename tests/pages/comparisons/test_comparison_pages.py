@@ -400,7 +400,12 @@ def test_a_video_that_breaks_off_is_loaded_again(
         rater = RaterPage(page)
         rater.start(link, site)
         rater.press("ArrowLeft")
-        page.wait_for_function("notes.some((text) => text.includes('The videos do not play'))")
+        said = "notes.some((text) => text.includes('The videos do not play'))"
+        for _ in range(300):
+            if page.evaluate(said):
+                break
+            page.wait_for_timeout(200)
+        assert page.evaluate(said)
         assert len(broken) == 1
         expect(rater.note()).to_be_empty(timeout=SLOW_MS)
         rater.wait_for_pair()
