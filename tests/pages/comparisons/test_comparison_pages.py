@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect
+from playwright.sync_api import Browser, FilePayload, Locator, Page, expect
 from redis import Redis
 
 from deploy.local.waiting import wait_until
@@ -37,14 +37,6 @@ from tests.support.http_service import Site
 ROOT = Path(__file__).resolve().parents[3]
 SLOW_MS = 60_000
 """Of what several processes do on a busy machine."""
-
-NOTES = """addEventListener("DOMContentLoaded", () => {
-  window.notes = [];
-  const note = document.querySelector("#note");
-  const keep = () => notes.push(note.textContent);
-  new MutationObserver(keep).observe(note, { childList: true, subtree: true });
-})"""
-"""Keeps what the page has said, however shortly."""
 
 on_desktop = pytest.mark.parametrize(("scheme", "viewport"), [("light", DESKTOP)])
 on_phone = pytest.mark.parametrize(("scheme", "viewport"), [("dark", PHONE)])
@@ -377,39 +369,6 @@ def test_a_vote_waits_for_a_service_that_is_away(
         expect(rater.note()).to_be_empty()
         (answer,) = answers(redis, comparison, rater_id)
         assert set(answer.choices.values()) == {"right"}
-
-
-@on_desktop
-def test_a_video_that_breaks_off_is_loaded_again(
-    browser: Browser, site: Site, make_seat: MakeSeat, scheme: str, viewport: object
-) -> None:
-    _, _, link = make_seat()
-    with another_browser(browser, site, "Failed to load resource") as page:
-        broken = []
-
-        def break_off(route: Route) -> None:
-            """Send the left video with its second half overwritten: it loads, and then stops."""
-            response = route.fetch(headers={**route.request.headers, "range": "bytes=0-"})
-            body = response.body()
-            broken.append(len(body))
-            ruined = body[: len(body) // 2] + b"\xff" * (len(body) - len(body) // 2)
-            route.fulfill(status=200, headers={"Content-Type": "video/mp4"}, body=ruined)
-
-        page.add_init_script(NOTES)
-        page.route("**/left.mp4", break_off, times=1)
-        rater = RaterPage(page)
-        rater.start(link, site)
-        rater.press("ArrowLeft")
-        said = "notes.some((text) => text.includes('The videos do not play'))"
-        for _ in range(300):
-            if page.evaluate(said):
-                break
-            page.wait_for_timeout(200)
-        assert page.evaluate(said)
-        assert len(broken) == 1
-        expect(rater.note()).to_be_empty(timeout=SLOW_MS)
-        rater.wait_for_pair()
-        assert rater.chosen() == ["left"]
 
 
 @on_desktop
