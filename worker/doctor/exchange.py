@@ -24,6 +24,8 @@ from worker.distributed.rank_group import RankGroup, join
 from worker.doctor.report import Fault, Finding
 
 TIMEOUT_S = 180.0
+_LAST_WORDS_S = 15.0
+"""How long the other ranks may go on once one has failed: they may say why."""
 _BYTES = 16 << 20
 
 _REMEDIES = {
@@ -86,9 +88,12 @@ def run_ranks(kind: DeviceKind, count: int) -> dict[str, float]:
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
     """Wait for all ranks; once one fails or time is over, end the others."""
     deadline = time.monotonic() + TIMEOUT_S
+    has_failed = False
     while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks) or time.monotonic() > deadline:
-            time.sleep(1)  # the others may say why
+        if not has_failed and any(rank.poll() for rank in ranks):
+            has_failed = True
+            deadline = min(deadline, time.monotonic() + _LAST_WORDS_S)
+        if time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.05)

@@ -21,8 +21,6 @@ def test_one_device_has_nothing_to_exchange() -> None:
 
 
 def test_ranks_that_fail_say_why_and_none_is_left_waiting() -> None:
-    # The first that fails has torchrun kill the other, which may have got as far as failing itself.
-    ended = r"ranks ended with \[(1, 1|1, -\d+|-\d+, 1)\].*no usable cuda device"
-    with pytest.raises(Fault, match=ended) as caught:
+    with pytest.raises(Fault, match=r"ranks ended with \[1, 1\].*no usable cuda device") as caught:
         exchange.run_ranks("cuda", 2)
     assert "NCCL_DEBUG=INFO" in caught.value.remedy
