@@ -113,7 +113,7 @@ def test_a_fail_over_keeps_accepted_jobs_and_the_one_in_hand(
             waiting = store.create(REQUEST, QUEUE).job.id
             before = group.primary()
             asyncio.run(follow_across(group, before))
-            assert group.primary() != before
+            wait_until(lambda: group.primary() != before, 30, "the first sentinel hears of it")
             for job_id in (in_hand, waiting):
                 wait_for(store, job_id, has_ended)
                 job = store.get(job_id)

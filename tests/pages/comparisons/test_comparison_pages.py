@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, FilePayload, Locator, Page, expect
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect
 from redis import Redis
 
 from deploy.local.waiting import wait_until
@@ -37,6 +37,14 @@ from tests.support.http_service import Site
 ROOT = Path(__file__).resolve().parents[3]
 SLOW_MS = 60_000
 """Of what several processes do on a busy machine."""
+
+NOTES = """addEventListener("DOMContentLoaded", () => {
+  window.notes = [];
+  const note = document.querySelector("#note");
+  const keep = () => notes.push(note.textContent);
+  new MutationObserver(keep).observe(note, { childList: true, subtree: true });
+})"""
+"""Keeps what the page has said, however shortly."""
 
 on_desktop = pytest.mark.parametrize(("scheme", "viewport"), [("light", DESKTOP)])
 on_phone = pytest.mark.parametrize(("scheme", "viewport"), [("dark", PHONE)])
@@ -369,6 +377,44 @@ def test_a_vote_waits_for_a_service_that_is_away(
         expect(rater.note()).to_be_empty()
         (answer,) = answers(redis, comparison, rater_id)
         assert set(answer.choices.values()) == {"right"}
+
+
+@on_desktop
+def test_a_video_that_breaks_off_is_loaded_again(
+    browser: Browser, site: Site, make_seat: MakeSeat, scheme: str, viewport: object
+) -> None:
+    _, _, link = make_seat()
+    with another_browser(browser, site, "Failed to load resource") as page:
+        sent: list[int] = []
+
+        def send(route: Route) -> None:
+            """Send the left video whole, but the first time without the end of its frames."""
+            headers = {**route.request.headers, "range": "bytes=0-"}
+            body = route.fetch(headers=headers).body()
+            sent.append(len(body))
+            if len(sent) == 1:
+                start = body.index(b"mdat") + 4  # behind it may be padding, which nobody decodes
+                size = int.from_bytes(body[start - 8 : start - 4], "big") - 8
+                cut = slice(start + size // 2, start + size)
+                body = body[: cut.start] + b"\xff" * (cut.stop - cut.start) + body[cut.stop :]
+            route.fulfill(status=200, headers={"Content-Type": "video/mp4"}, body=body)
+
+        page.add_init_script(NOTES)
+        page.route("**/left.mp4", send)
+        rater = RaterPage(page)
+        page.goto(site.url + link)
+        page.get_by_role("button", name="Start").click()
+        rater.wait_for_pair()
+        rater.press("ArrowLeft")
+        wait_until(
+            lambda: page.evaluate("notes.some((each) => each.includes('videos do not play'))"),
+            60,
+            "the page says that the videos do not play",
+        )
+        expect(rater.note()).to_be_empty(timeout=SLOW_MS)
+        rater.wait_for_pair()
+        assert rater.chosen() == ["left"]
+        assert len(sent) > 1
 
 
 @on_desktop

@@ -1,11 +1,8 @@
 """Test qat on a tiny model, by its command."""
 
-import _thread
 import json
 import shutil
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from quant.studies.output.study_folder import read_results
 from quant.studies.points import open_points
 from quant.studies.protection.analyze import Subject
 from quant.studies.protection.sensitivity import energies
+from quant.studies.qat.training import Trainer
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
 from tests.quant.conftest import tiny_recipe_dict
@@ -146,28 +144,38 @@ def test_the_trained_pipeline_is_what_was_measured(
 
 
 def test_a_killed_study_goes_on_and_gives_the_same_bytes(
-    tiny_model: Path, recorded: dict[str, Path], tmp_path: Path
+    tiny_model: Path, recorded: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("--methods", "hif4", "--steps", "3,60", *SMALL, "--checkpoint-s", "0")
+    options = ("--methods", "hif4", "--steps", "3,12", *SMALL, "--checkpoint-s", "0")
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert qat(tiny_model, recorded, whole, *options).exit_code == 0
-    state = again / "training.safetensors"
     control = "bf16/lr3e-05/batch4/data8/seed0"
+    real = Trainer.step
 
-    def interrupt() -> None:
-        while not state.exists() or f"{control}/3" not in (again / "units.jsonl").read_text():
-            time.sleep(0.001)
-        _thread.interrupt_main()
+    def stops_at_the_seventh(trainer: Trainer) -> None:
+        if trainer.done == 6:
+            raise KeyboardInterrupt
+        real(trainer)
 
-    watcher = threading.Thread(target=interrupt, daemon=True)
-    watcher.start()
-    stopped = qat(tiny_model, recorded, again, *options)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", stops_at_the_seventh)
+        stopped = qat(tiny_model, recorded, again, *options)
     assert stopped.exit_code == 130
     assert "the same command goes on from here" in stopped.output
-    assert f"{control}/60" not in units_of(again)
-    assert "weight" in str(load_file(state).keys())
-    result = qat(tiny_model, recorded, again, *options)
+    assert f"{control}/3" in units_of(again)
+    assert f"{control}/12" not in units_of(again)
+    assert "weight" in str(load_file(again / "training.safetensors").keys())
+    begun_at: list[int] = []
+
+    def noted(trainer: Trainer) -> None:
+        begun_at.append(trainer.done)
+        real(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", noted)
+        result = qat(tiny_model, recorded, again, *options)
     assert result.exit_code == 0, result.output
+    assert begun_at[0] == 6, "the steps that were done are not done again"
     for name in ("results.json", "index.html", "tables/velocity-cells.csv"):
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     weights = "model/transformer/diffusion_pytorch_model.safetensors"

@@ -32,7 +32,9 @@ def test_head_says_what_get_says(client: TestClient, make_job: MakeJob, path: st
     assert told(head) == told(get)
     assert head.content == b""
     if "content-length" in get.headers:
-        assert head.headers["content-length"] == get.headers["content-length"]
+        lengths = [int(answer.headers["content-length"]) for answer in (head, get)]
+        # How long ago a worker was heard of has a digit more or fewer a moment later.
+        assert abs(lengths[0] - lengths[1]) <= (4 if path == "/workers" else 0)
 
 
 def test_head_of_what_has_no_get_is_refused(client: TestClient) -> None:
