@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from en_dtypes import hifloat8
 from torch import Tensor
 
+from quant.numerics.reference import product
+
 HIFLOAT8 = 290  # torch_npu.hifloat8
 INT8 = (1, torch.int8)  # the number of torch.int8, and itself
 MOST = 65_535  # of the last dimension of a quantized product's operands
@@ -156,6 +158,22 @@ def native_layer_norm(
 
 
 REFERENCES["aten::native_layer_norm"] = native_layer_norm
+
+
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """Return torch's; of BF16 with sums in FP32 that are rounded once, on every CPU."""
+    _require(beta == alpha == 1, "factors have no reference here")
+    return product(mat1, mat2.t(), input)
+
+
+def mm(self: Tensor, mat2: Tensor) -> Tensor:
+    """Return torch's; of BF16 with sums in FP32 that are rounded once, on every CPU."""
+    return product(self, mat2.t(), None)
+
+
+REFERENCES |= {"aten::addmm": addmm, "aten::mm": mm}
 
 
 @_reference
