@@ -115,6 +115,9 @@ def test_caddy_s_log_of_errors_has_no_signature(site: Cluster, tmp_path: Path) -
 
 def test_nginx_accepts_its_file(site: Cluster, tmp_path: Path) -> None:
     path = nginx_configuration(site, tmp_path, find_free_port())
+    servers = path.read_text().split("\nserver {")[1:]
+    assert len(servers) == 2
+    assert all("wan.log wan;" in each for each in servers), "Debian's own log holds signatures"
     answer = run(["nginx", "-t", "-e", "stderr", "-p", tmp_path, "-c", path])
     assert answer.returncode == 0, answer.stderr
     assert "warn" not in answer.stderr
