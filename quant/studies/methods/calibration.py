@@ -116,14 +116,15 @@ def calibrate(
         unit = f"calibration/{index}"
         start = time.monotonic()
         block = subject.exact.block(index)
-        names = () if folder.unit(unit) is not None else subject.linears[index]
+        is_missing = folder.unit(unit) is None
+        names = subject.linears[index] if is_missing else ()
         meter = _Meter(calibration.steps, with_hessian=bool(rounding))
         with meter.watching(block, names):
             for place, group in enumerate(groups):
                 meter.step = group[0].step
                 streams[place] = _run(subject, block, streams[place], conditions[place])
                 progress.advance(len(group))
-        if names:
+        if is_missing:
             measured = time.monotonic() - start
             _write(calibration.file(index), meter.tensors())
             seconds = {}

@@ -48,6 +48,7 @@ def report(found: Comparison) -> tuple[Json, dict[str, Table], dict[str, bytes],
     """Build everything that `StudyFolder.finish` writes."""
     owners = found.owners()
     results: Json = {
+        "recipe": found.subject.recipe_words,
         "methods": {method.name: _method_results(found, method) for method in found.methods},
         "protections": {name: list(blocks) for name, blocks in found.protections.items()},
         "against_ours": _against_ours(found, owners),
@@ -270,9 +271,10 @@ def _figure(results: Json) -> bytes:
 def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, bytes]) -> Page:
     page = Page(
         "Ways to quantize, compared",
-        f"{results['points']} held-out points of {results['prompts']} prompts, teacher-forced, "
-        "error of the velocity against float32. Only rounding is seen: products and sums are in "
-        "float32. Intervals and tests are over prompts, paired; p by Holm over each whole table.",
+        f"{results['points']} held-out points of {results['prompts']} prompts, the linears of "
+        f"recipe {results['recipe']}. Teacher-forced, error of the velocity against float32. Only "
+        "rounding is seen: products and sums are in float32. Intervals and tests are over prompts, "
+        "paired; p by Holm over each whole table.",
     )
     for sentence in findings(results):
         page.finding(sentence)

@@ -303,7 +303,10 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
     for sentence in results["findings"]:
         page.finding(sentence)
     fixed = [factor for factor in FACTORS if factor not in _varied(results)]
-    page.facts({_WORDS[factor]: f"{results['cells'][0][factor]:g}" for factor in fixed})
+    page.facts(
+        {"linears of recipe": results["recipe"]}
+        | {_WORDS[factor]: f"{results['cells'][0][factor]:g}" for factor in fixed}
+    )
     for measure in results["measures"]:
         noun = _NOUNS[measure]
         page.heading(f"Over the steps: {noun}")

@@ -108,6 +108,34 @@ def test_an_error_is_that_of_the_whole_transformer_with_its_linears_replaced(
     assert not torch.equal(statistics["attn1.to_q"].channels, statistics["attn2.to_q"].channels)
 
 
+def test_linears_that_a_recipe_keeps_are_rounded_by_no_method(
+    tiny_model: Path, recorded: dict[str, Path], comparison: Path, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "kept.json", tmp_path / "comparison"
+    kept = ["blocks.*.ffn.net.2", "blocks.2.*"]
+    recipe.write_text(json.dumps(tiny_recipe_dict() | {"kept_linears": kept}))
+    options = ("--methods", "int4-per-token", "--recipe", recipe)
+    result = compare(tiny_model, recorded, out, *options)
+    assert result.exit_code == 0, result.output
+    found, whole = (read_results(each, "compare-methods") for each in (out, comparison))
+    assert found["recipe"] == "tiny, which keeps blocks.*.ffn.net.2, blocks.2.* in BF16"
+    assert found["bf16_bytes"] < 0.75 * whole["bf16_bytes"]
+    for name, method in found["methods"].items():
+        for protection, errors in method["errors"].items():
+            assert errors["mean"] < whole["methods"][name]["errors"][protection]["mean"]
+    transformer = load_transformer(tiny_model)
+    subject = Subject.of(transformer, QuantRecipe.load(recipe), torch.device("cpu"), keep=True)
+    calibrated = Calibrated(subject, Calibration(out / "calibration", (1, 3)), keep=False)
+    change = MethodQuantizer(METHODS["hif8"], calibrated).change((), (1,))
+    block = transformer.blocks[1]
+    is_rounded = {
+        name: change(1, block).get_submodule(name) is not block.get_submodule(name)
+        for name in ("ffn.net.0.proj", "ffn.net.2")
+    }
+    assert is_rounded == {"ffn.net.0.proj": True, "ffn.net.2": False}
+    assert calibrated.calibration.statistics(2, torch.device("cpu")) == {}
+
+
 def test_a_comparison_goes_on_and_gives_the_same(
     tiny_model: Path, recorded: dict[str, Path], comparison: Path, tmp_path: Path
 ) -> None:
