@@ -134,6 +134,14 @@ def test_linears_that_a_recipe_keeps_are_rounded_by_no_method(
     }
     assert is_rounded == {"ffn.net.0.proj": True, "ffn.net.2": False}
     assert calibrated.calibration.statistics(2, torch.device("cpu")) == {}
+    # As a study is after a move without its weights.
+    (out / "calibration" / "001.safetensors").unlink()
+    state = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    assert compare(tiny_model, recorded, out, *options).exit_code == 0
+    assert (out / "calibration" / "001.safetensors").exists()
+    again = read_results(out, "compare-methods")
+    assert again["against_ours"] == found["against_ours"]
 
 
 def test_a_comparison_goes_on_and_gives_the_same(
