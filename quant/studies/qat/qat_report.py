@@ -32,6 +32,7 @@ _WORDS = {
     "data": "data",
     "seed": "seed",
 }
+_ALL_TICKS, _FEW_TICKS = range(2, 10), (2, 5)
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osv^Dx"
 
@@ -283,6 +284,9 @@ def _curves(results: Json, measure: str, method: str) -> bytes:
                 label=label,
             )
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        # Ten labels a decade run into each other.
+        axes.set_yscale("log", subs=_ALL_TICKS if high < 5 * low else _FEW_TICKS)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.set(xlabel="steps", ylabel=f"{_NOUNS[measure]}{f', {unit}' if unit else ''}")
@@ -319,7 +323,8 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
         page.heading(f"When QAT beats PTQ: {noun}")
         page.text(
             "Each training at each number of steps counts once. Equal steps are not equal samples: "
-            "a step learns from as many as the batch has."
+            "a step learns from as many as the batch has. The best gain is picked on the samples that "
+            "it is measured on, so it is likely too high."
         )
         page.table(tables[f"{measure}-when"])
         page.heading(f"All trainings: {noun}")
