@@ -19,7 +19,7 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1c2330; --soft: #5b6472; --line: #d8dde4; --mark: #eef4ff; }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 0; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; }
 h2 { border-top: 1px solid var(--line); }

@@ -323,8 +323,8 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
         page.heading(f"When QAT beats PTQ: {noun}")
         page.text(
             "Each training at each number of steps counts once. Equal steps are not equal samples: "
-            "a step learns from as many as the batch has. The best gain is picked on the samples that "
-            "it is measured on, so it is likely too high."
+            "a step learns from as many as the batch has. The best gain was picked on the samples "
+            "that it is measured on, so it is likely too high."
         )
         page.table(tables[f"{measure}-when"])
         page.heading(f"All trainings: {noun}")
