@@ -27,7 +27,7 @@ def test_the_toolkit_takes_every_command(extent: Extent) -> None:
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     parts = Card(MODEL, SCALES, WORK, "cuda", extent).parts()
     commands = [words for part in parts for words in part.commands]
-    assert len(commands) == 16
+    assert len(commands) == 17
     for module, command, *options in commands:
         assert module == "quant"
         known[command].make_context(command, list(map(str, options)))
