@@ -25,7 +25,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +37,7 @@ from benchmarks.quality.study_parts import FAILED, Part, Shop, Words
 from mini.world.scenes import Split, captions_of
 
 _GRIDS = report.ROOT / "docs" / "studies"
-_TINY: Words = ("--size", "32x32", "--frames", 5, "--text-tokens", 16)
+_TINY: Words = ("--size", "32x32", "--frames", 5, "--text-tokens", 64)
 _JUDGES = (
     *("latent-sqnr", "psnr", "vmaf", "temporal-flickering", "mini.judge:oracle"),
     *("mini.judge:sharpness", "mini.judge:colour_error"),
@@ -56,6 +56,7 @@ class Extent:
         video, judges: options of `evaluate`.
         methods, fewer: options of `compare-methods`, the second for subjects with outliers.
         grids: options of QAT's two parts.
+        stretch: what the parts' limits are multiplied by.
     """
 
     seen: int
@@ -69,6 +70,7 @@ class Extent:
     methods: Words
     fewer: Words
     grids: tuple[Words, Words]
+    stretch: float = 1
 
 
 WHOLE = Extent(
@@ -97,6 +99,7 @@ REHEARSAL = Extent(
         ("--methods", "hif4", "--learning-rates", "1e-4", "--steps", 2, "--batches", 2),
         ("--methods", "hif8", "--learning-rates", "1e-4,1e-3", "--steps", 2, "--batches", 2),
     ),
+    stretch=10,
 )
 """On a CPU: the same commands, so small that only their going together is seen."""
 
@@ -131,7 +134,7 @@ class Card:
         """Return all parts, in the order in which they are best begun."""
         extent, work = self.extent, self.work
         studied: Words = ("--analysis", work / "analyze", *extent.methods)
-        return [
+        parts = [
             self._points("points", ("seen", "held-out"), extent.sampling, 150),
             Part("evaluate", (self._evaluation(),), 540, goes_on=False),
             Part("analyze", (self._analysis(),), 240, after=("points",)),
@@ -148,6 +151,7 @@ class Card:
             ),
             *(self._outliers(blocks) for blocks in ("ends", "middle")),
         ]
+        return [replace(part, limit_s=part.limit_s * extent.stretch) for part in parts]
 
     def _points(self, name: str, sets: tuple[str, ...], options: Words, limit_s: float) -> Part:
         commands = tuple(self._record(self.model, each, each, options) for each in sets)

@@ -128,7 +128,8 @@ class Shop:
     def _run(self, part: Part, number: int, words: Words, until: float) -> str:
         """Run one command; stop it softly when its time is over."""
         command = [sys.executable, "-m", *map(str, words)]
-        with (self.work / f"{part.name}.{number}.log").open("ab") as log:
+        log_file = self.work / f"{part.name}.{number}.log"
+        with log_file.open("ab") as log:
             process = subprocess.Popen(
                 command, cwd=report.ROOT, stdout=log, stderr=subprocess.STDOUT
             )
@@ -145,6 +146,8 @@ class Shop:
                 process.kill()
                 process.wait()
         if process.returncode:
+            lines = log_file.read_text(errors="replace").splitlines()
+            print(f"{part.name}: {lines[-1] if lines else 'no word'}", file=sys.stderr, flush=True)
             return FAILED
         self._done(part, number).touch()
         return FINISHED
