@@ -181,8 +181,10 @@ class Shop:
         self.states[part.name] = state
         spent = f" after {self.seconds[part.name]} s" if part.name in self.seconds else ""
         print(f"{part.name}: {state}{spent}", file=sys.stderr, flush=True)
-        summary = {
+        file = self.keep / "summary.json"
+        summary = json.loads(file.read_text()) if file.exists() else {}
+        summary |= {
             name: {"state": each, "seconds": self.seconds.get(name)}
             for name, each in self.states.items()
         }
-        (self.keep / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        file.write_text(json.dumps(summary, indent=1) + "\n")

@@ -158,14 +158,14 @@ def _error_table(results: Json) -> Table:
     columns = (
         Column("method"),
         Column("protected"),
-        Column("error energy, %", 4),
-        Column("95 % from", 4),
-        Column("to", 4),
-        Column("minus hif8, %", 4),
-        Column("from", 4),
-        Column("to ", 4),
+        Column("error energy, %", significant=3),
+        Column("95 % from", significant=3),
+        Column("to", significant=3),
+        Column("minus hif8, %", significant=3),
+        Column("from", significant=3),
+        Column("to ", significant=3),
         Column("p (Holm)", 4),
-        Column("detectable, %", 4),
+        Column("detectable, %", significant=3),
         Column("real"),
     )
     rows: list[Sequence[Cell]] = []
@@ -228,11 +228,11 @@ def _protection_table(results: Json) -> Table:
         Column("method"),
         Column("protected"),
         Column("gain over none, dB", 2),
-        Column("minus none, %", 4),
-        Column("from", 4),
-        Column("to", 4),
+        Column("minus none, %", significant=3),
+        Column("from", significant=3),
+        Column("to", significant=3),
         Column("p (Holm)", 4),
-        Column("detectable, %", 4),
+        Column("detectable, %", significant=3),
         Column("real"),
     )
     rows: list[Sequence[Cell]] = []

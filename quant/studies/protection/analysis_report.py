@@ -287,6 +287,7 @@ def _activations_figure(analysis: Analysis, paper: Sequence[int]) -> bytes:
             xlabel="block", ylabel="largest magnitude of the stream", xlim=(-0.6, len(blocks) - 0.4)
         )
         axes.legend(loc="best")
+        figure.whole_numbers()
     return figure.png
 
 
@@ -308,6 +309,7 @@ def _sensitivity_figure(
         axes.set(
             xlabel="block quantized alone", ylabel="error energy, %", xlim=(-0.6, len(blocks) - 0.4)
         )
+        figure.whole_numbers()
     return figure.png
 
 
@@ -324,6 +326,8 @@ def _update_figure(analysis: Analysis, means: Mapping[int, float]) -> bytes:
         axes.set(
             xlabel="update share of the block", ylabel="error energy, %", xscale="log", yscale="log"
         )
+        for axis in (axes.xaxis, axes.yaxis):
+            figure.label_logarithm(axis)
     return figure.png
 
 

@@ -32,7 +32,6 @@ _WORDS = {
     "data": "data",
     "seed": "seed",
 }
-_ALL_TICKS, _FEW_TICKS = range(2, 10), (2, 5)
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osv^Dx"
 
@@ -72,8 +71,9 @@ def _verdict(results: Json, measure: str, method: str) -> str:
     counts = counted(cells, measure)
     noun, before = _NOUNS[measure], results["ptq"][method][measure]["mean"]
     text = (
-        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} trainings "
-        f"{counts[BETTER]} with less, {counts[WORSE]} with more, {counts[UNSURE]} not told apart"
+        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} "
+        f"training{'s' * (len(cells) != 1)} {counts[BETTER]} with less, {counts[WORSE]} with more, "
+        f"{counts[UNSURE]} not told apart"
     )
     text += f", and {counts[DIVERGED]} diverged. " if counts[DIVERGED] else ". "
     best = best_cell(cells, measure)
@@ -114,9 +114,10 @@ def _control_sentence(results: Json, measure: str) -> str:
     if not values:
         return f"All trainings in BF16 diverged; before, BF16 has {before}."
     low, high = (_shown(measure, each) for each in (min(values), max(values)))
+    after = low if low == high else f"between {low} and {high}"
     return (
         f"Training alone, in BF16 without quantization, takes the {_NOUNS[measure]} from {before} "
-        f"to between {low} and {high} after {last} steps."
+        f"to {after} after {last} steps."
     )
 
 
@@ -284,11 +285,8 @@ def _curves(results: Json, measure: str, method: str) -> bytes:
                 label=label,
             )
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        # Ten labels a decade run into each other.
-        axes.set_yscale("log", subs=_ALL_TICKS if high < 5 * low else _FEW_TICKS)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        figure.label_logarithm(axes.yaxis)
+        figure.whole_numbers()
         axes.set(xlabel="steps", ylabel=f"{_NOUNS[measure]}{f', {unit}' if unit else ''}")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7)
     return figure.png
