@@ -19,127 +19,42 @@ ends with an error if a second start does not go on from what the kill has left,
 bytes.
 
 It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/ after
-each command, so that a run that is cut off has its results so far.
+each command, so that a run that is cut off has its results so far. With `--keep` a folder gets them
+too, with logs and the analysis' units, in an archive of a few hundred kB; `--seconds` ends the run
+in time. On another machine `--kept` goes on with that analysis, after the model has been fabricated
+and its points recorded again, and `--commands` leaves out what is already measured.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import torch
 import typer
 
 from benchmarks import report
+from benchmarks.archives import unpack
 from benchmarks.fixtures.fabricate import SHAPES, Size
 from benchmarks.report import Row
-from benchmarks.timing import device_name
+from benchmarks.speed.study_bench import ANALYSIS, Bench, Words, check_goes_on, lines
 from mini.world.scenes import Split, captions_of
 from quant.calibration.prompts import MIN_PROMPTS
 from quant.errors import QuantError
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import read_transformer_config
 
-Words = tuple[object, ...]
-"""Of a command line."""
-
 Part = Literal["whole", "short"]
 """A model's folder has its part's name."""
 
-GIB = 2**30
 STEPS = 4
 """As many as calibration has timestep groups: it takes no fewer."""
-_COUNT = re.compile(r"(\d+)/\d+ \[")
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A command that has run, or was killed.
-
-    Attributes:
-        log: what it wrote.
-    """
-
-    seconds: float
-    host_bytes: int
-    host_anonymous_bytes: int
-    device_bytes: int
-    log: str
-
-    @property
-    def passes(self) -> int:
-        """Return how many passes its progress bar showed last."""
-        found = _COUNT.findall(self.log)
-        return int(found[-1]) if found else 0
-
-
-@dataclass(slots=True)
-class Bench:
-    """Where and how the commands run, and what was measured so far."""
-
-    work: Path
-    device: str
-    device_gb: float
-    settings: dict[str, object]
-    rows: list[Row] = field(default_factory=list)
-
-    def run(self, name: str, *words: object, until: Callable[[], bool] | None = None) -> Run:
-        """Run a command of the toolkit; kill it once `until` is true, if that is given.
-
-        Raises:
-            SystemExit: it fails, or ends before it could be killed.
-        """
-        peaks, log = self.work / f"{name}.json", self.work / f"{name}.log"
-        peaks.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.speed.study_case", peaks, self.device_gb]
-        command += [*words, "--device", self.device]
-        started = time.perf_counter()
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [*map(str, command)], cwd=report.ROOT, stdout=file, stderr=subprocess.STDOUT
-            )
-            try:
-                while until is not None and process.poll() is None and not until():
-                    time.sleep(0.01)
-                if until is not None:
-                    process.send_signal(signal.SIGKILL)
-                code = process.wait()
-            finally:
-                process.kill()
-                process.wait()
-        seconds = time.perf_counter() - started
-        text = log.read_text(errors="replace")
-        if code != (0 if until is None else -signal.SIGKILL):
-            sys.exit(f"{name} ended with {code}:\n{text[-4000:]}")
-        return Run(seconds, **json.loads(peaks.read_text()), log=text)
-
-    def add(self, name: str, run: Run) -> None:
-        """Keep a command's seconds and memory."""
-        self.keep(
-            Row(f"{name}: seconds", round(run.seconds, 1), "s"),
-            Row(f"{name}: device memory reserved at most", _gib(run.device_bytes), "GiB"),
-            Row(f"{name}: host memory resident at most", _gib(run.host_bytes), "GiB"),
-            Row(f"{name}: of it not backed by files", _gib(run.host_anonymous_bytes), "GiB"),
-        )
-
-    def keep(self, *rows: Row) -> None:
-        """Keep rows, and write all that there are."""
-        self.rows += report.log_rows(rows)
-        report.save(self.document)
-
-    @property
-    def document(self) -> dict[str, object]:
-        """Return the result so far."""
-        name = device_name(torch.device(self.device))
-        return report.result(f"studies-14b-{self.settings['part']}", name, self.settings, self.rows)
 
 
 def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command line)
@@ -152,10 +67,18 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     analyze_s: Annotated[float, typer.Option(help="Seconds after which it is killed.")] = 150,
     device: Literal["cuda", "cpu"] = "cuda",
     device_gb: Annotated[float, typer.Option(help="GB of the device that may be used.")] = 80,
+    seconds: Annotated[float, typer.Option(help="When what runs is cut.")] = math.inf,
+    commands: Annotated[str, typer.Option(help="Of the whole part, with commas.")] = "all",
+    keep: Annotated[Path | None, typer.Option(help="Folder for what is to outlast work.")] = None,
+    kept: Annotated[Path | None, typer.Option(help="An archive of it, to go on from.")] = None,
 ) -> None:
     """Fabricate the model and run the part's commands."""
+    ends = time.perf_counter() + seconds
+    chosen = chosen_commands(commands)
     work.mkdir(parents=True, exist_ok=True)
     check_fresh(work)
+    if kept is not None:
+        unpack(kept, work)
     is_whole = part == "whole"
     size = size or ("832x480" if is_whole else "256x256")
     frames = frames or (49 if is_whole else 9)
@@ -168,7 +91,10 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
         "frames": frames,
     }
     settings |= {"steps": STEPS, "prompts": MIN_PROMPTS, "device_gb": device_gb}
-    bench = Bench(work, device, device_gb, settings)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    archive = keep and keep / f"studies-14b-{part}.tar.xz"
+    bench = Bench(work, device, device_gb, settings, archive, ends)
     model = work / part
     fabricate(bench, model, shape, layers)
     for name, first in (("calibration", 0), ("held-out", MIN_PROMPTS)):
@@ -178,7 +104,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     sampling: Words = ("--steps", STEPS, "--size", size, "--frames", frames)
     sampling = (*sampling, "--guidance-scale", 1, "--text-tokens", 512)
     if is_whole:
-        whole(bench, model, sampling, analyze_s)
+        whole(bench, model, sampling, analyze_s, chosen)
     else:
         short(bench, model, sampling)
     report.print_table(bench.rows)
@@ -220,24 +146,6 @@ def check_model(model: Path, shape: Size, layers: int) -> None:
         sys.exit(f"{model} is not a whole model: remove it, and it is made anew ({error})")
 
 
-def check_goes_on(kept: Sequence[bytes], again: Sequence[bytes]) -> None:
-    """Check that a second start has kept what the killed one had finished.
-
-    Args:
-        kept, again: units of the killed run and of the next, in their order.
-
-    Raises:
-        SystemExit: it has not, or nothing was finished.
-    """
-    if not kept:
-        sys.exit("analyze had finished nothing when it was killed: give more seconds (--analyze-s)")
-    if list(again[: len(kept)]) != list(kept):
-        sys.exit(
-            f"analyze did not go on after the kill: of {len(kept)} units that were finished the "
-            f"second start left {sum(a == b for a, b in zip(kept, again, strict=False))}"
-        )
-
-
 def fabricate(bench: Bench, model: Path, shape: Size, layers: int) -> None:
     """Write a model with random weights, unless an earlier run has.
 
@@ -254,16 +162,49 @@ def fabricate(bench: Bench, model: Path, shape: Size, layers: int) -> None:
     bench.keep(Row("fabricate: seconds", round(time.perf_counter() - started, 1), "s"))
 
 
-def whole(bench: Bench, model: Path, sampling: Words, analyze_s: float) -> None:
-    """Record, analyze until time is up, and calibrate."""
-    scales, points, analysis = (bench.work / name for name in ("s.safetensors", "points", "study"))
+def chosen_commands(text: str) -> set[str]:
+    """Return which commands of the whole part run.
+
+    Raises:
+        SystemExit: one is unknown, or the points of `analyze` are left out.
+    """
+    known = ("record", "analyze", "calibrate")
+    chosen = set(known) if text == "all" else set(text.split(","))
+    if unknown := chosen - set(known):
+        sys.exit(f"--commands has {min(unknown)}: take some of {', '.join(known)}")
+    if "analyze" in chosen and "record" not in chosen:
+        sys.exit("analyze needs the points of record: add it to --commands")
+    return chosen
+
+
+def whole(
+    bench: Bench, model: Path, sampling: Words, analyze_s: float, chosen: Collection[str]
+) -> None:
+    """Record, analyze until time is up, and calibrate, as far as these are chosen."""
     prompts = ("--model", model, "--prompts", bench.work / "calibration.txt", *sampling)
-    bench.add("record", bench.run("record", "record", *prompts, "--keep", 1, "--out", points))
-    words: Words = ("analyze", "--model", model, "--points", points, "--out", analysis)
-    words += ("--points-per-prompt", 1, "--linear-points", 1, "--batch", 1)
+    points = bench.work / "points"
+    if "record" in chosen:
+        bench.add("record", bench.run("record", "record", *prompts, "--keep", 1, "--out", points))
+    if "analyze" in chosen:
+        words: Words = ("--model", model, "--points", points, "--points-per-prompt", 1)
+        _analyze_twice(bench, (*words, "--linear-points", 1, "--batch", 1), analyze_s)
+    if "calibrate" in chosen:
+        scales = bench.work / "s.safetensors"
+        bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))
+
+
+def _analyze_twice(bench: Bench, words: Words, analyze_s: float) -> None:
+    """Analyze until a kill, then go on for a third of that time."""
+    analysis = bench.work / ANALYSIS
+    words = ("analyze", *words, "--out", analysis)
+    before = lines(analysis / "units.jsonl")
+    if before:
+        bench.keep(Row("analyze: units kept on another machine", len(before), "units"))
     end = time.perf_counter() + analyze_s
     run = bench.run("analyze", *words, until=lambda: time.perf_counter() > end)
-    units = _lines(analysis / "units.jsonl")
+    units = lines(analysis / "units.jsonl")
+    if before:
+        check_goes_on(before, units)
     bench.add("analyze, until kill -9", run)
     bench.keep(
         Row("analyze: units kept", len(units), "units"),
@@ -271,13 +212,12 @@ def whole(bench: Bench, model: Path, sampling: Words, analyze_s: float) -> None:
     )
     end = time.perf_counter() + analyze_s / 3
     run = bench.run("analyze-again", *words, until=lambda: time.perf_counter() > end)
-    again = _lines(analysis / "units.jsonl")
+    again = lines(analysis / "units.jsonl")
     check_goes_on(units, again)
     bench.keep(
         Row("analyze, again: units, of which the first are those kept", len(again), "units"),
         Row("analyze, again: passes of a block on its bar", run.passes, "passes"),
     )
-    bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))
 
 
 def short(bench: Bench, model: Path, sampling: Words) -> None:
@@ -292,14 +232,14 @@ def short(bench: Bench, model: Path, sampling: Words) -> None:
         points,
         lambda out: len(list(out.glob("*.safetensors"))) >= MIN_PROMPTS // 2,
     )
-    analysis = work / "analysis"
+    analysis = work / ANALYSIS
     words: Words = ("--model", model, "--points", points, "--recipe", "auto-hif8")
     words += ("--points-per-prompt", 1, "--linear-points", 2, "--batch", 4)
     half: list[int] = []
 
     def half_way(out: Path) -> bool:
-        half[:] = half or [len(_lines(analysis / "units.jsonl")) // 2]
-        return len(_lines(out / "units.jsonl")) >= half[0]
+        half[:] = half or [len(lines(analysis / "units.jsonl")) // 2]
+        return len(lines(out / "units.jsonl")) >= half[0]
 
     killed(bench, "analyze", words, analysis, half_way)
     scales = work / "scales.safetensors"
@@ -374,15 +314,6 @@ def _prompts_done(scales: Path) -> int:
         return 0
     found = re.search(rb'prompts_done\\+": (\d+)', head)
     return int(found[1]) if found else 0
-
-
-def _lines(file: Path) -> list[bytes]:
-    """Return a file's whole lines; none if it does not exist yet."""
-    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-
-
-def _gib(count: int) -> float:
-    return round(count / GIB, 2)
 
 
 if __name__ == "__main__":

@@ -61,16 +61,14 @@ def _protection(scales: Scales) -> dict[str, str]:
         for block in evidence.ranking[: max(_RANKED, len(evidence.blocks))]
     )
     budget = ", ".join(f"{name} {value:g}" for name, value in evidence.budget.items())
-    # An analysis quantizes every linear that the recipe names (`measured_recipe`).
-    kept = ", ".join(scales.recipe.kept_linears)
-    measured = f", with {kept} quantized too, which this recipe keeps in BF16" if kept else ""
+    kept = ", but for the linears that it keeps in BF16" if scales.recipe.kept_linears else ""
     return {
         "chosen by": f"analysis sha256:{evidence.analysis_sha256} on {evidence.points} points of "
         f"{evidence.prompts} prompts of {evidence.prompts_file} (sha256:{evidence.prompts_sha256})",
         "its points": f"sha256:{evidence.points_sha256}",
         "its budget": f"{budget}; these blocks have {evidence.removed:.1%} of the error energy of "
         f"all {len(evidence.energy)}",
-        "its ranking": f"{ranking}, by the error energy of each block quantized alone{measured}",
+        "its ranking": f"{ranking}, by the error energy of each block quantized alone{kept}",
     }
 
 

@@ -85,8 +85,8 @@ class ProtectionEvidence:
         """Return a recipe with `protect = "auto"` with these blocks; another one as it is.
 
         Raises:
-            RecipeError: the analysis was of another format, of other linears, or of another number
-                of blocks.
+            RecipeError: the analysis was of another format, other scales, other linears (kept ones
+                too), or of another number of blocks.
         """
         if not recipe.is_auto:
             return recipe
@@ -118,13 +118,15 @@ class ProtectionEvidence:
 
 
 def measured_recipe(recipe: QuantRecipe, total_blocks: int) -> QuantRecipe:
-    """Return what an analysis measures of a recipe: every block, its linears, nothing kept."""
+    """Return what an analysis measures of a recipe: its linears in every block, BF16 attention.
+
+    Linears that it keeps in BF16 stay so: the ranking is of the model as it would serve.
+    """
     return replace(
         recipe,
         protect="",
         total_blocks=total_blocks,
         protected_blocks=(),
-        kept_linears=(),
         attention="bf16",
         rotate_qk=True,
     )

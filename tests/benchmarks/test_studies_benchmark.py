@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.studies_14b import check_fresh, check_goes_on, check_model, main
+from benchmarks.speed.studies_14b import check_fresh, check_model, main
+from benchmarks.speed.study_bench import check_goes_on
 
 
 def test_what_an_earlier_run_has_left_is_refused_before_anything_runs(tmp_path: Path) -> None:

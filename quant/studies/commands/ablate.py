@@ -23,7 +23,13 @@ from quant.studies.commands.options import (
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.points import open_points
 from quant.studies.progress import study_progress
-from quant.studies.protection.ablate import HeldOut, all_protections, measure_protections, report
+from quant.studies.protection.ablate import (
+    HeldOut,
+    all_protections,
+    measure_protections,
+    report,
+    that_differ,
+)
 from quant.studies.protection.analyze import Subject, quantizer_of
 from quant.studies.protection.proposal import read_proposal
 from quant.weights.fingerprint import model_fingerprint
@@ -64,7 +70,9 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         where, keep = study_device(device, transformer)
         subject = Subject.of(transformer, base, where, keep=keep)
         blocks = subject.exact.blocks
-        protections = all_protections(blocks, proposal.blocks, random_sets, seed)
+        protections = that_differ(
+            all_protections(blocks, proposal.blocks, random_sets, seed), subject
+        )
         folder = StudyFolder.open(
             out,
             "ablate",
@@ -87,5 +95,5 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         quantizer = quantizer_of(subject, proposal.folder, len(proposal.prompts))
         with resumable(), study_progress(words, cost) as progress:
             measure_protections(subject, held_out, quantizer, protections, folder, progress)
-        folder.finish(*report(folder, recorded.info.prompts, protections, base.name))
+        folder.finish(*report(folder, recorded.info.prompts, protections, subject.recipe_words))
     typer.echo(f"wrote {out}: see {out / 'index.html'}")

@@ -143,7 +143,7 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
         where, keep = study_device(device, transformer, training_points(material))
         if device == "cuda":  # float32 means float32, in convolutions as well
             torch.backends.cudnn.allow_tf32 = False
-        subject = Subject.of(transformer, base, where, keep=keep).without_kept(base)
+        subject = Subject.of(transformer, base, where, keep=keep)
         needed = check_memory(subject, options)
         folder = StudyFolder.open(
             out,
@@ -172,7 +172,7 @@ def qat_command(  # noqa: PLR0913, PLR0917 (typer derives the command line from 
             student, trainer, ruler, owners = built
             session = Session(student, trainer, ruler, cost, folder, model, single, checkpoint_s)
             session.run(bar)
-        folder.finish(*report(Outcome(folder, plan, owners, loss)))
+        folder.finish(*report(Outcome(folder, plan, owners, loss, subject.recipe_words)))
         typer.echo(f"wrote {out}: see {out / 'index.html'}")
         if single is not None:
             if measured_run(folder, single, plan.steps[-1]) is None:

@@ -112,7 +112,7 @@ def _analysis_rows(found: Json | None) -> list[Row]:
         rows.append(
             (
                 claim,
-                f"Spearman {rho:+.2f} of {name} and error energy, p {p:.2g}",
+                f"Spearman {rho:+.2f} of {name} and error energy, p {p:.2g}".replace(" -", " −"),
                 f"{blocks} blocks, {found['prompts']} prompts",
                 _interval(*_rank_interval(rho, blocks), ""),
             )

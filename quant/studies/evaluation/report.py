@@ -216,8 +216,9 @@ def _page(
     page = Page(
         "How good the quantized videos are",
         f"{listed} beside BF16: {results['prompts']} prompts, {plan.draws} of each, "
-        f"{sampler.num_frames} frames of {sampler.size_text}, {sampler.num_inference_steps} steps. "
-        "Intervals and tests are over prompts.",
+        f"{sampler.num_frames} frames of {sampler.size_text}, "
+        f"{sampler.num_inference_steps} step{'s' * (sampler.num_inference_steps != 1)}. Intervals "
+        "and tests are over prompts.",
     )
     for each in comparisons:
         page.finding(each.words())

@@ -96,7 +96,8 @@ def calibrate(
     """Measure inputs at points and round weights, a unit for each block.
 
     The streams of all points stay on `subject.host` while their blocks run; `batch` points of one
-    step run together.
+    step run together. A block whose files are gone is measured again: a study may be moved without
+    them.
 
     Raises:
         StudyError: a value is not finite, or the disk cannot take a file.
@@ -105,25 +106,30 @@ def calibrate(
         folder.path / "calibration", tuple(sorted({each.step for each in points}))
     )
     blocks = subject.exact.blocks
-    if all(folder.unit(f"calibration/{index}") is not None for index in range(blocks)):
+    rounding = [method for method in methods if method.rounding.needs_hessian]
+    missing = [
+        index
+        for index in range(blocks)
+        if folder.unit(f"calibration/{index}") is None
+        or not all(calibration.file(index, each).exists() for each in (None, *rounding))
+    ]
+    if not missing:
         progress.skip(blocks * len(points))
         return calibration
     groups = _of_one_step(points, batch)
     streams, conditions = _begun(subject, groups)
-    rounding = [method for method in methods if method.rounding.needs_hessian]
     for index in range(blocks):
         progress.describe(f"calibration, block {index + 1} of {blocks}")
-        unit = f"calibration/{index}"
         start = time.monotonic()
         block = subject.exact.block(index)
-        names = () if folder.unit(unit) is not None else subject.linears[index]
+        names = subject.linears[index] if index in missing else ()
         meter = _Meter(calibration.steps, with_hessian=bool(rounding))
         with meter.watching(block, names):
             for place, group in enumerate(groups):
                 meter.step = group[0].step
                 streams[place] = _run(subject, block, streams[place], conditions[place])
                 progress.advance(len(group))
-        if names:
+        if index in missing:
             measured = time.monotonic() - start
             _write(calibration.file(index), meter.tensors())
             seconds = {}
@@ -132,7 +138,7 @@ def calibrate(
                 codes = _codes(block, names, meter, method)
                 seconds[method.name] = time.monotonic() - start
                 _write(calibration.file(index, method), codes)
-            folder.keep(unit, {"measuring_s": measured, "rounding_s": seconds})
+            folder.keep(f"calibration/{index}", {"measuring_s": measured, "rounding_s": seconds})
     return calibration
 
 

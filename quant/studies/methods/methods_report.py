@@ -48,6 +48,7 @@ def report(found: Comparison) -> tuple[Json, dict[str, Table], dict[str, bytes],
     """Build everything that `StudyFolder.finish` writes."""
     owners = found.owners()
     results: Json = {
+        "recipe": found.subject.recipe_words,
         "methods": {method.name: _method_results(found, method) for method in found.methods},
         "protections": {name: list(blocks) for name, blocks in found.protections.items()},
         "against_ours": _against_ours(found, owners),
@@ -157,14 +158,14 @@ def _error_table(results: Json) -> Table:
     columns = (
         Column("method"),
         Column("protected"),
-        Column("error energy, %", 4),
-        Column("95 % from", 4),
-        Column("to", 4),
-        Column("minus hif8, %", 4),
-        Column("from", 4),
-        Column("to ", 4),
+        Column("error energy, %", significant=3),
+        Column("95 % from", significant=3),
+        Column("to", significant=3),
+        Column("minus hif8, %", significant=3),
+        Column("from", significant=3),
+        Column("to ", significant=3),
         Column("p (Holm)", 4),
-        Column("detectable, %", 4),
+        Column("detectable, %", significant=3),
         Column("real"),
     )
     rows: list[Sequence[Cell]] = []
@@ -227,11 +228,11 @@ def _protection_table(results: Json) -> Table:
         Column("method"),
         Column("protected"),
         Column("gain over none, dB", 2),
-        Column("minus none, %", 4),
-        Column("from", 4),
-        Column("to", 4),
+        Column("minus none, %", significant=3),
+        Column("from", significant=3),
+        Column("to", significant=3),
         Column("p (Holm)", 4),
-        Column("detectable, %", 4),
+        Column("detectable, %", significant=3),
         Column("real"),
     )
     rows: list[Sequence[Cell]] = []
@@ -270,9 +271,10 @@ def _figure(results: Json) -> bytes:
 def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, bytes]) -> Page:
     page = Page(
         "Ways to quantize, compared",
-        f"{results['points']} held-out points of {results['prompts']} prompts, teacher-forced, "
-        "error of the velocity against float32. Only rounding is seen: products and sums are in "
-        "float32. Intervals and tests are over prompts, paired; p by Holm over each whole table.",
+        f"{results['points']} held-out points of {results['prompts']} prompts, the linears of "
+        f"recipe {results['recipe']}. Teacher-forced, error of the velocity against float32. Only "
+        "rounding is seen: products and sums are in float32. Intervals and tests are over prompts, "
+        "paired; p by Holm over each whole table.",
     )
     for sentence in findings(results):
         page.finding(sentence)

@@ -6,16 +6,20 @@ It reads well on a screen and on paper, and its figures are inside.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from quant.studies.output.table import Table
+from quant.studies.output.table import Cell, Table
+
+_LONG = 32
+"""Characters of a cell's words from which on they are broken into lines."""
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2330; --soft: #5b6472; --line: #d8dde4; --mark: #eef4ff; }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; margin: 0; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; }
 h2 { border-top: 1px solid var(--line); }
@@ -27,17 +31,21 @@ table { border-collapse: collapse; margin: .75rem 0; font-size: .9rem; }
 table { font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); }
 th { vertical-align: bottom; font-weight: 600; }
+td { white-space: nowrap; }
 th.words, td.words { text-align: left; }
+td.long { white-space: normal; min-width: 14rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.marked td { background: var(--mark); font-weight: 600; }
 figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; }
+figure img { max-width: 100%; min-width: 36rem; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media print {
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
-  figure, table, .finding { break-inside: avoid; } h2 { break-after: avoid; }
+  figure, tr, .finding { break-inside: avoid; } h2 { break-after: avoid; }
+  .scroll { overflow: visible; } table { font-size: 6.5pt; } th, td { padding: .15rem .35rem; }
+  td.long { min-width: 0; } figure img { min-width: 0; }
 }
 """
 
@@ -65,8 +73,7 @@ class Page:
     def table(self, table: Table) -> None:
         """Add a table."""
         kinds = [
-            ' class="words"' if any(isinstance(row[place], str) for row in table.rows) else ""
-            for place in range(len(table.columns))
+            _class_of([row[place] for row in table.rows]) for place in range(len(table.columns))
         ]
         heads = zip(kinds, table.columns, strict=True)
         head = "".join(f"<th{words}>{escape(column.heading)}</th>" for words, column in heads)
@@ -87,7 +94,8 @@ class Page:
         """Add a PNG, with what it shows in words."""
         data = base64.b64encode(picture).decode()
         self._parts.append(
-            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+            f'<figure><div class="scroll"><img alt="{escape(caption)}" '
+            f'src="data:image/png;base64,{data}"></div>'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 
@@ -107,3 +115,11 @@ class Page:
             + "\n".join(self._parts)
             + "\n</main>\n</body>\n</html>\n"
         )
+
+
+def _class_of(cells: Sequence[Cell]) -> str:
+    """Return the class of a column's cells: numbers to the right, words to the left."""
+    words = [cell for cell in cells if isinstance(cell, str)]
+    if not words:
+        return ""
+    return ' class="words long"' if max(map(len, words)) > _LONG else ' class="words"'

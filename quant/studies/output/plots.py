@@ -43,6 +43,22 @@ class Drawing:
         self.axes = axes
         self.png = b""
 
+    def whole_numbers(self) -> None:
+        """Put ticks of the x axis, such as blocks or steps, at whole numbers only."""
+        self.axes.xaxis.get_major_locator().set_params(integer=True)
+
+    def label_logarithm(self, axis: Any) -> None:
+        """Give a logarithmic axis plain labels that do not run into each other."""
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: PLC0415
+
+        low, high = axis.get_view_interval()
+        if high < 5 * low:
+            axis.set_major_locator(MaxNLocator(5))
+        else:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
     def mark_blocks(self, blocks: Sequence[int]) -> None:
         """Shade the protected blocks on an x axis of block numbers."""
         for block in blocks:

@@ -70,6 +70,16 @@ def all_protections(
     return named | attention | chance
 
 
+def that_differ(protections: Mapping[str, Protection], subject: Subject) -> dict[str, Protection]:
+    """Leave out the sets that keep linears which the recipe keeps anyway: others are the same."""
+    quantized = [name for names in subject.linears.values() for name in names]
+    return {
+        name: each
+        for name, each in protections.items()
+        if not each.kept or any(linear.endswith(each.kept) for linear in quantized)
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """Points of prompts that chose nothing, so many of each.
@@ -142,9 +152,13 @@ def report(
     folder: StudyFolder,
     prompts: Sequence[str],
     protections: Mapping[str, Protection],
-    recipe_name: str,
+    recipe: str,
 ) -> tuple[Json, dict[str, Table], dict[str, bytes], Page]:
-    """Build everything that `StudyFolder.finish` writes."""
+    """Build everything that `StudyFolder.finish` writes.
+
+    Args:
+        recipe: in words, for the page.
+    """
     units = [folder.unit(f"prompt/{number}") for number in range(len(prompts))]
     owners = [text for text, unit in zip(prompts, units, strict=True) for _ in unit[PAPER]]  # type: ignore[index]
     energy = {name: [each for unit in units for each in unit[name]] for name in protections}  # type: ignore[index]
@@ -182,7 +196,7 @@ def report(
         tables["attention"] = table
     of_paper = drawn.get(len(protections[PAPER].blocks), ())
     figures = {"sets": _figure(results, named, of_paper)}
-    return results, tables, figures, _page(results, tables, figures, named, recipe_name)
+    return results, tables, figures, _page(results, tables, figures, named, recipe)
 
 
 def _by_size(means: Mapping[tuple[int, ...], float]) -> dict[int, list[float]]:
@@ -293,13 +307,13 @@ def _page(
     tables: Mapping[str, Table],
     figures: Mapping[str, bytes],
     named: Sequence[str],
-    recipe_name: str,
+    recipe: str,
 ) -> Page:
     paper, auto = results["sets"][PAPER], results["sets"][AUTO]
     page = Page(
         "What protecting blocks is worth",
-        f"Recipe {recipe_name}, {results['points']} held-out points of {results['prompts']} "
-        "prompts, teacher-forced, error of the velocity against float32. Intervals and tests are "
+        f"{results['points']} held-out points of {results['prompts']} prompts, recipe {recipe}. "
+        "Teacher-forced, error of the velocity against float32. Intervals and tests are "
         "over prompts.",
     )
     for whose, found in (("The paper's", paper), ("The proposed", auto)):

@@ -287,6 +287,7 @@ def _activations_figure(analysis: Analysis, paper: Sequence[int]) -> bytes:
             xlabel="block", ylabel="largest magnitude of the stream", xlim=(-0.6, len(blocks) - 0.4)
         )
         axes.legend(loc="best")
+        figure.whole_numbers()
     return figure.png
 
 
@@ -308,6 +309,7 @@ def _sensitivity_figure(
         axes.set(
             xlabel="block quantized alone", ylabel="error energy, %", xlim=(-0.6, len(blocks) - 0.4)
         )
+        figure.whole_numbers()
     return figure.png
 
 
@@ -315,13 +317,17 @@ def _update_figure(analysis: Analysis, means: Mapping[int, float]) -> bytes:
     update = analysis.update().mean(0)
     with drawing(4.5, 3.4) as figure:
         axes = figure.axes
-        energy = [100 * means[block] for block in range(analysis.blocks)]
-        axes.scatter(update, energy, s=14, color=SERIES[0])
-        for block in range(analysis.blocks):
-            axes.annotate(str(block), (update[block], energy[block]), fontsize=6, color=INK)
+        # A logarithm has no place for a block of which the recipe keeps every linear.
+        shown = [block for block in range(analysis.blocks) if means[block] > 0]
+        energy = [100 * means[block] for block in shown]
+        axes.scatter(update[shown], energy, s=14, color=SERIES[0])
+        for block, each in zip(shown, energy, strict=True):
+            axes.annotate(str(block), (update[block], each), fontsize=6, color=INK)
         axes.set(
             xlabel="update share of the block", ylabel="error energy, %", xscale="log", yscale="log"
         )
+        for axis in (axes.xaxis, axes.yaxis):
+            figure.label_logarithm(axis)
     return figure.png
 
 
@@ -332,8 +338,8 @@ def _page(
     removed = results["energy_removed"]
     page = Page(
         "Which blocks suffer from quantization",
-        f"{analysis.blocks} blocks, recipe {analysis.subject.recipe.name}, "
-        f"{len(analysis.prompts)} prompts. Errors are of the velocity, teacher-forced, against "
+        f"{len(analysis.prompts)} prompts, {analysis.blocks} blocks, recipe "
+        f"{analysis.subject.recipe_words}. Errors are of the velocity, teacher-forced, against "
         "float32; intervals are over prompts.",
     )
     page.finding(

@@ -8,7 +8,7 @@ set, which is optimal as far as they add.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Subject:
     """What is analyzed.
 
     Attributes:
-        recipe: with its blocks all quantized.
+        recipe: with its blocks all quantized, but for the linears that it keeps in BF16.
         linears: names inside each block of the linears that the recipe quantizes, by block.
         service, exact: passes in the model's dtype and in float32; on a CPU both are in float32.
         host: where the streams of many points are kept.
@@ -81,10 +81,11 @@ class Subject:
             ConversionError: the recipe's patterns do not fit the transformer's blocks.
         """
         everywhere = measured_recipe(recipe, len(transformer.blocks))
-        found: dict[int, list[str]] = {}
+        # A block of which the recipe keeps every linear has none.
+        found: dict[int, list[str]] = {block: [] for block in range(len(transformer.blocks))}
         for name in select_linears(transformer, everywhere):
             _, block, inner = name.split(".", 2)
-            found.setdefault(int(block), []).append(inner)
+            found[int(block)].append(inner)
         exact = BlockStream(transformer, device, torch.float32, keep=keep)
         # Many CPUs take ten times as long for products in BF16, and activations hardly differ.
         on_cpu = device.type == "cpu"
@@ -97,19 +98,11 @@ class Subject:
             keep,
         )
 
-    def without_kept(self, recipe: QuantRecipe) -> Subject:
-        """Return the subject without the linears that a recipe keeps in BF16 by `kept_linears`.
-
-        Raises:
-            ConversionError: one of its patterns matches no linear.
-        """
-        kept = replace(self.recipe, kept_linears=recipe.kept_linears)
-        left = select_linears(self.exact.transformer, kept)
-        linears = {
-            block: tuple(name for name in names if f"blocks.{block}.{name}" in left)
-            for block, names in self.linears.items()
-        }
-        return replace(self, linears=linears)
+    @property
+    def recipe_words(self) -> str:
+        """Name the recipe for a page, with the linears that it keeps in BF16."""
+        kept = ", ".join(self.recipe.kept_linears)
+        return f"{self.recipe.name}, which keeps {kept} in BF16" if kept else self.recipe.name
 
     def full_names(self, block: int) -> tuple[str, ...]:
         """Return the full names of a block's linears."""

@@ -31,12 +31,14 @@ class Outcome:
     Attributes:
         owners: by measure, the prompt, or caption, that each value belongs to.
         loss: name of the loss of training.
+        recipe: in words, for the page.
     """
 
     folder: StudyFolder
     grid: Grid
     owners: Mapping[str, Sequence[str]]
     loss: str
+    recipe: str
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -49,6 +51,7 @@ class Outcome:
         methods = (CONTROL, *self.grid.methods)
         return {
             "loss": self.loss,
+            "recipe": self.recipe,
             "steps": list(self.grid.steps),
             "methods": list(self.grid.methods),
             "measures": {

@@ -71,8 +71,9 @@ def _verdict(results: Json, measure: str, method: str) -> str:
     counts = counted(cells, measure)
     noun, before = _NOUNS[measure], results["ptq"][method][measure]["mean"]
     text = (
-        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} trainings "
-        f"{counts[BETTER]} with less, {counts[WORSE]} with more, {counts[UNSURE]} not told apart"
+        f"{method}, {noun}: PTQ has {_shown(measure, before)}. Of {len(cells)} "
+        f"training{'s' * (len(cells) != 1)} {counts[BETTER]} with less, {counts[WORSE]} with more, "
+        f"{counts[UNSURE]} not told apart"
     )
     text += f", and {counts[DIVERGED]} diverged. " if counts[DIVERGED] else ". "
     best = best_cell(cells, measure)
@@ -113,9 +114,10 @@ def _control_sentence(results: Json, measure: str) -> str:
     if not values:
         return f"All trainings in BF16 diverged; before, BF16 has {before}."
     low, high = (_shown(measure, each) for each in (min(values), max(values)))
+    after = low if low == high else f"between {low} and {high}"
     return (
         f"Training alone, in BF16 without quantization, takes the {_NOUNS[measure]} from {before} "
-        f"to between {low} and {high} after {last} steps."
+        f"to {after} after {last} steps."
     )
 
 
@@ -283,8 +285,8 @@ def _curves(results: Json, measure: str, method: str) -> bytes:
                 label=label,
             )
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        figure.label_logarithm(axes.yaxis)
+        figure.whole_numbers()
         axes.set(xlabel="steps", ylabel=f"{_NOUNS[measure]}{f', {unit}' if unit else ''}")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7)
     return figure.png
@@ -303,7 +305,10 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
     for sentence in results["findings"]:
         page.finding(sentence)
     fixed = [factor for factor in FACTORS if factor not in _varied(results)]
-    page.facts({_WORDS[factor]: f"{results['cells'][0][factor]:g}" for factor in fixed})
+    page.facts(
+        {"linears of recipe": results["recipe"]}
+        | {_WORDS[factor]: f"{results['cells'][0][factor]:g}" for factor in fixed}
+    )
     for measure in results["measures"]:
         noun = _NOUNS[measure]
         page.heading(f"Over the steps: {noun}")
@@ -316,7 +321,8 @@ def _page(results: Json, tables: Mapping[str, Table], figures: Mapping[str, byte
         page.heading(f"When QAT beats PTQ: {noun}")
         page.text(
             "Each training at each number of steps counts once. Equal steps are not equal samples: "
-            "a step learns from as many as the batch has."
+            "a step learns from as many as the batch has. The best gain was picked on the samples "
+            "that it is measured on, so it is likely too high."
         )
         page.table(tables[f"{measure}-when"])
         page.heading(f"All trainings: {noun}")

@@ -95,15 +95,49 @@ def test_inspect_shows_the_evidence_and_that_the_open_recipe_fits(
     assert first == str(evidence.ranking[0])
 
 
-def test_inspect_says_that_kept_linears_were_quantized_in_the_analysis(scales_file: Path) -> None:
+def test_linears_that_a_recipe_keeps_are_no_part_of_its_analysis(
+    tiny_model: Path, recorded: dict[str, Path], analysis: Path, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "kept.json", tmp_path / "analysis"
+    kept = ["blocks.*.ffn.net.2", "blocks.3.*"]
+    recipe.write_text(json.dumps(QuantRecipe.load("auto-hif8").to_dict() | {"kept_linears": kept}))
+    result = run(
+        *("analyze", "--model", tiny_model, "--points", recorded["calibration"], "--out", out),
+        *("--recipe", recipe, "--points-per-prompt", "1", "--linear-points", "2"),
+    )
+    assert result.exit_code == 0, result.output
+    found, whole = read_results(out, "analyze"), read_results(analysis, "analyze")
+    assert len(found["linears"]) == 9 * (BLOCKS - 1)
+    assert not any("ffn.net.2" in name or "blocks.3." in name for name in found["linears"])
+    energy = [[each["blocks"][str(b)]["mean"] for b in range(BLOCKS)] for each in (found, whole)]
+    assert energy[0][3] == 0
+    assert all(left < quantized for left, quantized in zip(*energy, strict=True))
+    words = "auto-hif8, which keeps blocks.*.ffn.net.2, blocks.3.* in BF16"
+    assert words in (out / "index.html").read_text()
+
+    ablation = tmp_path / "ablation"
+    result = run(
+        *("ablate", "--model", tiny_model, "--points", recorded["held-out"], "--analysis", out),
+        *("--recipe", recipe, "--random-sets", "0", "--points-per-prompt", "1"),
+        *("--out", ablation),
+    )
+    assert result.exit_code == 0, result.output
+    assert not any("ffn.net.2" in name for name in read_results(ablation, "ablate")["sets"])
+    assert words in (ablation / "index.html").read_text()
+
+    scales_file = tmp_path / "auto.safetensors"
+    refused = calibrate(tiny_model, tmp_path, scales_file, "--analysis", out)
+    assert "measured another format, other scales or other linears" in refused.output
+    evidence = read_evidence(out, model_fingerprint(tiny_model))
+    assert evidence.resolve(QuantRecipe.load(recipe)).protected_blocks == evidence.blocks
+
+
+def test_inspect_says_that_kept_linears_are_not_in_the_ranking(scales_file: Path) -> None:
     scales = load_scales(scales_file)
     assert "quantized alone\n" in describe_scales(scales, scales_file)
     kept = replace(scales.recipe, kept_linears=("blocks.*.ffn.net.2",))
     told = describe_scales(replace(scales, recipe=kept), scales_file)
-    assert (
-        "by the error energy of each block quantized alone, with blocks.*.ffn.net.2 quantized too, "
-        "which this recipe keeps in BF16\n" in told
-    )
+    assert "quantized alone, but for the linears that it keeps in BF16\n" in told
 
 
 def test_a_file_that_holds_evidence_can_be_made_again_without_the_analysis(
@@ -206,8 +240,8 @@ def test_an_analysis_that_does_not_fit_is_refused(
     assert not out.exists()
 
 
-def test_what_is_kept_in_bf16_or_said_for_people_does_not_matter_to_an_analysis() -> None:
-    recipe = replace(QuantRecipe.load("auto-hif8"), kept_linears=("blocks.*.ffn.net.2",))
+def test_attention_and_what_is_said_for_people_do_not_matter_to_an_analysis() -> None:
+    recipe = replace(QuantRecipe.load("auto-hif8"), attention="fp8", description="another")
     energy = tuple(BlockEnergy(each, each, each) for each in (0.1, 0.4, 0.2))
     measured = measured_recipe(QuantRecipe.load("auto-hif8"), 3).fingerprint
     evidence = ProtectionEvidence(
@@ -215,7 +249,9 @@ def test_what_is_kept_in_bf16_or_said_for_people_does_not_matter_to_an_analysis(
     )
     resolved = evidence.resolve(recipe)
     assert (resolved.protected_blocks, resolved.total_blocks) == ((1,), 3)
-    assert resolved.kept_linears == recipe.kept_linears
+    assert resolved.attention == "fp8"
+    with pytest.raises(RecipeError, match="other linears than those of recipe 'auto-hif8'"):
+        evidence.resolve(replace(recipe, kept_linears=("blocks.*.ffn.net.2",)))
     assert evidence.ranking == (1, 2, 0)
     assert evidence.resolve(resolved) == resolved
     with pytest.raises(ValueError, match=r"blocks \[3\] are not some of 3"):

@@ -108,6 +108,39 @@ def test_an_error_is_that_of_the_whole_transformer_with_its_linears_replaced(
     assert not torch.equal(statistics["attn1.to_q"].channels, statistics["attn2.to_q"].channels)
 
 
+def test_linears_that_a_recipe_keeps_are_rounded_by_no_method(
+    tiny_model: Path, recorded: dict[str, Path], comparison: Path, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "kept.json", tmp_path / "comparison"
+    kept = ["blocks.*.ffn.net.2", "blocks.2.*"]
+    recipe.write_text(json.dumps(tiny_recipe_dict() | {"kept_linears": kept}))
+    options = ("--methods", "int4-per-token", "--recipe", recipe)
+    result = compare(tiny_model, recorded, out, *options)
+    assert result.exit_code == 0, result.output
+    found, whole = (read_results(each, "compare-methods") for each in (out, comparison))
+    assert found["recipe"] == "tiny, which keeps blocks.*.ffn.net.2, blocks.2.* in BF16"
+    assert found["bf16_bytes"] < 0.75 * whole["bf16_bytes"]
+    for name, method in found["methods"].items():
+        for protection, errors in method["errors"].items():
+            assert errors["mean"] < whole["methods"][name]["errors"][protection]["mean"]
+    transformer = load_transformer(tiny_model)
+    subject = Subject.of(transformer, QuantRecipe.load(recipe), torch.device("cpu"), keep=True)
+    calibrated = Calibrated(subject, Calibration(out / "calibration", (1, 3)), keep=False)
+    change = MethodQuantizer(METHODS["hif8"], calibrated).change((), (1,))
+    block = change(1, transformer.blocks[1])
+    exact = [name for name, each in block.named_modules() if isinstance(each, torch.nn.Linear)]
+    assert exact == ["ffn.net.2"]
+    assert calibrated.calibration.statistics(2, torch.device("cpu")) == {}
+    # As a study is after a move without its weights.
+    (out / "calibration" / "001.safetensors").unlink()
+    state = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    assert compare(tiny_model, recorded, out, *options).exit_code == 0
+    assert (out / "calibration" / "001.safetensors").exists()
+    again = read_results(out, "compare-methods")
+    assert again["against_ours"] == found["against_ours"]
+
+
 def test_a_comparison_goes_on_and_gives_the_same(
     tiny_model: Path, recorded: dict[str, Path], comparison: Path, tmp_path: Path
 ) -> None:

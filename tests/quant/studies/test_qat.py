@@ -239,12 +239,13 @@ def test_linears_that_a_recipe_keeps_are_neither_rounded_nor_hidden(
         tiny_recipe_dict() | {"name": "kept", "kept_linears": ["blocks.*.ffn.net.2"]}
     )
     subject = Subject.of(load_transformer(tiny_model), recipe, torch.device("cpu"), keep=True)
-    assert all("ffn.net.2" in names for names in subject.linears.values())
-    left = subject.without_kept(recipe)
-    for block, names in subject.linears.items():
-        assert left.linears[block] == tuple(each for each in names if each != "ffn.net.2")
+    plain = replace(recipe, kept_linears=())
+    whole = Subject.of(load_transformer(tiny_model), plain, torch.device("cpu"), keep=True)
+    for block, names in whole.linears.items():
+        assert subject.linears[block] == tuple(each for each in names if each != "ffn.net.2")
+    wrong, transformer = replace(recipe, kept_linears=("blocks.9.*",)), load_transformer(tiny_model)
     with pytest.raises(ConversionError, match=r"'blocks\.9\.\*' of recipe 'kept' matches none"):
-        subject.without_kept(replace(recipe, kept_linears=("blocks.9.*",)))
+        Subject.of(transformer, wrong, torch.device("cpu"), keep=True)
     found = {}
     for name, kept in (("plain", []), ("kept", ["blocks.*.ffn.net.2"])):
         file = tmp_path / f"{name}.json"
@@ -254,6 +255,7 @@ def test_linears_that_a_recipe_keeps_are_neither_rounded_nor_hidden(
         assert result.exit_code == 0, result.output
         found[name] = read_results(tmp_path / name, "qat")["ptq"]["int4-per-token"]["velocity"]
     assert found["kept"]["mean"] < 0.97 * found["plain"]["mean"], "net.2 stays in BF16"
+    assert "which keeps blocks.*.ffn.net.2 in BF16" in (tmp_path / "kept/index.html").read_text()
 
 
 def test_adapters_are_trained_quantized_and_read_by_diffusers(

@@ -238,9 +238,7 @@ def test_findings_claim_no_more_than_both_comparisons(
     }
     sentences = findings(results)
     assert words in sentences[0]
-    assert (
-        "takes the error energy of the velocity from 1 % to between 10 % and 10 %" in sentences[1]
-    )
+    assert "takes the error energy of the velocity from 1 % to 10 % after" in sentences[1]
     assert len(sentences) == 2
     few = results | {"measures": {"velocity": {"prompts": 5, "values": 10}}}
     assert "5 prompts are too few for 1 trainings" in findings(few)[-1]

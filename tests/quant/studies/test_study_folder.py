@@ -64,6 +64,14 @@ def test_results_are_read_once_they_are_whole(tmp_path: Path) -> None:
     assert "http" not in html.replace("http-equiv", "")
 
 
+def test_only_long_words_are_broken_into_lines() -> None:
+    page = Page("A study", "about nothing")
+    columns = (Column("verdict"), Column("claim"), Column("error", 2))
+    page.table(Table(columns, [("not told apart", "as long as a sentence is " * 2, 0.5)]))
+    assert '<td class="words">not told apart</td><td class="words long">as long' in page.html()
+    assert "<td>0.50</td>" in page.html()
+
+
 @pytest.mark.parametrize(
     ("command", "identity", "message"),
     [
