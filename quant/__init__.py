@@ -24,6 +24,8 @@ from quant.errors import (
     StudyError,
     WeightsError,
 )
+from quant.lora.merge import LoraSet, read_loras
+from quant.lora.source import LoraSource
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.packed.convert import convert
@@ -51,6 +53,8 @@ __all__ = [
     "ConversionReport",
     "ConvertedLinear",
     "Hif8Linear",
+    "LoraSet",
+    "LoraSource",
     "PackedCheckpoint",
     "PackedMismatch",
     "PreviewMap",
@@ -84,6 +88,7 @@ __all__ = [
     "open_packed",
     "parts_fingerprint",
     "quantize_transformer",
+    "read_loras",
     "reads_decoded",
     "run_calibration",
     "save_scales",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from quant.calibration.calibrate import tool_version, weight_scale
 from quant.calibration.scales import Scales
@@ -29,6 +30,7 @@ def scales_of_weights(
     recipe: QuantRecipe,
     device: torch.device,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    merged: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
 ) -> Scales:
     """Choose the scales of every linear that `recipe` quantizes.
 
@@ -37,6 +39,8 @@ def scales_of_weights(
     Args:
         device: where the largest values are searched.
         on_tensor: called after each linear with (done, total).
+        merged: called with the name and value of each weight; returns what is to be quantized, as
+            `quant.lora.merge.LoraSet.merged` does. The result's fingerprint is the model's alone.
 
     Raises:
         CalibrationError: the recipe has static scales of activations, or a weight is not finite.
@@ -59,7 +63,7 @@ def scales_of_weights(
     for done, (name, linear) in enumerate(linears.items(), start=1):
         weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype)
         reader.read([(stored[f"{name}.weight"], weight)])
-        weight = weight.to(device)
+        weight = merged(f"{name}.weight", weight.to(device))
         amax.append(weight.abs().amax().float().cpu())
         if not amax[-1].isfinite():
             raise CalibrationError(
