@@ -43,7 +43,7 @@ from quant.calibration.summary import convergence_of, describe_scales
 from quant.console import errors_as_sentences, resumable
 from quant.device import usable_device
 from quant.errors import PreviewMapError, QuantError, ScalesError
-from quant.lora.merge import LoraSet, read_loras
+from quant.lora.merge import read_loras
 from quant.lora.source import Loras, LoraSource
 from quant.numerics.code_table import codes_markdown
 from quant.packed.convert import convert
@@ -120,7 +120,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         _check_out(out, ScalesError)
         checkpoint = Checkpoint.beside(out)
         check_model_kind(model)
-        loras = _read_loras(model, lora)
+        loras = read_loras(model, map(LoraSource.parse, lora))
         fingerprint = loras.fingerprint(model_fingerprint(model))
         loaded, evidence = resolve_recipe(QuantRecipe.load(recipe), analysis, out, fingerprint)
         check_replaceable(out, fingerprint, loaded)
@@ -235,7 +235,7 @@ def convert_command(
             scales,
             out,
             device=usable_device(device),
-            loras=_read_loras(model, lora),
+            loras=read_loras(model, map(LoraSource.parse, lora)),
             on_tensor=_print_tensors,
         )
     typer.echo(f"wrote {out}: {report}")
@@ -278,7 +278,9 @@ def inspect_command(
         typer.echo(describe_scales(scales, file))
         fingerprint = scales.model_fingerprint
         if model is not None:
-            fingerprint = _read_loras(model, lora).fingerprint(model_fingerprint(model))
+            fingerprint = read_loras(model, map(LoraSource.parse, lora)).fingerprint(
+                model_fingerprint(model)
+            )
         check_scales(
             scales,
             model_fingerprint=fingerprint,
@@ -307,11 +309,6 @@ def _calibrate(
             pipe, plan, progress, checkpoint, lambda made: latents.append(made.cpu())
         )
     return scales
-
-
-def _read_loras(model: Path, texts: list[str]) -> LoraSet:
-    """Read the LoRAs that the option `--lora` names."""
-    return read_loras(model, map(LoraSource.parse, texts))
 
 
 def _check_out(out: Path, kind: type[QuantError]) -> None:

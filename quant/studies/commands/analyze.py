@@ -10,6 +10,8 @@ import typer
 
 from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
+from quant.lora.merge import read_loras
+from quant.lora.source import Loras, LoraSource
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
     Batch,
@@ -62,6 +64,7 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         int, typer.Option(min=1, help="Points at which linears are, of different prompts.")
     ] = 32,
     batch: Batch = 8,
+    lora: Loras = [],  # noqa: B006
     device: Device = "cpu",
 ) -> None:
     """Find the blocks and linears of MODEL that suffer from quantization, and propose a recipe.
@@ -74,10 +77,12 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         check_model_kind(model)
         base = QuantRecipe.load(recipe)
         recorded = open_points(points)
-        fingerprint = model_fingerprint(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
+        fingerprint = loras.fingerprint(model_fingerprint(model))
         recorded.check_model(fingerprint)
         options = AnalysisOptions(points_per_prompt, linear_points, batch)
         transformer = load_transformer(model)
+        loras.merge(transformer)
         budget = _budget(transformer, blocks, error_share, gib)
         folder = StudyFolder.open(
             out,
