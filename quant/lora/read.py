@@ -167,7 +167,8 @@ def _check_shapes(file: Path, target: str, shape: tuple[int, ...], parts: _Parts
         expected["up"] = (shape[0], rank, *(1 for _ in shape[2:]))
     for part, found in parts.items():
         stored = found.stored
-        if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+        is_number = part == "alpha" and not stored.dtype.is_complex  # some tools write integers
+        if not is_number and not (stored.dtype.is_floating_point and stored.dtype.itemsize > 1):
             raise WeightsError(
                 f"tensor {stored.name!r} of the LoRA {file} holds {stored.dtype}, which is not "
                 "read: give the LoRA in BF16, F16 or F32"

@@ -175,7 +175,7 @@ def _build_modes(
             leave = group[0].loras.names if len(groups) > 1 else ()
             common = quant.load_packed_base(_packed(group), reader, base=common, leave=leave)
     bases = {
-        key: common and _base_of(group, common, reader, alone=len(groups) == 1)
+        key: None if common is None else _base_of(group, common, reader, alone=len(groups) == 1)
         for key, group in groups.items()
     }
     return tuple(_make_mode(plan, bases[plan.config.lora], reader) for plan in plans)

@@ -123,12 +123,14 @@ def by_kohya_of_diffusers(folder: Path, factors: Factors) -> Path:
 
 
 def for_comfyui(folder: Path, factors: Factors) -> Path:
-    """Write a file with the original names behind ComfyUI's prefix, and lora_A and lora_B."""
+    """Write a file with the original names behind ComfyUI's prefix; one alpha is an integer."""
 
     def name(module: str) -> str:
         return f"diffusion_model.{original_module(module)}"
 
-    return _save(folder, _with_alphas(factors, name, ("lora_A", "lora_B")), {})
+    tensors = _with_alphas(factors, name, ("lora_A", "lora_B"))
+    tensors[f"{name(MODULES[0])}.alpha"] = torch.tensor([int(ALPHA)])
+    return _save(folder, tensors, {})
 
 
 def with_original_names(folder: Path, factors: Factors) -> Path:
