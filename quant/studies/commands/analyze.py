@@ -81,8 +81,7 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         fingerprint = loras.fingerprint(model_fingerprint(model))
         recorded.check_model(fingerprint)
         options = AnalysisOptions(points_per_prompt, linear_points, batch)
-        transformer = load_transformer(model)
-        loras.merge(transformer)
+        transformer = load_transformer(model, loras)
         budget = _budget(transformer, blocks, error_share, gib)
         folder = StudyFolder.open(
             out,

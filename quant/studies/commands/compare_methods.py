@@ -68,8 +68,7 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
         for each in (recorded, seen):
             each.check_model(fingerprint)
         recorded.check_apart(frozenset(seen.info.prompts), f"the calibration {calibration}")
-        transformer = load_transformer(model)
-        loras.merge(transformer)
+        transformer = load_transformer(model, loras)
         blocks = len(transformer.blocks)
         protections = {NONE: (), "paper": paper_sets(blocks)["both ends"]}
         if analysis is not None:

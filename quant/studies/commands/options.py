@@ -11,6 +11,7 @@ import typer
 
 from quant.device import backend, usable_device
 from quant.errors import StudyError
+from quant.lora.merge import NO_LORAS, LoraSet
 from quant.studies.block_stream import SMALL_BYTES, stream_bytes
 from quant.studies.host import available_bytes, check_host, fits
 from quant.studies.points import Point
@@ -24,8 +25,8 @@ Out = Annotated[Path, typer.Option(help="Folder to make, or to go on with.")]
 Batch = Annotated[int, typer.Option(min=1, help="Points that run together; 1 for the 14B.")]
 
 
-def load_transformer(model: Path) -> Any:
-    """Load a transformer in BF16 on the host, to be used block by block.
+def load_transformer(model: Path, loras: LoraSet = NO_LORAS) -> Any:
+    """Load a transformer in BF16 on the host, to be used block by block, with LoRAs merged.
 
     Raises:
         StudyError: the folder does not load.
@@ -41,6 +42,7 @@ def load_transformer(model: Path) -> Any:
         )
     except (OSError, ValueError) as error:
         raise StudyError(f"{model}'s transformer does not load: {error}") from error
+    loras.merge(transformer)
     return transformer.eval().requires_grad_(False)
 
 

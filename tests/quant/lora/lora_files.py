@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.quant.weights.model_folders import original_name
+from quant import LoraSet
+from tests.quant.weights.model_folders import copy_model, original_name, rename_weights
 
 RANK, ALPHA = 4, 2.0
 MODULES = (
@@ -154,6 +155,19 @@ def product(factors: tuple[Tensor, Tensor]) -> Tensor:
     """Multiply factors in float64: [out, in …]."""
     down, up = (each.double() for each in factors)
     return torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).view(len(up), *down.shape[1:])
+
+
+def save_merged(model: Path, to: Path, loras: LoraSet) -> Path:
+    """Copy a model's folder, with LoRAs merged into its files."""
+    copy = copy_model(model, to)
+
+    def merge(tensors: Tensors) -> Tensors:
+        # diffusers computes the time's embedding in float32, so that a merged one is not rounded.
+        wide = {name: each.float() for name, each in tensors.items() if "time_embedder" in name}
+        return {name: loras.merged(name, each) for name, each in (tensors | wide).items()}
+
+    rename_weights(copy / "transformer", merge)
+    return copy
 
 
 def assert_rounded_once(found: Tensor, exact: Tensor) -> None:

@@ -22,7 +22,7 @@ from jobs.state import JobState
 from jobs.store.job_store import JobStore
 from quant.calibration.sampling import load_pipeline
 from quant.kernels.eager import EagerKernels
-from tests.quant.conftest import save_tiny_model, tiny_recipe_dict
+from tests.quant.conftest import PROMPTS, save_tiny_model, tiny_recipe_dict
 from tests.support.job_controls import IgnoringControl
 from tests.support.requests import OWNER, generation_request
 from worker.config import WorkerConfig, load_config
@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = quant.CalibrationPlan(
         model_fingerprint=quant.model_fingerprint(model),
         recipe=recipe,
-        prompts=quant.PromptSet(("a red a",), "prompts.txt"),
+        prompts=quant.PromptSet(PROMPTS[:8], "prompts.txt"),
         sampler=quant.SamplerSettings((32, 32), 1, 1, 3.0, 16, timestep_groups=1),
     )
     scales = quant.run_calibration(load_pipeline(model, "cpu"), plan)
