@@ -24,8 +24,6 @@ from quant.errors import (
     StudyError,
     WeightsError,
 )
-from quant.lora.merge import LoraSet, read_loras
-from quant.lora.source import LoraSource
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.packed.convert import convert
@@ -40,6 +38,8 @@ from quant.packed.load import (
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
 from quant.transformer.fuse import attention_scales, fuse_quantized
+from quant.transformer.lora.merge import LoraSet, read_loras
+from quant.transformer.lora.source import LoraSource
 from quant.transformer.quantize import quantize_transformer
 from quant.transformer.weight_storage import WeightStorage, decode_weights, reads_decoded
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint

@@ -43,8 +43,6 @@ from quant.calibration.summary import convergence_of, describe_scales
 from quant.console import errors_as_sentences, resumable
 from quant.device import usable_device
 from quant.errors import PreviewMapError, QuantError, ScalesError
-from quant.lora.merge import read_loras
-from quant.lora.source import Loras, LoraSource
 from quant.numerics.code_table import codes_markdown
 from quant.packed.convert import convert
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
@@ -52,6 +50,8 @@ from quant.recipe.selection import select_linears
 from quant.studies import cli as studies
 from quant.studies.protection.proposal import resolve_recipe
 from quant.transformer.import_original import import_original
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.transformer.meta_model import shared_meta_model
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.transformer.weight_scales import scales_of_weights
@@ -125,8 +125,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         loaded, evidence = resolve_recipe(QuantRecipe.load(recipe), analysis, out, fingerprint)
         check_replaceable(out, fingerprint, loaded)
         if prompts is None:
-            found = scales_of_weights(model, loaded, usable_device(device), merged=loras.merged)
-            save_scales(replace(found, model_fingerprint=fingerprint, protection=evidence), out)
+            found = scales_of_weights(model, loaded, usable_device(device), loras=loras)
+            save_scales(replace(found, protection=evidence), out)
             typer.echo(f"wrote {out}: the scales of the weights, no prompts were needed")
             return
         sampler = sampler_of(

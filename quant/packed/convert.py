@@ -19,10 +19,10 @@ from torch import Tensor
 from quant.calibration.calibrate import tool_version
 from quant.calibration.scales import Scales, check_scales, load_scales
 from quant.errors import WeightsError
-from quant.lora.merge import NO_LORAS, LoraSet
 from quant.packed.format import SCALES_FILE, PackedInfo, scales_origin, shard_name
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
+from quant.transformer.lora.merge import NO_LORAS, LoraSet
 from quant.transformer.meta_model import check_stored, empty_transformer, quantized_meta_model
 from quant.transformer.quantize import require_scales
 from quant.transformer.quantized_linear import quantize_weight

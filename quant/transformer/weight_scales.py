@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from quant.calibration.calibrate import tool_version, weight_scale
 from quant.calibration.scales import Scales
@@ -19,6 +18,7 @@ from quant.errors import CalibrationError
 from quant.numerics.scaling import NUM_BINADES
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
+from quant.transformer.lora.merge import NO_LORAS, LoraSet
 from quant.transformer.meta_model import check_stored, empty_transformer
 from quant.weights.fingerprint import model_fingerprint, read_transformer_config
 from quant.weights.reader import TensorReader
@@ -30,7 +30,7 @@ def scales_of_weights(
     recipe: QuantRecipe,
     device: torch.device,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
-    merged: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+    loras: LoraSet = NO_LORAS,
 ) -> Scales:
     """Choose the scales of every linear that `recipe` quantizes.
 
@@ -39,8 +39,7 @@ def scales_of_weights(
     Args:
         device: where the largest values are searched.
         on_tensor: called after each linear with (done, total).
-        merged: called with the name and value of each weight; returns what is to be quantized, as
-            `quant.lora.merge.LoraSet.merged` does. The result's fingerprint is the model's alone.
+        loras: merged before scales are chosen.
 
     Raises:
         CalibrationError: the recipe has static scales of activations, or a weight is not finite.
@@ -52,7 +51,7 @@ def scales_of_weights(
             f"recipe {recipe.name!r} has static scales of activations, which only a run over "
             "prompts gives: give --prompts"
         )
-    fingerprint = model_fingerprint(model_folder)
+    fingerprint = loras.fingerprint(model_fingerprint(model_folder))
     transformer = empty_transformer(read_transformer_config(model_folder))
     linears = select_linears(transformer, recipe)
     folder = model_folder / "transformer"
@@ -63,7 +62,7 @@ def scales_of_weights(
     for done, (name, linear) in enumerate(linears.items(), start=1):
         weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype)
         reader.read([(stored[f"{name}.weight"], weight)])
-        weight = merged(f"{name}.weight", weight.to(device))
+        weight = loras.merged(f"{name}.weight", weight.to(device))
         amax.append(weight.abs().amax().float().cpu())
         if not amax[-1].isfinite():
             raise CalibrationError(

@@ -82,7 +82,7 @@ def with_loras(fingerprint: str, digest: str | None) -> str:
 
     Args:
         fingerprint: of the model without them.
-        digest: SHA-256 of the LoRAs (`quant.lora.merge.LoraSet`).
+        digest: SHA-256 of the LoRAs (`quant.transformer.lora.merge.LoraSet`).
     """
     return fingerprint if digest is None else f"{fingerprint}{_LORAS}{digest}"
 

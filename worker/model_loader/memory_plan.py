@@ -34,7 +34,7 @@ from torch import nn
 
 from jobs.geometry import parse_size, sequence_tokens
 from quant import LoraSet, QuantRecipe
-from quant.lora.merge import NO_LORAS
+from quant.transformer.lora.merge import NO_LORAS
 from quant.transformer.meta_model import (
     quantized_meta_model,
     shared_meta_model,

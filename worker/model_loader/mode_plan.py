@@ -17,7 +17,7 @@ import diffusers
 import quant
 from quant.kernels.selection import KernelChoice
 from quant.kernels.self_test import BlockShape
-from quant.lora.merge import NO_LORAS
+from quant.transformer.lora.merge import NO_LORAS
 from quant.transformer.meta_model import (
     shared_meta_model,
 )

@@ -10,8 +10,6 @@ from typing import Annotated
 import typer
 
 from quant.console import errors_as_sentences, resumable
-from quant.lora.merge import read_loras
-from quant.lora.source import Loras, LoraSource
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
     Batch,
@@ -28,6 +26,8 @@ from quant.studies.progress import study_progress
 from quant.studies.protection.ablate import HeldOut, all_protections, measure_protections, report
 from quant.studies.protection.analyze import Subject, quantizer_of
 from quant.studies.protection.proposal import read_proposal
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 

@@ -10,8 +10,6 @@ import typer
 
 from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
-from quant.lora.merge import read_loras
-from quant.lora.source import Loras, LoraSource
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
     Batch,
@@ -37,6 +35,8 @@ from quant.studies.protection.analyze import (
 )
 from quant.studies.protection.block_sets import paper_sets
 from quant.studies.protection.proposal import write_recipe
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 

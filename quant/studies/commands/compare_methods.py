@@ -10,8 +10,6 @@ from typing import Annotated
 import typer
 
 from quant.console import errors_as_sentences, resumable
-from quant.lora.merge import read_loras
-from quant.lora.source import Loras, LoraSource
 from quant.recipe.recipe import DEFAULT_RECIPE, QuantRecipe
 from quant.studies.commands.options import (
     Batch,
@@ -32,6 +30,8 @@ from quant.studies.protection.ablate import HeldOut
 from quant.studies.protection.analyze import Subject
 from quant.studies.protection.block_sets import paper_sets
 from quant.studies.protection.proposal import read_proposal
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.weights.fingerprint import model_fingerprint
 
 

@@ -16,8 +16,6 @@ from quant.calibration.sampler_options import sampler_of
 from quant.calibration.sampling import check_prompt_lengths, load_pipeline, load_tokenizer
 from quant.console import errors_as_sentences, resumable
 from quant.errors import StudyError
-from quant.lora.merge import read_loras
-from quant.lora.source import Loras, LoraSource
 from quant.studies.commands.options import Device, Model, Out
 from quant.studies.evaluation.candidates import BF16, Candidate, build_bf16, read_candidates
 from quant.studies.evaluation.gate import broken_bounds, read_gate
@@ -37,6 +35,8 @@ from quant.studies.evaluation.verdict import compare, diverged
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.points import PointsFolder, open_points
 from quant.studies.progress import study_progress
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind

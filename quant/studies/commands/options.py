@@ -11,10 +11,10 @@ import typer
 
 from quant.device import backend, usable_device
 from quant.errors import StudyError
-from quant.lora.merge import NO_LORAS, LoraSet
 from quant.studies.block_stream import SMALL_BYTES, stream_bytes
 from quant.studies.host import available_bytes, check_host, fits
 from quant.studies.points import Point
+from quant.transformer.lora.merge import NO_LORAS, LoraSet
 from quant.weights.model_folder import check_model_kind
 
 Model = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]

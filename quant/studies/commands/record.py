@@ -14,11 +14,11 @@ from quant.calibration.prompts import PromptSet
 from quant.calibration.sampler_options import sampler_of
 from quant.calibration.sampling import check_prompt_lengths, load_pipeline, load_tokenizer
 from quant.console import errors_as_sentences, resumable
-from quant.lora.merge import read_loras
-from quant.lora.source import Loras, LoraSource
 from quant.studies.commands.options import Device, Model
 from quant.studies.points import PointsInfo, new_points
 from quant.studies.record import record_points, spread_steps
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind

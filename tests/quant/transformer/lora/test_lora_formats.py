@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from quant import LoraSource, read_loras
 from quant.transformer.import_original import diffusers_name, original_name
-from tests.quant.lora.lora_files import (
+from tests.quant.transformer.lora.lora_files import (
     ALPHA,
     FORMATS,
     MODULES,

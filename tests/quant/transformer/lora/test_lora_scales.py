@@ -34,7 +34,7 @@ from quant.transformer.meta_model import empty_transformer, load_weights
 from quant.weights.fingerprint import read_transformer_config
 from quant.weights.header import stored_tensors
 from tests.quant.conftest import PROMPTS
-from tests.quant.lora.lora_files import by_diffusers, random_factors, save_merged
+from tests.quant.transformer.lora.lora_files import by_diffusers, random_factors, save_merged
 
 CPU = TensorReader(torch.device("cpu"))
 

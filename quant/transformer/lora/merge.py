@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quant.lora.read import Lora, read_lora
-from quant.lora.source import LoraSource
+from quant.transformer.lora.read import Lora, read_lora
+from quant.transformer.lora.source import LoraSource
 from quant.transformer.meta_model import shared_meta_model
 from quant.weights.fingerprint import read_transformer_config, with_loras
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant import LoraSource, WeightsError, read_loras
-from tests.quant.lora.lora_files import diffusers_tensors, random_factors
+from tests.quant.transformer.lora.lora_files import diffusers_tensors, random_factors
 
 Q = "transformer.blocks.0.attn1.to_q"
 CHANGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {

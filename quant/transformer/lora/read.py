@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from quant.errors import WeightsError
-from quant.lora.adapter_config import AdapterConfig
-from quant.lora.names import Part, Place, TargetNames
-from quant.lora.source import LoraSource
+from quant.transformer.lora.adapter_config import AdapterConfig
+from quant.transformer.lora.names import Part, Place, TargetNames
+from quant.transformer.lora.source import LoraSource
 from quant.weights.header import StoredTensor, read_header
 from quant.weights.reader import TensorReader
 

@@ -12,8 +12,8 @@ from quant import LoraSource, model_fingerprint, read_loras
 from quant.studies.commands.options import load_transformer
 from quant.studies.points import open_points
 from tests.quant.conftest import PROMPTS
-from tests.quant.lora.lora_files import by_diffusers, random_factors, save_merged
 from tests.quant.studies.conftest import run
+from tests.quant.transformer.lora.lora_files import by_diffusers, random_factors, save_merged
 
 SMALL = (
     "--steps",
