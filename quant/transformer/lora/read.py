@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +87,10 @@ def read_lora(source: LoraSource, required: Mapping[str, Tensor]) -> Lora:
         raise WeightsError(f"the LoRA {file} holds no tensors: copy or save it again")
     places = _places(file, header.tensors, required)
     config = AdapterConfig.read(file, header.metadata)
+    _check_types(file, places)
+    _check_shapes(file, places, required)
     updates: dict[str, list[Update]] = {}
     for target, parts in places.items():
-        _check_shapes(file, target, tuple(required[target].shape), parts)
         found = updates.setdefault(target, [])
         if "up" in parts:
             up, down = parts["up"].stored, parts["down"].stored
@@ -148,8 +149,8 @@ def _places(
     return places
 
 
-def _others(names: list[str]) -> str:
-    return f", and {len(names) - 1} others" if len(names) > 1 else ""
+def _others(wrong: Sequence[object]) -> str:
+    return f", and {len(wrong) - 1} others" if len(wrong) > 1 else ""
 
 
 def _origin(names: Iterable[str]) -> str:
@@ -158,31 +159,55 @@ def _origin(names: Iterable[str]) -> str:
     return next((f"; it is of {what}" for mark, what in _FOREIGN if re.search(mark, joined)), "")
 
 
-def _check_shapes(file: Path, target: str, shape: tuple[int, ...], parts: _Parts) -> None:
-    """Refuse tensors that do not make a change of the target's shape, or are no numbers."""
-    expected: dict[Part, tuple[int, ...]] = {"diff": shape}
-    if "down" in parts and len(shape) > 1 and parts["down"].stored.shape:
-        rank = parts["down"].stored.shape[0]
-        expected["down"] = (rank, *shape[1:])
-        expected["up"] = (shape[0], rank, *(1 for _ in shape[2:]))
-    for part, found in parts.items():
-        stored = found.stored
-        is_number = part == "alpha" and not stored.dtype.is_complex  # some tools write integers
-        if not is_number and not (stored.dtype.is_floating_point and stored.dtype.itemsize > 1):
-            raise WeightsError(
-                f"tensor {stored.name!r} of the LoRA {file} holds {stored.dtype}, which is not "
-                "read: give the LoRA in BF16, F16 or F32"
-            )
-        if part == "alpha":
-            fits = stored.shape in ((), (1,))
-        else:
-            fits = stored.shape == expected.get(part) and 0 not in stored.shape
-        if not fits:
-            raise WeightsError(
-                f"tensor {stored.name!r} of the LoRA {file} has the shape {list(stored.shape)}, "
-                f"which does not fit {target} of shape {list(shape)}: give a LoRA of this very "
-                "model; one of another size does not fit"
-            )
+def _check_types(file: Path, places: Mapping[str, _Parts]) -> None:
+    wrong = [
+        found.stored
+        for parts in places.values()
+        for part, found in parts.items()
+        if not _is_read(part, found.stored.dtype)
+    ]
+    if wrong:
+        raise WeightsError(
+            f"tensor {wrong[0].name!r} of the LoRA {file} holds {wrong[0].dtype}{_others(wrong)}, "
+            "which is not read: give the LoRA in BF16, F16 or F32"
+        )
+
+
+def _is_read(part: Part, dtype: torch.dtype) -> bool:
+    if part == "alpha":
+        return not dtype.is_complex  # some tools write an integer
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _check_shapes(file: Path, places: Mapping[str, _Parts], required: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that do not make a change of their target's shape."""
+    wrong = [
+        (found.stored, target)
+        for target, parts in places.items()
+        for part, found in parts.items()
+        if not _fits(part, parts, tuple(required[target].shape))
+    ]
+    if wrong:
+        stored, target = wrong[0]
+        raise WeightsError(
+            f"tensor {stored.name!r} of the LoRA {file} has the shape {list(stored.shape)}, which "
+            f"does not fit {target} of shape {list(required[target].shape)}{_others(wrong)}: give "
+            "a LoRA of this very model; one of another size does not fit"
+        )
+
+
+def _fits(part: Part, parts: _Parts, shape: tuple[int, ...]) -> bool:
+    """Return whether a part of a change has the shape that the target's and the rank demand."""
+    own = parts[part].stored.shape
+    if part == "alpha":
+        return own in ((), (1,))
+    if part == "diff":
+        return own == shape
+    down = parts["down"].stored.shape
+    if len(shape) < 2 or not down or not down[0]:
+        return False
+    expected = {"down": (*down[:1], *shape[1:]), "up": (shape[0], down[0], *(1 for _ in shape[2:]))}
+    return own == expected[part]
 
 
 def _factor(file: Path, parts: _Parts, config: AdapterConfig) -> float:
@@ -190,32 +215,35 @@ def _factor(file: Path, parts: _Parts, config: AdapterConfig) -> float:
     if "alpha" not in parts:
         return config.factor(parts["down"].place.module, rank)
     (alpha,) = _read([parts["alpha"].stored], torch.device("cpu"))
-    _check_finite(file, parts["alpha"].stored, alpha)
+    if not alpha.isfinite().all():
+        raise _not_finite(file, [parts["alpha"].stored.name])
     return alpha.item() / rank
 
 
 def _digest(file: Path, updates: Mapping[str, Iterable[Update]], scale: float) -> str:
     """Hash what a LoRA adds, and refuse what is not finite."""
     digest = hashlib.sha256(f"scale {scale!r}\n".encode())
-    reader = TensorReader(torch.device("cpu"))
+    reader, wrong = TensorReader(torch.device("cpu")), list[str]()
     for target in sorted(updates):
         for update in updates[target]:
             tensors = [torch.empty(each.shape, dtype=each.dtype) for each in update.tensors]
             reader.read(zip(update.tensors, tensors, strict=True))
             for stored, tensor in zip(update.tensors, tensors, strict=True):
-                _check_finite(file, stored, tensor)
+                if not tensor.isfinite().all():
+                    wrong.append(stored.name)
                 fields = (target, update.factor, stored.dtype, stored.shape)
                 digest.update(f"{fields!r}\n".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    if wrong:
+        raise _not_finite(file, wrong)
     return digest.hexdigest()
 
 
-def _check_finite(file: Path, stored: StoredTensor, tensor: Tensor) -> None:
-    if not tensor.isfinite().all():
-        raise WeightsError(
-            f"tensor {stored.name!r} of the LoRA {file} holds NaN or infinity: the file is "
-            "damaged, or its training failed; copy it again, or give another"
-        )
+def _not_finite(file: Path, names: list[str]) -> WeightsError:
+    return WeightsError(
+        f"tensor {names[0]!r} of the LoRA {file} holds NaN or infinity{_others(names)}: the file "
+        "is damaged, or its training failed; copy it again, or give another"
+    )
 
 
 def _read(wanted: Iterable[StoredTensor], device: torch.device) -> list[Tensor]:

@@ -13,6 +13,7 @@ from quant import LoraSource, WeightsError, read_loras
 from tests.quant.transformer.lora.lora_files import diffusers_tensors, random_factors
 
 Q = "transformer.blocks.0.attn1.to_q"
+SIZES = {"A": (4, 32), "B": (32, 4)}
 CHANGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "no such module": (
         {"transformer.blocks.0.attn1.to_w.lora_A.weight": torch.ones(4, 32)},
@@ -63,6 +64,10 @@ CHANGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
         {f"{Q}.lora_A.weight": torch.ones(4, 48)},
         r"to_q\.lora_A\.weight' .* has the shape \[4, 48\], which does not fit "
         r"blocks\.0\.attn1\.to_q\.weight of shape \[32, 32\]",
+    ),
+    "NaN in several": (
+        {f"{Q}.lora_{part}.weight": torch.full(size, torch.nan) for part, size in SIZES.items()},
+        r"to_q\.lora_B\.weight' .* holds NaN or infinity, and 1 others",
     ),
     "another rank": (
         {f"{Q}.lora_B.weight": torch.ones(32, 3)},
@@ -140,7 +145,7 @@ def test_a_lora_of_the_small_model_does_not_fit_a_wider_one(refused, tmp_path, t
     }
     factors = random_factors(wide)
     save_file(diffusers_tensors(factors), tmp_path / "lora.safetensors")
-    refused(tmp_path / "lora.safetensors", "one of another size does not fit")
+    refused(tmp_path / "lora.safetensors", ", and 19 others: give a LoRA of this very model")
 
 
 def test_an_empty_file_is_refused(refused, tmp_path):
