@@ -38,6 +38,8 @@ from quant.packed.load import (
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
 from quant.transformer.fuse import attention_scales, fuse_quantized
+from quant.transformer.lora.merge import LoraSet, read_loras
+from quant.transformer.lora.source import LoraSource
 from quant.transformer.quantize import quantize_transformer
 from quant.transformer.weight_storage import WeightStorage, decode_weights, reads_decoded
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
@@ -51,6 +53,8 @@ __all__ = [
     "ConversionReport",
     "ConvertedLinear",
     "Hif8Linear",
+    "LoraSet",
+    "LoraSource",
     "PackedCheckpoint",
     "PackedMismatch",
     "PreviewMap",
@@ -84,6 +88,7 @@ __all__ = [
     "open_packed",
     "parts_fingerprint",
     "quantize_transformer",
+    "read_loras",
     "reads_decoded",
     "run_calibration",
     "save_scales",

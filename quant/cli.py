@@ -50,6 +50,8 @@ from quant.recipe.selection import select_linears
 from quant.studies import cli as studies
 from quant.studies.protection.proposal import resolve_recipe
 from quant.transformer.import_original import import_original
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.transformer.meta_model import shared_meta_model
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.transformer.weight_scales import scales_of_weights
@@ -93,6 +95,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     negative_prompt: options.NegativePrompt = None,
     flow_shift: options.FlowShift = None,
     seed: options.Seed = None,
+    lora: Loras = [],  # noqa: B006
     until: Annotated[
         str | None,
         typer.Option(help="End once this share of the scales has settled, like 99%."),
@@ -111,16 +114,18 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
     A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
     them nothing is run: its scales come from the weights. A recipe with protect = "auto", such as
     auto-hif8, protects what ANALYSIS proposes; OUT keeps its evidence, and `inspect` shows it.
+    Scales of a mode with LoRAs need the same --lora here, in the same order.
     """
     with errors_as_sentences():
         _check_out(out, ScalesError)
         checkpoint = Checkpoint.beside(out)
         check_model_kind(model)
-        fingerprint = model_fingerprint(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
+        fingerprint = loras.fingerprint(model_fingerprint(model))
         loaded, evidence = resolve_recipe(QuantRecipe.load(recipe), analysis, out, fingerprint)
         check_replaceable(out, fingerprint, loaded)
         if prompts is None:
-            found = scales_of_weights(model, loaded, usable_device(device))
+            found = scales_of_weights(model, loaded, usable_device(device), loras=loras)
             save_scales(replace(found, protection=evidence), out)
             typer.echo(f"wrote {out}: the scales of the weights, no prompts were needed")
             return
@@ -148,6 +153,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
         _check_before_loading(model, plan)
         check_pipeline_weights(model)
         pipe = load_pipeline(model, device)
+        loras.merge(pipe.transformer)
         latents: deque[Tensor] = deque(maxlen=_MAP_VIDEOS)
         scales = _calibrate(pipe, plan, checkpoint, latents)
         save_scales(replace(scales, protection=evidence), out)
@@ -216,6 +222,7 @@ def convert_command(
     scales: Annotated[Path, typer.Option(help="Scales file made for MODEL and RECIPE.")],
     out: Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")],
     recipe: Annotated[str, typer.Option(help="A recipe's name or file.")] = DEFAULT_RECIPE,
+    lora: Loras = [],  # noqa: B006
     device: Annotated[
         Literal["cpu", "cuda", "npu"], typer.Option(help="Where to quantize.")
     ] = "cpu",
@@ -228,6 +235,7 @@ def convert_command(
             scales,
             out,
             device=usable_device(device),
+            loras=read_loras(model, map(LoraSource.parse, lora)),
             on_tensor=_print_tensors,
         )
     typer.echo(f"wrote {out}: {report}")
@@ -258,19 +266,28 @@ def inspect_command(
     file: Annotated[Path, typer.Argument(help="A scales file.")],
     model: Annotated[Path | None, typer.Option(help="Check that the scales fit it.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Check that the scales fit it.")] = None,
+    lora: Loras = [],  # noqa: B006
 ) -> None:
     """Show what a scales file holds and what it fits; with --model or --recipe, check that."""
+    if lora and model is None:
+        raise typer.BadParameter("a LoRA is merged into a model: give --model", param_hint="--lora")
     with errors_as_sentences():
         if model is not None:
             check_model_kind(model)
-        scales = load_scales(file, model_folder=model)
+        scales = load_scales(file, model_folder=model, loras=lora)
         typer.echo(describe_scales(scales, file))
+        fingerprint = scales.model_fingerprint
+        if model is not None:
+            fingerprint = read_loras(model, map(LoraSource.parse, lora)).fingerprint(
+                model_fingerprint(model)
+            )
         check_scales(
             scales,
-            model_fingerprint=model_fingerprint(model) if model else scales.model_fingerprint,
+            model_fingerprint=fingerprint,
             recipe=QuantRecipe.load(recipe) if recipe else scales.recipe,
             path=file,
             model_folder=model,
+            loras=lora,
         )
     for subject in filter(None, (model and f"model {model}", recipe and f"recipe {recipe}")):
         typer.echo(f"fits {subject}")

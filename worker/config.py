@@ -151,6 +151,13 @@ class MagCache(_Section):
 StepCache = Annotated[FirstBlockCache | MagCache, Field(discriminator="method")]
 
 
+class LoraConfig(_Section):
+    """An entry of `lora` in `[[modes]]`."""
+
+    path: Path
+    scale: float = Field(1.0, allow_inf_nan=False, description="Multiplies what the LoRA adds.")
+
+
 class ModeConfig(_Section):
     """`[[modes]]`: BF16 without a recipe; with one, it needs scales or a packed checkpoint."""
 
@@ -160,6 +167,9 @@ class ModeConfig(_Section):
     scales: Path | None = Field(None, description="Quantize at every start, with these scales.")
     packed: Path | None = Field(
         None, description="The folder `python -m quant convert` has made; it holds its scales."
+    )
+    lora: tuple[LoraConfig, ...] = Field(
+        (), description="Merged into the weights before they are quantized, if they are."
     )
 
     exact_emulation: bool = Field(
@@ -174,12 +184,12 @@ class ModeConfig(_Section):
     def transformer_key(self) -> tuple[object, ...]:
         """Everything that determines the mode's transformer; modes with equal keys share one."""
         if self.recipe is None:
-            return ()
-        return (self.recipe, self.scales, self.packed, self.exact_emulation)
+            return (self.lora,)
+        return (self.lora, self.recipe, self.scales, self.packed, self.exact_emulation)
 
     @property
     def variant(self) -> str | None:
-        """What changes the frames besides recipe and scales; None if nothing does."""
+        """What changes the frames besides recipe, scales and LoRAs; None if nothing does."""
         parts = ["exact_emulation"] if self.exact_emulation else []
         if self.step_cache is not None:
             values = json.dumps(self.step_cache.model_dump(), sort_keys=True)
@@ -275,6 +285,10 @@ def _resolve_paths(config: WorkerConfig, folder: Path) -> WorkerConfig:
 
 def _resolve_mode(mode: ModeConfig, folder: Path) -> ModeConfig:
     paths: dict[str, object] = {}
+    if mode.lora:
+        paths["lora"] = tuple(
+            each.model_copy(update={"path": (folder / each.path).resolve()}) for each in mode.lora
+        )
     for key in ("scales", "packed"):
         path = getattr(mode, key)
         if path is not None:

@@ -152,8 +152,8 @@ def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = 
     if ranks is not None:
         ranks.broadcast(fingerprint)
     plans = plan_modes(config, fingerprint)
-    recipes = [plan.recipe for plan in plans]
-    placement = place_model(config, recipes, device, device.available_bytes())
+    recipes, loras = [plan.recipe for plan in plans], [plan.loras for plan in plans]
+    placement = place_model(config, recipes, device, device.available_bytes(), loras=loras)
     logger.info("%s", placement)
     with ThreadPoolExecutor(1, "tokenizer") as executor:
         reading = executor.submit(read_tokenizer, path / "tokenizer")

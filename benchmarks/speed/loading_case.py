@@ -139,8 +139,8 @@ def measure_start(
         check_folder(path)
         fingerprint = fingerprint_model(config)
         plans = plan_modes(config, fingerprint)
-        recipes = [plan.recipe for plan in plans]
-        placement = place_model(config, recipes, device, device.available_bytes())
+        recipes, loras = [plan.recipe for plan in plans], [plan.loras for plan in plans]
+        placement = place_model(config, recipes, device, device.available_bytes(), loras=loras)
         lap()
         shared_bytes, tokenizer_s = 0, 0.0
         with ThreadPoolExecutor(1) as executor:

@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from quant.device import available_accelerator
 from quant.errors import CalibrationError, RecipeError, ScalesError, ScalesMismatch
 from quant.recipe.evidence import ProtectionEvidence
 from quant.recipe.recipe import QuantRecipe, shipped_recipes
+from quant.weights.fingerprint import other_model
 from quant.weights.writer import to_bytes, write_whole
 
 FORMAT_VERSION = "1"
@@ -117,7 +119,11 @@ def save_scales(scales: Scales, path: Path) -> None:
 
 
 def load_scales(
-    path: Path, *, model_folder: Path | None = None, recipe: QuantRecipe | None = None
+    path: Path,
+    *,
+    model_folder: Path | None = None,
+    recipe: QuantRecipe | None = None,
+    loras: Sequence[str] = (),
 ) -> Scales:
     """Read a scales file.
 
@@ -126,6 +132,7 @@ def load_scales(
             error message recommends.
         recipe: the recipe they are to be used for, named in that command as well. `check_scales`
             checks that they were made for it.
+        loras: those to be merged into the model, as values of `--lora`, for that command.
 
     Raises:
         ScalesError: there is no such file, or it is not a scales file.
@@ -135,7 +142,7 @@ def load_scales(
     if not path.is_file():
         raise ScalesError(
             f"there is no scales file {path}; make one with: "
-            f"{calibrate_command(path, model_folder, recipe=recipe)}"
+            f"{calibrate_command(path, model_folder, recipe=recipe, loras=loras)}"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -143,7 +150,7 @@ def load_scales(
             if metadata.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
                 prompts = metadata.get("prompts_file")
                 command = calibrate_command(
-                    free_path(path), model_folder, prompts=prompts, recipe=recipe
+                    free_path(path), model_folder, prompts=prompts, recipe=recipe, loras=loras
                 )
                 raise ScalesMismatch(
                     f"{path} has scales format {metadata['format_version']}, this tool reads "
@@ -162,7 +169,11 @@ def load_scales(
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
     if recipe is not None and (recipe.attention, scales.recipe.attention) == ("fp8", "bf16"):
         command = calibrate_command(
-            free_path(path), model_folder, prompts=scales.prompts_file, recipe=recipe
+            free_path(path),
+            model_folder,
+            prompts=scales.prompts_file,
+            recipe=recipe,
+            loras=loras,
         )
         raise ScalesMismatch(
             f"{path} has no scales for the FP8 attention of recipe {recipe.name!r}; "
@@ -178,12 +189,16 @@ def check_scales(
     recipe: QuantRecipe,
     path: Path | None = None,
     model_folder: Path | None = None,
+    loras: Sequence[str] = (),
 ) -> QuantRecipe:
     """Check that scales were made for a model and a recipe.
 
     Args:
+        model_fingerprint: of the model with its LoRAs, if it has some.
         path: the scales file.
-        model_folder: the model's folder. Both appear in the command that an error recommends.
+        model_folder: the model's folder.
+        loras: those that are merged into it, as values of `--lora`. These three appear in the
+            command that an error recommends.
 
     Returns:
         The recipe; one with `protect = "auto"` gets the blocks that the scales were made with.
@@ -193,10 +208,8 @@ def check_scales(
             run.
     """
     if scales.model_fingerprint != model_fingerprint:
-        problem = (
-            f"the scales were calibrated on model {scales.model_fingerprint}, "
-            f"this model is {model_fingerprint}"
-        )
+        differing = other_model(scales.model_fingerprint, model_fingerprint)
+        problem = f"the scales were calibrated on {differing}"
         arguments, remedy = [], "make"  # another model's sampler settings do not apply to this one
     else:
         found, problem = _resolve(recipe, scales)
@@ -208,6 +221,7 @@ def check_scales(
         model_folder,
         prompts=scales.prompts_file,
         recipe=recipe,
+        loras=loras,
     )
     raise ScalesMismatch(
         f"{problem}; {remedy} fitting ones with: {' '.join([command, *arguments])}"
@@ -275,12 +289,14 @@ def calibrate_command(
     *,
     prompts: str | None = None,
     recipe: QuantRecipe | None = None,
+    loras: Sequence[str] = (),
 ) -> str:
     """Return the command that makes a scales file; unknown arguments are in upper case.
 
     It uses this process's interpreter, which has the toolkit, and an accelerator if there is one.
     """
     arguments = ["--model", str(model_folder or "MODEL_FOLDER")]
+    arguments += [word for lora in loras for word in ("--lora", lora)]
     if recipe is None or recipe.needs_prompts:
         arguments += ["--prompts", _prompts_argument(prompts, model_folder)]
     arguments += ["--out", str(path or "SCALES_FILE")]

@@ -22,6 +22,7 @@ from quant.errors import WeightsError
 from quant.packed.format import SCALES_FILE, PackedInfo, scales_origin, shard_name
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
+from quant.transformer.lora.merge import NO_LORAS, LoraSet
 from quant.transformer.meta_model import check_stored, empty_transformer, quantized_meta_model
 from quant.transformer.quantize import require_scales
 from quant.transformer.quantized_linear import quantize_weight
@@ -69,6 +70,7 @@ def convert(  # noqa: PLR0913 (input, output, and settings)
     out: Path,
     *,
     device: torch.device | None = None,
+    loras: LoraSet = NO_LORAS,
     shard_bytes: int = SHARD_BYTES,
     on_tensor: OnTensor = lambda done, total: None,
 ) -> PackedReport:
@@ -76,6 +78,7 @@ def convert(  # noqa: PLR0913 (input, output, and settings)
 
     Args:
         device: where linears are quantized; the codes are the same on every device.
+        loras: merged before anything is quantized, on that device.
         on_tensor: called after each tensor with (done, total).
 
     Raises:
@@ -86,16 +89,19 @@ def convert(  # noqa: PLR0913 (input, output, and settings)
     """
     check_new_folder(out)
     check_model_kind(model_folder)
-    fingerprint = model_fingerprint(model_folder)
-    scales = load_scales(scales_file, model_folder=model_folder, recipe=recipe)
+    fingerprint = loras.fingerprint(model_fingerprint(model_folder))
+    scales = load_scales(
+        scales_file, model_folder=model_folder, recipe=recipe, loras=loras.arguments
+    )
     recipe = check_scales(
         scales,
         model_fingerprint=fingerprint,
         recipe=recipe,
         path=scales_file,
         model_folder=model_folder,
+        loras=loras.arguments,
     )
-    packing = _Packing(model_folder, recipe, scales, device or torch.device("cpu"))
+    packing = _Packing(model_folder, recipe, scales, device or torch.device("cpu"), loras)
     check_room(out, packing.packed_bytes)
     info = PackedInfo(
         model_fingerprint=fingerprint,
@@ -130,7 +136,12 @@ class _Packing:
     """The tensors of a packed checkpoint, computed one by one from the source's files."""
 
     def __init__(
-        self, model_folder: Path, recipe: QuantRecipe, scales: Scales, device: torch.device
+        self,
+        model_folder: Path,
+        recipe: QuantRecipe,
+        scales: Scales,
+        device: torch.device,
+        loras: LoraSet,
     ) -> None:
         self.config = read_transformer_config(model_folder)
         source = empty_transformer(self.config)
@@ -144,6 +155,7 @@ class _Packing:
         self._recipe, self._scales = recipe, scales
         self._reader = TensorReader(torch.device("cpu"))
         self._device = device
+        self._loras = loras
 
     @property
     def source_bytes(self) -> int:
@@ -172,6 +184,8 @@ class _Packing:
         source = self._source[name]
         tensor = torch.empty(source.shape, dtype=source.dtype)
         self._reader.read([(stored, tensor)])
+        if name in self._loras.names:
+            tensor = self._loras.merged(name, tensor.to(self._device))
         return tensor
 
 

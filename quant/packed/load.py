@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from quant.transformer.meta_model import (
     unloaded_state,
 )
 from quant.transformer.module_tree import share_tree
+from quant.weights.fingerprint import other_model
 from quant.weights.header import Header, StoredTensor, read_header, tensors_by_name
 from quant.weights.reader import Reader
 
@@ -70,21 +71,26 @@ class PackedCheckpoint:
 
 
 def open_packed(
-    folder: Path, *, model_folder: Path | None = None, recipe: QuantRecipe | None = None
+    folder: Path,
+    *,
+    model_folder: Path | None = None,
+    recipe: QuantRecipe | None = None,
+    loras: Sequence[str] = (),
 ) -> PackedCheckpoint:
     """Read the headers of a packed checkpoint and check that it is complete.
 
     Args:
         model_folder: the model it is to be used for.
-        recipe: the recipe it is to be used for. Both appear only in the command that an error
-            message recommends.
+        recipe: the recipe it is to be used for.
+        loras: those to be merged into the model, as values of `--lora`. These three appear only in
+            the command that an error message recommends.
 
     Raises:
         WeightsError: the folder is not a packed checkpoint, lacks a file, or a file is truncated
             (the message then names a tensor).
         PackedMismatch: it has another format version.
     """
-    command = convert_command(folder, model_folder, recipe)
+    command = convert_command(folder, model_folder, recipe, loras)
     files = sorted(folder.glob(SHARD_PATTERN))
     if not files:
         raise WeightsError(
@@ -115,8 +121,13 @@ def check_packed(
     model_fingerprint: str,
     recipe: QuantRecipe,
     model_folder: Path | None = None,
+    loras: Sequence[str] = (),
 ) -> QuantRecipe:
     """Check that a packed checkpoint was made for a model and a recipe, and that its tensors fit.
+
+    Args:
+        model_fingerprint: of the model with its LoRAs, if it has some.
+        model_folder, loras: as for `open_packed`.
 
     Returns:
         The recipe; one with `protect = "auto"` gets the blocks that the checkpoint was made with.
@@ -130,10 +141,8 @@ def check_packed(
     info, name = packed.info, packed.folder
     (found, reason), problem = _resolved(recipe, packed.scales), None
     if info.model_fingerprint != model_fingerprint:
-        problem = (
-            f"the packed checkpoint {name} was made of model {info.model_fingerprint}, "
-            f"this model is {model_fingerprint}"
-        )
+        differing = other_model(info.model_fingerprint, model_fingerprint)
+        problem = f"the packed checkpoint {name} was made of {differing}"
     elif reason:
         problem = f"the packed checkpoint {name} does not fit: {reason}"
     elif info.recipe.fingerprint != found.fingerprint:
@@ -141,12 +150,12 @@ def check_packed(
             f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
             f"({info.recipe.fingerprint}), this is {found.name!r} ({found.fingerprint})"
         )
+    command = convert_command(name, model_folder, recipe, loras)
     if problem:
-        command = convert_command(name, model_folder, recipe)
         raise PackedMismatch(f"{problem}; make a fitting one with: {command}")
     meta_model = shared_quantized_meta_model(info.transformer_config, info.recipe)
     check_stored(meta_model.state_dict(), packed.stored, source=str(name), exact=True)
-    _check_own_scales(packed, convert_command(name, model_folder, recipe))
+    _check_own_scales(packed, command)
     return found
 
 
@@ -196,20 +205,32 @@ def load_packed(packed: PackedCheckpoint, reader: Reader) -> WanTransformer3DMod
     return move_buffers(load_weights(transformer, packed.stored, reader), reader.device)
 
 
-def load_packed_base(packed: Sequence[PackedCheckpoint], reader: Reader) -> WanTransformer3DModel:
+def load_packed_base(
+    packed: Sequence[PackedCheckpoint],
+    reader: Reader,
+    *,
+    base: WanTransformer3DModel | None = None,
+    leave: Collection[str] = (),
+) -> WanTransformer3DModel:
     """Load the tensors that several packed checkpoints of one model share.
 
     All other tensors of the returned BF16 tree stay on the meta device. Load each checkpoint's
     transformer with `load_packed_shared` afterwards.
 
+    Args:
+        base: a BF16 tree to go on with: only what it lacks is loaded, into it.
+        leave: tensors to leave as they are, because these checkpoints have other LoRAs in them
+            than those that the tree is shared with.
+
     Raises:
         WeightsError: a file cannot be read or has become shorter.
     """
-    base = empty_transformer(packed[0].info.transformer_config)
+    if base is None:
+        base = empty_transformer(packed[0].info.transformer_config)
     for each in packed:
         quantized = quantized_meta_model(base, each.info.recipe)
         shared = unloaded_state(quantized).keys() & unloaded_state(base).keys()
-        load_weights(base, each.stored, reader, shared)
+        load_weights(base, each.stored, reader, shared - set(leave))
     return move_buffers(base, reader.device)
 
 
@@ -230,9 +251,15 @@ def load_packed_shared(packed: PackedCheckpoint, transformer: M, reader: Reader)
     return load_weights(shared_copy, packed.stored, reader)
 
 
-def convert_command(folder: Path, model_folder: Path | None, recipe: QuantRecipe | None) -> str:
+def convert_command(
+    folder: Path,
+    model_folder: Path | None,
+    recipe: QuantRecipe | None,
+    loras: Sequence[str] = (),
+) -> str:
     """Return the command that makes a packed checkpoint; unknown arguments are in upper case."""
     arguments = ["--model", str(model_folder or "MODEL_FOLDER"), "--scales", "SCALES_FILE"]
+    arguments += [word for lora in loras for word in ("--lora", lora)]
     if recipe:
         arguments += ["--recipe", recipe.source or recipe.name]
     arguments += ["--out", str(folder)]

@@ -55,6 +55,8 @@ _BLOCK_MODULES = {
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
+_ORIGINAL_MODULES = {ours: theirs for theirs, ours in _MODULES.items()}
+_ORIGINAL_BLOCK_MODULES = {ours: theirs for theirs, ours in _BLOCK_MODULES.items()}
 _BLOCK = re.compile(r"(blocks\.\d+)\.(.+)")
 _HEAD_WIDTHS = {1536: 12, 5120: 40}
 """Heads by width, of the 1.3B and 14B; shapes do not show them."""
@@ -136,6 +138,19 @@ def diffusers_name(original: str) -> str | None:
     module, _, kind = rest.rpartition(".")
     renamed = (_BLOCK_MODULES if block else _MODULES).get(module)
     return f"{scope}{renamed}.{kind}" if renamed and kind in ("weight", "bias") else None
+
+
+def original_name(ours: str) -> str | None:
+    """Return the original layout's name of a tensor that diffusers names so; None if unknown."""
+    if ours == "scale_shift_table":
+        return "head.modulation"
+    block = _BLOCK.fullmatch(ours)
+    scope, rest = (f"{block[1]}.", block[2]) if block else ("", ours)
+    if block and rest == "scale_shift_table":
+        return f"{scope}modulation"
+    module, _, kind = rest.rpartition(".")
+    renamed = (_ORIGINAL_BLOCK_MODULES if block else _ORIGINAL_MODULES).get(module)
+    return f"{scope}{renamed}.{kind}" if renamed else None
 
 
 def _read_source(source: Path) -> dict[str, StoredTensor]:

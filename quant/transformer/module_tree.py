@@ -7,10 +7,11 @@ modules that the caller replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from quant.errors import ConversionError
@@ -33,6 +34,26 @@ def share_tree(root: M, convert: Convert) -> M:
     """
     copy = _share("", root, convert, {})
     assert isinstance(copy, type(root)), "the root of a tree is never converted"
+    return copy
+
+
+def share_except(root: M, names: Iterable[str]) -> M:
+    """Make a shared copy of a module tree in which some parameters are new, on the meta device.
+
+    Args:
+        names: of the parameters that the copy does not share.
+
+    Raises:
+        ConversionError: as for `share_tree`.
+    """
+    copy = share_tree(root, lambda _name, _module: None)
+    for name in names:
+        module, _, own = name.rpartition(".")
+        parameters = copy.get_submodule(module)._parameters
+        shared = parameters[own]
+        assert shared is not None, f"{name} is a parameter of the tree"
+        empty = torch.empty_like(shared, device="meta")
+        parameters[own] = nn.Parameter(empty, requires_grad=shared.requires_grad)
     return copy
 
 

@@ -18,6 +18,7 @@ from quant.errors import CalibrationError
 from quant.numerics.scaling import NUM_BINADES
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.selection import select_linears
+from quant.transformer.lora.merge import NO_LORAS, LoraSet
 from quant.transformer.meta_model import check_stored, empty_transformer
 from quant.weights.fingerprint import model_fingerprint, read_transformer_config
 from quant.weights.reader import TensorReader
@@ -29,6 +30,7 @@ def scales_of_weights(
     recipe: QuantRecipe,
     device: torch.device,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    loras: LoraSet = NO_LORAS,
 ) -> Scales:
     """Choose the scales of every linear that `recipe` quantizes.
 
@@ -37,6 +39,7 @@ def scales_of_weights(
     Args:
         device: where the largest values are searched.
         on_tensor: called after each linear with (done, total).
+        loras: merged before scales are chosen.
 
     Raises:
         CalibrationError: the recipe has static scales of activations, or a weight is not finite.
@@ -48,7 +51,7 @@ def scales_of_weights(
             f"recipe {recipe.name!r} has static scales of activations, which only a run over "
             "prompts gives: give --prompts"
         )
-    fingerprint = model_fingerprint(model_folder)
+    fingerprint = loras.fingerprint(model_fingerprint(model_folder))
     transformer = empty_transformer(read_transformer_config(model_folder))
     linears = select_linears(transformer, recipe)
     folder = model_folder / "transformer"
@@ -59,7 +62,7 @@ def scales_of_weights(
     for done, (name, linear) in enumerate(linears.items(), start=1):
         weight = torch.empty(linear.weight.shape, dtype=linear.weight.dtype)
         reader.read([(stored[f"{name}.weight"], weight)])
-        weight = weight.to(device)
+        weight = loras.merged(f"{name}.weight", weight.to(device))
         amax.append(weight.abs().amax().float().cpu())
         if not amax[-1].isfinite():
             raise CalibrationError(

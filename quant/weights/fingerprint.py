@@ -31,6 +31,7 @@ _CONFIGS = (
 _TOKENIZER = "tokenizer/tokenizer.json"
 _OTHER_WEIGHTS = ("text_encoder", "vae")
 _WEIGHTS = ("transformer", *_OTHER_WEIGHTS)
+_LORAS = "+loras-sha256-v1:"
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -74,6 +75,30 @@ def parts_fingerprint(folder: Path) -> str:
         QuantError, WeightsError: as `model_fingerprint`.
     """
     return _fingerprint(folder, _OTHER_WEIGHTS)
+
+
+def with_loras(fingerprint: str, digest: str | None) -> str:
+    """Return the fingerprint of a model with LoRAs merged; the model's own for None.
+
+    Args:
+        fingerprint: of the model without them.
+        digest: SHA-256 of the LoRAs (`quant.transformer.lora.merge.LoraSet`).
+    """
+    return fingerprint if digest is None else f"{fingerprint}{_LORAS}{digest}"
+
+
+def without_loras(fingerprint: str) -> str:
+    """Return the fingerprint of the model that LoRAs were merged into, or that had none."""
+    return fingerprint.partition(_LORAS)[0]
+
+
+def other_model(made_for: str, found: str) -> str:
+    """Say what differs between two fingerprints, after words like "they were made for"."""
+    if without_loras(made_for) != without_loras(found):
+        return f"model {made_for}, this model is {found}"
+    loras = [each.partition(_LORAS)[2] for each in (made_for, found)]
+    had, has = (f"the LoRAs {each[:12]}" if each else "no LoRA" for each in loras)
+    return f"this model with {had}, and it has {has} here"
 
 
 def vae_fingerprint(folder: Path) -> str:

@@ -51,7 +51,10 @@ def refuse_other_layout(names: Collection[str], source: Path) -> None:
 
 def _layout(names: Collection[str], source: Path) -> str | None:
     if lora := _first(_LORA, names):
-        return f"holds a LoRA ({lora}), which is not served: give a whole model"
+        return (
+            f"holds a LoRA ({lora}), which is not served alone: give a whole model, and name the "
+            "LoRA in a mode's lora, or by --lora"
+        )
     if scale := _first(_SCALED_FP8, names):
         return (
             f"holds weights in 8 bits with scales of their own ({scale}), which are not read here: "

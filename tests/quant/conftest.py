@@ -53,7 +53,11 @@ def tiny_transformer() -> WanTransformer3DModel:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a saved pipeline."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """Save a pipeline into a new folder, and return it."""
     torch.manual_seed(1)
     WanPipeline(
         tokenizer=build_tokenizer(PROMPTS),

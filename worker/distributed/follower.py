@@ -83,9 +83,9 @@ def load_follower(config: WorkerConfig, ranks: RankGroup) -> tuple[Mode, ...]:
     check_folder(path)
     # Only the leader reads all weights twice, to compute the fingerprint.
     plans = plan_modes(config, ranks.receive())
-    recipes = [plan.recipe for plan in plans]
+    recipes, loras = [plan.recipe for plan in plans], [plan.loras for plan in plans]
     available = ranks.device.available_bytes()
-    storage = check_follower(config, recipes, ranks.device, available)
+    storage = check_follower(config, recipes, ranks.device, available, loras)
     modes = load_modes(path, plans, ranks.device, weight_storage=storage)
     _prepare_ranks(ranks, modes)
     return modes

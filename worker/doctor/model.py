@@ -68,8 +68,8 @@ def memory(
         assert config is not None, "the report skips this check without a configuration"
         assert plans is not None, "the report skips this check without scales"
         assert device is not None, "the report skips this check without a device"
-        recipes = [plan.recipe for plan in plans]
-        placement = place_model(config, recipes, device, device.available_bytes())
+        recipes, loras = [plan.recipe for plan in plans], [plan.loras for plan in plans]
+        placement = place_model(config, recipes, device, device.available_bytes(), loras=loras)
         return Finding(str(placement), value=placement)
 
     return look

@@ -121,7 +121,7 @@ class WanEngine:
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
             lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
-        lines.append(f"all modes together: {_bytes(together)}, as they share what is not quantized")
+        lines.append(f"all modes together: {_bytes(together)}, as they share what is the same")
         rest = quant.weight_bytes(self.components.text_encoder, self.components.vae)
         lines.append(f"text encoder and VAE: {_bytes(rest)}")
         memory = self.device.memory()

@@ -16,6 +16,10 @@ in memory:
   that none of them quantizes. The model's own transformer weights need not exist.
 - A single quantized mode with scales: the BF16 transformer on the host until it is quantized; the
   device gets only the quantized one. The BF16 blocks' host memory is freed afterwards.
+
+LoRAs are merged into the BF16 transformer before anything is quantized. If all modes have the same,
+they are merged in place. Otherwise modes with the same LoRAs have copies of the tensors that these
+change, and share all other tensors with the modes that have others or none.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ from quant.transformer.meta_model import (
     load_weights,
     move_buffers,
 )
+from quant.transformer.module_tree import share_except
 from quant.weights.weight_files import stored_weights
-from worker.config import StepCache
+from worker.config import LoraConfig, StepCache
 from worker.device import Device
 from worker.model_loader.component_files import WEIGHTS, check_files, read_json
 from worker.model_loader.components import ComponentLoader, Components
@@ -61,7 +66,7 @@ class Mode:
     """One mode's transformer, ready to run.
 
     Attributes:
-        conversion: one line that says what was quantized; None if nothing was.
+        conversion: one line that says what was merged and quantized; None if nothing was.
         weight_bytes: of the transformer, including the tensors it shares.
     """
 
@@ -131,9 +136,9 @@ def load_model(
             return component_loader
 
         # Normally the transformer comes first, so that it is read while the components' modules are
-        # made. But quantizing waits until it is read, so then the components come first, and their
-        # faults are found before that wait.
-        started = start_components() if any(map(_quantizes, plans)) else None
+        # made. But merging and quantizing wait until it is read, so then the components come first,
+        # and their faults are found before that wait.
+        started = start_components() if any(map(_waits_for_weights, plans)) else None
         built = _build_modes(path, plans, device, background)
         components = (started or start_components()).finish(tokenizer)
         storage = "packed" if placement is None else placement.weight_storage
@@ -147,9 +152,9 @@ def load_model(
     return modes, components
 
 
-def _quantizes(plan: ModePlan) -> bool:
-    """Return whether the transformer is quantized here, rather than read packed or in BF16."""
-    return plan.packed is None and plan.scales is not None
+def _waits_for_weights(plan: ModePlan) -> bool:
+    """Return whether the transformer is merged or quantized here, rather than read as it is."""
+    return plan.packed is None and (plan.scales is not None or bool(plan.loras.names))
 
 
 def _build_modes(
@@ -157,15 +162,51 @@ def _build_modes(
 ) -> tuple[Mode, ...]:
     """Make the distinct modes' module trees; their weights may still be being read."""
     plans = distinct_plans(plans)
-    packed = [plan.packed for plan in plans if plan.packed is not None]
-    base = None
-    if len(packed) < len(plans):
+    groups: dict[tuple[LoraConfig, ...], list[ModePlan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.config.lora, []).append(plan)
+    common: WanTransformer3DModel | None = None
+    if not all(plan.packed for plan in plans):
         quantize_on_host = len(plans) == 1 and plans[0].recipe is not None
         host = quant.TensorReader(torch.device("cpu"))
-        base = _load_bf16(path / "transformer", device, host if quantize_on_host else reader)
-    elif len(packed) > 1:
-        base = quant.load_packed_base(packed, reader)
-    return tuple(_make_mode(plan, base, reader) for plan in plans)
+        common = _load_bf16(path / "transformer", device, host if quantize_on_host else reader)
+    elif len(plans) > 1:
+        for group in groups.values():
+            leave = group[0].loras.names if len(groups) > 1 else ()
+            common = quant.load_packed_base(_packed(group), reader, base=common, leave=leave)
+    bases = {
+        key: None if common is None else _base_of(group, common, reader, alone=len(groups) == 1)
+        for key, group in groups.items()
+    }
+    return tuple(_make_mode(plan, bases[plan.config.lora], reader) for plan in plans)
+
+
+def _base_of(
+    group: list[ModePlan],
+    common: WanTransformer3DModel,
+    reader: quant.BackgroundReader,
+    *,
+    alone: bool,
+) -> WanTransformer3DModel:
+    """Return the BF16 tree whose tensors the modes of a group share, which have the same LoRAs.
+
+    Args:
+        common: the tree whose tensors all modes share, without LoRAs.
+        alone: whether there are no modes with other LoRAs or none.
+    """
+    loras, packed = group[0].loras, _packed(group)
+    if not loras.names or (alone and len(packed) == len(group)):
+        return common
+    base = common if alone else share_except(common, loras.names)
+    if len(packed) == len(group):
+        return quant.load_packed_base(packed, reader, base=base)
+    reader.wait()  # merging needs the weights
+    loras.merge(common, base)
+    return base
+
+
+def _packed(group: list[ModePlan]) -> list[quant.PackedCheckpoint]:
+    return [plan.packed for plan in group if plan.packed is not None]
 
 
 def _fuse_modes(
@@ -261,6 +302,9 @@ def _make_mode(
         transformer, report = quant.quantize_transformer(base, plan.recipe, plan.scales)
         logger.debug("mode %s:\n%s", plan.config.name, report.table())
         conversion = str(report).splitlines()[0]
+    if plan.loras.loras:
+        merged = f"LoRAs in {len(plan.loras.changed)} tensors: {', '.join(plan.loras.arguments)}"
+        conversion = "; ".join(filter(None, [merged, conversion]))
     assert transformer is not None, "a mode that is not packed has a BF16 base"
     recipe_fingerprint = None if plan.recipe is None else plan.recipe.fingerprint
     offer = ModeOffer(
@@ -275,7 +319,7 @@ def _make_mode(
 def _as_mode(plan: ModePlan, first: Mode) -> Mode:
     """Return the planned mode with the transformer of the first mode of its key."""
     config = plan.config
-    own = {"name": config.name, "description": config.description, "variant": config.variant}
+    own = {"name": config.name, "description": config.description, "variant": plan.variant}
     return replace(
         first, offer=first.offer.model_copy(update=own), step_cache=plan.config.step_cache
     )

@@ -33,10 +33,16 @@ import torch
 from torch import nn
 
 from jobs.geometry import parse_size, sequence_tokens
-from quant import QuantRecipe
-from quant.transformer.meta_model import shared_meta_model, shared_quantized_meta_model
+from quant import LoraSet, QuantRecipe
+from quant.transformer.lora.merge import NO_LORAS
+from quant.transformer.meta_model import (
+    quantized_meta_model,
+    shared_meta_model,
+    shared_quantized_meta_model,
+)
+from quant.transformer.module_tree import share_except
 from quant.transformer.weight_storage import WeightStorage, decoded_extra_bytes
-from worker.config import ModeConfig, WorkerConfig
+from worker.config import LoraConfig, ModeConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable, TooLittleMemory
 from worker.model_loader.memory_need import ModelBytes, Need, gib
@@ -108,6 +114,7 @@ def place_model(
     device: PlannedDevice,
     available_bytes: int | None,
     shape: ModelShape | None = None,
+    loras: Sequence[LoraSet] | None = None,
 ) -> Placement:
     """Choose the first placement that fits, or refuse the model; nothing has been loaded yet.
 
@@ -119,12 +126,13 @@ def place_model(
         available_bytes: device memory for this process; None on the CPU, where device and host are
             the same.
         shape: by default read from the configured folder.
+        loras: of the modes, in their order; None if no mode has any.
 
     Raises:
         TooLittleMemory: names the whole sum, the available memory, and remedies.
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    size = measure_model(config, recipes, device, shape)
+    size = measure_model(config, recipes, device, shape, loras)
     choices = [
         (text_encoder, tiled, storage)
         for tiled in _allowed(config.model.vae_tiling, {"off": False, "on": True})
@@ -147,14 +155,15 @@ def check_follower(
     recipes: Sequence[QuantRecipe | None],
     device: Device,
     available_bytes: int | None,
+    loras: Sequence[LoraSet] | None = None,
 ) -> WeightStorage:
-    """Choose how a follower holds weights, or refuse it; `available_bytes` as in `place_model`.
+    """Choose how a follower holds weights, or refuse it; arguments as in `place_model`.
 
     Raises:
         TooLittleMemory: names the whole sum, the available memory, and remedies.
         ModelUnusable, quant.QuantError: the model's files cannot be read.
     """
-    size = measure_model(config, recipes, device)
+    size = measure_model(config, recipes, device, loras=loras)
     storages = allowed_storages(config, recipes, device, available_bytes)
     needs = {storage: size.follower_need(storage) for storage in storages}
     for storage, need in needs.items():
@@ -213,11 +222,13 @@ def measure_model(
     recipes: Sequence[QuantRecipe | None],
     device: PlannedDevice,
     shape: ModelShape | None = None,
+    loras: Sequence[LoraSet] | None = None,
 ) -> ModelBytes:
     """Add up a model's weights from configurations and headers, and estimate its activations.
 
     Args:
         shape: by default read from the configured folder.
+        loras: of the modes, in their order; None if no mode has any.
 
     Raises:
         ModelUnusable, quant.QuantError: the model's files cannot be read.
@@ -229,17 +240,24 @@ def measure_model(
         mode.transformer_key: (mode, recipe)
         for mode, recipe in zip(config.modes, recipes, strict=True)
     }.values()
-    trees: list[nn.Module] = [
-        base if recipe is None else shared_quantized_meta_model(transformer, recipe, device.dtype)
-        for _, recipe in distinct
-    ]
+    bases = _bases(config, base, loras)
+    trees: list[nn.Module] = []
+    for mode, recipe in distinct:
+        own = bases[mode.lora]
+        if recipe is None:
+            trees.append(own)
+        elif own is base:
+            trees.append(shared_quantized_meta_model(transformer, recipe, device.dtype))
+        else:
+            trees.append(quantized_meta_model(own, recipe))
     decoded = [
         tree
         for tree, (mode, recipe) in zip(trees, distinct, strict=True)
         if multiplies_decoded(mode, recipe, device)
     ]
     emulates = any(_emulates(mode, recipe, device) for mode, recipe in distinct)
-    quantizes_bf16 = len(distinct) > 1 and any(mode.packed is None for mode, _ in distinct)
+    from_bf16 = [bases[mode.lora] for mode, _ in distinct if mode.packed is None]
+    loading = [base, *from_bf16] if len(distinct) > 1 and from_bf16 else []
     width, height = max(map(parse_size, config.model.sizes), key=math.prod)
     pixels = width * height
     tokens = sequence_tokens(width, height, config.model.max_frames)
@@ -247,7 +265,7 @@ def measure_model(
     video = pixels * 3 * config.model.max_frames * device.vae_dtype.itemsize
     return ModelBytes(
         transformer=_tree_bytes(trees),
-        transformer_loading=_tree_bytes([*trees, base] if quantizes_bf16 else trees),
+        transformer_loading=_tree_bytes([*trees, *loading]),
         text_encoder=shape.text_encoder * device.dtype.itemsize,
         vae=shape.vae * device.vae_dtype.itemsize,
         denoising=_denoising_bytes(config, tokens, base.config, device, emulates),
@@ -256,6 +274,19 @@ def measure_model(
         decoded_extra=sum(map(decoded_extra_bytes, decoded)),
         decoded_at_once=_decoded_at_once(base.config) if decoded and emulates else 0,
     )
+
+
+def _bases(
+    config: WorkerConfig, base: nn.Module, loras: Sequence[LoraSet] | None
+) -> dict[tuple[LoraConfig, ...], nn.Module]:
+    """Return the BF16 trees whose tensors modes share, by their LoRAs, as the loader makes them."""
+    assert loras is not None or not any(mode.lora for mode in config.modes), "modes have LoRAs"
+    given = loras or [NO_LORAS] * len(config.modes)
+    names = {mode.lora: own.names for mode, own in zip(config.modes, given, strict=True)}
+    return {
+        key: share_except(base, own) if own and len(names) > 1 else base
+        for key, own in names.items()
+    }
 
 
 def _emulates(mode: ModeConfig, recipe: QuantRecipe | None, device: PlannedDevice) -> bool:

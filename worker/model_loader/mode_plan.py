@@ -17,12 +17,13 @@ import diffusers
 import quant
 from quant.kernels.selection import KernelChoice
 from quant.kernels.self_test import BlockShape
+from quant.transformer.lora.merge import NO_LORAS
 from quant.transformer.meta_model import (
     shared_meta_model,
 )
-from quant.weights.fingerprint import read_transformer_config
+from quant.weights.fingerprint import read_transformer_config, without_loras
 from quant.weights.model_folder import check_model_kind
-from worker.config import ModeConfig, ModelConfig, WorkerConfig
+from worker.config import LoraConfig, ModeConfig, ModelConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
 
@@ -50,6 +51,7 @@ class ModePlan:
         shape: the shape of the model's blocks.
         recipe, scales: None for BF16.
         packed: the packed checkpoint that holds the mode's transformer, if there is one.
+        loras: read and checked against the transformer's configuration.
     """
 
     config: ModeConfig
@@ -57,6 +59,13 @@ class ModePlan:
     recipe: quant.QuantRecipe | None
     scales: quant.Scales | None
     packed: quant.PackedCheckpoint | None = None
+    loras: quant.LoraSet = NO_LORAS
+
+    @property
+    def variant(self) -> str | None:
+        """What changes the frames besides recipe and scales; None if nothing does."""
+        lora = [] if self.loras.digest is None else [f"lora:{self.loras.digest[:12]}"]
+        return "+".join([*lora, *filter(None, [self.config.variant])]) or None
 
 
 def fingerprint_model(config: WorkerConfig) -> str:
@@ -81,48 +90,82 @@ def fingerprint_model(config: WorkerConfig) -> str:
             f"that {packed[0]} was packed beside ({info.parts_fingerprint}); give the folder it "
             f"was made from, or pack this model."
         )
-    return info.model_fingerprint
+    return without_loras(info.model_fingerprint)
 
 
 def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
-    """Read every mode's recipe and scales and check that they fit the model.
+    """Read every mode's recipe, scales and LoRAs and check that they fit the model.
+
+    Args:
+        fingerprint: of the model without LoRAs.
 
     Raises:
         quant.ScalesMismatch, quant.PackedMismatch: the message ends with the command that makes
             matching ones.
-        quant.QuantError: a recipe, a scales file or a packed checkpoint cannot be read, or one of
-            its tensors is missing or has a wrong shape or type.
+        quant.QuantError: a recipe, a LoRA, a scales file or a packed checkpoint cannot be read, or
+            one of its tensors is missing, has no place or has a wrong shape or type.
     """
+    loras = read_mode_loras(config)
     shape = BlockShape.of(shared_meta_model(read_transformer_config(config.model.path)).config)
-    plans = []
-    for mode in config.modes:
-        if mode.recipe is None:
-            plans.append(ModePlan(mode, shape, None, None))
-            continue
-        recipe = quant.QuantRecipe.load(mode.recipe)
-        if mode.packed is not None:
-            packed = quant.open_packed(mode.packed, model_folder=config.model.path, recipe=recipe)
-            recipe = quant.check_packed(
-                packed,
-                model_fingerprint=fingerprint,
-                recipe=recipe,
-                model_folder=config.model.path,
-            )
-            _warn_of_other_sampling(config.model, mode, packed.scales)
-            plans.append(ModePlan(mode, shape, recipe, packed.scales, packed))
-            continue
+    return [
+        _plan_mode(config.model, mode, shape, fingerprint, loras[mode.lora])
+        for mode in config.modes
+    ]
+
+
+def read_mode_loras(config: WorkerConfig) -> dict[tuple[LoraConfig, ...], quant.LoraSet]:
+    """Read the LoRAs of every mode, by what the mode says of them; modes with the same share them.
+
+    Raises:
+        quant.QuantError: one cannot be read, or does not fit the model.
+    """
+    return {
+        entries: quant.read_loras(
+            config.model.path, [quant.LoraSource(each.path, each.scale) for each in entries]
+        )
+        for entries in {mode.lora for mode in config.modes}
+    }
+
+
+def _plan_mode(
+    model: ModelConfig,
+    mode: ModeConfig,
+    shape: BlockShape,
+    fingerprint: str,
+    loras: quant.LoraSet,
+) -> ModePlan:
+    """Read one mode's recipe and scales and check that they fit the model with its LoRAs."""
+    if mode.recipe is None:
+        return ModePlan(mode, shape, None, None, None, loras)
+    recipe, packed = quant.QuantRecipe.load(mode.recipe), None
+    merged, arguments = loras.fingerprint(fingerprint), loras.arguments
+    if mode.packed is not None:
+        packed = quant.open_packed(
+            mode.packed, model_folder=model.path, recipe=recipe, loras=arguments
+        )
+        scales = packed.scales
+        recipe = quant.check_packed(
+            packed,
+            model_fingerprint=merged,
+            recipe=recipe,
+            model_folder=model.path,
+            loras=arguments,
+        )
+    else:
         assert mode.scales is not None, "ModeConfig has checked that"
-        scales = quant.load_scales(mode.scales, model_folder=config.model.path, recipe=recipe)
+        scales = quant.load_scales(
+            mode.scales, model_folder=model.path, recipe=recipe, loras=arguments
+        )
         recipe = quant.check_scales(
             scales,
-            model_fingerprint=fingerprint,
+            model_fingerprint=merged,
             recipe=recipe,
             path=mode.scales,
-            model_folder=config.model.path,
+            model_folder=model.path,
+            loras=arguments,
         )
-        _warn_of_other_sampling(config.model, mode, scales)
-        plans.append(ModePlan(mode, shape, recipe, scales))
-    return plans
+    _warn_of_other_sampling(model, mode, scales)
+    return ModePlan(mode, shape, recipe, scales, packed, loras)
 
 
 def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.Scales) -> None:

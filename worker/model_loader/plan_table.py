@@ -14,11 +14,12 @@ from typing import Annotated
 import torch
 import typer
 
-from quant import QuantError, QuantRecipe, WeightStorage, load_scales, open_packed
+from quant import LoraSet, QuantError, QuantRecipe, WeightStorage, load_scales, open_packed
 from worker.config import ModeConfig, ModelConfig, WorkerConfig, load_config
 from worker.errors import StartError, TooLittleMemory
 from worker.model_loader.memory_need import GIB, gib
 from worker.model_loader.memory_plan import Placement, measure_model, place_model
+from worker.model_loader.mode_plan import read_mode_loras
 from worker.model_loader.model_shape import WAN_14B, ModelShape, read_model_shape
 
 TAKEN_GIB = 3.0
@@ -47,6 +48,7 @@ class Case:
     config: WorkerConfig
     shape: ModelShape
     recipes: tuple[QuantRecipe | None, ...]
+    loras: tuple[LoraSet, ...] | None = None
 
     @property
     def video(self) -> str:
@@ -102,9 +104,11 @@ def configured_cases(path: Path) -> Iterator[Case]:
     config = load_config(path)
     shape = read_model_shape(config.model.path)
     recipes = tuple(None if mode.recipe is None else _recipe(mode) for mode in config.modes)
+    read = read_mode_loras(config)
+    loras = tuple(read[mode.lora] for mode in config.modes)
     for size in config.model.sizes:
         model = config.model.model_copy(update={"sizes": (size,), "default_size": size})
-        yield Case(config.model_copy(update={"model": model}), shape, recipes)
+        yield Case(config.model_copy(update={"model": model}), shape, recipes, loras)
 
 
 def _recipe(mode: ModeConfig) -> QuantRecipe:
@@ -126,7 +130,7 @@ def needs_table(cases: Iterable[Case]) -> str:
         "|---|---|---|--:|--:|--:|--:|",
     ]
     for case in cases:
-        size = measure_model(case.config, case.recipes, Described(), case.shape)
+        size = measure_model(case.config, case.recipes, Described(), case.shape, case.loras)
         storages: tuple[WeightStorage, ...] = ("packed", "bf16_grid")
         for storage in storages if size.decoded_extra else storages[:1]:
             cells = [
@@ -154,9 +158,11 @@ def placements_table(cases: Iterable[Case], cards: Sequence[float], taken: float
 
 def _placed(case: Case, available: int) -> str:
     try:
-        placement = place_model(case.config, case.recipes, Described(), available, case.shape)
+        placement = place_model(
+            case.config, case.recipes, Described(), available, case.shape, case.loras
+        )
     except TooLittleMemory:
-        size = measure_model(case.config, case.recipes, Described(), case.shape)
+        size = measure_model(case.config, case.recipes, Described(), case.shape, case.loras)
         return f"too small: {gib(size.need('host', True).total)}"
     return f"{_describe(placement)}: {gib(placement.need.total)}"
 

@@ -32,6 +32,8 @@ from quant.studies.protection.ablate import (
 )
 from quant.studies.protection.analyze import Subject, quantizer_of
 from quant.studies.protection.proposal import read_proposal
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 
@@ -51,6 +53,7 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     points_per_prompt: Annotated[int, typer.Option(min=1, help="Points of each prompt.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the random sets.")] = 0,
     batch: Batch = 8,
+    lora: Loras = [],  # noqa: B006
     device: Device = "cpu",
 ) -> None:
     """Measure sets of protected blocks on POINTS of prompts that the analysis has not seen.
@@ -62,10 +65,11 @@ def ablate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         check_model_kind(model)
         base = QuantRecipe.load(recipe)
         recorded = open_points(points)
-        fingerprint = model_fingerprint(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
+        fingerprint = loras.fingerprint(model_fingerprint(model))
         recorded.check_model(fingerprint)
         proposal = read_proposal(analysis, fingerprint, recorded)
-        transformer = load_transformer(model)
+        transformer = load_transformer(model, loras)
         proposal.check_recipe(base, len(transformer.blocks))
         where, keep = study_device(device, transformer)
         subject = Subject.of(transformer, base, where, keep=keep)

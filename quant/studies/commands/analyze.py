@@ -35,6 +35,8 @@ from quant.studies.protection.analyze import (
 )
 from quant.studies.protection.block_sets import paper_sets
 from quant.studies.protection.proposal import write_recipe
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
 
@@ -62,6 +64,7 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         int, typer.Option(min=1, help="Points at which linears are, of different prompts.")
     ] = 32,
     batch: Batch = 8,
+    lora: Loras = [],  # noqa: B006
     device: Device = "cpu",
 ) -> None:
     """Find the blocks and linears of MODEL that suffer from quantization, and propose a recipe.
@@ -74,10 +77,11 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         check_model_kind(model)
         base = QuantRecipe.load(recipe)
         recorded = open_points(points)
-        fingerprint = model_fingerprint(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
+        fingerprint = loras.fingerprint(model_fingerprint(model))
         recorded.check_model(fingerprint)
         options = AnalysisOptions(points_per_prompt, linear_points, batch)
-        transformer = load_transformer(model)
+        transformer = load_transformer(model, loras)
         budget = _budget(transformer, blocks, error_share, gib)
         folder = StudyFolder.open(
             out,

@@ -30,6 +30,8 @@ from quant.studies.protection.ablate import HeldOut
 from quant.studies.protection.analyze import Subject
 from quant.studies.protection.block_sets import paper_sets
 from quant.studies.protection.proposal import read_proposal
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.weights.fingerprint import model_fingerprint
 
 
@@ -48,6 +50,7 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
         int, typer.Option(min=1, help="Points of each prompt of CALIBRATION.")
     ] = 4,
     batch: Batch = 8,
+    lora: Loras = [],  # noqa: B006
     device: Device = "cpu",
 ) -> None:
     """Measure what ways to quantize do to MODEL's velocity, on POINTS, against float32.
@@ -59,12 +62,13 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
     with errors_as_sentences():
         base = QuantRecipe.load(recipe)
         chosen = chosen_methods(methods)
-        fingerprint = model_fingerprint(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
+        fingerprint = loras.fingerprint(model_fingerprint(model))
         recorded, seen = open_points(points), open_points(calibration)
         for each in (recorded, seen):
             each.check_model(fingerprint)
         recorded.check_apart(frozenset(seen.info.prompts), f"the calibration {calibration}")
-        transformer = load_transformer(model)
+        transformer = load_transformer(model, loras)
         blocks = len(transformer.blocks)
         protections = {NONE: (), "paper": paper_sets(blocks)["both ends"]}
         if analysis is not None:

@@ -35,6 +35,8 @@ from quant.studies.evaluation.verdict import compare, diverged
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.points import PointsFolder, open_points
 from quant.studies.progress import study_progress
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
@@ -153,6 +155,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
     negative_prompt: options.NegativePrompt = None,
     flow_shift: options.FlowShift = None,
     seed: options.Seed = None,
+    lora: Loras = [],  # noqa: B006
     device: Device = "cpu",
 ) -> None:
     """Make videos of PROMPTS in BF16 and by every candidate, and let judges compare them.
@@ -162,7 +165,8 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
     """
     with errors_as_sentences():
         check_model_kind(model)
-        fingerprint = model_fingerprint(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
+        fingerprint = loras.fingerprint(model_fingerprint(model))
         sampler = sampler_of(
             model,
             config,
@@ -190,8 +194,14 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
         check_pipeline_weights(model)
         study = _Study(plan, candidates, judges, recorded)
         folder = study.open(out, fingerprint, device)
+
+        def load() -> Any:
+            pipe = load_pipeline(model, device)
+            loras.merge(pipe.transformer)
+            return pipe
+
         with resumable():
-            measures = study.run(lambda: load_pipeline(model, device), folder)
+            measures = study.run(load, folder)
         comparisons, far = compare(measures), diverged(measures)
         names = (BF16, *(each.name for each in candidates))
         videos = {name: plan.of_candidate(out, name) for name in names}

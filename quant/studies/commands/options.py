@@ -14,6 +14,7 @@ from quant.errors import StudyError
 from quant.studies.block_stream import SMALL_BYTES, stream_bytes
 from quant.studies.host import available_bytes, check_host, fits
 from quant.studies.points import Point
+from quant.transformer.lora.merge import NO_LORAS, LoraSet
 from quant.weights.model_folder import check_model_kind
 
 Model = Annotated[Path, typer.Option(help="Pipeline folder in diffusers format.")]
@@ -24,8 +25,8 @@ Out = Annotated[Path, typer.Option(help="Folder to make, or to go on with.")]
 Batch = Annotated[int, typer.Option(min=1, help="Points that run together; 1 for the 14B.")]
 
 
-def load_transformer(model: Path) -> Any:
-    """Load a transformer in BF16 on the host, to be used block by block.
+def load_transformer(model: Path, loras: LoraSet = NO_LORAS) -> Any:
+    """Load a transformer in BF16 on the host, to be used block by block, with LoRAs merged.
 
     Raises:
         StudyError: the folder does not load.
@@ -41,6 +42,7 @@ def load_transformer(model: Path) -> Any:
         )
     except (OSError, ValueError) as error:
         raise StudyError(f"{model}'s transformer does not load: {error}") from error
+    loras.merge(transformer)
     return transformer.eval().requires_grad_(False)
 
 

@@ -17,6 +17,8 @@ from quant.console import errors_as_sentences, resumable
 from quant.studies.commands.options import Device, Model
 from quant.studies.points import PointsInfo, new_points
 from quant.studies.record import record_points, spread_steps
+from quant.transformer.lora.merge import read_loras
+from quant.transformer.lora.source import Loras, LoraSource
 from quant.transformer.pipeline_weights import check_pipeline_weights
 from quant.weights.fingerprint import model_fingerprint
 from quant.weights.model_folder import check_model_kind
@@ -37,6 +39,7 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     negative_prompt: options.NegativePrompt = None,
     flow_shift: options.FlowShift = None,
     seed: options.Seed = None,
+    lora: Loras = [],  # noqa: B006
     device: Device = "cpu",
 ) -> None:
     """Run MODEL over PROMPTS in BF16 and keep what its transformer is given at some steps in OUT.
@@ -45,6 +48,7 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
     """
     with errors_as_sentences():
         check_model_kind(model)
+        loras = read_loras(model, map(LoraSource.parse, lora))
         sampler = sampler_of(
             model,
             config,
@@ -60,7 +64,7 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         prompt_set = PromptSet.read(prompts)
         check_prompt_lengths(load_tokenizer(model), prompt_set.prompts, sampler)
         info = PointsInfo(
-            model=model_fingerprint(model),
+            model=loras.fingerprint(model_fingerprint(model)),
             prompts=prompt_set.prompts,
             prompts_sha256=prompt_set.sha256,
             prompts_file=prompt_set.file,
@@ -72,6 +76,7 @@ def record_command(  # noqa: PLR0913, PLR0917 (typer derives the command line fr
         check_pipeline_weights(model)
         folder = new_points(out, info)
         pipe = load_pipeline(model, device)
+        loras.merge(pipe.transformer)
         progress = CalibrationProgress(len(prompt_set.prompts))
         with resumable(), closing(progress):
             record_points(pipe, prompt_set, sampler, folder, progress)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant import QuantRecipe
-from worker.config import FirstBlockCache, ModeConfig, ModelConfig, WorkerConfig
+from quant import LoraSet, QuantRecipe
+from quant.transformer.meta_model import shared_meta_model
+from worker.config import FirstBlockCache, LoraConfig, ModeConfig, ModelConfig, WorkerConfig
 from worker.device import Device
 from worker.distributed import follower
 from worker.distributed.follower import load_follower
@@ -134,6 +135,42 @@ def test_modes_with_one_transformer_count_once(large, device):
     )
     assert size.transformer == size.transformer_loading
     assert size.transformer / GIB == pytest.approx(15.2, abs=0.1)
+
+
+def test_a_mode_with_loras_beside_one_without_has_copies_of_what_they_change(large, device):
+    bf16, w8a8 = large.modes
+    base = shared_meta_model(LARGE)
+    linears = {
+        f"{name}.weight"
+        for name, module in base.blocks.named_modules(prefix="blocks")
+        if isinstance(module, torch.nn.Linear)
+    }
+    own = sum(base.get_parameter(name).nbytes for name in linears) / GIB
+    loras = LoraSet((), frozenset(linears))
+    lora = (LoraConfig(path=Path("fast.safetensors")),)
+    fast = bf16.model_copy(update={"name": "fast", "lora": lora})
+    fast_w8a8 = w8a8.model_copy(update={"name": "fast-w8a8", "lora": lora})
+
+    def measure(*modes: ModeConfig) -> ModelBytes:
+        config = large.model_copy(update={"modes": modes})
+        recipes = [None if mode.recipe is None else RECIPE for mode in modes]
+        given = [loras if mode.lora else LoraSet() for mode in modes]
+        return measure_model(config, recipes, device, loras=given)
+
+    alone, beside = measure(fast), measure(bf16, fast)
+    assert alone.transformer == alone.transformer_loading == measure(bf16).transformer
+    assert own == pytest.approx(26.2, abs=0.1)
+    assert beside.transformer / GIB == pytest.approx(26.7 + own, abs=0.1)
+    assert beside.transformer_loading == beside.transformer
+    # Quantized, the five protected blocks are copied; until then all that the LoRAs change.
+    quantized = measure(bf16, fast_w8a8)
+    both = measure(bf16, w8a8)
+    assert (quantized.transformer - both.transformer) / GIB == pytest.approx(own * 5 / 40, abs=0.1)
+    extra = (quantized.transformer_loading - quantized.transformer) / GIB
+    assert extra == pytest.approx(own * 35 / 40, abs=0.1)
+    packed = {"scales": None, "packed": Path("packed")}
+    loaded = measure(bf16, fast_w8a8.model_copy(update=packed))
+    assert loaded.transformer_loading == loaded.transformer == quantized.transformer
 
 
 def test_what_emulation_and_step_caches_take_is_added(large, device):

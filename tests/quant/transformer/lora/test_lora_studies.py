@@ -1,0 +1,68 @@
+"""Studies of a model with LoRAs: they measure the merged model, and are no other model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant import LoraSource, model_fingerprint, read_loras
+from quant.studies.commands.options import load_transformer
+from quant.studies.points import open_points
+from tests.quant.conftest import PROMPTS
+from tests.quant.studies.conftest import run
+from tests.quant.transformer.lora.lora_files import by_diffusers, random_factors, save_merged
+
+SMALL = (
+    "--steps",
+    4,
+    "--keep",
+    2,
+    "--guidance-scale",
+    1,
+    "--frames",
+    1,
+    "--size",
+    "32x32",
+    "--text-tokens",
+    16,
+)
+
+
+@pytest.fixture
+def lora(tiny_transformer: Any, tmp_path: Path) -> Path:
+    return by_diffusers(tmp_path, random_factors(tiny_transformer.state_dict()))
+
+
+def test_record_runs_the_merged_model(tiny_model: Path, lora: Path, tmp_path: Path) -> None:
+    """As it runs a model whose files hold the merged weights."""
+    loras = read_loras(tiny_model, [LoraSource(lora, 0.5)])
+    merged = save_merged(tiny_model, tmp_path / "merged", loras)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:8]))
+    found = []
+    for model, option in ((tiny_model, ("--lora", f"{lora}:0.5")), (merged, ())):
+        out = tmp_path / f"points-of-{model.name}"
+        words = ("--model", model, "--prompts", tmp_path / "prompts.txt", "--out", out)
+        result = run("record", *words, *SMALL, *option)
+        assert result.exit_code == 0, result.output
+        found.append(open_points(out))
+    for one, other in zip(*(each.of_prompt(1) for each in found), strict=True):
+        assert torch.equal(one.latents, other.latents)
+    assert found[0].info.model == loras.fingerprint(model_fingerprint(tiny_model))
+
+    points = ("--points", found[0].path, "--out", tmp_path / "analysis")
+    refused = run("analyze", "--model", tiny_model, *points)
+    assert refused.exit_code == 1
+    assert "another model" in refused.stderr
+
+
+def test_the_other_studies_load_the_merged_transformer(
+    tiny_model: Path, lora: Path, tmp_path: Path
+) -> None:
+    loras = read_loras(tiny_model, [LoraSource(lora)])
+    merged = load_transformer(save_merged(tiny_model, tmp_path / "merged", loras)).state_dict()
+    found = load_transformer(tiny_model, loras).state_dict()
+    assert all(torch.equal(found[name], merged[name]) for name in merged)
+    assert not torch.equal(load_transformer(tiny_model).proj_out.weight, found["proj_out.weight"])
