@@ -25,6 +25,7 @@ from quant.weights.model_folder import check_model_kind
 from worker.config import ModeConfig, ModelConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
+from worker.model_loader.scheduler import shift_for
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +135,12 @@ def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.
     sampler = scales.sampler
     if sampler is None:
         return
-    found = []
-    if sampler.guidance_scale > 1 and sampler.negative_prompt != model.default_negative_prompt:
+    terms, found = model.offer(fingerprint="unread").terms(mode), []
+    if sampler.guidance_scale > terms.max_guidance_scale:
+        found.append(f"guidance ({sampler.guidance_scale:g})")
+    elif sampler.guidance_scale > 1 and sampler.negative_prompt != model.default_negative_prompt:
         found.append("negative prompt")
-    served = [model.flow_shift.get(size) for size in model.sizes]
+    served = [shift_for(size, mode.flow_shift, model.flow_shift) for size in model.sizes]
     if sampler.flow_shift is not None and sampler.flow_shift not in served:
         found.append(f"flow shift ({sampler.flow_shift:g})")
     if found:
