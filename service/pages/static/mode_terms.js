@@ -59,7 +59,7 @@ export function outside(field, modes) {
     const { min, max } = shared(modes, term);
     if (value === "" || (Number(value) >= min && Number(value) <= max)) return [];
     const bound = min < max ? `${min} to ${max}` : min === max ? String(min) : "nothing";
-    return [{ field: name, bound, detail: `${name} is ${value}, and all of these modes take ${bound}; empty it for ${EACH}.` }];
+    return [{ field: name, bound, detail: `${name} is ${value}, which not all of these modes take, but ${bound}; leave it empty for ${EACH}.` }];
   });
 }
 
