@@ -115,6 +115,23 @@ MODE_FAULTS = {
 }
 
 
+def test_the_14b_shows_modes_of_few_steps(tmp_path: Path) -> None:
+    """Each is a comment; their LoRA is not read here."""
+    shipped = (ROOT / "deploy" / "wan-14b.toml").read_text(encoding="utf-8")
+    shown = [block for block in shipped.split("# [[modes]]\n") if '"fast' in block]
+    lines = [
+        line.removeprefix("# ") for block in shown for line in ["[[modes]]", *block.split("\n")]
+    ]
+    wanted = [line for line in lines if re.match(r"\[\[|(?!lora)\w+ = ", line)]
+    config = load_config(write_config(tmp_path, shipped + "\n".join(["", *wanted])))
+    assert [mode.name for mode in config.modes[2:]] == ["fast", "fast-w8a8"]
+    assert [mode.recipe for mode in config.modes[2:]] == [None, "boundary-hif8"]
+    for mode in config.modes[2:]:
+        terms = config.model.offer("").terms(mode)
+        assert (terms.default_steps, terms.max_guidance_scale) == (4, 1.0)
+        assert mode.variant == "scheduler:euler+flow_shift:5"
+
+
 def write_config(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "worker.toml"
     path.write_text(text, encoding="utf-8")
