@@ -127,7 +127,7 @@ def plan_modes(config: WorkerConfig, fingerprint: str) -> list[ModePlan]:
 
 
 def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.Scales) -> None:
-    """Log if scales were calibrated with another negative prompt or flow shift than is served.
+    """Log if scales were calibrated with guidance, a negative prompt or a shift not served so.
 
     Callers may choose both size and negative prompt, so that this is no reason to refuse. A shift
     that is the model's own is not compared.
@@ -144,11 +144,13 @@ def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.
     if sampler.flow_shift is not None and sampler.flow_shift not in served:
         found.append(f"flow shift ({sampler.flow_shift:g})")
     if found:
+        of_model = not mode.own and mode.flow_shift is None
         logger.warning(
             "%s: its scales were calibrated with another %s than is served by default; to "
-            "calibrate as the service samples, give `python -m quant calibrate` --config",
+            "calibrate as the service samples, give `python -m quant calibrate` %s",
             mode.name,
             " and ".join(found),
+            "--config" + ("" if of_model else ", --steps, --guidance-scale and --flow-shift"),
         )
 
 
