@@ -130,7 +130,10 @@ def test_the_queue_depends_on_a_modes_bounds_and_not_on_its_defaults(
 
 def test_offers_of_the_release_before_have_the_models_terms(redis: Redis) -> None:
     kept = json.loads(OLDER.read_text(encoding="utf-8"))["keys"]
-    texts = [text["value"] for key, text in kept.items() if key.startswith("wan:worker:wan-mini")]
+    offers = (
+        json.loads(each["value"]) for key, each in kept.items() if key.startswith("wan:worker:")
+    )
+    texts = [json.dumps(each) for each in offers if "queue" in each]
     assert texts
     for text in texts:
         redis.set("offer", text)
