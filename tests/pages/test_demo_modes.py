@@ -66,7 +66,7 @@ def test_the_form_follows_the_mode(visit: Visit, worker: PlayedWorker) -> None:
     page.locator("#advanced summary").click()
     steps, negative = page.get_by_label("Steps", exact=True), page.get_by_label("Negative prompt")
     has(page, "8", "4", "1000")
-    page.get_by_label("fast").check()
+    page.get_by_label("fast", exact=True).check()
     has(page, "4", "1", "6")
     expect(page.get_by_label("Guidance", exact=True)).to_have_attribute("readonly", "")
     expect(negative).to_be_disabled()
@@ -92,9 +92,9 @@ def test_the_form_follows_the_mode(visit: Visit, worker: PlayedWorker) -> None:
     refused = page.locator('[data-field="num_inference_steps"] .field-error')
     expect(refused).to_contain_text("This is 7, which not all of these modes take, but 1 to 6")
     assert len(worker.store.list().jobs) == 2
-    page.get_by_label("w8a8").check()
+    page.get_by_label("w8a8", exact=True).check()
     has(page, "7", "4", "1000")
-    page.get_by_label("fast").check()
+    page.get_by_label("fast", exact=True).check()
     has(page, "4", "1", "6")
 
 
@@ -102,7 +102,7 @@ def test_the_same_video_in_another_mode_has_that_modes_defaults(
     visit: Visit, worker: PlayedWorker
 ) -> None:
     page = visit.open("/")
-    page.get_by_label("fast").check()
+    page.get_by_label("fast", exact=True).check()
     page.get_by_role("button", name="Generate", exact=True).click()
     worker.succeed(worker.take("fast"))
     page.get_by_role("button", name="The same in w8a8").click()

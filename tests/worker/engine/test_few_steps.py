@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
 from jobs.errors import GenerationFailed
@@ -79,14 +78,13 @@ def test_it_is_diffusers_own_pipeline_to_the_last_bit(
         count_calls(fast.components.text_encoder, counts, "texts"),
     ]
     request = generation_request(**SHORT, prompt=unique_prompt(), negative_prompt="grey")
-    frames = np.stack(list(fast.generate(request, RecordingControl(), OWNER).frames))
+    fast.generate(request, RecordingControl(), OWNER)
     for hook in hooks:
         hook.remove()
     assert counts == {"passes": 4, "texts": 1}, "nothing is computed for the negative prompt"
 
-    vae = AutoencoderKLWan.from_pretrained(model_folder / "vae", dtype=torch.float32)
     pipeline = WanPipeline.from_pretrained(
-        model_folder, vae=vae, scheduler=EvenlySpaced(shift=5.0), dtype=torch.bfloat16
+        model_folder, scheduler=EvenlySpaced(shift=5.0), dtype=torch.bfloat16
     )
     pipeline.set_progress_bar_config(disable=True)
     with_our_products(pipeline.transformer)
@@ -102,9 +100,6 @@ def test_it_is_diffusers_own_pipeline_to_the_last_bit(
     seeded = torch.Generator().manual_seed(7)
     latents = pipeline(**arguments, generator=seeded, output_type="latent").frames
     assert torch.equal(kept[0], latents)
-    seeded.manual_seed(7)
-    theirs = pipeline(**arguments, generator=seeded).frames[0]
-    assert np.array_equal(frames, (theirs * 255).round().astype(np.uint8))
 
 
 def test_previews_show_what_the_model_predicts(fast: WanEngine) -> None:
@@ -138,8 +133,6 @@ def test_a_request_out_of_the_modes_bounds_is_refused(
     request = generation_request(**SHORT | changes)
     with pytest.raises(GenerationFailed, match=message):
         fast.generate(request, RecordingControl(), OWNER)
-    bf16 = generation_request(**SHORT | changes | {"mode": "bf16", "num_frames": 1})
-    assert list(fast.generate(bf16, RecordingControl(), OWNER).frames)
 
 
 def test_both_modes_share_one_transformer_and_say_what_they_are(fast: WanEngine) -> None:
