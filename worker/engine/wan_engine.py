@@ -98,10 +98,6 @@ class WanEngine:
         self._denoise = denoise or denoise_on(device)
         self.loaded = {mode.offer.name: mode for mode in modes}
         self._pipelines = {name: _pipeline(components, mode) for name, mode in self.loaded.items()}
-        self._schedulers = {
-            name: mode_scheduler(components.scheduler, mode.scheduler)
-            for name, mode in self.loaded.items()
-        }
         self.prompts = PromptEncoder(components, device, config)
         self.tokenizer_text = components.tokenizer.text
         self.model: ModelOffer = config.offer(fingerprint, components.tokenizer.fingerprint)
@@ -149,7 +145,7 @@ class WanEngine:
         parts = [
             f"{terms.default_steps} steps ({terms.min_steps} to {terms.max_steps})",
             f"guidance {terms.default_guidance_scale:g} (at most {terms.max_guidance_scale:g})",
-            f"scheduler {scheduler_name(self._schedulers[mode.offer.name])}",
+            f"scheduler {mode.scheduler or scheduler_name(self.components.scheduler)}",
         ]
         if mode.flow_shift is not None:
             parts.append(f"flow shift {mode.flow_shift}")
@@ -190,7 +186,7 @@ class WanEngine:
     def _run(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
         pipeline, mode = self._pipelines[request.mode], self.loaded[request.mode]
         pipeline.scheduler = scheduler_for_run(
-            self._schedulers[request.mode],
+            mode_scheduler(self.components.scheduler, mode.scheduler),
             shift_for(request.size, mode.flow_shift, self.config.flow_shift),
         )
         seconds = StageSeconds()

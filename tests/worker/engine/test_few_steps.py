@@ -142,7 +142,7 @@ def test_both_modes_share_one_transformer_and_say_what_they_are(fast: WanEngine)
     assert (usual.own, usual.variant) == ({}, None)
     assert own.own["max_guidance_scale"] == 1.0
     log = "\n".join(fast.describe())
-    assert "mode fast: 4 steps (1 to 8), guidance 1 (at most 1), scheduler EvenFlowEuler, " in log
+    assert "mode fast: 4 steps (1 to 8), guidance 1 (at most 1), scheduler euler, " in log
     assert "flow shift 5" in log
     assert "mode bf16: 20 steps" not in log
     record = JobRecord(
