@@ -46,17 +46,16 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _MODEL_AND_MODE = TypeAdapter(tuple[ModelName, ModeName])
 
 _NOT_IN_QUEUE_NAME = {
-    "tokenizer",
-    "default_size",
-    "default_frames",
-    "default_steps",
-    "default_guidance_scale",
-    "default_mode",
+    *("tokenizer", "vocabulary", "prompt_template", "example_prompts", "default_size"),
+    *("default_frames", "default_steps", "default_guidance_scale", "default_mode"),
     "default_negative_prompt",
-    "vocabulary",
-    "prompt_template",
-    "example_prompts",
 }
+
+MIN_GUIDANCE_SCALE = 1.0
+"""1 switches guidance off. The pipeline would treat lower values as 1, so they are refused."""
+MAX_GUIDANCE_SCALE = 20.0
+
+_Guidance = Annotated[float, Field(ge=MIN_GUIDANCE_SCALE, le=MAX_GUIDANCE_SCALE)]
 
 
 class Published(BaseModel):
@@ -72,7 +71,44 @@ class _Format(BaseModel):
 _PublishedT = TypeVar("_PublishedT", bound=Published)
 
 
-class ModeOffer(Published):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """The bounds and defaults of a mode, complete; a ValueError if they contradict each other."""
+
+    min_steps: int = 1
+    max_steps: int
+    default_steps: int
+    max_guidance_scale: float = MAX_GUIDANCE_SCALE
+    default_guidance_scale: float
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", self.min_steps), ("guidance_scale", MIN_GUIDANCE_SCALE)):
+            default, most = getattr(self, f"default_{name}"), getattr(self, f"max_{name}")
+            if least > most:
+                raise ValueError(f"min_{name} {least:g} is more than max_{name} {most:g}")
+            if not least <= default <= most:
+                raise ValueError(f"default_{name} {default:g} is not in {least:g}..{most:g}")
+
+
+class OwnTerms(Published):
+    """What a mode has in place of the model's bounds and defaults; None for what is the model's.
+
+    With a `max_guidance_scale` of 1 a step is one pass, and there is no negative prompt.
+    """
+
+    min_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    default_steps: int | None = Field(None, ge=1)
+    max_guidance_scale: _Guidance | None = None
+    default_guidance_scale: _Guidance | None = None
+
+    @property
+    def own(self) -> dict[str, int | float]:
+        """The terms that are the mode's own, by name."""
+        return self.model_dump(include=set(OwnTerms.model_fields), exclude_none=True)
+
+
+class ModeOffer(OwnTerms):
     """One mode of a model; without a recipe fingerprint it is not quantized.
 
     `variant` names anything else that changes the frames, for instance a step cache; None if
@@ -138,9 +174,13 @@ class ModelOffer(Published):
             )
         if not is_frame_count(self.default_frames):
             raise ValueError(f"default_frames {self.default_frames} is not of the form 4k+1")
-        if not 1 <= self.default_steps <= self.max_steps:
-            raise ValueError(f"default_steps {self.default_steps} is not in 1..{self.max_steps}")
+        self.terms()
         return self
+
+    def terms(self, mode: OwnTerms | None = None) -> Terms:
+        """Return a mode's bounds and defaults, or the model's; ValueError if they contradict."""
+        usual = self.model_dump(include=set(OwnTerms.model_fields))
+        return Terms(**usual | (mode.own if mode else {}))
 
 
 class WorkerOffer(Published):
@@ -160,11 +200,17 @@ class WorkerOffer(Published):
             raise ValueError(
                 f"default_mode {self.model.default_mode} is not among this worker's modes: {names}"
             )
+        for mode in self.modes:
+            self.model.terms(mode)
         return self
 
     def serves(self, mode: str) -> bool:
         """Return whether the worker has this mode."""
         return any(offered.name == mode for offered in self.modes)
+
+    def terms(self, mode: str) -> Terms:
+        """Return the bounds and defaults of a mode; those of the model if the worker lacks it."""
+        return self.model.terms(next((each for each in self.modes if each.name == mode), None))
 
     @property
     def is_degraded(self) -> bool:
@@ -220,6 +266,7 @@ def queue_name(model: ModelOffer, modes: Sequence[ModeOffer]) -> str:
     bounds["sizes"] = sorted(model.sizes)
     served = sorted(
         [mode.name, mode.recipe_fingerprint or "", *([mode.variant] if mode.variant else [])]
+        + [f"{name}={value:g}" for name, value in mode.own.items() if "default" not in name]
         for mode in modes
     )
     digest = hashlib.sha256(json.dumps([bounds, served], sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,7 @@ with all violations at once. It never rounds a value.
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import (
@@ -18,32 +19,35 @@ from pydantic import (
     ValidationError,
 )
 
-from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, SIZE_PATTERN, Catalog, ModelOffer, WorkerOffer
+from jobs.catalog import (
+    MAX_GUIDANCE_SCALE,
+    MIN_GUIDANCE_SCALE,
+    MODE_PATTERN,
+    MODEL_PATTERN,
+    SIZE_PATTERN,
+    Catalog,
+    WorkerOffer,
+)
 from jobs.errors import InvalidSpec, ModeNotServed, Violation
 from jobs.geometry import is_frame_count, parse_size
 from jobs.text_rules import (
-    CLEANED_BOUND,
-    CLEANED_DETAIL,
     METADATA_BOUND,
-    first_disallowed,
-    is_emptied,
     metadata_fault,
 )
 from jobs.violations import (
     from_pydantic,
+    length_violations,
     more_unknown_fields,
     not_one_of,
     outside,
     shown,
+    span_violations,
     text_violations,
 )
 
 MAX_SEED = 2**63 - 1
 MAX_DRAWN_SEED = 2**32 - 1
 """A drawn seed is at most this, so that JavaScript, whose numbers have 53 bits, reads it right."""
-MIN_GUIDANCE_SCALE = 1.0
-"""1 switches guidance off. The pipeline would treat lower values as 1, so they are refused."""
-MAX_GUIDANCE_SCALE = 20.0
 MAX_URL_CHARS = 2048
 MAX_COUNT = 8
 """The most videos of one request."""
@@ -85,7 +89,8 @@ class GenerationBody(BaseModel):
     """A request for one video. Only the prompt is required.
 
     A missing seed is drawn at random. The model may be missing while one model is served. No
-    webhook is called without a URL. All other fields have defaults in the model's offer.
+    webhook is called without a URL. All other fields have defaults in the offer of the model and
+    the mode.
     """
 
     model_config = ConfigDict(
@@ -126,7 +131,7 @@ class GenerationBody(BaseModel):
         ge=MIN_GUIDANCE_SCALE,
         le=MAX_GUIDANCE_SCALE,
         allow_inf_nan=False,
-        description="1 is no guidance, and twice as fast.",
+        description="1 is no guidance, and twice as fast. Bounds and defaults may be the mode's.",
     )
     seed: Whole | None = Field(
         default=None,
@@ -253,8 +258,11 @@ def _resolve(
     offers, unserved = _offers_for(body, catalog, violations)
     # All offers of one queue have the same bounds.
     refusals = {
-        queue: [*_bound_violations(body, model), *_length_violations(body, model, count_tokens)]
-        for queue, model in {offer.queue: offer.model for offer in offers}.items()
+        offer.queue: [
+            *_bound_violations(body, offer),
+            *_length_violations(body, offer, count_tokens),
+        ]
+        for offer in {each.queue: each for each in offers}.values()
     }
     accepting = [offer for offer in offers if not refusals[offer.queue]]
     if offers and not accepting:
@@ -265,7 +273,7 @@ def _resolve(
     if unserved is not None:
         raise unserved
     chosen = min(accepting, key=lambda offer: (catalog.waiting[offer.queue], offer.queue))
-    return _complete(body, chosen.model), chosen.queue
+    return _complete(body, chosen), chosen.queue
 
 
 def _offers_for(
@@ -319,8 +327,9 @@ def _webhook_violations(
         yield violation
 
 
-def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Violation]:
-    """Find what is out of this model's bounds; an absent field never is."""
+def _bound_violations(body: GenerationBody, offer: WorkerOffer) -> Iterator[Violation]:
+    """Find what is out of the bounds of this model and the mode; an absent field never is."""
+    model = offer.model
     if body.size is not None and body.size not in model.sizes:
         yield not_one_of("size", body.size, model.sizes, "is not offered")
     frames = body.num_frames
@@ -328,52 +337,41 @@ def _bound_violations(body: GenerationBody, model: ModelOffer) -> Iterator[Viola
         not is_frame_count(frames) or not model.min_frames <= frames <= model.max_frames
     ):
         yield outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
-    steps = body.num_inference_steps
-    if steps is not None and not 1 <= steps <= model.max_steps:
-        yield outside("num_inference_steps", steps, f"1 to {model.max_steps}")
+    mode = body.mode or model.default_mode
+    own, usual = (
+        ((terms.min_steps, terms.max_steps), (MIN_GUIDANCE_SCALE, terms.max_guidance_scale))
+        for terms in (offer.terms(mode), model.terms())
+    )
+    fields = ("num_inference_steps", "guidance_scale")
+    for field, span, of_model in zip(fields, own, usual, strict=True):
+        of_mode = None if span == of_model else mode
+        yield from span_violations(field, getattr(body, field), span, of_mode)
 
 
 def _length_violations(
-    body: GenerationBody, model: ModelOffer, count_tokens: CountTokens | None
+    body: GenerationBody, offer: WorkerOffer, count_tokens: CountTokens | None
 ) -> Iterator[Violation]:
-    """Find too many characters, or else, as this is slower to check, blanks and too many tokens."""
+    """Find the texts that are too long for the model, or empty once they are cleaned."""
+    model, count = offer.model, None
+    if count_tokens is not None and model.tokenizer is not None:
+        count = partial(count_tokens, model.tokenizer)
     for field in ("prompt", "negative_prompt"):
         text: str | None = getattr(body, field)
-        if text is None:
-            continue
-        if len(text) > model.max_prompt_chars:
-            yield Violation(
-                field,
-                shown(text),
-                f"at most {model.max_prompt_chars} characters",
-                f"{field} has {len(text)} characters, which is more than {model.max_prompt_chars}.",
-            )
-            continue
-        if field == "prompt" and is_emptied(text):
-            yield Violation(field, shown(text), CLEANED_BOUND, CLEANED_DETAIL)
-            continue
-        bound, tokenizer = model.max_prompt_tokens, model.tokenizer
-        # A text with disallowed characters is refused anyway, and a tokenizer might fail on it.
-        if count_tokens is None or bound is None or tokenizer is None or first_disallowed(text):
-            continue
-        tokens = count_tokens(tokenizer, text)
-        if tokens is not None and tokens > bound:
-            yield Violation(
-                field,
-                f"{tokens} tokens",
-                f"at most {bound} tokens",
-                f"{field} has {tokens} tokens, which is more than {bound}; shorten it.",
-            )
+        if text is not None:
+            bounds = model.max_prompt_chars, model.max_prompt_tokens
+            yield from length_violations(field, text, bounds, count)
 
 
-def _complete(body: GenerationBody, model: ModelOffer) -> GenerationRequest:
+def _complete(body: GenerationBody, offer: WorkerOffer) -> GenerationRequest:
+    model = offer.model
+    terms = offer.terms(body.mode or model.default_mode)
     values: dict[str, Any] = {
         "negative_prompt": model.default_negative_prompt,
         "mode": model.default_mode,
         "size": model.default_size,
         "num_frames": model.default_frames,
-        "num_inference_steps": model.default_steps,
-        "guidance_scale": model.default_guidance_scale,
+        "num_inference_steps": terms.default_steps,
+        "guidance_scale": terms.default_guidance_scale,
     }
     values |= body.model_dump(exclude_none=True, exclude={"webhook_url", "metadata", "count"})
     if values["guidance_scale"] <= MIN_GUIDANCE_SCALE and body.negative_prompt is None:

@@ -1,13 +1,19 @@
 """Word the violations of a request: what was given, what would be accepted, and what to do."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from pydantic_core import ErrorDetails
 
 from jobs.errors import Violation
-from jobs.text_rules import first_disallowed, is_visible
+from jobs.text_rules import (
+    CLEANED_BOUND,
+    CLEANED_DETAIL,
+    first_disallowed,
+    is_emptied,
+    is_visible,
+)
 
 MAX_SHOWN_CHARS: Final = 80
 """How many characters of an invalid value an error shows."""
@@ -41,6 +47,20 @@ def outside(field: str, value: object, bound: str, remedy: str = "") -> Violatio
     return Violation(field, shown(value), bound, detail)
 
 
+def span_violations(
+    field: str, value: float | None, span: tuple[float, float], mode: str | None
+) -> Iterator[Violation]:
+    """Find a number that is less or more than a span; `mode` is the mode whose own span it is."""
+    least, most = span
+    if value is None or least <= value <= most:
+        return
+    bound = f"{least:g} to {most:g}" if least < most else f"{least:g}"
+    if mode is None:
+        yield outside(field, value, bound)
+    else:
+        yield outside(field, value, f"{bound} in mode {mode}", "leave it out for the mode's own")
+
+
 def not_one_of(field: str, value: object, allowed: Iterable[object], why: str) -> Violation:
     """Build the violation of a value that is not `allowed`; None for a value that is missing."""
     bound = f"one of {', '.join(map(str, allowed))}"
@@ -66,6 +86,35 @@ def text_violations(prompt: str, negative_prompt: str | None) -> Iterator[Violat
                 "text without control characters",
                 f"{field} holds the character U+{ord(bad):04X}, which is not text; remove it.",
             )
+
+
+def length_violations(
+    field: str,
+    text: str,
+    bounds: tuple[int, int | None],
+    count_tokens: Callable[[str], int | None] | None,
+) -> Iterator[Violation]:
+    """Find too many characters, or else, as this is slower to check, blanks and too many tokens.
+
+    Args:
+        bounds: the most characters, and the most tokens, if they are bounded.
+        count_tokens: None if they cannot be counted; it may return None as well.
+    """
+    chars, most_tokens = bounds
+    if len(text) > chars:
+        detail = f"{field} has {len(text)} characters, which is more than {chars}."
+        yield Violation(field, shown(text), f"at most {chars} characters", detail)
+        return
+    if field == "prompt" and is_emptied(text):
+        yield Violation(field, shown(text), CLEANED_BOUND, CLEANED_DETAIL)
+        return
+    # A text with disallowed characters is refused anyway, and a tokenizer might fail on it.
+    if count_tokens is None or most_tokens is None or first_disallowed(text):
+        return
+    tokens = count_tokens(text)
+    if tokens is not None and tokens > most_tokens:
+        detail = f"{field} has {tokens} tokens, which is more than {most_tokens}; shorten it."
+        yield Violation(field, f"{tokens} tokens", f"at most {most_tokens} tokens", detail)
 
 
 def from_pydantic(

@@ -11,19 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
+    Tag,
     ValidationError,
     model_validator,
 )
 
-from jobs.catalog import ModelName, ModelOffer, ModeName, Size, WordGroup
+from jobs.catalog import ModelName, ModelOffer, ModeName, ModeOffer, OwnTerms, Size, WordGroup
 from jobs.geometry import SIZE_MULTIPLE_PX, is_frame_count, parse_size
 from worker.errors import ConfigError
 
@@ -42,6 +45,13 @@ _WORKER_ONLY = {
 
 
 FiniteShift = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ModeShift = Annotated[
+    Annotated[FiniteShift, Tag("number")] | Annotated[dict[Size, FiniteShift], Tag("table")],
+    Discriminator(lambda value: "table" if isinstance(value, dict) else "number"),
+]
+"""A shift of all sizes, or of each."""
+SchedulerName = Literal["euler"]
+"""The schedulers that a mode may have in place of the model's (`worker/model_loader/euler.py`)."""
 
 
 class _Section(BaseModel):
@@ -98,11 +108,15 @@ class ModelConfig(_Section):
         for name in ("min_frames", "max_frames"):
             if not is_frame_count(getattr(self, name)):
                 raise ValueError(f"{name} = {getattr(self, name)} is not of the form 4k+1")
-        unknown = sorted(set(self.flow_shift) - set(self.sizes))
-        if unknown:
-            raise ValueError(f"flow_shift names sizes that are not offered: {', '.join(unknown)}")
+        self.check_sizes(self.flow_shift)
         self.offer(fingerprint="unread")
         return self
+
+    def check_sizes(self, flow_shift: Mapping[Size, float]) -> None:
+        """Raise ValueError if shifts are given for sizes that are not offered."""
+        unknown = sorted(set(flow_shift) - set(self.sizes))
+        if unknown:
+            raise ValueError(f"flow_shift names sizes that are not offered: {', '.join(unknown)}")
 
     def offer(self, fingerprint: str, tokenizer: str | None = None) -> ModelOffer:
         """Build the part that callers see.
@@ -158,8 +172,11 @@ class LoraConfig(_Section):
     scale: float = Field(1.0, allow_inf_nan=False, description="Multiplies what the LoRA adds.")
 
 
-class ModeConfig(_Section):
-    """`[[modes]]`: BF16 without a recipe; with one, it needs scales or a packed checkpoint."""
+class ModeConfig(OwnTerms):
+    """`[[modes]]`: BF16 without a recipe; with one, it needs scales or a packed checkpoint.
+
+    Steps, guidance, shift and scheduler are those of `[model]` where the mode has none of its own.
+    """
 
     name: ModeName
     description: str = Field(min_length=1)
@@ -179,6 +196,8 @@ class ModeConfig(_Section):
     step_cache: StepCache | None = Field(
         None, description="Leave out parts of steps that resemble earlier ones; costs quality."
     )
+    flow_shift: ModeShift | None = Field(None, description="The scheduler's shift.")
+    scheduler: SchedulerName | None = Field(None, description="By default the model's own.")
 
     @property
     def transformer_key(self) -> tuple[object, ...]:
@@ -195,7 +214,19 @@ class ModeConfig(_Section):
             values = json.dumps(self.step_cache.model_dump(), sort_keys=True)
             digest = hashlib.sha256(values.encode()).hexdigest()
             parts.append(f"step_cache:{self.step_cache.method}:{digest[:12]}")
+        if self.scheduler is not None:
+            parts.append(f"scheduler:{self.scheduler}")
+        if isinstance(self.flow_shift, dict):
+            shifts = sorted(self.flow_shift.items())
+            parts.append(f"flow_shift:{','.join(f'{size}={shift:g}' for size, shift in shifts)}")
+        elif self.flow_shift is not None:
+            parts.append(f"flow_shift:{self.flow_shift:g}")
         return "+".join(parts) or None
+
+    def offer(self) -> ModeOffer:
+        """Build the part that callers see, without what only the loaded mode knows."""
+        shown = {"name": self.name, "description": self.description, "variant": self.variant}
+        return ModeOffer(**shown | self.own)
 
     @model_validator(mode="after")
     def _recipe_and_scales_come_together(self) -> Self:
@@ -243,6 +274,19 @@ class WorkerConfig(_Section):
             raise ValueError(
                 f"default_mode {self.model.default_mode!r} is not a mode: {', '.join(names)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _modes_fit_the_model(self) -> Self:
+        offer = self.model.offer(fingerprint="unread")
+        for mode in self.modes:
+            try:
+                if isinstance(mode.flow_shift, dict):
+                    self.model.check_sizes(mode.flow_shift)
+                offer.terms(mode)
+            except ValueError as error:
+                usual = "; what a mode does not set is [model]'s" if mode.own else ""
+                raise ValueError(f"mode {mode.name!r}: {error}{usual}") from None
         return self
 
 

@@ -147,7 +147,7 @@ def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = 
     path = config.model.path
     check_folder(path)
     check_settings(config.model)
-    check_scheduler(config.model)
+    check_scheduler(config.model, config.modes)
     fingerprint = fingerprint_model(config)
     if ranks is not None:
         ranks.broadcast(fingerprint)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploy.local.client import VideoRequest
 from deploy.local.errors import LocalError, Refused
-from jobs.catalog import Catalog, ModeOffer, WorkerOffer
+from jobs.catalog import Catalog, WorkerOffer
 from jobs.errors import InvalidSpec
 from jobs.spec import resolve_json
 from worker.config import WorkerConfig, load_config
@@ -41,7 +41,7 @@ def _catalog(config: WorkerConfig) -> Catalog:
         queue="planned",
         device="",
         model=config.model.offer(fingerprint="unread"),
-        modes=tuple(ModeOffer(name=m.name, description=m.description) for m in config.modes),
+        modes=tuple(mode.offer() for mode in config.modes),
         started_at=datetime.now(UTC),
     )
     known = frozenset((config.model.name, mode.name) for mode in config.modes)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
-from jobs.catalog import MODE_PATTERN, MODEL_PATTERN, Catalog
+from jobs.catalog import MIN_GUIDANCE_SCALE, MODE_PATTERN, MODEL_PATTERN, Catalog
 from jobs.errors import InvalidSpec, Violation
 from jobs.record import now
 from jobs.spec import (
@@ -84,7 +84,7 @@ class PromptsFileBody(_Body):
 
 
 class SettingsBody(_Body):
-    """What all videos share; by default the settings of the reference's model."""
+    """What all videos share; by default the reference's, but steps and guidance of each mode."""
 
     size: str | None = None
     num_frames: int | None = None
@@ -275,7 +275,8 @@ def _settings(
 ) -> tuple[SharedSettings, tuple[Contender, Contender], str]:
     """Complete the settings by the reference's defaults, and check them for both contenders.
 
-    The last value is the negative prompt of prompts without their own.
+    Steps and guidance that are not given are each mode's own. The last value is the negative prompt
+    of prompts without their own: that of the first contender with guidance.
     """
     given = {name: each for name, each in body.settings.model_dump().items() if each is not None}
     violations: list[Violation] = []
@@ -293,7 +294,10 @@ def _settings(
             continue
         completed.append(request)
         # The candidate has to take what the reference has by default.
-        given = request.model_dump(include=set(SettingsBody.model_fields)) | given
+        shared = {"size", "num_frames"}
+        if request.guidance_scale > MIN_GUIDANCE_SCALE:
+            shared.add("negative_prompt")
+        given = request.model_dump(include=shared) | given
     if violations:
         raise InvalidSpec(violations)
     reference, candidate = completed
@@ -307,8 +311,16 @@ def _settings(
         )
         raise InvalidSpec.of("candidate.model", candidate.model, "an equal rate", detail)
     settings = SharedSettings(**reference.model_dump(include=set(SharedSettings.model_fields)))
-    contenders = tuple(Contender(mode=each.mode, model=each.model) for each in completed)
-    return settings, contenders, reference.negative_prompt  # type: ignore[return-value]
+    own = {
+        name: getattr(candidate, name)
+        for name in ("num_inference_steps", "guidance_scale")
+        if getattr(candidate, name) != getattr(reference, name)
+    }
+    contenders = (
+        Contender(mode=reference.mode, model=reference.model),
+        Contender(mode=candidate.mode, model=candidate.model, **own),
+    )
+    return settings, contenders, str(given.get("negative_prompt", ""))
 
 
 def _prompts(body: ComparisonBody, given: Sequence[PromptLine], negative: str) -> list[Prompt]:
@@ -355,7 +367,7 @@ def _check_prompts(
     for prompt in prompts:
         texts = prompt.model_dump(include={"prompt", "negative_prompt"})
         for contender in contenders:
-            fields = settings.model_dump() | texts | contender.model_dump()
+            fields = settings.model_dump() | texts | contender.model_dump(exclude_none=True)
             try:
                 complete(fields | {"seed": prompt.seeds[0]})
             except InvalidSpec as error:

@@ -104,14 +104,23 @@ class _Part(BaseModel):
 
 
 class Contender(_Part):
-    """One of the two sides of a comparison: a mode of a model."""
+    """One of the two sides of a comparison: a mode of a model.
+
+    Attributes:
+        num_inference_steps, guidance_scale: its own, where they are not those of the settings.
+    """
 
     mode: str
     model: str
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
 
 
 class SharedSettings(_Part):
-    """The settings of all videos of a comparison, complete: defaults are filled in at creation."""
+    """The settings of the videos of a comparison, complete: defaults are filled in at creation.
+
+    Steps and guidance are the reference's; the candidate may have its own.
+    """
 
     size: str
     num_frames: int

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from jobs.artifacts.store import ArtifactStore
+from jobs.catalog import MIN_GUIDANCE_SCALE
 from jobs.errors import JobNotCancellable, JobNotFound, RecordUnreadable
 from jobs.record import now
 from jobs.spec import GenerationBody
@@ -75,18 +76,16 @@ def pairs_of(comparison: Comparison) -> tuple[Pair, ...]:
 
 
 def body_of(comparison: Comparison, pair: Pair, arm: Arm) -> GenerationBody:
-    """Return the request for one half; those of a pair differ in model and mode only."""
+    """Return the request for one half; those of a pair differ in what is the contender's only."""
     assert pair.prompt_id is not None, "a test pair has a prompt"
     prompt = comparison.prompt(pair.prompt_id)
-    contender = comparison.contender(arm)
-    return GenerationBody(
-        prompt=prompt.prompt,
-        negative_prompt=prompt.negative_prompt,
-        seed=pair.seed,
-        mode=contender.mode,
-        model=contender.model,
-        **comparison.settings.model_dump(),
+    own = comparison.contender(arm).model_dump(exclude_none=True)
+    body = GenerationBody(
+        prompt=prompt.prompt, seed=pair.seed, **comparison.settings.model_dump() | own
     )
+    if body.guidance_scale != MIN_GUIDANCE_SCALE:  # without guidance it has no effect
+        body.negative_prompt = prompt.negative_prompt
+    return body
 
 
 def retried(pair: Pair) -> Pair:

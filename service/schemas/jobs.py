@@ -4,15 +4,15 @@ It contains no queue names, artifact keys or attempt tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.catalog import Catalog, ModelOffer, ModeOffer
+from jobs.catalog import MIN_GUIDANCE_SCALE, Catalog, ModelOffer, ModeOffer
 from jobs.record import Failure, JobRecord, Progress, StageTimings, Video
-from jobs.spec import MIN_GUIDANCE_SCALE, GenerationRequest
+from jobs.spec import GenerationRequest
 from jobs.state import JobState
 from jobs.store.job_store import Created
 from jobs.store.queue_positions import QueuePosition
@@ -331,8 +331,15 @@ class JobListView(BaseModel):
 
 
 class ServedModeView(ModeOffer):
-    """A mode and how many live workers serve it."""
+    """A mode with its bounds and defaults, and how many live workers serve it."""
 
+    min_steps: int = Field(description="Of `num_inference_steps`, as the next two.")
+    max_steps: int
+    default_steps: int
+    max_guidance_scale: float = Field(
+        description="1: without guidance, so that a negative prompt has no effect."
+    )
+    default_guidance_scale: float
     workers: int
 
 
@@ -368,9 +375,13 @@ def _model_view(model: ModelOffer, catalog: Catalog) -> ModelView:
     offers = [offer for offer in catalog.offers if offer.model == model]
     modes = sorted({mode for offer in offers for mode in offer.modes}, key=lambda m: m.name)
     workers = {mode: sum(mode in offer.modes for offer in offers) for mode in modes}
+    terms = {mode: asdict(model.terms(mode)) for mode in modes}
     return ModelView(
         **model.model_dump(),
-        modes=[ServedModeView(**mode.model_dump(), workers=workers[mode]) for mode in modes],
+        modes=[
+            ServedModeView(**mode.model_dump() | terms[mode], workers=workers[mode])
+            for mode in modes
+        ],
         workers=[
             WorkerView(
                 id=offer.worker_id,

@@ -46,7 +46,13 @@ def make_files(folder: Path) -> tuple[Path, Path]:
 class PlayedWorker:
     """A worker without a process; use it as a context manager, which keeps its offer live."""
 
-    def __init__(self, redis: Redis, artifacts: ArtifactStore, files: tuple[Path, Path]) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        artifacts: ArtifactStore,
+        files: tuple[Path, Path],
+        modes: tuple[ModeOffer, ...] = DrawingEngine.modes,
+    ) -> None:
         self.store = JobStore(redis)
         self._redis = redis
         self._artifacts = artifacts
@@ -54,7 +60,7 @@ class PlayedWorker:
         self._attempts: dict[str, Attempt] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._stay_live)
-        self.offer = self._offer(DrawingEngine.modes)
+        self.offer = self._offer(modes)
 
     def __enter__(self) -> PlayedWorker:
         catalog.publish(self._redis, self.offer)

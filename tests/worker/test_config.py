@@ -88,6 +88,83 @@ FAULTS = {
 }
 
 
+FAST = """
+[[modes]]
+name = "fast"
+description = "Distilled to few steps."
+scheduler = "euler"
+flow_shift = 5.0
+default_steps = 4
+min_steps = 4
+max_steps = 8
+default_guidance_scale = 1.0
+max_guidance_scale = 1.0
+"""
+MODE_FAULTS = {
+    "min_steps = 4": ("min_steps = 9", "mode 'fast': min_steps 9 is more than max_steps 8"),
+    "default_steps = 4": (
+        "",
+        r"mode 'fast': default_steps 20 is not in 4\.\.8; what a mode does not",
+    ),
+    "max_steps = 8": ("max_steps = 3", "min_steps 4 is more than max_steps 3"),
+    "default_guidance_scale = 1.0": ("", r"default_guidance_scale 4 is not in 1\.\.1"),
+    "max_guidance_scale = 1.0": ("max_guidance_scale = 0.5", "max_guidance_scale: .*equal to 1"),
+    'scheduler = "euler"': ('scheduler = "lcm"', "modes.2.scheduler: Input should be 'euler'"),
+    "flow_shift = 5.0": ("flow_shift = 0", "modes.2.flow_shift.number: .*greater than 0"),
+    "flow_shift = 5.0 ": ('flow_shift = {"8x8" = 5.0}', "mode 'fast': flow_shift names .* 8x8"),
+}
+
+
+def test_the_14b_shows_modes_of_few_steps(tmp_path: Path) -> None:
+    """Each is a comment; their LoRA is not read here."""
+    shipped = (ROOT / "deploy" / "wan-14b.toml").read_text(encoding="utf-8")
+    shown = [block for block in shipped.split("# [[modes]]\n") if '"fast' in block]
+    lines = [
+        line.removeprefix("# ") for block in shown for line in ["[[modes]]", *block.split("\n")]
+    ]
+    wanted = [line for line in lines if re.match(r"\[\[|(?!lora)\w+ = ", line)]
+    config = load_config(write_config(tmp_path, shipped + "\n".join(["", *wanted])))
+    assert [mode.name for mode in config.modes[2:]] == ["fast", "fast-w8a8"]
+    assert [mode.recipe for mode in config.modes[2:]] == [None, "boundary-hif8"]
+    for mode in config.modes[2:]:
+        terms = config.model.offer("").terms(mode)
+        assert (terms.default_steps, terms.max_guidance_scale) == (4, 1.0)
+        assert mode.variant == "scheduler:euler+flow_shift:5"
+
+
+def write_config(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "worker.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_mode_offers_its_own_terms(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, shipped_text() + FAST))
+    bf16, _, fast = (mode.offer() for mode in config.modes)
+    assert fast.own == {
+        "min_steps": 4,
+        "max_steps": 8,
+        "default_steps": 4,
+        "max_guidance_scale": 1.0,
+        "default_guidance_scale": 1.0,
+    }
+    assert fast.variant == "scheduler:euler+flow_shift:5"
+    assert (bf16.own, bf16.variant) == ({}, None)
+    assert config.modes[2].transformer_key == config.modes[0].transformer_key
+    by_size = FAST.replace("flow_shift = 5.0", 'flow_shift = {"96x96" = 3}')
+    config = load_config(write_config(tmp_path, shipped_text() + by_size))
+    assert config.modes[2].variant == "scheduler:euler+flow_shift:96x96=3"
+
+
+@pytest.mark.parametrize("line", MODE_FAULTS)
+def test_a_fault_of_a_mode_is_named_with_it(tmp_path: Path, line: str) -> None:
+    fault, message = MODE_FAULTS[line]
+    assert line.strip() in FAST
+    path = write_config(tmp_path, shipped_text() + FAST.replace(line.strip(), fault))
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
 @pytest.mark.parametrize("line", FAULTS)
 def test_a_fault_is_named_with_the_file(tmp_path: Path, line: str) -> None:
     fault, message = FAULTS[line]

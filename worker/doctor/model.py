@@ -38,7 +38,7 @@ def folder(config: WorkerConfig | None) -> Callable[[], Finding]:
         assert config is not None, "the report skips this check without a configuration"
         check_folder(config.model.path)
         check_settings(config.model)
-        check_scheduler(config.model)
+        check_scheduler(config.model, config.modes)
         fingerprint = fingerprint_model(config)
         return Finding(f"{config.model.path} is whole, {fingerprint}", value=fingerprint)
 

@@ -99,8 +99,12 @@ def _predicted(scheduler: Any, latents: Tensor) -> Tensor:
     """Return the finished latents as the model predicted them in this step, if they are kept.
 
     The solvers of several steps keep the model's last outputs. Those that are told to
-    (`predict_x0`, as Wan's own), or whose algorithm works with them, keep them as predictions.
+    (`predict_x0`, as Wan's own), or whose algorithm works with them, keep them as predictions. Our
+    own Euler keeps the latest.
     """
+    predicted: Tensor | None = getattr(scheduler, "predicted", None)
+    if predicted is not None:
+        return predicted
     outputs = getattr(scheduler, "model_outputs", None)
     config = scheduler.config
     keeps_predictions = config.get("predict_x0") is True or str(

@@ -46,7 +46,12 @@ from worker.engine.vae_decoder import (
 from worker.interface import Clip, Frame, JobControl, PreviewPace, StageSeconds
 from worker.model_loader.components import Components
 from worker.model_loader.loader import Mode
-from worker.model_loader.scheduler import scheduler_for_run
+from worker.model_loader.scheduler import (
+    mode_scheduler,
+    scheduler_for_run,
+    scheduler_name,
+    shift_for,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +123,8 @@ class WanEngine:
             if mode.step_cache is not None:
                 cache = mode.step_cache
                 lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
+            if mode.offer.own or mode.scheduler or mode.flow_shift:
+                lines.append(f"mode {name}: {self._sampling(mode)}")
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
             lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
@@ -131,6 +138,18 @@ class WanEngine:
                 f"{_bytes(memory.peak_bytes)} at most, of {_bytes(memory.total_bytes)}"
             )
         return lines
+
+    def _sampling(self, mode: Mode) -> str:
+        """Say by what bounds, scheduler and shift a mode differs from the model."""
+        terms = self.model.terms(mode.offer)
+        parts = [
+            f"{terms.default_steps} steps ({terms.min_steps} to {terms.max_steps})",
+            f"guidance {terms.default_guidance_scale:g} (at most {terms.max_guidance_scale:g})",
+            f"scheduler {mode.scheduler or scheduler_name(self.components.scheduler)}",
+        ]
+        if mode.flow_shift is not None:
+            parts.append(f"flow shift {mode.flow_shift}")
+        return ", ".join(parts)
 
     def generate(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
         """Encode the prompt and denoise; frames are decoded as the caller consumes them.
@@ -148,6 +167,7 @@ class WanEngine:
         """
         config = self.config
         tiny = TINY_SIZE_ON_CPU if self.device.kind == "cpu" else TINY_SIZE
+        terms = self.model.terms(self.loaded[mode].offer)
         smallest = min(config.sizes, key=lambda size: math.prod(parse_size(size)))
         request = GenerationRequest(
             prompt=TINY_PROMPT,
@@ -156,7 +176,7 @@ class WanEngine:
             size=tiny if self._is_alone else smallest,
             num_frames=min(TINY_FRAMES, config.max_frames),
             num_inference_steps=1,
-            guidance_scale=1.0 if self._is_alone else config.default_guidance_scale,
+            guidance_scale=1.0 if self._is_alone else terms.default_guidance_scale,
             seed=0,
             model=config.name,
         )
@@ -164,9 +184,10 @@ class WanEngine:
         return request, self._run(request, control, owner="")
 
     def _run(self, request: GenerationRequest, control: JobControl, owner: str) -> Clip:
-        pipeline = self._pipelines[request.mode]
+        pipeline, mode = self._pipelines[request.mode], self.loaded[request.mode]
         pipeline.scheduler = scheduler_for_run(
-            self.components.scheduler, self.config.flow_shift.get(request.size)
+            mode_scheduler(self.components.scheduler, mode.scheduler),
+            shift_for(request.size, mode.flow_shift, self.config.flow_shift),
         )
         seconds = StageSeconds()
         with self._timed(seconds, "text_encoder_s"):
@@ -186,11 +207,10 @@ class WanEngine:
                 control.preview(done, steps, partial(preview.clip, predicted))
 
         tell(0)
-        caching = self.loaded[request.mode].step_cache
         try:
             with (
                 self._timed(seconds, "denoise_s"),
-                step_cache(pipeline.transformer, caching, steps),
+                step_cache(pipeline.transformer, mode.step_cache, steps),
             ):
                 latents = self._denoise(pipeline, request, embeddings, on_step)
                 require_finite(
@@ -215,6 +235,15 @@ class WanEngine:
         if not is_frame_count(request.num_frames) or request.num_frames > self.config.max_frames:
             raise GenerationFailed(
                 f"num_frames is {request.num_frames}, not 4k+1 up to {self.config.max_frames}."
+            )
+        terms = self.model.terms(self.loaded[request.mode].offer)
+        if request.guidance_scale > terms.max_guidance_scale or not (
+            terms.min_steps <= request.num_inference_steps <= terms.max_steps
+        ):
+            raise GenerationFailed(
+                f"Mode {request.mode} takes {terms.min_steps} to {terms.max_steps} steps and at "
+                f"most guidance {terms.max_guidance_scale:g}, not {request.num_inference_steps} "
+                f"steps with guidance {request.guidance_scale:g}."
             )
         self.prompts.refuse_too_long(request)
 

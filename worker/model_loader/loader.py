@@ -45,7 +45,7 @@ from quant.transformer.meta_model import (
 )
 from quant.transformer.module_tree import share_except
 from quant.weights.weight_files import stored_weights
-from worker.config import LoraConfig, StepCache
+from worker.config import LoraConfig, ModeShift, SchedulerName, StepCache
 from worker.device import Device
 from worker.model_loader.component_files import WEIGHTS, check_files, read_json
 from worker.model_loader.components import ComponentLoader, Components
@@ -68,6 +68,8 @@ class Mode:
     Attributes:
         conversion: one line that says what was merged and quantized; None if nothing was.
         weight_bytes: of the transformer, including the tensors it shares.
+        flow_shift: in place of the model's.
+        scheduler: in place of the model's own.
     """
 
     offer: ModeOffer
@@ -75,6 +77,8 @@ class Mode:
     conversion: str | None
     weight_bytes: int
     step_cache: StepCache | None = None
+    flow_shift: ModeShift | None = None
+    scheduler: SchedulerName | None = None
 
 
 def load_modes(
@@ -307,11 +311,7 @@ def _make_mode(
         conversion = "; ".join(filter(None, [merged, conversion]))
     assert transformer is not None, "a mode that is not packed has a BF16 base"
     recipe_fingerprint = None if plan.recipe is None else plan.recipe.fingerprint
-    offer = ModeOffer(
-        name=plan.config.name,
-        description=plan.config.description,
-        recipe_fingerprint=recipe_fingerprint,
-    )
+    offer = plan.config.offer().model_copy(update={"recipe_fingerprint": recipe_fingerprint})
     weight_bytes = quant.weight_bytes(transformer)
     return Mode(offer, transformer.eval(), conversion, weight_bytes)
 
@@ -319,7 +319,11 @@ def _make_mode(
 def _as_mode(plan: ModePlan, first: Mode) -> Mode:
     """Return the planned mode with the transformer of the first mode of its key."""
     config = plan.config
-    own = {"name": config.name, "description": config.description, "variant": plan.variant}
+    loaded = first.offer.model_dump(include={"recipe_fingerprint", "kernels", "warning"})
     return replace(
-        first, offer=first.offer.model_copy(update=own), step_cache=plan.config.step_cache
+        first,
+        offer=config.offer().model_copy(update=loaded | {"variant": plan.variant}),
+        step_cache=config.step_cache,
+        flow_shift=config.flow_shift,
+        scheduler=config.scheduler,
     )

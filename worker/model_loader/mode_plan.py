@@ -26,6 +26,7 @@ from quant.weights.model_folder import check_model_kind
 from worker.config import LoraConfig, ModeConfig, ModelConfig, WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
+from worker.model_loader.scheduler import shift_for
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _plan_mode(
 
 
 def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.Scales) -> None:
-    """Log if scales were calibrated with another negative prompt or flow shift than is served.
+    """Log if scales were calibrated with guidance, a negative prompt or a shift not served so.
 
     Callers may choose both size and negative prompt, so that this is no reason to refuse. A shift
     that is the model's own is not compared.
@@ -177,18 +178,22 @@ def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.
     sampler = scales.sampler
     if sampler is None:
         return
-    found = []
-    if sampler.guidance_scale > 1 and sampler.negative_prompt != model.default_negative_prompt:
+    terms, found = model.offer(fingerprint="unread").terms(mode), []
+    if sampler.guidance_scale > terms.max_guidance_scale:
+        found.append(f"guidance ({sampler.guidance_scale:g})")
+    elif sampler.guidance_scale > 1 and sampler.negative_prompt != model.default_negative_prompt:
         found.append("negative prompt")
-    served = [model.flow_shift.get(size) for size in model.sizes]
+    served = [shift_for(size, mode.flow_shift, model.flow_shift) for size in model.sizes]
     if sampler.flow_shift is not None and sampler.flow_shift not in served:
         found.append(f"flow shift ({sampler.flow_shift:g})")
     if found:
+        of_model = not mode.own and mode.flow_shift is None
         logger.warning(
             "%s: its scales were calibrated with another %s than is served by default; to "
-            "calibrate as the service samples, give `python -m quant calibrate` --config",
+            "calibrate as the service samples, give `python -m quant calibrate` %s",
             mode.name,
             " and ".join(found),
+            "--config" + ("" if of_model else ", --steps, --guidance-scale and --flow-shift"),
         )
 
 

@@ -1,4 +1,4 @@
-"""Read a model's scheduler, set its shift, and refuse one that cannot denoise this model.
+"""Read a model's scheduler, set a mode's and its shift, and refuse what cannot denoise this model.
 
 Wan2.1 predicts flows: the direction from the picture to the noise. Many schedulers of diffusers
 are made for other predictions. Some of them fail in the pipeline, others run and leave noise. So
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,9 +17,10 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from worker.config import ModelConfig
+from worker.config import ModeConfig, ModelConfig, ModeShift, SchedulerName
 from worker.errors import ModelUnusable
 from worker.model_loader.component_files import CONFIG, load_component, read_json
+from worker.model_loader.euler import EvenFlowEuler
 from worker.model_loader.unipc import HostUniPC
 
 SHIFTS: Final = ("flow_shift", "shift")
@@ -33,7 +35,8 @@ TIMESTEPS: Final = 1000
 TIMESTEP_TOLERANCE: Final = 1.5
 """Some schedulers round timesteps down to whole numbers, from levels that are not exactly 1."""
 
-_OWN: Final = {"UniPCMultistepScheduler": HostUniPC}
+_OWN: Final = {"UniPCMultistepScheduler": HostUniPC, "EvenFlowEuler": EvenFlowEuler}
+_OF_MODES: Final[dict[SchedulerName, str]] = {"euler": "EvenFlowEuler"}
 
 NOISE_LEFT: Final = 0.1
 """The share of the noise that a schedule may leave of a perfectly predicted picture. Schedulers for
@@ -56,13 +59,32 @@ def read_scheduler(folder: Path) -> Any:
     return load_component(cast("Any", kind).from_pretrained, folder / "scheduler", CONFIG)
 
 
+def mode_scheduler(own: Any, name: SchedulerName | None) -> Any:
+    """Return the template for a mode: the model's own, or another with the shift of its own.
+
+    Args:
+        own: the model's scheduler.
+        name: what the mode has in its place.
+    """
+    if name is None:
+        return own
+    shift = own.config.get(str(_shift_name(own)), NO_SHIFT)
+    return make_scheduler(_OF_MODES[name], {}, shift=shift)
+
+
+def shift_for(size: str, of_mode: ModeShift | None, of_model: Mapping[str, float]) -> float | None:
+    """Return the configured shift of a size, first the mode's; None for the scheduler's own."""
+    own = of_mode.get(size) if isinstance(of_mode, dict) else of_mode
+    return of_model.get(size) if own is None else own
+
+
 def scheduler_for_run(template: Any, shift: float | None) -> Any:
     """Create a scheduler for one run: it has state, which a cancelled run leaves incomplete.
 
     Args:
         shift: None for the model's own. `check_scheduler` has checked that the class has one.
     """
-    name, changes = type(template).__name__, {}
+    name, changes = scheduler_name(template), {}
     if shift is not None:
         shift_name = _shift_name(template)
         assert shift_name is not None, "check_scheduler refuses a shift that the scheduler lacks"
@@ -86,13 +108,14 @@ def scheduler_name(scheduler: Any) -> str:
     return next((name for name, own in _OWN.items() if own is kind), kind.__name__)
 
 
-def check_scheduler(model: ModelConfig) -> None:
+def check_scheduler(model: ModelConfig, modes: Sequence[ModeConfig] = ()) -> None:
     """Refuse a scheduler that cannot denoise flows, or that ignores a configured shift.
 
     Raises:
-        ModelUnusable: names the scheduler's class and what it does instead.
+        ModelUnusable: names the scheduler's class, what it does instead, and the mode.
     """
     template = read_scheduler(model.path)
+    offer = model.offer(fingerprint="unread")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, about each other
         for size, shift in model.flow_shift.items():
@@ -103,16 +126,26 @@ def check_scheduler(model: ModelConfig) -> None:
         own = template.config.get(str(_shift_name(template)), NO_SHIFT)
         if own != NO_SHIFT:
             _check_shift(template, own, "scheduler/scheduler_config.json", model)
+        for mode in modes:
+            terms, of_mode = offer.terms(mode), mode_scheduler(template, mode.scheduler)
+            shifts = {shift_for(size, mode.flow_shift, model.flow_shift) for size in model.sizes}
+            for each in shifts:
+                if each is not None and mode.flow_shift is not None:
+                    _check_shift(of_mode, each, f"flow_shift of mode {mode.name!r}", model)
+                for steps in sorted({1, terms.min_steps, terms.default_steps}):
+                    _check_run(of_mode, each, steps, model, f" in mode {mode.name!r}")
 
 
-def _check_run(template: Any, shift: float | None, steps: int, model: ModelConfig) -> None:
+def _check_run(
+    template: Any, shift: float | None, steps: int, model: ModelConfig, where: str = ""
+) -> None:
     fault = _fault(scheduler_for_run(template, shift), steps)
     if fault is not None:
         raise ModelUnusable(
             f"The scheduler {_describe(template, shift)} of {model.path} cannot denoise this "
-            f"model, which predicts flows: {fault} in a run of {steps} step{'s' * (steps > 1)}; "
-            "name one in model_index.json and scheduler/scheduler_config.json that can, as the "
-            "model's authors do."
+            f"model, which predicts flows: {fault} in a run of {steps} step{'s' * (steps > 1)}"
+            f"{where}; name one in model_index.json and scheduler/scheduler_config.json that can, "
+            "as the model's authors do."
         )
 
 

@@ -1,5 +1,6 @@
 """Serve `/v1/models`: every mode that live workers offer, as a model of OpenAI's API."""
 
+from dataclasses import asdict
 from typing import Final, Literal
 
 from fastapi import APIRouter, HTTPException
@@ -25,6 +26,11 @@ class ModelObject(BaseModel):
     mode: str
     description: str
     is_default: bool = Field(description="Whether the model runs in it if no mode is named.")
+    min_steps: int = Field(description="Of `num_inference_steps`, as the next two.")
+    max_steps: int
+    default_steps: int
+    max_guidance_scale: float = Field(description="Of `guidance_scale`; 1 is no guidance.")
+    default_guidance_scale: float
 
 
 class ModelList(BaseModel):
@@ -60,6 +66,7 @@ def _models(catalog: Catalog) -> list[ModelObject]:
                 mode=mode.name,
                 description=mode.description,
                 is_default=mode.name == offer.model.default_mode,
+                **asdict(offer.model.terms(mode)),
             )
             found.setdefault(name, each)
     return [found[name] for name in sorted(found)]

@@ -64,7 +64,8 @@ def test_a_comparison_is_complete_when_it_is_created(
         "num_inference_steps": 20,
         "guidance_scale": 4.0,
     }
-    assert made["reference"] == {"mode": "bf16", "model": "wan-mini"}
+    own = {"num_inference_steps": None, "guidance_scale": None}
+    assert made["reference"] == {"mode": "bf16", "model": "wan-mini"} | own
     assert (made["margin"], made["alpha"], made["power"], made["ties"]) == (0.1, 0.05, 0.8, "half")
     assert made["counts"] == {"pairs": 3, "ready": 0, "failed": 0, "waiting": 3, "running": 0}
     assert len(made["criteria"]) == 6

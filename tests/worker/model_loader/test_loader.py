@@ -91,6 +91,25 @@ def test_scales_of_another_sampling_are_served_with_a_warning(
     )
 
 
+def test_scales_are_held_to_what_the_mode_itself_samples_with(
+    config: WorkerConfig, scales: Scales, tmp_path: Path, caplog
+):
+    own = {"max_guidance_scale": 1.0, "default_guidance_scale": 1.0, "flow_shift": 5.0}
+    modes = (config.modes[0], config.modes[1].model_copy(update=own))
+    fast = config.model_copy(update={"modes": modes})
+    assert scales.sampler is not None
+    path = tmp_path / "of-the-mode.safetensors"
+    fitting = replace(scales.sampler, guidance_scale=1.0, negative_prompt="grey", flow_shift=5.0)
+    save_scales(replace(scales, sampler=fitting), path)
+    with caplog.at_level("WARNING"):
+        plan_modes(with_scales(fast, path), scales.model_fingerprint)
+        assert caplog.records == []
+        plan_modes(fast, scales.model_fingerprint)
+    (record,) = caplog.records
+    assert "another guidance (3) than is served" in record.getMessage()
+    assert record.getMessage().endswith("--config, --steps, --guidance-scale and --flow-shift")
+
+
 def test_scales_of_another_recipe_are_refused_with_the_command(
     config: WorkerConfig, scales: Scales, tmp_path: Path
 ) -> None:

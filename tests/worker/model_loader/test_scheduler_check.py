@@ -8,9 +8,18 @@ import diffusers
 import pytest
 import torch
 
+from worker.config import WorkerConfig
 from worker.device import Device
 from worker.errors import ModelUnusable
-from worker.model_loader.scheduler import check_scheduler, read_scheduler, scheduler_for_run
+from worker.model_loader.scheduler import (
+    check_scheduler,
+    make_scheduler,
+    mode_scheduler,
+    read_scheduler,
+    scheduler_for_run,
+    scheduler_name,
+    shift_for,
+)
 from worker.startup import load_engine
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -121,6 +130,72 @@ def test_a_shift_is_set_under_the_scheduler_s_own_name(
         scheduler.set_timesteps(4)
     assert torch.equal(with_shift.sigmas, expected.sigmas)
     assert not torch.equal(own.sigmas, expected.sigmas)
+
+
+def with_mode(edited, **changes: object) -> WorkerConfig:
+    """The configuration with a mode of few steps."""
+    mode = edited.config.modes[0].model_copy(update={"name": "fast", "default_steps": 4} | changes)
+    return edited.config.model_copy(update={"modes": (*edited.config.modes, mode)})
+
+
+def test_a_mode_may_have_a_scheduler_and_a_shift_of_its_own(edited) -> None:
+    changes: list[dict[str, object]] = [
+        {"flow_shift": 5.0},
+        {"flow_shift": {"96x96": 5.0}, "scheduler": "euler"},
+        {"scheduler": "euler"},
+    ]
+    for each in changes:
+        config = with_mode(edited, **each)
+        check_scheduler(config.model, config.modes)
+    edited.set_scheduler(UNIPC, **FLOW, use_karras_sigmas=True)
+    config = with_mode(edited, flow_shift=5.0, scheduler="euler")
+    check_scheduler(config.model, config.modes)
+
+
+@pytest.mark.parametrize("flow_shift", [5.0, {"96x96": 5.0}])
+def test_a_shift_of_a_mode_that_would_be_ignored_is_refused(edited, flow_shift: object) -> None:
+    edited.set_scheduler(UNIPC, **FLOW, use_karras_sigmas=True)
+    config = with_mode(edited, flow_shift=flow_shift)
+    with pytest.raises(
+        ModelUnusable, match=r"flow_shift of mode 'fast' sets a shift of 5, .*UniPC"
+    ):
+        check_scheduler(config.model, config.modes)
+
+
+def test_a_mode_that_cannot_denoise_is_named(edited) -> None:
+    """Only in its own steps, and not in one or in the model's."""
+    edited.set_scheduler("DPMSolverSinglestepScheduler", **FLOW, flow_shift=3.0)
+    config = with_mode(edited, flow_shift=1e5)
+    with pytest.raises(ModelUnusable, match=r"NaN in a run of 4 steps in mode 'fast'; name one"):
+        check_scheduler(config.model, config.modes)
+
+
+@pytest.mark.parametrize(
+    ("shift", "levels"), [(1.0, [1, 0.75, 0.5, 0.25, 0]), (5.0, [1, 15 / 16, 5 / 6, 5 / 8, 0])]
+)
+def test_euler_has_the_levels_that_models_are_distilled_to(
+    edited, shift: float, levels: list[float]
+) -> None:
+    own = read_scheduler(edited.folder)
+    scheduler = scheduler_for_run(mode_scheduler(own, "euler"), shift)
+    scheduler.set_timesteps(4, device="cpu")
+    assert torch.allclose(scheduler.sigmas, torch.tensor(levels), atol=1e-6)
+    assert torch.allclose(scheduler.timesteps, 1000 * torch.tensor(levels[:-1]), atol=1e-3)
+    again = make_scheduler(scheduler_name(scheduler), dict(scheduler.config))  # as other ranks do
+    again.set_timesteps(4, device="cpu")
+    assert torch.equal(again.sigmas, scheduler.sigmas)
+
+
+def test_euler_has_the_models_own_shift_where_none_is_set(edited) -> None:
+    own = read_scheduler(edited.folder)
+    scheduler = scheduler_for_run(mode_scheduler(own, "euler"), None)
+    assert scheduler.shift == own.config.flow_shift == 3.0
+    assert mode_scheduler(own, None) is own
+    of_model = {"96x96": 9.0}
+    assert shift_for("96x96", None, of_model) == 9.0
+    assert shift_for("96x96", 5.0, of_model) == shift_for("96x96", {"96x96": 5.0}, {}) == 5.0
+    assert shift_for("96x96", {"64x64": 5.0}, of_model) == 9.0
+    assert shift_for("64x64", None, of_model) is None
 
 
 def test_a_worker_does_not_start_with_another_scheduler(edited, device: Device) -> None:

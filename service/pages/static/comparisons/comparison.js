@@ -166,11 +166,14 @@ function showLink({ name, url }) {
 
 /** @param {any} comparison */
 function design(comparison) {
-  const { settings, rating } = comparison;
+  const { settings, rating, candidate } = comparison;
+  const own = { ...settings, ...Object.fromEntries(Object.entries(candidate).filter(([, value]) => value !== null)) };
+  const run = (/** @type {any} */ each) => `${each.num_inference_steps} steps, guidance ${each.guidance_scale}`;
+  const differs = run(own) !== run(settings) && `; the candidate's ${run(own)}`;
   const facts = {
     Reference: contenderName(comparison.reference, comparison.candidate),
     Candidate: contenderName(comparison.candidate, comparison.reference),
-    Videos: `${settings.size}, ${settings.num_frames} frames, ${settings.num_inference_steps} steps, guidance ${settings.guidance_scale}`,
+    Videos: `${settings.size}, ${settings.num_frames} frames, ${run(settings)}${differs || ""}`,
     Criteria: comparison.criteria.map((/** @type {string} */ each) => each.replaceAll("_", " ")).join(", "),
     Margin: `${Math.round(1000 * comparison.margin) / 10} points, ties ${comparison.ties === "half" ? "count half" : "are left out"}`,
     Level: `${exactPercent(comparison.alpha)} one-sided, power ${exactPercent(comparison.power)}`,

@@ -2,13 +2,13 @@
 
 import { Problem, poll, request, root } from "../api.js";
 import { contenderName, decisiveVotes, stateTag } from "./comparison_parts.js";
+import { followModes } from "../mode_terms.js";
 import { cell, fill, find, h, moment, problemLine, say, table } from "../shell.js";
 
 /**
- * @typedef {{name: string, description: string, workers: number, warning?: string | null}} Mode
+ * @typedef {import("../mode_terms.js").Mode} Mode
  * @typedef {{name: string, modes: Mode[], sizes: string[], default_size: string, min_frames: number, max_frames: number,
- *   default_frames: number, max_steps: number, default_steps: number, default_guidance_scale: number,
- *   default_negative_prompt: string}} Model
+ *   default_frames: number, default_negative_prompt: string}} Model
  */
 
 const form = /** @type {HTMLFormElement} */ (find("#create"));
@@ -16,6 +16,8 @@ const list = find("#list");
 const opener = find("#new");
 /** @type {{model: Model, mode: Mode}[]} what can be compared; options are numbers in it */
 let contenders = [];
+/** The modes that the bounds of steps and guidance are those of. @type {Mode[]} */
+let picked = [];
 let pages = 1;
 
 /** The control of a name. @param {string} name @returns {HTMLInputElement} */
@@ -82,22 +84,20 @@ async function loadModels() {
   showContenders();
 }
 
-/** Offer what the model of the reference has: sizes, bounds and defaults. */
+/** Offer what the model of the reference has: sizes, bounds and defaults; of steps and guidance those of both modes. */
 function showContenders() {
   for (const name of ["reference", "candidate"]) {
     const chosen = contenders[Number(field(name).value)];
     if (chosen) find(`#${name}-hint`).textContent = [chosen.mode.description, chosen.mode.warning].filter(Boolean).join(". ");
   }
+  const both = ["reference", "candidate"].flatMap((name) => contenders[Number(field(name).value)]?.mode ?? []);
+  if (both.length > 0) followModes(field, both, picked);
+  picked = both;
   const model = contenders[Number(field("reference").value)]?.model;
   if (!model || form.dataset.model === model.name) return;
   form.dataset.model = model.name;
   fill(field("size"), model.sizes.map((size) => h("option", { value: size, selected: size === model.default_size }, size)));
-  const bounds = /** @type {[string, number, number, number, number][]} */ ([
-    ["num_frames", model.min_frames, model.max_frames, 4, model.default_frames],
-    ["num_inference_steps", 1, model.max_steps, 1, model.default_steps],
-    ["guidance_scale", 0, 100, 0.1, model.default_guidance_scale],
-  ]);
-  for (const [name, min, max, step, value] of bounds) Object.assign(field(name), { min, max, step, value });
+  Object.assign(field("num_frames"), { min: model.min_frames, max: model.max_frames, step: 4, value: model.default_frames });
   field("negative_prompt").placeholder = model.default_negative_prompt;
 }
 

@@ -8,9 +8,11 @@
 import { Problem, poll, request } from "../api.js";
 import { offerModes } from "./gallery.js";
 import { JobCard, playTogether } from "./job_view.js";
+import { unknownWords } from "./words.js";
+import { followModes, outside, said, unguided } from "../mode_terms.js";
 import { fill, find, h, problemLine } from "../shell.js";
 
-/** @typedef {Record<string, any>} Model one of `GET /models` */
+/** @typedef {Record<string, any>} Model one of `GET /models` @typedef {import("../mode_terms.js").Mode} Mode */
 /** @typedef {HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement} Field */
 
 const ALL = "*";
@@ -22,6 +24,8 @@ const chooser = /** @type {HTMLSelectElement} */ (find("#model"));
 let models = [];
 /** @type {Model | undefined} */
 let model;
+/** The modes to ask for, whose bounds the form has. @type {Mode[]} */
+let picked = [];
 let asking = false;
 /** @type {JobCard[]} */
 let cards = [];
@@ -30,7 +34,8 @@ let unanswered = null;
 
 /** @param {string} name */
 const field = (name) => /** @type {Field} */ (find(`#${name}`));
-const modes = () => (model?.modes ?? []).map((/** @type {{name: string}} */ mode) => mode.name);
+const modes = () => /** @type {Mode[]} */ (model?.modes ?? []);
+const bounded = (/** @type {string} */ name) => /** @type {HTMLInputElement} */ (field(name));
 /** @param {string} name */
 const radio = (name) => /** @type {HTMLInputElement | null} */ (form.querySelector(`input[name="${name}"]:checked`))?.value ?? "";
 
@@ -64,17 +69,16 @@ function showModel(chosen) {
   for (let count = 4 * Math.ceil((chosen.min_frames - 1) / 4) + 1; count <= chosen.max_frames; count += 4) counts.push(count);
   fill(field("num_frames"), counts.map((count) => h("option", { value: count }, `${count} (${(count / chosen.fps).toFixed(1)} s)`)));
   find("#advanced").inert = false; // before, its values would be overwritten
-  field("num_inference_steps").setAttribute("max", chosen.max_steps);
-  const names = modes();
+  const names = modes().map(({ name }) => name);
   const choice = (/** @type {string} */ value, /** @type {string} */ text) => h("label", {}, h("input", { type: "radio", name: "mode", value }), text);
   fill(find("#modes"), names.map((/** @type {string} */ name) => choice(name, name)),
     names.length > 1 && choice(ALL, `${names.length === 2 ? "Both" : `All ${names.length}`}, side by side`));
   offerModes(names);
-  setMode([...names, ALL].includes(mode) ? mode : chosen.default_mode);
   setValues(before ?? {
     prompt: field("prompt").value || chosen.example_prompts[0] || "", size: chosen.default_size, num_frames: chosen.default_frames,
-    num_inference_steps: chosen.default_steps, guidance_scale: chosen.default_guidance_scale, negative_prompt: chosen.default_negative_prompt,
+    num_inference_steps: "", guidance_scale: "", negative_prompt: chosen.default_negative_prompt,
   });
+  setMode([...names, ALL].includes(mode) ? mode : chosen.default_mode);
   fill(find("#examples"), chosen.example_prompts.map((/** @type {string} */ prompt) => h("button", {
     type: "button", onclick: () => { setValues({ prompt }); clearRefusals(); },
   }, prompt)));
@@ -83,21 +87,6 @@ function showModel(chosen) {
   find("#prompt-template").textContent = chosen.prompt_template ? `Write: ${chosen.prompt_template}` : "";
   fill(find("#words"), chosen.vocabulary.flatMap((/** @type {{kind: string, phrases: string[]}} */ group) =>
     [h("dt", {}, group.kind), h("dd", {}, group.phrases.join(", "))]));
-}
-
-/**
- * List the words of a prompt that the model does not know, each once; none if it takes any text. Words of no kind, such
- * as "a" and "on", are known from the template and the examples.
- *
- * @param {string} prompt @param {Model} offer @returns {string[]}
- */
-function unknownWords(prompt, offer) {
-  if (offer.vocabulary.length === 0) return [];
-  const wordsOf = (/** @type {string} */ text) => text.toLowerCase().match(/[\p{L}\p{N}-]+/gu) ?? [];
-  const phrases = offer.vocabulary.flatMap((/** @type {{phrases: string[]}} */ group) => group.phrases);
-  const template = (offer.prompt_template ?? "").replace(/\b\p{Lu}{2,}\b/gu, " ");
-  const known = new Set([...phrases, template, ...offer.example_prompts].flatMap(wordsOf));
-  return [...new Set(wordsOf(prompt).filter((word) => !known.has(word)))];
 }
 
 /** @returns {Record<string, string>} */
@@ -113,6 +102,16 @@ function setValues(wanted) {
 function setMode(mode) {
   const input = form.querySelector(`input[name="mode"][value="${CSS.escape(mode)}"]`);
   if (input instanceof HTMLInputElement) input.checked = true;
+  followMode();
+}
+
+/** Bound the form by the mode that is picked, or by all of them. */
+function followMode() {
+  const now = modes().filter(({ name }) => [name, ALL].includes(radio("mode")));
+  followModes(bounded, now, picked);
+  picked = now;
+  field("negative_prompt").disabled = now.every(unguided);
+  describe();
 }
 
 /** Say what the form's values mean: limits, words that the model does not know, settings. */
@@ -131,7 +130,7 @@ function describe() {
     : model.modes.find((/** @type {Model} */ each) => each.name === mode)?.description ?? "";
   const fixed = radio("seed-kind") === "fixed";
   field("seed").disabled = !fixed;
-  find("#settings").textContent = `${size}, ${frames} frames, ${steps} steps, guidance ${guidance}, ${fixed ? `seed ${seed}` : "random seed"}`;
+  find("#settings").textContent = `${size}, ${frames} frames, ${said(steps)} steps, guidance ${said(guidance)}, ${fixed ? `seed ${seed}` : "random seed"}`;
   find("#negative-hint").hidden = Number(guidance) !== 1 || field("negative_prompt").value === "";
 }
 
@@ -150,23 +149,25 @@ async function ask(event) {
   if (asking) return; // not by disabling the button, which would lose the focus
   clearRefusals();
   const { prompt, size, negative_prompt, ...numbers } = values();
-  const wanted = radio("mode") === ALL ? modes() : [radio("mode")];
+  const refused = picked.length > 1 ? outside(bounded, picked) : [];
+  if (refused.length > 0) return refuse(new Problem(422, "", { errors: refused }));
   const fixed = radio("seed-kind") === "fixed";
-  const text = JSON.stringify([values(), wanted, fixed, chooser.value]);
+  const text = JSON.stringify([values(), picked.map(({ name }) => name), fixed, chooser.value]);
   if (unanswered?.text !== text) {
-    unanswered = { text, seed: drawn(1)[0], keys: wanted.map(() => drawn(4).map((each) => each.toString(16).padStart(8, "0")).join("")) };
+    unanswered = { text, seed: drawn(1)[0], keys: picked.map(() => drawn(4).map((each) => each.toString(16).padStart(8, "0")).join("")) };
   }
   const seed = fixed ? number(numbers.seed) ?? "" : unanswered.seed;
   const body = {
-    model: chooser.value, prompt, size, negative_prompt, seed, num_frames: number(numbers.num_frames),
+    model: chooser.value, prompt, size, seed, num_frames: number(numbers.num_frames),
     num_inference_steps: number(numbers.num_inference_steps), guidance_scale: number(numbers.guidance_scale),
   };
   asking = true;
   const made = [];
   try {
-    for (const [index, mode] of wanted.entries()) {
+    for (const [index, mode] of picked.entries()) {
       const headers = { "Idempotency-Key": unanswered.keys[index] };
-      made.push((await request("generate", { method: "POST", body: { ...body, mode }, headers })).id);
+      const own = { mode: mode.name, negative_prompt: unguided(mode) ? undefined : negative_prompt };
+      made.push((await request("generate", { method: "POST", body: { ...body, ...own }, headers })).id);
     }
     unanswered = null;
   } catch (error) {
@@ -232,7 +233,7 @@ async function fillFrom(id, fix) {
 }
 
 form.addEventListener("submit", (event) => void ask(event));
-form.addEventListener("input", describe);
+form.addEventListener("input", ({ target }) => (target instanceof HTMLInputElement && target.name === "mode" ? followMode() : describe()));
 chooser.addEventListener("change", () => showModel(models.find((each) => each.name === chooser.value) ?? models[0]));
 const shownFirst = location.hash.slice(1).split(",").filter((id) => /^[0-9a-f]{32}$/.test(id));
 if (shownFirst.length > 0) show(shownFirst);

@@ -3,6 +3,7 @@
 import { poll, request, root, written } from "../api.js";
 import { ended } from "./job_stream.js";
 import { JobCard, playTogether } from "./job_view.js";
+import { inMode } from "../mode_terms.js";
 import { copying, duration, fill, find, h, moment, size } from "../shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
@@ -31,21 +32,22 @@ function beside(twin) {
   card.element.focus({ preventScroll: true });
 }
 
-/** Offer the newest video of each other mode that was made by the same request. @param {Job} job */
+/** Offer the newest video of each other mode that was made by the same request, as far as modes allow. @param {Job} job */
 async function offerTwins(job) {
-  const { mode: own, ...wanted } = job.request;
-  const isTwin = (/** @type {Job} */ each) => each.state === "succeeded" && !each.video.deleted_at
-    && Object.entries(wanted).every(([name, value]) => each.request[name] === value);
-  for (const mode of modes().filter((each) => each !== own)) {
-    const query = new URLSearchParams({ mode, owner: job.owner, limit: String(LOOKED_AT) });
+  const own = modes().find(({ name }) => name === job.request.mode);
+  for (const mode of modes().filter((each) => each.name !== job.request.mode)) {
+    const wanted = Object.entries(inMode(job.request, own, mode));
+    const isTwin = (/** @type {Job} */ each) => each.state === "succeeded" && !each.video.deleted_at
+      && wanted.every(([name, value]) => each.request[name] === value || (name === "negative_prompt" && each.request.guidance_scale === 1));
+    const query = new URLSearchParams({ mode: mode.name, owner: job.owner, limit: String(LOOKED_AT) });
     const twin = (await request(`jobs?${query}`)).jobs.find(isTwin);
     if (!twin || shown.has(twin.id) || tools.querySelector(`[data-twin="${twin.id}"]`)) continue;
-    tools.append(h("button", { type: "button", "data-twin": twin.id, onclick: () => beside(twin.id) }, `Next to its twin in ${mode}`));
+    tools.append(h("button", { type: "button", "data-twin": twin.id, onclick: () => beside(twin.id) }, `Next to its twin in ${mode.name}`));
   }
 }
 
-/** @returns {string[]} */
-const modes = () => model?.modes.map((/** @type {{name: string}} */ each) => each.name) ?? [];
+/** @returns {import("../mode_terms.js").Mode[]} */
+const modes = () => model?.modes ?? [];
 
 /** @param {Job} job */
 function curl(job) {

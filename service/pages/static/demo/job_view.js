@@ -2,10 +2,11 @@
 
 import { Problem, request, root } from "../api.js";
 import { ended, follow, STAGES, standing } from "./job_stream.js";
+import { inMode } from "../mode_terms.js";
 import { copying, fill, h, problemLine, say } from "../shell.js";
 
 /** @typedef {import("./job_stream.js").Job} Job */
-/** @typedef {{modes: () => string[], onTwin: (id: string) => void, onShow?: (job: Job) => void}} Place where a card is:
+/** @typedef {{modes: () => import("../mode_terms.js").Mode[], onTwin: (id: string) => void, onShow?: (job: Job) => void}} Place where a card is:
  * the modes that a job of its model may have, and who is told of a job made from it in another mode, and of changes */
 
 /** @type {Record<string, [string, string]>} what each code of a job's `failure` means, and what to do about it */
@@ -89,9 +90,13 @@ export class JobCard {
     this.place.onShow?.(job);
   }
 
+  modeNames() {
+    return this.place.modes().map(({ name }) => name).join();
+  }
+
   /** Show the buttons anew, once it is known which modes there are. */
   redraw() {
-    if (this.job === undefined || this.place.modes().join() === this.offered) return;
+    if (this.job === undefined || this.modeNames() === this.offered) return;
     fill(this.actions, this.buttons(this.job));
   }
 
@@ -143,8 +148,8 @@ export class JobCard {
         !onPage && h("a", { class: "button", href: `${root}jobs/${job.id}` }, "Details")];
     }
     const has = job.state === "succeeded" && !job.video.deleted_at;
-    this.offered = this.place.modes().join();
-    const others = this.place.modes().filter((mode) => mode !== job.request.mode);
+    this.offered = this.modeNames();
+    const others = this.place.modes().map(({ name }) => name).filter((name) => name !== job.request.mode);
     return [
       has && h("a", { class: "button primary of-video", href: `${root}jobs/${job.id}/video.mp4`, download: `${job.id}.mp4` }, "Download"),
       has && h("button", {
@@ -200,7 +205,10 @@ export class JobCard {
 
   /** Make the same in another mode. @param {string} mode */
   async make(mode) {
-    const made = await this.ask(() => request("generate", { method: "POST", body: { ...this.job?.request, mode } }));
+    const served = (/** @type {string} */ name) => this.place.modes().find((each) => each.name === name);
+    const [asked, to] = [this.job?.request, served(mode)];
+    if (!asked || !to) return;
+    const made = await this.ask(() => request("generate", { method: "POST", body: inMode(asked, served(asked.mode), to) }));
     if (made) this.place.onTwin(made.id);
   }
 
