@@ -136,7 +136,7 @@ def check_packed(
         )
     elif reason:
         problem = f"the packed checkpoint {name} does not fit: {reason}"
-    elif info.recipe.fingerprint != found.fingerprint:
+    elif info.recipe.calibrated.fingerprint != found.calibrated.fingerprint:
         problem = (
             f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
             f"({info.recipe.fingerprint}), this is {found.name!r} ({found.fingerprint})"

@@ -127,4 +127,5 @@ def measured_recipe(recipe: QuantRecipe, total_blocks: int) -> QuantRecipe:
         kept_linears=(),
         attention="bf16",
         rotate_qk=True,
+        sparse=None,
     )

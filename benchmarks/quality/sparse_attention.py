@@ -1,0 +1,205 @@
+"""Measure what sparse self-attention costs in quality.
+
+`python -m benchmarks.quality.sparse_attention`
+
+The miniature makes videos of unseen captions in `w8a8` with dense attention, and with the same
+seeds and sparse attention at several shares of the softmax's mass. It runs in the emulation of
+plain torch (`quant.kernels.block_sparse`), in the blocks of tokens of the recipe. For each share
+the result has
+
+- the achieved density and mass, over the steps and blocks that are sparse;
+- the velocity's error energy beside dense attention, in percent, at inputs of the dense runs in
+  steps that would be sparse, with blocks chosen for these inputs;
+- the PSNR beside the dense videos, and whether the oracle sees everything that the caption says.
+
+The last settings combine sparse attention with a step cache, beside the cache alone. Nothing is
+timed: the emulation computes every score.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+import quant
+from benchmarks import report
+from benchmarks.fixtures.fused_transformer import fused_transformer
+from benchmarks.quality.miniature import MODEL, SCALES, bootstrap, psnr_db, rate_row
+from benchmarks.report import Row
+from benchmarks.speed.step_cache import decode, denoise
+from mini.evaluate import GUIDANCE_SCALE, SAMPLING_STEPS, Rate, load_pipeline
+from mini.world.oracle import Frames, verdicts
+from mini.world.scenes import Split, captions_of, parse_caption
+from quant.kernels.eager import EagerKernels
+from quant.recipe.sparse import SparseSettings
+from worker.config import FirstBlockCache
+from worker.engine.step_cache import step_cache
+
+RECIPE = "boundary-hif8-mini-sparse"
+DENSE = "dense"
+CACHE = FirstBlockCache(method="first_block", threshold=0.1)
+VELOCITY_EVERY = 5
+"""Every how many passes of a dense run its input is kept to compare velocities."""
+
+Point = tuple[dict[str, Any], Tensor]
+"""The inputs of a pass, and its velocity."""
+
+
+@dataclass(slots=True)
+class Setting:
+    """A transformer and what is measured of it."""
+
+    transformer: Any
+    cache: FirstBlockCache | None = None
+    videos: list[Frames] = field(default_factory=list)
+    kept: list[tuple[float, float]] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+
+def main(
+    count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 6,
+    shares: Annotated[str, typer.Option(help="Of mass.")] = "0.5,0.7,0.8,0.9,0.95",
+    tile: Annotated[str, typer.Option(help="Frames, rows, columns; the recipe's if empty.")] = "",
+    cached: Annotated[float, typer.Option(help="The share that runs with a step cache.")] = 0.9,
+) -> None:
+    """Measure every share, and write the result."""
+    pipeline = load_pipeline(MODEL, "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    recipe = quant.QuantRecipe.load(RECIPE)
+    sparse = recipe.sparse
+    assert sparse is not None, "the recipe is a sparse one"
+    if tile:
+        table = sparse.to_table() | {"tile": [int(each) for each in tile.split(",")]}
+        sparse = SparseSettings.from_table(table)
+    scales = quant.load_scales(SCALES, model_folder=MODEL, recipe=recipe)
+    quant.check_scales(scales, model_fingerprint=quant.model_fingerprint(MODEL), recipe=recipe)
+
+    def build(share: float | None) -> Any:
+        chosen = recipe.calibrated
+        if share is not None:
+            chosen = replace(recipe, sparse=replace(sparse, share_of_mass=share))
+        return fused_transformer(pipeline.transformer, EagerKernels(), chosen, scales)
+
+    settings = _settings(build, [float(each) for each in shares.split(",")], cached)
+    texts = captions_of(Split.EVALUATION, count)
+    for seed, text in enumerate(texts):
+        _measure(pipeline, settings, text, seed, sparse.dense_steps)
+        print(f"caption {seed + 1} of {count}", flush=True)
+    rows = [row for name, each in settings.items() for row in _rows(name, each, settings, texts)]
+    report.print_table(rows)
+    document = {
+        "captions": count,
+        "split": str(Split.EVALUATION),
+        "steps": SAMPLING_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "model": quant.model_fingerprint(MODEL),
+        "sparse": sparse.to_table(),
+        "blocks": len(recipe.quantized_blocks),
+        "step_cache": CACHE.model_dump(),
+    }
+    report.save(report.result("sparse-attention", "cpu", document, rows))
+    print(json.dumps(document))
+
+
+def _settings(
+    build: Callable[[float | None], Any], shares: list[float], cached: float
+) -> dict[str, Setting]:
+    """Build what is compared, by name; `DENSE` comes first.
+
+    Args:
+        build: builds the transformer of a share, or the dense one.
+    """
+    found = {DENSE: Setting(build(None))}
+    found |= {f"mass {share:g}": Setting(build(share)) for share in shares}
+    name = f"first_block {CACHE.threshold:g}"
+    found[name] = Setting(build(None), CACHE)
+    found[f"mass {cached:g} and {name}"] = Setting(build(cached), CACHE)
+    return found
+
+
+def _measure(
+    pipeline: Any, settings: dict[str, Setting], text: str, seed: int, first_step: int
+) -> None:
+    """Make the video of one caption in every setting, and compare velocities from a step on."""
+    points: list[Point] = []
+    for name, setting in settings.items():
+        pipeline.transformer = setting.transformer
+        with (
+            _recorded(setting.transformer, points, first_step) if name == DENSE else nullcontext(),
+            step_cache(setting.transformer, setting.cache, SAMPLING_STEPS),
+            quant.sparse_run(setting.transformer),
+        ):
+            latents = denoise(pipeline, text, seed)
+        setting.videos.append(decode(pipeline, latents))
+        sparse = quant.sparse_attention_of(setting.transformer)
+        if sparse is None:
+            continue
+        shares = sparse.shares()
+        assert shares is not None, "the recipe has sparse steps"
+        setting.kept.append((shares.density, shares.mass))
+        if setting.cache is None:
+            setting.errors.append(_velocity_error(setting.transformer, points))
+
+
+@contextmanager
+def _recorded(transformer: Any, points: list[Point], first_step: int) -> Iterator[None]:
+    """Keep some inputs of passes from a step on, and their velocities, within the context."""
+    passes = itertools.count(-2 * first_step)  # two passes a step, with guidance
+
+    def keep(_: Any, __: Any, inputs: dict[str, Any], output: Any) -> None:
+        number = next(passes)
+        if number >= 0 and number % VELOCITY_EVERY == 0:
+            points.append((dict(inputs), output[0].detach().clone()))
+
+    handle = transformer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _velocity_error(transformer: Any, points: list[Point]) -> float:
+    """Return the error energy beside the recorded velocities, in percent, on average."""
+    errors = []
+    for inputs, reference in points:
+        error = transformer(**inputs)[0].float() - reference.float()
+        errors.append(100 * float(error.square().sum() / reference.float().square().sum()))
+    return float(np.mean(errors))
+
+
+def _rows(
+    name: str, setting: Setting, settings: dict[str, Setting], texts: list[str]
+) -> Iterator[Row]:
+    if setting.kept:
+        density, mass = np.mean(setting.kept, axis=0).tolist()
+        yield Row(f"{name}, density", density, "of all scores")
+        yield Row(f"{name}, mass", mass, "of the softmax, measured")
+    if setting.errors:
+        low, high = bootstrap(np.array(setting.errors))
+        error = float(np.mean(setting.errors))
+        yield Row(f"{name}, velocity error", error, "% of its energy", low=low, high=high)
+    if name != DENSE:
+        pairs = zip(setting.videos, settings[DENSE].videos, strict=True)
+        psnr = [psnr_db(video, dense) for video, dense in pairs]
+        low, high = bootstrap(np.array(psnr))
+        yield Row(f"{name}, mean PSNR", float(np.mean(psnr)), "dB", low=low, high=high)
+        yield Row(f"{name}, lowest PSNR", min(psnr), f"dB, of {len(psnr)}")
+    judged = [
+        all(verdicts(video, parse_caption(text)).values())
+        for video, text in zip(setting.videos, texts, strict=True)
+    ]
+    yield rate_row(f"{name}, shows all that was said", Rate(sum(judged), len(judged)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
