@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -203,7 +203,7 @@ def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
     """Find out by trial which kernels a mode runs on here."""
     number_format = None if plan.recipe is None else plan.recipe.format
     quantized = number_format == "hif8"
-    return device.pick_kernels(
+    choice = device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
         per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
@@ -211,6 +211,10 @@ def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
         int8=number_format == "int8",
         emulate=plan.config.exact_emulation,
     )
+    if plan.recipe is None or plan.recipe.sparse is None or device.kind == "cpu":
+        return choice
+    slow = "Sparse attention is emulated in plain torch, which is slower than dense attention."
+    return replace(choice, warning=" ".join(filter(None, (choice.warning, slow))))
 
 
 def check_folder(path: Path) -> None:
