@@ -16,7 +16,7 @@ from worker.engine.combinations import check_combinations
 from worker.engine.wan_engine import WanEngine
 from worker.errors import ConfigError, ModelUnusable
 from worker.model_loader.loader import load_modes
-from worker.model_loader.mode_plan import choose_kernels, plan_modes
+from worker.model_loader.mode_plan import choose_kernels, kernels_of, plan_modes
 from worker.process.stats import WorkerStats
 
 CACHE = FirstBlockCache(method="first_block", threshold=0.1)
@@ -90,6 +90,18 @@ def test_an_npu_refuses_it_by_name(
     npu = replace(device, kind="npu", name="Ascend")
     with pytest.raises(ModelUnusable, match="with sparse attention, which Ascend does not run"):
         choose_kernels(plan_modes(sparse_config, scales.model_fingerprint), npu)
+
+
+def test_a_gpu_says_that_it_is_slower(
+    sparse_config: WorkerConfig, scales: Scales, device: Device
+) -> None:
+    emulated = with_mode(sparse_config, exact_emulation=True)  # so that no GPU is asked for kernels
+    (plan,) = plan_modes(emulated, scales.model_fingerprint)
+    assert kernels_of(plan, device).warning is None
+    warning = kernels_of(plan, replace(device, kind="cuda")).warning
+    assert warning == (
+        "Sparse attention is emulated in plain torch, which is slower than dense attention."
+    )
 
 
 def test_scales_may_be_of_either_recipe(
