@@ -94,6 +94,6 @@ def block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
 
 def _means(x: Tensor, block: int, sizes: Tensor) -> Tensor:
     """Average the tokens of each block: [B, S, heads, D] → [B, heads, M, D] float32."""
-    padded = F.pad(x.float().transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
-    blocks = padded.view(*padded.shape[:2], len(sizes), block, -1)
-    return blocks.sum(3) / sizes[:, None]
+    padded = F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
+    blocks = padded.reshape(*padded.shape[:2], len(sizes), block, -1)
+    return blocks.sum(3, dtype=torch.float32) / sizes[:, None]
