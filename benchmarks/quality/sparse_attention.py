@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -36,7 +37,14 @@ from benchmarks.fixtures.fused_transformer import fused_transformer
 from benchmarks.quality.miniature import MODEL, SCALES, bootstrap, psnr_db, rate_row
 from benchmarks.report import Row
 from benchmarks.speed.step_cache import decode, denoise
-from mini.evaluate import GUIDANCE_SCALE, SAMPLING_STEPS, Rate, load_pipeline
+from mini.evaluate import (
+    GUIDANCE_SCALE,
+    SAMPLING_STEPS,
+    Rate,
+    contact_sheet,
+    load_pipeline,
+    side_by_side,
+)
 from mini.world.oracle import Frames, verdicts
 from mini.world.scenes import Split, captions_of, parse_caption
 from quant.kernels.eager import EagerKernels
@@ -70,6 +78,7 @@ def main(
     shares: Annotated[str, typer.Option(help="Of mass.")] = "0.5,0.7,0.8,0.9,0.95",
     tile: Annotated[str, typer.Option(help="Frames, rows, columns; the recipe's if empty.")] = "",
     cached: Annotated[float, typer.Option(help="The share that runs with a step cache.")] = 0.9,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
 ) -> None:
     """Measure every share, and write the result."""
     pipeline = load_pipeline(MODEL, "cpu")
@@ -91,9 +100,7 @@ def main(
 
     settings = _settings(build, [float(each) for each in shares.split(",")], cached)
     texts = captions_of(Split.EVALUATION, count)
-    for seed, text in enumerate(texts):
-        _measure(pipeline, settings, text, seed, sparse.dense_steps)
-        print(f"caption {seed + 1} of {count}", flush=True)
+    _measure(pipeline, settings, texts, sparse.dense_steps)
     rows = [row for name, each in settings.items() for row in _rows(name, each, settings, texts)]
     report.print_table(rows)
     document = {
@@ -108,6 +115,12 @@ def main(
     }
     report.save(report.result("sparse-attention", "cpu", document, rows))
     print(json.dumps(document))
+    if sheet is not None:
+        columns = [
+            contact_sheet(name, list(zip(texts, each.videos, strict=True)))
+            for name, each in settings.items()
+        ]
+        side_by_side(columns).save(sheet, optimize=True)
 
 
 def _settings(
@@ -127,27 +140,34 @@ def _settings(
 
 
 def _measure(
-    pipeline: Any, settings: dict[str, Setting], text: str, seed: int, first_step: int
+    pipeline: Any, settings: dict[str, Setting], texts: list[str], first_step: int
 ) -> None:
-    """Make the video of one caption in every setting, and compare velocities from a step on."""
+    """Make the videos of every setting, and compare velocities from a step on.
+
+    All captions run in one batch; with a step cache one by one, as it decides for a whole batch.
+    """
     points: list[Point] = []
     for name, setting in settings.items():
         pipeline.transformer = setting.transformer
-        with (
-            _recorded(setting.transformer, points, first_step) if name == DENSE else nullcontext(),
-            step_cache(setting.transformer, setting.cache, SAMPLING_STEPS),
-            quant.sparse_run(setting.transformer),
-        ):
-            latents = denoise(pipeline, text, seed)
-        setting.videos.append(decode(pipeline, latents))
         sparse = quant.sparse_attention_of(setting.transformer)
-        if sparse is None:
-            continue
-        shares = sparse.shares()
-        assert shares is not None, "the recipe has sparse steps"
-        setting.kept.append((shares.density, shares.mass))
-        if setting.cache is None:
-            setting.errors.append(_velocity_error(setting.transformer, points))
+        size = len(texts) if setting.cache is None else 1
+        for start in range(0, len(texts), size):
+            numbers = range(start, start + size)
+            with (
+                _recorded(setting.transformer, points, first_step)
+                if name == DENSE
+                else nullcontext(),
+                step_cache(setting.transformer, setting.cache, SAMPLING_STEPS),
+                quant.sparse_run(setting.transformer),
+            ):
+                latents = denoise(pipeline, [texts[n] for n in numbers], numbers)
+            setting.videos += [decode(pipeline, each) for each in torch.split(latents, 1)]
+            shares = None if sparse is None else sparse.shares()
+            if shares is not None:
+                setting.kept.append((shares.density, shares.mass))
+        if sparse is not None and setting.cache is None:
+            setting.errors = _velocity_errors(setting.transformer, points)
+        print(f"{name}: done", flush=True)
 
 
 @contextmanager
@@ -168,13 +188,14 @@ def _recorded(transformer: Any, points: list[Point], first_step: int) -> Iterato
 
 
 @torch.no_grad()
-def _velocity_error(transformer: Any, points: list[Point]) -> float:
-    """Return the error energy beside the recorded velocities, in percent, on average."""
-    errors = []
+def _velocity_errors(transformer: Any, points: list[Point]) -> list[float]:
+    """Return the error energy beside recorded velocities in percent, on average, by caption."""
+    shares = []
     for inputs, reference in points:
         error = transformer(**inputs)[0].float() - reference.float()
-        errors.append(100 * float(error.square().sum() / reference.float().square().sum()))
-    return float(np.mean(errors))
+        energy, whole = (each.square().flatten(1).sum(1) for each in (error, reference.float()))
+        shares.append((100 * energy / whole).tolist())
+    return [float(each) for each in np.mean(shares, axis=0)]
 
 
 def _rows(
