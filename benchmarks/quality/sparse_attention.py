@@ -74,10 +74,10 @@ class Setting:
 
 
 def main(
-    count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 6,
-    shares: Annotated[str, typer.Option(help="Of mass.")] = "0.5,0.7,0.8,0.9,0.95",
+    count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 3,
+    shares: Annotated[str, typer.Option(help="Of mass.")] = "0.7,0.9,0.95,0.98",
     tile: Annotated[str, typer.Option(help="Frames, rows, columns; the recipe's if empty.")] = "",
-    cached: Annotated[float, typer.Option(help="The share that runs with a step cache.")] = 0.9,
+    cached: Annotated[float, typer.Option(help="The share that runs with a step cache.")] = 0.95,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
 ) -> None:
     """Measure every share, and write the result."""

@@ -40,7 +40,7 @@ def test_a_job_says_what_its_attention_kept(
     plans = plan_modes(sparse_config, scales.model_fingerprint)
     modes = load_modes(sparse_config.model.path, plans, device)
     sparse = WanEngine(sparse_config.model, "fingerprint", device, engine.components, modes)
-    assert "mode w8a8: sparse self-attention, 0.9 of the softmax" in sparse.describe()
+    assert "mode w8a8: sparse self-attention, 0.95 of the softmax" in sparse.describe()
     assert modes[0].offer.recipe_fingerprint != engine.modes[1].recipe_fingerprint
     stats, dense_steps = WorkerStats(), 4
     request = generation_request(
