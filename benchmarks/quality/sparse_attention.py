@@ -19,7 +19,6 @@ timed: the emulation computes every score.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -77,7 +76,7 @@ def main(
     count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 3,
     shares: Annotated[str, typer.Option(help="Of mass.")] = "0.7,0.9,0.95,0.98",
     tile: Annotated[str, typer.Option(help="Frames, rows, columns; the recipe's if empty.")] = "",
-    cached: Annotated[float, typer.Option(help="The share that runs with a step cache.")] = 0.95,
+    cached: Annotated[float, typer.Option(help="The share with a step cache; 0: none.")] = 0.95,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
 ) -> None:
     """Measure every share, and write the result."""
@@ -100,10 +99,7 @@ def main(
 
     settings = _settings(build, [float(each) for each in shares.split(",")], cached)
     texts = captions_of(Split.EVALUATION, count)
-    _measure(pipeline, settings, texts, sparse.dense_steps)
-    rows = [row for name, each in settings.items() for row in _rows(name, each, settings, texts)]
-    report.print_table(rows)
-    document = {
+    described = {
         "captions": count,
         "split": str(Split.EVALUATION),
         "steps": SAMPLING_STEPS,
@@ -113,8 +109,13 @@ def main(
         "blocks": len(recipe.quantized_blocks),
         "step_cache": CACHE.model_dump(),
     }
-    report.save(report.result("sparse-attention", "cpu", document, rows))
-    print(json.dumps(document))
+    rows: list[Row] = []
+    for name in _measure(pipeline, settings, texts, sparse.dense_steps):
+        rows += _rows(name, settings[name], settings, texts)
+        # After each setting, so that a run that is stopped leaves what it has measured.
+        report.save(report.result("sparse-attention", "cpu", described, rows))
+        print(f"{name}: done", flush=True)
+    report.print_table(rows)
     if sheet is not None:
         columns = [
             contact_sheet(name, list(zip(texts, each.videos, strict=True)))
@@ -133,6 +134,8 @@ def _settings(
     """
     found = {DENSE: Setting(build(None))}
     found |= {f"mass {share:g}": Setting(build(share)) for share in shares}
+    if not cached:
+        return found
     name = f"first_block {CACHE.threshold:g}"
     found[name] = Setting(build(None), CACHE)
     found[f"mass {cached:g} and {name}"] = Setting(build(cached), CACHE)
@@ -141,8 +144,8 @@ def _settings(
 
 def _measure(
     pipeline: Any, settings: dict[str, Setting], texts: list[str], first_step: int
-) -> None:
-    """Make the videos of every setting, and compare velocities from a step on.
+) -> Iterator[str]:
+    """Make the videos of every setting, compare velocities from a step on, and yield its name.
 
     All captions run in one batch; with a step cache one by one, as it decides for a whole batch.
     """
@@ -167,7 +170,7 @@ def _measure(
                 setting.kept.append((shares.density, shares.mass))
         if sparse is not None and setting.cache is None:
             setting.errors = _velocity_errors(setting.transformer, points)
-        print(f"{name}: done", flush=True)
+        yield name
 
 
 @contextmanager
