@@ -32,9 +32,8 @@ REFUSED: Final[Mapping[frozenset[Part], str]] = MappingProxyType(
             "step_cache out of the mode"
         ),
         frozenset({Part.STEP_CACHE, Part.SPARSE}): (
-            "a cached step is only an estimate, and so is what sparse attention leaves out of the "
-            "steps that are computed; take the step_cache out of the mode, or a recipe without "
-            "sparse attention"
+            "both leave work out by an estimate, and what they cost together was not measured; "
+            "take the step_cache out of the mode, or a recipe without sparse attention"
         ),
     }
 )
