@@ -1,7 +1,7 @@
 """Say what modes may combine, and refuse the rest at the start: skipped work adds up its errors.
 
 What is not in `REFUSED` may be combined. FP8 attention and sparse attention never meet, because a
-recipe has one or the other. docs/step-caches.md has the whole table, with what was measured.
+recipe has one or the other. docs/step-caches.md has the whole table.
 """
 
 from __future__ import annotations
