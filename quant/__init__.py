@@ -3,8 +3,8 @@
 A worker loads a recipe and its scales with `QuantRecipe.load` and `load_scales`, and compares the
 scales with the model by `check_scales` and `model_fingerprint(folder)`. It then builds a quantized
 tree with `quantize_transformer`, or with `load_packed` from a packed checkpoint, and puts the tree
-on the kernels of its device with `fuse_quantized`. The toolkit's own commands and the tests may
-import the modules below this one directly.
+on the kernels of its device with `fuse_quantized`, and gives it the recipe's sparse attention with
+`sparsify`. The toolkit's own commands and the tests may import the modules below this one directly.
 """
 
 from quant.calibration.calibrate import CalibrationPlan, run_calibration
@@ -41,6 +41,7 @@ from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.lora.merge import LoraSet, read_loras
 from quant.transformer.lora.source import LoraSource
 from quant.transformer.quantize import quantize_transformer
+from quant.transformer.sparse_attention import sparse_attention_of, sparse_run, sparsify
 from quant.transformer.weight_storage import WeightStorage, decode_weights, reads_decoded
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 from quant.weights.reader import BackgroundReader, Reader, TensorReader
@@ -92,6 +93,9 @@ __all__ = [
     "reads_decoded",
     "run_calibration",
     "save_scales",
+    "sparse_attention_of",
+    "sparse_run",
+    "sparsify",
     "sqnr_db",
     "weight_bytes",
 ]

@@ -137,8 +137,11 @@ class Device:
         )
 
     @property
-    def attends_in_fp8(self) -> bool:
-        """Whether FP8 attention runs here, at least emulated; an NPU does not know E4M3."""
+    def attends_otherwise(self) -> bool:
+        """Whether FP8 and sparse attention run here, at least emulated.
+
+        An NPU does not know E4M3, and no kernel of it for sparse attention was tried.
+        """
         return self.kind != "npu"
 
     @property

@@ -70,6 +70,14 @@ class ActShares:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShares:
+    """What sparse self-attention kept in a job, 0 to 1: of the scores, and of the softmax."""
+
+    density: float
+    mass: float
+
+
+@dataclass(frozen=True, slots=True)
 class PreviewClip:
     """A small moving picture of a video that is not finished.
 
@@ -128,12 +136,14 @@ class Clip:
     Attributes:
         frames: yields the frames once, in order, as they are decoded.
         act_shares: a sample of how the activations fitted a quantized mode, if one was taken.
+        attention_shares: of a mode with sparse attention, if a step was sparse.
     """
 
     frames: Generator[Frame]
     num_frames: int
     seconds: StageSeconds = field(default_factory=StageSeconds)
     act_shares: ActShares | None = None
+    attention_shares: AttentionShares | None = None
 
 
 class Engine(Protocol):

@@ -39,7 +39,7 @@ from worker.device import Device, is_lost, is_out_of_memory, pick_device, usable
 from worker.distributed.follower import follow, lead_ranks, load_follower
 from worker.distributed.layout import check_ranks
 from worker.distributed.rank_group import RankGroup, join
-from worker.engine.step_cache import check_single_rank
+from worker.engine.combinations import check_combinations
 from worker.engine.wan_engine import WanEngine
 from worker.errors import EXIT_DEVICE_LOST, RanksLost, StartError
 from worker.job.proof import prove
@@ -112,6 +112,7 @@ def start(settings: WorkerSettings, config_path: Path | None, opened: ExitStack)
     started = time.perf_counter()
     with paused_gc():
         config = load_config(config_path or settings.config)
+        check_combinations(config, settings.world_size)
         redis = opened.enter_context(open_redis(settings.redis_url.get_secret_value()))
         for risk in read_risks(redis):
             logger.warning("%s", risk.detail)
@@ -129,6 +130,7 @@ def start_follower(settings: WorkerSettings, config_path: Path | None, opened: E
     """Load the model and follow the leader until it ends; return the status to end with."""
     with paused_gc():
         config = load_config(config_path or settings.config)
+        check_combinations(config, settings.world_size)
         _, ranks = opened.enter_context(join_ranks(settings, config))
         assert ranks is not None, "a follower is one of several ranks"
         modes = load_follower(config, ranks)
@@ -185,7 +187,6 @@ def join_ranks(
         return
     check_folder(config.model.path)
     check_ranks(world, config.model.path, config.model.sizes)
-    check_single_rank(config)
     device = replace(device, name=f"{world} x {device.name}")
     with join(device) as ranks:
         yield device, ranks

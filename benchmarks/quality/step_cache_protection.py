@@ -66,7 +66,7 @@ def main(
             pipeline.transformer = transformer
             for cache, setting in caches.items():
                 with step_cache(transformer, setting, SAMPLING_STEPS):
-                    latents = denoise(pipeline, text, seed)
+                    latents = denoise(pipeline, [text], [seed])
                 found.setdefault((name, cache), []).append(latents.float().cpu())
         print(f"caption {seed + 1} of {count}", flush=True)
     names = [each.name for each in candidates]

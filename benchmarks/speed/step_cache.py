@@ -12,7 +12,7 @@ MagCache's ratios are measured first, on calibration captions; the last line on 
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -110,7 +110,7 @@ def measure_ratios(pipeline: WanPipeline, texts: list[str]) -> tuple[float, ...]
     try:
         with redirect_stdout(printed):
             for seed, text in enumerate(texts):
-                denoise(pipeline, text, seed)
+                denoise(pipeline, [text], [seed])
     finally:
         pipeline.transformer.disable_cache()
     found = [json.loads(each) for each in re.findall(r"^\[[\d.].*\]$", printed.getvalue(), re.M)]
@@ -129,7 +129,7 @@ def generate(
             with count_full_passes(pipeline) as calls:
                 started = time.process_time()
                 with step_cache(pipeline.transformer, setting, SAMPLING_STEPS):
-                    latents = denoise(pipeline, text, seed)
+                    latents = denoise(pipeline, [text], [seed])
                 results[name].seconds.append(time.process_time() - started)
             results[name].full_passes.append(len(calls))
             results[name].videos.append(decode(pipeline, latents))
@@ -138,12 +138,12 @@ def generate(
 
 
 @torch.no_grad()
-def denoise(pipeline: WanPipeline, text: str, seed: int) -> torch.Tensor:
-    """Generate the latents of one video, including the text encoder."""
+def denoise(pipeline: WanPipeline, texts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+    """Generate the latents of a batch of videos, including the text encoder."""
     latents: torch.Tensor = pipeline(
-        prompt=text,
-        negative_prompt="",
-        latents=noise([seed], pipeline),
+        prompt=list(texts),
+        negative_prompt=[""] * len(texts),
+        latents=noise(seeds, pipeline),
         height=HEIGHT_PX,
         width=WIDTH_PX,
         num_frames=NUM_FRAMES,

@@ -28,11 +28,23 @@ class ModeStatus(Published):
 
     The shares are of the inputs of the quantized layers, in one sampled step of the latest job:
     `saturated_share` lies beyond the format's range, `flushed_share` is not zero but too small.
+
+    Density and mass are of sparse self-attention in the latest job, on average over the steps and
+    blocks in which it was sparse; on several devices, of the first one's heads.
     """
 
     step_s: float | None = Field(default=None, description="Median of the latest denoising steps.")
     saturated_share: float | None = Field(default=None, ge=0, le=1)
     flushed_share: float | None = Field(default=None, ge=0, le=1)
+    attention_density: float | None = Field(
+        default=None, ge=0, le=1, description="The share of scores that sparse attention computed."
+    )
+    attention_mass: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="The share of the softmax that these scores hold, measured on a few queries.",
+    )
 
 
 class WorkerStatus(Published):

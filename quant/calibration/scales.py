@@ -167,7 +167,7 @@ def load_scales(
         CalibrationError,
     ) as error:
         raise ScalesError(f"{path} is not a scales file: {error!r}") from error
-    if recipe is not None and (recipe.attention, scales.recipe.attention) == ("fp8", "bf16"):
+    if recipe is not None and recipe.attention == "fp8" != scales.recipe.attention:
         command = calibrate_command(
             free_path(path),
             model_folder,
@@ -240,7 +240,7 @@ def _resolve(recipe: QuantRecipe, scales: Scales) -> tuple[QuantRecipe, str]:
             recipe = scales.protection.resolve(recipe)
         except RecipeError as error:
             return recipe, f"the scales do not fit: {error}"
-    if scales.recipe.fingerprint == recipe.fingerprint:
+    if scales.recipe.calibrated.fingerprint == recipe.calibrated.fingerprint:
         return recipe, ""
     return recipe, (
         f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "

@@ -145,7 +145,7 @@ def check_packed(
         problem = f"the packed checkpoint {name} was made of {differing}"
     elif reason:
         problem = f"the packed checkpoint {name} does not fit: {reason}"
-    elif info.recipe.fingerprint != found.fingerprint:
+    elif info.recipe.calibrated.fingerprint != found.calibrated.fingerprint:
         problem = (
             f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
             f"({info.recipe.fingerprint}), this is {found.name!r} ({found.fingerprint})"

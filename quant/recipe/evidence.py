@@ -129,4 +129,5 @@ def measured_recipe(recipe: QuantRecipe, total_blocks: int) -> QuantRecipe:
         protected_blocks=(),
         attention="bf16",
         rotate_qk=True,
+        sparse=None,
     )

@@ -27,12 +27,14 @@ from quant.numerics.granularity import (
     weight_granularity,
 )
 from quant.numerics.scaling import POLICIES, ScalePolicy, scale_policy
+from quant.recipe.keys import LISTS, SCALARS, take_scale_table, typed
+from quant.recipe.sparse import SparseSettings
 
 FORMAT_VERSION = 1
 DEFAULT_RECIPE = "boundary-hif8"
 AUTO = "auto"
 _FORMATS = ("hif8", "int8")
-_ATTENTIONS = ("bf16", "fp8")
+_ATTENTIONS = ("bf16", "fp8", "sparse")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,11 @@ class QuantRecipe:
         linears_per_block: how many linears the patterns must match in each quantized block.
         linears: name patterns (shell wildcards) inside a block.
         kept_linears: full names or patterns of linears that stay in BF16 despite `linears`.
-        attention: the number format of self-attention in quantized blocks, "bf16" or "fp8".
+        attention: self-attention of the quantized blocks: in "bf16"; in "fp8"; or "sparse", in
+            BF16 over some of the tokens.
         rotate_qk: whether FP8 attention rotates queries and keys before it rounds them
             (`quant.numerics.hadamard`).
+        sparse: which tokens sparse attention keeps; None for the others.
         source: the name or path it was loaded from, for messages; it is never written to a file.
     """
 
@@ -69,6 +73,7 @@ class QuantRecipe:
     format: str = "hif8"
     attention: str = "bf16"
     rotate_qk: bool = True
+    sparse: SparseSettings | None = None
     protect: str = ""
     description: str = ""
     source: str = field(default="", compare=False)
@@ -97,7 +102,7 @@ class QuantRecipe:
                 f"protected_blocks {outside} lie outside 0..{self.total_blocks - 1}, "
                 f"the blocks that total_blocks = {self.total_blocks} gives"
             )
-        if isinstance(self.act_granularity, PerToken) and self.act_policy.needs_binades:
+        if self._rounds_each_token and self.act_policy.needs_binades:
             raise RecipeError(
                 f"act policy {self.act_policy.name!r} needs calibration statistics, so it cannot "
                 "go with granularity 'per_token': use 'per_tensor' or another policy"
@@ -144,18 +149,20 @@ class QuantRecipe:
             raise RecipeError(
                 f"recipe format_version is {version!r}; this tool reads {FORMAT_VERSION}"
             )
-        known = (*_SCALARS, *_LISTS)
-        values: dict[str, Any] = {key: _typed(key, data.pop(key)) for key in known if key in data}
+        known = (*SCALARS, *LISTS)
+        values: dict[str, Any] = {key: typed(key, data.pop(key)) for key in known if key in data}
         if "protect" in values:
             if "protected_blocks" in values:
                 raise RecipeError(
                     "a recipe has either protected_blocks or protect = 'auto', not both"
                 )
             values = {"total_blocks": 0, "protected_blocks": ()} | values
-        granularity, policy = _scale_table(data, "weight")
+        if "sparse" in data:
+            values["sparse"] = SparseSettings.from_table(data.pop("sparse"))
+        granularity, policy = take_scale_table(data, "weight")
         values["weight_granularity"] = weight_granularity(granularity)
         values["weight_policy"] = scale_policy(policy)
-        granularity, policy = _scale_table(data, "act")
+        granularity, policy = take_scale_table(data, "act")
         values["act_granularity"] = act_granularity(granularity)
         values["act_policy"] = scale_policy(policy)
         if data:
@@ -200,6 +207,17 @@ class QuantRecipe:
             sort_keys=True,
         )
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+    @property
+    def calibrated(self) -> Self:
+        """Return the recipe whose scales this one uses: those of sparse attention are the dense's.
+
+        Calibration runs the BF16 model, whose attention is dense, and sparse attention rounds
+        nothing of its own.
+        """
+        if self.sparse is None:
+            return self
+        return replace(self, attention="bf16", sparse=None)
 
     @property
     def is_auto(self) -> bool:
@@ -258,16 +276,16 @@ class QuantRecipe:
     @property
     def needs_prompts(self) -> bool:
         """Return whether a scale is chosen from activations, which only prompts give."""
-        return not isinstance(self.act_granularity, PerToken) or self.attention != "bf16"
+        return not self._rounds_each_token or self.attention == "fp8"
 
     @property
     def attention_inputs(self) -> tuple[str, ...]:
         """Return the names of the tensors that FP8 attention rounds under scales of their own.
 
         These are queries, keys and values, block by block: `blocks.2.attn1.q` and so on. There are
-        none for BF16 attention.
+        none for attention in BF16.
         """
-        if self.attention == "bf16":
+        if self.attention != "fp8":
             return ()
         return tuple(f"blocks.{b}.attn1.{part}" for b in self.quantized_blocks for part in "qkv")
 
@@ -313,17 +331,27 @@ class QuantRecipe:
             raise RecipeError(
                 f"attention {self.attention!r} is not one of {', '.join(_ATTENTIONS)}"
             )
-        if self.attention == "bf16":
-            if not self.rotate_qk:
-                raise RecipeError(
-                    "rotate_qk = false has no effect with attention 'bf16': leave it out"
-                )
-            return
-        if isinstance(self.act_granularity, PerToken):
+        if (self.attention == "sparse") != (self.sparse is not None):
             raise RecipeError(
-                "attention 'fp8' needs fused blocks, which act granularity 'per_token' rules out: "
-                "use 'per_tensor' or attention 'bf16'"
+                f"attention {self.attention!r} and a table [sparse] do not go together: "
+                "attention 'sparse' needs the table, and no other takes it"
+                if self.sparse is not None
+                else "attention 'sparse' needs a table [sparse], which says what it keeps"
             )
+        if self.attention != "fp8" and not self.rotate_qk:
+            raise RecipeError(
+                f"rotate_qk = false has no effect with attention {self.attention!r}: leave it out"
+            )
+        # Blocks of INT8 are fused although each token has its scale.
+        if self.attention != "bf16" and self.format == "hif8" and self._rounds_each_token:
+            raise RecipeError(
+                f"attention {self.attention!r} needs fused blocks, which act granularity "
+                "'per_token' rules out: use 'per_tensor' or attention 'bf16'"
+            )
+
+    @property
+    def _rounds_each_token(self) -> bool:
+        return isinstance(self.act_granularity, PerToken)
 
     def _numerics(self) -> dict[str, Any]:
         # Omitted at their defaults, so that older recipes keep their fingerprints.
@@ -332,6 +360,8 @@ class QuantRecipe:
         )
         if not self.rotate_qk:
             attention["rotate_qk"] = self.rotate_qk
+        if self.sparse is not None:
+            attention["sparse"] = self.sparse.to_table()
         blocks: dict[str, Any] = {"total_blocks": self.total_blocks} if self.total_blocks else {}
         if self.is_auto:
             blocks["protect"] = self.protect
@@ -356,40 +386,3 @@ def shipped_recipes() -> list[str]:
     """Return the names of the recipes that ship with the toolkit."""
     folder = resources.files("quant.recipe") / "presets"
     return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".toml"))
-
-
-_SCALARS: dict[str, type] = {
-    "name": str,
-    "description": str,
-    "format": str,
-    "attention": str,
-    "rotate_qk": bool,
-    "protect": str,
-    "total_blocks": int,
-    "linears_per_block": int,
-}
-_LISTS: dict[str, type] = {"protected_blocks": int, "linears": str, "kept_linears": str}
-
-
-def _typed(key: str, value: object) -> object:
-    """Check the type of a recipe key's value and return it; lists become tuples."""
-    if key in _SCALARS:
-        if type(value) is not _SCALARS[key]:
-            raise RecipeError(f"recipe key {key} must be {_SCALARS[key].__name__}, not {value!r}")
-        return value
-    if not isinstance(value, list) or any(type(item) is not _LISTS[key] for item in value):
-        raise RecipeError(
-            f"recipe key {key} must be a list of {_LISTS[key].__name__}, not {value!r}"
-        )
-    return tuple(value)
-
-
-def _scale_table(data: dict[str, Any], key: str) -> tuple[str, str]:
-    """Remove table `key` from a recipe and return its granularity and policy."""
-    table = data.pop(key, None)
-    if not isinstance(table, dict) or set(table) != {"granularity", "policy"}:
-        raise RecipeError(f"recipe table [{key}] must hold granularity and policy, not {table!r}")
-    for value in table.values():
-        if type(value) is not str:
-            raise RecipeError(f"recipe table [{key}] holds names, not {value!r}")
-    return table["granularity"], table["policy"]

@@ -161,7 +161,10 @@ def split_tokens(transformer: Any, ulysses: Ulysses) -> None:
     transformer.blocks[0].register_forward_pre_hook(
         lambda _, args: (ulysses.local_tokens(args[0]), *args[1:])
     )
-    transformer.proj_out.register_forward_hook(lambda _, __, out: ulysses.all_tokens(out))
+    # First, because sparse attention undoes its order of all tokens there (`sparsify`).
+    transformer.proj_out.register_forward_hook(
+        lambda _, __, out: ulysses.all_tokens(out), prepend=True
+    )
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, sync_or_abort: Callable[[], None]) -> Tensor:

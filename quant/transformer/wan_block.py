@@ -29,6 +29,10 @@ def _unwrapped(attention: Attention) -> Attention:
     return attention
 
 
+def _dense(kernels: Kernels) -> Attention:
+    return kernels.attention
+
+
 class FusedWanBlock(nn.Module):
     """A transformer block that runs on the kernels it is given."""
 
@@ -45,6 +49,8 @@ class FusedWanBlock(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.attention_scales = attention
+        # Sparse attention replaces it, to leave out some of the keys.
+        self.self_attention: Callable[[Kernels], Attention] = _dense
         # Context parallelism replaces it, to exchange tokens for heads around the attention.
         self.wrap_attention: Callable[[Attention], Attention] = _unwrapped
         own, cross = block.attn1, block.attn2
@@ -105,7 +111,7 @@ class FusedWanBlock(nn.Module):
         q, k, v = self.kernels.norm_rope(
             self.qkv(normed), self.own_q_norm, self.own_k_norm, rope, self.heads, scales
         )
-        attention = self.wrap_attention(self.kernels.attention)
+        attention = self.wrap_attention(self.self_attention(self.kernels))
         return self.own_out(attention(q, k, v, scales, self.own_out.act_scale))
 
     def _cross_attention(self, normed: Tensor, prompt: Tensor) -> Tensor:

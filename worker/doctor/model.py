@@ -8,6 +8,7 @@ from pathlib import Path
 from worker.config import WorkerConfig, load_config
 from worker.device import Device
 from worker.doctor.report import Finding
+from worker.engine.combinations import check_combinations
 from worker.model_loader.memory_plan import place_model
 from worker.model_loader.mode_plan import (
     ModePlan,
@@ -24,6 +25,7 @@ def configuration(path: Path) -> Callable[[], Finding]:
 
     def look() -> Finding:
         config = load_config(path)
+        check_combinations(config)
         modes = ", ".join(mode.name for mode in config.modes)
         sizes = ", ".join(config.model.sizes)
         return Finding(f"{path}: {config.model.name} in {modes} at {sizes}", value=config)

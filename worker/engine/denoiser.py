@@ -15,6 +15,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from jobs.spec import GenerationRequest
+from quant import sparse_run
 from worker.device import Device
 
 Embeddings = tuple[Tensor, Tensor | None]
@@ -78,18 +79,19 @@ def denoise_on(device: Device) -> Denoise:
             on_step(step + 1, _predicted(pipeline.scheduler, tensors["latents"]))
             return {}
 
-        latents: Tensor = pipeline(
-            prompt_embeds=embeddings[0],
-            negative_prompt_embeds=embeddings[1],
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            **_noise(pipeline, request),
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-        ).frames
+        with sparse_run(pipeline.transformer):
+            latents: Tensor = pipeline(
+                prompt_embeds=embeddings[0],
+                negative_prompt_embeds=embeddings[1],
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                **_noise(pipeline, request),
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+            ).frames
         return latents
 
     return denoise

@@ -17,8 +17,7 @@ from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from quant.transformer.wan_block import FusedWanBlock
-from worker.config import FirstBlockCache, StepCache, WorkerConfig
-from worker.errors import ConfigError
+from worker.config import FirstBlockCache, StepCache
 
 
 @contextmanager
@@ -42,23 +41,6 @@ def step_cache(transformer: Any, config: StepCache | None, steps: int) -> Iterat
         # garbage collection. The pipeline clears them at its end, but a job may stop before.
         HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
         transformer.disable_cache()
-
-
-def check_single_rank(config: WorkerConfig) -> None:
-    """Refuse step caches where a job runs on several ranks.
-
-    Each rank would decide from its own part of the tokens what to skip, and then wait for ranks
-    that decided otherwise.
-
-    Raises:
-        ConfigError: naming the modes.
-    """
-    cached = [mode.name for mode in config.modes if mode.step_cache is not None]
-    if cached:
-        raise ConfigError(
-            f"Modes {', '.join(cached)} have a step_cache, which works on one device only: start "
-            "the worker without torchrun, or take it out of the configuration."
-        )
 
 
 def _for_diffusers(config: StepCache, steps: int) -> FirstBlockCacheConfig | MagCacheConfig:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 import quant
@@ -43,7 +43,7 @@ from worker.engine.vae_decoder import (
     stop_points,
     to_frames,
 )
-from worker.interface import Clip, Frame, JobControl, PreviewPace, StageSeconds
+from worker.interface import AttentionShares, Clip, Frame, JobControl, PreviewPace, StageSeconds
 from worker.model_loader.components import Components
 from worker.model_loader.loader import Mode
 from worker.model_loader.scheduler import (
@@ -125,6 +125,10 @@ class WanEngine:
                 lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
             if mode.offer.own or mode.scheduler or mode.flow_shift:
                 lines.append(f"mode {name}: {self._sampling(mode)}")
+            sparse = quant.sparse_attention_of(mode.transformer)
+            if sparse is not None:
+                share = sparse.settings.share_of_mass
+                lines.append(f"mode {name}: sparse self-attention, {share:g} of the softmax")
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
             lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))
@@ -223,7 +227,13 @@ class WanEngine:
             sample.disarm()
             pipeline.scheduler = self.components.scheduler  # the scheduler of the run holds latents
         frames = self._frames(latents, seconds, control)
-        return Clip(frames, request.num_frames, seconds, sample.shares())
+        return Clip(
+            frames,
+            request.num_frames,
+            seconds,
+            sample.shares(),
+            _attention_shares(pipeline.transformer),
+        )
 
     def _refuse_unservable(self, request: GenerationRequest) -> None:
         """Refuse what the pipeline would round or truncate; a job may be older than this worker."""
@@ -288,6 +298,13 @@ def _pipeline(components: Components, mode: Mode) -> WanPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _attention_shares(transformer: WanTransformer3DModel) -> AttentionShares | None:
+    """Return what sparse attention kept in the last job, if a step of it was sparse."""
+    sparse = quant.sparse_attention_of(transformer)
+    kept = None if sparse is None else sparse.shares()
+    return None if kept is None else AttentionShares(kept.density, kept.mass)
 
 
 def _bytes(count: int) -> str:

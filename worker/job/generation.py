@@ -58,7 +58,7 @@ def make_video(
     with stage_spans() as spans:
         control = JobProgress(threads, clock, stop_sources, record.deadline_s, spans)
         clip = context.engine.generate(request, control, record.owner)
-        stats.record_steps(request.mode, clock.step_seconds, clip.act_shares)
+        stats.record_steps(request.mode, clock.step_seconds, clip.act_shares, clip.attention_shares)
         video, mp4_s = _encode_and_store(context, attempt, record, clip, control)
     timings = StageTimings(
         queue_s=queue_s,

@@ -8,6 +8,7 @@ offered size and number of frames:
   there (`benchmarks.speed.vector_traffic`). Quantized modes that are emulated, by configuration or
   on a device without FP8, take 16: activations are rounded in plain torch, in pieces. Modes that
   fall back later because kernels do not run are not known yet.
+- Sparse attention: which blocks of tokens each head attends to (0.9 GiB at 1280x720x81).
 - Weights that are held as codes and decoded for each product: the two largest products' weights in
   BF16, because the next one's are decoded while one multiplies (`quant.transformer.prefetch`). The
   two buffers stay between jobs.
@@ -268,7 +269,8 @@ def measure_model(
         transformer_loading=_tree_bytes([*trees, *loading]),
         text_encoder=shape.text_encoder * device.dtype.itemsize,
         vae=shape.vae * device.vae_dtype.itemsize,
-        denoising=_denoising_bytes(config, tokens, base.config, device, emulates),
+        denoising=_denoising_bytes(config, tokens, base.config, device, emulates)
+        + max(_kept_blocks_bytes(recipe, tokens, base.config) for _, recipe in distinct),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
         decoded_extra=sum(map(decoded_extra_bytes, decoded)),
@@ -315,6 +317,17 @@ def _denoising_bytes(
     prompts = 2 * 2 * config.model.text_tokens * transformer.num_layers
     width = transformer.num_attention_heads * transformer.attention_head_dim
     return int((tokens * widths + prompts) * width * torch.bfloat16.itemsize)
+
+
+def _kept_blocks_bytes(recipe: QuantRecipe | None, tokens: int, transformer: Any) -> int:
+    """Return the bytes that sparse attention keeps between steps: a bool for two blocks of tokens.
+
+    Each head of each sparse block of the transformer has its choice, with the prompt and without.
+    """
+    if recipe is None or recipe.sparse is None:
+        return 0
+    choices = 2 * len(recipe.quantized_blocks) * transformer.num_attention_heads
+    return int(choices * math.ceil(tokens / recipe.sparse.block) ** 2)
 
 
 def _tree_bytes(trees: Iterable[nn.Module]) -> int:

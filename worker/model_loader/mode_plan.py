@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -205,7 +205,7 @@ def choose_kernels(plans: list[ModePlan], device: Device) -> KernelsByMode:
     Raises:
         ModelUnusable, quant.QuantError: a recipe needs something that the device does not run.
     """
-    _refuse_fp8_attention(plans, device)
+    _refuse_attention(plans, device)
     with ThreadPoolExecutor(1) as executor:
         prepared = executor.submit(quant.TensorReader(device.torch_device).prepare)
         kernels = {
@@ -235,14 +235,15 @@ def distinct_plans(plans: list[ModePlan]) -> list[ModePlan]:
     return list(first.values())
 
 
-def _refuse_fp8_attention(plans: list[ModePlan], device: Device) -> None:
-    """Refuse FP8 attention on a device that does not even emulate it."""
-    fp8_plans = [p for p in plans if p.recipe is not None and p.recipe.attention_inputs]
-    if fp8_plans and not device.attends_in_fp8:
-        mode = fp8_plans[0].config
+def _refuse_attention(plans: list[ModePlan], device: Device) -> None:
+    """Refuse FP8 and sparse attention on a device that does not even emulate them."""
+    for plan in plans:
+        if plan.recipe is None or plan.recipe.attention == "bf16" or device.attends_otherwise:
+            continue
+        name = {"fp8": "FP8", "sparse": "sparse"}[plan.recipe.attention]
         raise ModelUnusable(
-            f"Mode {mode.name!r} has the recipe {mode.recipe!r} with FP8 attention, which "
-            f"{device.name} does not run; take a recipe with BF16 attention."
+            f"Mode {plan.config.name!r} has the recipe {plan.config.recipe!r} with {name} "
+            f"attention, which {device.name} does not run; take a recipe with attention 'bf16'."
         )
 
 
@@ -250,7 +251,7 @@ def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
     """Find out by trial which kernels a mode runs on here."""
     number_format = None if plan.recipe is None else plan.recipe.format
     quantized = number_format == "hif8"
-    return device.pick_kernels(
+    choice = device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
         per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
@@ -258,6 +259,10 @@ def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
         int8=number_format == "int8",
         emulate=plan.config.exact_emulation,
     )
+    if plan.recipe is None or plan.recipe.sparse is None or device.kind == "cpu":
+        return choice
+    slow = "Sparse attention is emulated in plain torch, which is slower than dense attention."
+    return replace(choice, warning=" ".join(filter(None, (choice.warning, slow))))
 
 
 def check_folder(path: Path) -> None:

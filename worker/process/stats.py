@@ -14,7 +14,7 @@ from typing import Final
 from jobs.record import Stage
 from jobs.store.workers import ModeStatus
 from worker.errors import EXIT_DEVICE_LOST, EXIT_OUT_OF_MEMORY, EXIT_UNFIT
-from worker.interface import ActShares
+from worker.interface import ActShares, AttentionShares
 from worker.process.redis_retry import RedisOutage
 
 KEPT: Final = 50
@@ -74,6 +74,7 @@ class WorkerStats:
         self._done = 0
         self._steps: dict[str, deque[float]] = {}
         self._shares: dict[str, ActShares] = {}
+        self._attention: dict[str, AttentionShares] = {}
 
     def record_success(self, video_bytes: int = 0) -> None:
         """Count a job that succeeded with a video of this size."""
@@ -112,13 +113,19 @@ class WorkerStats:
         self.exit_status = EXIT_DEVICE_LOST
 
     def record_steps(
-        self, mode: str, step_seconds: Sequence[float], shares: ActShares | None
+        self,
+        mode: str,
+        step_seconds: Sequence[float],
+        shares: ActShares | None,
+        attention: AttentionShares | None = None,
     ) -> None:
-        """Add a job's denoising steps, and its sample of activations if one was taken."""
+        """Add a job's denoising steps, and what was measured of activations and attention."""
         with self._lock:
             self._steps.setdefault(mode, deque(maxlen=KEPT)).extend(step_seconds)
             if shares is not None:
                 self._shares[mode] = shares
+            if attention is not None:
+                self._attention[mode] = attention
 
     @property
     def jobs_done(self) -> int:
@@ -131,8 +138,11 @@ class WorkerStats:
 
     def _mode(self, mode: str) -> ModeStatus:
         steps, shares = self._steps[mode], self._shares.get(mode)
+        attention = self._attention.get(mode)
         return ModeStatus(
             step_s=statistics.median(steps) if steps else None,
             saturated_share=None if shares is None else shares.saturated,
             flushed_share=None if shares is None else shares.flushed,
+            attention_density=None if attention is None else attention.density,
+            attention_mass=None if attention is None else attention.mass,
         )

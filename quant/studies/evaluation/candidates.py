@@ -19,6 +19,7 @@ from quant.recipe.recipe import QuantRecipe
 from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.module_tree import share_tree
 from quant.transformer.quantize import quantize_transformer
+from quant.transformer.sparse_attention import sparsify
 from quant.weights.reader import TensorReader
 
 BF16 = "bf16"
@@ -109,6 +110,7 @@ class Candidate:
         else:
             built, _ = quantize_transformer(transformer, self.recipe, self.scales)
         fuse_quantized(built, EagerKernels(), attention_scales(self.recipe, self.scales))
+        sparsify(built, self.recipe)
         return built.eval()
 
 

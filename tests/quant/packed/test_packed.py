@@ -39,6 +39,7 @@ from quant import (
 from quant.cli import app
 from quant.numerics.linear import Hif8Linear
 from quant.packed.format import SHARD_PATTERN
+from quant.recipe.sparse import SparseSettings
 from quant.transformer.meta_model import (
     allocate,
     check_stored,
@@ -428,6 +429,14 @@ def test_damaged_scales_beside_it_are_no_reason_to_calibrate(
 def test_a_checkpoint_without_fp8_attention_is_another_recipes(made, tiny_model, tiny_recipe):
     with pytest.raises(PackedMismatch, match=r"is of recipe .* -m quant convert"):
         opened(made, tiny_model, replace(tiny_recipe, attention="fp8"))
+
+
+def test_a_checkpoint_serves_sparse_attention_too(made, tiny_model, tiny_recipe):
+    settings = SparseSettings(0.9, (1, 2, 2), every_steps=1, dense_steps=0)
+    sparse = replace(tiny_recipe, attention="sparse", sparse=settings)
+    packed = opened(made, tiny_model, sparse)
+    fingerprint = packed.info.model_fingerprint
+    assert check_packed(packed, model_fingerprint=fingerprint, recipe=sparse) == sparse
 
 
 def test_another_model_is_refused_with_the_command(made, tiny_model, tiny_recipe):

@@ -125,7 +125,7 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
         ({"act": {"granularity": "per_channel", "policy": "pow2"}}, "act granularity"),
         ({"act": {"granularity": "per_tensor", "policy": "max"}}, "scale policy 'max'"),
         ({"act": {"granularity": "per_token", "policy": "sqnr"}}, "needs calibration statistics"),
-        ({"attention": "fp4"}, "attention 'fp4' is not one of bf16, fp8"),
+        ({"attention": "fp4"}, "attention 'fp4' is not one of bf16, fp8, sparse"),
         ({"attention": 8}, "attention must be str, not 8"),
         (
             {"attention": "fp8", "act": {"granularity": "per_token", "policy": "pow2"}},
@@ -209,3 +209,56 @@ def test_unknown_names_and_broken_files_are_refused(tmp_path):
         QuantRecipe.load(broken)
     with pytest.raises(RecipeError, match="not JSON"):
         QuantRecipe.from_json("{")
+
+
+SPARSE = {"share_of_mass": 0.9, "tile": [2, 8, 8], "every_steps": 5, "dense_steps": 10}
+
+
+def test_sparse_attention_is_data_of_its_own_and_needs_no_scales_of_its_own(recipe_dict):
+    dense = QuantRecipe.from_dict(recipe_dict)
+    sparse = QuantRecipe.from_dict(recipe_dict | {"attention": "sparse", "sparse": SPARSE})
+    assert sparse.sparse is not None
+    assert sparse.sparse.block == 128
+    assert QuantRecipe.from_json(sparse.to_json()) == sparse
+    assert sparse.fingerprint != dense.fingerprint == sparse.calibrated.fingerprint
+    wider = QuantRecipe.from_dict(
+        recipe_dict | {"attention": "sparse", "sparse": SPARSE | {"share_of_mass": 1}}
+    )
+    assert wider.fingerprint != sparse.fingerprint
+    assert not sparse.attention_inputs
+    shipped = [QuantRecipe.load(name) for name in shipped_recipes() if name.endswith("sparse")]
+    assert shipped
+    for recipe in shipped:
+        base = QuantRecipe.load(recipe.name.removesuffix("-sparse").removesuffix("-mini"))
+        assert recipe.calibrated.fingerprint == base.fingerprint
+
+
+def test_sparse_attention_goes_with_int8_but_not_with_a_scale_for_each_token(recipe_dict):
+    sparse = {"attention": "sparse", "sparse": SPARSE}
+    assert QuantRecipe.from_dict(recipe_dict | INT8 | sparse).format == "int8"
+    per_token = {"act": {"granularity": "per_token", "policy": "pow2"}}
+    with pytest.raises(RecipeError, match="attention 'sparse' needs fused blocks"):
+        QuantRecipe.from_dict(recipe_dict | sparse | per_token)
+
+
+@pytest.mark.parametrize(
+    ("attention", "table", "message"),
+    [
+        ("sparse", None, r"attention 'sparse' needs a table \[sparse\]"),
+        ("bf16", {}, r"'bf16' and a table \[sparse\] do not go together"),
+        ("fp8", {}, r"'fp8' and a table \[sparse\] do not go together"),
+        ("sparse", {"share_of_mass": 0}, "share_of_mass 0.0 is not above 0 and at most 1"),
+        ("sparse", {"share_of_mass": 1.01}, "share_of_mass 1.01 is not above 0 and at most 1"),
+        ("sparse", {"share_of_mass": True}, "share_of_mass must be a number, not True"),
+        ("sparse", {"tile": [8, 8]}, r"tile \[8, 8\] is not three positive numbers"),
+        ("sparse", {"tile": [0, 8, 8]}, r"tile \[0, 8, 8\] is not three positive numbers"),
+        ("sparse", {"tile": 8}, "tile must be a list of int, not 8"),
+        ("sparse", {"every_steps": 0}, "every_steps 0 and dense_steps 10 are below"),
+        ("sparse", {"dense_steps": 1.5}, "counts in int, not 1.5"),
+        ("sparse", {"top_k": 3}, r"table \[sparse\] must hold share_of_mass, tile, every_steps"),
+    ],
+)
+def test_bad_values_of_sparse_attention_are_named(recipe_dict, attention, table, message):
+    tables = {} if table is None else {"sparse": SPARSE | table}
+    with pytest.raises(RecipeError, match=message):
+        QuantRecipe.from_dict(recipe_dict | {"attention": attention} | tables)

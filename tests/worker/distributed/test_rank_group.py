@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jobs.catalog import ModeOffer
+from quant import QuantRecipe
 from tests.support.torchrun_ranks import JOBS, LAST, WORLD_SIZES, faults_of
 from worker.distributed.follower import check_same_kernels, lead_ranks
 from worker.errors import EXIT_DEVICE_LOST, RanksDiffer
@@ -34,7 +35,8 @@ EXPECTED_ERRORS = {
 def outputs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that `tests.support.torchrun_ranks` has filled; none of its processes is left."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.support.torchrun_ranks", str(config_file), str(folder)]
+    config = with_sparse_mode(config_file, folder)
+    command = [sys.executable, "-m", "tests.support.torchrun_ranks", str(config), str(folder)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -47,6 +49,24 @@ def outputs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def with_sparse_mode(config_file: Path, folder: Path) -> Path:
+    """Write the configuration with a further mode, whose attention is sparse from step one on."""
+    recipe = QuantRecipe.load("boundary-hif8-mini-sparse").to_dict()
+    recipe["sparse"] |= {"dense_steps": 0, "share_of_mass": 0.6}
+    (folder / "sparse.json").write_text(json.dumps(recipe))
+    scales = config_file.parent / "scales.safetensors"
+    text = config_file.read_text(encoding="utf-8").replace('"scales.safetensors"', f'"{scales}"')
+    mode = {
+        "name": "sparse",
+        "description": "d",
+        "recipe": str(folder / "sparse.json"),
+        "scales": str(scales),
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in mode.items()]
+    (folder / "worker.toml").write_text("\n".join([text, "[[modes]]", *lines]), encoding="utf-8")
+    return folder / "worker.toml"
 
 
 def latents(outputs: Path, world: int, name: str) -> np.ndarray:

@@ -22,7 +22,6 @@ from quant.kernels.eager import EagerKernels
 from tests.support.requests import OWNER, generation_request
 from worker.config import FirstBlockCache, MagCache, StepCache, WorkerConfig, load_config
 from worker.device import Device
-from worker.engine.step_cache import check_single_rank
 from worker.engine.wan_engine import WanEngine
 from worker.errors import ConfigError
 from worker.interface import Clip, PreviewClip
@@ -231,13 +230,3 @@ def test_a_fault_in_it_is_named(config_file: Path, tmp_path: Path, text: str, me
     path.write_text(f"{config_file.read_text()}\n[modes.step_cache]\n{text}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_config(path)
-
-
-def test_several_ranks_refuse_it(config: WorkerConfig) -> None:
-    check_single_rank(config)
-    bf16, quantized = config.modes
-    cached = quantized.model_copy(update={"step_cache": ALWAYS})
-    with pytest.raises(
-        ConfigError, match="Modes w8a8 have a step_cache, which works on one device"
-    ):
-        check_single_rank(config.model_copy(update={"modes": (bf16, cached)}))

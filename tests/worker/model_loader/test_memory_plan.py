@@ -324,3 +324,12 @@ def test_settings_come_from_the_file(config: WorkerConfig):
 def test_the_reserve_is_part_of_every_sum():
     size = ModelBytes(1, 1, 1, 1, 1, 1, 1)
     assert size.need("host", False).total == 3 + RESERVE_BYTES
+
+
+def test_the_choice_of_sparse_attention_counts_in_its_mode_only(large, device):
+    dense, sparse = (
+        measure_model(large, [None, recipe], device).denoising
+        for recipe in (RECIPE, QuantRecipe.load("boundary-hif8-sparse"))
+    )
+    # 75,600 tokens in 591 blocks of 128; 40 heads of 35 blocks, for two prompts.
+    assert sparse - dense == 2 * 35 * 40 * 591**2

@@ -27,7 +27,15 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
             memory_allocated_bytes=3,
             memory_peak_bytes=4,
             memory_total_bytes=5,
-            modes={"w8a8": ModeStatus(step_s=0.2, saturated_share=0.001, flushed_share=0.02)},
+            modes={
+                "w8a8": ModeStatus(
+                    step_s=0.2,
+                    saturated_share=0.001,
+                    flushed_share=0.02,
+                    attention_density=0.25,
+                    attention_mass=0.875,
+                )
+            },
         ),
     )
     (worker,) = client.get("/workers").json()["workers"]
@@ -45,6 +53,8 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
                 "step_s": None,
                 "saturated_share": None,
                 "flushed_share": None,
+                "attention_density": None,
+                "attention_mass": None,
             },
             "w8a8": {
                 "kernels": "eager",
@@ -52,6 +62,8 @@ def test_workers_are_shown_with_what_they_say_of_themselves(
                 "step_s": 0.2,
                 "saturated_share": 0.001,
                 "flushed_share": 0.02,
+                "attention_density": 0.25,
+                "attention_mass": 0.875,
             },
         },
         "state": "busy",

@@ -1,0 +1,99 @@
+"""Attend block-sparsely in plain torch: choose blocks of keys, attend to them, measure them.
+
+Blocks are runs of `block` tokens; the last one may be shorter. For each head and each block of
+queries, blocks of keys are chosen by the means of their tokens, as SpargeAttn does (arXiv
+2502.18137): the softmax over the means estimates what each block of keys holds, and the fewest
+blocks are kept that hold the wanted share together. Attention is then exact on the tokens of the
+kept blocks. This is an emulation: scores are computed and masked, so nothing is saved.
+
+B is the batch, S the tokens, M the blocks, D the width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.kernels.eager import MAX_SCORES
+
+SAMPLED_QUERIES = 16
+"""Queries, evenly spaced over the tokens, whose softmax `sample_mass` computes in full."""
+
+
+def choose_blocks(q: Tensor, k: Tensor, block: int, share_of_mass: float) -> Tensor:
+    """Choose which blocks of keys each block of queries attends to.
+
+    At least one is kept. At a share of 1 all are, also those whose share rounds to nothing.
+
+    Args:
+        q, k: [B, S, heads, D], rotated.
+
+    Returns:
+        [B, heads, M, M] bool: of each block of queries, the kept blocks of keys.
+    """
+    sizes = block_sizes(q.shape[1], block, q.device)
+    pooled_q, pooled_k = (_means(each, block, sizes) for each in (q, k))
+    scores = pooled_q @ pooled_k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    # A shorter block holds less of the softmax at the same mean.
+    shares, order = (scores + sizes.log()).softmax(-1).sort(dim=-1, descending=True)
+    before = F.pad(shares.cumsum(-1)[..., :-1], (1, 0))
+    kept = (before < share_of_mass) | (share_of_mass == 1)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int, max_scores: int = MAX_SCORES
+) -> Tensor:
+    """Attend q [B, S, heads, D] to the kept blocks of k and v [B, S, heads, D]: → [B, S, heads, D].
+
+    Args:
+        kept: [B, heads, M, M] bool, from `choose_blocks`.
+        max_scores: number of scores held at a time; queries are processed in chunks for it.
+    """
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    block_of = torch.arange(q.shape[2], device=q.device) // block
+    at_once = max(1, max_scores // k[..., 0].numel())
+    chunks = [
+        F.scaled_dot_product_attention(queries, k, v, attn_mask=kept[:, :, rows][..., block_of])
+        for queries, rows in zip(
+            torch.split(q, at_once, 2), torch.split(block_of, at_once), strict=True
+        )
+    ]
+    return torch.cat(chunks, dim=2).transpose(1, 2)
+
+
+def density(kept: Tensor, tokens: int, block: int) -> Tensor:
+    """Return the share of all scores that lie in kept blocks: [] float32."""
+    sizes = block_sizes(tokens, block, kept.device) / tokens
+    shares: Tensor = kept.float() @ sizes @ sizes
+    return shares.mean()
+
+
+def sample_mass(q: Tensor, k: Tensor, kept: Tensor, block: int) -> Tensor:
+    """Return the share of the softmax that kept blocks hold, over `SAMPLED_QUERIES`: [] float32.
+
+    Args:
+        q, k: [B, S, heads, D], rotated.
+    """
+    tokens = q.shape[1]
+    count = min(tokens, SAMPLED_QUERIES)
+    rows = torch.arange(count, device=q.device) * tokens // count
+    block_of = torch.arange(tokens, device=q.device) // block
+    queries, keys = q[:, rows].transpose(1, 2).float(), k.permute(0, 2, 3, 1).float()
+    shares = (queries @ keys * q.shape[-1] ** -0.5).softmax(-1)
+    held: Tensor = shares * kept[:, :, block_of[rows]][..., block_of]
+    return held.sum(-1).mean()
+
+
+def block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
+    """Return how many tokens each block has: [M] float32; only the last may have fewer."""
+    starts = torch.arange(0, tokens, block, device=device)
+    return (tokens - starts).clamp(max=block).float()
+
+
+def _means(x: Tensor, block: int, sizes: Tensor) -> Tensor:
+    """Average the tokens of each block: [B, S, heads, D] → [B, heads, M, D] float32."""
+    padded = F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
+    blocks = padded.reshape(*padded.shape[:2], len(sizes), block, -1)
+    return blocks.sum(3, dtype=torch.float32) / sizes[:, None]
