@@ -1,6 +1,8 @@
 """`python -m mini distill` with a tiny random Wan: quality is not tested, all else is."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from mini.distillation.progress import Progress
 from mini.distillation.run import LORA_FILE, Distillation
 from mini.distillation.schedule import Schedule, euler_scheduler
 from mini.distillation.settings import DistillSettings
-from mini.distillation.trajectories import Recorder, velocity
+from mini.distillation.trajectories import Recorder, Trajectories, velocity
 from mini.evaluate import load_pipeline
 from mini.world.scenes import EXAMPLE, Split, captions_of, plain_caption
 
@@ -272,9 +274,13 @@ def test_a_work_folder_of_other_settings_is_refused(model: Path, tmp_path: Path)
     assert "is of a run with other settings (batch, captions" in " ".join(result.output.split())
 
 
-def test_captions_are_embedded_at_the_length_that_is_served(model: Path, tmp_path: Path) -> None:
-    run = Distillation(model, tmp_path / "work", SETTINGS, "cpu")
-    run.run(Progress(1))
-    file = next((tmp_path / "work").glob("round-0-*.safetensors"))
-    with safe_open(file, "pt") as recorded:
-        assert recorded.get_slice("text").get_shape() == [2, TEXT_TOKENS, TEXT_WIDTH]
+def test_each_trajectory_has_its_own_noise_and_caption(model: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=2, batch=1, trajectories=2)
+    Distillation(model, tmp_path / "work", settings, "cpu").run(Progress(1))
+    files = sorted((tmp_path / "work").glob("round-*.safetensors"))
+    recorded = [Trajectories.load(file, CPU) for file in files]
+    assert len(recorded) == 4
+    for one, other in itertools.combinations(recorded, 2):
+        assert one.text.shape == (1, TEXT_TOKENS, TEXT_WIDTH)  # the length that is served
+        assert not torch.equal(one.text, other.text)
+        assert not torch.equal(one.states[:, 0], other.states[:, 0])
