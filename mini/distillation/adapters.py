@@ -7,7 +7,7 @@ shape are stacked, so that a few batched products merge all 400.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,11 +78,10 @@ class Adapters:
         """Return the size of the stored tensors, without the file's header."""
         return sum(each.numel() for each in self.trained.parameters()) * STORED.itemsize
 
-    def save(self, file: Path, facts: Mapping[str, str]) -> None:
+    def save(self, file: Path) -> None:
         """Write the file that diffusers' `load_lora_weights` and workers read.
 
-        Args:
-            facts: metadata of the file.
+        It has one fact as metadata, because safetensors writes several in a random order.
         """
         tensors = {}
         for stack in self._stacks:
@@ -90,7 +89,7 @@ class Adapters:
                 for name, each in zip(stack.names, stacked.detach(), strict=True):
                     tensors[f"transformer.{name}.{layer}.weight"] = each.to("cpu", STORED)
         contiguous = {name: tensors[name].contiguous() for name in sorted(tensors)}
-        save_file(contiguous, file, {"format": "pt", **facts})
+        save_file(contiguous, file, {"format": "pt"})
 
 
 def block_linears(transformer: WanTransformer3DModel) -> Iterator[tuple[str, nn.Linear]]:

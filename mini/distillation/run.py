@@ -122,12 +122,7 @@ class Distillation:
                 ", ".join(f"{error:.4f}" for error in self.errors[-1]),
             )
             self._train(Trajectories.join(recorded), settings.first_step(number + 1), progress)
-        facts = {
-            "transformer_sha256": self.fingerprint,
-            "num_inference_steps": str(settings.student_steps),
-            "guidance_scale": "1.0",
-        }
-        self.training.adapters.save(self.lora, facts)
+        self.training.adapters.save(self.lora)
 
     def _round(self, number: int, progress: Progress) -> Trajectories:
         """Record a round, or read what an earlier run has recorded of it."""

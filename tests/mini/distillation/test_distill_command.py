@@ -30,12 +30,13 @@ from mini.distillation.progress import Progress
 from mini.distillation.run import LORA_FILE, Distillation
 from mini.distillation.schedule import Schedule, euler_scheduler
 from mini.distillation.settings import DistillSettings
+from mini.distillation.training import Training
 from mini.distillation.trajectories import Recorder, Trajectories, velocity
 from mini.evaluate import load_pipeline
 from mini.world.scenes import EXAMPLE, Split, captions_of, plain_caption
 
 SETTINGS = DistillSettings(
-    steps=24, batch=2, rounds=2, trajectories=3, teacher_steps=1, rank=2, learning_rate=1e-2
+    steps=8, batch=2, rounds=2, trajectories=3, teacher_steps=1, rank=2, learning_rate=1e-2
 )
 CPU = torch.device("cpu")
 CONFIG = UniPCMultistepScheduler(
@@ -60,6 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_layers=2,
     )
     vae = AutoencoderKLWan(base_dim=4, z_dim=LATENT_CHANNELS, num_res_blocks=1)
+    torch.nn.init.zeros_(vae.decoder.conv_out.weight)  # the oracle is slow with noise
     WanPipeline(
         tokenizer=build_tokenizer(captions_of(Split.TRAIN, 50)),
         text_encoder=build_text_encoder().bfloat16(),
@@ -119,28 +121,24 @@ def test_it_trains_and_judges_and_an_interrupted_run_ends_with_the_same_bytes(
     result = distill(model, tmp_path)
     assert result.exit_code == 0, result.output
     # 2 rounds of 3 trajectories of 4 segments, of 4 guided and 1 own pass each; backward counts 2.
-    assert "120 to record, 144 to train, 48 to judge 1 captions" in result.output
+    assert "120 to record, 48 to train, 48 to judge 1 captions" in result.output
     out = tmp_path / "out"
     lora = (out / LORA_FILE).read_bytes()
     with safe_open(out / LORA_FILE, "pt") as file:
         names = set(file.keys())
-        metadata = file.metadata()
     own = {name for name, _ in block_linears(load_pipeline(model, "cpu").transformer)}
     assert len(own) == 20
     layers = ("lora_A", "lora_B")
     assert names == {f"transformer.{name}.{layer}.weight" for name in own for layer in layers}
-    assert metadata["num_inference_steps"] == "4"
     figures = json.loads((out / "distill.json").read_text())
-    (first, loss), (last, later) = figures["losses"]
-    assert (first, last) == (12, 24)
-    assert later < loss
+    assert [step for step, _ in figures["losses"]] == [4, 8]
     assert [len(row) for row in figures["errors_of_rounds"]] == [4, 4]
     assert set(figures["oracle"]) == {"teacher", "few steps, no LoRA", "few steps, LoRA"}
     assert "| shape, of 1 |" in (out / "README.md").read_text()
     assert (out / "contact-sheet.png").exists()
 
     work = tmp_path / "interrupted"
-    for after in (1, 8, 13, 5):  # in both rounds, while recording and while training
+    for after in (1, 3, 5, 3):  # in both rounds, while recording and while training
         with pytest.raises(Interrupted):
             Distillation(model, work, SETTINGS, "cpu").run(Interrupting(after))
         assert not (work / LORA_FILE).exists()
@@ -161,7 +159,7 @@ def test_diffusers_reads_the_file_and_it_is_what_was_trained(
     with torch.no_grad():
         for each in adapters.trained.parameters():
             each.copy_(torch.randn_like(each).mul(0.2).half())
-    adapters.save(tmp_path / LORA_FILE, {})
+    adapters.save(tmp_path / LORA_FILE)
     inputs = (
         torch.randn(1, LATENT_CHANNELS, 1, 4, 4),
         torch.tensor([500.0]),
@@ -230,6 +228,25 @@ def test_targets_lead_where_the_guided_teacher_goes(
     torch.testing.assert_close(found.states[:, 1].float(), expected, rtol=2e-3, atol=2e-3)
     error = (own - target).square().sum((1, 2, 3, 4)) / target.square().sum((1, 2, 3, 4))
     torch.testing.assert_close(found.errors[:, 0], error)
+
+
+def test_the_student_learns_what_the_guided_teacher_does(
+    transformer: WanTransformer3DModel, tmp_path: Path
+) -> None:
+    schedule = Schedule(CONFIG, 2, CPU)
+    recorder = Recorder(transformer, schedule, 4.0, 1, torch.zeros(1, 3, TEXT_WIDTH))
+    noise = torch.randn(4, LATENT_CHANNELS, 1, 4, 4)
+    text = torch.randn(4, 3, TEXT_WIDTH)
+    recorded = recorder.record(noise, text, {}, follow_student=False)
+    training = Training(transformer, schedule, replace(SETTINGS, steps=60, batch=8))
+    while training.done < 60:
+        training.step(recorded)
+        if training.done % 20 == 0:
+            training.save(tmp_path / "state.pt")
+    losses = [loss for _, loss in training.losses]
+    assert losses[2] < 0.5 * losses[0]
+    later = recorder.record(noise, text, training.adapters.merged(), follow_student=False)
+    assert (later.errors < recorded.errors).all()
 
 
 @pytest.mark.parametrize(
