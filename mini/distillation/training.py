@@ -105,7 +105,9 @@ class Training:
     def restore(self, file: Path) -> None:
         """Go on from a file of `save`."""
         state: dict[str, Any] = torch.load(
-            file, map_location=self._transformer.device, weights_only=True
+            file,
+            map_location="cpu",
+            weights_only=True,  # the optimizer moves what it wants there
         )
         self.adapters.trained.load_state_dict(state["adapters"])
         self._adam.load_state_dict(state["adam"])
