@@ -1,16 +1,21 @@
-"""Train the miniature model and print captions of its world: `python -m mini`."""
+"""Train the miniature, distil it, and print captions of its world: `python -m mini`."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mini.clips import write_clips
+from mini.distillation.progress import Progress
+from mini.distillation.report import Judged, write_result
+from mini.distillation.run import Distillation
+from mini.distillation.settings import DistillError, DistillSettings
 from mini.training.settings import TrainingSettings
 from mini.training.train import TrainingRun
 from mini.world.scenes import Split, captions_of
@@ -46,6 +51,77 @@ def train(
     if not vae_only:
         run.train_denoiser(until)
     run.save(out)
+
+
+_DISTILL = DistillSettings()
+
+
+@app.command()
+def distill(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
+    out: Annotated[Path, typer.Option(help="folder to make: the LoRA, its card and figures")],
+    work: Annotated[Path, typer.Option(help="folder for checkpoints; an earlier run continues")],
+    model: Annotated[Path, typer.Option(help="the miniature")] = Path("models/wan-mini"),
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="where to run")] = "cuda",
+    steps: Annotated[int, typer.Option(min=1, help="of the optimizer")] = _DISTILL.steps,
+    batch: Annotated[int, typer.Option(min=1, help="samples of a step")] = _DISTILL.batch,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="of recording; from the second on the student leads")
+    ] = _DISTILL.rounds,
+    trajectories: Annotated[
+        int, typer.Option(min=1, help="recorded in each round")
+    ] = _DISTILL.trajectories,
+    teacher_steps: Annotated[
+        int, typer.Option(min=1, help="of the teacher in each of the student's steps")
+    ] = _DISTILL.teacher_steps,
+    student_steps: Annotated[
+        int, typer.Option(min=1, max=20, help="that the LoRA is for")
+    ] = _DISTILL.student_steps,
+    rank: Annotated[int, typer.Option(min=1, help="of the LoRA")] = _DISTILL.rank,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-9, help="highest of the run")
+    ] = _DISTILL.learning_rate,
+    seed: Annotated[int, typer.Option(min=0)] = _DISTILL.seed,
+    captions: Annotated[
+        Path | None, typer.Option(help="to train on, one a line; else drawn anew")
+    ] = None,
+    evaluate: Annotated[int, typer.Option(min=1, help="captions for the oracle")] = 300,
+) -> None:
+    """Train a LoRA for few steps without guidance, and judge it beside 20 guided steps.
+
+    After Ctrl-C or a fault the same command goes on, and gives the same LoRA.
+    """
+    began = time.monotonic()
+    try:
+        if out.exists():
+            raise DistillError(f"{out} exists already: name another folder, or remove it")
+        settings = DistillSettings(
+            steps=steps,
+            batch=batch,
+            rounds=rounds,
+            trajectories=trajectories,
+            teacher_steps=teacher_steps,
+            student_steps=student_steps,
+            rank=rank,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        given = None if captions is None else captions.read_text(encoding="utf-8").splitlines()
+        run = Distillation(model, work, settings, device, given)
+        recording, training = run.passes
+        judging = Judged.passes(run, evaluate)
+        print(
+            f"passes of the transformer with one sample: {recording:,} to record, {training:,} to "
+            f"train, {judging:,} to judge {evaluate} captions three times"
+        )
+        progress = Progress(recording + training + judging)
+        run.run(progress)
+        judged = Judged(run, evaluate)
+        judged.generate(progress)
+        write_result(out, run, judged, began)
+    except (DistillError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    print(f"wrote {out}")
 
 
 @app.command()
