@@ -115,14 +115,17 @@ MODE_FAULTS = {
 }
 
 
+FAST_LORA = "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors"
+
+
 def test_the_14b_shows_modes_of_few_steps(tmp_path: Path) -> None:
-    """Each is a comment; their LoRA is not read here."""
+    """Each is a comment, and both name the same LoRA, whose file a configuration does not need."""
     shipped = (ROOT / "deploy" / "wan-14b.toml").read_text(encoding="utf-8")
     shown = [block for block in shipped.split("# [[modes]]\n") if '"fast' in block]
     lines = [
         line.removeprefix("# ") for block in shown for line in ["[[modes]]", *block.split("\n")]
     ]
-    wanted = [line for line in lines if re.match(r"\[\[|(?!lora)\w+ = ", line)]
+    wanted = [line for line in lines if re.match(r"\[\[|\w+ = ", line)]
     config = load_config(write_config(tmp_path, shipped + "\n".join(["", *wanted])))
     assert [mode.name for mode in config.modes[2:]] == ["fast", "fast-w8a8"]
     assert [mode.recipe for mode in config.modes[2:]] == [None, "boundary-hif8"]
@@ -130,6 +133,7 @@ def test_the_14b_shows_modes_of_few_steps(tmp_path: Path) -> None:
         terms = config.model.offer("").terms(mode)
         assert (terms.default_steps, terms.max_guidance_scale) == (4, 1.0)
         assert mode.variant == "scheduler:euler+flow_shift:5"
+        assert [lora.path.name for lora in mode.lora] == [FAST_LORA]
 
 
 def write_config(tmp_path: Path, text: str) -> Path:
