@@ -103,6 +103,8 @@ class Bench:
         text = log.read_text(errors="replace")
         if code != (0 if until is None else -signal.SIGKILL):
             sys.exit(f"{name} ended with {code}:\n{text[-4000:]}")
+        if not peaks.exists():
+            sys.exit(f"{name} was killed before it had begun: give it more seconds")
         return Run(seconds, **json.loads(peaks.read_text()), log=text)
 
     def _cut(self, name: str, seconds: float) -> NoReturn:

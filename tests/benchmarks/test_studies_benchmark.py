@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.studies_14b import check_fresh, check_model, main
-from benchmarks.speed.study_bench import check_goes_on
+from benchmarks import report
+from benchmarks.archives import unpack
+from benchmarks.speed.studies_14b import check_fresh, check_model, chosen_commands, main
+from benchmarks.speed.study_bench import ANALYSIS, Bench, check_goes_on, lines
 
 
 def test_what_an_earlier_run_has_left_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -47,3 +49,29 @@ def test_a_second_start_that_begins_anew_ends_with_an_error() -> None:
             check_goes_on(kept, again)
     with pytest.raises(SystemExit, match="had finished nothing"):
         check_goes_on([], [b"one"])
+
+
+def test_what_was_measured_is_packed_when_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, keep, elsewhere = (tmp_path / name for name in ("work", "keep", "elsewhere"))
+    for folder in (work / ANALYSIS, keep, elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (work / ANALYSIS / "study.json").write_text("{}")
+    (work / ANALYSIS / "units.jsonl").write_text("one\ntwo\n")
+    bench = Bench(work, "cpu", 80, {"part": "whole"}, keep / "kept.tar.xz", ends=0)
+    with pytest.raises(SystemExit, match="time is up during record: what was measured before"):
+        bench.run("record", "record")
+    (saved,) = keep.glob("*.json")
+    assert "record: seconds until the run's end cut it" in saved.read_text()
+    unpack(keep / "kept.tar.xz", elsewhere)
+    assert lines(elsewhere / ANALYSIS / "units.jsonl") == [b"one", b"two"]
+    assert (elsewhere / "record.log").exists()
+
+
+def test_commands_are_chosen_with_what_they_need() -> None:
+    assert chosen_commands("calibrate") == {"calibrate"}
+    for text, words in (("analyze", "needs the points of record"), ("ablate", "has ablate")):
+        with pytest.raises(SystemExit, match=words):
+            chosen_commands(text)
