@@ -50,10 +50,6 @@ class DistillSettings:
                 f"{self.steps} steps are fewer than {self.rounds} rounds: each round needs one"
             )
 
-    def round_of(self, step: int) -> int:
-        """Return the last round that is recorded before a step."""
-        return next(r for r in reversed(range(self.rounds)) if self.first_step(r) <= step)
-
     def first_step(self, number: int) -> int:
         """Return the step before which a round is recorded."""
         return self.steps * number // self.rounds
