@@ -49,6 +49,7 @@ class Builder:
 
     def base(self) -> None:
         """Make the base, if it is not there: what Python's official image is in a registry."""
+        self.run("rm", "--all")  # an earlier run's containers have the names of this one's
         if self.run("images", "--quiet", "--filter", f"reference={BASE}"):
             return
         archive = self._folder / "base.tar"
@@ -200,7 +201,8 @@ def run_job(service: Root, worker: Root, folder: Path, rows: list[Row]) -> None:
     """Start both, ask for a video as a caller does, and check it."""
     port, valkey_port = find_free_port(), find_free_port()
     data = folder / "valkey"
-    data.mkdir(exist_ok=True)
+    shutil.rmtree(data, ignore_errors=True)  # an earlier run's knows another artifact store
+    data.mkdir()
     store = {
         "REDIS_URL": f"redis://:{PASSWORD}@{LOOPBACK}:{valkey_port}/0",
         "ARTIFACTS_URL": "file:///artifacts",
