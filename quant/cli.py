@@ -109,7 +109,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line
 
     Size, frames, steps and text tokens default to what the model was trained for, or, with CONFIG,
     to what its service uses. After Ctrl-C or a fault the same command goes on with the first prompt
-    that was not finished. A preview map is written as well, unless there is one beside OUT.
+    that was not finished. A preview map is written as well, unless one is beside OUT or in MODEL.
 
     A recipe without static scales of activations, such as boundary-int8, needs no PROMPTS. Without
     them nothing is run: its scales come from the weights. A recipe with protect = "auto", such as
@@ -345,10 +345,12 @@ def _print_convergence(scales: Scales, until: float) -> None:
 def _fit_beside(out: Path, model: Path, pipe: Any, latents: deque[Tensor]) -> None:
     """Fit a preview map to the latents that a calibration has made, if there is none yet.
 
+    A worker reads the one in the model's folder, so that one beside OUT would be of no use then.
+
     The scales are written by now: that this fails must not fail the command.
     """
     path = out.parent / DEFAULT_NAME.name
-    if path.exists() or len(latents) < MIN_VIDEOS:
+    if path.exists() or (model / DEFAULT_NAME).exists() or len(latents) < MIN_VIDEOS:
         return
     try:
         fitted = fit_preview_map(pipe.vae.float(), latents, vae_fingerprint(model))

@@ -22,18 +22,21 @@ where `points` and `qat-points` have to run again. `--device cpu` is a rehearsal
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+import quant
 from benchmarks import report
 from benchmarks.quality.miniature import MODEL
-from benchmarks.quality.study_parts import FAILED, Part, Shop, Words
+from benchmarks.quality.study_parts import FAILED, LEFT, Part, Shop, Words
 from mini.world.scenes import Split, captions_of
 
 _GRIDS = report.ROOT / "docs" / "studies"
@@ -130,6 +133,15 @@ class Card:
         ):
             (self.work / f"{name}.txt").write_text("\n".join(captions_of(split, count, seed)))
 
+    def identity(self) -> dict[str, str]:
+        """Return what the results depend on; it is the same on another machine."""
+        return {
+            "model": quant.model_fingerprint(self.model),
+            "set of scales": _sha256(self.scales) if self.scales.exists() else "none",
+            "device": self.device,
+            "extent": json.dumps(asdict(self.extent), default=_sha256),
+        }
+
     def parts(self) -> list[Part]:
         """Return all parts, in the order in which they are best begun."""
         extent, work = self.extent, self.work
@@ -211,7 +223,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     scales: Annotated[Path | None, typer.Option(help="Default: MODEL's boundary-hif8.")] = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Run the chosen parts, pack what each has found, and end with 1 if one has failed."""
+    """Run the chosen parts, pack what each has found; end with 1 if one failed or none began."""
     ends = time.monotonic() + seconds
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # As a shell starts what is in the background; the commands would not be stopped softly.
@@ -221,18 +233,29 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     scales = scales or model / "scales" / "boundary-hif8.safetensors"
     extent = WHOLE if device == "cuda" else REHEARSAL
     card = Card(model.resolve(), scales.resolve(), work.resolve(), device, extent)
-    card.write_prompts()
     known = card.parts()
     chosen = {part.name for part in known} if parts == "all" else set(parts.split(","))
     if unknown := chosen - {part.name for part in known}:
         names = ", ".join(part.name for part in known)
         sys.exit(f"--parts has {', '.join(sorted(unknown))}: take some of {names}, or all")
-    shop = Shop(card.work, keep.resolve(), ends)
-    if kept is not None:
-        shop.unpack(kept)
+    try:
+        shop = Shop(card.work, keep.resolve(), ends, card.identity())
+        if kept is not None:
+            shop.unpack(kept)
+    except ValueError as error:
+        sys.exit(str(error))
+    card.write_prompts()
     shop.run(known, chosen, together)
     if FAILED in shop.states.values():
         sys.exit(f"a part has failed: its log in {work} says why")
+    if set(shop.states.values()) == {LEFT}:
+        before = {name for part in known if part.name in chosen for name in part.after} - chosen
+        need = f"choose {', '.join(sorted(before))}, too" if before else "give more --seconds"
+        sys.exit(f"no part could begin: {need}")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

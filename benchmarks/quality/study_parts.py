@@ -4,7 +4,8 @@ A part is one study: commands that run one after the other, once other parts are
 limit a command gets Ctrl-C's signal, after which the toolkit's commands can go on. What a part has
 found is packed without weights, videos and points, so that it fits where little room is. An
 archive of a study that was stopped holds its units: unpacked elsewhere, the study goes on there,
-once its points have been recorded again.
+once its points have been recorded again. The work folder and each archive say what was studied and
+how; another study neither takes them up nor writes over them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ FINISHED, STOPPED, FAILED, LEFT = "finished", "stopped", "failed", "left for ano
 MOST_BYTES = 16 << 20
 """Of an archive."""
 _UNITS = "units.jsonl"
+_IDENTITY = "studies.json"
 _PACKED = (".json", ".jsonl", ".csv", ".png", ".html", ".toml")
 _SOFTLY_S = 20.0
 """How long a command may take to end after the signal."""
@@ -66,6 +69,7 @@ class Shop:
         work: has a folder for each part, logs, and a file for each command that has ended well.
         keep: gets the archives and a summary.
         ends: when everything has to be over, by `time.monotonic`.
+        identity: what the results of all parts depend on, by its name for people.
         least_s: a command is not begun if less is left, as loading takes long.
         states, seconds: by part.
     """
@@ -73,10 +77,34 @@ class Shop:
     work: Path
     keep: Path
     ends: float
+    identity: Mapping[str, str]
     least_s: float = 20
     states: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Take the work folder, new or of the same studies.
+
+        Raises:
+            ValueError: it holds other ones, or some that do not say what they are of.
+        """
+        file = self.work / _IDENTITY
+        if file.exists():
+            self._check(file.read_text(), self.work)
+        elif any(self.work.glob("*.log")):
+            self._check(None, self.work)
+        write_whole(file, json.dumps(dict(self.identity), indent=1).encode())
+
+    def _check(self, text: str | None, where: Path) -> None:
+        """Refuse what was studied of something else, or differently."""
+        known = {} if text is None else json.loads(text)
+        others = [name for name, value in self.identity.items() if known.get(name) != value]
+        if others:
+            raise ValueError(
+                f"{where} holds studies of another {' and '.join(others)}, or does not say which: "
+                "name another folder, or delete it to begin anew"
+            )
 
     def run(self, parts: Sequence[Part], chosen: Collection[str], together: int) -> None:
         """Run the chosen parts, at most `together` at once, in order as far as none has to wait.
@@ -161,14 +189,24 @@ class Shop:
         if part.is_study and (is_finished or part.goes_on):
             inside = sorted((self.work / part.name).rglob("*"))
             files += [file for file in inside if file.is_file() and file.suffix in _PACKED]
+        files.append(self.work / _IDENTITY)
         data = packed(self.work, files)
         if len(data) > MOST_BYTES:
             data = packed(self.work, [file for file in files if file.name != _UNITS])
         write_whole(self.keep / f"{part.name}.tar.xz", data)
 
     def unpack(self, kept: Path) -> None:
-        """Take over the parts that archives in `kept` hold and the work folder lacks."""
-        for archive in sorted(kept.glob("*.tar.xz")):
+        """Take over the parts that archives in `kept` hold and the work folder lacks.
+
+        Raises:
+            ValueError: an archive is of other studies; nothing is taken over then.
+        """
+        archives = sorted(kept.glob("*.tar.xz"))
+        for archive in archives:
+            with tarfile.open(archive) as tar:
+                inside = tar.extractfile(_IDENTITY) if _IDENTITY in tar.getnames() else None
+                self._check(inside.read().decode() if inside else None, archive)
+        for archive in archives:
             name = archive.name.partition(".")[0]
             if not (self.work / name).exists():
                 unpack(archive, self.work)

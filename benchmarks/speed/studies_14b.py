@@ -187,7 +187,7 @@ def whole(
         bench.add("record", bench.run("record", "record", *prompts, "--keep", 1, "--out", points))
     if "analyze" in chosen:
         words: Words = ("--model", model, "--points", points, "--points-per-prompt", 1)
-        _analyze_twice(bench, (*words, "--linear-points", 1, "--batch", 1), analyze_s)
+        _analyze_twice(bench, (*words, "--linear-points", 2, "--batch", 1), analyze_s)
     if "calibrate" in chosen:
         scales = bench.work / "s.safetensors"
         bench.add("calibrate", bench.run("calibrate", "calibrate", *prompts, "--out", scales))

@@ -37,8 +37,8 @@ class PromptSet:
         """
         if len(self.prompts) < MIN_PROMPTS:
             raise CalibrationError(
-                f"{self.file} holds {len(self.prompts)} prompts, calibration needs at least "
-                f"{MIN_PROMPTS}: write one prompt per line"
+                f"{self.file} holds {len(self.prompts)} prompts, at least {MIN_PROMPTS} are "
+                "needed: write one prompt per line"
             )
         first_number: dict[str, int] = {}
         for number, prompt in enumerate(self.prompts, start=1):

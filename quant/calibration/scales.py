@@ -215,7 +215,9 @@ def check_scales(
         found, problem = _resolve(recipe, scales)
         if not problem:
             return found
-        arguments, remedy = _arguments(scales), "ask for their recipe, or make"
+        name = scales.recipe.name if scales.recipe.name in shipped_recipes() else "RECIPE_FILE"
+        remedy = f"ask for their recipe (add --recipe {name}, or name it in the mode), or make"
+        arguments = _arguments(scales)
     command = calibrate_command(
         None if path is None else free_path(path),
         model_folder,

@@ -9,6 +9,7 @@ import torch
 from quant.calibration.convergence import WINDOW, Convergence, check_convergence
 from quant.calibration.scales import FORMAT_VERSION, Scales
 from quant.errors import CalibrationError
+from quant.recipe.evidence import measured_recipe
 from quant.tables import align, span
 
 _RANKED = 10
@@ -61,7 +62,10 @@ def _protection(scales: Scales) -> dict[str, str]:
         for block in evidence.ranking[: max(_RANKED, len(evidence.blocks))]
     )
     budget = ", ".join(f"{name} {value:g}" for name, value in evidence.budget.items())
-    kept = ", but for the linears that it keeps in BF16" if scales.recipe.kept_linears else ""
+    # Before, linears that the recipe keeps were quantized in the analysis.
+    present = measured_recipe(scales.recipe, len(evidence.energy)).fingerprint
+    leaves_out = scales.recipe.kept_linears and evidence.recipe == present
+    kept = ", but for the linears that it keeps in BF16" if leaves_out else ""
     return {
         "chosen by": f"analysis sha256:{evidence.analysis_sha256} on {evidence.points} points of "
         f"{evidence.prompts} prompts of {evidence.prompts_file} (sha256:{evidence.prompts_sha256})",

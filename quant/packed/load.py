@@ -91,6 +91,8 @@ def open_packed(
         PackedMismatch: it has another format version.
     """
     command = convert_command(folder, model_folder, recipe, loras)
+    if not folder.exists():
+        raise WeightsError(f"{folder} does not exist; make it with: {command}")
     files = sorted(folder.glob(SHARD_PATTERN))
     if not files:
         raise WeightsError(

@@ -12,6 +12,7 @@ import typer.main
 
 from benchmarks.archives import packed
 from benchmarks.quality import study_parts
+from benchmarks.quality.miniature import MODEL as MINIATURE
 from benchmarks.quality.studies_card import REHEARSAL, WHOLE, Card, Extent, main
 from benchmarks.quality.study_parts import FAILED, FINISHED, LEFT, STOPPED, Part, Shop
 from quant.cli import app
@@ -20,6 +21,7 @@ from quant.studies.output.study_folder import StudyFolder
 from quant.studies.qat.grid import read_grid
 
 MODEL, SCALES, WORK = Path("/model"), Path("/scales"), Path("/work")
+IDENTITY = {"model": "one", "device": "cpu"}
 
 
 @pytest.mark.parametrize("extent", [WHOLE, REHEARSAL])
@@ -60,7 +62,7 @@ def shop(tmp_path: Path) -> Shop:
     for name in ("work", "keep"):
         (tmp_path / name).mkdir()
     (tmp_path / "good.json").write_text("{}")
-    return Shop(tmp_path / "work", tmp_path / "keep", time.monotonic() + 60, least_s=0)
+    return Shop(tmp_path / "work", tmp_path / "keep", time.monotonic() + 60, IDENTITY, least_s=0)
 
 
 def test_parts_run_after_what_they_need_and_are_stopped_in_time(
@@ -88,7 +90,7 @@ def test_parts_run_after_what_they_need_and_are_stopped_in_time(
     summary = json.loads((shop.keep / "summary.json").read_text())
     assert summary["second"]["state"] == FINISHED
     out.unlink()  # a part that is finished does not run again
-    late = Shop(shop.work, shop.keep, time.monotonic() + 10)
+    late = Shop(shop.work, shop.keep, time.monotonic() + 10, IDENTITY)
     late.run(parts, {"first", "endless"}, together=2)
     assert late.states == {"first": FINISHED, "endless": LEFT}
 
@@ -104,8 +106,9 @@ def test_a_stopped_study_goes_on_from_its_archive_elsewhere(shop: Shop, tmp_path
     assert _names(shop, "methods") == {
         *("methods.0.log", "methods/study.json", "methods/units.jsonl"),
     }
+    for name in ("elsewhere", "third"):
+        (tmp_path / name).mkdir()
     elsewhere = replace(shop, work=tmp_path / "elsewhere")
-    elsewhere.work.mkdir()
     elsewhere.unpack(shop.keep)
     again = StudyFolder.open(elsewhere.work / "methods", "compare-methods", {"model": "one"})
     assert again.unit("hif8/0") == 1.5
@@ -120,11 +123,54 @@ def test_a_stopped_study_goes_on_from_its_archive_elsewhere(shop: Shop, tmp_path
     elsewhere.unpack(shop.keep)
     assert not elsewhere.is_finished(part), "what is there is not overwritten"
     third = replace(shop, work=tmp_path / "third")
-    third.work.mkdir()
     third.unpack(shop.keep)
     assert third.is_finished(part)
     shop.pack(replace(part, is_study=False))  # points stay: their commands have to run elsewhere
     assert _names(shop, "methods") == {"methods.0.log"}
+
+
+def test_other_studies_are_neither_gone_on_with_nor_taken_over(shop: Shop, tmp_path: Path) -> None:
+    (shop.work / "analyze.0.done").touch()
+    shop.pack(Part("analyze", ((),), 1))
+    for name, value in (("model", "two"), ("device", "cuda")):
+        other = IDENTITY | {name: value}
+        with pytest.raises(ValueError, match=f"work holds studies of another {name}, or"):
+            replace(shop, identity=other)
+        work = tmp_path / name
+        work.mkdir()
+        elsewhere = Shop(work, shop.keep, shop.ends, other)
+        with pytest.raises(ValueError, match=f"analyze.tar.xz holds studies of another {name}"):
+            elsewhere.unpack(shop.keep)
+        assert [each.name for each in work.iterdir()] == ["studies.json"]
+    (shop.work / "studies.json").unlink()
+    (shop.work / "analyze.0.log").touch()
+    with pytest.raises(ValueError, match="or does not say which"):
+        replace(shop)
+
+
+def test_the_identity_tells_a_rehearsal_and_other_scales_apart(tmp_path: Path) -> None:
+    scales = tmp_path / "scales"
+    card = Card(MINIATURE, scales, WORK, "cpu", REHEARSAL)
+    known = card.identity()
+    scales.write_bytes(b"new")
+    assert card.identity() == known | {"set of scales": card.identity()["set of scales"]} != known
+    assert replace(card, extent=WHOLE).identity()["extent"] != known["extent"]
+    assert str(Path.cwd()) not in json.dumps(replace(card, extent=WHOLE).identity())
+
+
+def test_parts_whose_prerequisites_are_missing_are_not_a_success(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no part could begin: choose analyze, points, too"):
+        main(
+            tmp_path / "work",
+            tmp_path / "keep",
+            parts="methods",
+            together=1,
+            device="cpu",
+            seconds=60,
+            kept=None,
+            model=MINIATURE,
+            scales=None,
+        )
 
 
 def test_an_archive_that_would_be_too_large_leaves_its_units(
@@ -140,7 +186,9 @@ def test_an_archive_that_would_be_too_large_leaves_its_units(
 
 def _names(shop: Shop, part: str) -> set[str]:
     with tarfile.open(shop.keep / f"{part}.tar.xz") as tar:
-        return set(tar.getnames())
+        names = set(tar.getnames())
+    assert "studies.json" in names, "what it is of"
+    return names - {"studies.json"}
 
 
 def test_an_unknown_part_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from typer.testing import CliRunner
 
 from deploy.local.waiting import wait_until
 from quant import cli
-from quant.calibration.preview_map import load_preview_map
+from quant.calibration.preview_map import DEFAULT_NAME, MIN_VIDEOS, load_preview_map
 from quant.calibration.sampler import SamplerSettings
 from quant.calibration.scales import check_scales, load_scales, save_scales
-from quant.cli import app
+from quant.cli import _fit_beside, app
 from quant.numerics.code_table import codes_markdown
 from quant.numerics.linear import Hif8Linear
 from quant.recipe.recipe import QuantRecipe
@@ -94,6 +95,15 @@ def test_calibrate_leaves_a_preview_map_that_is_there(arguments, tiny_model, tmp
     path.write_text("mine")
     assert calibrate(arguments).exit_code == 0
     assert path.read_text() == "mine"
+
+
+def test_calibrate_fits_no_map_beside_that_of_the_model(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    own = model / DEFAULT_NAME
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("the model's")
+    _fit_beside(tmp_path / "s.safetensors", model, None, deque([torch.zeros(1)] * MIN_VIDEOS))
+    assert not (tmp_path / "preview-map.json").exists()
 
 
 def test_preview_map_writes_a_map_a_worker_can_use(arguments, tiny_model, tmp_path):

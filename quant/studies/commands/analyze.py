@@ -61,7 +61,8 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         int, typer.Option(min=1, help="Points at which blocks are quantized one at a time.")
     ] = 2,
     linear_points: Annotated[
-        int, typer.Option(min=1, help="Points at which linears are, of different prompts.")
+        int,
+        typer.Option(min=2, help="Points at which linears and sets of blocks are, one a prompt."),
     ] = 32,
     batch: Batch = 8,
     lora: Loras = [],  # noqa: B006
@@ -83,19 +84,20 @@ def analyze_command(  # noqa: PLR0913, PLR0917 (typer derives the command line f
         options = AnalysisOptions(points_per_prompt, linear_points, batch)
         transformer = load_transformer(model, loras)
         budget = _budget(transformer, blocks, error_share, gib)
+        where, keep = study_device(device, transformer)
+        subject = Subject.of(transformer, base, where, keep=keep)
         folder = StudyFolder.open(
             out,
             "analyze",
             {
                 "model": fingerprint,
                 "recipe": base.fingerprint,
+                "measured recipe": subject.recipe.fingerprint,
                 "set of points": json.dumps(asdict(recorded.info), sort_keys=True),
                 "set of options": json.dumps(asdict(options)),
                 "device": device,
             },
         )
-        where, keep = study_device(device, transformer)
-        subject = Subject.of(transformer, base, where, keep=keep)
         cost = analysis_cost(subject, recorded, options)
         info = recorded.info
         words = (

@@ -87,6 +87,7 @@ def compare_methods_command(  # noqa: PLR0913, PLR0917 (typer derives the comman
             {
                 "model": fingerprint,
                 "recipe": base.fingerprint,
+                "measured recipe": subject.recipe.fingerprint,
                 "set of points": json.dumps(asdict(recorded.info), sort_keys=True),
                 "set of calibration points": json.dumps(asdict(seen.info), sort_keys=True),
                 "set of methods": ",".join(method.name for method in chosen),

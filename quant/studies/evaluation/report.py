@@ -133,7 +133,7 @@ def _as_json(measure: Measure) -> Json:
 
 def _judges_table(measures: Sequence[Measure]) -> Table:
     columns = (
-        Column("judge"),
+        Column("judge", whole=True),
         Column("better"),
         Column("candidate"),
         Column("mean", significant=4),
@@ -160,30 +160,30 @@ def _judges_table(measures: Sequence[Measure]) -> Table:
 
 def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     columns = (
-        Column("judge"),
+        Column("judge", whole=True),
         Column("first − second"),
         Column("shown"),
-        Column("mean", significant=4),
-        Column("95 % from", significant=4),
-        Column("to", significant=4),
-        Column("median prompt", significant=4),
+        Column("p (Holm)", significant=2),
+        Column("mean", significant=3),
+        Column("95 % from", significant=3),
+        Column("to", significant=3),
+        Column("median prompt", significant=3),
         Column("sign test p", significant=2),
         Column("permutation p", significant=2),
-        Column("p (Holm)", significant=2),
-        Column("detectable", significant=4),
+        Column("detectable", significant=3),
     )
     rows = [
         (
             each.measure.name,
             f"{each.first} − {each.second}",
             "yes" if each.is_shown else "no",
+            each.holm_p,
             each.difference.mean,
             each.difference.low,
             each.difference.high,
             each.difference.median,
             each.difference.sign_p,
             each.difference.permutation_p,
-            each.holm_p,
             each.difference.detectable,
         )
         for each in comparisons

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from quant.studies.output.table import Cell, Table
+from quant.studies.output.table import Cell, Column, Table
 
 _LONG = 32
 """Characters of a cell's words from which on they are broken into lines."""
@@ -73,7 +73,8 @@ class Page:
     def table(self, table: Table) -> None:
         """Add a table."""
         kinds = [
-            _class_of([row[place] for row in table.rows]) for place in range(len(table.columns))
+            _class_of(column, [row[place] for row in table.rows])
+            for place, column in enumerate(table.columns)
         ]
         heads = zip(kinds, table.columns, strict=True)
         head = "".join(f"<th{words}>{escape(column.heading)}</th>" for words, column in heads)
@@ -117,9 +118,10 @@ class Page:
         )
 
 
-def _class_of(cells: Sequence[Cell]) -> str:
+def _class_of(column: Column, cells: Sequence[Cell]) -> str:
     """Return the class of a column's cells: numbers to the right, words to the left."""
     words = [cell for cell in cells if isinstance(cell, str)]
     if not words:
         return ""
-    return ' class="words long"' if max(map(len, words)) > _LONG else ' class="words"'
+    is_long = max(map(len, words)) > _LONG and not column.whole
+    return ' class="words long"' if is_long else ' class="words"'

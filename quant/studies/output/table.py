@@ -17,11 +17,13 @@ class Column:
     Attributes:
         digits: after the point; None shows a number as it is.
         significant: digits in all, for numbers of different sizes in one column.
+        whole: whether words stay on one line, however long they are.
     """
 
     heading: str
     digits: int | None = None
     significant: int | None = None
+    whole: bool = False
 
     def shown(self, cell: Cell) -> str:
         """Return a cell as a page shows it; a cell without a value is a dash."""

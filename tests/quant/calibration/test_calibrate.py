@@ -305,7 +305,7 @@ def test_prompt_files_are_checked(tmp_path):
     with pytest.raises(CalibrationError, match=r"cannot read prompts from .*: No such file"):
         PromptSet.read(path)
     path.write_text("")
-    with pytest.raises(CalibrationError, match="holds 0 prompts, calibration needs at least 8"):
+    with pytest.raises(CalibrationError, match="holds 0 prompts, at least 8 are needed"):
         PromptSet.read(path)
     path.write_text("\n".join(f"prompt {i}" for i in range(7)))
     with pytest.raises(CalibrationError, match="holds 7 prompts"):

@@ -376,6 +376,11 @@ def test_weights_in_8_bits_are_no_bf16_model(tiny_model):
             check_stored(expected, stored, source="it", exact=False)
 
 
+def test_a_folder_that_does_not_exist_is_not_called_damaged(tmp_path):
+    with pytest.raises(WeightsError, match=r"none does not exist; make it with: .* quant convert"):
+        open_packed(tmp_path / "none")
+
+
 def test_a_missing_file_is_named_with_the_command(folder, tiny_model, tiny_recipe):
     missing = sorted(folder.glob(SHARD_PATTERN))[1]
     missing.unlink()

@@ -137,6 +137,11 @@ def test_inspect_says_that_kept_linears_are_not_in_the_ranking(scales_file: Path
     assert "quantized alone\n" in describe_scales(scales, scales_file)
     kept = replace(scales.recipe, kept_linears=("blocks.*.ffn.net.2",))
     told = describe_scales(replace(scales, recipe=kept), scales_file)
+    assert "quantized alone\n" in told, "of an older analysis, which quantized them"
+    assert scales.protection is not None
+    measured = measured_recipe(kept, BLOCKS).fingerprint
+    evidence = replace(scales.protection, recipe=measured)
+    told = describe_scales(replace(scales, recipe=kept, protection=evidence), scales_file)
     assert "quantized alone, but for the linears that it keeps in BF16\n" in told
 
 
@@ -153,6 +158,8 @@ def test_convert_and_evaluate_take_the_blocks_of_the_scales(
     scales_file: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     packed, fingerprint = tmp_path / "packed", model_fingerprint(tiny_model)
+    result = run("convert", "--model", tiny_model, "--scales", scales_file, "--out", packed)
+    assert "ask for their recipe (add --recipe auto-hif8, or name it in" in result.output
     result = run(
         *("convert", "--model", tiny_model, "--scales", scales_file, "--out", packed),
         *("--recipe", "auto-hif8"),

@@ -155,6 +155,10 @@ def test_a_comparison_goes_on_and_gives_the_same(
     assert result.exit_code == 0, result.output
     assert (again / "results.json").read_bytes() == (comparison / "results.json").read_bytes()
     assert (again / "index.html").read_bytes() == (comparison / "index.html").read_bytes()
+    del state["identity"]["measured recipe"]  # as an older version has begun it
+    (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    result = compare(tiny_model, recorded, again, "--methods", CHOSEN)
+    assert "holds a study of another measured recipe" in result.output
 
 
 def test_streams_before_the_first_block_are_not_kept(

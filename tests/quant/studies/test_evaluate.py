@@ -72,6 +72,8 @@ def test_an_evaluation_has_a_number_of_every_judge_for_every_video(evaluation: P
     assert results["gate"]["broken"] == []
     assert len(list((evaluation / "videos" / "w8a8").glob("*.mp4"))) == 8
     assert (evaluation / "tables" / "scores.csv").read_text().count("\n") == 1 + 8 * 4
+    head = (evaluation / "tables" / "comparisons.csv").read_text().partition("\n")[0]
+    assert head.startswith("judge,first − second,shown,p (Holm),mean"), "in sight without scrolling"
     for name in ("scores", "grid"):
         assert (evaluation / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -145,6 +145,13 @@ def test_an_analysis_goes_on_and_gives_the_same(
     assert result.exit_code == 0, result.output
     assert (again / "results.json").read_bytes() == (analysis / "results.json").read_bytes()
     assert (again / "index.html").read_bytes() == (analysis / "index.html").read_bytes()
+    del state["identity"]["measured recipe"]  # as an older version has begun it
+    (again / "study.json").write_text(json.dumps(state | {"state": "running"}))
+    result = analyze(tiny_model, recorded["calibration"], again, "--blocks", "2")
+    assert "holds a study of another measured recipe" in result.output
+    result = analyze(tiny_model, recorded["calibration"], tmp_path / "n", "--linear-points", "1")
+    assert result.exit_code == 2, "no interval comes from one prompt"
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,9 @@ def test_only_long_words_are_broken_into_lines() -> None:
     page.table(Table(columns, [("not told apart", "as long as a sentence is " * 2, 0.5)]))
     assert '<td class="words">not told apart</td><td class="words long">as long' in page.html()
     assert "<td>0.50</td>" in page.html()
+    page = Page("A study", "about nothing")
+    page.table(Table((Column("judge", whole=True),), [("a judge's name " * 3,)]))
+    assert '<td class="words">a judge' in page.html()
 
 
 @pytest.mark.parametrize(
