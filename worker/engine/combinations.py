@@ -60,7 +60,8 @@ def check_combinations(config: WorkerConfig, ranks: int = 1) -> None:
                     f"Mode {mode.name!r} has {' and '.join(sorted(pair))}, which do not go "
                     f"together: {reason}."
                 )
-        sparse, steps = None if recipe is None else recipe.sparse, config.model.default_steps
+        sparse = None if recipe is None else recipe.sparse
+        steps = config.model.offer(fingerprint="unread").terms(mode).default_steps
         if sparse is not None and steps <= sparse.dense_steps:
             raise ConfigError(
                 f"Mode {mode.name!r} has sparse attention after the first {sparse.dense_steps} "

@@ -313,7 +313,7 @@ def _make_mode(
         conversion = "; ".join(filter(None, [merged, conversion]))
     assert transformer is not None, "a mode that is not packed has a BF16 base"
     recipe_fingerprint = None if plan.recipe is None else plan.recipe.fingerprint
-    offer = plan.config.offer().model_copy(update={"recipe_fingerprint": recipe_fingerprint})
+    offer = plan.offer().model_copy(update={"recipe_fingerprint": recipe_fingerprint})
     weight_bytes = quant.weight_bytes(transformer)
     return Mode(offer, transformer.eval(), conversion, weight_bytes)
 
@@ -324,7 +324,7 @@ def _as_mode(plan: ModePlan, first: Mode) -> Mode:
     loaded = first.offer.model_dump(include={"recipe_fingerprint", "kernels", "warning"})
     return replace(
         first,
-        offer=config.offer().model_copy(update=loaded | {"variant": plan.variant}),
+        offer=plan.offer().model_copy(update=loaded | {"variant": plan.variant}),
         step_cache=config.step_cache,
         flow_shift=config.flow_shift,
         scheduler=config.scheduler,

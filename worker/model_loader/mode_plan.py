@@ -15,6 +15,7 @@ from pathlib import Path
 import diffusers
 
 import quant
+from jobs.catalog import ModeOffer
 from quant.kernels.selection import KernelChoice
 from quant.kernels.self_test import BlockShape
 from quant.transformer.lora.merge import NO_LORAS
@@ -67,6 +68,14 @@ class ModePlan:
         """What changes the frames besides recipe and scales; None if nothing does."""
         lora = [] if self.loras.digest is None else [f"lora:{self.loras.digest[:12]}"]
         return "+".join([*lora, *filter(None, [self.config.variant])]) or None
+
+    def offer(self) -> ModeOffer:
+        """Build what callers see; of a job with sparse attention, one step at least is sparse."""
+        offer = self.config.offer()
+        if self.recipe is None or self.recipe.sparse is None:
+            return offer
+        least = max(offer.min_steps or 1, self.recipe.sparse.dense_steps + 1)
+        return offer.model_copy(update={"min_steps": least})
 
 
 def fingerprint_model(config: WorkerConfig) -> str:

@@ -124,6 +124,7 @@ class WorkerStats:
             self._steps.setdefault(mode, deque(maxlen=KEPT)).extend(step_seconds)
             if shares is not None:
                 self._shares[mode] = shares
+            self._attention.pop(mode, None)
             if attention is not None:
                 self._attention[mode] = attention
 

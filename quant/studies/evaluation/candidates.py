@@ -32,12 +32,15 @@ class Candidate:
 
     Attributes:
         source: its scales file or packed folder.
+        recipe: of the scales; of a packed checkpoint, its own, which may have sparse attention
+            although its scales are of the dense recipe.
         packed: the checkpoint, if it is one.
     """
 
     name: str
     source: Path
     scales: Scales
+    recipe: QuantRecipe
     packed: PackedCheckpoint | None = None
 
     @classmethod
@@ -62,13 +65,13 @@ class Candidate:
             )
         if source.is_dir():
             packed = open_packed(source, model_folder=model)
-            check_packed(
+            recipe = check_packed(
                 packed,
                 model_fingerprint=fingerprint,
                 recipe=packed.info.recipe,
                 model_folder=model,
             )
-            return cls(name, source, packed.scales, packed)
+            return cls(name, source, packed.scales, recipe, packed)
         scales = load_scales(source, model_folder=model)
         check_scales(
             scales,
@@ -77,12 +80,32 @@ class Candidate:
             path=source,
             model_folder=model,
         )
-        return cls(name, source, scales)
+        return cls(name, source, scales, scales.recipe)
 
-    @property
-    def recipe(self) -> QuantRecipe:
-        """Return the recipe of its scales."""
-        return self.scales.recipe
+    def check_sparse(self, steps: int, points: Path | None) -> None:
+        """Refuse a study in which sparse attention would be judged as if it were dense.
+
+        Args:
+            steps: of each video.
+            points: the folder of points for the velocity error, if it is asked for.
+
+        Raises:
+            StudyError: no step would be sparse, or the velocity error is asked for.
+        """
+        sparse = self.recipe.sparse
+        if sparse is None:
+            return
+        if steps <= sparse.dense_steps:
+            raise StudyError(
+                f"{self.name} has sparse attention after the first {sparse.dense_steps} steps, and "
+                f"with {steps} steps none would be sparse: give --steps {sparse.dense_steps + 1} "
+                "or more, or leave it out"
+            )
+        if points is not None:
+            raise StudyError(
+                f"{self.name} has sparse attention, whose loss the velocity error at {points} does "
+                "not have: leave out --points, or this candidate"
+            )
 
     @property
     def identity(self) -> str:

@@ -13,6 +13,7 @@ import quant
 from quant.calibration.scales import Scales
 from quant.errors import StudyError
 from quant.studies.evaluation import generate
+from quant.studies.evaluation.candidates import Candidate
 from quant.studies.evaluation.gate import read_gate
 from quant.studies.evaluation.measures import Measure
 from quant.studies.evaluation.verdict import compare, diverged, divergence_words
@@ -204,6 +205,41 @@ def test_a_gate_that_is_not_kept_ends_with_three(files: dict[str, Path], points:
     bf16, w8a8 = (measure["candidates"][name] for name in ("bf16", "packed"))
     assert 0 < bf16["mean"] < w8a8["mean"] < 20
     assert (w8a8["prompts"], w8a8["values"]) == (8, 16)
+
+
+def test_a_packed_candidate_is_judged_by_its_own_sparse_recipe(
+    files: dict[str, Path], tmp_path: Path, tiny_pipe: WanPipeline
+) -> None:
+    recipe, packed = tmp_path / "sparse.toml", tmp_path / "packed"
+    text = (
+        _recipe_file(files)
+        .read_text()
+        .replace('format = "hif8"\n', 'format = "hif8"\nattention = "sparse"\n')
+    )
+    recipe.write_text(
+        f"{text}\n[sparse]\nshare_of_mass = 0.9\ntile = [1, 2, 2]\n"
+        "every_steps = 1\ndense_steps = 2\n"
+    )
+    result = run(
+        *("convert", "--model", files["model"], "--scales", files["scales"], "--out", packed),
+        *("--recipe", recipe),
+    )
+    assert result.exit_code == 0, result.output
+    fingerprint = quant.model_fingerprint(files["model"])
+    candidate = Candidate.read(f"sparse={packed}", files["model"], fingerprint)
+    dense = Candidate.read(f"dense={files['scales']}", files["model"], fingerprint)
+    assert candidate.scales.recipe.sparse is None
+    assert candidate.identity.split()[0] != dense.identity.split()[0]
+    built = candidate.build(tiny_pipe.transformer)
+    assert quant.sparse_attention_of(built) is not None
+    dense.check_sparse(2, tmp_path)
+    candidate.check_sparse(3, None)
+    with pytest.raises(StudyError, match="sparse has sparse attention, whose loss"):
+        candidate.check_sparse(3, tmp_path)
+    result = evaluate(files, tmp_path / "out", scales=f"sparse={packed}")
+    assert result.exit_code == 1
+    assert "with 2 steps none would be sparse: give --steps 3" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def _recipe_file(files: dict[str, Path]) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.errors import GenerationFailed
 from quant import QuantRecipe, Scales, save_scales
 from tests.support.job_controls import IgnoringControl
 from tests.support.requests import OWNER, generation_request
@@ -43,13 +44,12 @@ def test_a_job_says_what_its_attention_kept(
     assert "mode w8a8: sparse self-attention, 0.95 of the softmax" in sparse.describe()
     assert modes[0].offer.recipe_fingerprint != engine.modes[1].recipe_fingerprint
     stats, dense_steps = WorkerStats(), 4
+    assert modes[0].offer.min_steps == dense_steps + 1
     request = generation_request(
         mode="w8a8", num_frames=5, num_inference_steps=dense_steps, guidance_scale=1.0
     )
-    dense = sparse.generate(request, IgnoringControl(), OWNER)
-    assert dense.attention_shares is None
-    stats.record_steps("w8a8", [0.1], None, dense.attention_shares)
-    assert stats.modes()["w8a8"].attention_density is None
+    with pytest.raises(GenerationFailed, match="Mode w8a8 takes 5 to"):
+        sparse.generate(request, IgnoringControl(), OWNER)
     request = request.model_copy(update={"num_inference_steps": dense_steps + 1})
     clip = sparse.generate(request, IgnoringControl(), OWNER)
     assert clip.attention_shares is not None
@@ -59,6 +59,9 @@ def test_a_job_says_what_its_attention_kept(
     status = stats.modes()["w8a8"]
     assert status.attention_density == clip.attention_shares.density
     assert status.attention_mass == clip.attention_shares.mass
+    stats.record_steps("w8a8", [0.1], None, None)  # as a proof of one step, which is dense
+    assert stats.modes()["w8a8"].attention_density is None
+    assert stats.modes()["w8a8"].attention_mass is None
 
 
 def test_what_does_not_go_together_is_refused_by_name(
@@ -80,8 +83,15 @@ def test_a_mode_of_which_no_step_would_be_sparse_is_refused(
     sparse_config: WorkerConfig,
 ) -> None:
     few = sparse_config.model.model_copy(update={"default_steps": 4})
+    of_few = sparse_config.model_copy(update={"model": few})
     with pytest.raises(ConfigError, match="after the first 4 steps, and its jobs have 4 by"):
-        check_combinations(sparse_config.model_copy(update={"model": few}))
+        check_combinations(of_few)
+    check_combinations(with_mode(of_few, default_steps=5))
+    many = with_mode(sparse_config, default_steps=5, max_steps=5)
+    check_combinations(many)
+    for own in ({"default_steps": 4}, {"default_steps": 4, "max_steps": 4}):
+        with pytest.raises(ConfigError, match="after the first 4 steps, and its jobs have 4 by"):
+            check_combinations(with_mode(many, **own))
 
 
 def test_an_npu_refuses_it_by_name(
