@@ -55,7 +55,7 @@ class Judged:
         run, settings = self._run, self._run.settings
         few = {"steps": settings.student_steps, "guidance_scale": 1.0}
         self._sample(TEACHER, progress, {"guidance_scale": settings.guidance_scale})
-        scheduler = euler_scheduler(run.pipeline.scheduler.config, settings.student_steps)
+        scheduler = euler_scheduler(run.pipeline.scheduler.config)
         run.pipeline.register_modules(scheduler=scheduler)
         self._sample(UNTRAINED, progress, few)
         merge_file(run.pipeline.transformer, run.lora)
@@ -130,12 +130,15 @@ def _card(run: Distillation, figures: dict[str, Any], rates: dict[str, dict[str,
 
 Rank {settings.rank} on every linear of the blocks, FP16, to be merged with scale 1 into the
 transformer whose files have the SHA-256 `{run.fingerprint[:16]}…`. Sample with guidance 1 and
-Euler's method at sigmas {sigmas}:
+Euler's method at sigmas {sigmas}, as a worker's mode with `scheduler = "euler"` does:
 
 ```python
-scheduler = UniPCMultistepScheduler.from_config(
-    pipeline.scheduler.config, solver_order=1, disable_corrector={list(range(steps))}
-)
+class EvenEuler(FlowMatchEulerDiscreteScheduler):
+    def set_timesteps(self, num_inference_steps, device=None):
+        levels = numpy.linspace(1, 0, num_inference_steps, endpoint=False)
+        super().set_timesteps(sigmas=levels, device=device)
+
+scheduler = EvenEuler(shift=pipeline.scheduler.config.flow_shift)
 pipeline.register_modules(scheduler=scheduler)
 pipeline.load_lora_weights("FOLDER")
 pipeline(prompt, num_inference_steps={steps}, guidance_scale=1.0, max_sequence_length=64)

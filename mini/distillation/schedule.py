@@ -1,42 +1,51 @@
-"""Place the student's few steps among the noise levels: plain Euler steps on UniPC's own levels."""
+"""Place the student's few steps among the noise levels: evenly in time, before it is shifted.
+
+These are the levels of a worker's mode with `scheduler = "euler"`, number for number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 
-def euler_scheduler(config: Mapping[str, Any], steps: int) -> UniPCMultistepScheduler:
-    """Make UniPC of first order without its corrector, which is Euler's method for flows.
+class EvenEuler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # untyped to mypy here
+    """diffusers' Euler, which would spend its last step of few on a noise level next to zero."""
 
-    diffusers' FlowMatchEulerDiscreteScheduler spends its last step of few on a noise level next to
-    zero; this one divides the time evenly before it shifts it.
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Divide the time from 1 to 0 evenly."""
+        levels = np.linspace(1, 0, num_inference_steps, endpoint=False)
+        super().set_timesteps(sigmas=levels, device=device)
+
+
+def euler_scheduler(config: Mapping[str, Any]) -> EvenEuler:
+    """Make the scheduler that the student is trained for and judged with.
 
     Args:
         config: of the model's scheduler, whose shift it keeps.
     """
-    corrections = {"solver_order": 1, "disable_corrector": list(range(steps))}
-    return UniPCMultistepScheduler.from_config(config, **corrections)
+    return EvenEuler(shift=config["flow_shift"])
 
 
 class Schedule:
     """The noise levels of a student's steps, and those between them.
 
     Attributes:
-        sigmas: [S + 1], from nearly 1 to 0; a segment leads from one to the next.
-        timesteps: [S], what the transformer is told of them.
+        sigmas: [S + 1], from 1 to 0; a segment leads from one to the next.
+        timesteps: [S], what the transformer is told of them: 1000 times sigma.
     """
 
     def __init__(self, config: Mapping[str, Any], steps: int, device: torch.device) -> None:
-        scheduler = euler_scheduler(config, steps)
+        scheduler = euler_scheduler(config)
         scheduler.set_timesteps(steps)
         self.sigmas: Tensor = scheduler.sigmas.to(device)
-        self.timesteps: Tensor = scheduler.timesteps.float().to(device)
-        self._shift: float = scheduler.config.flow_shift
+        self.timesteps: Tensor = scheduler.timesteps.to(device)
+        self._shift: float = scheduler.config.shift
         self._levels = [float(sigma) for sigma in scheduler.sigmas]
 
     def __len__(self) -> int:

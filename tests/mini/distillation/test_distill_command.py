@@ -34,11 +34,13 @@ from mini.distillation.training import Training
 from mini.distillation.trajectories import Recorder, Trajectories, velocity
 from mini.evaluate import load_pipeline
 from mini.world.scenes import EXAMPLE, Split, captions_of, plain_caption
+from worker.model_loader.scheduler import mode_scheduler
 
 SETTINGS = DistillSettings(
     steps=8, batch=2, rounds=2, trajectories=3, teacher_steps=1, rank=2, learning_rate=1e-2
 )
 CPU = torch.device("cpu")
+MINIATURE = Path(__file__).parents[3] / "models" / "wan-mini"
 CONFIG = UniPCMultistepScheduler(
     prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
 ).config
@@ -184,14 +186,14 @@ def test_diffusers_reads_the_file_and_it_is_what_was_trained(
 
 def test_the_student_s_scheduler_makes_euler_steps_at_shifted_even_times() -> None:
     schedule = Schedule(CONFIG, 4, CPU)
-    assert schedule.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=2e-3)
-    assert schedule.timesteps.tolist() == pytest.approx([1000, 900, 750, 500], abs=1.1)
+    assert schedule.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert schedule.timesteps.tolist() == pytest.approx([1000, 900, 750, 500])
     assert schedule.between(1, 0.0) == pytest.approx(schedule.sigmas[1].item())
     assert schedule.between(3, 1.0) == 0
     # Halfway in time between 0.75 (0.5 before the shift) and 0.5 (0.25).
-    assert schedule.between(2, 0.5) == pytest.approx(3 * 0.375 / (1 + 2 * 0.375), abs=2e-3)
+    assert schedule.between(2, 0.5) == pytest.approx(3 * 0.375 / (1 + 2 * 0.375))
 
-    scheduler = euler_scheduler(CONFIG, 4)
+    scheduler = euler_scheduler(CONFIG)
     scheduler.set_timesteps(4)
     latents = expected = torch.randn(1, 2)
     for step, timestep in enumerate(scheduler.timesteps):
@@ -199,6 +201,19 @@ def test_the_student_s_scheduler_makes_euler_steps_at_shifted_even_times() -> No
         latents = scheduler.step(own, timestep, latents, return_dict=False)[0]
         expected = expected + schedule.length(step) * own
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_the_student_is_trained_and_judged_on_the_levels_of_a_worker_s_euler(steps: int) -> None:
+    own = UniPCMultistepScheduler.from_pretrained(MINIATURE / "scheduler")
+    served = mode_scheduler(own, "euler")
+    served.set_timesteps(steps)
+    schedule = Schedule(own.config, steps, CPU)
+    judged = euler_scheduler(own.config)
+    judged.set_timesteps(steps)
+    for found in (schedule, judged):
+        assert torch.equal(found.sigmas, served.sigmas)
+        assert torch.equal(found.timesteps, served.timesteps)
 
 
 @pytest.mark.parametrize("follow_student", [False, True])
