@@ -94,6 +94,12 @@ def distill(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     try:
         if out.exists():
             raise DistillError(f"{out} exists already: name another folder, or remove it")
+        places = (out.resolve(), work.resolve())
+        if any(one.is_relative_to(other) for one, other in (places, places[::-1])):
+            raise DistillError(
+                f"--out {out} and --work {work} are one folder, or one is in the other: --out is "
+                "made at the end, so name two that lie side by side"
+            )
         settings = DistillSettings(
             steps=steps,
             batch=batch,
@@ -105,7 +111,7 @@ def distill(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
             learning_rate=learning_rate,
             seed=seed,
         )
-        given = None if captions is None else captions.read_text(encoding="utf-8").splitlines()
+        given = None if captions is None else _read_lines(captions)
         run = Distillation(model, work, settings, device, given)
         recording, training = run.passes
         judging = Judged.passes(run, evaluate)
@@ -122,6 +128,21 @@ def distill(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     print(f"wrote {out}")
+
+
+def _read_lines(file: Path) -> list[str]:
+    """Read a text file by lines.
+
+    Raises:
+        DistillError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DistillError(
+            f"{file} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}): save "
+            "it as UTF-8"
+        ) from error
 
 
 @app.command()

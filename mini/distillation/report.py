@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -85,7 +86,7 @@ class Judged:
 
 
 def write_result(out: Path, run: Distillation, judged: Judged, began: float) -> None:
-    """Write LoRA, card, figures and contact sheet into a new folder.
+    """Write LoRA, card, figures and contact sheet into a new folder, which is there whole or not.
 
     Args:
         began: of `time.monotonic`, when this process began the run.
@@ -106,11 +107,15 @@ def write_result(out: Path, run: Distillation, judged: Judged, began: float) -> 
         },
         "psnr_db_student_teacher": judged.psnr_db(),
     }
-    out.mkdir(parents=True)
-    shutil.copyfile(run.lora, out / LORA_FILE)
-    (out / "distill.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _sheet(judged).save(out / "contact-sheet.png", optimize=True)
-    (out / "README.md").write_text(_card(run, figures, rates), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
+        part = Path(made) / "part"
+        part.mkdir()  # with the rights of any folder, which a temporary one has not
+        shutil.copyfile(run.lora, part / LORA_FILE)
+        (part / "distill.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        _sheet(judged).save(part / "contact-sheet.png", optimize=True)
+        (part / "README.md").write_text(_card(run, figures, rates), encoding="utf-8")
+        part.rename(out)
 
 
 def _sheet(judged: Judged) -> Any:

@@ -1,7 +1,7 @@
 """Distil the miniature: record and train in turns, then keep the LoRA; a later run goes on.
 
 The method is regression in segments, with the states of later rounds from the student itself
-(docs/decisions/038). The work folder holds `settings.json`, the recorded trajectories and the
+(docs/decisions/040). The work folder holds `settings.json`, the recorded trajectories and the
 state of the training.
 """
 

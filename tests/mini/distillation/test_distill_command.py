@@ -288,6 +288,39 @@ def test_bad_input_is_refused_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a red \xff circle\n", "is not UTF-8 (byte 6 is 0xff): save it as UTF-8"),
+        (b"\xef\xbb\xbfa red elephant\n", "'a red elephant' is not a caption"),
+    ],
+)
+def test_a_file_of_captions_may_begin_with_a_mark_and_has_to_be_utf_8(
+    model: Path, tmp_path: Path, data: bytes, message: str
+) -> None:
+    (tmp_path / "captions.txt").write_bytes(data)
+    result = distill(model, tmp_path, "--captions", str(tmp_path / "captions.txt"))
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("work", ["out", "out/work", "."])
+def test_folders_that_would_meet_are_refused_before_anything_runs(
+    model: Path, tmp_path: Path, work: str
+) -> None:
+    result = distill(model, tmp_path, "--work", str(tmp_path / work))
+    assert result.exit_code == 1
+    assert "name two that lie side by side" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_miniature_s_lora_has_at_most_two_megabytes(tmp_path: Path) -> None:
+    config = WanTransformer3DModel.load_config(MINIATURE / "transformer")
+    transformer = WanTransformer3DModel.from_config(config).bfloat16()
+    Adapters(transformer, DistillSettings().rank, seed=0).save(tmp_path / LORA_FILE)
+    assert (tmp_path / LORA_FILE).stat().st_size <= 2_000_000
+
+
 def test_a_model_of_another_kind_is_refused(model: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
