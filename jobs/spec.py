@@ -256,18 +256,15 @@ def _resolve(
         *_group_violations(body),
     ]
     offers, unserved = _offers_for(body, catalog, violations)
-    # All offers of one queue have the same bounds.
+    # All offers of one queue have the same bounds, and may differ in the mode that is not named.
     refusals = {
-        offer.queue: [
-            *_bound_violations(body, offer),
-            *_length_violations(body, offer, count_tokens),
-        ]
-        for offer in {each.queue: each for each in offers}.values()
+        key: [*_bound_violations(body, offer), *_length_violations(body, offer, count_tokens)]
+        for key, offer in {(each.queue, each.model.default_mode): each for each in offers}.items()
     }
-    accepting = [offer for offer in offers if not refusals[offer.queue]]
+    accepting = [each for each in offers if not refusals[each.queue, each.model.default_mode]]
     if offers and not accepting:
         # Workers may differ in their bounds; the error names those of the first.
-        violations += refusals[offers[0].queue]
+        violations += next(iter(refusals.values()))
     if violations:
         raise InvalidSpec(violations)
     if unserved is not None:
@@ -338,6 +335,8 @@ def _bound_violations(body: GenerationBody, offer: WorkerOffer) -> Iterator[Viol
     ):
         yield outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
     mode = body.mode or model.default_mode
+    if not offer.serves(mode):
+        return  # only a worker that has the mode knows its bounds
     own, usual = (
         ((terms.min_steps, terms.max_steps), (MIN_GUIDANCE_SCALE, terms.max_guidance_scale))
         for terms in (offer.terms(mode), model.terms())

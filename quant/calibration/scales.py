@@ -124,6 +124,7 @@ def load_scales(
     model_folder: Path | None = None,
     recipe: QuantRecipe | None = None,
     loras: Sequence[str] = (),
+    sampling: Sequence[str] = (),
 ) -> Scales:
     """Read a scales file.
 
@@ -133,6 +134,7 @@ def load_scales(
         recipe: the recipe they are to be used for, named in that command as well. `check_scales`
             checks that they were made for it.
         loras: those to be merged into the model, as values of `--lora`, for that command.
+        sampling: how the scales will be served, as further arguments of that command.
 
     Raises:
         ScalesError: there is no such file, or it is not a scales file.
@@ -140,10 +142,10 @@ def load_scales(
             FP8 attention.
     """
     if not path.is_file():
-        raise ScalesError(
-            f"there is no scales file {path}; make one with: "
-            f"{calibrate_command(path, model_folder, recipe=recipe, loras=loras)}"
+        command = calibrate_command(
+            path, model_folder, recipe=recipe, loras=loras, sampling=sampling
         )
+        raise ScalesError(f"there is no scales file {path}; make one with: {command}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -182,7 +184,7 @@ def load_scales(
     return scales
 
 
-def check_scales(
+def check_scales(  # noqa: PLR0913 (the last four only name the remedy)
     scales: Scales,
     *,
     model_fingerprint: str,
@@ -190,6 +192,7 @@ def check_scales(
     path: Path | None = None,
     model_folder: Path | None = None,
     loras: Sequence[str] = (),
+    sampling: Sequence[str] = (),
 ) -> QuantRecipe:
     """Check that scales were made for a model and a recipe.
 
@@ -197,8 +200,9 @@ def check_scales(
         model_fingerprint: of the model with its LoRAs, if it has some.
         path: the scales file.
         model_folder: the model's folder.
-        loras: those that are merged into it, as values of `--lora`. These three appear in the
-            command that an error recommends.
+        loras: those that are merged into it, as values of `--lora`.
+        sampling: how the scales will be served, as arguments of `calibrate`. These four appear in
+            the command that an error recommends.
 
     Returns:
         The recipe; one with `protect = "auto"` gets the blocks that the scales were made with.
@@ -210,7 +214,8 @@ def check_scales(
     if scales.model_fingerprint != model_fingerprint:
         differing = other_model(scales.model_fingerprint, model_fingerprint)
         problem = f"the scales were calibrated on {differing}"
-        arguments, remedy = [], "make"  # another model's sampler settings do not apply to this one
+        # Another model's sampler settings do not apply to this one.
+        arguments, remedy = list(sampling), "make"
     else:
         found, problem = _resolve(recipe, scales)
         if not problem:
@@ -292,6 +297,7 @@ def calibrate_command(
     prompts: str | None = None,
     recipe: QuantRecipe | None = None,
     loras: Sequence[str] = (),
+    sampling: Sequence[str] = (),
 ) -> str:
     """Return the command that makes a scales file; unknown arguments are in upper case.
 
@@ -306,6 +312,7 @@ def calibrate_command(
         known = recipe.name if recipe.name in shipped_recipes() else "RECIPE_FILE"
         arguments += ["--recipe", recipe.source or known]
         arguments += ["--analysis", "ANALYSIS_FOLDER"] if recipe.is_auto else []
+    arguments += sampling
     if (device := available_accelerator()) is not None:
         arguments += ["--device", device]
     return shlex.join([sys.executable or "python", "-m", "quant", "calibrate", *arguments])

@@ -11,7 +11,7 @@ from redis import Redis
 from jobs import catalog, durations
 from jobs.catalog import Catalog, ModelOffer, ModeOffer, OwnTerms, Terms, WorkerOffer
 from jobs.durations import Durations
-from jobs.errors import InvalidSpec
+from jobs.errors import InvalidSpec, ModeNotServed
 from jobs.spec import GenerationRequest, resolve_json
 
 FEW = {"min_steps": 2, "max_steps": 8, "default_steps": 4}
@@ -28,9 +28,10 @@ def three(offer: WorkerOffer) -> WorkerOffer:
     return offer.model_copy(update={"modes": modes, "queue": queue})
 
 
-def resolved(offer: WorkerOffer, **body: object) -> GenerationRequest:
-    known = frozenset((offer.model.name, mode.name) for mode in offer.modes)
-    served = Catalog(offers=(offer,), waiting={offer.queue: 0}, known=known)
+def resolved(*offers: WorkerOffer, **body: object) -> GenerationRequest:
+    known = frozenset((offer.model.name, mode.name) for offer in offers for mode in offer.modes)
+    waiting = dict.fromkeys((offer.queue for offer in offers), 0)
+    served = Catalog(offers=offers, waiting=waiting, known=known)
     return resolve_json({"prompt": "a circle", "seed": 7} | body, served)[0]
 
 
@@ -73,6 +74,27 @@ def test_a_bound_of_a_mode_may_be_wider_than_the_models(offer: WorkerOffer) -> N
     patient = FAST.model_copy(update={"name": "patient", "min_steps": None, "max_steps": 100})
     wide = offer.model_copy(update={"modes": (*offer.modes, patient)})
     assert resolved(wide, mode="patient", num_inference_steps=100).num_inference_steps == 100
+
+
+@pytest.mark.parametrize("first", ["fast", "bf16"])
+def test_workers_of_one_queue_may_differ_in_the_mode_that_is_not_named(
+    three: WorkerOffer, first: str
+) -> None:
+    """As while `default_mode` is changed, worker by worker."""
+    second = "bf16" if first == "fast" else "fast"
+    offers = [
+        three.model_copy(update={"model": three.model.model_copy(update={"default_mode": mode})})
+        for mode in (first, second)
+    ]
+    assert resolved(*offers, num_inference_steps=50).mode == "bf16"
+    assert resolved(*offers, guidance_scale=4.0).mode == "bf16"
+
+
+def test_bounds_of_a_mode_that_is_away_are_not_known(three: WorkerOffer) -> None:
+    known = frozenset({("wan-mini", mode) for mode in ("bf16", "w8a8", "fast", "many")})
+    away = Catalog(offers=(three,), waiting={three.queue: 0}, known=known)
+    with pytest.raises(ModeNotServed):
+        resolve_json({"prompt": "a", "mode": "many", "num_inference_steps": 80}, away)
 
 
 def test_estimates_are_the_modes(redis: Redis, three: WorkerOffer) -> None:

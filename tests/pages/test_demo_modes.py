@@ -109,3 +109,10 @@ def test_the_same_video_in_another_mode_has_that_modes_defaults(
     request = asked(worker, 2)["w8a8"]
     assert (request.num_inference_steps, request.guidance_scale) == (8, 4.0)
     assert request.negative_prompt == "blurry"
+
+    # A form that is filled from a video without guidance has the model's negative prompt again.
+    fast = next(job for job in worker.store.list().jobs if job.request.mode == "fast")
+    page = visit.open(f"/?from={fast.id}")
+    expect(page.get_by_label("Guidance", exact=True)).to_have_value("1")
+    page.get_by_label("w8a8", exact=True).check()
+    expect(page.get_by_label("Negative prompt")).to_have_value("blurry")

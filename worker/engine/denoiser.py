@@ -27,8 +27,9 @@ the model predicts for the end; where a scheduler does not keep them, with those
 
 
 class Denoise(Protocol):
-    """A function that runs all steps and returns the latents [1, C, F, H, W] in float32.
+    """A function that runs all steps and returns the latents [1, C, F, H, W].
 
+    UniPC returns them in float32, Euler's method in the type of the transformer's output.
     It calls `on_step` after each step; an exception ends it.
     """
 

@@ -149,6 +149,7 @@ def _plan_mode(
         return ModePlan(mode, shape, None, None, None, loras)
     recipe, packed = quant.QuantRecipe.load(mode.recipe), None
     merged, arguments = loras.fingerprint(fingerprint), loras.arguments
+    sampling = _sampling_arguments(model, mode)
     if mode.packed is not None:
         packed = quant.open_packed(
             mode.packed, model_folder=model.path, recipe=recipe, loras=arguments
@@ -164,7 +165,11 @@ def _plan_mode(
     else:
         assert mode.scales is not None, "ModeConfig has checked that"
         scales = quant.load_scales(
-            mode.scales, model_folder=model.path, recipe=recipe, loras=arguments
+            mode.scales,
+            model_folder=model.path,
+            recipe=recipe,
+            loras=arguments,
+            sampling=sampling,
         )
         recipe = quant.check_scales(
             scales,
@@ -173,16 +178,30 @@ def _plan_mode(
             path=mode.scales,
             model_folder=model.path,
             loras=arguments,
+            sampling=sampling,
         )
     _warn_of_other_sampling(model, mode, scales)
     return ModePlan(mode, shape, recipe, scales, packed, loras)
 
 
+def _sampling_arguments(model: ModelConfig, mode: ModeConfig) -> list[str]:
+    """Return the arguments of `quant calibrate` by which a mode of its own terms is sampled."""
+    terms = model.offer(fingerprint="unread").terms(mode)
+    found = []
+    if mode.own:
+        found += ["--steps", str(terms.default_steps)]
+        found += ["--guidance-scale", f"{terms.default_guidance_scale:g}"]
+    if mode.flow_shift is not None:
+        shift = shift_for(model.default_size, mode.flow_shift, model.flow_shift)
+        found += [] if shift is None else ["--flow-shift", f"{shift:g}"]
+    return found
+
+
 def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.Scales) -> None:
     """Log if scales were calibrated with guidance, a negative prompt or a shift not served so.
 
-    Callers may choose both size and negative prompt, so that this is no reason to refuse. A shift
-    that is the model's own is not compared.
+    Callers may choose both size and negative prompt, so that this is no reason to refuse. Steps are
+    not compared, nor a shift that is the model's own where the mode has none.
     """
     sampler = scales.sampler
     if sampler is None:
@@ -195,6 +214,8 @@ def _warn_of_other_sampling(model: ModelConfig, mode: ModeConfig, scales: quant.
     served = [shift_for(size, mode.flow_shift, model.flow_shift) for size in model.sizes]
     if sampler.flow_shift is not None and sampler.flow_shift not in served:
         found.append(f"flow shift ({sampler.flow_shift:g})")
+    elif sampler.flow_shift is None and mode.flow_shift is not None:
+        found.append("flow shift (the model's own)")
     if found:
         of_model = not mode.own and mode.flow_shift is None
         logger.warning(

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from quant.errors import WeightsError
+from quant.transformer.lora.source import STEMS
 from quant.weights.model_folder import read_object
+from quant.weights.weight_files import visible
 
 _FILE = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
@@ -41,13 +43,14 @@ class AdapterConfig:
         """Read it for a file of weights with this metadata.
 
         Raises:
-            WeightsError: it cannot be read, or has an alpha that is no number.
+            WeightsError: it cannot be read, has an alpha that is no number, or may be of another
+                file in the folder.
         """
         beside = file.with_name(_FILE)
         try:
             if _METADATA in metadata:
                 values = json.loads(metadata[_METADATA])
-            elif file.stem == "adapter_model" and beside.is_file():
+            elif beside.is_file() and _is_of(file):
                 values = read_object(beside)
             else:
                 return cls()
@@ -69,12 +72,25 @@ class AdapterConfig:
 
     def factor(self, module: str, rank: int) -> float:
         """Return what the product of a module's two factors is multiplied by."""
-        if self.alpha is None:
-            return 1.0
         matching = (key for key in self.patterns if re.fullmatch(rf"(.*\.)?({key})", module))
         key = next(matching, None)
         alpha = self.alpha if key is None else self.patterns[key]
+        if alpha is None:
+            return 1.0
         return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _is_of(file: Path) -> bool:
+    """Return whether the configuration beside a file is of this file."""
+    stems = {each.stem for each in visible(file.parent.glob("*.safetensors"))}
+    if file.stem in STEMS or len(stems) == 1:
+        return True
+    if stems.isdisjoint(STEMS):
+        raise WeightsError(
+            f"it cannot be told whether {file.parent / _FILE} is of the LoRA {file.name} or of "
+            f"another of the {len(stems)} files there: give each a folder of its own"
+        )
+    return False
 
 
 def _number(value: Any) -> float:

@@ -150,7 +150,8 @@ def _places(
 
 
 def _others(wrong: Sequence[object]) -> str:
-    return f", and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+    more = len(wrong) - 1
+    return f", and {more} other{'s' * (more > 1)}" if more else ""
 
 
 def _origin(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ Loras = Annotated[
 ]
 """The option of commands that merge LoRAs; its values are for `LoraSource.parse`."""
 
-_STEMS = ("adapter_model", "pytorch_lora_weights")
+STEMS = ("adapter_model", "pytorch_lora_weights")
 """How PEFT and diffusers name the file in a folder."""
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
@@ -37,13 +37,10 @@ class LoraSource:
         Raises:
             WeightsError: the scale is not finite.
         """
-        path, colon, number = text.rpartition(":")
-        try:
-            scale = float(number)
-        except ValueError:
-            colon = ""
-        if not (colon and path):
+        path, _, number = text.rpartition(":")
+        if not (path and _is_number(number)):
             return cls(Path(text))
+        scale = float(number)
         if not math.isfinite(scale):
             raise WeightsError(
                 f"the LoRA {path} cannot have the scale {number}: give a finite number"
@@ -53,7 +50,9 @@ class LoraSource:
     @property
     def argument(self) -> str:
         """Return what `parse` reads."""
-        return str(self.path) if self.scale == 1 else f"{self.path}:{self.scale:g}"
+        bare = str(self.path)
+        is_plain = self.scale == 1 and not _is_number(bare.rpartition(":")[2])
+        return bare if is_plain else f"{bare}:{self.scale!r}"
 
     def file(self) -> Path:
         """Return the file of weights: the path itself, or the one in the folder there.
@@ -69,10 +68,18 @@ class LoraSource:
         if self.path.is_file():
             return self.path
         found = visible(self.path.glob("*.safetensors"))
-        named = [file for file in found if file.stem in _STEMS]
+        named = [file for file in found if file.stem in STEMS]
         if len(named or found) != 1:
             raise WeightsError(
                 f"there is no LoRA {self.path}: give a safetensors file, or a folder with one, "
                 f"not with {len(named or found)}"
             )
         return (named or found)[0]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -16,7 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant import QuantError, QuantRecipe, Scales, ScalesMismatch, TensorReader, save_scales
+from quant import (
+    QuantError,
+    QuantRecipe,
+    Scales,
+    ScalesError,
+    ScalesMismatch,
+    TensorReader,
+    save_scales,
+)
 from quant.kernels.eager import EagerKernels
 from quant.kernels.interface import AttentionScales
 from quant.kernels.selection import KernelChoice
@@ -91,6 +99,16 @@ def test_scales_of_another_sampling_are_served_with_a_warning(
     )
 
 
+def test_the_command_for_missing_scales_samples_as_the_mode(
+    config: WorkerConfig, scales: Scales, tmp_path: Path
+):
+    own = {"default_steps": 4, "max_guidance_scale": 1.0, "default_guidance_scale": 1.0}
+    mode = config.modes[1].model_copy(update=own | {"flow_shift": 5.0, "scales": tmp_path / "none"})
+    fast = config.model_copy(update={"modes": (config.modes[0], mode)})
+    with pytest.raises(ScalesError, match="--steps 4 --guidance-scale 1 --flow-shift 5"):
+        plan_modes(fast, scales.model_fingerprint)
+
+
 def test_scales_are_held_to_what_the_mode_itself_samples_with(
     config: WorkerConfig, scales: Scales, tmp_path: Path, caplog
 ):
@@ -106,7 +124,7 @@ def test_scales_are_held_to_what_the_mode_itself_samples_with(
         assert caplog.records == []
         plan_modes(fast, scales.model_fingerprint)
     (record,) = caplog.records
-    assert "another guidance (3) than is served" in record.getMessage()
+    assert "guidance (3) and flow shift (the model's own) than is served" in record.getMessage()
     assert record.getMessage().endswith("--config, --steps, --guidance-scale and --flow-shift")
 
 

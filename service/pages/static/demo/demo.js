@@ -229,7 +229,9 @@ async function fillFrom(id, fix) {
   if (offer && offer !== model) showModel(offer);
   setMode(job.request.mode);
   if (fix) /** @type {HTMLInputElement} */ (find('input[name="seed-kind"][value="fixed"]')).checked = true;
-  setValues(job.request);
+  const was = job.request, unguided = was.guidance_scale === 1 && was.negative_prompt === "";
+  // A video without guidance has no negative prompt; in a mode with guidance the model's is wanted again.
+  setValues(unguided ? { ...was, negative_prompt: model?.default_negative_prompt ?? "" } : was);
 }
 
 form.addEventListener("submit", (event) => void ask(event));

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from quant import LoraSource, read_loras
+from quant.errors import WeightsError
 from quant.transformer.import_original import diffusers_name, original_name
 from tests.quant.transformer.lora.lora_files import (
     ALPHA,
@@ -210,6 +211,8 @@ def test_linears_that_kernels_join_are_copied_together(tiny_model, tiny_transfor
         ("a.safetensors:0.5", "a.safetensors", 0.5),
         ("a:b/c.safetensors", "a:b/c.safetensors", 1.0),
         ("a:b.safetensors:-2", "a:b.safetensors", -2.0),
+        ("a.safetensors:0.123456789", "a.safetensors", 0.123456789),
+        ("rank:64:1", "rank:64", 1.0),
     ],
 )
 def test_a_scale_follows_the_path(text, path, scale):
@@ -225,3 +228,32 @@ def test_an_adapter_config_may_have_no_pattern(tiny_model, factors, tmp_path):
     )
     loras = read_loras(tiny_model, [LoraSource(tmp_path)])
     assert loras.loras[0].updates[f"{MODULES[0]}.weight"][0].factor == 1
+
+
+@pytest.mark.parametrize("name", ["style", "pytorch_lora_weights"])
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_an_adapter_config_is_of_the_only_file_beside_it(
+    tiny_model, factors, tmp_path, name, by_folder
+):
+    file = tmp_path / f"{name}.safetensors"
+    save_file(diffusers_tensors(factors), file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": RANK / 4}))
+    loras = read_loras(tiny_model, [LoraSource(tmp_path if by_folder else file)])
+    assert loras.loras[0].updates[f"{MODULES[0]}.weight"][0].factor == 0.25
+
+
+def test_an_adapter_config_beside_several_files_is_refused(tiny_model, factors, tmp_path):
+    for name in ("one", "other"):
+        save_file(diffusers_tensors(factors), tmp_path / f"{name}.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": RANK / 4}))
+    with pytest.raises(WeightsError, match=r"one\.safetensors or of another of the 2 files"):
+        read_loras(tiny_model, [LoraSource(tmp_path / "one.safetensors")])
+
+
+def test_patterns_of_alphas_hold_without_an_alpha_for_all(tiny_model, factors, tmp_path):
+    save_file(diffusers_tensors(factors), tmp_path / "adapter_model.safetensors")
+    patterns = {"alpha_pattern": {MODULES[0]: RANK / 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(patterns))
+    loras = read_loras(tiny_model, [LoraSource(tmp_path)])
+    assert loras.loras[0].updates[f"{MODULES[0]}.weight"][0].factor == 0.5
+    assert loras.loras[0].updates[f"{MODULES[1]}.weight"][0].factor == 1

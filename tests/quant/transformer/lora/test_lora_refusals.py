@@ -67,7 +67,7 @@ CHANGES: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     ),
     "NaN in several": (
         {f"{Q}.lora_{part}.weight": torch.full(size, torch.nan) for part, size in SIZES.items()},
-        r"to_q\.lora_B\.weight' .* holds NaN or infinity, and 1 others",
+        r"to_q\.lora_B\.weight' .* holds NaN or infinity, and 1 other:",
     ),
     "another rank": (
         {f"{Q}.lora_B.weight": torch.ones(32, 3)},

@@ -95,7 +95,7 @@ def test_a_packed_checkpoint_has_them_in_it(
             model_folder=tiny_model,
             loras=other.arguments,
         )
-    assert f"--lora {other.loras[0].source.path}:2 " in str(caught.value)
+    assert f"--lora {other.loras[0].source.path}:2.0 " in str(caught.value)
 
 
 def test_scales_of_other_loras_are_refused_with_the_command(
