@@ -256,9 +256,11 @@ def _resolve(
         *_group_violations(body),
     ]
     offers, unserved = _offers_for(body, catalog, violations)
+    # Only a worker that has a mode knows its bounds. Of one that nobody knows the model's are told.
+    away = unserved is not None and all(each.field != "mode" for each in violations)
     # All offers of one queue have the same bounds, and may differ in the mode that is not named.
     refusals = {
-        key: [*_bound_violations(body, offer), *_length_violations(body, offer, count_tokens)]
+        key: [*_bound_violations(body, offer, away), *_length_violations(body, offer, count_tokens)]
         for key, offer in {(each.queue, each.model.default_mode): each for each in offers}.items()
     }
     accepting = [each for each in offers if not refusals[each.queue, each.model.default_mode]]
@@ -324,8 +326,8 @@ def _webhook_violations(
         yield violation
 
 
-def _bound_violations(body: GenerationBody, offer: WorkerOffer) -> Iterator[Violation]:
-    """Find what is out of the bounds of this model and the mode; an absent field never is."""
+def _bound_violations(body: GenerationBody, offer: WorkerOffer, away: bool) -> Iterator[Violation]:
+    """Find what is out of the bounds of the model, and of its mode if that is not away."""
     model = offer.model
     if body.size is not None and body.size not in model.sizes:
         yield not_one_of("size", body.size, model.sizes, "is not offered")
@@ -334,9 +336,9 @@ def _bound_violations(body: GenerationBody, offer: WorkerOffer) -> Iterator[Viol
         not is_frame_count(frames) or not model.min_frames <= frames <= model.max_frames
     ):
         yield outside("num_frames", frames, f"4k+1 from {model.min_frames} to {model.max_frames}")
+    if away:
+        return
     mode = body.mode or model.default_mode
-    if not offer.serves(mode):
-        return  # only a worker that has the mode knows its bounds
     own, usual = (
         ((terms.min_steps, terms.max_steps), (MIN_GUIDANCE_SCALE, terms.max_guidance_scale))
         for terms in (offer.terms(mode), model.terms())
