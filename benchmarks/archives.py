@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +15,6 @@ def packed(folder: Path, files: Iterable[Path]) -> bytes:
         for file in files:
             tar.add(file, str(file.relative_to(folder)))
     return data.getvalue()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also if the process is killed."""
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def unpack(archive: Path, folder: Path) -> None:

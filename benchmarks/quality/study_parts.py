@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.archives import packed, unpack, write_whole
+from benchmarks.archives import packed, unpack
+from quant.weights.writer import write_whole
 
 Words = tuple[object, ...]
 """A module and its arguments, as after `python -m`."""

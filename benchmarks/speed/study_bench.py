@@ -22,9 +22,10 @@ from typing import NoReturn
 import torch
 
 from benchmarks import report
-from benchmarks.archives import packed, write_whole
+from benchmarks.archives import packed
 from benchmarks.report import Row
 from benchmarks.timing import device_name
+from quant.weights.writer import write_whole
 
 Words = tuple[object, ...]
 """Of a command line."""
