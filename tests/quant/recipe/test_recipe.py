@@ -131,7 +131,7 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
             {"attention": "fp8", "act": {"granularity": "per_token", "policy": "pow2"}},
             "needs fused blocks, which act granularity 'per_token' rules out",
         ),
-        ({"rotate_qk": False}, "rotate_qk = false has no effect with attention 'bf16'"),
+        ({"rotate_qk": False}, "rotate_qk has no effect with attention 'bf16'"),
         ({"attention": "fp8", "rotate_qk": 1}, "rotate_qk must be bool, not 1"),
     ],
 )
