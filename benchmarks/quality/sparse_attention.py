@@ -161,7 +161,7 @@ def _measure(
                 if name == DENSE
                 else nullcontext(),
                 step_cache(setting.transformer, setting.cache, SAMPLING_STEPS),
-                quant.sparse_run(setting.transformer),
+                quant.denoising_run(setting.transformer),
             ):
                 latents = denoise(pipeline, [texts[n] for n in numbers], numbers)
             setting.videos += [decode(pipeline, each) for each in torch.split(latents, 1)]

@@ -42,6 +42,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "bf16": {"num_frames": 5, "num_inference_steps": 2},
     "w8a8": {"num_frames": 1, "num_inference_steps": 2, "mode": "w8a8"},
     "unguided": {"num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0},
+    "fp8": {"num_frames": 1, "num_inference_steps": 2, "mode": "fp8"},
     "sparse": TINY | {"num_frames": 5, "guidance_scale": 1.0, "mode": "sparse"},
     "tiny": TINY,
 }

@@ -265,7 +265,7 @@ def _put_on_kernels(
 
     unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
     if plan.recipe is not None:
-        quant.sparsify(mode.transformer, plan.recipe)
+        quant.apply_attention(mode.transformer, plan.recipe)
     if unfused and device.attention_backend is not None:
         mode.transformer.set_attention_backend(device.attention_backend)
     warnings = [choice.warning] if choice.warning else []

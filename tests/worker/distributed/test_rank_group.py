@@ -18,6 +18,7 @@ import pytest
 from jobs.catalog import ModeOffer
 from quant import QuantRecipe
 from tests.support.torchrun_ranks import JOBS, LAST, WORLD_SIZES, faults_of
+from worker.config import WorkerConfig
 from worker.distributed.follower import check_same_kernels, lead_ranks
 from worker.errors import EXIT_DEVICE_LOST, RanksDiffer
 from worker.model_loader.loader import Mode
@@ -32,10 +33,12 @@ EXPECTED_ERRORS = {
 
 
 @pytest.fixture(scope="module")
-def outputs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def outputs(
+    config_file: Path, fp8_config: WorkerConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """The folder that `tests.support.torchrun_ranks` has filled; none of its processes is left."""
     folder = tmp_path_factory.mktemp("ranks")
-    config = with_sparse_mode(config_file, folder)
+    config = with_attention_modes(config_file, fp8_config, folder)
     command = [sys.executable, "-m", "tests.support.torchrun_ranks", str(config), str(folder)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
@@ -51,21 +54,23 @@ def outputs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             process.wait()
 
 
-def with_sparse_mode(config_file: Path, folder: Path) -> Path:
-    """Write the configuration with a further mode, whose attention is sparse from step one on."""
-    recipe = QuantRecipe.load("boundary-hif8-mini-sparse").to_dict()
-    recipe["sparse"] |= {"dense_steps": 0, "share_of_mass": 0.6}
-    (folder / "sparse.json").write_text(json.dumps(recipe))
+def with_attention_modes(config_file: Path, fp8_config: WorkerConfig, folder: Path) -> Path:
+    """Write the configuration with two further modes.
+
+    Attention is sparse in one from step one on, and in FP8 in the other from step two on.
+    """
+    sparse = QuantRecipe.load("boundary-hif8-mini-sparse").to_dict()
+    sparse["sparse"] |= {"dense_steps": 0, "share_of_mass": 0.6}
+    fp8 = QuantRecipe.load("boundary-hif8-fp8attn").to_dict() | {"attention_bf16_steps": 1}
     scales = config_file.parent / "scales.safetensors"
     text = config_file.read_text(encoding="utf-8").replace('"scales.safetensors"', f'"{scales}"')
-    mode = {
-        "name": "sparse",
-        "description": "d",
-        "recipe": str(folder / "sparse.json"),
-        "scales": str(scales),
-    }
-    lines = [f"{key} = {json.dumps(value)}" for key, value in mode.items()]
-    (folder / "worker.toml").write_text("\n".join([text, "[[modes]]", *lines]), encoding="utf-8")
+    lines = [text]
+    for name, recipe, own in (("sparse", sparse, scales), ("fp8", fp8, fp8_config.modes[0].scales)):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(recipe))
+        mode = {"name": name, "description": "d", "recipe": str(path), "scales": str(own)}
+        lines += ["[[modes]]", *(f"{key} = {json.dumps(value)}" for key, value in mode.items())]
+    (folder / "worker.toml").write_text("\n".join(lines), encoding="utf-8")
     return folder / "worker.toml"
 
 
