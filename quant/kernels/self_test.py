@@ -303,15 +303,15 @@ class _SparseTest:
 
     def __init__(self, device: torch.device, block: int, head_size: int, short: int) -> None:
         draw, tokens, self.block = _Draw(device), 5 * block - short, block
-        self.qkv = [draw(1, tokens, 2, head_size) for _ in range(3)]
+        self.q, self.k, self.v = (draw(1, tokens, 2, head_size) for _ in range(3))
         self.kept = draw(1, 2, 5, 5) > 0
         self.kept[:, :, 0] = False
         self.kept[..., -1] = True
         self.kept[:, :, -1] = True
 
     def run(self, kernels: Kernels) -> dict[str, Tensor]:
-        attended = kernels.sparse_attention(*self.qkv, self.kept, self.block, None)
-        return {"sparse attention": attended}
+        attend = kernels.sparse_attention
+        return {"sparse attention": attend(self.q, self.k, self.v, self.kept, self.block, None)}
 
 
 class _Draw:

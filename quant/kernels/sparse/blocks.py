@@ -95,7 +95,7 @@ def sample_mass(q: Tensor, k: Tensor, kept: Tensor, block: int) -> Tensor:
         .sum(-1)
         .flatten()
         for some, all_keys, seen in zip(
-            *(each.split(at_once, 1) for each in (queries, keys, kept_of_rows)), strict=True
+            *(torch.split(each, at_once, 1) for each in (queries, keys, kept_of_rows)), strict=True
         )
     ]
     return torch.cat(held).mean()
@@ -113,7 +113,8 @@ def _means(x: Tensor, block: int) -> Tensor:
     Tokens are read once, in place: no copy of them is made.
     """
     whole = x.shape[1] // block * block
-    means = [x[:, :whole].unflatten(1, (whole // block, block)).mean(2, dtype=torch.float32)]
+    blocks = x[:, :whole].view(x.shape[0], whole // block, block, *x.shape[2:])
+    means = [blocks.mean(2, dtype=torch.float32)]
     if whole < x.shape[1]:
         means.append(x[:, whole:].mean(1, keepdim=True, dtype=torch.float32))
     return torch.cat(means, dim=1).transpose(1, 2)

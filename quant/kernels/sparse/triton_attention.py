@@ -30,8 +30,8 @@ MAX_ROWS = 128
 MIN_BLOCK = 16
 """The fewest tokens of a block: tensor cores multiply no smaller matrices."""
 
-LARGE_SHARED_BYTES = 232_448
-"""Shared memory that a kernel has on Hopper (H100, H200) and on Blackwell's B200."""
+LARGE_SHARED = (9, 10)
+"""Major compute capabilities with 227 KiB of shared memory for a program: H100, H200, B200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Tiling:
 
 
 LARGE = Tiling()
-SMALL = Tiling(tile=64, stages=2)
+SMALL = Tiling(tile=32, stages=2)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -180,7 +180,6 @@ def list_kept(kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tiling(device: torch.device) -> Tiling:
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in LARGE_SHARED:
         return LARGE
-    properties = torch.cuda.get_device_properties(device)
-    return LARGE if properties.shared_memory_per_block_optin >= LARGE_SHARED_BYTES else SMALL
+    return SMALL
