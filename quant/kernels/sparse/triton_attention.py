@@ -36,7 +36,7 @@ LARGE_SHARED = (9, 10)
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a program is laid out; which is fastest was measured (docs/performance.md).
+    """How a program is laid out (docs/decisions/042).
 
     Attributes:
         tile: keys multiplied at a time, at most; blocks are divided into tiles.
