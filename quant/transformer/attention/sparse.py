@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import ConversionError
-from quant.kernels import block_sparse
 from quant.kernels.interface import AttentionScales, Kernels
+from quant.kernels.sparse.blocks import choose_blocks, density, sample_mass
 from quant.recipe.sparse import SparseSettings
 from quant.transformer.attention.steps import AttentionSteps, attention_steps_of
 from quant.transformer.wan_block import Attention, FusedWanBlock
@@ -39,7 +39,7 @@ class SparseShares:
 
     Attributes:
         density: of all scores.
-        mass: of the softmax, measured on a few queries (`block_sparse.sample_mass`).
+        mass: of the softmax, measured on a few queries when blocks are chosen (`sample_mass`).
     """
 
     density: float
@@ -49,7 +49,8 @@ class SparseShares:
 class SparseAttention(AttentionSteps):
     """The sparse self-attention of one transformer: settings, steps, and counts.
 
-    A branch keeps, by block of the transformer, the step of the choice, the choice and its density.
+    A branch keeps, by block of the transformer, the step of the choice, the choice, and its density
+    and mass in that step, [2].
 
     Attributes:
         order: the row-major number of each token in tile order, [S] int64, from `order_tokens`.
@@ -105,8 +106,7 @@ class SparseAttention(AttentionSteps):
                 return kernels.attention(q, k, v, scales, act_scale)
             assert scales is None, "a recipe has either sparse or FP8 attention"
             kept = self._choose(block, q, k)
-            out = block_sparse.attend_blocks(q, k, v, kept, self.settings.block)
-            return kernels.round_act(out.flatten(2), act_scale)
+            return kernels.sparse_attention(q, k, v, kept, self.settings.block, act_scale)
 
         return attend
 
@@ -115,16 +115,15 @@ class SparseAttention(AttentionSteps):
         branch, settings = self.branch, self.settings
         found = branch.kept.get(block)
         if found is None or branch.step - found[0] >= settings.every_steps:
-            kept = block_sparse.choose_blocks(q, k, settings.block, settings.share_of_mass)
-            density = block_sparse.density(kept, q.shape[1], settings.block)
-            found = branch.kept[block] = branch.step, kept, density
-        _, kept, density = found
-        self._count(density, block_sparse.sample_mass(q, k, kept, settings.block))
-        return kept
+            kept = choose_blocks(q, k, settings.block, settings.share_of_mass)
+            computed = density(kept, q.shape[1], settings.block)
+            mass = sample_mass(q, k, kept, settings.block)
+            found = branch.kept[block] = branch.step, kept, torch.stack((computed, mass))
+        self._count(found[2])
+        return found[1]
 
-    def _count(self, density: Tensor, mass: Tensor) -> None:
+    def _count(self, shares: Tensor) -> None:
         # On the device, so that nothing waits for it before the end.
-        shares = torch.stack((density, mass))
         self._sums = shares if self._sums is None else self._sums + shares
         self._passes += 1
 

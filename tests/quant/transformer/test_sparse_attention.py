@@ -134,7 +134,7 @@ def test_a_run_is_dense_first_and_chooses_again_after_some_steps_for_each_prompt
             out, mass = sparse_reference.attend(q, k, v, kept, BLOCK)
             ours = next(attended).float().view(out.shape).numpy()
             np.testing.assert_allclose(ours, out, rtol=0, atol=0.02)
-            if step >= SPARSE.dense_steps:
+            if step == chosen_in:
                 sizes = np.array([8, 8, 8, 8, 8, 5]) / 45
                 densities.append(np.einsum("bhmn,m,n->bh", kept, sizes, sizes).mean())
                 masses.append(mass[:, np.arange(16) * 45 // 16].mean())
