@@ -229,6 +229,8 @@ def _sparse_ms(
         blocks.choose_blocks(q, k, block, share_of_mass)
         return kept
 
+    attention = quant.sparse_attention_of(sparse)
+    assert attention is not None
     with mock.patch.object(sparse_attention, "choose_blocks", choose):
         choosing = _pass_ms(bench, sparse, inputs)  # outside of a run each pass chooses
         with quant.denoising_run(sparse):
@@ -236,7 +238,7 @@ def _sparse_ms(
             # Few enough passes that none chooses again.
             rounds = min(bench.rounds, every - 2)
             reusing = _pass_ms(replace(bench, rounds=rounds), sparse, inputs)
-            shares = sparse.sparse_attention.shares()
+            shares = attention.shares()
     bench.keep(f"{inputs.tokens} tokens: density of the next", round(shares.density, 4), "")
     yield "with the choice", choosing
     yield "without the choice", reusing
