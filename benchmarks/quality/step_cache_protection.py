@@ -267,19 +267,19 @@ def rows_of(results: Results, texts: list[str]) -> list[Row]:
 def _pair_rows(
     results: Results, cache: str, pair: tuple[str, str], texts: list[str]
 ) -> Iterator[Row]:
-    """Yield what one set is better by than another, and by how much more than without a cache."""
+    """Yield by what one set is better than another, and by how much more than without a cache."""
     first, second = (results[name, cache] for name in pair)
     what = f"{cache}: {pair[0]} minus {pair[1]}"
-    yield _difference_row(what, first.beside_same, second.beside_same, texts)
+    yield from _difference_rows(what, first.beside_same, second.beside_same, texts)
     if cache == NO_CACHE:
         return
     included = first.beside_bf16, second.beside_bf16
-    yield _difference_row(f"{what}, cache included", *included, texts)
+    yield from _difference_rows(f"{what}, cache included", *included, texts)
     with_cache, without = (
         [a - b for a, b in zip(*(results[name, each].beside_same for name in pair), strict=True)]
         for each in (cache, NO_CACHE)
     )
-    yield _difference_row(f"{what}, minus that without a cache", with_cache, without, texts)
+    yield from _difference_rows(f"{what}, minus that without a cache", with_cache, without, texts)
 
 
 def _row(what: str, values: list[float], texts: list[str], unit: str = "dB") -> Row:
@@ -287,9 +287,11 @@ def _row(what: str, values: list[float], texts: list[str], unit: str = "dB") -> 
     return Row(what, round(each.mean, 3), unit, low=each.low, high=each.high)
 
 
-def _difference_row(what: str, a: list[float], b: list[float], texts: list[str]) -> Row:
+def _difference_rows(what: str, a: list[float], b: list[float], texts: list[str]) -> Iterator[Row]:
+    """Yield the mean of a difference and its median, which a trajectory gone astray moves little."""
     each = paired_difference(a, b, texts)
-    return Row(what, round(each.mean, 3), "dB", low=each.low, high=each.high)
+    yield Row(what, round(each.mean, 3), "dB", low=each.low, high=each.high)
+    yield Row(f"{what}, median", round(each.median, 3), "dB")
 
 
 def _shares(passes: list[Tensor], count: int) -> list[float]:
