@@ -288,7 +288,7 @@ def _row(what: str, values: list[float], texts: list[str], unit: str = "dB") -> 
 
 
 def _difference_rows(what: str, a: list[float], b: list[float], texts: list[str]) -> Iterator[Row]:
-    """Yield the mean of a difference and its median, which a trajectory gone astray moves little."""
+    """Yield a difference's mean, and its median, which one lost trajectory moves little."""
     each = paired_difference(a, b, texts)
     yield Row(what, round(each.mean, 3), "dB", low=each.low, high=each.high)
     yield Row(f"{what}, median", round(each.median, 3), "dB")
