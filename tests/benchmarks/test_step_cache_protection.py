@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def transformer() -> Any:
 
 
 @torch.no_grad()
-def run(transformer: Any, inputs: Sequence[Tensor], text: Tensor) -> Tensor:
+def run(transformer: Any, inputs: Tensor, text: Tensor) -> Tensor:
     """Run passes of two kinds in turn, and return their outputs."""
     found = []
     for number, hidden_states in enumerate(inputs):

@@ -10,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
 from quant.studies.output import page as study_page
-from quant.studies.output.table import Column, Table
+from quant.studies.output.table import Cell, Column, Table
 from tests.pages.accessibility import assert_accessible, assert_reflows
 from tests.pages.conftest import DESKTOP, PHONE
 
@@ -20,7 +20,8 @@ def file(tmp_path: Path) -> Path:
     """A page with a table that a desktop holds and a phone does not, whose second row is marked."""
     made = study_page.Page("A study", "of tables")
     columns = (Column("judge", whole=True), *(Column(f"number {place}") for place in range(8)))
-    rows = [(f"judge {name}", *(1000 * place for place in range(8))) for name in "ab"]
+    numbers = [1000 * place for place in range(8)]
+    rows: list[list[Cell]] = [[f"judge {name}", *numbers] for name in "ab"]
     made.table(Table(columns, rows, frozenset({1})))
     made.links(("prompt", "bf16"), [("a circle", [{"7": "videos/bf16/0 0.mp4"}])])
     (tmp_path / "index.html").write_text(made.html(), encoding="utf-8")

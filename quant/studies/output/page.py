@@ -59,7 +59,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
   figure, tr, .finding { break-inside: avoid; } h2 { break-after: avoid; }
   .scroll { overflow: visible; background: none; } table { font-size: 6.5pt; }
-  th, td { padding: .15rem .35rem; } td.long { min-width: 0; } figure img { min-width: 0; }
+  th, td { padding: .15rem .3rem; } td.long { min-width: 0; } figure img { min-width: 0; }
   :is(th, td):first-child:not(.long) { position: static; }
 }
 """

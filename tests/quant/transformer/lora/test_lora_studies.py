@@ -86,8 +86,8 @@ def test_evaluate_makes_the_videos_of_the_merged_model(
         file, out = tmp_path / f"{model.name}.safetensors", tmp_path / f"videos-of-{model.name}"
         save_scales(replace(tiny_scales, model_fingerprint=fingerprint), file)
         words = ("--model", model, "--prompts", tmp_path / "unseen.txt", "--out", out)
-        words += ("--candidate", f"w8a8={file}", "--judge", "latent-sqnr")
-        result = run("evaluate", *words, *short, *option)
+        judged = ("--candidate", f"w8a8={file}", "--judge", "latent-sqnr")
+        result = run("evaluate", *words, *judged, *short, *option)
         assert result.exit_code == 0, result.output
         videos = sorted((out / "videos").rglob("*.safetensors"))
         made.append([each.read_bytes() for each in videos])
