@@ -64,7 +64,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
         found: list[Seconds] = []
         for number in range(rounds + 1):
             body = {"size": size, "num_frames": frames, "num_inference_steps": steps, "seed": 7}
-            prompt = {"prompt": f"{PROMPT}, take {number}"}
+            prompt = {"prompt": f"{PROMPT}, take {number} of {mode}"}
             found.append(bare_seconds(engine, mode, body | prompt))
         for stage in found[0]:
             seconds = round(statistics.median(each[stage] for each in found[1:]), 3)

@@ -101,21 +101,25 @@ def settings(ratios: tuple[float, ...]) -> dict[str, StepCache]:
     }
 
 
-def measure_ratios(pipeline: WanPipeline, texts: list[str]) -> tuple[float, ...]:
+def measure_ratios(
+    pipeline: WanPipeline, texts: list[str], batch: int = 1, steps: int = SAMPLING_STEPS
+) -> tuple[float, ...]:
     """Measure MagCache's ratios with diffusers' calibration, which prints them for each pass."""
     register_fused_blocks()
-    config = MagCacheConfig(calibrate=True, num_inference_steps=SAMPLING_STEPS)
+    config = MagCacheConfig(calibrate=True, num_inference_steps=steps)
+    starts = range(0, len(texts), batch)
     pipeline.transformer.enable_cache(config)
     printed = StringIO()
     try:
         with redirect_stdout(printed):
-            for seed, text in enumerate(texts):
-                denoise(pipeline, [text], [seed])
+            for start in starts:
+                together = texts[start : start + batch]
+                denoise(pipeline, together, range(start, start + len(together)), steps)
     finally:
         pipeline.transformer.disable_cache()
     found = [json.loads(each) for each in re.findall(r"^\[[\d.].*\]$", printed.getvalue(), re.M)]
-    if len(found) != 2 * len(texts):
-        raise RuntimeError(f"diffusers printed {len(found)} calibrations of {2 * len(texts)}")
+    if len(found) != 2 * len(starts):
+        raise RuntimeError(f"diffusers printed {len(found)} calibrations of {2 * len(starts)}")
     return tuple(round(each, 5) for each in np.mean(found, axis=0).tolist())
 
 
@@ -138,7 +142,9 @@ def generate(
 
 
 @torch.no_grad()
-def denoise(pipeline: WanPipeline, texts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+def denoise(
+    pipeline: WanPipeline, texts: Sequence[str], seeds: Sequence[int], steps: int = SAMPLING_STEPS
+) -> torch.Tensor:
     """Generate the latents of a batch of videos, including the text encoder."""
     latents: torch.Tensor = pipeline(
         prompt=list(texts),
@@ -147,7 +153,7 @@ def denoise(pipeline: WanPipeline, texts: Sequence[str], seeds: Sequence[int]) -
         height=HEIGHT_PX,
         width=WIDTH_PX,
         num_frames=NUM_FRAMES,
-        num_inference_steps=SAMPLING_STEPS,
+        num_inference_steps=steps,
         guidance_scale=GUIDANCE_SCALE,
         max_sequence_length=TEXT_TOKENS,
         output_type="latent",

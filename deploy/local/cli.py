@@ -17,7 +17,7 @@ from deploy.local import client
 from deploy.local.console import JobBar, demo_text, stopping_text, summary
 from deploy.local.errors import Interrupted, LocalError
 from deploy.local.ports import LOOPBACK, find_free_port, require_free
-from deploy.local.request_check import check_request
+from deploy.local.request_check import check_config, check_request
 from deploy.local.session import VAR, running_stack, throwaway_stack
 from deploy.local.signals import handle_signals
 from deploy.local.stack import WORKER_CONFIG, Stack, StackConfig
@@ -53,6 +53,7 @@ def demo(
     console = Console()
     with report_errors(), handle_signals() as signals:
         require_free(port, "service", "`make demo PORT=…`")
+        check_config(config)
         stack_config = StackConfig(
             folder.resolve(),
             port,

@@ -211,8 +211,9 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
         broken = broken_bounds(bounds, measures, comparisons, far) if bounds else []
         made[0]["gate"] = None if not bounds else {"bounds": bounds, "broken": broken}
         folder.finish(*made)
-    for each in comparisons:
-        typer.echo(each.words())
+    for words in (*(each.words() for each in comparisons), made[0]["unequal_calibrations"]):
+        if words:
+            typer.echo(words)
     typer.echo(f"wrote {out}: see {out / 'index.html'}")
     for words in broken:
         typer.echo(f"gate: {words}", err=True)

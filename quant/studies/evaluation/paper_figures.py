@@ -84,6 +84,9 @@ def report(studies: Studies) -> tuple[Json, dict[str, Table], dict[str, bytes], 
     )
     page.heading("Claims")
     page.table(table)
+    unequal = (studies.results("evaluate") or {}).get("unequal_calibrations")
+    if unequal:
+        page.finding(unequal)
     page.text("The paper shows 5 prompts without intervals. A dash: there is no interval for it.")
     figures: dict[str, bytes] = {}
     page.heading("Figures")
@@ -95,7 +98,10 @@ def report(studies: Studies) -> tuple[Json, dict[str, Table], dict[str, bytes], 
         page.figure(figures[name], caption)
     page.facts({"model": studies.model, **{k: str(v) for k, v in studies.folders.items()}})
     keys = ("claim", "seen", "n", "interval")
-    results: Json = {"claims": [dict(zip(keys, row, strict=True)) for row in rows]}
+    results: Json = {
+        "claims": [dict(zip(keys, row, strict=True)) for row in rows],
+        "unequal_calibrations": unequal,
+    }
     return results, {"claims": table}, figures, page
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from quant.studies.evaluation.calibrations import unequal_calibrations
 from quant.studies.evaluation.candidates import BF16, Candidate
 from quant.studies.evaluation.generate import Plan
 from quant.studies.evaluation.measures import Measure
@@ -22,6 +23,9 @@ from quant.studies.statistics import estimate
 _GRID_PROMPTS = 5
 """As many rows as the paper's figure of videos has."""
 
+_LETTERS = 20
+"""As many as fit below a panel of scores, side by side."""
+
 
 def report(
     plan: Plan,
@@ -34,6 +38,7 @@ def report(
     """Build everything that `StudyFolder.finish` writes."""
     results: Json = {
         "candidates": {each.name: each.recipe.name for each in candidates},
+        "unequal_calibrations": unequal_calibrations(candidates),
         "measures": {each.name: _as_json(each) for each in measures},
         "comparisons": [
             {
@@ -58,6 +63,7 @@ def report(
     }
     figures = {"scores": scores_figure(measures), "grid": grid_figure(plan, videos)}
     page = _page(plan, results, tables, figures, comparisons, far)
+    _add_videos(page, plan, figures["grid"], videos)
     return results, tables, figures, page
 
 
@@ -67,6 +73,8 @@ def scores_figure(measures: Sequence[Measure]) -> bytes:
     rows = -(-len(measures) // columns)
     names = list(dict.fromkeys(name for each in measures for name in each.values))
     color = {name: SERIES[place % len(SERIES)] for place, name in enumerate(sorted(names))}
+    is_long = max(map(len, names)) * len(names) > _LETTERS
+    slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
     with drawing(7.4, 2.5 * rows) as figure:
         figure.figure.clf()
         grid: Any = figure.figure.subplots(rows, columns, squeeze=False).ravel()
@@ -79,12 +87,11 @@ def scores_figure(measures: Sequence[Measure]) -> bytes:
                 beside = place + 0.25
                 axes.plot((beside, beside), (each.low, each.high), color=INK, lw=1.2)
                 axes.plot(beside, each.mean, "o", color=INK, ms=3.5)
-            axes.set_xticks(range(len(measure.values)), list(measure.values))
+            axes.set_xticks(range(len(measure.values)), list(measure.values), **slant)
             axes.set_xlim(-0.6, len(measure.values) - 0.4)
             axes.grid(visible=False, axis="x")
             better = "higher" if measure.higher_is_better else "lower"
-            unit = f", {measure.unit}" if measure.unit else ""
-            axes.set_title(f"{measure.name}{unit}\n({better} is better)", fontsize=8, color=INK)
+            axes.set_title(f"{_with_unit(measure)}\n({better} is better)", fontsize=8, color=INK)
         for axes in grid[len(measures) :]:
             axes.set_axis_off()
         figure.figure.tight_layout()
@@ -119,6 +126,10 @@ def grid_figure(plan: Plan, videos: Mapping[str, Sequence[Video]]) -> bytes:
     return figure.png
 
 
+def _with_unit(measure: Measure) -> str:
+    return f"{measure.name}, {measure.unit}" if measure.unit else measure.name
+
+
 def _as_json(measure: Measure) -> Json:
     return {
         "unit": measure.unit,
@@ -146,15 +157,12 @@ def _judges_table(measures: Sequence[Measure]) -> Table:
     )
     rows = []
     for measure in measures:
-        unit = f", {measure.unit}" if measure.unit else ""
         for name, values in measure.values.items():
             each = estimate(values, measure.prompts)
             worst = min(values) if measure.higher_is_better else max(values)
             better = "higher" if measure.higher_is_better else "lower"
             numbers = (each.mean, each.low, each.high, each.median, float(worst))
-            rows.append(
-                (f"{measure.name}{unit}", better, name, *numbers, each.prompts, each.values)
-            )
+            rows.append((_with_unit(measure), better, name, *numbers, each.prompts, each.values))
     return Table(columns, rows)
 
 
@@ -168,13 +176,13 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
         Column("95 % from", significant=3),
         Column("to", significant=3),
         Column("median prompt", significant=3),
-        Column("sign test p", significant=2),
-        Column("permutation p", significant=2),
+        Column("p (sign)", significant=2),
+        Column("p (permuted)", significant=2),
         Column("detectable", significant=3),
     )
     rows = [
         (
-            each.measure.name,
+            _with_unit(each.measure),
             f"{each.first} − {each.second}",
             "yes" if each.is_shown else "no",
             each.holm_p,
@@ -224,6 +232,8 @@ def _page(
         page.finding(each.words())
     for words in divergence_words(far, plan.videos):
         page.finding(words)
+    if results["unequal_calibrations"]:
+        page.finding(results["unequal_calibrations"])
     if not comparisons:
         page.text("One candidate, and judges that need the videos of BF16: nothing to compare.")
     page.heading("Scores")
@@ -237,15 +247,36 @@ def _page(
     page.table(tables["comparisons"])
     page.text(
         "Shown: the interval leaves out 0 and the test agrees after Holm's adjustment for all "
-        f"comparisons here. {BF16} is no upper bound: a candidate may be better by chance."
+        f"comparisons here. {BF16} is no upper bound: a candidate may be better by chance. "
+        "Detectable: the difference that a single test shows with a probability of 80 %."
     )
+    return page
+
+
+def _add_videos(page: Page, plan: Plan, grid: bytes, videos: Mapping[str, Sequence[Video]]) -> None:
+    """Show frames, link each video by prompt and candidate, and say how they were sampled."""
     page.heading("Videos")
-    page.figure(figures["grid"], "The frame in the middle of the video; the first seed.")
+    page.figure(grid, "The frame in the middle of the video; the first seed.")
+    page.text(
+        "All videos, by their seeds, in the folder that this page is in: lossless H.264 of RGB, "
+        "which not every browser plays; mpv and VLC do."
+    )
+    starts = range(0, plan.videos, plan.draws)
+    rows = [
+        (
+            prompt,
+            [
+                {str(video.seed): video.link for video in each[start : start + plan.draws]}
+                for each in videos.values()
+            ],
+        )
+        for start, prompt in zip(starts, plan.prompts.prompts, strict=True)
+    ]
+    page.links(("prompt", *videos), rows)
     page.facts(
         {
             "prompts": f"{plan.prompts.file}, SHA-256 {plan.prompts.sha256}",
-            "first seed": str(sampler.seed),
-            "guidance": f"{sampler.guidance_scale:g}",
+            "first seed": str(plan.sampler.seed),
+            "guidance": f"{plan.sampler.guidance_scale:g}",
         }
     )
-    return page

@@ -50,6 +50,11 @@ class Video:
         """Return the file of the frames."""
         return self.stem.with_suffix(".mp4")
 
+    @property
+    def link(self) -> str:
+        """Return the path of that file from the study's folder."""
+        return "/".join(self.file.parts[-3:])
+
     def frames(self) -> Frames:
         """Read the frames, [F, H, W, 3].
 

@@ -1,7 +1,9 @@
 """Test evaluate and figures on a tiny model, by their commands."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import quant
 from quant.calibration.scales import Scales
 from quant.errors import StudyError
 from quant.studies.evaluation import generate
+from quant.studies.evaluation.calibrations import unequal_calibrations
 from quant.studies.evaluation.candidates import Candidate
 from quant.studies.evaluation.gate import read_gate
 from quant.studies.evaluation.measures import Measure
@@ -77,6 +80,19 @@ def test_an_evaluation_has_a_number_of_every_judge_for_every_video(evaluation: P
     assert head.startswith("judge,first − second,shown,p (Holm),mean"), "in sight without scrolling"
     for name in ("scores", "grid"):
         assert (evaluation / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_links_every_video_that_is_beside_it(evaluation: Path) -> None:
+    page = (evaluation / "index.html").read_text()
+    links = re.findall(r'<a href="([^"]+)">(\d+)</a>', page)
+    assert len(links) == 16
+    assert all((evaluation / link).is_file() for link, _ in links)
+    assert [link for link, seed in links if seed == "3"] == [
+        "videos/bf16/00003-0.mp4",
+        "videos/w8a8/00003-0.mp4",
+    ]
+    row = next(each for each in page.split("<tr>") if "00003-0.mp4" in each)
+    assert f">{UNSEEN[3]}<" in row
 
 
 def test_a_video_is_that_of_a_pipeline_with_the_quantized_transformer(
@@ -294,10 +310,42 @@ def test_figures_put_the_papers_claims_beside_what_is_seen(
     page = (out / "index.html").read_text()
     assert "Figure 5" in page
     assert "needs a folder of `python -m quant ablate`" in page
+    assert "calibrated differently" not in page
+    results = read_results(evaluation, "evaluate")
+    results["unequal_calibrations"] = "The candidates were calibrated differently: <so>."
+    unequal = files["folder"] / "unequal"
+    shutil.copytree(evaluation, unequal)
+    (unequal / "results.json").write_text(json.dumps(results))
+    out = files["folder"] / "unequal figures"
+    assert run("figures", "--evaluation", unequal, "--out", out).exit_code == 0
+    page = (out / "index.html").read_text()
+    assert '<p class="finding">The candidates were calibrated differently: &lt;so&gt;.</p>' in page
     result = run("figures", "--out", files["folder"] / "none")
     assert "at least one of --analysis" in result.output
     result = run("figures", "--analysis", evaluation, "--out", files["folder"] / "none")
     assert "where a finished 'analyze' is wanted" in result.output
+
+
+def test_calibrations_that_differ_are_named(tiny_scales: Scales) -> None:
+    def candidate(name: str, **changes: Any) -> Candidate:
+        scales = replace(tiny_scales, **changes)
+        return Candidate(name, Path(name), scales, scales.recipe)
+
+    def of_prompts(count: int) -> dict[str, Any]:
+        return {"act_amax": tiny_scales.act_amax[:, :, :count], "prompts_sha256": f"{count}" * 64}
+
+    assert tiny_scales.sampler is not None
+    first, same = candidate("first"), candidate("same")
+    other = replace(tiny_scales.sampler, num_inference_steps=9, guidance_scale=1.5)
+    weights_alone = candidate("int8", **of_prompts(0), sampler=None)
+    assert unequal_calibrations([first, same]) is None
+    assert unequal_calibrations([first, weights_alone]) is None
+    words = unequal_calibrations([first, same, candidate("few", **of_prompts(8), sampler=other)])
+    assert words is not None
+    sha = tiny_scales.prompts_sha256[:8]
+    assert f"prompts (first and same: 10 of prompts.txt, SHA-256 {sha}…, few: 8 of pro" in words
+    assert "; steps (first and same: 4, few: 9); guidance (first and same: 3, few: 1.5)." in words
+    assert "seed" not in words
 
 
 def measure(name: str, needs: Any, **values: list[float]) -> Measure:
