@@ -37,7 +37,7 @@ from quant.packed.load import (
 )
 from quant.recipe.recipe import QuantRecipe
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
-from quant.transformer.fuse import attention_scales, fuse_quantized
+from quant.transformer.fuse import attention_scales, fuse_quantized, share_fused
 from quant.transformer.lora.merge import LoraSet, read_loras
 from quant.transformer.lora.source import LoraSource
 from quant.transformer.quantize import quantize_transformer
@@ -93,6 +93,7 @@ __all__ = [
     "reads_decoded",
     "run_calibration",
     "save_scales",
+    "share_fused",
     "sparse_attention_of",
     "sparse_run",
     "sparsify",
