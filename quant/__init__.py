@@ -3,8 +3,9 @@
 A worker loads a recipe and its scales with `QuantRecipe.load` and `load_scales`, and compares the
 scales with the model by `check_scales` and `model_fingerprint(folder)`. It then builds a quantized
 tree with `quantize_transformer`, or with `load_packed` from a packed checkpoint, and puts the tree
-on the kernels of its device with `fuse_quantized`, and gives it the recipe's sparse attention with
-`sparsify`. The toolkit's own commands and the tests may import the modules below this one directly.
+on the kernels of its device with `fuse_quantized`. `apply_attention` lets the recipe's attention
+change by the step, which `denoising_run` counts. The toolkit's own commands and the tests may
+import the modules below this one directly.
 """
 
 from quant.calibration.calibrate import CalibrationPlan, run_calibration
@@ -36,12 +37,14 @@ from quant.packed.load import (
     open_packed,
 )
 from quant.recipe.recipe import QuantRecipe
+from quant.transformer.attention.apply import apply_attention
+from quant.transformer.attention.sparse import sparse_attention_of
+from quant.transformer.attention.steps import attention_steps_of, denoising_run
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
 from quant.transformer.fuse import attention_scales, fuse_quantized, share_fused
 from quant.transformer.lora.merge import LoraSet, read_loras
 from quant.transformer.lora.source import LoraSource
 from quant.transformer.quantize import quantize_transformer
-from quant.transformer.sparse_attention import sparse_attention_of, sparse_run, sparsify
 from quant.transformer.weight_storage import WeightStorage, decode_weights, reads_decoded
 from quant.weights.fingerprint import has_transformer_weights, model_fingerprint, parts_fingerprint
 from quant.weights.reader import BackgroundReader, Reader, TensorReader
@@ -73,11 +76,14 @@ __all__ = [
     "TensorReader",
     "WeightStorage",
     "WeightsError",
+    "apply_attention",
     "attention_scales",
+    "attention_steps_of",
     "check_packed",
     "check_scales",
     "convert",
     "decode_weights",
+    "denoising_run",
     "fuse_quantized",
     "has_transformer_weights",
     "load_packed",
@@ -95,8 +101,6 @@ __all__ = [
     "save_scales",
     "share_fused",
     "sparse_attention_of",
-    "sparse_run",
-    "sparsify",
     "sqnr_db",
     "weight_bytes",
 ]

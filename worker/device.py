@@ -21,7 +21,12 @@ import torch.distributed as dist
 from quant import ascend
 from quant.device import ACCELERATORS, backend, configure, unavailable_reason
 from quant.kernels.eager import EagerKernels
-from quant.kernels.selection import KernelChoice, multiplies_codes, pick_kernels
+from quant.kernels.selection import (
+    KernelChoice,
+    emulate_sparse,
+    multiplies_codes,
+    pick_kernels,
+)
 from quant.kernels.self_test import BlockShape
 from worker.errors import DeviceUnavailable, RanksLost
 from worker.interface import DeviceMemory
@@ -105,7 +110,7 @@ class Device:
         """The attention backend for blocks that stay diffusers' own; None keeps its default."""
         return _NPU_ATTENTION if self.kind == "npu" else None
 
-    def pick_kernels(
+    def pick_kernels(  # noqa: PLR0913 (what a mode may need)
         self,
         *,
         quantized: bool,
@@ -113,12 +118,13 @@ class Device:
         per_row_scales: bool = False,
         fp8_attention: bool = False,
         int8: bool = False,
+        sparse_block: int | None = None,
         emulate: bool = False,
     ) -> KernelChoice:
         """Choose the kernels for a mode's blocks.
 
         Args:
-            quantized, shape, per_row_scales, fp8_attention, int8: as in
+            quantized, shape, per_row_scales, fp8_attention, int8, sparse_block: as in
                 `quant.kernels.selection.pick_kernels`.
             emulate: run quantized products in plain torch even if the device has kernels for them.
 
@@ -126,7 +132,8 @@ class Device:
             ConversionError: FP8 attention does not run on this device.
         """
         if emulate and (quantized or int8):
-            return KernelChoice(EagerKernels())
+            eager = KernelChoice(EagerKernels())
+            return eager if sparse_block is None or self.kind == "cpu" else emulate_sparse(eager)
         return pick_kernels(
             self.torch_device,
             quantized=quantized,
@@ -134,6 +141,7 @@ class Device:
             per_row_scales=per_row_scales,
             fp8_attention=fp8_attention,
             int8=int8,
+            sparse_block=sparse_block,
         )
 
     @property

@@ -5,11 +5,15 @@ FP8 attention. By default all modes use the bit-true emulation (`quant.kernels.e
 queries, keys, values and the numerators of the softmax as FlashAttention-3 does. With
 `--kernels device` the quantized modes run on the device's own kernels. The result has the oracle's
 rate of each attribute, and the PSNR between modes, with 95 % confidence intervals. `--modes` takes
-others of `RECIPES`: `--modes bf16,w8a8,int8` is what INT8 costs.
+others of `RECIPES`: `--modes bf16,w8a8,int8` is what INT8 costs. `--bf16-steps 0,2` measures FP8
+attention once for each number of first steps in which it stays in BF16. The result is written after
+each mode.
 """
 
 import hashlib
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,16 +56,11 @@ RECIPES = {
     "int8": "boundary-int8",
 }
 DEFAULT_MODES = "bf16,w8a8,w8a8-fp8attn"
-PAIRS = (
-    ("w8a8", "bf16"),
-    ("w8a8-fp8attn", "bf16"),
-    ("w8a8-fp8attn", "w8a8"),
-    ("int8", "bf16"),
-    ("int8", "w8a8"),
-)
+REFERENCES = ("bf16", "w8a8")
+"""What the modes after them are compared with."""
 
 
-def main(
+def main(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     count: Annotated[int, typer.Option(min=2, help="Evaluation captions.")] = 24,
     batch: Annotated[int, typer.Option(min=1, help="Videos at a time.")] = 8,
     device: str = "cpu",
@@ -70,16 +69,17 @@ def main(
     ] = "eager",
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here.")] = None,
     modes: Annotated[str, typer.Option(help=f"Of {', '.join(RECIPES)}.")] = DEFAULT_MODES,
+    bf16_steps: Annotated[
+        str, typer.Option(help="Numbers of first steps in BF16; the recipe's if empty.")
+    ] = "",
 ) -> None:
     """Score the modes and write the result."""
     texts = captions_of(Split.EVALUATION, count)
-    chosen = modes.split(",")
-    if unknown := set(chosen) - RECIPES.keys():
+    if unknown := set(modes.split(",")) - RECIPES.keys():
         raise typer.BadParameter(f"{min(unknown)!r} is not one of {', '.join(RECIPES)}")
-    picked = {mode: pick(mode, kernels, device) for mode in chosen}
-    videos = {mode: mode_videos(mode, texts, batch, device, picked[mode]) for mode in chosen}
-    rows = [*rate_rows(videos, texts), *psnr_rows(videos)]
-    report.print_table(rows)
+    recipes = chosen_recipes(modes, bf16_steps)
+    found = {recipe and recipe.name: pick(recipe, kernels, device) for recipe in recipes.values()}
+    picked = {mode: found[recipe and recipe.name] for mode, recipe in recipes.items()}
     settings = {
         "captions": count,
         "split": str(Split.EVALUATION),
@@ -87,31 +87,56 @@ def main(
         "guidance_scale": GUIDANCE_SCALE,
         "seeds": f"0..{count - 1}",
         "model": quant.model_fingerprint(MODEL),
-        "recipes": {
-            mode: quant.QuantRecipe.load(name).fingerprint
-            for mode, name in RECIPES.items()
-            if name and mode in chosen
-        },
+        "recipes": {mode: each.fingerprint for mode, each in recipes.items() if each},
         "kernels": {mode: each.name for mode, each in picked.items()},
     }
     where = device if device == "cpu" else torch.cuda.get_device_name(0)
     name = "attention-quality" if modes == DEFAULT_MODES else f"quality-{modes.replace(',', '-')}"
-    report.save(report.result(name, where, settings, rows))
+    videos: dict[str, list[Frames]] = {}
+    rows: list[report.Row] = []
+    for mode, recipe in recipes.items():
+        videos[mode] = mode_videos(recipe, texts, batch, device, picked[mode])
+        rows = [*rate_rows(videos, texts), *psnr_rows(videos)]
+        report.log_rows(row for row in rows if row.what.startswith(f"{mode} against"))
+        # After each mode, so that a run that is stopped leaves what it has measured.
+        report.save(report.result(name, where, settings, rows))
+    report.print_table(rows)
     if sheet is not None:
         write_sheet(videos, texts, sheet)
-    for mode in chosen:
-        cache_path(mode, device, picked[mode], texts).unlink()
+    for mode, recipe in recipes.items():
+        cache_path(recipe, device, picked[mode], texts).unlink()
 
 
-def pick(mode: str, kernels: Literal["eager", "device"], device: str) -> Kernels:
+def chosen_recipes(modes: str, bf16_steps: str) -> dict[str, quant.QuantRecipe | None]:
+    """Return the recipe of each mode, and with FP8 attention one for each number of steps."""
+    found: dict[str, quant.QuantRecipe | None] = {}
+    for mode in modes.split(","):
+        recipe = load_recipe(mode)
+        if recipe is None or recipe.attention != "fp8" or not bf16_steps:
+            found[mode] = recipe
+            continue
+        for steps in map(int, bf16_steps.split(",")):
+            found[f"{mode}, {steps} steps in BF16"] = replace(recipe, attention_bf16_steps=steps)
+    return found
+
+
+def load_recipe(mode: str) -> quant.QuantRecipe | None:
+    """Return the shipped recipe of one of `RECIPES`; None for BF16."""
+    name = RECIPES[mode]
+    return quant.QuantRecipe.load(name) if name else None
+
+
+def pick(
+    recipe: quant.QuantRecipe | None, kernels: Literal["eager", "device"], device: str
+) -> Kernels:
     """Return the kernels of a mode; bf16, which the others are compared with, is always eager."""
-    if kernels == "eager" or RECIPES[mode] is None:
+    if kernels == "eager" or recipe is None:
         return EagerKernels()
     choice = pick_kernels(
         torch.device(device),
-        quantized=mode != "int8",
-        fp8_attention=mode == "w8a8-fp8attn",
-        int8=mode == "int8",
+        quantized=recipe.format == "hif8",
+        fp8_attention=recipe.attention == "fp8",
+        int8=recipe.format == "int8",
     )
     if choice.warning is not None:
         raise SystemExit(choice.warning)
@@ -119,42 +144,48 @@ def pick(mode: str, kernels: Literal["eager", "device"], device: str) -> Kernels
 
 
 def mode_videos(
-    mode: str, texts: list[str], batch: int, device: str, kernels: Kernels
+    recipe: quant.QuantRecipe | None,
+    texts: list[str],
+    batch: int,
+    device: str,
+    kernels: Kernels,
 ) -> list[Frames]:
     """Generate the videos of one mode; continues an interrupted run."""
     pipeline = load_pipeline(MODEL, device)
-    pipeline.transformer = prepare(pipeline.transformer, RECIPES[mode], kernels)
-    return generate_videos(pipeline, cache_path(mode, device, kernels, texts), texts, batch)
+    pipeline.transformer = prepare(pipeline.transformer, recipe, kernels)
+    return generate_videos(pipeline, cache_path(recipe, device, kernels, texts), texts, batch)
 
 
 def prepare(
-    transformer: WanTransformer3DModel, name: str | None, kernels: Kernels
+    transformer: WanTransformer3DModel, recipe: quant.QuantRecipe | None, kernels: Kernels
 ) -> WanTransformer3DModel:
     """Return a transformer of the miniature on the given kernels, in BF16 or a shipped recipe."""
-    if name is None:
+    if recipe is None:
         return fused_transformer(transformer, kernels)
-    recipe = quant.QuantRecipe.load(name)
-    scales = quant.load_scales(scales_file(name), model_folder=MODEL, recipe=recipe)
+    scales = quant.load_scales(scales_file(recipe), model_folder=MODEL, recipe=recipe)
     quant.check_scales(scales, model_fingerprint=quant.model_fingerprint(MODEL), recipe=recipe)
     return fused_transformer(transformer, kernels, recipe, scales)
 
 
-def scales_file(recipe: str) -> Path:
+def scales_file(recipe: quant.QuantRecipe) -> Path:
     """Return the file of the miniature's scales for a shipped recipe."""
-    return MODEL / "scales" / f"{recipe}.safetensors"
+    return MODEL / "scales" / f"{recipe.name}.safetensors"
 
 
-def cache_path(mode: str, device: str, kernels: Kernels, texts: list[str]) -> Path:
+def cache_path(
+    recipe: quant.QuantRecipe | None, device: str, kernels: Kernels, texts: list[str]
+) -> Path:
     """Return the file that keeps an interrupted run's videos.
 
     Its name depends on everything that determines a video, except the code.
     """
-    recipe = RECIPES[mode]
-    scales = scales_file(recipe).read_bytes() if recipe else b""
-    fingerprint = quant.model_fingerprint(MODEL)
-    settings = [fingerprint, SAMPLING_STEPS, GUIDANCE_SCALE, kernels.name, texts]
+    name, scales, fingerprints = "bf16", b"", [quant.model_fingerprint(MODEL)]
+    if recipe is not None:
+        name, scales = recipe.name, scales_file(recipe).read_bytes()
+        fingerprints.append(recipe.fingerprint)
+    settings = [fingerprints, SAMPLING_STEPS, GUIDANCE_SCALE, kernels.name, texts]
     digest = hashlib.sha256(json.dumps(settings).encode() + scales).hexdigest()
-    return CACHE_FOLDER / f"attention-quality-{mode}-{device}-{digest[:16]}.npz"
+    return CACHE_FOLDER / f"attention-quality-{name}-{device}-{digest[:16]}.npz"
 
 
 def rate_rows(videos: dict[str, list[Frames]], texts: list[str]) -> list[report.Row]:
@@ -169,10 +200,10 @@ def rate_rows(videos: dict[str, list[Frames]], texts: list[str]) -> list[report.
 
 
 def psnr_rows(videos: dict[str, list[Frames]]) -> list[report.Row]:
-    """Return the mean and the lowest PSNR of each mode against another."""
+    """Return the mean and the lowest PSNR of each mode against those before it in `REFERENCES`."""
     rows = []
-    for mode, other in PAIRS:
-        if not {mode, other} <= videos.keys():
+    for mode, other in itertools.product(videos, REFERENCES):
+        if other not in videos or mode in REFERENCES[: REFERENCES.index(other) + 1]:
             continue
         values = np.array([psnr_db(a, b) for a, b in zip(videos[mode], videos[other], strict=True)])
         low, high = bootstrap(values)

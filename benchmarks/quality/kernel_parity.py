@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import quant
 from benchmarks import report
-from benchmarks.quality.fp8_attention import RECIPES, prepare
+from benchmarks.quality.fp8_attention import RECIPES, load_recipe, prepare
 from benchmarks.quality.miniature import MODEL, bootstrap, psnr_db
 from mini.evaluate import GUIDANCE_SCALE, SAMPLING_STEPS, load_pipeline, sample
 from mini.world.oracle import Frames
@@ -109,7 +109,7 @@ def device_kernels(device: str, *, quantized: bool, fp8_attention: bool) -> Kern
 def make_variant(mode: str, kernels: Kernels, device: str) -> Variant:
     """Load the miniature in one mode on the given kernels."""
     pipeline = load_pipeline(MODEL, device)
-    pipeline.transformer = prepare(pipeline.transformer, RECIPES[mode], kernels)
+    pipeline.transformer = prepare(pipeline.transformer, load_recipe(mode), kernels)
     pipeline.set_progress_bar_config(disable=True)
     return Variant(pipeline, device)
 
@@ -120,8 +120,8 @@ def compare_tensors(
     """Compare blocks and whole passes, with the inputs that one video gives the emulation."""
     inputs = record_inputs(emulated, text)
     errors, cpu_errors = (block_errors(emulated, other, inputs) for other in (ours, on_cpu))
-    recipe = RECIPES[mode]
-    quantized = set(quant.QuantRecipe.load(recipe).quantized_blocks) if recipe else set()
+    recipe = load_recipe(mode)
+    quantized = set(recipe.quantized_blocks) if recipe else set()
     rows = []
     for name, blocks in (
         ("BF16 blocks", [i for i in range(errors.shape[1]) if i not in quantized]),

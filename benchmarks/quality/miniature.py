@@ -101,7 +101,8 @@ def generate_videos(
     videos: list[Frames] = list(np.load(path)["videos"]) if path.exists() else []
     while len(videos) < len(texts):
         part = range(len(videos), min(len(texts), len(videos) + batch))
-        videos += sample(pipeline, [texts[i] for i in part], list(part), batch=batch)
+        with quant.denoising_run(pipeline.transformer):
+            videos += sample(pipeline, [texts[i] for i in part], list(part), batch=batch)
         np.savez_compressed(path, videos=np.stack(videos))
         print(f"{path.name}: {len(videos)} of {len(texts)}", flush=True)
     return videos

@@ -4,7 +4,7 @@
 
 The miniature makes videos of unseen captions in `w8a8` with dense attention, and with the same
 seeds and sparse attention at several shares of the softmax's mass. It runs in the emulation of
-plain torch (`quant.kernels.block_sparse`), in the blocks of tokens of the recipe. For each share
+plain torch (`quant.kernels.sparse.blocks`), in the blocks of tokens of the recipe. For each share
 the result has
 
 - the achieved density and mass, over the steps and blocks that are sparse;
@@ -161,7 +161,7 @@ def _measure(
                 if name == DENSE
                 else nullcontext(),
                 step_cache(setting.transformer, setting.cache, SAMPLING_STEPS),
-                quant.sparse_run(setting.transformer),
+                quant.denoising_run(setting.transformer),
             ):
                 latents = denoise(pipeline, [texts[n] for n in numbers], numbers)
             setting.videos += [decode(pipeline, each) for each in torch.split(latents, 1)]

@@ -128,7 +128,7 @@ def run_bare(
     for mode in modes:
         for number in range(rounds + 1):
             prompt = {"prompt": _prompt(mode, number)}
-            seconds = _bare_seconds(engine, mode, body | prompt)
+            seconds = bare_seconds(engine, mode, body | prompt)
             if number:
                 found[mode].append(seconds)
     del engine
@@ -142,7 +142,7 @@ def _prompt(mode: str, number: int) -> str:
     return f"{PROMPT}, take {number} for {mode}" if number else PROMPT
 
 
-def _bare_seconds(engine: WanEngine, mode: str, body: dict[str, Any]) -> Seconds:
+def bare_seconds(engine: WanEngine, mode: str, body: dict[str, Any]) -> Seconds:
     request = GenerationRequest(
         negative_prompt=engine.model.default_negative_prompt,
         mode=mode,

@@ -28,6 +28,7 @@ from quant.kernels.eager import rotate
 from quant.kernels.int8.ascend import AscendInt8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
+from quant.kernels.sparse.blocks import attend_blocks
 from quant.numerics import hif8_int16, reference
 from quant.numerics.int8_linear import Int8Linear
 from quant.numerics.linear import Hif8Linear
@@ -159,6 +160,11 @@ class AscendKernels:
             q, k, v, q.shape[2], "BSND", scale=q.shape[-1] ** -0.5, inner_precise=0
         )[0]
         return self.round_act(out.flatten(2), act_scale)
+
+    def sparse_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int, act_scale: float | None
+    ) -> Tensor:
+        return self.round_act(attend_blocks(q, k, v, kept, block).flatten(2), act_scale)
 
 
 class RankLinear(nn.Module):

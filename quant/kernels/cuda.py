@@ -5,7 +5,8 @@ HiFloat8 never has more than three mantissa bits, so after the shift nearly all 
 (`E4m3Linear.flushed` is the share of the others). Activations come as E4M3 codes from
 `quant.kernels.triton_fused`. Products are computed by `torch._scaled_mm`, with one scale per tensor
 where the recipe allows it. Attention is FlashAttention-3's if the kernels are given it, otherwise
-torch's own, which has none in FP8.
+torch's own, which has none in FP8. Sparse attention is emulated, or a Triton kernel's where that
+was tried.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quant.kernels.flash_attention import FlashAttention
 from quant.kernels.int8.cuda import CudaInt8Product
 from quant.kernels.interface import AttentionScales, BlockLinear
 from quant.kernels.joined_linear import JoinedLinear, joined_bias
+from quant.kernels.sparse import blocks, triton_attention
 from quant.kernels.triton_fused import E4M3
 from quant.kernels.triton_recode import E4M3_MAX
 from quant.numerics.int8_linear import Int8Linear
@@ -36,10 +38,16 @@ MISFITS_CHUNK = 1 << 24
 class CudaKernels:
     """Implements `quant.kernels.interface.Kernels`."""
 
-    def __init__(self, flash: FlashAttention | None = None) -> None:
-        """Use `flash` for attention, or torch's if it is None."""
-        self._flash = flash
-        self.name = "cuda" if flash is None else "cuda with FlashAttention-3"
+    def __init__(self, flash: FlashAttention | None = None, *, sparse: bool = False) -> None:
+        """Use `flash` for attention, or torch's if it is None.
+
+        Args:
+            sparse: compute sparse attention by `triton_attention`; otherwise emulate it.
+        """
+        self.flash = flash
+        self._attend_blocks = (triton_attention if sparse else blocks).attend_blocks
+        parts = ("FlashAttention-3",) * (flash is not None) + ("sparse attention",) * sparse
+        self.name = " with ".join(filter(None, ("cuda", " and ".join(parts))))
 
     def plain(self, linears: Sequence[nn.Linear]) -> BlockLinear:
         return JoinedLinear(linears)
@@ -76,15 +84,20 @@ class CudaKernels:
         scales: AttentionScales | None,
         act_scale: float | None,
     ) -> Tensor:
-        if self._flash is None:
+        if self.flash is None:
             assert scales is None, "FP8 attention is chosen only with FlashAttention-3"
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             out = scaled_dot_product_attention(q, k, v).transpose(1, 2)
         elif scales is None:
-            out = self._flash.bf16(q, k, v)
+            out = self.flash.bf16(q, k, v)
         else:
-            out = self._flash.fp8(q, k, v, scales)
+            out = self.flash.fp8(q, k, v, scales)
         return self.round_act(out.flatten(2), act_scale)
+
+    def sparse_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int, act_scale: float | None
+    ) -> Tensor:
+        return self.round_act(self._attend_blocks(q, k, v, kept, block).flatten(2), act_scale)
 
 
 class E4m3Linear(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quant.kernels.int8.product import Int8Product
 from quant.kernels.interface import AttentionScales, BlockLinear, Norm, Rope
 from quant.kernels.joined_linear import SeparateLinears, shared_act_scale
+from quant.kernels.sparse.blocks import MAX_SCORES, attend_blocks
 from quant.numerics import reference
 from quant.numerics.hadamard import rotate_groups
 from quant.numerics.int8_linear import Int8Linear
@@ -23,11 +24,6 @@ from quant.numerics.linear import Hif8Linear
 
 P_SCALE = 2.0**-8
 """Scale of the softmax's numerators, which are at most 1: they reach 256, E4M3's maximum is 448."""
-
-MAX_SCORES = 1 << 26
-"""Scores that the emulated FP8 attention holds at a time.
-
-A float32 tensor of them takes a quarter of a GiB, and a few such tensors exist at once."""
 
 
 class EagerKernels:
@@ -115,6 +111,11 @@ class EagerKernels:
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         attend = F.scaled_dot_product_attention if scales is None else fp8_attention
         return self.round_act(attend(q, k, v).transpose(1, 2).flatten(2), act_scale)
+
+    def sparse_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int, act_scale: float | None
+    ) -> Tensor:
+        return self.round_act(attend_blocks(q, k, v, kept, block).flatten(2), act_scale)
 
 
 class _DecodedLinear(nn.Module):

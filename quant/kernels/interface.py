@@ -143,3 +143,15 @@ class Kernels(Protocol):
         Returns:
             [B, S, heads*D] in the form for `act_scale`.
         """
+
+    def sparse_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int, act_scale: float | None
+    ) -> Tensor:
+        """Attend q [B, S, heads, D] to the kept blocks of k and v [B, S, heads, D].
+
+        Args:
+            kept: [B, heads, M, M] bool, of each block of `block` queries, the kept blocks of keys.
+
+        Returns:
+            [B, S, heads*D] in the form for `act_scale`.
+        """

@@ -89,5 +89,11 @@ class CountingKernels:
     ) -> Tensor:
         return self.round_act(self._kernels.attention(q, k, v, scales, None), act_scale)
 
+    def sparse_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int, act_scale: float | None
+    ) -> Tensor:
+        attended = self._kernels.sparse_attention(q, k, v, kept, block, None)
+        return self.round_act(attended, act_scale)
+
     def _count(self, x: Tensor, act_scale: float) -> None:
         self._add(self._kernels.misfits(x, act_scale), x.numel())

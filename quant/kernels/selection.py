@@ -3,15 +3,16 @@
 Kernels are compiled on the machine that runs them, by libraries that may be missing and for GPUs
 that may lack a feature. Each set of kernels is therefore run on small tensors and compared with
 plain torch before it is used (`quant.kernels.self_test`). If it fails, the choice carries a warning
-and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does. On an Ascend
-NPU there are several sets, and the first that passes is taken.
+and plain torch runs instead; if only FlashAttention-3 fails, torch's attention does; if only sparse
+attention fails, it is emulated. On an Ascend NPU there are several sets, and the first that passes
+is taken.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -24,7 +25,7 @@ from quant.errors import ConversionError
 from quant.kernels.eager import EagerKernels
 from quant.kernels.flash_attention import HOPPER, FlashAttention, load_flash_attention
 from quant.kernels.interface import Kernels
-from quant.kernels.self_test import BlockShape, check_int8, check_kernels
+from quant.kernels.self_test import BlockShape, check_int8, check_kernels, check_sparse
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class KernelChoice:
     warning: str | None = None
 
 
-def pick_kernels(
+def pick_kernels(  # noqa: PLR0913 (what a mode may need)
     device: torch.device,
     *,
     quantized: bool,
@@ -63,6 +64,7 @@ def pick_kernels(
     per_row_scales: bool = False,
     fp8_attention: bool = False,
     int8: bool = False,
+    sparse_block: int | None = None,
 ) -> KernelChoice:
     """Choose the kernels of a mode on `device`: plain torch if nothing better runs.
 
@@ -72,6 +74,7 @@ def pick_kernels(
         per_row_scales: whether products may have a scale for each row (`QuantRecipe`).
         fp8_attention: whether self-attention is in FP8, which needs FlashAttention-3.
         int8: whether the mode multiplies INT8, on blocks that are otherwise in BF16.
+        sparse_block: tokens of a block of sparse attention, if the mode has it.
 
     Raises:
         ConversionError: FP8 attention does not run on this device.
@@ -79,9 +82,10 @@ def pick_kernels(
     check = partial(_check, device=device, int8=int8, quantized=quantized, shape=shape)
     check_all = partial(check, per_row_scales=per_row_scales)
     if device.type == "cuda":
-        return _pick_on_cuda(
+        choice = _pick_on_cuda(
             device, check, check_all, quantized=quantized, fp8_attention=fp8_attention
         )
+        return choice if sparse_block is None else _add_sparse(choice, device, sparse_block, shape)
     if device.type == "npu":
         if fp8_attention:
             raise _no_fp8_attention("there are no kernels of it for Ascend NPUs")
@@ -142,6 +146,28 @@ def _pick_on_cuda(
     return KernelChoice(flash)
 
 
+def emulate_sparse(choice: KernelChoice, reason: str | None = None) -> KernelChoice:
+    """Warn that sparse attention takes more time than dense, since all kernels can emulate it."""
+    because = "" if reason is None else f", because its kernel does not run ({reason})"
+    slow = f"Sparse attention is emulated in plain torch{because}: slower than dense attention."
+    return replace(choice, warning=" ".join(filter(None, (choice.warning, slow))))
+
+
+def _add_sparse(
+    choice: KernelChoice, device: torch.device, block: int, shape: BlockShape | None
+) -> KernelChoice:
+    """Take the kernel for sparse attention if it runs; plain torch's kernels only emulate it."""
+    if isinstance(choice.kernels, EagerKernels):
+        return emulate_sparse(choice)
+    sparse = _try(
+        partial(_sparse_kernels, choice.kernels),
+        partial(check_sparse, device=device, block=block, shape=shape),
+    )
+    if isinstance(sparse, str):
+        return emulate_sparse(choice, sparse)
+    return replace(choice, kernels=sparse)
+
+
 def _check(kernels: Kernels, device: torch.device, int8: bool, **settings: Any) -> None:
     check_kernels(kernels, device=device, **settings)
     if int8:
@@ -197,6 +223,13 @@ def _cuda_kernels(flash: FlashAttention | None = None) -> Kernels:
     from quant.kernels.cuda import CudaKernels  # noqa: PLC0415
 
     return CudaKernels(flash)
+
+
+def _sparse_kernels(kernels: Kernels) -> Kernels:
+    from quant.kernels.cuda import CudaKernels  # noqa: PLC0415 (as above)
+
+    assert isinstance(kernels, CudaKernels)
+    return CudaKernels(kernels.flash, sparse=True)
 
 
 def _try(make: Callable[[], Kernels], check: Callable[[Kernels], None]) -> Kernels | str:

@@ -119,6 +119,19 @@ def check_int8(kernels: Kernels, device: torch.device) -> None:
     _compare(_Int8Test(device), kernels)
 
 
+@torch.no_grad()
+def check_sparse(
+    kernels: Kernels, device: torch.device, block: int, shape: BlockShape | None = None
+) -> None:
+    """Run sparse attention over blocks of `block` tokens and compare it with its emulation.
+
+    Raises:
+        ConversionError, Exception: as for `check_kernels`.
+    """
+    for short in (0, block // 3 + 1):
+        _compare(_SparseTest(device, block, (shape or SMALL).head_size, short), kernels)
+
+
 def _compare(test: _SelfTest, kernels: Kernels) -> None:
     expected = test.run(EagerKernels())
     for name, found in test.run(kernels).items():
@@ -280,6 +293,25 @@ class _Int8Test:
         product = kernels.int8([Int8Linear.from_linear(self.linear, scale)])
         few = self.x[:, :2]
         return {"INT8 product": product(self.x), "INT8 product of few tokens": product(few)}
+
+
+class _SparseTest:
+    """Runs sparse attention on a random choice of blocks, the last of which may be shorter.
+
+    The first block of queries keeps only the last block of keys, the last one keeps all of them.
+    """
+
+    def __init__(self, device: torch.device, block: int, head_size: int, short: int) -> None:
+        draw, tokens, self.block = _Draw(device), 5 * block - short, block
+        self.q, self.k, self.v = (draw(1, tokens, 2, head_size) for _ in range(3))
+        self.kept = draw(1, 2, 5, 5) > 0
+        self.kept[:, :, 0] = False
+        self.kept[..., -1] = True
+        self.kept[:, :, -1] = True
+
+    def run(self, kernels: Kernels) -> dict[str, Tensor]:
+        attend = kernels.sparse_attention
+        return {"sparse attention": attend(self.q, self.k, self.v, self.kept, self.block, None)}
 
 
 class _Draw:

@@ -129,5 +129,6 @@ def measured_recipe(recipe: QuantRecipe, total_blocks: int) -> QuantRecipe:
         protected_blocks=(),
         attention="bf16",
         rotate_qk=True,
+        attention_bf16_steps=0,
         sparse=None,
     )

@@ -12,6 +12,7 @@ SCALARS: dict[str, type] = {
     "format": str,
     "attention": str,
     "rotate_qk": bool,
+    "attention_bf16_steps": int,
     "protect": str,
     "total_blocks": int,
     "linears_per_block": int,

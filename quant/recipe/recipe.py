@@ -35,6 +35,8 @@ DEFAULT_RECIPE = "boundary-hif8"
 AUTO = "auto"
 _FORMATS = ("hif8", "int8")
 _ATTENTIONS = ("bf16", "fp8", "sparse")
+_FP8_OPTIONS = {"rotate_qk": True, "attention_bf16_steps": 0}
+"""The options of FP8 attention and their defaults, at which they are not written."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class QuantRecipe:
             BF16 over some of the tokens.
         rotate_qk: whether FP8 attention rotates queries and keys before it rounds them
             (`quant.numerics.hadamard`).
+        attention_bf16_steps: how many steps of a job, the first ones, run FP8 attention in BF16.
         sparse: which tokens sparse attention keeps; None for the others.
         source: the name or path it was loaded from, for messages; it is never written to a file.
     """
@@ -73,6 +76,7 @@ class QuantRecipe:
     format: str = "hif8"
     attention: str = "bf16"
     rotate_qk: bool = True
+    attention_bf16_steps: int = 0
     sparse: SparseSettings | None = None
     protect: str = ""
     description: str = ""
@@ -210,14 +214,18 @@ class QuantRecipe:
 
     @property
     def calibrated(self) -> Self:
-        """Return the recipe whose scales this one uses: those of sparse attention are the dense's.
+        """Return the recipe whose scales this one uses.
 
-        Calibration runs the BF16 model, whose attention is dense, and sparse attention rounds
-        nothing of its own.
+        Calibration runs the BF16 model, whose attention is exact in every step, and sparse
+        attention rounds nothing of its own.
         """
-        if self.sparse is None:
-            return self
-        return replace(self, attention="bf16", sparse=None)
+        attention = self.attention if self.sparse is None else "bf16"
+        return replace(self, attention=attention, sparse=None, attention_bf16_steps=0)
+
+    @property
+    def exact_attention_steps(self) -> int:
+        """Return how many steps, the first ones, have neither FP8 nor sparse attention."""
+        return self.attention_bf16_steps if self.sparse is None else self.sparse.dense_steps
 
     @property
     def is_auto(self) -> bool:
@@ -338,10 +346,12 @@ class QuantRecipe:
                 if self.sparse is not None
                 else "attention 'sparse' needs a table [sparse], which says what it keeps"
             )
-        if self.attention != "fp8" and not self.rotate_qk:
+        if self.attention != "fp8" and (options := self._fp8_options()):
             raise RecipeError(
-                f"rotate_qk = false has no effect with attention {self.attention!r}: leave it out"
+                f"{min(options)} has no effect with attention {self.attention!r}: leave it out"
             )
+        if self.attention_bf16_steps < 0:
+            raise RecipeError(f"attention_bf16_steps {self.attention_bf16_steps} is below 0")
         # Blocks of INT8 are fused although each token has its scale.
         if self.attention != "bf16" and self.format == "hif8" and self._rounds_each_token:
             raise RecipeError(
@@ -353,13 +363,15 @@ class QuantRecipe:
     def _rounds_each_token(self) -> bool:
         return isinstance(self.act_granularity, PerToken)
 
+    def _fp8_options(self) -> dict[str, Any]:
+        values = {key: getattr(self, key) for key in _FP8_OPTIONS}
+        return {key: value for key, value in values.items() if value != _FP8_OPTIONS[key]}
+
     def _numerics(self) -> dict[str, Any]:
         # Omitted at their defaults, so that older recipes keep their fingerprints.
-        attention: dict[str, Any] = (
-            {} if self.attention == "bf16" else {"attention": self.attention}
-        )
-        if not self.rotate_qk:
-            attention["rotate_qk"] = self.rotate_qk
+        attention = self._fp8_options()
+        if self.attention != "bf16":
+            attention = {"attention": self.attention, **attention}
         if self.sparse is not None:
             attention["sparse"] = self.sparse.to_table()
         blocks: dict[str, Any] = {"total_blocks": self.total_blocks} if self.total_blocks else {}

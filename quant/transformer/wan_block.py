@@ -33,6 +33,10 @@ def _dense(kernels: Kernels) -> Attention:
     return kernels.attention
 
 
+def _never() -> bool:
+    return False
+
+
 class FusedWanBlock(nn.Module):
     """A transformer block that runs on the kernels it is given."""
 
@@ -49,6 +53,8 @@ class FusedWanBlock(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.attention_scales = attention
+        # `quant.transformer.attention` replaces it where FP8 attention begins after some steps.
+        self.attends_in_bf16: Callable[[], bool] = _never
         # Sparse attention replaces it, to leave out some of the keys.
         self.self_attention: Callable[[Kernels], Attention] = _dense
         # Context parallelism replaces it, to exchange tokens for heads around the attention.
@@ -107,7 +113,7 @@ class FusedWanBlock(nn.Module):
         return kernels.add_gated(x, self.down(widened), ffn_gate)
 
     def _self_attention(self, normed: Tensor, rope: Rope) -> Tensor:
-        scales = self.attention_scales
+        scales = None if self.attends_in_bf16() else self.attention_scales
         q, k, v = self.kernels.norm_rope(
             self.qkv(normed), self.own_q_norm, self.own_k_norm, rope, self.heads, scales
         )

@@ -46,6 +46,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "unguided": {"num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0},
     "fast": TINY | {"num_inference_steps": 3, "guidance_scale": 1.0, "mode": "fast"},
     "guided fast": TINY | {"num_frames": 5, "mode": "fast"},
+    "fp8": {"num_frames": 1, "num_inference_steps": 2, "mode": "fp8"},
     "sparse": TINY | {"num_frames": 5, "guidance_scale": 1.0, "mode": "sparse"},
     "tiny": TINY,
 }

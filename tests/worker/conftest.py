@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,19 @@ def config_file(
 @pytest.fixture(scope="session")
 def config(config_file: Path) -> WorkerConfig:
     return load_config(config_file)
+
+
+@pytest.fixture(scope="session")
+def fp8_config(
+    config: WorkerConfig, scales: Scales, tmp_path_factory: pytest.TempPathFactory
+) -> WorkerConfig:
+    """The quantized mode alone, with FP8 attention under scales that are all 1."""
+    recipe = QuantRecipe.load("boundary-hif8-fp8attn")
+    fit = {name: torch.tensor(1.0) for name in recipe.attention_inputs}
+    path = tmp_path_factory.mktemp("scales") / "fp8.safetensors"
+    save_scales(replace(scales, recipe=recipe, attention_scale=fit), path)
+    mode = config.modes[1].model_copy(update={"recipe": recipe.name, "scales": path})
+    return config.model_copy(update={"modes": (mode,)})
 
 
 class EditedModel:

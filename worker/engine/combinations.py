@@ -48,7 +48,7 @@ def check_combinations(config: WorkerConfig, ranks: int = 1) -> None:
 
     Raises:
         ConfigError: names the mode, both parts, the reason and the remedy; or the mode whose steps
-            are so few that none would be sparse.
+            are so few that none would have the attention of its recipe.
         quant.RecipeError: a recipe cannot be read.
     """
     for mode in config.modes:
@@ -60,13 +60,14 @@ def check_combinations(config: WorkerConfig, ranks: int = 1) -> None:
                     f"Mode {mode.name!r} has {' and '.join(sorted(pair))}, which do not go "
                     f"together: {reason}."
                 )
-        sparse = None if recipe is None else recipe.sparse
+        exact = 0 if recipe is None else recipe.exact_attention_steps
         steps = config.model.offer(fingerprint="unread").terms(mode).default_steps
-        if sparse is not None and steps <= sparse.dense_steps:
+        if recipe is not None and steps <= exact:
+            key = "dense_steps" if recipe.sparse else "attention_bf16_steps"
             raise ConfigError(
-                f"Mode {mode.name!r} has sparse attention after the first {sparse.dense_steps} "
-                f"steps, and its jobs have {steps} by default, so that none would be sparse: lower "
-                f"dense_steps in the recipe {mode.recipe!r}, or take one without sparse attention."
+                f"Mode {mode.name!r} has {recipe.attention} attention after the first {exact} "
+                f"steps, and its jobs have {steps} by default, so that none would have it: lower "
+                f"{key} in the recipe {mode.recipe!r}, or take one with attention 'bf16'."
             )
 
 

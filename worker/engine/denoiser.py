@@ -15,7 +15,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from jobs.spec import GenerationRequest
-from quant import sparse_run
+from quant import denoising_run
 from worker.device import Device
 
 Embeddings = tuple[Tensor, Tensor | None]
@@ -80,7 +80,7 @@ def denoise_on(device: Device) -> Denoise:
             on_step(step + 1, _predicted(pipeline.scheduler, tensors["latents"]))
             return {}
 
-        with sparse_run(pipeline.transformer):
+        with denoising_run(pipeline.transformer):
             latents: Tensor = pipeline(
                 prompt_embeds=embeddings[0],
                 negative_prompt_embeds=embeddings[1],

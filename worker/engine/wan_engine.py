@@ -125,10 +125,9 @@ class WanEngine:
                 lines.append(f"mode {name}: steps cached ({cache.method}, {cache.threshold:g})")
             if mode.offer.own or mode.scheduler or mode.flow_shift:
                 lines.append(f"mode {name}: {self._sampling(mode)}")
-            sparse = quant.sparse_attention_of(mode.transformer)
-            if sparse is not None:
-                share = sparse.settings.share_of_mass
-                lines.append(f"mode {name}: sparse self-attention, {share:g} of the softmax")
+            attention = quant.attention_steps_of(mode.transformer)
+            if attention is not None:
+                lines.append(f"mode {name}: {attention}")
             lines.append(f"mode {name}: {_bytes(mode.weight_bytes)} of transformer weights")
             lines.append(f"mode {name}: runs on {mode.offer.kernels or 'diffusers'} kernels")
         together = quant.weight_bytes(*(mode.transformer for mode in self.loaded.values()))

@@ -249,7 +249,7 @@ def _fuse_modes(
     # Not before all have been shared: what it attaches belongs to one of them.
     for plan in distinct_plans(plans):
         if plan.recipe is not None:
-            quant.sparsify(fused[plan.config.transformer_key].transformer, plan.recipe)
+            quant.apply_attention(fused[plan.config.transformer_key].transformer, plan.recipe)
     return tuple(_as_mode(plan, fused[plan.config.transformer_key]) for plan in plans)
 
 

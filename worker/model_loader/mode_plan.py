@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -293,18 +293,16 @@ def kernels_of(plan: ModePlan, device: Device) -> KernelChoice:
     """Find out by trial which kernels a mode runs on here."""
     number_format = None if plan.recipe is None else plan.recipe.format
     quantized = number_format == "hif8"
-    choice = device.pick_kernels(
+    sparse = None if plan.recipe is None else plan.recipe.sparse
+    return device.pick_kernels(
         quantized=quantized,
         shape=plan.shape,
         per_row_scales=plan.recipe is not None and plan.recipe.per_row_scales,
         fp8_attention=plan.recipe is not None and bool(plan.recipe.attention_inputs),
         int8=number_format == "int8",
+        sparse_block=None if sparse is None else sparse.block,
         emulate=plan.config.exact_emulation,
     )
-    if plan.recipe is None or plan.recipe.sparse is None or device.kind == "cpu":
-        return choice
-    slow = "Sparse attention is emulated in plain torch, which is slower than dense attention."
-    return replace(choice, warning=" ".join(filter(None, (choice.warning, slow))))
 
 
 def check_folder(path: Path) -> None:

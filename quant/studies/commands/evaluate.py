@@ -184,7 +184,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 (typer derives the command line 
         check_prompt_lengths(load_tokenizer(model), plan.prompts.prompts, sampler)
         candidates = read_candidates(candidate, model, fingerprint)
         for read in candidates:
-            read.check_sparse(sampler.num_inference_steps, points)
+            read.check_attention(sampler.num_inference_steps, points)
         check_unseen(plan.prompts, candidates, model, calibration_prompts, analysis)
         judges = build_judges(judge, vbench_dimension, vbench_python, vbench_weights, device)
         recorded = _points(points, fingerprint)

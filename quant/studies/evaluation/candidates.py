@@ -16,10 +16,10 @@ from quant.errors import StudyError
 from quant.kernels.eager import EagerKernels
 from quant.packed.load import PackedCheckpoint, check_packed, load_packed_shared, open_packed
 from quant.recipe.recipe import QuantRecipe
+from quant.transformer.attention.apply import apply_attention
 from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.module_tree import share_tree
 from quant.transformer.quantize import quantize_transformer
-from quant.transformer.sparse_attention import sparsify
 from quant.weights.reader import TensorReader
 
 BF16 = "bf16"
@@ -82,26 +82,25 @@ class Candidate:
         )
         return cls(name, source, scales, scales.recipe)
 
-    def check_sparse(self, steps: int, points: Path | None) -> None:
-        """Refuse a study in which sparse attention would be judged as if it were dense.
+    def check_attention(self, steps: int, points: Path | None) -> None:
+        """Refuse a study in which FP8 or sparse attention would be judged as if it were exact.
 
         Args:
             steps: of each video.
             points: the folder of points for the velocity error, if it is asked for.
 
         Raises:
-            StudyError: no step would be sparse, or the velocity error is asked for.
+            StudyError: no step would have it, or the velocity error of sparse attention is asked
+                for.
         """
-        sparse = self.recipe.sparse
-        if sparse is None:
-            return
-        if steps <= sparse.dense_steps:
+        exact = self.recipe.exact_attention_steps
+        if steps <= exact:
             raise StudyError(
-                f"{self.name} has sparse attention after the first {sparse.dense_steps} steps, and "
-                f"with {steps} steps none would be sparse: give --steps {sparse.dense_steps + 1} "
-                "or more, or leave it out"
+                f"{self.name} has {self.recipe.attention} attention after the first {exact} steps, "
+                f"and with {steps} steps none would have it: give --steps {exact + 1} or more, or "
+                "leave it out"
             )
-        if points is not None:
+        if self.recipe.sparse is not None and points is not None:
             raise StudyError(
                 f"{self.name} has sparse attention, whose loss the velocity error at {points} does "
                 "not have: leave out --points, or this candidate"
@@ -133,7 +132,7 @@ class Candidate:
         else:
             built, _ = quantize_transformer(transformer, self.recipe, self.scales)
         fuse_quantized(built, EagerKernels(), attention_scales(self.recipe, self.scales))
-        sparsify(built, self.recipe)
+        apply_attention(built, self.recipe)
         return built.eval()
 
 

@@ -19,7 +19,7 @@ from quant.studies.evaluation.video_files import Frames, Video
 from quant.studies.host import usable_cores
 from quant.studies.output.study_folder import StudyFolder
 from quant.studies.progress import StudyProgress
-from quant.transformer.sparse_attention import sparse_run
+from quant.transformer.attention.steps import denoising_run
 
 _WRITERS = 8
 """Videos of a batch that are encoded at the same time, at most: each by one thread of another
@@ -145,7 +145,7 @@ def decoded(vae: Any, latents: Tensor) -> list[Frames]:
 def _latents(pipe: Any, plan: Plan, videos: Sequence[Video], progress: StudyProgress) -> Tensor:
     """Denoise videos together; a batch that was kept in part runs again as a whole."""
     each = plan.passes // plan.sampler.num_inference_steps * len(videos)
-    with sparse_run(pipe.transformer):
+    with denoising_run(pipe.transformer):
         return run_prompts(
             pipe,
             [video.prompt for video in videos],

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels.block_sparse import attend_blocks, choose_blocks, density, sample_mass
 from quant.kernels.eager import EagerKernels
+from quant.kernels.sparse.blocks import attend_blocks, choose_blocks, density, sample_mass
 from tests.quant.kernels import sparse_reference
 
 BLOCK = 8

@@ -14,14 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from quant.kernels.eager import EagerKernels
 from quant.kernels.flash_attention import HOPPER
 from quant.kernels.interface import AttentionScales
 from quant.kernels.misfit_counter import CountingKernels
 from quant.kernels.selection import pick_kernels
 from quant.kernels.self_test import BlockShape
+from quant.kernels.sparse.blocks import choose_blocks
 from quant.numerics import hif8
 from quant.numerics.int8 import token_scale
 from quant.numerics.int8_linear import Int8Linear
+from quant.numerics.metrics import sqnr_db
 from quant.transformer.meta_model import load_weights
 from quant.weights import header
 from quant.weights.header import SMALL_BYTES, stored_tensors
@@ -171,6 +174,30 @@ def test_the_device_runs_its_own_kernels():
             )
             name = "cuda with FlashAttention-3" if HOPPER_GPU else "cuda"
             assert (choice.kernels.name, choice.warning) == (name, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize(("tokens", "block"), [(2000, 128), (1920, 128), (1000, 64), (300, 16)])
+def test_sparse_attention_is_its_emulation_and_may_be_recorded(tokens, block, width):
+    shape = BlockShape(2, 2 * width, 256)
+    choice = pick_kernels(CUDA, quantized=True, shape=shape, sparse_block=block)
+    assert choice.warning is None
+    assert choice.kernels.name.endswith("sparse attention")
+    generator = torch.Generator(CUDA).manual_seed(0)
+    drawn = torch.randn(3, 2, tokens, 2, width, device=CUDA, generator=generator)
+    q, k, v = drawn.to(torch.bfloat16)
+    kept = choose_blocks(q, k, block, 0.4)
+    assert not kept.all()
+    expected = EagerKernels().sparse_attention(q, k, v, kept, block, None)
+    found = choice.kernels.sparse_attention(q, k, v, kept, block, None)
+    assert sqnr_db(expected, found) > 40
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = choice.kernels.sparse_attention(q, k, v, kept, block, None)
+    recorded.zero_()
+    graph.replay()
+    assert torch.equal(recorded, found)
 
 
 def test_counting_changes_no_code_of_rotated_queries_and_keys():

@@ -67,6 +67,18 @@ def test_the_rotation_is_on_and_part_of_the_fingerprint_only_if_it_is_off():
     assert QuantRecipe.from_json(without.to_json()) == without
 
 
+def test_first_steps_in_bf16_change_the_fingerprint_but_not_the_scales():
+    fp8 = QuantRecipe.load("boundary-hif8-fp8attn")
+    assert "attention_bf16_steps" not in fp8.to_dict()
+    later = dataclasses.replace(fp8, attention_bf16_steps=2)
+    assert QuantRecipe.from_json(later.to_json()) == later
+    assert later.fingerprint != fp8.fingerprint == later.calibrated.fingerprint
+    assert later.attention_inputs == fp8.attention_inputs
+    sparse = QuantRecipe.load("boundary-hif8-sparse")
+    found = [each.exact_attention_steps for each in (fp8, later, sparse)]
+    assert found == [0, 2, 10]
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads_under_its_own_name(name: str):
     assert QuantRecipe.load(name).name == name
@@ -131,8 +143,11 @@ def test_the_fingerprint_is_of_the_numbers_not_of_the_words(tiny_recipe):
             {"attention": "fp8", "act": {"granularity": "per_token", "policy": "pow2"}},
             "needs fused blocks, which act granularity 'per_token' rules out",
         ),
-        ({"rotate_qk": False}, "rotate_qk = false has no effect with attention 'bf16'"),
+        ({"rotate_qk": False}, "rotate_qk has no effect with attention 'bf16'"),
         ({"attention": "fp8", "rotate_qk": 1}, "rotate_qk must be bool, not 1"),
+        ({"attention_bf16_steps": 1}, "attention_bf16_steps has no effect with attention 'bf16'"),
+        ({"attention": "fp8", "attention_bf16_steps": -1}, "attention_bf16_steps -1 is below 0"),
+        ({"attention": "fp8", "attention_bf16_steps": 1.5}, "must be int, not 1.5"),
     ],
 )
 def test_bad_values_are_named(recipe_dict, changes, message):

@@ -232,13 +232,13 @@ def test_a_packed_candidate_is_judged_by_its_own_sparse_recipe(
     assert candidate.identity.split()[0] != dense.identity.split()[0]
     built = candidate.build(tiny_pipe.transformer)
     assert quant.sparse_attention_of(built) is not None
-    dense.check_sparse(2, tmp_path)
-    candidate.check_sparse(3, None)
+    dense.check_attention(2, tmp_path)
+    candidate.check_attention(3, None)
     with pytest.raises(StudyError, match="sparse has sparse attention, whose loss"):
-        candidate.check_sparse(3, tmp_path)
+        candidate.check_attention(3, tmp_path)
     result = evaluate(files, tmp_path / "out", scales=f"sparse={packed}")
     assert result.exit_code == 1
-    assert "with 2 steps none would be sparse: give --steps 3" in " ".join(result.output.split())
+    assert "with 2 steps none would have it: give --steps 3" in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -18,10 +18,12 @@ from quant.calibration.scales import Scales, check_scales, load_scales, save_sca
 from quant.calibration.summary import describe_scales
 from quant.errors import CalibrationError, ConversionError, ScalesError, ScalesMismatch
 from quant.kernels.eager import EagerKernels, fp8_attention
+from quant.kernels.interface import AttentionScales
 from quant.numerics.linear import Hif8Linear
 from quant.numerics.metrics import sqnr_db
 from quant.numerics.scaling import NUM_BINADES
 from quant.recipe.recipe import QuantRecipe
+from quant.transformer.attention.steps import denoising_run
 from quant.transformer.fuse import attention_scales, fuse_quantized
 from quant.transformer.module_tree import share_tree
 from quant.transformer.quantize import quantize_transformer
@@ -40,24 +42,32 @@ def path(tmp_path, fp8_scales: Scales):
 
 
 class RecordingKernels(EagerKernels):
-    """Record the largest magnitudes of q, k and v in the self-attention of every block."""
+    """Record the largest magnitudes of q, k and v in the self-attention of every block.
+
+    Record as well under which scales it runs.
+    """
 
     def __init__(self) -> None:
         self.amax: list[tuple[float, ...]] = []
+        self.scales: list[AttentionScales | None] = []
 
     def attention(self, q, k, v, scales, act_scale):
         if q.shape == k.shape:  # the prompt has another length
+            self.scales.append(scales)
             self.amax.append(tuple(part.abs().amax().item() for part in (q, k, v)))
         return super().attention(q, k, v, scales, act_scale)
 
 
 @torch.no_grad()
-def run(transformer) -> torch.Tensor:
+def run(transformer, text: torch.Tensor | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 16, 2, 4, 4, generator=generator).to(torch.bfloat16)
+    if text is None:
+        text = torch.randn(1, 8, 96, generator=generator).to(torch.bfloat16)
     return transformer(
-        torch.randn(1, 16, 2, 4, 4, generator=generator).to(torch.bfloat16),
+        latents,
         timestep=torch.tensor([700]),
-        encoder_hidden_states=torch.randn(1, 8, 96, generator=generator).to(torch.bfloat16),
+        encoder_hidden_states=text,
         return_dict=False,
     )[0]
 
@@ -139,9 +149,14 @@ def test_a_file_without_them_is_refused_with_the_command(tmp_path, tiny_scales, 
     assert command[command.index("--steps") + 1] == "4"
 
 
-def test_scales_of_the_one_attention_do_not_pass_for_the_other(fp8_scales: Scales, tiny_recipe):
+def test_scales_with_those_of_attention_serve_the_recipe_without(fp8_scales: Scales, tiny_recipe):
+    fingerprint = fp8_scales.model_fingerprint
+    assert check_scales(fp8_scales, model_fingerprint=fingerprint, recipe=tiny_recipe) == (
+        tiny_recipe
+    )
+    other = dataclasses.replace(tiny_recipe, protected_blocks=(0,))
     with pytest.raises(ScalesMismatch, match="scales are for recipe 'tiny-fp8'"):
-        check_scales(fp8_scales, model_fingerprint=fp8_scales.model_fingerprint, recipe=tiny_recipe)
+        check_scales(fp8_scales, model_fingerprint=fingerprint, recipe=other)
 
 
 def test_a_file_that_lost_one_is_none(path):
@@ -228,6 +243,54 @@ def test_the_rotation_changes_what_is_rounded_and_no_score(
     first, second = run(rotated), run(plain)
     assert not torch.equal(first, second)
     assert sqnr_db(second, first) > MIN_ATTENTION_SQNR_DB
+
+
+def test_the_first_steps_of_a_run_attend_in_bf16_for_each_prompt(
+    tiny_transformer, fp8_recipe, fp8_scales
+):
+    kernels, recipe = RecordingKernels(), dataclasses.replace(fp8_recipe, attention_bf16_steps=2)
+    fused = fused_transformer(tiny_transformer, kernels, recipe, fp8_scales)
+    prompts = [torch.full((1, 7, 96), value).bfloat16() for value in (0.5, -0.5)]
+
+    def quantized_scales(text) -> set[AttentionScales | None]:
+        kernels.scales.clear()
+        run(fused, text)
+        assert kernels.scales[0] is kernels.scales[3] is None, "protected blocks stay in BF16"
+        return set(kernels.scales[1:3])
+
+    fp8 = set(attention_scales(recipe, fp8_scales).values())
+    assert quantized_scales(prompts[0]) == fp8, "a pass of no run is none of the first"
+    for _ in range(2):  # a run begins anew
+        with denoising_run(fused):
+            for step in range(4):
+                for text in prompts:
+                    assert quantized_scales(text) == ({None} if step < 2 else fp8)
+    assert quantized_scales(prompts[0]) == fp8
+
+
+def test_bits_are_those_of_bf16_attention_first_and_of_fp8_attention_later(
+    tiny_transformer, fp8_recipe, fp8_scales
+):
+    def videos(recipe: QuantRecipe) -> list[torch.Tensor]:
+        fused = fused_transformer(tiny_transformer, EagerKernels(), recipe, fp8_scales)
+        text = torch.ones(1, 8, 96).bfloat16()
+        with denoising_run(fused):
+            return [run(fused, text) for _ in range(3)]
+
+    bf16 = videos(dataclasses.replace(fp8_recipe, attention="bf16"))
+    fp8 = videos(fp8_recipe)
+    assert not torch.equal(bf16[0], fp8[0])
+    for steps in (0, 1, 3, 4):
+        found = videos(dataclasses.replace(fp8_recipe, attention_bf16_steps=steps))
+        assert all(map(torch.equal, found, bf16[:steps] + fp8[steps:]))
+
+
+def test_scales_do_not_depend_on_the_steps(fp8_recipe, fp8_scales):
+    later = dataclasses.replace(fp8_recipe, attention_bf16_steps=2)
+    fingerprint = fp8_scales.model_fingerprint
+    assert check_scales(fp8_scales, model_fingerprint=fingerprint, recipe=later) == later
+    of_later = dataclasses.replace(fp8_scales, recipe=later)
+    assert check_scales(of_later, model_fingerprint=fingerprint, recipe=fp8_recipe) == fp8_recipe
 
 
 def test_scales_that_lack_attention_are_refused(tiny_transformer, fp8_recipe, tiny_scales):

@@ -15,12 +15,12 @@ from quant.kernels.misfit_counter import CountingKernels
 from quant.numerics.metrics import sqnr_db
 from quant.recipe.recipe import QuantRecipe
 from quant.recipe.sparse import SparseSettings
-from quant.transformer.sparse_attention import (
+from quant.transformer.attention.sparse import (
     SparseShares,
     sparse_attention_of,
-    sparse_run,
     tile_order,
 )
+from quant.transformer.attention.steps import denoising_run
 from tests.quant.kernels import sparse_reference
 
 GRID, TILE, BLOCK = (3, 5, 3), (2, 2, 2), 8  # 45 tokens in 5 blocks and 5 tokens
@@ -112,7 +112,7 @@ def test_a_run_is_dense_first_and_chooses_again_after_some_steps_for_each_prompt
     recipe = sparse_recipe(tiny_recipe)
     transformer = fused_transformer(tiny_transformer, kernels, recipe, tiny_scales)
     prompts = prompt(0), prompt(1)
-    with sparse_run(transformer):
+    with denoising_run(transformer):
         for step in range(5):
             for text in prompts:
                 forward(transformer, latents(step), text)
@@ -134,7 +134,7 @@ def test_a_run_is_dense_first_and_chooses_again_after_some_steps_for_each_prompt
             out, mass = sparse_reference.attend(q, k, v, kept, BLOCK)
             ours = next(attended).float().view(out.shape).numpy()
             np.testing.assert_allclose(ours, out, rtol=0, atol=0.02)
-            if step >= SPARSE.dense_steps:
+            if step == chosen_in:
                 sizes = np.array([8, 8, 8, 8, 8, 5]) / 45
                 densities.append(np.einsum("bhmn,m,n->bh", kept, sizes, sizes).mean())
                 masses.append(mass[:, np.arange(16) * 45 // 16].mean())
@@ -152,7 +152,7 @@ def test_nothing_of_a_run_is_left_for_the_next_one(tiny_transformer, tiny_recipe
     text = prompt(0)
 
     def video(first: int) -> list[Tensor]:
-        with sparse_run(transformer):
+        with denoising_run(transformer):
             return [forward(transformer, latents(first + step), text) for step in range(3)]
 
     before = video(0)
@@ -162,7 +162,7 @@ def test_nothing_of_a_run_is_left_for_the_next_one(tiny_transformer, tiny_recipe
     alone = forward(transformer, latents(1), text)
     assert torch.equal(alone, before[1])
     assert all(map(torch.equal, video(0), before))
-    with sparse_run(transformer):
+    with denoising_run(transformer):
         forward(transformer, latents(0), text)
     assert shares(transformer) is None, "its only step was dense"
 

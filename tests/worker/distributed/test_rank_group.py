@@ -38,10 +38,12 @@ EXPECTED_ERRORS = {
 
 
 @pytest.fixture(scope="module")
-def outputs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def outputs(
+    config_file: Path, fp8_config: WorkerConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """The folder that `tests.support.torchrun_ranks` has filled; none of its processes is left."""
     folder = tmp_path_factory.mktemp("ranks")
-    config = with_further_modes(config_file, folder)
+    config = with_further_modes(config_file, fp8_config, folder)
     command = [sys.executable, "-m", "tests.support.torchrun_ranks", str(config), str(folder)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("wb") as log:
@@ -57,15 +59,15 @@ def outputs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             process.wait()
 
 
-def with_further_modes(config_file: Path, folder: Path) -> Path:
-    """Write the configuration with two further modes.
+def with_further_modes(config_file: Path, fp8_config: WorkerConfig, folder: Path) -> Path:
+    """Write the configuration with three further modes.
 
-    Attention of the one is sparse from step one on. The other is in BF16, with a LoRA and Euler's
-    method.
+    Attention is sparse in one from step one on, and in FP8 in another from step two on. The last is
+    in BF16, with a LoRA and Euler's method.
     """
-    recipe = QuantRecipe.load("boundary-hif8-mini-sparse").to_dict()
-    recipe["sparse"] |= {"dense_steps": 0, "share_of_mass": 0.6}
-    (folder / "sparse.json").write_text(json.dumps(recipe))
+    sparse = QuantRecipe.load("boundary-hif8-mini-sparse").to_dict()
+    sparse["sparse"] |= {"dense_steps": 0, "share_of_mass": 0.6}
+    fp8 = QuantRecipe.load("boundary-hif8-fp8attn").to_dict() | {"attention_bf16_steps": 1}
     torch.manual_seed(3)
     factors = {
         f"transformer.blocks.{block}.{module}.lora_{part}.weight": torch.randn(size) / 8
@@ -76,9 +78,12 @@ def with_further_modes(config_file: Path, folder: Path) -> Path:
     save_file(factors, folder / "lora.safetensors")
     scales = config_file.parent / "scales.safetensors"
     text = config_file.read_text(encoding="utf-8").replace('"scales.safetensors"', f'"{scales}"')
-    sparse = {"name": "sparse", "recipe": str(folder / "sparse.json"), "scales": str(scales)}
-    fast = {"name": "fast", "scheduler": "euler", "flow_shift": 5.0}
-    for mode in (sparse, fast):
+    modes = [{"name": "fast", "scheduler": "euler", "flow_shift": 5.0}]
+    for name, recipe, own in (("sparse", sparse, scales), ("fp8", fp8, fp8_config.modes[0].scales)):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(recipe))
+        modes.insert(0, {"name": name, "recipe": str(path), "scales": str(own)})
+    for mode in modes:
         lines = [f"{key} = {json.dumps(value)}" for key, value in mode.items()]
         text += "\n".join(["", "[[modes]]", 'description = "d"', *lines])
     text += f'\nlora = [{{ path = "{folder / "lora.safetensors"}" }}]\n'

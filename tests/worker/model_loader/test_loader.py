@@ -425,20 +425,11 @@ def test_modes_that_differ_only_in_their_step_cache_share_a_transformer(
     assert bf16 is not w8a8
 
 
-def with_fp8_attention(config: WorkerConfig, scales: Scales, path: Path) -> WorkerConfig:
-    """The quantized mode alone, with FP8 attention under scales that are all 1."""
-    recipe = QuantRecipe.load("boundary-hif8-fp8attn")
-    fit = {name: torch.tensor(1.0) for name in recipe.attention_inputs}
-    save_scales(replace(scales, recipe=recipe, attention_scale=fit), path)
-    mode = config.modes[1].model_copy(update={"recipe": recipe.name, "scales": path})
-    return config.model_copy(update={"modes": (mode,)})
-
-
 def test_quantized_blocks_get_the_attention_of_their_recipe(
-    config: WorkerConfig, scales: Scales, device: Device, tmp_path: Path
+    fp8_config: WorkerConfig, scales: Scales, device: Device
 ) -> None:
-    fp8 = with_fp8_attention(config, scales, tmp_path / "fp8.safetensors")
-    (mode,) = load_modes(fp8.model.path, plan_modes(fp8, scales.model_fingerprint), device)
+    plans = plan_modes(fp8_config, scales.model_fingerprint)
+    (mode,) = load_modes(fp8_config.model.path, plans, device)
     blocks = mode.transformer.blocks
     assert [i for i, block in enumerate(blocks) if block.attention_scales] == list(range(2, 37))
     assert blocks[2].attention_scales == AttentionScales(1, 1, 1)
@@ -493,9 +484,8 @@ def test_blocks_that_run_in_plain_torch_beside_fast_ones_are_logged(
 
 
 def test_fp8_attention_is_refused_where_no_kernels_run_it(
-    config: WorkerConfig, scales: Scales, tmp_path: Path
+    fp8_config: WorkerConfig, scales: Scales
 ) -> None:
-    fp8 = with_fp8_attention(config, scales, tmp_path / "fp8.safetensors")
-    plans = plan_modes(fp8, scales.model_fingerprint)
+    plans = plan_modes(fp8_config, scales.model_fingerprint)
     with pytest.raises(ModelUnusable, match=r"FP8 attention, which Ascend 910B does not run"):
-        load_modes(config.model.path, plans, Device("npu", "Ascend 910B"))
+        load_modes(fp8_config.model.path, plans, Device("npu", "Ascend 910B"))

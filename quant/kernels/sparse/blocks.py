@@ -4,7 +4,8 @@ Blocks are runs of `block` tokens; the last one may be shorter. For each head an
 queries, blocks of keys are chosen by the means of their tokens, as SpargeAttn does (arXiv
 2502.18137): the softmax over the means estimates what each block of keys holds, and the fewest
 blocks are kept that hold the wanted share together. Attention is then exact on the tokens of the
-kept blocks. This is an emulation: scores are computed and masked, so nothing is saved.
+kept blocks. Here it is emulated: scores are computed and masked, so nothing is saved. The kernel
+that computes no others is `quant.kernels.sparse.triton_attention`.
 
 B is the batch, S the tokens, M the blocks, D the width of a head.
 """
@@ -15,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels.eager import MAX_SCORES
+MAX_SCORES = 1 << 26
+"""Scores that emulated attention holds at a time.
+
+A float32 tensor of them takes a quarter of a GiB, and a few such tensors exist at once."""
 
 SAMPLED_QUERIES = 16
 """Queries, evenly spaced over the tokens, whose softmax `sample_mass` computes in full."""
@@ -33,7 +37,7 @@ def choose_blocks(q: Tensor, k: Tensor, block: int, share_of_mass: float) -> Ten
         [B, heads, M, M] bool: of each block of queries, the kept blocks of keys.
     """
     sizes = block_sizes(q.shape[1], block, q.device)
-    pooled_q, pooled_k = (_means(each, block, sizes) for each in (q, k))
+    pooled_q, pooled_k = (_means(each, block) for each in (q, k))
     scores = pooled_q @ pooled_k.transpose(-1, -2) * q.shape[-1] ** -0.5
     # A shorter block holds less of the softmax at the same mean.
     shares, order = (scores + sizes.log()).softmax(-1).sort(dim=-1, descending=True)
@@ -73,6 +77,9 @@ def density(kept: Tensor, tokens: int, block: int) -> Tensor:
 def sample_mass(q: Tensor, k: Tensor, kept: Tensor, block: int) -> Tensor:
     """Return the share of the softmax that kept blocks hold, over `SAMPLED_QUERIES`: [] float32.
 
+    Every key is read and widened to float32, some heads at a time: at 75,600 tokens that takes
+    more than 1 % of sparse attention. So it is measured when blocks are chosen, not in every pass.
+
     Args:
         q, k: [B, S, heads, D], rotated.
     """
@@ -80,10 +87,18 @@ def sample_mass(q: Tensor, k: Tensor, kept: Tensor, block: int) -> Tensor:
     count = min(tokens, SAMPLED_QUERIES)
     rows = torch.arange(count, device=q.device) * tokens // count
     block_of = torch.arange(tokens, device=q.device) // block
-    queries, keys = q[:, rows].transpose(1, 2).float(), k.permute(0, 2, 3, 1).float()
-    shares = (queries @ keys * q.shape[-1] ** -0.5).softmax(-1)
-    held: Tensor = shares * kept[:, :, block_of[rows]][..., block_of]
-    return held.sum(-1).mean()
+    queries, keys = q[:, rows].transpose(1, 2), k.permute(0, 2, 3, 1)
+    kept_of_rows = kept[:, :, block_of[rows]]
+    at_once = max(1, MAX_SCORES // keys[:, 0].numel())
+    held = [
+        ((some.float() @ all_keys.float() * q.shape[-1] ** -0.5).softmax(-1) * seen[..., block_of])
+        .sum(-1)
+        .flatten()
+        for some, all_keys, seen in zip(
+            *(torch.split(each, at_once, 1) for each in (queries, keys, kept_of_rows)), strict=True
+        )
+    ]
+    return torch.cat(held).mean()
 
 
 def block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
@@ -92,8 +107,14 @@ def block_sizes(tokens: int, block: int, device: torch.device) -> Tensor:
     return (tokens - starts).clamp(max=block).float()
 
 
-def _means(x: Tensor, block: int, sizes: Tensor) -> Tensor:
-    """Average the tokens of each block: [B, S, heads, D] → [B, heads, M, D] float32."""
-    padded = F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
-    blocks = padded.reshape(*padded.shape[:2], len(sizes), block, -1)
-    return blocks.sum(3, dtype=torch.float32) / sizes[:, None]
+def _means(x: Tensor, block: int) -> Tensor:
+    """Average the tokens of each block: [B, S, heads, D] → [B, heads, M, D] float32.
+
+    Tokens are read once, in place: no copy of them is made.
+    """
+    whole = x.shape[1] // block * block
+    blocks = x[:, :whole].view(x.shape[0], whole // block, block, *x.shape[2:])
+    means = [blocks.mean(2, dtype=torch.float32)]
+    if whole < x.shape[1]:
+        means.append(x[:, whole:].mean(1, keepdim=True, dtype=torch.float32))
+    return torch.cat(means, dim=1).transpose(1, 2)

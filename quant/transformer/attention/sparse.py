@@ -7,15 +7,15 @@ multiple of the box, boxes at its edges are smaller, and the blocks behind them 
 
 Blocks are chosen for each head, anew after some steps, and separately for each prompt: with
 guidance a step has two passes, whose attention differs. What is kept between steps belongs to a
-run, one denoising loop (`sparse_run`). Outside of a run each pass chooses for itself.
+run (`quant.transformer.attention.steps`). Outside of a run each pass chooses for itself.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from quant.errors import ConversionError
-from quant.kernels import block_sparse
 from quant.kernels.interface import AttentionScales, Kernels
-from quant.recipe.recipe import QuantRecipe
+from quant.kernels.sparse.blocks import choose_blocks, density, sample_mass
 from quant.recipe.sparse import SparseSettings
+from quant.transformer.attention.steps import AttentionSteps, attention_steps_of
 from quant.transformer.wan_block import Attention, FusedWanBlock
 
 Grid = tuple[int, int, int]
@@ -39,33 +39,21 @@ class SparseShares:
 
     Attributes:
         density: of all scores.
-        mass: of the softmax, measured on a few queries (`block_sparse.sample_mass`).
+        mass: of the softmax, measured on a few queries when blocks are chosen (`sample_mass`).
     """
 
     density: float
     mass: float
 
 
-@dataclass(slots=True)
-class _Branch:
-    """The passes of one prompt in a run.
+class SparseAttention(AttentionSteps):
+    """The sparse self-attention of one transformer: settings, steps, and counts.
+
+    A branch keeps, by block of the transformer, the step of the choice, the choice, and its density
+    and mass in that step, [2].
 
     Attributes:
-        prompt: the tensor by which a pass is known to be of this branch.
-        step: number of the present pass, from 0.
-        kept: by block of the transformer, the step of the choice, the choice and its density.
-    """
-
-    prompt: Any
-    step: int
-    kept: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
-
-
-class SparseAttention:
-    """The sparse self-attention of one transformer: settings, present pass, and counts.
-
-    Attributes:
-        order: the row-major number of each token in tile order, [S] int64, from `begin_pass`.
+        order: the row-major number of each token in tile order, [S] int64, from `order_tokens`.
         inverse: the place of each token in that order, [S] int64.
     """
 
@@ -73,22 +61,21 @@ class SparseAttention:
     inverse: Tensor
 
     def __init__(self, settings: SparseSettings) -> None:
+        super().__init__(settings.dense_steps)
         self.settings = settings
-        self._branches: dict[int, _Branch] | None = None
-        self._branch = _Branch(None, settings.dense_steps)
         self._ordered: tuple[Grid, torch.device] | None = None
         self._sums: Tensor | None = None
         self._passes = 0
 
+    def __str__(self) -> str:
+        return f"sparse self-attention, {self.settings.share_of_mass:g} of the softmax"
+
     @contextmanager
     def run(self) -> Iterator[None]:
         """Count steps and keep choices within the context, and the shares until the next one."""
-        self._branches, self._sums, self._passes = {}, None, 0
-        try:
+        self._sums, self._passes = None, 0
+        with super().run():
             yield
-        finally:
-            # What is kept may take hundreds of megabytes.
-            self._branches, self._branch = None, _Branch(None, self.settings.dense_steps)
 
     def shares(self) -> SparseShares | None:
         """Compute the shares of the last run; None if all of its attention was dense."""
@@ -98,17 +85,12 @@ class SparseAttention:
         density, mass = (min(1.0, each / self._passes) for each in self._sums.tolist())
         return SparseShares(density, mass)
 
-    def begin_pass(self, grid: Grid, prompt: Tensor) -> None:
-        """Note the grid of the tokens, and which prompt the pass is of."""
-        if (grid, prompt.device) != self._ordered:
+    def order_tokens(self, grid: Grid, device: torch.device) -> None:
+        """Set the order of the tokens of a grid."""
+        if (grid, device) != self._ordered:
             order = tile_order(grid, self.settings.tile)
-            self.order, self.inverse = (each.to(prompt.device) for each in (order, order.argsort()))
-            self._ordered = grid, prompt.device
-        if self._branches is None:
-            self._branch = _Branch(prompt, self.settings.dense_steps)
-            return
-        self._branch = self._branches.setdefault(id(prompt), _Branch(prompt, -1))
-        self._branch.step += 1
+            self.order, self.inverse = (each.to(device) for each in (order, order.argsort()))
+            self._ordered = grid, device
 
     def attention(self, block: int, kernels: Kernels) -> Attention:
         """Return the self-attention of the transformer's block with number `block`."""
@@ -120,30 +102,28 @@ class SparseAttention:
             scales: AttentionScales | None,
             act_scale: float | None,
         ) -> Tensor:
-            if self._branch.step < self.settings.dense_steps:
+            if self.is_exact():
                 return kernels.attention(q, k, v, scales, act_scale)
             assert scales is None, "a recipe has either sparse or FP8 attention"
             kept = self._choose(block, q, k)
-            out = block_sparse.attend_blocks(q, k, v, kept, self.settings.block)
-            return kernels.round_act(out.flatten(2), act_scale)
+            return kernels.sparse_attention(q, k, v, kept, self.settings.block, act_scale)
 
         return attend
 
     def _choose(self, block: int, q: Tensor, k: Tensor) -> Tensor:
         """Return the choice of this block of the transformer, made now or some steps ago."""
-        branch, settings = self._branch, self.settings
+        branch, settings = self.branch, self.settings
         found = branch.kept.get(block)
         if found is None or branch.step - found[0] >= settings.every_steps:
-            kept = block_sparse.choose_blocks(q, k, settings.block, settings.share_of_mass)
-            density = block_sparse.density(kept, q.shape[1], settings.block)
-            found = branch.kept[block] = branch.step, kept, density
-        _, kept, density = found
-        self._count(density, block_sparse.sample_mass(q, k, kept, settings.block))
-        return kept
+            kept = choose_blocks(q, k, settings.block, settings.share_of_mass)
+            computed = density(kept, q.shape[1], settings.block)
+            mass = sample_mass(q, k, kept, settings.block)
+            found = branch.kept[block] = branch.step, kept, torch.stack((computed, mass))
+        self._count(found[2])
+        return found[1]
 
-    def _count(self, density: Tensor, mass: Tensor) -> None:
+    def _count(self, shares: Tensor) -> None:
         # On the device, so that nothing waits for it before the end.
-        shares = torch.stack((density, mass))
         self._sums = shares if self._sums is None else self._sums + shares
         self._passes += 1
 
@@ -159,17 +139,15 @@ def tile_order(grid: Grid, tile: Grid) -> Tensor:
     return box.flatten().argsort(stable=True)
 
 
-def sparsify(transformer: Any, recipe: QuantRecipe) -> None:
-    """Give the quantized blocks of a transformer a recipe's sparse attention, in place.
+def sparsify(transformer: Any, settings: SparseSettings, blocks: Mapping[int, Any]) -> None:
+    """Give some blocks of a transformer sparse attention, in place.
 
-    Call it after `fuse_quantized`. Recipes with other attention change nothing.
+    Args:
+        blocks: which blocks, by number.
 
     Raises:
-        ConversionError: a block that is to have it is not fused.
+        ConversionError: one of them is not fused.
     """
-    if recipe.sparse is None:
-        return
-    blocks = {index: transformer.blocks[index] for index in recipe.quantized_blocks}
     unmet = [index for index, block in blocks.items() if not isinstance(block, FusedWanBlock)]
     if unmet:
         raise ConversionError(
@@ -177,18 +155,18 @@ def sparsify(transformer: Any, recipe: QuantRecipe) -> None:
             f"block {unmet[0]}: the recipe has to quantize all or none of the linears that share "
             "an input (to_q, to_k, to_v), or use attention 'bf16'"
         )
-    sparse = SparseAttention(recipe.sparse)
+    sparse = SparseAttention(settings)
     for index, block in blocks.items():
         block.self_attention = partial(sparse.attention, index)
     patch, signature = transformer.config.patch_size, inspect.signature(transformer.forward)
 
-    def begin(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        latents, _, prompt = signature.bind(*args, **inputs).args[:3]
+    def order_tokens(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        latents = signature.bind(*args, **inputs).arguments["hidden_states"]
         sizes = latents.shape[2:]
         frames, rows, columns = (size // side for size, side in zip(sizes, patch, strict=True))
-        sparse.begin_pass((frames, rows, columns), prompt)
+        sparse.order_tokens((frames, rows, columns), latents.device)
 
-    transformer.register_forward_pre_hook(begin, with_kwargs=True)
+    transformer.register_forward_pre_hook(order_tokens, with_kwargs=True)
     transformer.rope.register_forward_hook(
         lambda _, __, angles: tuple(each[:, sparse.order] for each in angles)
     )
@@ -196,21 +174,10 @@ def sparsify(transformer: Any, recipe: QuantRecipe) -> None:
         lambda _, args: (args[0][:, sparse.order], *args[1:])
     )
     transformer.proj_out.register_forward_hook(lambda _, __, out: out[:, sparse.inverse])
-    transformer.sparse_attention = sparse
+    sparse.follow(transformer)
 
 
 def sparse_attention_of(transformer: Any) -> SparseAttention | None:
     """Return a transformer's sparse attention; None if it has none."""
-    found: SparseAttention | None = getattr(transformer, "sparse_attention", None)
-    return found
-
-
-@contextmanager
-def sparse_run(transformer: Any) -> Iterator[None]:
-    """Denoise once within the context; without sparse attention it changes nothing."""
-    sparse = sparse_attention_of(transformer)
-    if sparse is None:
-        yield
-        return
-    with sparse.run():
-        yield
+    steps = attention_steps_of(transformer)
+    return steps if isinstance(steps, SparseAttention) else None
