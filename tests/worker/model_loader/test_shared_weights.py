@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     model = save_tiny_model(folder / "tiny")
     dense = tiny_recipe_dict()
-    changes = {
+    changes: dict[str, dict[str, object]] = {
         "dense": {},
         "sparse": {"attention": "sparse", "sparse": SPARSE},
         "fp8": {"attention": "fp8"},
