@@ -41,7 +41,7 @@ from quant.transformer.attention.apply import apply_attention
 from quant.transformer.attention.sparse import sparse_attention_of
 from quant.transformer.attention.steps import attention_steps_of, denoising_run
 from quant.transformer.conversion_report import ConversionReport, ConvertedLinear, weight_bytes
-from quant.transformer.fuse import attention_scales, fuse_quantized
+from quant.transformer.fuse import attention_scales, fuse_quantized, share_fused
 from quant.transformer.lora.merge import LoraSet, read_loras
 from quant.transformer.lora.source import LoraSource
 from quant.transformer.quantize import quantize_transformer
@@ -99,6 +99,7 @@ __all__ = [
     "reads_decoded",
     "run_calibration",
     "save_scales",
+    "share_fused",
     "sparse_attention_of",
     "sqnr_db",
     "weight_bytes",

@@ -200,11 +200,19 @@ class ModeConfig(OwnTerms):
     scheduler: SchedulerName | None = Field(None, description="By default the model's own.")
 
     @property
-    def transformer_key(self) -> tuple[object, ...]:
-        """Everything that determines the mode's transformer; modes with equal keys share one."""
+    def weights_key(self) -> tuple[object, ...]:
+        """Everything that determines the mode's weights; modes with equal keys share them all.
+
+        Recipes that take the same scales differ in their attention at most.
+        """
         if self.recipe is None:
             return (self.lora,)
-        return (self.lora, self.recipe, self.scales, self.packed, self.exact_emulation)
+        return (self.lora, self.scales, self.packed, self.exact_emulation)
+
+    @property
+    def transformer_key(self) -> tuple[object, ...]:
+        """Everything that determines the mode's transformer; modes with equal keys share one."""
+        return (*self.weights_key, self.recipe)
 
     @property
     def variant(self) -> str | None:

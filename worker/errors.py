@@ -3,7 +3,7 @@
     StartError
     ├── ConfigError         the configuration file is missing, malformed or contradicts itself
     ├── DeviceUnavailable   the device asked for is not there
-    ├── RanksDiffer         ranks would run the same mode on different kernels
+    ├── RanksDiffer         ranks would run a mode on different files or kernels
     ├── ModelUnusable       the model folder lacks a component, or one cannot be read
     ├── TooLittleMemory     the device cannot hold what the configuration asks for
     └── ProofFailed         the tiny job at the start did not become a video
@@ -32,7 +32,7 @@ class DeviceUnavailable(StartError):
 
 
 class RanksDiffer(StartError):
-    """Ranks that run jobs together would run a mode on different kernels."""
+    """Ranks that run jobs together would run a mode on different files or kernels."""
 
 
 class ModelUnusable(StartError):

@@ -36,6 +36,7 @@ from quant import QuantError
 from worker.config import WorkerConfig, load_config
 from worker.consumer.serve import ServeContext, serve
 from worker.device import Device, is_lost, is_out_of_memory, pick_device, usable_cores
+from worker.distributed.agreement import check_same_plans
 from worker.distributed.follower import follow, lead_ranks, load_follower
 from worker.distributed.layout import check_ranks
 from worker.distributed.rank_group import RankGroup, join
@@ -154,6 +155,8 @@ def load_engine(config: WorkerConfig, device: Device, ranks: RankGroup | None = 
     if ranks is not None:
         ranks.broadcast(fingerprint)
     plans = plan_modes(config, fingerprint)
+    if ranks is not None:
+        check_same_plans(ranks, plans)
     recipes, loras = [plan.recipe for plan in plans], [plan.loras for plan in plans]
     placement = place_model(config, recipes, device, device.available_bytes(), loras=loras)
     logger.info("%s", placement)

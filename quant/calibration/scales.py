@@ -28,6 +28,7 @@ from quant.device import available_accelerator
 from quant.errors import CalibrationError, RecipeError, ScalesError, ScalesMismatch
 from quant.recipe.evidence import ProtectionEvidence
 from quant.recipe.recipe import QuantRecipe, shipped_recipes
+from quant.recipe.selection import scales_serve
 from quant.weights.fingerprint import other_model
 from quant.weights.writer import to_bytes, write_whole
 
@@ -247,7 +248,7 @@ def _resolve(recipe: QuantRecipe, scales: Scales) -> tuple[QuantRecipe, str]:
             recipe = scales.protection.resolve(recipe)
         except RecipeError as error:
             return recipe, f"the scales do not fit: {error}"
-    if scales.recipe.calibrated.fingerprint == recipe.calibrated.fingerprint:
+    if scales_serve(scales.recipe, recipe):
         return recipe, ""
     return recipe, (
         f"the scales are for recipe {scales.recipe.name!r} ({scales.recipe.fingerprint}), "

@@ -30,6 +30,7 @@ from quant.packed.format import (
     shard_name,
 )
 from quant.recipe.recipe import QuantRecipe
+from quant.recipe.selection import scales_serve
 from quant.transformer.meta_model import (
     check_stored,
     empty_transformer,
@@ -147,7 +148,7 @@ def check_packed(
         problem = f"the packed checkpoint {name} was made of {differing}"
     elif reason:
         problem = f"the packed checkpoint {name} does not fit: {reason}"
-    elif info.recipe.calibrated.fingerprint != found.calibrated.fingerprint:
+    elif not scales_serve(info.recipe, found):
         problem = (
             f"the packed checkpoint {name} is of recipe {info.recipe.name!r} "
             f"({info.recipe.fingerprint}), this is {found.name!r} ({found.fingerprint})"

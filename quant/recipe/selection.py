@@ -6,6 +6,7 @@ number of blocks is an error, never a smaller conversion.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -70,3 +71,14 @@ def _select_in_block(index: int, block: nn.Module, recipe: QuantRecipe) -> dict[
             f"patterns match {len(matched)} in block {index}: {', '.join(matched)}"
         )
     return {f"blocks.{index}.{name}": linear for name, linear in matched.items()}
+
+
+def scales_serve(made_for: QuantRecipe, recipe: QuantRecipe) -> bool:
+    """Return whether scales that were made for one recipe are all that another one needs.
+
+    Those of FP8 attention come beside those of the linears, which are the same without it.
+    """
+    own, wanted = made_for.calibrated, recipe.calibrated
+    if wanted.attention == "bf16" and own.attention == "fp8":
+        own = replace(own, attention="bf16", rotate_qk=True)
+    return own.fingerprint == wanted.fingerprint

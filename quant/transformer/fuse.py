@@ -6,7 +6,7 @@ A worker calls `fuse_quantized` for each of its modes, once the mode's tree is b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,7 +15,8 @@ from quant.errors import ConversionError
 from quant.kernels.interface import AttentionScales, Kernels
 from quant.numerics.hadamard import GROUP
 from quant.recipe.recipe import QuantRecipe
-from quant.transformer.wan_block import fuse_blocks
+from quant.transformer.module_tree import M, share_tree
+from quant.transformer.wan_block import FusedWanBlock, fuse_blocks
 
 
 def fuse_quantized(
@@ -38,21 +39,53 @@ def fuse_quantized(
         ConversionError: a block with FP8 attention cannot be fused, or the size of its heads is no
             multiple of `GROUP`, which FlashAttention-3 needs in FP8 as well.
     """
+    _check_heads(transformer, attention)
+    left = fuse_blocks(transformer, kernels, attention, wait_for)
+    _check_fused(transformer, attention)
+    return left
+
+
+def share_fused(transformer: M, kernels: Kernels, attention: Mapping[int, AttentionScales]) -> M:
+    """Make a copy of a fused transformer that shares all weights, and may attend otherwise.
+
+    The weights are shared as the kernels hold them, and so are cached prompts. Call this before
+    hooks or sparse attention are attached to `transformer`.
+
+    Args:
+        kernels: of the kind that the transformer runs on.
+        attention: scales of the copy's FP8 self-attention, as for `fuse_quantized`.
+
+    Raises:
+        ConversionError: as for `fuse_quantized`, or the transformer carries hooks.
+    """
+    _check_heads(transformer, attention)
+    copy: Any = share_tree(transformer, lambda _name, _module: None)
+    for index, block in enumerate(copy.blocks):
+        if isinstance(block, FusedWanBlock):
+            assert type(block.kernels) is type(kernels), "products fit kernels of one kind"
+            block.kernels, block.attention_scales = kernels, attention.get(index)
+    _check_fused(copy, attention)
+    return cast(M, copy)
+
+
+def _check_heads(transformer: Any, attention: Mapping[int, AttentionScales]) -> None:
     head_size = transformer.config.attention_head_dim
     if attention and head_size % GROUP:
         raise ConversionError(
             f"FP8 attention needs heads of a multiple of {GROUP} channels, and this "
             f"transformer's have {head_size}: use attention 'bf16'"
         )
-    left = fuse_blocks(transformer, kernels, attention, wait_for)
-    unmet = sorted(set(left) & set(attention))
+
+
+def _check_fused(transformer: Any, attention: Mapping[int, AttentionScales]) -> None:
+    blocks = transformer.blocks
+    unmet = [each for each in sorted(attention) if not isinstance(blocks[each], FusedWanBlock)]
     if unmet:
         raise ConversionError(
             f"FP8 attention needs fused blocks, and {len(unmet)} cannot be, the first being block "
             f"{unmet[0]}: the recipe has to quantize all or none of the linears that share an "
             "input (to_q, to_k, to_v), or use attention 'bf16'"
         )
-    return left
 
 
 def attention_scales(recipe: QuantRecipe, scales: Scales) -> dict[int, AttentionScales]:

@@ -4,7 +4,8 @@
 then two ranks together, then four. The leader runs the jobs of `JOBS` in turn and saves the latents
 of each in FOLDER/<world size>. Then it runs jobs that fail, and saves the name of the error that
 each ended with. A rank fails if it finds a file in the folder that says how. `statuses.json` has
-the exit statuses of all ranks.
+the exit statuses of all ranks. At last two ranks begin with LoRAs that differ, and each saves its
+error in FOLDER/differing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from worker.distributed.follower import follow, load_follower
 from worker.distributed.rank_group import join
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
 from worker.engine.wan_engine import WanEngine
+from worker.errors import StartError
 from worker.startup import load_engine
 
 WORLD_SIZES = (2, 4)
@@ -42,6 +44,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "bf16": {"num_frames": 5, "num_inference_steps": 2},
     "w8a8": {"num_frames": 1, "num_inference_steps": 2, "mode": "w8a8"},
     "unguided": {"num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0},
+    "fast": TINY | {"num_inference_steps": 3, "guidance_scale": 1.0, "mode": "fast"},
+    "guided fast": TINY | {"num_frames": 5, "mode": "fast"},
     "fp8": {"num_frames": 1, "num_inference_steps": 2, "mode": "fp8"},
     "sparse": TINY | {"num_frames": 5, "guidance_scale": 1.0, "mode": "sparse"},
     "tiny": TINY,
@@ -97,7 +101,7 @@ def record(engine: WanEngine) -> Callable[..., np.ndarray]:
 
     def latents_of(control: IgnoringControl, **changes: object) -> np.ndarray:
         engine.generate(generation_request(**changes), control, OWNER)
-        return recorder.latents.numpy()
+        return recorder.latents.float().numpy()  # BF16 by Euler's method
 
     return latents_of
 
@@ -168,6 +172,27 @@ def run_rank(rank: int, world: int, config: WorkerConfig, folder: Path) -> int:
     return 0
 
 
+def run_differing(rank: int, config: WorkerConfig, folder: Path) -> int:
+    """Begin as a rank whose LoRA the follower adds twice; save the error that this ends with."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    modes = tuple(
+        mode.model_copy(
+            update={"lora": tuple(e.model_copy(update={"scale": 1.0 + rank}) for e in mode.lora)}
+        )
+        for mode in config.modes
+    )
+    config, device = config.model_copy(update={"modes": modes}), pick_device("cpu", threads=1)
+    try:
+        with join(device) as ranks:
+            if rank > 0:
+                load_follower(config, ranks)
+            else:
+                load_engine(config, device, ranks)
+    except StartError as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    return 0
+
+
 def run_ranks(world: int, run: Callable[[int], int]) -> list[int]:
     """Fork `world` ranks and wait for them; return their exit statuses."""
     with socket.socket() as probe:
@@ -198,6 +223,9 @@ def main() -> None:
         own.mkdir()
         statuses = run_ranks(world, lambda rank: run_rank(rank, world, config, own))  # noqa: B023
         (own / "statuses.json").write_text(json.dumps(statuses))
+    differing = folder / "differing"
+    differing.mkdir()
+    run_ranks(2, lambda rank: run_differing(rank, config, differing))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from torch import Tensor
 from jobs.spec import GenerationRequest
 from quant.transformer.context_parallel import split_tokens
 from worker.config import WorkerConfig
+from worker.distributed.agreement import check_same_kernels, check_same_plans
 from worker.distributed.cfg_parallel import denoise_over_ranks
 from worker.distributed.rank_group import RankGroup
 from worker.engine.denoiser import Denoise, Embeddings, OnStep
-from worker.errors import EXIT_DEVICE_LOST, RankFailed, RanksDiffer, RanksLost
+from worker.errors import EXIT_DEVICE_LOST, RankFailed, RanksLost
 from worker.interface import JOB_ID
 from worker.model_loader.loader import Mode, load_modes
 from worker.model_loader.memory_plan import check_follower
@@ -83,6 +84,7 @@ def load_follower(config: WorkerConfig, ranks: RankGroup) -> tuple[Mode, ...]:
     check_folder(path)
     # Only the leader reads all weights twice, to compute the fingerprint.
     plans = plan_modes(config, ranks.receive())
+    check_same_plans(ranks, plans)
     recipes, loras = [plan.recipe for plan in plans], [plan.loras for plan in plans]
     available = ranks.device.available_bytes()
     storage = check_follower(config, recipes, ranks.device, available, loras)
@@ -113,38 +115,11 @@ def follow(ranks: RankGroup, modes: Sequence[Mode]) -> int:
 
 def _prepare_ranks(ranks: RankGroup, modes: Sequence[Mode]) -> None:
     """Compare the ranks' kernels, split the transformers' tokens, and connect all groups."""
-    offers = [mode.offer for mode in modes]
-    check_same_kernels(
-        ranks.all_gather([(offer.name, offer.kernels, offer.warning) for offer in offers])
-    )
+    check_same_kernels(ranks, modes)
     # Several modes may share one transformer.
     for transformer in {id(mode.transformer): mode.transformer for mode in modes}.values():
         split_tokens(transformer, ranks.ulysses)
     ranks.warm_up()
-
-
-def check_same_kernels(
-    modes_by_rank: Sequence[Sequence[tuple[str, str | None, str | None]]],
-) -> None:
-    """Refuse ranks that run a mode on different kernels: their tensors would not match.
-
-    Args:
-        modes_by_rank: of each rank, the modes' names, kernels, and why these are not the fastest.
-
-    Raises:
-        RanksDiffer: names the first such mode and rank, with that rank's or the leader's warning.
-    """
-    for rank, modes in enumerate(modes_by_rank):
-        for (name, kernels, warning), (_, leader_kernels, leader_warning) in zip(
-            modes, modes_by_rank[0], strict=True
-        ):
-            if kernels != leader_kernels:
-                reason = warning or leader_warning or "the devices are not alike."
-                raise RanksDiffer(
-                    f"Mode {name!r} runs on {kernels} kernels on rank {rank} and on "
-                    f"{leader_kernels} on rank 0: {reason} Give the worker devices of one kind, "
-                    "on which the same libraries run."
-                )
 
 
 def _run_task(

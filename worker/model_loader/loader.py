@@ -14,6 +14,8 @@ in memory:
   share every tensor that is not quantized, because none of them is moved afterwards.
 - Packed modes only: their transformers on the device and nothing else. Several share the tensors
   that none of them quantizes. The model's own transformer weights need not exist.
+- Quantized modes that name the same scales or the same packed checkpoint: their recipes differ in
+  attention only, so all their weights are shared, also as the kernels hold them.
 - A single quantized mode with scales: the BF16 transformer on the host until it is quantized; the
   device gets only the quantized one. The BF16 blocks' host memory is freed afterwards.
 
@@ -25,7 +27,7 @@ change, and share all other tensors with the modes that have others or none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from torch import nn
 import quant
 from jobs.catalog import ModeOffer
 from quant.kernels.eager import EagerKernels
+from quant.kernels.interface import AttentionScales
 from quant.kernels.selection import KernelChoice
 from quant.transformer.meta_model import (
     check_stored,
@@ -44,6 +47,7 @@ from quant.transformer.meta_model import (
     move_buffers,
 )
 from quant.transformer.module_tree import share_except
+from quant.transformer.wan_block import FusedWanBlock
 from quant.weights.weight_files import stored_weights
 from worker.config import LoraConfig, ModeShift, SchedulerName, StepCache
 from worker.device import Device
@@ -55,6 +59,7 @@ from worker.model_loader.mode_plan import (
     ModePlan,
     choose_kernels,
     distinct_plans,
+    distinct_weights,
 )
 from worker.model_loader.tokenizer import ModelTokenizer
 
@@ -105,7 +110,7 @@ def load_modes(
     if kernels is None:
         kernels = choose_kernels(plans, device)
     with quant.BackgroundReader(quant.TensorReader(device.torch_device)) as background:
-        built = _build_modes(path, plans, device, background)
+        built = _build_modes(path, distinct_weights(plans), device, background)
         return _fuse_modes(built, plans, kernels, device, background, weight_storage)
 
 
@@ -143,7 +148,7 @@ def load_model(
         # made. But merging and quantizing wait until it is read, so then the components come first,
         # and their faults are found before that wait.
         started = start_components() if any(map(_waits_for_weights, plans)) else None
-        built = _build_modes(path, plans, device, background)
+        built = _build_modes(path, distinct_weights(plans), device, background)
         components = (started or start_components()).finish(tokenizer)
         storage = "packed" if placement is None else placement.weight_storage
         modes = _fuse_modes(built, plans, kernels, device, background, storage)
@@ -164,8 +169,7 @@ def _waits_for_weights(plan: ModePlan) -> bool:
 def _build_modes(
     path: Path, plans: list[ModePlan], device: Device, reader: quant.BackgroundReader
 ) -> tuple[Mode, ...]:
-    """Make the distinct modes' module trees; their weights may still be being read."""
-    plans = distinct_plans(plans)
+    """Make the module trees of modes of distinct weights, which may still be being read."""
     groups: dict[tuple[LoraConfig, ...], list[ModePlan]] = {}
     for plan in plans:
         groups.setdefault(plan.config.lora, []).append(plan)
@@ -228,12 +232,24 @@ def _fuse_modes(
     for mode in built:
         if mode.transformer.device != device.torch_device:  # it was quantized on the host
             mode.transformer.to(device.torch_device)
-    fused = {
-        plan.config.transformer_key: _put_on_kernels(
-            mode, plan, kernels[plan.config.transformer_key], device, reader, weight_storage
-        )
-        for mode, plan in zip(built, distinct_plans(plans), strict=True)
+    of_weights = {
+        plan.config.weights_key: mode
+        for mode, plan in zip(built, distinct_weights(plans), strict=True)
     }
+    fused: dict[tuple[object, ...], Mode] = {}
+    for plan in distinct_plans(plans):
+        key, weights = plan.config.transformer_key, plan.config.weights_key
+        mode, choice = of_weights[weights], kernels[key]
+        if mode.offer.kernels is None:
+            mode = _put_on_kernels(mode, plan, choice, device, reader, weight_storage)
+            of_weights[weights] = mode
+        else:
+            mode = _share_fused(mode, plan, choice)
+        fused[key] = _with_kernels_shown(mode, plan, choice)
+    # Not before all have been shared: what it attaches belongs to one of them.
+    for plan in distinct_plans(plans):
+        if plan.recipe is not None:
+            quant.apply_attention(fused[plan.config.transformer_key].transformer, plan.recipe)
     return tuple(_as_mode(plan, fused[plan.config.transformer_key]) for plan in plans)
 
 
@@ -254,33 +270,53 @@ def _put_on_kernels(
             choice.kernels.name,
         )
         decodes = False
-    attention = {}
-    if plan.recipe is not None and plan.scales is not None:
-        attention = quant.attention_scales(plan.recipe, plan.scales)
 
     def wait_for(block: nn.Module) -> None:
         reader.wait_for(block.state_dict(keep_vars=True).values())
         if decodes:
             quant.decode_weights(block)
 
+    attention = _attention_scales(plan)
     unfused = quant.fuse_quantized(mode.transformer, choice.kernels, attention, wait_for)
-    if plan.recipe is not None:
-        quant.apply_attention(mode.transformer, plan.recipe)
     if unfused and device.attention_backend is not None:
         mode.transformer.set_attention_backend(device.attention_backend)
+    offer = mode.offer.model_copy(update={"kernels": choice.kernels.name})
+    weight_bytes = quant.weight_bytes(mode.transformer) if decodes else mode.weight_bytes
+    return replace(mode, offer=offer, weight_bytes=weight_bytes)
+
+
+def _share_fused(mode: Mode, plan: ModePlan, choice: KernelChoice) -> Mode:
+    """Return the mode of a plan whose weights are all those of a mode that is on its kernels."""
+    assert plan.recipe is not None, "modes in BF16 with equal weights have one transformer"
+    return replace(
+        mode,
+        offer=plan.offer().model_copy(update={"recipe_fingerprint": plan.recipe.fingerprint}),
+        transformer=quant.share_fused(mode.transformer, choice.kernels, _attention_scales(plan)),
+        conversion=f"all weights shared with mode {mode.offer.name}",
+    )
+
+
+def _attention_scales(plan: ModePlan) -> Mapping[int, AttentionScales]:
+    if plan.recipe is None or plan.scales is None:
+        return {}
+    return quant.attention_scales(plan.recipe, plan.scales)
+
+
+def _with_kernels_shown(mode: Mode, plan: ModePlan, choice: KernelChoice) -> Mode:
+    """Return a mode whose offer says which kernels it runs on, and why they are not the fastest."""
+    blocks = mode.transformer.blocks
+    unfused = sum(not isinstance(block, FusedWanBlock) for block in blocks)
     warnings = [choice.warning] if choice.warning else []
     if unfused and choice.kernels.name != EagerKernels.name:
         warning = (
-            f"{len(unfused)} of {len(mode.transformer.blocks)} blocks run in plain torch, which is "
-            f"slower than bf16: the recipe {plan.config.recipe!r} rounds each token on its own, or "
-            "quantizes only some of the linears that share an input."
+            f"{unfused} of {len(blocks)} blocks run in plain torch, which is slower than bf16: the "
+            f"recipe {plan.config.recipe!r} rounds each token on its own, or quantizes only some "
+            "of the linears that share an input."
         )
         logger.warning("%s: %s", mode.offer.name, warning)
         warnings.append(warning)
     shown = {"kernels": choice.kernels.name, "warning": " ".join(warnings) or None}
-    offer = mode.offer.model_copy(update=shown)
-    weight_bytes = quant.weight_bytes(mode.transformer) if decodes else mode.weight_bytes
-    return replace(mode, offer=offer, weight_bytes=weight_bytes)
+    return replace(mode, offer=mode.offer.model_copy(update=shown))
 
 
 def _load_bf16(folder: Path, device: Device, reader: quant.Reader) -> WanTransformer3DModel:

@@ -237,9 +237,9 @@ def measure_model(
     shape = shape or read_model_shape(config.model.path)
     transformer = shape.transformer
     base = shared_meta_model(transformer, device.dtype)
+    # Recipes of equal weights differ in their attention only.
     distinct = {
-        mode.transformer_key: (mode, recipe)
-        for mode, recipe in zip(config.modes, recipes, strict=True)
+        mode.weights_key: (mode, recipe) for mode, recipe in zip(config.modes, recipes, strict=True)
     }.values()
     bases = _bases(config, base, loras)
     trees: list[nn.Module] = []
@@ -270,7 +270,7 @@ def measure_model(
         text_encoder=shape.text_encoder * device.dtype.itemsize,
         vae=shape.vae * device.vae_dtype.itemsize,
         denoising=_denoising_bytes(config, tokens, base.config, device, emulates)
-        + max(_kept_blocks_bytes(recipe, tokens, base.config) for _, recipe in distinct),
+        + max(_kept_blocks_bytes(recipe, tokens, base.config) for recipe in recipes),
         decoding=pixels * per_px,
         decoding_tiled=min(pixels, TILE_PX) * per_px + 7 * video // 2,
         decoded_extra=sum(map(decoded_extra_bytes, decoded)),

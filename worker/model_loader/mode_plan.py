@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,9 +260,20 @@ def _warn(plans: list[ModePlan], kernels: KernelsByMode) -> None:
 
 def distinct_plans(plans: list[ModePlan]) -> list[ModePlan]:
     """Return one plan for each distinct transformer: the first."""
+    return _first_of_each(plans, lambda plan: plan.config.transformer_key)
+
+
+def distinct_weights(plans: list[ModePlan]) -> list[ModePlan]:
+    """Return one plan for each distinct set of weights: the first."""
+    return _first_of_each(plans, lambda plan: plan.config.weights_key)
+
+
+def _first_of_each(
+    plans: list[ModePlan], key: Callable[[ModePlan], tuple[object, ...]]
+) -> list[ModePlan]:
     first: dict[tuple[object, ...], ModePlan] = {}
     for plan in plans:
-        first.setdefault(plan.config.transformer_key, plan)
+        first.setdefault(key(plan), plan)
     return list(first.values())
 
 

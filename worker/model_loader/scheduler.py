@@ -36,6 +36,8 @@ TIMESTEP_TOLERANCE: Final = 1.5
 """Some schedulers round timesteps down to whole numbers, from levels that are not exactly 1."""
 
 _OWN: Final = {"UniPCMultistepScheduler": HostUniPC, "EvenFlowEuler": EvenFlowEuler}
+_MODE_KEYS: Final = ("scheduler", "flow_shift", "min_steps", "default_steps")
+"""What a mode may set that decides whether it can denoise."""
 _OF_MODES: Final[dict[SchedulerName, str]] = {"euler": "EvenFlowEuler"}
 
 NOISE_LEFT: Final = 0.1
@@ -131,25 +133,48 @@ def check_scheduler(model: ModelConfig, modes: Sequence[ModeConfig] = ()) -> Non
             shifts = {shift_for(size, mode.flow_shift, model.flow_shift) for size in model.sizes}
             for each in shifts:
                 if each is not None and mode.flow_shift is not None:
-                    _check_shift(of_mode, each, f"flow_shift of mode {mode.name!r}", model)
+                    _check_shift(of_mode, each, f"flow_shift of mode {mode.name!r}", model, mode)
                 for steps in sorted({1, terms.min_steps, terms.default_steps}):
-                    _check_run(of_mode, each, steps, model, f" in mode {mode.name!r}")
+                    _check_run(of_mode, each, steps, model, mode)
 
 
 def _check_run(
-    template: Any, shift: float | None, steps: int, model: ModelConfig, where: str = ""
+    template: Any,
+    shift: float | None,
+    steps: int,
+    model: ModelConfig,
+    mode: ModeConfig | None = None,
 ) -> None:
+    """Refuse a scheduler that leaves noise.
+
+    Args:
+        mode: whose settings are the cause, as the model without them has been tried before.
+    """
     fault = _fault(scheduler_for_run(template, shift), steps)
-    if fault is not None:
-        raise ModelUnusable(
-            f"The scheduler {_describe(template, shift)} of {model.path} cannot denoise this "
-            f"model, which predicts flows: {fault} in a run of {steps} step{'s' * (steps > 1)}"
-            f"{where}; name one in model_index.json and scheduler/scheduler_config.json that can, "
-            "as the model's authors do."
-        )
+    if fault is None:
+        return
+    where, remedy = "", "name one in model_index.json and scheduler/scheduler_config.json that can"
+    remedy += ", as the model's authors do"
+    if mode is not None:
+        keys = [key for key in _MODE_KEYS if getattr(mode, key) is not None]
+        where, remedy = f" in mode {mode.name!r}", f"change {' or '.join(keys)} of that mode"
+    raise ModelUnusable(
+        f"The scheduler {_describe(template, shift)} of {_owner(model, mode)} cannot denoise this "
+        f"model, which predicts flows: {fault} in a run of {steps} step{'s' * (steps > 1)}"
+        f"{where}; {remedy}."
+    )
 
 
-def _check_shift(template: Any, shift: float, where: str, model: ModelConfig) -> None:
+def _owner(model: ModelConfig, mode: ModeConfig | None) -> str:
+    """Name who has chosen a scheduler."""
+    if mode is None or mode.scheduler is None:
+        return str(model.path)
+    return f"mode {mode.name!r}"
+
+
+def _check_shift(
+    template: Any, shift: float, where: str, model: ModelConfig, mode: ModeConfig | None = None
+) -> None:
     """Refuse a shift that changes nothing; `where` says where it is configured."""
     name, does = _shift_name(template), None
     if name is None:
@@ -159,7 +184,8 @@ def _check_shift(template: Any, shift: float, where: str, model: ModelConfig) ->
     if does is not None:
         raise ModelUnusable(
             f"{where} sets a shift of {shift:g}, but the scheduler {type(template).__name__} of "
-            f"{model.path} {does}: take it out, or give the model another scheduler."
+            f"{_owner(model, mode)} {does}: take it out, or give "
+            f"{'the model' if mode is None else 'that mode'} another scheduler."
         )
 
 

@@ -2,6 +2,7 @@
 
 PEFT writes adapter_config.json beside adapter_model.safetensors. diffusers writes the same keys
 into the metadata of its file, behind the component's name. Others write a tensor for each alpha.
+Each library reads its own place only, so a LoRA whose places contradict each other is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quant.weights.weight_files import visible
 _FILE = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 _COMPONENT = "transformer."
+_COMPARED = ("lora_alpha", "alpha_pattern", "use_rslora", "r", "rank_pattern")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,67 +32,114 @@ class AdapterConfig:
 
     Attributes:
         alpha: None where nothing says it: it is then the rank.
-        patterns: other alphas, by a pattern of the module's name.
+        alphas: other alphas, by a pattern of the module's name.
         by_root: whether alpha is divided by the root of the rank, as in rsLoRA.
+        rank: None where nothing says it.
+        ranks: other ranks, by a pattern of the module's name.
     """
 
     alpha: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
     by_root: bool = False
+    rank: float | None = None
+    ranks: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path, metadata: Mapping[str, str]) -> AdapterConfig:
         """Read it for a file of weights with this metadata.
 
         Raises:
-            WeightsError: it cannot be read, has an alpha that is no number, or may be of another
-                file in the folder.
+            WeightsError: it cannot be read, has an alpha or rank that is no number, may be of
+                another file in the folder, or differs between the metadata and the file beside.
         """
         beside = file.with_name(_FILE)
         try:
+            inside = None
             if _METADATA in metadata:
-                values = json.loads(metadata[_METADATA])
-            elif beside.is_file() and _is_of(file):
-                values = read_object(beside)
-            else:
-                return cls()
-            values = {key.removeprefix(_COMPONENT): value for key, value in values.items()}
-            patterns = {
-                re.compile(key.removeprefix(_COMPONENT)).pattern: _number(value)
-                for key, value in (values.get("alpha_pattern") or {}).items()
-            }
-            alpha = values.get("lora_alpha")
-            return cls(
-                None if alpha is None else _number(alpha),
-                patterns,
-                bool(values.get("use_rslora")),
-            )
+                inside = _without_component(json.loads(metadata[_METADATA]))
+            outside = None
+            if beside.is_file() and _is_of(file, needed=inside is None):
+                outside = _without_component(read_object(beside))
+            if inside is not None and outside is not None:
+                _refuse_contradiction(file, inside, outside)
+            return cls._of(inside or outside or {})
         except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
             raise WeightsError(
                 f"the configuration of the LoRA {file} cannot be read: {error}; copy it again"
             ) from error
 
-    def factor(self, module: str, rank: int) -> float:
-        """Return what the product of a module's two factors is multiplied by."""
-        matching = (key for key in self.patterns if re.fullmatch(rf"(.*\.)?({key})", module))
-        key = next(matching, None)
-        alpha = self.alpha if key is None else self.patterns[key]
+    @classmethod
+    def _of(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        return cls(
+            _optional_number(values.get("lora_alpha")),
+            _by_pattern(values.get("alpha_pattern")),
+            bool(values.get("use_rslora")),
+            _optional_number(values.get("r")),
+            _by_pattern(values.get("rank_pattern")),
+        )
+
+    def rank_of(self, module: str) -> float | None:
+        """Return the rank that a module's factors must have; None where nothing says it."""
+        return _matching(self.ranks, module, self.rank)
+
+    def factor(self, module: str, rank: int) -> float | None:
+        """Return what the product of a module's two factors is multiplied by; None if not said."""
+        alpha = _matching(self.alphas, module, self.alpha)
         if alpha is None:
-            return 1.0
+            return None
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
-def _is_of(file: Path) -> bool:
-    """Return whether the configuration beside a file is of this file."""
+def _refuse_contradiction(
+    file: Path, inside: Mapping[str, Any], outside: Mapping[str, Any]
+) -> None:
+    """Refuse two configurations that scale differently: which one counts depends on the library."""
+    for key in _COMPARED:
+        values = [each.get(key) or None for each in (inside, outside)]
+        if values[0] != values[1]:
+            raise WeightsError(
+                f"the LoRA {file} has {key} = {json.dumps(values[0])} in its metadata, which "
+                f"diffusers reads, and {json.dumps(values[1])} in {_FILE} beside it, which PEFT "
+                f"reads: give it a folder of its own, without the {_FILE} if the metadata is right"
+            )
+
+
+def _without_component(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(_COMPONENT): value for key, value in values.items()}
+
+
+def _is_of(file: Path, *, needed: bool) -> bool:
+    """Return whether the configuration beside a file is of this file.
+
+    Raises:
+        WeightsError: it cannot be told, and nothing else says it (`needed`).
+    """
     stems = {each.stem for each in visible(file.parent.glob("*.safetensors"))}
     if file.stem in STEMS or len(stems) == 1:
         return True
-    if stems.isdisjoint(STEMS):
+    if needed and stems.isdisjoint(STEMS):
         raise WeightsError(
             f"it cannot be told whether {file.parent / _FILE} is of the LoRA {file.name} or of "
             f"another of the {len(stems)} files there: give each a folder of its own"
         )
     return False
+
+
+def _matching(patterns: Mapping[str, float], module: str, usual: float | None) -> float | None:
+    found = (key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module))
+    key = next(found, None)
+    return usual if key is None else patterns[key]
+
+
+def _by_pattern(values: Mapping[str, Any] | None) -> dict[str, float]:
+    return {
+        re.compile(key.removeprefix(_COMPONENT)).pattern: _number(value)
+        for key, value in (values or {}).items()
+    }
+
+
+def _optional_number(value: Any) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _number(value: Any) -> float:

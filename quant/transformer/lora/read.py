@@ -8,6 +8,7 @@ merged, so that the host holds those of one place only.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _FOREIGN = (
     (r"hada_|lokr_|oft_|glora|lora_mid", "a kind that is not read (LyCORIS)"),
 )
 """What names that have no place show of a file."""
+_ALPHA_TOLERANCE = 0.01
+"""Of a tensor's alpha, which may be rounded to BF16, and the same in a configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +215,29 @@ def _fits(part: Part, parts: _Parts, shape: tuple[int, ...]) -> bool:
 
 
 def _factor(file: Path, parts: _Parts, config: AdapterConfig) -> float:
-    rank = parts["down"].stored.shape[0]
+    """Return what a product is multiplied by; refuse a rank or alpha that its files contradict."""
+    down = parts["down"]
+    rank, module = down.stored.shape[0], down.place.module
+    said = config.rank_of(module)
+    if said is not None and said != rank:
+        raise WeightsError(
+            f"tensor {down.stored.name!r} of the LoRA {file} has rank {rank}, and its "
+            f"configuration says {said:g}: they are of different trainings; copy both again"
+        )
+    factor = config.factor(module, rank)
     if "alpha" not in parts:
-        return config.factor(parts["down"].place.module, rank)
-    (alpha,) = _read([parts["alpha"].stored], torch.device("cpu"))
+        return 1.0 if factor is None else factor
+    stored = parts["alpha"].stored
+    (alpha,) = _read([stored], torch.device("cpu"))
     if not alpha.isfinite().all():
-        raise _not_finite(file, [parts["alpha"].stored.name])
-    return alpha.item() / rank
+        raise _not_finite(file, [stored.name])
+    own = alpha.item() / rank
+    if factor is not None and not math.isclose(own, factor, rel_tol=_ALPHA_TOLERANCE):
+        raise WeightsError(
+            f"tensor {stored.name!r} of the LoRA {file} multiplies by {own:g}, and its "
+            f"configuration by {factor:g}: they are of different trainings; copy both again"
+        )
+    return own
 
 
 def _digest(file: Path, updates: Mapping[str, Iterable[Update]], scale: float) -> str:

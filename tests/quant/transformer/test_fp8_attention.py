@@ -149,9 +149,14 @@ def test_a_file_without_them_is_refused_with_the_command(tmp_path, tiny_scales, 
     assert command[command.index("--steps") + 1] == "4"
 
 
-def test_scales_of_the_one_attention_do_not_pass_for_the_other(fp8_scales: Scales, tiny_recipe):
+def test_scales_with_those_of_attention_serve_the_recipe_without(fp8_scales: Scales, tiny_recipe):
+    fingerprint = fp8_scales.model_fingerprint
+    assert check_scales(fp8_scales, model_fingerprint=fingerprint, recipe=tiny_recipe) == (
+        tiny_recipe
+    )
+    other = dataclasses.replace(tiny_recipe, protected_blocks=(0,))
     with pytest.raises(ScalesMismatch, match="scales are for recipe 'tiny-fp8'"):
-        check_scales(fp8_scales, model_fingerprint=fp8_scales.model_fingerprint, recipe=tiny_recipe)
+        check_scales(fp8_scales, model_fingerprint=fingerprint, recipe=other)
 
 
 def test_a_file_that_lost_one_is_none(path):

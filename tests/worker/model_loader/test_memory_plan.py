@@ -291,6 +291,9 @@ class FakeLeader:
     def receive(self) -> str:
         return self._fingerprint
 
+    def all_gather(self, value: object) -> list[object]:
+        return [value, value]
+
 
 def test_a_follower_without_memory_loads_nothing(
     config: WorkerConfig, engine: WanEngine, monkeypatch

@@ -157,7 +157,8 @@ def test_a_shift_of_a_mode_that_would_be_ignored_is_refused(edited, flow_shift: 
     edited.set_scheduler(UNIPC, **FLOW, use_karras_sigmas=True)
     config = with_mode(edited, flow_shift=flow_shift)
     with pytest.raises(
-        ModelUnusable, match=r"flow_shift of mode 'fast' sets a shift of 5, .*UniPC"
+        ModelUnusable,
+        match=r"flow_shift of mode 'fast' sets a shift of 5, .*UniPC.*give that mode another sch",
     ):
         check_scheduler(config.model, config.modes)
 
@@ -166,7 +167,21 @@ def test_a_mode_that_cannot_denoise_is_named(edited) -> None:
     """Only in its own steps, and not in one or in the model's."""
     edited.set_scheduler("DPMSolverSinglestepScheduler", **FLOW, flow_shift=3.0)
     config = with_mode(edited, flow_shift=1e5)
-    with pytest.raises(ModelUnusable, match=r"NaN in a run of 4 steps in mode 'fast'; name one"):
+    with pytest.raises(
+        ModelUnusable,
+        match=rf"DPM.* of {edited.folder} .* NaN in a run of 4 steps in mode 'fast'; "
+        r"change flow_shift or default_steps of that mode\.$",
+    ):
+        check_scheduler(config.model, config.modes)
+
+
+def test_a_mode_with_a_scheduler_of_its_own_is_told_of_its_own_keys(edited) -> None:
+    config = with_mode(edited, flow_shift=1e-9, scheduler="euler")
+    with pytest.raises(
+        ModelUnusable,
+        match=r"The scheduler EvenFlowEuler .* of mode 'fast' .* in mode 'fast'; "
+        r"change scheduler or flow_shift or default_steps of that mode\.$",
+    ):
         check_scheduler(config.model, config.modes)
 
 

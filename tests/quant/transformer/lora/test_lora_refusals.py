@@ -196,6 +196,67 @@ def test_a_damaged_configuration_is_refused(config, refused, tensors, tmp_path):
     refused(tmp_path / "lora.safetensors", "the configuration of the LoRA .* cannot be read")
 
 
+METADATA = {"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.use_rslora": False}
+
+
+def save_with_configurations(folder, tensors, beside) -> None:
+    """Save a LoRA with what diffusers says of it inside, and what PEFT says beside it."""
+    metadata = {"lora_adapter_metadata": json.dumps(METADATA)}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata)
+    (folder / "adapter_config.json").write_text(json.dumps(beside))
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"lora_alpha": 16}, "lora_alpha = 8 in its metadata, .* and 16 in adapter_config.json"),
+        ({"lora_alpha": None}, "lora_alpha = 8 in its metadata, .* and null in"),
+        ({"use_rslora": True}, "use_rslora = null in its metadata, .* and true in"),
+        ({"alpha_pattern": {"to_q": 2}}, r'alpha_pattern = null .* and {"to_q": 2} in'),
+        ({"r": 8}, "r = 4 in its metadata, .* and 8 in"),
+    ],
+)
+def test_metadata_and_a_configuration_that_contradict_each_other_are_refused(
+    beside, said, refused, tensors, tmp_path
+):
+    """diffusers reads only the one and PEFT only the other: each would add another LoRA."""
+    save_with_configurations(tmp_path, tensors, {"lora_alpha": 8, "r": 4} | beside)
+    refused(tmp_path, f"{said}.*, which PEFT reads: give it a folder of its own")
+
+
+def test_metadata_and_a_configuration_that_agree_are_read(tiny_model, tensors, tmp_path):
+    save_with_configurations(tmp_path, tensors, {"lora_alpha": 8.0, "r": 4, "bias": "none"})
+    (lora,) = read_loras(tiny_model, [LoraSource(tmp_path)]).loras
+    assert {update.factor for each in lora.updates.values() for update in each} == {2.0}
+
+
+def test_a_configuration_of_several_files_does_not_contradict_metadata(
+    tiny_model, tensors, tmp_path
+):
+    """It may be of any of them, and this one says itself how it is scaled."""
+    save_with_configurations(tmp_path, tensors, {"lora_alpha": 16})
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.safetensors")
+    (lora,) = read_loras(tiny_model, [LoraSource(tmp_path / "a.safetensors")]).loras
+    assert {update.factor for each in lora.updates.values() for update in each} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "said"),
+    [
+        ({"r": 8}, {}, "lora_A.weight' of .* has rank 4, and its configuration says 8"),
+        ({"r": 4, "rank_pattern": {"attn1.to_q": 2}}, {}, "to_q.* has rank 4, .* says 2"),
+        ({"lora_alpha": 8}, {f"{Q}.alpha": torch.tensor(4.0)}, "alpha' of .* by 1, and .* by 2"),
+    ],
+)
+def test_tensors_that_a_configuration_contradicts_are_refused(
+    config, tensor, said, refused, tensors, tmp_path
+):
+    save_file(tensors | tensor, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    refused(tmp_path, f"{said}.*: they are of different trainings; copy both again")
+
+
 def test_a_scale_has_to_be_a_number():
     with pytest.raises(WeightsError, match=r"a\.safetensors cannot have the scale inf: give"):
         LoraSource.parse("a.safetensors:inf")
