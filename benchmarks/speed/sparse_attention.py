@@ -239,6 +239,7 @@ def _sparse_ms(
             rounds = min(bench.rounds, every - 2)
             reusing = _pass_ms(replace(bench, rounds=rounds), sparse, inputs)
             shares = attention.shares()
+    assert shares is not None
     bench.keep(f"{inputs.tokens} tokens: density of the next", round(shares.density, 4), "")
     yield "with the choice", choosing
     yield "without the choice", reusing
