@@ -1,5 +1,6 @@
 """Define the fixtures of all tests: a real Valkey, an empty database for each test, a service."""
 
+import gc
 import os
 import socket
 import uuid
@@ -26,6 +27,16 @@ from tests.support.s3_server import make_bucket, s3_server
 # Triton interprets its kernels, without a GPU. It reads this when it is imported, which other
 # libraries do, too. Tests on a GPU (`-m cuda`) are run with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Until the tests are collected: importing torch and diffusers would trigger it again and again.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, without visiting what was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
