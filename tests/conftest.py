@@ -4,7 +4,7 @@ import gc
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,15 +28,20 @@ from tests.support.s3_server import make_bucket, s3_server
 # libraries do, too. Tests on a GPU (`-m cuda`) are run with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Until the tests are collected: importing torch and diffusers would trigger it again and again.
-gc.disable()
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while tests are collected, and later none of what they import.
 
-def pytest_collection_finish() -> None:
-    """Collect garbage again, without visiting what was imported."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    Importing torch and diffusers makes so many objects that the collector would run often.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
