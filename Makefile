@@ -18,6 +18,8 @@ OUT    ?= out.mp4
 PORT   ?=
 # How many processes run the tests of `make test`.
 PROCESSES ?= 3
+# What `make test` needs.
+TESTED := $(addprefix $(VENV)/.,dev openai-2.8.0 npu-2.13 triton-ascend-3.2 chromium npm redis)
 # Where `make screenshots` and `make film` leave their pictures.
 FOLDER ?= var/screenshots
 FILM   ?= var/comparison.mp4
@@ -29,7 +31,7 @@ SBOM   ?= var/sbom
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo generate test test-all test-npu test-ray check-deploy lint fuzz fix bench check-wheel screenshots film
-.PHONY: images sbom locks
+.PHONY: images sbom locks fetched
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -55,13 +57,15 @@ unexport PROMPT MODE SIZE FRAMES STEPS SEED GUIDANCE NEGATIVE OUT PORT
 generate: $(VENV)/.demo ## prompt to MP4  [PROMPT= MODE= SIZE= FRAMES= STEPS= SEED= GUIDANCE= NEGATIVE= OUT=]
 	@$(BIN)/python -m deploy.local generate
 
-# Each process runs whole files. Most tests wait more than they compute, so there are more processes than cores. What is
-# slow would be disturbed by the others: it runs first, in two processes, as each kills and restarts its own.
-test: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm $(VENV)/.redis ## tests that need no accelerator, without the slow ones  [ARGS= PROCESSES=]
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
+# Each process runs whole files, in the order of their names: by number of tests, a file with one long test would be last.
+# Most tests wait more than they compute, so there are more processes than cores. What is slow would be disturbed by the
+# others: it runs first, in two processes, as each kills and restarts its own. These import only the files with such tests.
+test: $(TESTED) ## tests that need no accelerator, without the slow ones  [ARGS= PROCESSES=]
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-all: $(VENV)/.dev $(VENV)/.openai-2.8.0 $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 $(VENV)/.chromium $(VENV)/.npm $(VENV)/.redis ## the slow ones first (faults of every process, fuzzing), then those of make test
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not cuda and not npu and not weights"
+test-all: $(TESTED) ## the slow ones first (faults of every process, fuzzing), then those of make test
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not cuda and not npu and not weights" \
+	    $$(grep -rl --include='*.py' 'mark\.slow' tests)
 	@$(MAKE) --no-print-directory test
 
 test-npu: $(VENV)/.dev $(VENV)/.npu-2.13 $(VENV)/.triton-ascend-3.2 ## whole jobs on a simulated Ascend card, and every torch_npu call; part of make test  [ARGS=]
@@ -73,6 +77,9 @@ test-ray: $(VENV)/.dev $(VENV)/.ray-2.60 ## workers on a Ray cluster of this mac
 
 check-deploy: $(VENV)/.dev $(VENV)/.deploy-checks ## images, compose, Kubernetes, systemd, proxies, alerts and dashboard, by their own tools  [ARGS=]
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m deploy tests/deploy/manifests/tools $(ARGS)
+
+# For .ci/run, which fetches while it checks.
+fetched: $(TESTED)
 
 lint: $(VENV)/.dev $(VENV)/.npm ## ruff, mypy, import contracts, types of the pages' scripts
 	$(BIN)/ruff check .
@@ -123,10 +130,12 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 	@$(PIP) -e '.[worker,demo]' -c constraints.txt
 	@touch $@
 
+# pip compiles 350 MB of Python on one core. A few files of others have errors of syntax, which nobody imports.
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	@echo "installing everything, development tools included (some minutes, once)"
 	@sh deploy/install/compiler.sh "$(VENV)"
-	@$(PIP) -e '.[dev]' -c constraints.txt
+	@$(PIP) --no-compile -e '.[dev]' -c constraints.txt
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib/python3*/site-packages || true
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.deploy-checks: requirements/deploy-checks.txt deploy/install/deploy_checks.sh | $(VENV)/.venv

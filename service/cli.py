@@ -29,7 +29,6 @@ from service.auth.api_keys import ApiKey, KeyStore, Role
 from service.auth.key_terms import parse_expiry, parse_quota, parse_rate, parse_span
 from service.maintenance.retention import Retention, RetentionBusy, describe
 from service.maintenance.retention_clock import ClockRefused
-from service.server import describe_errors, start
 from service.settings import RedisSettings, ServiceSettings
 
 app = typer.Typer(
@@ -61,6 +60,8 @@ _COLUMNS = ("name", "owner", "id", "role", "created", "last used", "quota", "rat
 def run(context: typer.Context) -> None:
     """Run the service if no command is given."""
     if context.invoked_subcommand is None:
+        from service.server import start  # noqa: PLC0415  # no other command needs FastAPI
+
         start()
 
 
@@ -201,6 +202,8 @@ def _one_line_for_errors() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
+        from service.server import describe_errors  # noqa: PLC0415
+
         sys.exit(describe_errors(error))
     except _REFUSALS as error:
         sys.exit(f"service: {error}")

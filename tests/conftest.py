@@ -1,9 +1,10 @@
 """Define the fixtures of all tests: a real Valkey, an empty database for each test, a service."""
 
+import gc
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +27,21 @@ from tests.support.s3_server import make_bucket, s3_server
 # Triton interprets its kernels, without a GPU. It reads this when it is imported, which other
 # libraries do, too. Tests on a GPU (`-m cuda`) are run with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while tests are collected, and later none of what they import.
+
+    Importing torch and diffusers makes so many objects that the collector would run often.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

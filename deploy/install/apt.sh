@@ -19,6 +19,9 @@ apt_install() {
         fail "$remedy, as root: apt-get install $*"
     fi
     echo "$reason; installing $*"
+    # Scripts that make runs at the same time wait for each other here.
+    exec 9<"$(dirname "$0")/apt.sh"
+    command -v flock >/dev/null 2>&1 && flock 9
     $as_root apt-get update -q || fail "$remedy (apt-get update failed)"
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@" ||
         fail "$remedy (apt-get install failed)"

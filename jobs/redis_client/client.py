@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import redis.asyncio
-from redis import Redis
+from redis import DriverInfo, Redis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import ReadOnlyError
@@ -24,6 +24,10 @@ HEALTH_CHECK_S = 30
 
 SENTINEL_S: Final = 1.0
 """The longest wait for a connection to one sentinel, and for its answer."""
+
+
+_DRIVER: Final = DriverInfo()
+"""What connections say of redis-py: without it each reads the version from the package's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def connect(url: str, limits: Limits = DEFAULT) -> Redis:
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), limits.retries),
         "retry_on_error": [ReadOnlyError],
         "health_check_interval": HEALTH_CHECK_S,
+        "driver_info": _DRIVER,
         **limits.timeouts,
     }
     if not address.sentinels:
@@ -99,6 +104,7 @@ def connect_async(url: str, max_connections: int) -> redis.asyncio.Redis:
         "max_connections": max_connections,
         "timeout": DEFAULT.response_s,
         "retry": AsyncRetry(NoBackoff(), 0),
+        "driver_info": _DRIVER,
         **DEFAULT.timeouts,
     }
     if not address.sentinels:

@@ -10,6 +10,7 @@ single Redis or Valkey server, with or without replicas; a sharded cluster does 
 
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from typing import Any, Final, cast
 
@@ -33,12 +34,17 @@ def load(redis: Redis, name: str) -> Script:
 
     Nothing is sent to Redis before the first call.
     """
+    script = cast("Script", redis.register_script(_text(name)))
+    return lambda *args: script(args=args)
+
+
+@cache
+def _text(name: str) -> str:
     folder = files("jobs.store") / "lua"
     text = "\n".join(
         (folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", name)
     )
-    script = cast("Script", redis.register_script(re.sub(r"@(\w+)@", _substitute, text)))
-    return lambda *args: script(args=args)
+    return re.sub(r"@(\w+)@", _substitute, text)
 
 
 def _substitute(match: re.Match[str]) -> str:

@@ -7,9 +7,9 @@ Both are corrected here, after FastAPI has built the document.
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from starlette.routing import BaseRoute
 
 from jobs import errors
 from jobs.spec import GenerationBody
@@ -251,36 +251,20 @@ def _answer(problem: Problem) -> Json:
     }
 
 
-def install(
-    app: FastAPI,
+def document(
+    routes: Sequence[BaseRoute],
     schemas: Sequence[type[BaseModel]] = (),
     views: Sequence[type[BaseModel]] = (),
-) -> None:
-    """Replace `app.openapi()` by a function that builds this document once.
+    **about: Any,
+) -> Json:
+    """Build the document.
 
     Args:
         schemas: further models that routes refer to without FastAPI's knowledge.
         views: further models whose examples hold nulls.
+        about: title, version, description and tags.
     """
-
-    def build() -> Json:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app, schemas, views)
-        return app.openapi_schema
-
-    app.openapi = build  # type: ignore[method-assign]
-
-
-def _document(
-    app: FastAPI, schemas: Sequence[type[BaseModel]], views: Sequence[type[BaseModel]]
-) -> Json:
-    document = get_openapi(
-        title=app.title,
-        version=app.version,
-        description=app.description,
-        routes=app.routes,
-        tags=app.openapi_tags,
-    )
+    document = get_openapi(routes=routes, **about)
     described = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         described.pop(name, None)

@@ -26,6 +26,8 @@ from service.monitoring import fleet_metrics, job_metrics
 from service.monitoring.fleet import snapshot
 from service.monitoring.http_metrics import HttpMetrics
 
+_VERSION = version("wan-hif8")
+
 
 class Exposition:
     """The metrics of one process."""
@@ -42,7 +44,7 @@ class Exposition:
             ["version", "python"],
             registry=self._registry,
         )
-        build.labels(version("wan-hif8"), platform.python_version()).set(1)
+        build.labels(_VERSION, platform.python_version()).set(1)
         ProcessCollector(registry=self._registry)
         self._registry.register(_RedisCollector(self._redis))
         self._redis_down = CollectorRegistry()

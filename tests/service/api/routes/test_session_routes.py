@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from redis import Redis
 
 from deploy.local.waiting import wait_until
-from jobs import redis_keys
+from jobs import catalog, redis_keys
 from jobs.catalog import WorkerOffer
 from jobs.store.job_store import JobStore
 from service.app import create_app
@@ -351,6 +351,7 @@ def test_processes_share_sessions_which_outlive_them_and_nothing_secret_is_logge
             with service(**environment) as third:
                 again = address(third)
                 assert client.get(f"{again}/session", headers=page).status_code == 200
+                catalog.publish(redis, live_worker)  # it may have lapsed: three starts take time
                 assert client.post(f"{again}/generate", json=ASK, headers=page).status_code == 202
                 # The one signs out, and the other knows at once.
                 assert client.delete(f"{again}/session", headers=page).status_code == 204
