@@ -82,6 +82,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     picked = {mode: found[recipe and recipe.name] for mode, recipe in recipes.items()}
     settings = {
         "captions": count,
+        "batch": batch,
         "split": str(Split.EVALUATION),
         "steps": SAMPLING_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
@@ -92,6 +93,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     }
     where = device if device == "cpu" else torch.cuda.get_device_name(0)
     name = "attention-quality" if modes == DEFAULT_MODES else f"quality-{modes.replace(',', '-')}"
+    name += "-first-steps" if bf16_steps else ""
     videos: dict[str, list[Frames]] = {}
     rows: list[report.Row] = []
     for mode, recipe in recipes.items():
@@ -104,7 +106,7 @@ def main(  # noqa: PLR0913, PLR0917 (typer derives the command line from it)
     if sheet is not None:
         write_sheet(videos, texts, sheet)
     for mode, recipe in recipes.items():
-        cache_path(recipe, device, picked[mode], texts).unlink()
+        cache_path(recipe, device, picked[mode], texts, batch).unlink()
 
 
 def chosen_recipes(modes: str, bf16_steps: str) -> dict[str, quant.QuantRecipe | None]:
@@ -115,8 +117,11 @@ def chosen_recipes(modes: str, bf16_steps: str) -> dict[str, quant.QuantRecipe |
         if recipe is None or recipe.attention != "fp8" or not bf16_steps:
             found[mode] = recipe
             continue
-        for steps in map(int, bf16_steps.split(",")):
-            found[f"{mode}, {steps} steps in BF16"] = replace(recipe, attention_bf16_steps=steps)
+        for steps in bf16_steps.split(","):
+            if not steps.isdecimal():
+                raise typer.BadParameter(f"--bf16-steps has {steps!r}: give numbers with commas")
+            changed = replace(recipe, attention_bf16_steps=int(steps))
+            found[f"{mode}, {steps} steps in BF16"] = changed
     return found
 
 
@@ -153,7 +158,8 @@ def mode_videos(
     """Generate the videos of one mode; continues an interrupted run."""
     pipeline = load_pipeline(MODEL, device)
     pipeline.transformer = prepare(pipeline.transformer, recipe, kernels)
-    return generate_videos(pipeline, cache_path(recipe, device, kernels, texts), texts, batch)
+    kept = cache_path(recipe, device, kernels, texts, batch)
+    return generate_videos(pipeline, kept, texts, batch)
 
 
 def prepare(
@@ -173,7 +179,7 @@ def scales_file(recipe: quant.QuantRecipe) -> Path:
 
 
 def cache_path(
-    recipe: quant.QuantRecipe | None, device: str, kernels: Kernels, texts: list[str]
+    recipe: quant.QuantRecipe | None, device: str, kernels: Kernels, texts: list[str], batch: int
 ) -> Path:
     """Return the file that keeps an interrupted run's videos.
 
@@ -183,7 +189,7 @@ def cache_path(
     if recipe is not None:
         name, scales = recipe.name, scales_file(recipe).read_bytes()
         fingerprints.append(recipe.fingerprint)
-    settings = [fingerprints, SAMPLING_STEPS, GUIDANCE_SCALE, kernels.name, texts]
+    settings = [fingerprints, SAMPLING_STEPS, GUIDANCE_SCALE, kernels.name, texts, batch]
     digest = hashlib.sha256(json.dumps(settings).encode() + scales).hexdigest()
     return CACHE_FOLDER / f"attention-quality-{name}-{device}-{digest[:16]}.npz"
 

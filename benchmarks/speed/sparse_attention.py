@@ -80,7 +80,15 @@ class _Bench:
     def keep(self, what: str, value: float, unit: str, baseline: float | None = None) -> None:
         """Print and save a value."""
         self.rows += report.log_rows([Row(what, value, unit, baseline=baseline)])
-        settings = {"rounds": self.rounds, "divide": self.divide, "recipe": RECIPE}
+        sparse = _settings()
+        settings = {
+            "rounds": self.rounds,
+            "divide": self.divide,
+            "densities": self.densities,
+            "recipe": RECIPE,
+            "dense_steps": sparse.dense_steps,
+            "every_steps": sparse.every_steps,
+        }
         name = f"sparse-{self.part}"
         self.document = report.result(name, device_name(self.device), settings, self.rows)
         report.save(self.document)
@@ -240,7 +248,7 @@ def _sparse_ms(
             reusing = _pass_ms(replace(bench, rounds=rounds), sparse, inputs)
             shares = attention.shares()
     assert shares is not None
-    bench.keep(f"{inputs.tokens} tokens: density of the next", round(shares.density, 4), "")
+    bench.keep(f"{inputs.tokens} tokens: density of what is kept", round(shares.density, 4), "")
     yield "with the choice", choosing
     yield "without the choice", reusing
     yield f"choice every {every} steps", (choosing + (every - 1) * reusing) / every

@@ -10,7 +10,8 @@ A job of diffusers is computed, not run: guided steps are two passes each, and i
 Both are measured by `benchmarks.speed.sparse_attention`, and given here in milliseconds and
 seconds. Its text encoder and its MP4 are left out.
 
-It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/.
+It prints a table, then the result as one line of JSON, and saves it in benchmarks/results/ after
+each mode.
 """
 
 from __future__ import annotations
@@ -59,6 +60,17 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
     with tempfile.TemporaryDirectory() as folder, paused_gc():  # as in a worker
         config = write_config(Path(folder), model, scales, recipe, density, steps)
         engine = load_engine(load_config(config), on)
+    settings = {
+        "size": size,
+        "frames": frames,
+        "steps": steps,
+        "guidance": 1.0,
+        "recipe": recipe,
+        "share_of_mass": density,
+        "diffusers": {"steps": guided_steps, "pass_ms": pass_ms, "vae_s": vae_s},
+        "kernels": {name: mode.offer.kernels for name, mode in engine.loaded.items()},
+        "rounds": rounds,
+    }
     rows: list[Row] = []
     for mode in engine.loaded:
         found: list[Seconds] = []
@@ -86,20 +98,9 @@ def main(  # noqa: PLR0913, PLR0917 (typer's way: the signature is the command l
             rows += report.log_rows(
                 [Row(f"{what}: seconds", round(theirs, 1), "s"), Row(what, ratio, "x")]
             )
-    settings = {
-        "size": size,
-        "frames": frames,
-        "steps": steps,
-        "guidance": 1.0,
-        "recipe": recipe,
-        "share_of_mass": density,
-        "diffusers": {"steps": guided_steps, "pass_ms": pass_ms, "vae_s": vae_s},
-        "kernels": {name: mode.offer.kernels for name, mode in engine.loaded.items()},
-        "rounds": rounds,
-    }
-    document = report.result("sparse-job", on.name, settings, rows)
+        document = report.result("sparse-job", on.name, settings, rows)
+        report.save(document)
     report.print_table(rows)
-    report.save(document)
     print(json.dumps(document))
 
 
@@ -108,13 +109,17 @@ def write_config(
 ) -> Path:
     """Write a worker's configuration: a mode of few steps for each number of dense ones."""
     text = TEMPLATE.read_text(encoding="utf-8").partition("[[modes]]")[0]
-    text = text.replace('"../models/wan2.1-t2v-14b"', json.dumps(str(model.resolve())))
-    text = text.replace("default_guidance_scale = 5.0", "default_guidance_scale = 1.0")
-    text = text.replace("default_steps = 50", f"default_steps = {steps}")
+    for old, new in (
+        ('"../models/wan2.1-t2v-14b"', json.dumps(str(model.resolve()))),
+        ("default_guidance_scale = 5.0", "default_guidance_scale = 1.0"),
+        ("default_steps = 50", f"default_steps = {steps}"),
+        ('default_mode = "w8a8"', f'default_mode = "dense-steps-{DENSE_STEPS[0]}"'),
+    ):
+        assert old in text, f"{TEMPLATE} has no {old}"
+        text = text.replace(old, new)
     shipped = (RECIPES / f"{recipe}.toml").read_text(encoding="utf-8")
     for dense in DENSE_STEPS:
         name = f"dense-steps-{dense}"
-        text = text.replace('default_mode = "w8a8"', f'default_mode = "{name}"')
         lines = []
         for line in shipped.splitlines():
             key = line.partition(" =")[0]

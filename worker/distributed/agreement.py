@@ -23,7 +23,8 @@ class LoadedParts:
     """What decides a mode's weights and steps besides the model, by names for operators.
 
     Attributes:
-        parts: of each part its content's identity, which is compared, and where it comes from.
+        parts: of each part its content's identity, which is compared, and where it comes from;
+            nowhere if the identity is the content itself.
     """
 
     mode: str
@@ -44,7 +45,7 @@ class LoadedParts:
                 "LoRAs": (loras.digest, ", ".join(loras.arguments)),
                 "recipe": (None if recipe is None else recipe.fingerprint, str(config.recipe)),
                 "scales": (scales, source),
-                "settings": (config.variant, "variant"),
+                "settings": (config.variant, ""),
             },
         )
 
@@ -78,6 +79,8 @@ def _shown(part: str, found: tuple[str | None, str]) -> str:
     content, source = found
     if content is None:
         return f"no {part}"
+    if not source:  # it is no hash
+        return f"the {part} {content}"
     return f"the {part} {content.rpartition(':')[2][:_DIGITS]} ({source})"
 
 

@@ -82,7 +82,7 @@ class PromptEncoder:
         `control.check` is called before each of the encoder's layers. The stage is reported only if
         a text has to be encoded: a job with cached embeddings says nothing about how long encoding
         takes. The tensors are new copies each time, so that what blocks store with them is freed
-        with the job.
+        with the job, and two even for equal texts: `denoising_run` tells passes apart by them.
         """
         texts = [request.prompt]
         if request.guidance_scale > 1.0:

@@ -21,6 +21,9 @@ MAX_SCORES = 1 << 26
 
 A float32 tensor of them takes a quarter of a GiB, and a few such tensors exist at once."""
 
+MAX_SHARES = 1 << 24
+"""Shares of blocks that `choose_blocks` sorts at a time: half a GiB with their order and sums."""
+
 SAMPLED_QUERIES = 16
 """Queries, evenly spaced over the tokens, whose softmax `sample_mass` computes in full."""
 
@@ -28,7 +31,8 @@ SAMPLED_QUERIES = 16
 def choose_blocks(q: Tensor, k: Tensor, block: int, share_of_mass: float) -> Tensor:
     """Choose which blocks of keys each block of queries attends to.
 
-    At least one is kept. At a share of 1 all are, also those whose share rounds to nothing.
+    At least one is kept. At a share of 1 all are, also those whose share rounds to nothing. Some
+    heads are looked at at a time, so that the memory this takes is bounded.
 
     Args:
         q, k: [B, S, heads, D], rotated.
@@ -37,8 +41,15 @@ def choose_blocks(q: Tensor, k: Tensor, block: int, share_of_mass: float) -> Ten
         [B, heads, M, M] bool: of each block of queries, the kept blocks of keys.
     """
     sizes = block_sizes(q.shape[1], block, q.device)
-    pooled_q, pooled_k = (_means(each, block) for each in (q, k))
-    scores = pooled_q @ pooled_k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    pooled = [_means(each, block) for each in (q, k)]
+    at_once = max(1, MAX_SHARES // (len(q) * len(sizes) ** 2))
+    parts = zip(*(torch.split(each, at_once, 1) for each in pooled), strict=True)
+    return torch.cat([_choose(*part, sizes, share_of_mass) for part in parts], dim=1)
+
+
+def _choose(queries: Tensor, keys: Tensor, sizes: Tensor, share_of_mass: float) -> Tensor:
+    """Choose by means of blocks, both [B, heads, M, D]."""
+    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     # A shorter block holds less of the softmax at the same mean.
     shares, order = (scores + sizes.log()).softmax(-1).sort(dim=-1, descending=True)
     before = F.pad(shares.cumsum(-1)[..., :-1], (1, 0))

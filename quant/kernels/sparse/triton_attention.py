@@ -121,9 +121,8 @@ def _attend(
         v = v_desc.load([v_start, column])
         sums = tl.dot(numerators.to(v.dtype), v, sums * factor[:, None])
         numerators, factor, largest, total = _softmax(scores, largest, total, scale)
+    # The last tile that is taken is the first one of its block.
     v_start = base + tl.load(lists_ptr + (tiles - 1) // PARTS) * BLOCK
-    if PARTS > 1:
-        v_start += (PARTS - 1 - (tiles - 1) % PARTS) * TILE
     v = v_desc.load([v_start, column])
     sums = tl.dot(numerators.to(v.dtype), v, sums * factor[:, None])
     rows = first_row + tl.arange(0, ROWS)

@@ -13,12 +13,14 @@ from quant.studies.evaluation.candidates import Candidate
 
 def unequal_calibrations(candidates: Sequence[Candidate]) -> str | None:
     """Return a sentence that names every setting by which calibrations differ, or None."""
-    known = {each.name: _settings(each.scales) for each in candidates if each.scales.num_prompts}
-    if len(known) < 2:
-        return None
+    known = {each.name: each.scales for each in candidates if each.scales.num_prompts}
     parts = []
-    for setting in next(iter(known.values())):
-        values = {name: each[setting] for name, each in known.items()}
+    # Files of prompts are told apart by what is in them, whatever their names are.
+    if len({(each.num_prompts, each.prompts_sha256) for each in known.values()}) > 1:
+        parts.append(f"prompts ({_listed({name: _prompts(each) for name, each in known.items()})})")
+    settings = {name: _settings(each) for name, each in known.items()}
+    for setting in next(iter(settings.values()), {}):
+        values = {name: each[setting] for name, each in settings.items()}
         if len(set(values.values())) > 1:
             parts.append(f"{setting} ({_listed(values)})")
     if not parts:
@@ -29,23 +31,24 @@ def unequal_calibrations(candidates: Sequence[Candidate]) -> str | None:
     )
 
 
+def _prompts(scales: Scales) -> str:
+    return f"{scales.num_prompts} of {scales.prompts_file}, SHA-256 {scales.prompts_sha256[:8]}…"
+
+
 def _settings(scales: Scales) -> dict[str, str]:
-    """Return what chose a candidate's scales, by its name for people."""
+    """Return how the prompts were sampled that chose a candidate's scales, by names for people."""
     sampler = scales.sampler
-    prompts = f"{scales.num_prompts} of {scales.prompts_file}, SHA-256 {scales.prompts_sha256[:8]}…"
-    found = {"prompts": prompts}
-    if sampler is not None:
-        own = "the model's own"
-        found |= {
-            "steps": str(sampler.num_inference_steps),
-            "guidance": f"{sampler.guidance_scale:g}",
-            "size": f"{sampler.size_text}, {sampler.num_frames} frames",
-            "negative prompt": repr(sampler.negative_prompt),
-            "flow shift": own if sampler.flow_shift is None else f"{sampler.flow_shift:g}",
-            "first seed": str(sampler.seed),
-            "text tokens": str(sampler.text_tokens),
-        }
-    return found
+    assert sampler is not None, "it is None only where no prompts were used"
+    shift = sampler.flow_shift
+    return {
+        "steps": str(sampler.num_inference_steps),
+        "guidance": f"{sampler.guidance_scale:g}",
+        "size": f"{sampler.size_text}, {sampler.num_frames} frames",
+        "negative prompt": repr(sampler.negative_prompt),
+        "flow shift": "the model's own" if shift is None else f"{shift:g}",
+        "first seed": str(sampler.seed),
+        "text tokens": str(sampler.text_tokens),
+    }
 
 
 def _listed(values: Mapping[str, str]) -> str:

@@ -67,7 +67,12 @@ class AttentionSteps:
         def begin(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
             self._begin_pass(signature.bind(*args, **inputs).arguments["encoder_hidden_states"])
 
+        def end(*_: Any) -> None:
+            if self._branches is None:  # nothing is kept for a pass that has no next one
+                self.branch = Branch(None, self.exact_steps)
+
         transformer.register_forward_pre_hook(begin, with_kwargs=True)
+        transformer.register_forward_hook(end)
         transformer.attention_steps = self
 
     def _begin_pass(self, prompt: Any) -> None:
@@ -86,7 +91,11 @@ def attention_steps_of(transformer: Any) -> AttentionSteps | None:
 
 @contextmanager
 def denoising_run(transformer: Any) -> Iterator[None]:
-    """Denoise once within the context; if attention is the same in every step, change nothing."""
+    """Denoise once within the context; if attention is the same in every step, change nothing.
+
+    Passes are told apart by the tensor of their prompt. So the prompt and the negative prompt must
+    be two tensors, the same ones in all steps, also if their texts are equal.
+    """
     steps = attention_steps_of(transformer)
     if steps is None:
         yield

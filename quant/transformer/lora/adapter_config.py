@@ -23,7 +23,14 @@ from quant.weights.weight_files import visible
 _FILE = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
 _COMPONENT = "transformer."
-_COMPARED = ("lora_alpha", "alpha_pattern", "use_rslora", "r", "rank_pattern")
+_KEYS = {
+    "alpha": "lora_alpha",
+    "alphas": "alpha_pattern",
+    "by_root": "use_rslora",
+    "rank": "r",
+    "ranks": "rank_pattern",
+}
+"""The files' names of what is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +61,26 @@ class AdapterConfig:
         """
         beside = file.with_name(_FILE)
         try:
-            inside = None
+            inside = outside = None
             if _METADATA in metadata:
-                inside = _without_component(json.loads(metadata[_METADATA]))
-            outside = None
+                inside = cls._of(json.loads(metadata[_METADATA]))
             if beside.is_file() and _is_of(file, needed=inside is None):
-                outside = _without_component(read_object(beside))
+                outside = cls._of(read_object(beside))
             if inside is not None and outside is not None:
                 _refuse_contradiction(file, inside, outside)
-            return cls._of(inside or outside or {})
+            return inside or outside or cls()
         except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
             raise WeightsError(
-                f"the configuration of the LoRA {file} cannot be read: {error}; copy it again"
+                f"the configuration of the LoRA {file} cannot be read: {error}; copy it again, or "
+                f"remove {_FILE} if it is of something else"
             ) from error
 
     @classmethod
-    def _of(cls, values: Mapping[str, Any]) -> AdapterConfig:
+    def _of(cls, found: Mapping[str, Any]) -> AdapterConfig | None:
+        """Parse what one place says; None if it says nothing of this component."""
+        values = {key.removeprefix(_COMPONENT): value for key, value in found.items()}
+        if values.keys().isdisjoint(_KEYS.values()):
+            return None
         return cls(
             _optional_number(values.get("lora_alpha")),
             _by_pattern(values.get("alpha_pattern")),
@@ -90,22 +101,28 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
-def _refuse_contradiction(
-    file: Path, inside: Mapping[str, Any], outside: Mapping[str, Any]
-) -> None:
-    """Refuse two configurations that scale differently: which one counts depends on the library."""
-    for key in _COMPARED:
-        values = [each.get(key) or None for each in (inside, outside)]
-        if values[0] != values[1]:
+def _refuse_contradiction(file: Path, inside: AdapterConfig, outside: AdapterConfig) -> None:
+    """Refuse two configurations that scale differently: which one counts depends on the library.
+
+    Ranks are those of the tensors in any case, so one that only one place states is no difference.
+    """
+    for name, key in _KEYS.items():
+        values = [getattr(each, name) for each in (inside, outside)]
+        stated = all(values) or name not in {"rank", "ranks"}
+        if stated and values[0] != values[1]:
+            shown = [json.dumps(_whole(each) or None) for each in values]
             raise WeightsError(
-                f"the LoRA {file} has {key} = {json.dumps(values[0])} in its metadata, which "
-                f"diffusers reads, and {json.dumps(values[1])} in {_FILE} beside it, which PEFT "
-                f"reads: give it a folder of its own, without the {_FILE} if the metadata is right"
+                f"the LoRA {file} has {key} = {shown[0]} in its metadata, which diffusers reads, "
+                f"and {shown[1]} in {_FILE} beside it, which PEFT reads: give it a folder of its "
+                f"own, without the {_FILE} if the metadata is right"
             )
 
 
-def _without_component(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix(_COMPONENT): value for key, value in values.items()}
+def _whole(value: Any) -> Any:
+    """Return numbers without a fraction as files write them."""
+    if isinstance(value, Mapping):
+        return {key: _whole(each) for key, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_of(file: Path, *, needed: bool) -> bool:

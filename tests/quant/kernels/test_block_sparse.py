@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.eager import EagerKernels
+from quant.kernels.sparse import blocks
 from quant.kernels.sparse.blocks import attend_blocks, choose_blocks, density, sample_mass
 from tests.quant.kernels import sparse_reference
 
@@ -32,6 +33,19 @@ def test_the_kept_blocks_and_what_they_give_are_the_references(tokens: int, shar
     np.testing.assert_allclose(found.numpy(), out, rtol=0, atol=1e-5)
     sampled = np.arange(min(tokens, 16)) * tokens // min(tokens, 16)
     assert sample_mass(q, k, kept, BLOCK).item() == pytest.approx(mass[:, sampled].mean(), abs=1e-5)
+
+
+def test_heads_are_looked_at_some_at_a_time_with_the_same_choice(monkeypatch):
+    q, k, _ = draw(64)
+    at_once = choose_blocks(q, k, BLOCK, 0.9)
+    seen = []
+    choose = blocks._choose
+    monkeypatch.setattr(blocks, "MAX_SHARES", 2 * 8**2)
+    monkeypatch.setattr(
+        blocks, "_choose", lambda q, *more: seen.append(q.shape[1]) or choose(q, *more)
+    )
+    assert torch.equal(choose_blocks(q, k, BLOCK, 0.9), at_once)
+    assert seen == [1, 1]
 
 
 def test_a_smaller_share_keeps_fewer_blocks_of_every_head():

@@ -340,6 +340,7 @@ def test_calibrations_that_differ_are_named(tiny_scales: Scales) -> None:
     weights_alone = candidate("int8", **of_prompts(0), sampler=None)
     assert unequal_calibrations([first, same]) is None
     assert unequal_calibrations([first, weights_alone]) is None
+    assert unequal_calibrations([first, candidate("copied", prompts_file="copy.txt")]) is None
     words = unequal_calibrations([first, same, candidate("few", **of_prompts(8), sampler=other)])
     assert words is not None
     sha = tiny_scales.prompts_sha256[:8]

@@ -20,7 +20,7 @@ from quant.transformer.attention.sparse import (
     sparse_attention_of,
     tile_order,
 )
-from quant.transformer.attention.steps import denoising_run
+from quant.transformer.attention.steps import attention_steps_of, denoising_run
 from tests.quant.kernels import sparse_reference
 
 GRID, TILE, BLOCK = (3, 5, 3), (2, 2, 2), 8  # 45 tokens in 5 blocks and 5 tokens
@@ -161,6 +161,8 @@ def test_nothing_of_a_run_is_left_for_the_next_one(tiny_transformer, tiny_recipe
     # A pass of no run is sparse, and chooses for itself.
     alone = forward(transformer, latents(1), text)
     assert torch.equal(alone, before[1])
+    assert attention_steps_of(transformer).branch.prompt is None
+    assert not attention_steps_of(transformer).branch.kept
     assert all(map(torch.equal, video(0), before))
     with denoising_run(transformer):
         forward(transformer, latents(0), text)

@@ -144,10 +144,12 @@ def test_ranks_with_other_files_or_settings_are_refused(
         "LoRAs": "has the LoRAs 0123456789ab .there. on rank 2 and no LoRAs on rank 0: give every",
         "recipe": r"has the recipe 0123456789ab .there. on rank 2 and the recipe \w{12} .bound",
         "scales": r"has the scales 0123456789ab .there. on rank 2 and the scales \w{12} .*safet",
-        "settings": "has the settings 0123456789ab .there. on rank 2 and no settings on rank 0",
+        "settings": "has the settings flow_shift:832x480=3 on rank 2 and no settings on rank 0",
     }
+    found = dict.fromkeys(changes, ("0123456789abcdef", "there"))
+    found["settings"] = ("flow_shift:832x480=3", "")
     for part, message in changes.items():
-        changed = own[1].parts | {part: ("0123456789abcdef", "there")}
+        changed = own[1].parts | {part: found[part]}
         other = [own[0], LoadedParts("w8a8", changed)]
         with pytest.raises(RanksDiffer, match=f"Mode 'w8a8' {message}"):
             check_same_plans(cast(Any, OtherRanks(own, other)), plans)

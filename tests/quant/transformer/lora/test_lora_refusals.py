@@ -224,8 +224,10 @@ def test_metadata_and_a_configuration_that_contradict_each_other_are_refused(
     refused(tmp_path, f"{said}.*, which PEFT reads: give it a folder of its own")
 
 
-def test_metadata_and_a_configuration_that_agree_are_read(tiny_model, tensors, tmp_path):
-    save_with_configurations(tmp_path, tensors, {"lora_alpha": 8.0, "r": 4, "bias": "none"})
+@pytest.mark.parametrize("beside", [{"r": 4, "bias": "none"}, {}, {"rank_pattern": {"to_q": 4}}])
+def test_metadata_and_a_configuration_that_agree_are_read(tiny_model, tensors, tmp_path, beside):
+    """A rank that only one of them states is no contradiction: tensors have it."""
+    save_with_configurations(tmp_path, tensors, {"lora_alpha": 8.0} | beside)
     (lora,) = read_loras(tiny_model, [LoraSource(tmp_path)]).loras
     assert {update.factor for each in lora.updates.values() for update in each} == {2.0}
 
