@@ -41,9 +41,9 @@ def choose_blocks(q: Tensor, k: Tensor, block: int, share_of_mass: float) -> Ten
         [B, heads, M, M] bool: of each block of queries, the kept blocks of keys.
     """
     sizes = block_sizes(q.shape[1], block, q.device)
-    pooled = [_means(each, block) for each in (q, k)]
     at_once = max(1, MAX_SHARES // (len(q) * len(sizes) ** 2))
-    parts = zip(*(torch.split(each, at_once, 1) for each in pooled), strict=True)
+    queries, keys = (torch.split(_means(each, block), at_once, 1) for each in (q, k))
+    parts = zip(queries, keys, strict=True)
     return torch.cat([_choose(*part, sizes, share_of_mass) for part in parts], dim=1)
 
 

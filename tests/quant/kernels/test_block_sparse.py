@@ -1,5 +1,7 @@
 """Block-sparse attention: beside a reference on the kept blocks, dense at a share of 1."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,12 +40,15 @@ def test_the_kept_blocks_and_what_they_give_are_the_references(tokens: int, shar
 def test_heads_are_looked_at_some_at_a_time_with_the_same_choice(monkeypatch):
     q, k, _ = draw(64)
     at_once = choose_blocks(q, k, BLOCK, 0.9)
-    seen = []
+    seen: list[int] = []
     choose = blocks._choose
+
+    def note(queries: Tensor, *others: Any) -> Tensor:
+        seen.append(queries.shape[1])
+        return choose(queries, *others)
+
     monkeypatch.setattr(blocks, "MAX_SHARES", 2 * 8**2)
-    monkeypatch.setattr(
-        blocks, "_choose", lambda q, *more: seen.append(q.shape[1]) or choose(q, *more)
-    )
+    monkeypatch.setattr(blocks, "_choose", note)
     assert torch.equal(choose_blocks(q, k, BLOCK, 0.9), at_once)
     assert seen == [1, 1]
 

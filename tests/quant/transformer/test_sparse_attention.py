@@ -161,8 +161,10 @@ def test_nothing_of_a_run_is_left_for_the_next_one(tiny_transformer, tiny_recipe
     # A pass of no run is sparse, and chooses for itself.
     alone = forward(transformer, latents(1), text)
     assert torch.equal(alone, before[1])
-    assert attention_steps_of(transformer).branch.prompt is None
-    assert not attention_steps_of(transformer).branch.kept
+    steps = attention_steps_of(transformer)
+    assert steps is not None
+    assert steps.branch.prompt is None
+    assert not steps.branch.kept
     assert all(map(torch.equal, video(0), before))
     with denoising_run(transformer):
         forward(transformer, latents(0), text)
