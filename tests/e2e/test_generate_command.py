@@ -1,5 +1,6 @@
 """Test the command that makes an MP4 of a prompt, through Valkey, worker and service."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,16 @@ def test_an_output_folder_that_does_not_exist_is_found_out_at_once(tmp_path: Pat
 def test_a_worker_that_fails_to_load_ends_it_with_one_clear_line(tmp_path: Path) -> None:
     good = (ROOT / "deploy" / "wan-mini.toml").read_text()
     broken = tmp_path / "broken.toml"
-    broken.write_text(good.replace("models/wan-mini", "models/no-such-model"))
+    model = tmp_path / "cut-model"
+    shutil.copytree(ROOT / "models" / "wan-mini", model)
+    (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    broken.write_text(good.replace("../models/wan-mini", str(model)))
     assert broken.read_text() != good
     code, output = run("generate", "--prompt", PROMPT, "--config", str(broken))
     assert code == 1
     line = output.splitlines()[-1]
     assert line.startswith("error: the worker ended with exit code 1: ")
-    assert "no-such-model" in line
+    assert "cut-model/vae" in line
     assert "Traceback" not in output
     log = ROOT / line.rpartition("(log: ")[2].rstrip(")")
-    assert "no-such-model" in log.read_text()
+    assert "cut-model/vae" in log.read_text()
