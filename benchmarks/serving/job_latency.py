@@ -1,6 +1,6 @@
-"""Measure the seconds of each stage of a job, in w8a8 and in bf16.
+"""Measure the seconds of each stage of a job in two modes, by default in w8a8 and in bf16.
 
-`make bench` or `python -m benchmarks.serving.job_latency`
+`make bench` or `python -m benchmarks.serving.job_latency [--baseline fast --candidate fast-w8a8]`
 
 It runs the whole system (Valkey, worker, service) and sends jobs over HTTP, so the figures include
 the queue and the front end. The modes take turns, after a warm-up round; each figure is a median.
@@ -29,7 +29,6 @@ from deploy.local.stack import WORKER_CONFIG, Stack
 
 PROMPT = "a small red circle moving right on a black background"
 SEED = 7
-BASELINE, CANDIDATE = "bf16", "w8a8"
 _STAGES = ("queue_s", "text_encoder_s", "denoise_s", "vae_s", "mp4_s")
 
 Seconds = dict[str, float]  # stage → seconds
@@ -38,8 +37,10 @@ Seconds = dict[str, float]  # stage → seconds
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Jobs of each mode that count.")] = 5,
     config: Annotated[Path, typer.Option(help="The worker's configuration.")] = WORKER_CONFIG,
+    baseline: Annotated[str, typer.Option(help="The mode to measure beside.")] = "bf16",
+    candidate: Annotated[str, typer.Option(help="The mode to measure.")] = "w8a8",
 ) -> None:
-    """Measure one job in both modes."""
+    """Measure one job in both modes, with the steps and the guidance of each."""
     console = Console(stderr=True)
     with (
         report_errors(),
@@ -48,7 +49,7 @@ def main(
         client.connect(stack.config.service_url) as service,
     ):
         model = service.get("/models").json()["models"][0]
-        measured: dict[str, list[Seconds]] = {BASELINE: [], CANDIDATE: []}
+        measured: dict[str, list[Seconds]] = {baseline: [], candidate: []}
         for number in range(rounds + 1):
             for mode, seconds in measured.items():
                 job = _run(stack, service, mode, f"{PROMPT}, take {number} for {mode}")
@@ -56,7 +57,7 @@ def main(
                     seconds.append(_seconds(job))
                 total_s = job["timings"]["total_s"]
                 console.print(f"round {number} of {rounds}, {mode}: {total_s:.2f} s")
-    rows = _rows(measured)
+    rows = _rows(measured, baseline, candidate)
     device = model["workers"][0]["device"]
     document = report.result("job", device, _settings(job["request"], rounds), rows)
     report.print_table(rows)
@@ -79,19 +80,19 @@ def _seconds(job: client.Job) -> Seconds:
     return times | {"rest_s": whole - sum(times.values()), "whole_s": whole}
 
 
-def _rows(measured: dict[str, list[Seconds]]) -> list[report.Row]:
+def _rows(measured: dict[str, list[Seconds]], baseline: str, candidate: str) -> list[report.Row]:
     medians = {
         mode: {stage: statistics.median(s[stage] for s in seconds) for stage in seconds[0]}
         for mode, seconds in measured.items()
     }
     return [
         report.Row(
-            what=f"{stage.removesuffix('_s')}, {CANDIDATE} beside {BASELINE}",
+            what=f"{stage.removesuffix('_s')}, {candidate} beside {baseline}",
             value=round(value, 4),
             unit="s",
-            baseline=round(medians[BASELINE][stage], 4),
+            baseline=round(medians[baseline][stage], 4),
         )
-        for stage, value in medians[CANDIDATE].items()
+        for stage, value in medians[candidate].items()
     ]
 
 

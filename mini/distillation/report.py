@@ -143,6 +143,7 @@ class EvenEuler(FlowMatchEulerDiscreteScheduler):
         levels = numpy.linspace(1, 0, num_inference_steps, endpoint=False)
         super().set_timesteps(sigmas=levels, device=device)
 
+
 scheduler = EvenEuler(shift=pipeline.scheduler.config.flow_shift)
 pipeline.register_modules(scheduler=scheduler)
 pipeline.load_lora_weights("FOLDER")

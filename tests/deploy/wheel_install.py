@@ -27,7 +27,7 @@ from deploy.local.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jobs", "service", "worker", "quant", "mini")
-JOB = {"prompt": "a small red circle", "num_frames": 5, "num_inference_steps": 2, "mode": "w8a8"}
+JOB = {"prompt": "a small red circle", "num_frames": 5, "mode": "fast-w8a8"}
 
 
 def copy_sources(folder: Path) -> Path:

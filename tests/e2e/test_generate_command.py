@@ -13,7 +13,7 @@ from tests.support.launcher import decode_video, describe_video, run
 PROMPT = "a small red circle moving right on a black background"
 
 
-@pytest.mark.parametrize("mode", ["bf16", "w8a8"])
+@pytest.mark.parametrize("mode", ["bf16", "w8a8", "fast-w8a8"])
 def test_a_prompt_becomes_a_playable_mp4_that_shows_it(tmp_path: Path, mode: str) -> None:
     out = tmp_path / "out.mp4"
     code, output = run(

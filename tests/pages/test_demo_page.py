@@ -153,7 +153,7 @@ def test_a_newcomer_sees_a_video(visit: Visit, worker: PlayedWorker) -> None:
     fits(page)
 
 
-def test_the_miniature_makes_both_modes_side_by_side(
+def test_the_miniature_makes_all_its_modes_side_by_side(
     visit: Visit, redis_url: str, settings: ServiceSettings, tmp_path: Path
 ) -> None:
     environment = {
@@ -167,18 +167,20 @@ def test_the_miniature_makes_both_modes_side_by_side(
     expect(page.get_by_text("No worker is ready")).to_be_visible()
     with running(command, tmp_path / "worker.log", environment):
         expect(page.get_by_text("No worker is ready")).to_be_hidden(timeout=240_000)
-        page.get_by_label("Both, side by side").check()
+        page.get_by_label("All 4, side by side").check()
         page.locator("#advanced summary").click()
         page.get_by_label("Frames").select_option("5")
-        page.get_by_label("Steps", exact=True).fill("2")
+        page.get_by_label("Steps", exact=True).fill("4")
+        page.get_by_label("Guidance", exact=True).fill("1")
         generate(page)
-        expect(page.locator(".cards video")).to_have_count(2, timeout=240_000)
-        for index, mode in enumerate(["bf16", "w8a8"]):
+        modes = ["bf16", "fast", "fast-w8a8", "w8a8"]  # sorted
+        expect(page.locator(".cards video")).to_have_count(4, timeout=240_000)
+        for index, mode in enumerate(modes):
             expect(card(page, index).locator(".tag")).to_have_text(mode)
             plays(card(page, index).locator("video"))
     jobs = JobStore(Redis.from_url(redis_url)).list().jobs
     assert len({job.request.seed for job in jobs}) == 1
-    assert {job.request.mode for job in jobs} == {"bf16", "w8a8"}
+    assert {job.request.mode for job in jobs} == set(modes)
 
 
 def tab_to(page: Page, what: str, text: str) -> None:

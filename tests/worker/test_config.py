@@ -9,17 +9,19 @@ from worker.config import load_config
 from worker.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ["wan-mini", "wan-14b"]
+SHIPPED = {"wan-mini": ["fast", "fast-w8a8"], "wan-14b": []}
 
 
 def shipped_text() -> str:
-    return (ROOT / "deploy" / "wan-mini.toml").read_text(encoding="utf-8")
+    """The miniature's configuration without its modes of few steps."""
+    text = (ROOT / "deploy" / "wan-mini.toml").read_text(encoding="utf-8")
+    return text.partition('[[modes]]\nname = "fast"')[0]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configurations_offer_both_modes(name: str) -> None:
+@pytest.mark.parametrize(("name", "further"), SHIPPED.items())
+def test_shipped_configurations_offer_both_modes(name: str, further: list[str]) -> None:
     config = load_config(ROOT / "deploy" / f"{name}.toml")
-    assert [mode.name for mode in config.modes] == ["bf16", "w8a8"]
+    assert [mode.name for mode in config.modes] == ["bf16", "w8a8", *further]
     assert config.modes[0].recipe is None
     assert config.modes[1].recipe == "boundary-hif8"
     assert all(path.is_absolute() for path in (config.model.path, config.modes[1].scales) if path)
@@ -30,6 +32,17 @@ def test_the_miniature_is_offered_as_it_was_trained() -> None:
     assert model.path == ROOT / "models" / "wan-mini"
     assert (model.sizes, model.max_frames, model.fps) == (("96x96",), 17, 8)
     assert model.text_tokens == 64
+
+
+def test_the_miniature_is_offered_in_few_steps_as_it_was_distilled() -> None:
+    config = load_config(ROOT / "deploy" / "wan-mini.toml")
+    for mode in config.modes[2:]:
+        terms = config.model.offer("").terms(mode)
+        assert (terms.min_steps, terms.default_steps, terms.max_guidance_scale) == (4, 4, 1.0)
+        assert mode.variant == "scheduler:euler", "the shift is the model's own"
+        (lora,) = mode.lora
+        assert (lora.path.is_dir(), lora.scale) == (True, 1.0)
+        assert mode.scales is None or mode.scales.is_file()
 
 
 def test_the_offer_holds_the_bounds_and_not_the_paths() -> None:

@@ -78,7 +78,7 @@ def test_a_sound_worker_passes_and_nothing_is_left(
     checks = by_name(report)
     assert "valkey" in checks["Redis"].detail
     assert "mode w8a8: 350 linears" in checks["model"].detail
-    for mode in ("bf16", "w8a8"):
+    for mode in ("bf16", "w8a8", "fast", "fast-w8a8"):
         assert checks[f"tiny job in {mode}"].status == "ok"
         assert float(checks[f"tiny job in {mode}"].figures["denoise_s"]) > 0
     assert float(checks["kernels"].figures["w8a8: product of 64 tokens_ms"]) > 0

@@ -35,7 +35,7 @@ def engine(device) -> WanEngine:
 def with_encoder(placement: str) -> WorkerConfig:
     config = load_config(CONFIG)
     model = config.model.model_copy(update={"text_encoder": placement})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": model, "modes": config.modes[:2]})
 
 
 def encode(engine: WanEngine, prompt: str) -> Iterator[torch.Tensor]:
