@@ -49,12 +49,12 @@ def test_what_the_configuration_offers_passes(request_: VideoRequest) -> None:
 
 
 def test_everything_wrong_is_named_with_what_there_is() -> None:
-    wrong = VideoRequest("a circle", "fast", -1, 51, "64x64", 16, 0.5, "a\x00b")
+    wrong = VideoRequest("a circle", "turbo", -1, 51, "64x64", 16, 0.5, "a\x00b")
     with pytest.raises(Refused) as caught:
         check_request(wrong, WORKER_CONFIG)
     text = str(caught.value)
     for each in (
-        "mode fast is not known; use one of bf16, w8a8.",
+        "mode turbo is not known; use one of bf16, w8a8, fast, fast-w8a8.",
         "size 64x64 is not offered; use one of 96x96.",
         "num_frames is 16, which is not 4k+1 from 1 to 17.",
         "num_inference_steps is 51, which is not 1 to 50.",

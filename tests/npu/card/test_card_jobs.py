@@ -66,7 +66,7 @@ def test_with_the_text_encoder_on_the_card_the_videos_differ_by_rounding_only(
     components = replace(engine.components, text_encoder_placement="encode")
     modes = tuple(engine.loaded.values())
     encoding = WanEngine(engine.config, engine.model.fingerprint, engine.device, components, modes)
-    for mode in MODES:
+    for mode in ("bf16", "w8a8"):  # one step each
         difference = psnr_db(frames(encoding, mode), frames(on_cpu.engine, mode))
         print(f"\n{mode}, text encoder on the card: {difference:.1f} dB from the CPU's frames")
         assert difference >= LEAST_DB
