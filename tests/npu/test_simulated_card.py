@@ -15,7 +15,7 @@ from tests.npu.stand_in.environment import ROOT, environment, missing_reason
 
 pytestmark = [
     pytest.mark.skipif(missing_reason() is not None, reason=str(missing_reason())),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 CARD = Path(__file__).with_name("card")

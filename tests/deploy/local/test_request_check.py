@@ -54,7 +54,7 @@ def test_everything_wrong_is_named_with_what_there_is() -> None:
         check_request(wrong, WORKER_CONFIG)
     text = str(caught.value)
     for each in (
-        "mode turbo is not known; use one of bf16, w8a8, fast, fast-w8a8.",
+        "mode turbo is not known; use one of bf16, fast, fast-w8a8, w8a8.",
         "size 64x64 is not offered; use one of 96x96.",
         "num_frames is 16, which is not 4k+1 from 1 to 17.",
         "num_inference_steps is 51, which is not 1 to 50.",
